@@ -1,0 +1,58 @@
+"""Remember how an object was built, as plain data that any file format can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Self
+
+__all__ = ["Recorded", "plain"]
+
+
+def plain(value: object) -> Any:
+    """Return `value` as dicts, lists, strings, numbers, booleans and None only.
+
+    Raises:
+        TypeError: `value` holds something that has no plain form.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, Path):
+        return str(value)
+    to_dict = getattr(value, "to_dict", None)
+    if callable(to_dict):
+        return plain(to_dict())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays, tensors
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no plain form: {value!r}")
+
+
+class Recorded:
+    """Keep the constructor's arguments, defaults included, in `arguments`.
+
+    Checkpoints and cards store this dict; because it is plain data they load
+    without unpickling any class.
+    """
+
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+        except TypeError:
+            return self  # __init__ raises the same error, or copy and pickle restore the dict
+        bound.apply_defaults()
+        names = list(bound.arguments)[1:]
+        recorded = {name: plain(bound.arguments[name]) for name in names}
+        object.__setattr__(self, "arguments", recorded)
+        return self
