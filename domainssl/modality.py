@@ -61,7 +61,6 @@ _AXES: dict[str, str] = {
 }
 _CHANNEL_AXIS = {"image": 1, "series": 2, "volume": 1, "features": 2, "table": 1}
 _SPATIAL_DIMS = {"image": 2, "series": 2, "volume": 3, "features": 0, "table": 0}
-_RAGGED = {"series": "frames", "features": "valid"}  # kinds whose first item axis is padded
 
 
 @dataclass(frozen=True)

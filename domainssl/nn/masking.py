@@ -1,0 +1,65 @@
+"""Choose which tokens stay visible."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Masking", "kept_count", "mask_from_noise", "restore_tokens", "take_tokens"]
+
+
+class Masking(NamedTuple):
+    """One random masking.
+
+    Attributes:
+        keep: Indices of the visible tokens in shuffled order, int64 (B, K).
+        restore: Position of every token in the shuffled order, int64 (B, N).
+        removed: True where the token is hidden, bool (B, N).
+    """
+
+    keep: Tensor
+    restore: Tensor
+    removed: Tensor
+
+
+def kept_count(tokens: int, ratio: float) -> int:
+    """Number of visible tokens at a mask ratio: `int(N · (1 − ratio))`, at least one."""
+    return max(1, int(tokens * (1 - ratio)))
+
+
+def mask_from_noise(noise: Tensor, kept: int) -> Masking:
+    """Keep the `kept` tokens with the smallest noise of every item.
+
+    Args:
+        noise: (B, N).
+        kept: Number of visible tokens per item.
+    """
+    shuffle = noise.argsort(dim=1)
+    restore = shuffle.argsort(dim=1)
+    return Masking(shuffle[:, :kept], restore, restore >= kept)
+
+
+def take_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Gather tokens by index: (B, N, E) and (B, K) -> (B, K, E); a 2D table is shared by items."""
+    if tokens.ndim == 2:
+        return tokens[indices]
+    return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def restore_tokens(visible: Tensor, restore: Tensor, filler: Tensor) -> Tensor:
+    """Put visible tokens back in their places and `filler` everywhere else.
+
+    Args:
+        visible: (B, K, E), in shuffled order.
+        restore: int64 (B, N).
+        filler: The mask token, broadcastable to (B, N, E).
+
+    Returns:
+        (B, N, E).
+    """
+    batch, kept, width = visible.shape
+    missing = restore.shape[1] - kept
+    full = torch.cat([visible, filler.to(visible.dtype).expand(batch, missing, width)], dim=1)
+    return take_tokens(full, restore)
