@@ -1,0 +1,76 @@
+"""What all tests share: a cache of their own, no network, and the sample data built once."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SLOW_TIMEOUT_S = 1200
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests a longer time limit, unless they bring their own."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Point DOMAINSSL_CACHE, here and in child processes, to a folder of this session."""
+    before = os.environ.get("DOMAINSSL_CACHE")
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DOMAINSSL_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["DOMAINSSL_CACHE"]
+    else:
+        os.environ["DOMAINSSL_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse connections that leave this machine, unless the test is marked online."""
+    if request.node.get_closest_marker("online"):
+        return
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            host = str(address[0]) if isinstance(address, tuple) else str(address)
+            if host not in ("localhost", "::1", "0.0.0.0", "::") and not host.startswith("127."):
+                raise OSError(f"a test not marked 'online' tried to connect to {host!r}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root folder of the project."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with small real files ($DOMAINSSL_SAMPLE_DATA or ../shared/data), or a skip."""
+    named = os.environ.get("DOMAINSSL_SAMPLE_DATA")
+    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real sample data: neither $DOMAINSSL_SAMPLE_DATA nor ../shared/data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """Folder with the golden files of the references ($DOMAINSSL_GOLDEN_DIR or tests/golden)."""
+    named = os.environ.get("DOMAINSSL_GOLDEN_DIR")
+    folder = Path(named) if named else REPOSITORY / "tests" / "golden"
+    if not folder.is_dir():
+        pytest.fail(f"$DOMAINSSL_GOLDEN_DIR names {str(folder)!r}, which is not a folder")
+    return folder

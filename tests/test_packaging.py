@@ -1,0 +1,126 @@
+"""What is in the wheel, what it asks for, and that it runs away from the checkout."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+IGNORED = (".*", "build", "dist", "site", "runs", "lightning_logs", "__pycache__", "*.egg-info")
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built by way of the source distribution, as an index would offer it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "copy"
+    shutil.copytree(
+        REPOSITORY, copy, symlinks=True,
+        ignore=lambda where, names: (
+            shutil.ignore_patterns(*IGNORED, "tests", "docs")(where, names)
+            if Path(where) == REPOSITORY else shutil.ignore_patterns("__pycache__")(where, names)
+        ),
+    )  # fmt: skip
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), cwd=copy)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def names(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def requirements(wheel: Path) -> list[str]:
+    archive = zipfile.ZipFile(wheel)
+    (path,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+    return Parser().parsestr(archive.read(path).decode()).get_all("Requires-Dist") or []
+
+
+def test_wheel_holds_every_source_recipe_and_config_behind_the_links(wheel: Path) -> None:
+    expected = {"domainssl/py.typed"}
+    for folder in ("datamodules", "recipes", "configs", "domainssl"):
+        prefix = "" if folder == "domainssl" else "domainssl/"
+        for path in (REPOSITORY / folder).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".sh") and "__pycache__" not in path.parts:
+                expected.add(prefix + path.relative_to(REPOSITORY).as_posix())
+    assert {"domainssl/recipes/ssl4eo_croma.yaml", "domainssl/datamodules/ssl4eo.py"} <= expected
+    assert expected - names(wheel) == set()
+
+
+def test_wheel_installs_one_top_level_package_without_tests(wheel: Path) -> None:
+    top = {name.split("/")[0] for name in names(wheel)}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"domainssl"}
+    assert any(name.endswith("licenses/LICENSE") for name in names(wheel))
+
+
+def test_plain_install_asks_for_nothing_that_belongs_to_an_extra(wheel: Path) -> None:
+    plain = {re.split(r"[\s<>=!~;\[]", r)[0] for r in requirements(wheel) if "extra ==" not in r}
+    assert {"torch", "lightning", "jsonargparse", "safetensors"} <= plain
+    assert plain & {"zarr", "rasterio", "torchgeo", "monai", "nibabel", "openslide-python"} == set()
+
+
+def project() -> dict[str, object]:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+
+
+def test_constraints_pin_every_requirement_within_its_bounds() -> None:
+    from packaging.requirements import Requirement
+
+    text = (REPOSITORY / "constraints.txt").read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    pins = dict(line.split("==") for line in lines)
+    declared = project()
+    groups = [declared["dependencies"], *declared["optional-dependencies"].values()]  # type: ignore
+    for requirement in (Requirement(r) for group in groups for r in group):
+        if requirement.name == "domainssl":
+            continue
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        assert name in pins, f"constraints.txt does not pin {name}"
+        assert requirement.specifier.contains(pins[name]), (str(requirement), pins[name])
+
+
+def test_every_requirement_carries_its_reason() -> None:
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    listed = re.findall(r'^    "[A-Za-z][\w.\[\]-]*[<>=].*$|^    "types-.*$', text, re.MULTILINE)
+    assert len(listed) >= 30
+    assert [line for line in listed if not re.search(r'",\s+# \S+', line)] == []
+
+
+@pytest.mark.slow
+def test_installed_wheel_runs_the_recipe_away_from_the_checkout(
+    wheel: Path, tmp_path: Path
+) -> None:
+    site, work = tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    run(
+        sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
+        "--target", str(site), str(wheel), cwd=work,
+    )  # fmt: skip
+    where = run(
+        sys.executable, "-c", "import domainssl; print(domainssl.__file__)",
+        cwd=work, PYTHONPATH=str(site),
+    )  # fmt: skip
+    assert Path(where.strip()).is_relative_to(site)
+    run(
+        sys.executable, "-m", "domainssl", "fit", "--config", "recipes/ssl4eo_croma.yaml",
+        "--trainer.max_epochs=1", cwd=work, PYTHONPATH=str(site),
+    )  # fmt: skip
+    assert list(work.rglob("*.ckpt")), "the run left no checkpoint"

@@ -1,0 +1,188 @@
+"""The layout rules that keep data, methods and tools independent of each other."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGE = REPOSITORY / "domainssl"
+
+BASE = {"errors", "arguments", "modality", "distributed", "cache"}
+NETWORK = BASE | {"nn", "losses"}
+# What each part may import, besides itself.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "arguments": {"errors"},
+    "modality": {"errors", "arguments"},
+    "distributed": {"errors"},
+    "cache": {"errors"},
+    "readers": BASE,
+    "datamodules": BASE | {"readers"},
+    "nn": BASE,
+    "losses": BASE | {"nn"},
+    "backbones": NETWORK,
+    "objectives": NETWORK | {"backbones"},
+    "tasks": NETWORK | {"backbones"},
+    "evaluation": NETWORK | {"backbones"},
+    "checkpoints": BASE | {"backbones"},
+    "inference": BASE | {"readers", "backbones"},
+    "callbacks": NETWORK | {"backbones", "evaluation", "objectives"},
+}
+EVERYTHING = {*ALLOWED, "cli"}
+ALLOWED["cli"] = EVERYTHING
+ALLOWED["__main__"] = {"cli"}
+ALLOWED["__init__"] = {"modality", "backbones", "errors"}
+
+
+def sources() -> list[Path]:
+    """All Python files of the package, links followed, relative to it."""
+    found = []
+    for folder, folders, files in os.walk(PACKAGE, followlinks=True):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        found += [Path(folder, f).relative_to(PACKAGE) for f in files if f.endswith(".py")]
+    return sorted(found)
+
+
+def part(path: Path) -> str:
+    return path.parts[0].removesuffix(".py")
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and full name of everything imported, lazily or not, except for type checkers."""
+    for node in ast.iter_child_nodes(tree):
+        if _is_type_checking(node):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+        else:
+            yield from imports(node)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse((PACKAGE / path).read_text(encoding="utf-8"), filename=str(path))
+
+
+def test_the_scan_follows_the_links_into_the_package() -> None:
+    parts = {part(path) for path in sources()}
+    assert {"datamodules", "objectives", "backbones", "nn", "cli"} <= parts
+    for link in ("datamodules", "recipes", "configs"):
+        assert os.readlink(PACKAGE / link) == f"../{link}"
+
+
+def test_every_part_of_the_package_has_a_rule() -> None:
+    assert {part(path) for path in sources()} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_imports_point_in_the_allowed_direction(path: Path) -> None:
+    own = part(path)
+    wrong = []
+    for line, name in imports(parse(path)):
+        parts = name.split(".")
+        if parts[0] in ("datamodules", "recipes", "configs"):
+            wrong.append(f"line {line}: {name}; import domainssl.{parts[0]}")
+        if parts[0] == "domainssl" and parts[1] in EVERYTHING - ALLOWED[own] - {own}:
+            wrong.append(f"line {line}: {own} must not import {name}")
+        if name.startswith("torch.distributed") and own != "distributed" and _collective(name):
+            wrong.append(f"line {line}: {name}; only domainssl.distributed calls collectives")
+    assert not wrong, f"{path}: " + "; ".join(wrong)
+
+
+def _collective(name: str) -> bool:
+    """Whether the import gives access to collectives; sharding classes and types do not."""
+    return not name.startswith(
+        (
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor",
+            "torch.distributed.device_mesh",
+            "torch.distributed.checkpoint",
+            "torch.distributed._composable",
+        )
+    )
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_every_file_opens_with_a_docstring_and_names_what_it_offers(path: Path) -> None:
+    tree = parse(path)
+    if not tree.body:
+        return  # an empty __init__.py
+    assert ast.get_docstring(tree), f"{path}: no module docstring"
+    if path.name in ("__init__.py", "__main__.py"):
+        return
+    names = [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    ]
+    assert "__all__" in names, f"{path}: no __all__"
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = (PACKAGE / path).read_text(encoding="utf-8")
+    assert text.count("\n") <= 430, f"{path}: {text.count(chr(10))} lines, wanted at most 400"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.body:
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert length <= 60, f"{path}: {node.name} has {length} lines, wanted at most 60"
+
+
+IMPORT_EVERYTHING = """
+import importlib, pkgutil, sys
+
+EXTRAS = {"zarr", "numcodecs", "xarray", "rasterio", "pyproj", "torchgeo", "monai", "nibabel",
+          "pydicom", "openslide", "tifffile", "pandas", "geopandas", "matplotlib"}
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in EXTRAS:
+            raise ModuleNotFoundError(f"{name!r} belongs to an extra", name=name)
+
+import domainssl
+assert "torch" not in sys.modules, "import domainssl must not import torch"
+import torch
+import lightning.pytorch  # its own imports are not ours to forbid
+sys.meta_path.insert(0, Block())
+before = (torch.initial_seed(), torch.get_default_dtype(), torch.get_num_threads(),
+          torch.get_float32_matmul_precision(), torch.get_rng_state().sum().item(),
+          torch.are_deterministic_algorithms_enabled())
+count = 0
+for module in pkgutil.walk_packages(domainssl.__path__, "domainssl."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        count += 1
+after = (torch.initial_seed(), torch.get_default_dtype(), torch.get_num_threads(),
+         torch.get_float32_matmul_precision(), torch.get_rng_state().sum().item(),
+         torch.are_deterministic_algorithms_enabled())
+assert before == after, (before, after)
+print("imported", count)
+"""
+
+
+def test_every_module_imports_without_the_extras_and_without_side_effects(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DOMAINSSL_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORT_EVERYTHING],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) >= 20
+    assert not list(tmp_path.iterdir()), "importing wrote files"
