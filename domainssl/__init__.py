@@ -1,0 +1,35 @@
+"""Self-supervised pretraining for co-registered scientific imagery.
+
+The names below are imported on first use, so that `import domainssl` stays instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from domainssl.backbones.card import export_backbone
+    from domainssl.backbones.registry import list_backbones, load_backbone
+    from domainssl.modality import Modality
+
+__all__ = ["Modality", "__version__", "export_backbone", "list_backbones", "load_backbone"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Modality": "domainssl.modality",
+    "export_backbone": "domainssl.backbones.card",
+    "list_backbones": "domainssl.backbones.registry",
+    "load_backbone": "domainssl.backbones.registry",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'domainssl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

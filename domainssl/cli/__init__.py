@@ -1,0 +1,115 @@
+"""The command line: one verb per file in `domainssl/cli/verbs`.
+
+A verb is a module with a docstring, whose first line is its help, and a function
+`run(argv: list[str]) -> int`. Its file name is the verb. Only the chosen verb is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from domainssl.errors import DomainSSLError, nearest
+
+__all__ = ["main", "verbs"]
+
+_ORDER = ("fit", "validate", "test", "predict", "recipes", "inspect", "stats", "export", "doctor")
+_FOLDER = Path(__file__).parent / "verbs"
+
+
+def verbs() -> dict[str, str]:
+    """Return every verb with its line of help, the usual ones first."""
+    found = {p.stem: p for p in _FOLDER.glob("*.py") if not p.stem.startswith("_")}
+    rank = {verb: position for position, verb in enumerate(_ORDER)}
+    names = sorted(found, key=lambda verb: (rank.get(verb, len(rank)), verb))
+    return {verb: _first_line(found[verb]) for verb in names}
+
+
+def _first_line(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0]
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {verb:<10} {line}" for verb, line in verbs().items())
+    return (
+        "usage: python -m domainssl VERB [options]\n\n"
+        "Self-supervised pretraining for co-registered scientific imagery.\n\n"
+        f"verbs:\n{rows}\n\n"
+        "start with:\n"
+        "  python -m domainssl recipes\n"
+        "  python -m domainssl fit --config recipes/ssl4eo_croma.yaml\n\n"
+        "`python -m domainssl VERB --help` explains a verb; --debug shows where an error arose;\n"
+        "--version prints the version."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: The words after `python -m domainssl`; None takes them from the process.
+
+    Returns:
+        0 on success, 2 when something has to be corrected by the user, 1 for any other
+        failure, 130 after an interrupt.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help() + "\n")
+        return 0
+    if words[0] == "--version":
+        from domainssl import __version__
+
+        sys.stdout.write(f"domainssl {__version__}\n")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in verbs():
+        _complain(_unknown_verb(verb))
+        return 2
+    try:
+        return int(importlib.import_module(f"domainssl.cli.verbs.{verb}").run(rest))
+    except KeyboardInterrupt:
+        _complain("Interrupted.")
+        return 130
+    except SystemExit as stop:  # argparse and jsonargparse leave this way after --help
+        return stop.code if isinstance(stop.code, int) else 2 if stop.code else 0
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, DomainSSLError) or type(error).__name__ == "MisconfigurationException":
+            _complain(str(error))
+            return 2
+        traceback.print_exc()
+        _complain(f"{verb} failed: {type(error).__name__}: {error}")
+        return 1
+
+
+def _unknown_verb(word: str) -> str:
+    if word.startswith("-"):
+        return (
+            f"Option {word!r} stands before the verb. Write the verb first:\n"
+            f"python -m domainssl fit {word} …   Verbs: {', '.join(verbs())}"
+        )
+    return f"Unknown verb {word!r}.{nearest(word, verbs())} Verbs: {', '.join(verbs())}"
+
+
+def _complain(text: str) -> None:
+    """Write an error to stderr, on the first process of the node only."""
+    if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
+        return
+    from domainssl.cli.console import error_console
+
+    error_console().print(f"[bold red]error:[/] {_escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,24 @@
+"""Where the command line writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console", "error_console"]
+
+
+def console() -> Console:
+    """Return a console on the current stdout."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def error_console() -> Console:
+    """Return a console on the current stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)

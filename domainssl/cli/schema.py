@@ -1,0 +1,144 @@
+"""Read what a class accepts from its constructor, and say it in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union
+
+__all__ = ["Parameter", "dataclasses_in", "in_words", "parameters", "rejects"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One constructor argument: its annotation and whether it must be given."""
+
+    name: str
+    hint: Any
+    is_required: bool
+
+
+def parameters(cls: type) -> tuple[dict[str, Parameter], bool]:
+    """Return the arguments of a class, and whether it takes others that are not listed.
+
+    `**kwargs` are followed to the constructors of the base classes.
+    """
+    found: dict[str, Parameter] = {}
+    for owner in inspect.getmro(cls):
+        init = owner.__dict__.get("__init__")
+        if init is None:
+            continue
+        if owner is object:
+            return found, False
+        hints = _hints(init)
+        passes_on = False
+        for item in list(inspect.signature(init).parameters.values())[1:]:
+            if item.kind is inspect.Parameter.VAR_KEYWORD:
+                passes_on = True
+            elif item.kind is not inspect.Parameter.VAR_POSITIONAL:
+                required = item.default is inspect.Parameter.empty
+                hint = hints.get(item.name, Any)
+                found.setdefault(item.name, Parameter(item.name, hint, required))
+        if not passes_on:
+            return found, False
+    return found, False
+
+
+def _hints(function: object) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # names that exist for type checkers only
+        return {}
+
+
+def alternatives(hint: Any) -> Iterator[Any]:
+    """Yield the members of a union, or the annotation itself."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        for member in typing.get_args(hint):
+            yield from alternatives(member)
+    else:
+        yield hint
+
+
+def dataclasses_in(hint: Any) -> list[type]:
+    """Return the dataclasses that a value with this annotation may be."""
+    return [m for m in alternatives(hint) if isinstance(m, type) and dataclasses.is_dataclass(m)]
+
+
+def mapping_values(hint: Any) -> Any | None:
+    """Return the annotation of the values when the annotation is a mapping."""
+    for member in alternatives(hint):
+        origin = typing.get_origin(member)
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            return typing.get_args(member)[1]
+        if isinstance(member, type) and issubclass(member, Mapping):
+            return Any
+    return None
+
+
+def choices(hint: Any) -> list[Any]:
+    """Return the values that `Literal` members of the annotation allow."""
+    members = [m for m in alternatives(hint) if typing.get_origin(m) is Literal]
+    return [value for member in members for value in typing.get_args(member)]
+
+
+def in_words(hint: Any) -> str:
+    """Return an annotation as a reader of a configuration would say it."""
+    words = []
+    for member in alternatives(hint):
+        origin, args = typing.get_origin(member), typing.get_args(member)
+        if member is type(None):
+            words.append("null")
+        elif origin is Literal:
+            words += [repr(value) for value in args]
+        elif origin in (list, tuple, set, frozenset) or (
+            isinstance(origin, type) and issubclass(origin, typing.Iterable)  # type: ignore[arg-type]
+        ):
+            words.append(_container(origin, args))
+        elif isinstance(member, type):
+            words.append({"str": "text", "bool": "true or false"}.get(member.__name__) or
+                         _plain_name(member))
+        else:
+            words.append(str(member).replace("typing.", ""))
+    words = list(dict.fromkeys(words))
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _plain_name(member: type) -> str:
+    return {"int": "a whole number", "float": "a number"}.get(member.__name__, member.__name__)
+
+
+def _container(origin: Any, args: tuple[Any, ...]) -> str:
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping of {in_words(args[1])}" if len(args) > 1 else "a mapping"
+    if origin is tuple and args and Ellipsis not in args:
+        return f"a list of {len(args)} values"
+    return f"a list of {in_words(args[0])}" if args else "a list"
+
+
+def rejects(hint: Any, value: Any) -> bool:
+    """Return True when jsonargparse refuses the value for this annotation.
+
+    An annotation that jsonargparse cannot read rejects nothing; the parser that
+    instantiates the class has the last word.
+    """
+    if hint is Any or hint is inspect.Parameter.empty:
+        return False
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_argument("--value", type=hint)
+    except (ValueError, TypeError):
+        return False
+    try:
+        parser.parse_object({"value": value})
+    except (ArgumentError, TypeError, ValueError):
+        return True
+    return False

@@ -1,0 +1,12 @@
+"""Train an objective: --config recipes/NAME.yaml [--config configs/…]"""
+
+from __future__ import annotations
+
+__all__ = ["run"]
+
+
+def run(argv: list[str]) -> int:
+    """Run `Trainer.fit` on a composed and checked configuration."""
+    from domainssl.cli.train import run_verb
+
+    return run_verb("fit", argv)

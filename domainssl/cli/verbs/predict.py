@@ -1,0 +1,12 @@
+"""Run the backbone of a checkpoint over the prediction data."""
+
+from __future__ import annotations
+
+__all__ = ["run"]
+
+
+def run(argv: list[str]) -> int:
+    """Run `Trainer.predict` on a composed and checked configuration."""
+    from domainssl.cli.train import run_verb
+
+    return run_verb("predict", argv)

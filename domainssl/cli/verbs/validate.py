@@ -1,0 +1,12 @@
+"""Measure a checkpoint on the validation data."""
+
+from __future__ import annotations
+
+__all__ = ["run"]
+
+
+def run(argv: list[str]) -> int:
+    """Run `Trainer.validate` on a composed and checked configuration."""
+    from domainssl.cli.train import run_verb
+
+    return run_verb("validate", argv)
