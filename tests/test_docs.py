@@ -1,0 +1,171 @@
+"""What the README and the documentation print is real: commands, options, Python, tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import textwrap
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+# The line before a block of Python that needs what is not here (data, a GPU, a finished run).
+NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    is_run: bool
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    found: list[Block] = []
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start: int | None = None
+    for number, line in enumerate(lines):
+        if not line.strip().startswith("```"):
+            continue
+        if start is None:
+            start = number
+            continue
+        language = lines[start].strip().removeprefix("```").strip()
+        text = textwrap.dedent("\n".join(lines[start + 1 : number]))
+        is_run = not (start and NOT_RUN.fullmatch(lines[start - 1].strip()))
+        if language in languages:
+            found.append(Block(page, start + 2, language, text, is_run))
+        start = None
+    assert start is None, f"{page.name}: a fenced block is not closed"
+    return found
+
+
+def commands(page: Path) -> list[tuple[int, list[str]]]:
+    """Words of every shell command of a page, with its line; comments dropped, lines joined."""
+    found = []
+    for block in blocks(page, "bash"):
+        text = block.text.replace("\\\n", " ")
+        for offset, line in enumerate(text.splitlines()):
+            words = shlex.split(line, comments=True)
+            if words:
+                found.append((block.line + offset, words))
+    return found
+
+
+def our_commands(verb: str = "") -> list[object]:
+    """Every `python -m domainssl` command of all pages, as parameters."""
+    return [
+        pytest.param(words[3:], id=f"{page.stem}:{line}")
+        for page in PAGES
+        for line, words in commands(page)
+        if words[:3] == ["python", "-m", "domainssl"] and (not verb or words[3:4] == [verb])
+    ]
+
+
+def relative(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    first = blocks(REPOSITORY / "README.md", "bash")[0]
+    assert first.text.split("\n") == ["make fit", "make test"]
+    assert first.line <= 8
+
+
+def test_documented_make_targets_exist() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    named = {w[1] for page in PAGES for _, w in commands(page) if w[0] == "make"}
+    assert {"fit", "test"} <= named <= targets
+
+
+def test_documented_extras_exist() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    text = "".join(page.read_text() for page in PAGES)
+    named = {e for group in re.findall(r"domainssl\[([a-z,]+)\]", text) for e in group.split(",")}
+    assert {"geo", "medical", "pathology", "all"} <= named <= set(project["optional-dependencies"])
+
+
+def test_documented_verbs_exist() -> None:
+    from domainssl.cli import verbs
+
+    named = {parameter.values[0][0] for parameter in our_commands()}  # type: ignore[attr-defined]
+    assert {"fit", "inspect", "export", "doctor", "recipes"} <= named
+    assert {word for word in named if not word.startswith("-")} <= set(verbs())
+
+
+@pytest.mark.parametrize("words", our_commands("fit"))
+def test_documented_fit_commands_name_valid_options(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from domainssl.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(REPOSITORY / "recipes")
+    words = [word for word in words if not word.startswith("--ckpt_path")]
+    code = main([*words, "--print_config"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert "model:" in out or "--help" in words
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=relative)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "documentation"}
+    for block in blocks(page, "python"):
+        code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+        if block.is_run:
+            exec(code, namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{relative(page)}: {target}"
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(REPOSITORY / n for n in ("Makefile", "pyproject.toml"))], ids=relative
+)
+def test_no_page_names_a_machine_path(page: Path) -> None:
+    found = re.findall(r"(?<![\w.~])/(?:home|root|work|Users)/\S*", page.read_text("utf-8"))
+    assert not found
+
+
+def option_table(page: Path) -> dict[str, tuple[str, str]]:
+    """Rows `option | default | reference | ...` of the table below the heading Options."""
+    section = page.read_text(encoding="utf-8").split("\n## Options\n")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip().strip("`") for cell in line.strip().strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("| `")
+    ]
+    return {row[0]: (row[1], row[2]) for row in rows}
+
+
+def test_croma_option_table_is_what_the_code_does() -> None:
+    from domainssl.objectives.croma import CROMAOptions
+
+    table = option_table(REPOSITORY / "docs" / "objectives" / "croma.md")
+    names = [field.name for field in dataclasses.fields(CROMAOptions)]
+    assert sorted(table) == sorted(names)
+    for column, reference in enumerate((False, True)):
+        resolved = CROMAOptions().resolve(reference)
+        for name in names:
+            assert _text(getattr(resolved, name)) == table[name][column], (name, reference)
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
