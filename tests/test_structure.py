@@ -14,12 +14,13 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "domainssl"
 
-BASE = {"errors", "arguments", "modality", "distributed", "cache"}
+BASE = {"errors", "arguments", "options", "modality", "distributed", "cache"}
 NETWORK = BASE | {"nn", "losses"}
 # What each part may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "arguments": {"errors"},
+    "options": {"errors"},
     "modality": {"errors", "arguments"},
     "distributed": {"errors"},
     "cache": {"errors"},
