@@ -40,6 +40,8 @@ VERB_KEYS: dict[str, dict[str, Any]] = {
 LINKED = ("modalities", "context_size")
 """Arguments of the model that are taken from the data when they are not written."""
 
+_FILLED_IN = {"model": LINKED, "loggers": ("save_dir",), "callbacks": ("dirpath",)}
+
 _MOVED = {
     "callbacks": "Write callbacks at the top level, by name: `callbacks: {progress: {class_path: …}}`.",
     "logger": "Write loggers at the top level, by name: `loggers: {wandb: {class_path: WandbLogger}}`.",
@@ -65,7 +67,7 @@ class Checker:
         self.classes: dict[str, type] = {}
 
     def run(self) -> list[Mistake]:
-        """Return all mistakes, those of the files first."""
+        """Return all mistakes, file by file and line by line, then those of the command line."""
         accepted = OWN_KEYS | VERB_KEYS[self.verb]
         sections = ("trainer", *CLASS_SECTIONS, *NAMED_SECTIONS)
         for key, node in self.tree.children.items():
@@ -83,7 +85,8 @@ class Checker:
                 for name, member in node.children.items():
                     self.spec(member, f"{key}.{name}", key)
         self._missing_sections()
-        return self.mistakes
+        files = self.composition.files
+        return sorted(self.mistakes, key=lambda mistake: _position(mistake.where, files))
 
     def add(self, found: str, where: Where | None, advice: str = "") -> None:
         """Record one mistake."""
@@ -103,7 +106,7 @@ class Checker:
 
     def _unknown_top_level(self, key: str, node: Node, accepted: list[str]) -> None:
         advice = f"{nearest(key, accepted)} Accepted: {', '.join(accepted)}"
-        if key in parameters(_trainer_class())[0] and key not in _MOVED:
+        if key in parameters(_trainer_class()) and key not in _MOVED:
             advice = f"It belongs to the trainer: trainer.{key}"
         for section in CLASS_SECTIONS:
             known = self._known_arguments(section)
@@ -116,7 +119,7 @@ class Checker:
         if node is None or not isinstance(node.value, str):
             return {}
         cls = self._import(node, section, section, quiet=True)
-        return parameters(cls)[0] if cls is not None else {}
+        return parameters(cls) if cls is not None else {}
 
     def classes_name(self, section: str) -> str:
         """Return the class name that the section gives."""
@@ -124,7 +127,7 @@ class Checker:
         return str(node.value).rpartition(".")[2] if node is not None else section
 
     def _trainer(self, node: Node) -> None:
-        known = {k: p for k, p in parameters(_trainer_class())[0].items() if k not in _MOVED}
+        known = {k: p for k, p in parameters(_trainer_class()).items() if k not in _MOVED}
         for key, child in node.children.items():
             if key in _MOVED:
                 self.add(f"'trainer.{key}' is not set here", child.where, _MOVED[key])
@@ -152,7 +155,7 @@ class Checker:
             return
         named = node.get("class_path")
         cls = self._import(named, path, kind, hint) if named is not None else None
-        known = parameters(cls)[0] if cls is not None else {}
+        known = parameters(cls) if cls is not None else {}
         for key, child in node.children.items():
             if key in ("class_path", "init_args"):
                 continue
@@ -169,11 +172,14 @@ class Checker:
         if arguments is not None and arguments.value is None:
             node.children["init_args"] = arguments = Node({}, arguments.where)
         if arguments is not None and not arguments.is_mapping:
-            self.add(f"'{path}.init_args' holds {arguments.value!r}", arguments.where,
-                     "It is a mapping of argument names to values.")
+            self.add(
+                f"'{path}.init_args' holds {arguments.value!r}",
+                arguments.where,
+                "It is a mapping of argument names to values.",
+            )
             return
-        linked = LINKED if kind == "model" else ()
-        self._arguments(arguments, node.where, f"{path}.init_args", cls.__name__, known, linked)
+        filled = _FILLED_IN.get(kind, ())
+        self._arguments(arguments, node.where, f"{path}.init_args", cls.__name__, known, filled)
 
     def _arguments(
         self,
@@ -182,7 +188,7 @@ class Checker:
         path: str,
         owner: str,
         known: dict[str, Parameter],
-        linked: tuple[str, ...] = (),
+        filled: tuple[str, ...] = (),
     ) -> None:
         given = node.children if node is not None else {}
         for key, child in given.items():
@@ -191,7 +197,7 @@ class Checker:
             else:
                 self._unknown_key(f"{path}.{key}", child.where, owner, list(known))
         for name, parameter in known.items():
-            if parameter.is_required and name not in given and name not in linked:
+            if parameter.is_required and name not in given and name not in filled:
                 advice = f"Write {path}.{name}: {in_words(parameter.hint)}"
                 self.add(f"{owner} needs {name!r}", where, advice)
 
@@ -202,11 +208,11 @@ class Checker:
             if "class_path" in node.children:
                 self.spec(node, path, "nested", hint)
                 return
-            if len(inner) == 1 and mapping_values(hint) is None:
+            if len(inner) == 1:
                 hints = typing.get_type_hints(inner[0])
                 known = {
                     name: Parameter(name, hints.get(name, Any), parameter.is_required)
-                    for name, parameter in parameters(inner[0])[0].items()
+                    for name, parameter in parameters(inner[0]).items()
                 }
                 self._arguments(node, node.where, path, inner[0].__name__, known)
                 return
@@ -245,8 +251,11 @@ class Checker:
             dotted, names = name if "." in name else table.get(name), sorted(table)
         if dotted is None:
             advice = f"{nearest(name, names)} Known: {', '.join(names)}. Others by dotted path."
-            self.add(f"Unknown {_KIND_WORDS.get(kind, 'class')} class {name!r} in {path!r}",
-                     node.where, advice)
+            self.add(
+                f"Unknown {_KIND_WORDS.get(kind, 'class')} class {name!r} in {path!r}",
+                node.where,
+                advice,
+            )
             return None
         module_name, _, class_name = dotted.rpartition(".")
         try:
@@ -263,11 +272,20 @@ class Checker:
             return None
         base = _base_class(kind)
         if base is not None and not issubclass(cls, base):
-            self.add(f"{path!r}: {class_name!r} is no {_KIND_WORDS[kind]}", node.where,
-                     f"Expected a subclass of {base.__name__}.")
+            self.add(
+                f"{path!r}: {class_name!r} is no {_KIND_WORDS[kind]}",
+                node.where,
+                f"Expected a subclass of {base.__name__}.",
+            )
             return None
         node.value = dotted
         return cls
+
+
+def _position(where: Where | None, files: list[str]) -> tuple[int, int]:
+    if where is None or where.file not in files:
+        return len(files), 0
+    return files.index(where.file), where.line or 0
 
 
 def _near_class(name: str, kind: str) -> str:

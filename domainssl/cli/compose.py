@@ -10,10 +10,13 @@ from domainssl.cli import catalog
 from domainssl.cli.nodes import Mistake, Node, Where, mapping, parse
 from domainssl.errors import nearest
 
-__all__ = ["CLASS_SECTIONS", "NAMED_SECTIONS", "Composition", "compose"]
+__all__ = ["CLASS_SECTIONS", "DEFAULT_LOGGERS", "NAMED_SECTIONS", "Composition", "compose"]
 
 CLASS_SECTIONS = ("model", "data")
 NAMED_SECTIONS = ("callbacks", "loggers")
+DEFAULT_LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger"}
+"""Loggers of every run; `loggers: {tensorboard: null}` removes one."""
+
 _COMMAND_LINE = "command line"
 _SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 _FLAGS = ("--print_config",)
@@ -48,6 +51,11 @@ def compose(argv: list[str]) -> Composition:
             `--key.path=value` or `--key.path value`.
     """
     result = Composition(tree=mapping(Where(_COMMAND_LINE)))
+    defaults = {
+        name: mapping(Where("defaults"), {"class_path": Node(class_name, Where("defaults"))})
+        for name, class_name in DEFAULT_LOGGERS.items()
+    }
+    result.tree.children["loggers"] = mapping(Where("defaults"), defaults)
     files, overrides = _split(argv, result)
     loaded = [(name, _load(name, result)) for name in files]
     _check_order([(name, tree) for name, tree in loaded if tree is not None], result)

@@ -22,30 +22,32 @@ class Parameter:
     is_required: bool
 
 
-def parameters(cls: type) -> tuple[dict[str, Parameter], bool]:
-    """Return the arguments of a class, and whether it takes others that are not listed.
+def parameters(cls: type) -> dict[str, Parameter]:
+    """Return the arguments of a class by name.
 
-    `**kwargs` are followed to the constructors of the base classes.
+    `**kwargs` are followed to the constructors of the base classes; what a base class
+    requires is taken to be given by the class itself.
     """
     found: dict[str, Parameter] = {}
+    first = next(owner for owner in inspect.getmro(cls) if "__init__" in owner.__dict__)
     for owner in inspect.getmro(cls):
         init = owner.__dict__.get("__init__")
         if init is None:
             continue
         if owner is object:
-            return found, False
+            return found
         hints = _hints(init)
         passes_on = False
         for item in list(inspect.signature(init).parameters.values())[1:]:
             if item.kind is inspect.Parameter.VAR_KEYWORD:
                 passes_on = True
             elif item.kind is not inspect.Parameter.VAR_POSITIONAL:
-                required = item.default is inspect.Parameter.empty
+                required = item.default is inspect.Parameter.empty and owner is first
                 hint = hints.get(item.name, Any)
                 found.setdefault(item.name, Parameter(item.name, hint, required))
         if not passes_on:
-            return found, False
-    return found, False
+            return found
+    return found
 
 
 def _hints(function: object) -> dict[str, Any]:
@@ -102,8 +104,9 @@ def in_words(hint: Any) -> str:
         ):
             words.append(_container(origin, args))
         elif isinstance(member, type):
-            words.append({"str": "text", "bool": "true or false"}.get(member.__name__) or
-                         _plain_name(member))
+            words.append(
+                {"str": "text", "bool": "true or false"}.get(member.__name__) or _plain_name(member)
+            )
         else:
             words.append(str(member).replace("typing.", ""))
     words = list(dict.fromkeys(words))
