@@ -51,7 +51,7 @@ lint: $(STAMP) ## ruff, format check, mypy
 	$(PY) -m mypy
 
 docs: $(STAMP) ## build the documentation, warnings are errors
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 wheel: $(STAMP) ## build wheel and sdist into dist/
 	$(PY) -m build --no-isolation
