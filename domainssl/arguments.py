@@ -52,7 +52,10 @@ class Recorded:
         except TypeError:
             return self  # __init__ raises the same error, or copy and pickle restore the dict
         bound.apply_defaults()
-        names = list(bound.arguments)[1:]
-        recorded = {name: plain(bound.arguments[name]) for name in names}
+        recorded = {}
+        for name in list(bound.arguments)[1:]:
+            is_open = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            value = plain(bound.arguments[name])
+            recorded.update(value if is_open else {name: value})
         object.__setattr__(self, "arguments", recorded)
         return self

@@ -1,0 +1,1 @@
+"""Pretraining methods, one file each; `base.py` holds what they share."""
