@@ -155,7 +155,9 @@ class Modality:
         try:
             return cls(**value)
         except TypeError as error:
-            raise ConfigError(f"A modality cannot be built from {dict(value)!r}: {error}.") from error
+            raise ConfigError(
+                f"A modality cannot be built from {dict(value)!r}: {error}."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data."""
@@ -319,9 +321,7 @@ def collate(samples: Sequence[Any]) -> Batch:
     return batch
 
 
-def _stack(
-    name: str, modality: str, companion: str, values: list[Tensor], batch: Batch
-) -> Tensor:
+def _stack(name: str, modality: str, companion: str, values: list[Tensor], batch: Batch) -> Tensor:
     """Stack the values of one key, padding the axis that may vary."""
     shapes = {tuple(v.shape) for v in values}
     if len(shapes) == 1:

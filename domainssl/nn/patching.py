@@ -63,11 +63,19 @@ def unpatchify(
     """Undo `patchify`: (B, N, P·C) -> (B, C, H, W) or (B, C, X, Y, Z)."""
     if len(grid) == 2:
         order = "c p q" if channels_first else "p q c"
-        sizes = dict(h=grid[0], w=grid[1], p=patch_size, q=patch_size)
-        return rearrange(tokens, f"b (h w) ({order}) -> b c (h p) (w q)", **sizes)
+        h, w = grid
+        return rearrange(
+            tokens,
+            f"b (h w) ({order}) -> b c (h p) (w q)",
+            h=h,
+            w=w,
+            p=patch_size,
+            q=patch_size,
+        )
     order = "c p q r" if channels_first else "p q r c"
-    sizes = dict(x=grid[0], y=grid[1], z=grid[2], p=patch_size, q=patch_size, r=patch_size)
-    return rearrange(tokens, f"b (x y z) ({order}) -> b c (x p) (y q) (z r)", **sizes)
+    cut = {"p": patch_size, "q": patch_size, "r": patch_size}
+    sizes = dict(zip("xyz", grid, strict=True))
+    return rearrange(tokens, f"b (x y z) ({order}) -> b c (x p) (y q) (z r)", **cut, **sizes)
 
 
 def patch_fraction(mask: Tensor, patch_size: int) -> Tensor:

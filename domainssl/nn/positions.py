@@ -20,6 +20,7 @@ def sincos_positions(coords: Tensor, width: int, *, temperature: float = 10000.0
     Args:
         coords: Positions in patch units, (..., D).
         width: Length of the code; a multiple of 2·D.
+        temperature: Longest wavelength over 2 pi.
 
     Returns:
         float32 (..., width).

@@ -1,0 +1,1 @@
+"""Networks that everybody uses afterwards: one file per family, and the registry."""

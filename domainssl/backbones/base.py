@@ -1,0 +1,263 @@
+"""What every backbone is: raw physical values in, features out, normalisation included."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from domainssl.arguments import Recorded
+from domainssl.errors import ConfigError, DataError, WeightsError, nearest
+from domainssl.modality import Modality, as_modalities, check_batch
+from domainssl.nn.normalization import Normalizer
+
+__all__ = ["Backbone", "Features", "LoadReport"]
+
+
+@dataclass
+class Features:
+    """What a backbone says about a batch, keyed by modality name and `joint` for the fusion.
+
+    Attributes:
+        tokens: (B, N, E) per name.
+        pooled: One vector per item, (B, E) per name.
+        coords: Token positions in patch units, (N, D), or (B, K, D) after `keep`.
+        grid: Number of tokens per axis: (h, w), (t, h, w) or (x, y, z).
+        token_valid: bool (B, N); False where a token saw no valid pixel or its modality is absent.
+        dates: int32 days since 1970-01-01, (B,) or (B, T), where the batch has them.
+        cls: Class tokens (B, E) of backbones that have some.
+    """
+
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    pooled: dict[str, Tensor] = field(default_factory=dict)
+    coords: dict[str, Tensor] = field(default_factory=dict)
+    grid: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    token_valid: dict[str, Tensor] = field(default_factory=dict)
+    dates: dict[str, Tensor] = field(default_factory=dict)
+    cls: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _flatten(features: Features) -> tuple[list[Any], tuple[str, ...]]:
+    names = tuple(f.name for f in dataclasses.fields(Features))
+    return [getattr(features, name) for name in names], names
+
+
+_pytree.register_pytree_node(
+    Features,
+    _flatten,
+    lambda values, names: Features(**dict(zip(names, values, strict=True))),
+    serialized_type_name="domainssl.Features",
+)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a weights file.
+
+    Attributes:
+        matched: Names in the model that were filled.
+        missing: Names in the model that the file does not have.
+        unexpected: Names in the file that the model has no place for.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        def some(names: tuple[str, ...]) -> str:
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            return f"{len(names)} ({shown})" if names else "0"
+
+        return (
+            f"{len(self.matched)} tensors loaded, missing in the file: {some(self.missing)}, "
+            f"unexpected in the file: {some(self.unexpected)}"
+        )
+
+
+class Backbone(Recorded, nn.Module):
+    """Base of all backbones.
+
+    Subclasses call `super().__init__(modalities, forms)`, set `embed_dim` and write `encode`.
+
+    Args:
+        modalities: What goes in, by name; Modality objects or plain dicts.
+        forms: Normalisation form, one for all or one per modality (see `nn.normalization.Form`).
+
+    Attributes:
+        modalities: The modalities by name, with the statistics the backbone was built with.
+        embed_dim: Feature width per name, `joint` included where there is one.
+        normalizer: The sealed normalisation; its statistics are persistent buffers.
+    """
+
+    embed_dim: dict[str, int]
+
+    def __init__(
+        self,
+        modalities: Mapping[str, Modality | Mapping[str, Any]],
+        forms: str | Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self.modalities = as_modalities(modalities)
+        self.normalizer = Normalizer(self.modalities, forms)
+
+    def normalize(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the batch with its modalities normalised in float32, invalid values zero.
+
+        Raises:
+            DataError: The batch does not hold what the backbone was built for.
+        """
+        check_batch(batch, self.modalities)
+        out: dict[str, Any] = self.normalizer(batch)
+        return out
+
+    def encode(
+        self,
+        x: Mapping[str, Any],
+        keep: Mapping[str, Tensor] | None = None,
+        replace: Mapping[str, Tensor] | None = None,
+    ) -> Features:
+        """Run the network on a normalised batch.
+
+        Args:
+            x: What `normalize` returned; any subset of the modalities the method can use.
+            keep: Encode only these tokens, int64 (B, K) per modality.
+            replace: Put the mask token where True, bool (B, N) per modality.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: Mapping[str, Any]) -> Features:
+        """Return the features of raw physical values; see `Features` and `modality.Batch`."""
+        return self.encode(self.normalize(batch))
+
+    def feature_maps(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return tokens laid out on their grid, (B, E, h, w) or (B, E, x, y, z) per name."""
+        features = self(batch)
+        return {
+            name: tokens.transpose(1, 2).unflatten(2, features.grid[name])
+            for name, tokens in features.tokens.items()
+        }
+
+    def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters that only serve one modality.
+
+        They stay untouched in a step whose global batch lacks the modality.
+        """
+        raise NotImplementedError
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute transformer blocks in the backward pass instead of keeping activations."""
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = enabled
+
+    def check(self, modalities: Mapping[str, Modality | Mapping[str, Any]]) -> None:
+        """Compare the modalities of some data with those the weights were made for.
+
+        Raises:
+            WeightsError: A modality is unknown, or bands, their order, the unit or the kind
+                differ; all differences are told at once.
+        """
+        problems = []
+        for name, found in as_modalities(modalities).items():
+            if name not in self.modalities:
+                problems.append(
+                    f"{name}: this backbone has no such modality.{nearest(name, self.modalities)} "
+                    f"It knows {', '.join(self.modalities)}."
+                )
+                continue
+            problems += _differences(name, found, self.modalities[name])
+        if problems:
+            raise WeightsError("The data do not fit the backbone:\n  " + "\n  ".join(problems))
+
+    def load_tensors(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Copy the tensors whose name and shape fit, and say what was left over.
+
+        Raises:
+            WeightsError: A tensor of the right name has the wrong shape.
+        """
+        own = self.state_dict()
+        wrong = [
+            f"{name}: file {tuple(state[name].shape)}, model {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ]
+        if wrong:
+            raise WeightsError(
+                "Weights of another architecture or band count: " + "; ".join(wrong[:5])
+            )
+        self.load_state_dict({n: t for n, t in state.items() if n in own}, strict=False)
+        return LoadReport(
+            matched=tuple(n for n in own if n in state),
+            missing=tuple(n for n in own if n not in state),
+            unexpected=tuple(n for n in state if n not in own),
+        )
+
+    @classmethod
+    def from_reference(
+        cls,
+        state: Mapping[str, Any],
+        variant: Mapping[str, Any],
+        modalities: Mapping[str, Modality | Mapping[str, Any]] | None = None,
+    ) -> tuple[Self, LoadReport]:
+        """Build the backbone from the content of a published weights file.
+
+        Args:
+            state: What the file holds.
+            variant: Constructor arguments of the named variant.
+            modalities: What the data look like; None takes the published description.
+
+        Raises:
+            WeightsError: The family has no reference files, or the file is none of them.
+        """
+        raise WeightsError(f"{cls.__name__} has no reference weights to read.")
+
+
+def _differences(name: str, found: Modality, wanted: Modality) -> list[str]:
+    problems = []
+    if found.channels != wanted.channels:
+        what = (
+            "the same bands in another order"
+            if sorted(found.channels) == sorted(wanted.channels)
+            else f"{len(found.channels)} bands"
+        )
+        problems.append(
+            f"{name}: {what}: got {list(found.channels)}, the weights expect "
+            f"{len(wanted.channels)} in the order {list(wanted.channels)}. Choose these bands, "
+            "in this order, in the DataModule."
+        )
+    for attribute, remedy in (
+        ("value_unit", "Convert the values, or declare the unit they really have."),
+        ("kind", "Choose the DataModule options that give this kind."),
+    ):
+        got, expected = getattr(found, attribute), getattr(wanted, attribute)
+        if got != expected:
+            problems.append(
+                f"{name}: {attribute} is {got!r}, the weights expect {expected!r}. {remedy}"
+            )
+    return problems
+
+
+def refuse_replace(replace: object, name: str) -> None:
+    """Refuse `encode(replace=...)` for a backbone without a mask token.
+
+    Raises:
+        ConfigError: `replace` was given.
+    """
+    if replace is not None:
+        raise ConfigError(f"{name} has no mask token; pass `keep` instead of `replace`.")
+
+
+def common_size(x: Tensor, modality: Modality) -> tuple[int, ...]:
+    """Return the spatial size of a batch tensor, (H, W) or (X, Y, Z).
+
+    Raises:
+        DataError: The modality has no grid.
+    """
+    if modality.spatial_dims == 0:
+        raise DataError(f"{modality.name}: kind {modality.kind!r} has no grid to cut into patches.")
+    return tuple(x.shape[-modality.spatial_dims :])

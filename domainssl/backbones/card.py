@@ -1,0 +1,168 @@
+"""What users share: `backbone.safetensors` and, beside it, `backbone.json`, the card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors.torch import save
+
+from domainssl.arguments import plain
+from domainssl.backbones.base import Backbone
+from domainssl.errors import WeightsError
+
+__all__ = ["Card", "export_backbone", "read_card"]
+
+FORMAT = "domainssl.backbone/1"
+CARD_NAME, TENSORS_NAME = "backbone.json", "backbone.safetensors"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What goes into a backbone, in which units, and where it comes from.
+
+    Attributes:
+        name: Class of the backbone.
+        arguments: Constructor arguments.
+        modalities: Bands in order, unit, resolution and statistics, by modality name.
+        normalization: Form per modality.
+        embed_dim: Feature width per name.
+        sha256: Of the tensors file.
+        licence: Licence of the weights, as an SPDX name where there is one.
+        provenance: Free facts: objective, data identity, run, versions, sources.
+        format: Version of this file's layout.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    modalities: dict[str, dict[str, Any]]
+    normalization: dict[str, str]
+    embed_dim: dict[str, int]
+    sha256: str
+    licence: str = "unspecified"
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+
+
+def _describe(backbone: Backbone) -> dict[str, dict[str, Any]]:
+    """Return the modalities with the statistics that really normalise."""
+    described = {}
+    for name, modality in backbone.modalities.items():
+        facts = modality.to_dict()
+        statistics = backbone.normalizer.statistics(name)
+        if statistics is not None:
+            facts["mean"], facts["std"] = (s.double().tolist() for s in statistics)
+        described[name] = facts
+    return described
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def export_backbone(
+    backbone: Backbone,
+    folder: str | Path,
+    *,
+    licence: str = "unspecified",
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a backbone and its card.
+
+    Both files appear complete or not at all; the card, written last, names the hash of the
+    tensors, so that a pair of different exports is noticed.
+
+    Args:
+        backbone: What to write.
+        folder: Created where it does not exist.
+        licence: Licence of the weights.
+        provenance: Plain facts about their origin.
+        overwrite: Replace an earlier export.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        WeightsError: The folder already holds an export.
+        OSError: The disk is full or not writable.
+    """
+    folder = Path(folder)
+    target = folder / CARD_NAME
+    if target.exists() and not overwrite:
+        raise WeightsError(f"{target} exists already; pass overwrite=True (--overwrite).")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}
+    content = save(tensors)
+    modalities = _describe(backbone)
+    card = Card(
+        name=type(backbone).__name__,
+        arguments={**backbone.arguments, "modalities": modalities},
+        modalities=modalities,
+        normalization={name: str(form) for name, form in backbone.normalizer.forms.items()},
+        embed_dim=dict(backbone.embed_dim),
+        sha256=hashlib.sha256(content).hexdigest(),
+        licence=licence,
+        provenance=plain({"torch": torch.__version__, **(provenance or {})}),
+    )
+    text = json.dumps(asdict(card), indent=1, allow_nan=False)
+    target.unlink(missing_ok=True)
+    _write_atomically(folder / TENSORS_NAME, content)
+    _write_atomically(target, text.encode())
+    return target
+
+
+def read_card(path: Path) -> tuple[Card, bytes]:
+    """Read a card and the bytes of its tensors file, and compare their hash.
+
+    Args:
+        path: The folder, the card or the tensors file.
+
+    Raises:
+        WeightsError: A file is missing, damaged, or of another export.
+    """
+    folder = path if path.is_dir() else path.parent
+    card_path, tensors_path = folder / CARD_NAME, folder / TENSORS_NAME
+    if path.suffix == ".json":
+        card_path, tensors_path = path, path.with_suffix(".safetensors")
+    elif path.suffix == ".safetensors":
+        card_path, tensors_path = path.with_suffix(".json"), path
+    for needed in (card_path, tensors_path):
+        if not needed.is_file():
+            raise WeightsError(
+                f"{needed} does not exist; an exported backbone is the pair {CARD_NAME} and "
+                f"{TENSORS_NAME}. Copy both files, or export again."
+            )
+    try:
+        facts = json.loads(card_path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{card_path} is no JSON file: {error}.") from error
+    names = {f.name for f in fields(Card)}
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT or not names >= set(facts):
+        raise WeightsError(
+            f"{card_path} is no card of this version: expected 'format': {FORMAT!r}, found "
+            f"{facts.get('format') if isinstance(facts, dict) else type(facts).__name__!r}."
+        )
+    content = tensors_path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != facts["sha256"]:
+        raise WeightsError(
+            f"{tensors_path} has sha256 {digest[:16]}…, but {card_path.name} belongs to "
+            f"{facts['sha256'][:16]}…: the file is damaged or of another export. Copy both again."
+        )
+    return Card(**facts), content

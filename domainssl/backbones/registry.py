@@ -1,0 +1,210 @@
+"""Find backbones by name, and load their weights from every layout we know."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pickle
+import pkgutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors_bytes
+from safetensors.torch import load_file
+
+from domainssl import backbones
+from domainssl.backbones.base import Backbone, LoadReport
+from domainssl.backbones.card import read_card
+from domainssl.errors import WeightsError, nearest
+from domainssl.modality import Modality
+
+__all__ = ["backbone_class", "list_backbones", "load_backbone", "read_tensors"]
+
+logger = logging.getLogger(__name__)
+
+_NOT_FAMILIES = ("base", "card", "registry")
+
+
+def _families() -> dict[str, type[Backbone]]:
+    """Import every family's file and return the backbone classes by name."""
+    for module in pkgutil.iter_modules(backbones.__path__):
+        if module.name not in _NOT_FAMILIES:
+            importlib.import_module(f"{backbones.__name__}.{module.name}")
+
+    def below(cls: type[Backbone]) -> list[type[Backbone]]:
+        return [c for child in cls.__subclasses__() for c in (child, *below(child))]
+
+    return {cls.__name__: cls for cls in below(Backbone)}
+
+
+def _variants() -> dict[str, tuple[type[Backbone], dict[str, Any]]]:
+    return {
+        name: (cls, arguments)
+        for cls in _families().values()
+        for name, arguments in getattr(cls, "variants", {}).items()
+    }
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Return the names that `load_backbone` knows, such as `croma_base`.
+
+    Args:
+        pattern: Shell pattern, such as `croma_*`.
+    """
+    return sorted(name for name in _variants() if fnmatch(name, pattern))
+
+
+def backbone_class(name: str) -> type[Backbone]:
+    """Return the backbone class of a card.
+
+    Raises:
+        WeightsError: There is no such class; a class of your own must be imported first.
+    """
+    families = _families()
+    if name not in families:
+        raise WeightsError(
+            f"Unknown backbone class {name!r}.{nearest(name, families)} Known: "
+            f"{', '.join(families)}. Import the module that defines your own class first."
+        )
+    return families[name]
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Read a weights file without unpickling any class.
+
+    Raises:
+        WeightsError: The file is missing, damaged, or holds pickled objects.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; pass the path of a weights file.")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} holds pickled objects besides tensors and is refused, because unpickling "
+            "runs code of its author. Save its state_dict as safetensors where you trust it. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as weights: {error}.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
+    return content
+
+
+def load_backbone(
+    name_or_path: str | Path,
+    *,
+    weights: str | Path | None = None,
+    modalities: Mapping[str, Modality | Mapping[str, Any]] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    strict: bool = True,
+) -> Backbone:
+    """Load a backbone that takes raw physical values and normalises them itself.
+
+    Args:
+        name_or_path: An export (folder, card or tensors file), a checkpoint of a run (`.ckpt`),
+            or a name of `list_backbones()` together with `weights`.
+        weights: File in a layout that the family reads, for a name; `"random"` for a backbone
+            without weights.
+        modalities: What your data look like; bands, order and unit are compared with those of
+            the weights. Only with `weights="random"` do they decide the statistics.
+        arguments: Constructor arguments over those of the named variant.
+        strict: Raise when the file lacks tensors; otherwise only log what is missing.
+
+    Returns:
+        The backbone in evaluation mode, on the CPU.
+
+    Raises:
+        WeightsError: The name is unknown, the file cannot be used, or the data do not fit.
+    """
+    variants = _variants()
+    if str(name_or_path) in variants:
+        cls, variant = variants[str(name_or_path)]
+        return _load_variant(
+            str(name_or_path), cls, {**variant, **(arguments or {})}, weights, modalities, strict
+        )
+    path = Path(name_or_path)
+    if not path.exists():
+        raise WeightsError(
+            f"{str(name_or_path)!r} is neither a file or folder nor the name of a backbone."
+            f"{nearest(name_or_path, variants)} Known names: {', '.join(sorted(variants))}."
+        )
+    if weights is not None:
+        raise WeightsError(
+            f"{path} brings its own weights; leave out weights={str(weights)!r}, or pass a name."
+        )
+    if path.suffix == ".ckpt":
+        backbone = _load_checkpoint(path)
+    else:
+        backbone = _load_export(path)
+    if modalities is not None:
+        backbone.check(modalities)
+    return backbone.eval()
+
+
+def _load_variant(
+    name: str,
+    cls: type[Backbone],
+    variant: dict[str, Any],
+    weights: str | Path | None,
+    modalities: Mapping[str, Modality | Mapping[str, Any]] | None,
+    strict: bool,
+) -> Backbone:
+    if weights is None:
+        raise WeightsError(
+            f"{name!r} is an architecture; pass the file of its weights, "
+            f"load_backbone({name!r}, weights='…'), or weights='random' for an untrained one."
+        )
+    if str(weights) == "random":
+        if modalities is None:
+            raise WeightsError(f"{name!r} without weights needs modalities=… to be built for.")
+        return cls(**{"modalities": modalities, **variant}).eval()
+    backbone, report = cls.from_reference(read_tensors(Path(weights)), variant, modalities)
+    _tell(report, weights, strict)
+    return backbone.eval()
+
+
+def _tell(report: LoadReport, source: object, strict: bool) -> None:
+    if report.missing and strict:
+        raise WeightsError(
+            f"{source}: {report}. Pass strict=False to keep the initial values of what is missing."
+        )
+    level = logging.WARNING if report.missing else logging.INFO
+    logger.log(level, "%s: %s", source, report)
+
+
+def _load_export(path: Path) -> Backbone:
+    card, content = read_card(path)
+    try:
+        tensors = load_safetensors_bytes(content)
+        backbone = backbone_class(card.name)(**card.arguments)
+        backbone.load_state_dict(tensors, strict=True)
+    except (SafetensorError, TypeError, RuntimeError) as error:
+        raise WeightsError(f"{path}: card and tensors do not fit this version: {error}.") from error
+    return backbone
+
+
+def _load_checkpoint(path: Path) -> Backbone:
+    content = read_tensors(path)
+    facts = content.get("backbone")
+    if not isinstance(facts, dict) or "state_dict" not in content:
+        raise WeightsError(
+            f"{path} is no checkpoint of an objective of this library (it has no 'backbone' "
+            "entry). For reference files pass the name: load_backbone('croma_base', weights=path)."
+        )
+    backbone = backbone_class(facts["name"])(**facts["arguments"])
+    prefix = "backbone."
+    state = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in content["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    backbone.load_state_dict(state, strict=True)
+    return backbone

@@ -1,0 +1,60 @@
+"""Contrastive losses between the vectors of two modalities."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from domainssl.distributed import Gather, gather, global_mean, offset_of_rank
+
+__all__ = ["info_nce"]
+
+
+def info_nce(
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    *,
+    present: Tensor | None = None,
+    gather_keys: Gather = "grad",
+) -> Tensor:
+    """Compute the symmetric InfoNCE of paired vectors over the global batch.
+
+    `L = 1/2 [CE(s a b_all^T, y) + CE(s b a_all^T, y)]` with L2-normalised rows; every local row
+    is a query once per direction, the rows of all ranks are keys.
+
+    Args:
+        a: Vectors of the first modality, (B, E); normalised here.
+        b: Vectors of the second modality, (B, E); row i belongs to row i of `a`.
+        scale: Factor s on the cosine, (); differentiable.
+        present: bool (B,); False pairs are neither query nor key. None counts all.
+        gather_keys: `grad` lets gradients reach keys on every rank (the exact gradient of the
+            global loss), `detach` makes all keys constants, in a single process too.
+
+    Returns:
+        The loss, (); its mean over ranks is the loss of one process with the joined batch.
+        With no pair at all, a zero that is connected to the inputs.
+
+    Source: CLIP (Radford et al. 2021); CROMA's released code gathers with `detach`.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = (F.normalize(_float(x), dim=-1) for x in (a, b))
+        if present is None:
+            present = torch.ones(len(a), dtype=torch.bool, device=a.device)
+        keys_a, keys_b = gather(a, gather_keys), gather(b, gather_keys)
+        key_present = gather(present, "detach")
+        targets = torch.arange(len(a), device=a.device) + offset_of_rank(len(a), a.device)
+        count = present.to(a.dtype).sum()
+        total = a.new_zeros(())
+        for queries, keys in ((a, keys_b), (b, keys_a)):
+            logits = scale.to(a.dtype) * queries @ keys.T
+            # The lowest finite number instead of -inf: a batch without any pair stays finite.
+            logits = logits.masked_fill(~key_present, torch.finfo(logits.dtype).min)
+            terms = F.cross_entropy(logits, targets, reduction="none")
+            total = total + torch.where(present, terms, 0.0).sum()
+        return global_mean(total / 2, count)
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,72 @@
+"""Reconstruction of hidden patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from domainssl.distributed import global_mean
+
+__all__ = ["masked_patch_mse", "standardize_patches"]
+
+
+def standardize_patches(
+    patches: Tensor, valid: Tensor | None = None, *, epsilon: float = 1e-6
+) -> Tensor:
+    """Give every patch zero mean and unit (unbiased) variance over its values.
+
+    Args:
+        patches: (B, N, P), P values per patch.
+        valid: bool, broadcastable to `patches`; False values count neither in the mean nor in
+            the variance and come back as zero. None counts all.
+        epsilon: Added to the variance.
+
+    Returns:
+        (B, N, P) in float32.
+
+    Source: MAE (He et al. 2022), section 4; the unbiased variance is the released code's.
+    """
+    patches = patches.float()
+    if valid is None:
+        mean = patches.mean(-1, keepdim=True)
+        variance = patches.var(-1, keepdim=True)
+        return (patches - mean) / (variance + epsilon).sqrt()
+    weight = valid.expand_as(patches).float()
+    count = weight.sum(-1, keepdim=True)
+    mean = (patches * weight).sum(-1, keepdim=True) / count.clamp(min=1)
+    centred = (patches - mean) * weight
+    variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    return centred / (variance + epsilon).sqrt()
+
+
+def masked_patch_mse(
+    prediction: Tensor,
+    target: Tensor,
+    removed: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Average the squared error of hidden patches over the global batch.
+
+    `L = sum_bn m_bn mean_p (prediction - target)^2 / sum_bn m_bn`.
+
+    Args:
+        prediction: (B, N, P).
+        target: (B, N, P).
+        removed: Weight of a patch, bool (B, N); True where it was hidden.
+        valid: bool, broadcastable to `prediction`; False values are left out of the mean of
+            their patch, and a patch without any does not count.
+
+    Returns:
+        The loss, (); zero and connected to `prediction` when no patch counts.
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        error = (prediction.float() - target.float()).square()
+        weight = removed.float()
+        if valid is None:
+            per_patch = error.mean(-1)
+        else:
+            counted = valid.expand_as(error).float()
+            values = counted.sum(-1)
+            per_patch = (error * counted).sum(-1) / values.clamp(min=1)
+            weight = weight * (values > 0)
+        return global_mean((per_patch * weight).sum(), weight.sum())

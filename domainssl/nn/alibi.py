@@ -1,0 +1,88 @@
+"""Attention with linear biases from coordinates: `-slope_h * |p_i - p_j|`, in any dimension."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["DistanceBias", "alibi_slopes", "pairwise_distance"]
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """Return the slope of every head, (Hd,).
+
+    For a power of two `m_i = 2^(-8(i+1)/heads)`; otherwise the slopes of the next smaller power
+    of two, followed by every second slope of the next larger one.
+
+    Source: ALiBi (Press et al. 2022). torchgeo's CROMA uses the first formula for every number
+    of heads, which differs for 6, 10 and 12.
+    """
+
+    def geometric(n: int) -> list[float]:
+        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = geometric(power)
+    if power < heads:
+        slopes += geometric(2 * power)[0::2][: heads - power]
+    return torch.tensor(slopes)
+
+
+def pairwise_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Return Euclidean distances, (..., Q, D) and (..., K, D) -> (..., Q, K), in float32."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.cdist(a.float(), b.float(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+class DistanceBias:
+    """The additive attention bias of a set of queries and keys, computed when it is asked for.
+
+    The bias is never stored as a per-item copy of a table: it follows from the coordinates of
+    the tokens at hand, once per pass, and in blocks of query rows where all of it would be large.
+
+    Args:
+        queries: Coordinates of the queries, (B, Q, D), or (1, Q, D) when items share them.
+        keys: Coordinates of the keys, (B, K, D) or (1, K, D).
+        slopes: Slope per head, (Hd,).
+        key_valid: bool (B, K); False keys are never attended to. An item without any valid key
+            attends to all of them, so that its (unused) output stays finite.
+    """
+
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        slopes: Tensor,
+        key_valid: Tensor | None = None,
+    ) -> None:
+        self.queries = queries
+        self.keys = keys
+        self.slopes = slopes
+        self.key_valid = key_valid
+        if key_valid is not None:
+            self.key_valid = key_valid | ~key_valid.any(dim=1, keepdim=True)
+        self._full: dict[torch.dtype, Tensor] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B or 1, Hd, Q, K)."""
+        batch = max(len(self.queries), len(self.keys))
+        if self.key_valid is not None:
+            batch = max(batch, len(self.key_valid))
+        return batch, len(self.slopes), self.queries.shape[1], self.keys.shape[1]
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return the bias of the query rows `start:stop`, (B or 1, Hd, stop - start, K)."""
+        distance = pairwise_distance(self.queries[:, start:stop], self.keys)
+        bias = (-self.slopes.view(1, -1, 1, 1).float() * distance.unsqueeze(1)).to(dtype)
+        if self.key_valid is not None:
+            bias = bias.masked_fill(~self.key_valid[:, None, None, :], float("-inf"))
+        return bias
+
+    def full(self, dtype: torch.dtype) -> Tensor:
+        """Return the whole bias, (B or 1, Hd, Q, K); computed once and shared by all layers."""
+        if dtype not in self._full:
+            self._full[dtype] = self.rows(0, self.queries.shape[1], dtype)
+        return self._full[dtype]

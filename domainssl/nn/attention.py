@@ -1,0 +1,78 @@
+"""Multi-head attention with an optional distance bias that need not exist in memory at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from domainssl.nn.alibi import DistanceBias
+
+__all__ = ["AttentionPath", "attention"]
+
+AttentionPath = Literal["fused", "math"]
+
+# Bias entries held at once. Above it the queries are taken in blocks of rows; 2^24 float32
+# entries are 64 MiB, which a block of a 64x64 grid with 16 heads still fits.
+_MAX_BIAS_ELEMENTS = 2**24
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: DistanceBias | None = None,
+    *,
+    path: AttentionPath = "fused",
+) -> Tensor:
+    """Compute `softmax(q k^T / sqrt(d) + bias) v`.
+
+    Args:
+        q: Queries, (B, Hd, Q, d).
+        k: Keys, (B, Hd, K, d).
+        v: Values, (B, Hd, K, d).
+        bias: Distance bias; added after scaling and itself unscaled.
+        path: `fused` uses scaled_dot_product_attention with the bias in q's dtype; `math` writes
+            the formula out in float32, for tests and exact comparisons.
+
+    Returns:
+        (B, Hd, Q, d), in q's dtype.
+    """
+    if path == "math":
+        return _attention_math(q, k, v, bias)
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    if math.prod(bias.shape) <= _MAX_BIAS_ELEMENTS:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.full(q.dtype))
+    return _attention_by_rows(q, k, v, bias)
+
+
+def _attention_math(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
+        if bias is not None:
+            scores = scores + bias.full(torch.float32)
+        return (scores.softmax(-1) @ v.float()).to(q.dtype)
+
+
+def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> Tensor:
+    """Attend in blocks of query rows; with gradients each block's bias is computed again."""
+    batch, heads, queries, keys = bias.shape
+    step = max(1, _MAX_BIAS_ELEMENTS // (batch * heads * keys))
+
+    def block(part: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        rows = bias.rows(start, start + part.shape[2], part.dtype)
+        return F.scaled_dot_product_attention(part, k, v, attn_mask=rows)
+
+    out = []
+    for start in range(0, queries, step):
+        part = q[:, :, start : start + step]
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            out.append(checkpoint(block, part, k, v, start, use_reentrant=False))
+        else:
+            out.append(block(part, k, v, start))
+    return torch.cat(out, dim=2)

@@ -1,0 +1,150 @@
+"""Pre-norm transformer blocks over tokens of any origin."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from domainssl.errors import ConfigError
+from domainssl.nn.alibi import DistanceBias
+from domainssl.nn.attention import AttentionPath, attention
+
+__all__ = ["CrossAttention", "FeedForward", "SelfAttention", "Transformer", "TransformerBlock"]
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if heads < 1 or width % heads:
+        raise ConfigError(f"Attention width {width} is not a multiple of the {heads} heads.")
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+def _merge(x: Tensor) -> Tensor:
+    return rearrange(x, "b h n d -> b n (h d)")
+
+
+class SelfAttention(nn.Module):
+    """`Out(softmax(q k^T / sqrt(d) + bias) v)` of the normalised tokens."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        _check_heads(width, heads)
+        self.heads = heads
+        self.path: AttentionPath = "fused"
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: DistanceBias | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E), without the residual."""
+        q, k, v = (_split(part, self.heads) for part in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        out: Tensor = self.out(_merge(attention(q, k, v, bias, path=self.path)))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Queries from one set of tokens, keys and values from another; one norm serves both."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        _check_heads(width, heads)
+        self.heads = heads
+        self.path: AttentionPath = "fused"
+        self.norm = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, bias: DistanceBias | None = None) -> Tensor:
+        """(B, Q, E) and (B, K, E) -> (B, Q, E), without the residual."""
+        x, context = self.norm(x), self.norm(context)
+        q, k, v = (
+            _split(part, self.heads) for part in (self.q(x), self.k(context), self.v(context))
+        )
+        out: Tensor = self.out(_merge(attention(q, k, v, bias, path=self.path)))
+        return out
+
+
+class FeedForward(nn.Module):
+    """`Lin(GELU(Lin(LN(x))))`, without the residual."""
+
+    def __init__(self, width: int, ratio: float = 4) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, int(width * ratio))
+        self.act = nn.GELU()
+        self.down = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., E)."""
+        out: Tensor = self.down(self.act(self.up(self.norm(x))))
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention where wanted, and a feed-forward network, with residuals."""
+
+    def __init__(self, width: int, heads: int, ratio: float = 4, *, cross: bool = False) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, heads)
+        self.cross = CrossAttention(width, heads) if cross else None
+        self.feed_forward = FeedForward(width, ratio)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: DistanceBias | None = None,
+        context: Tensor | None = None,
+        cross_bias: DistanceBias | None = None,
+    ) -> Tensor:
+        """(B, N, E) -> (B, N, E)."""
+        x = x + self.attention(x, bias)
+        if self.cross is not None:
+            assert context is not None
+            x = x + self.cross(x, context, cross_bias)
+        out: Tensor = x + self.feed_forward(x)
+        return out
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and a final LayerNorm.
+
+    Args:
+        width: Token width E.
+        depth: Number of blocks.
+        heads: Attention heads.
+        ratio: Width of the feed-forward layer over E.
+        cross: Blocks attend to a context as well.
+
+    Set `gradient_checkpointing` to recompute blocks in the backward pass.
+    """
+
+    def __init__(
+        self, width: int, depth: int, heads: int, ratio: float = 4, *, cross: bool = False
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, heads, ratio, cross=cross) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: DistanceBias | None = None,
+        context: Tensor | None = None,
+        cross_bias: DistanceBias | None = None,
+    ) -> Tensor:
+        """(B, N, E) -> (B, N, E)."""
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training and x.requires_grad:
+                x = checkpoint(block, x, bias, context, cross_bias, use_reentrant=False)
+            else:
+                x = block(x, bias, context, cross_bias)
+        out: Tensor = self.norm(x)
+        return out

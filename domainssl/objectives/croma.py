@@ -1,0 +1,458 @@
+"""CROMA: contrastive radar-optical masked autoencoders.
+
+Source: Fuller, Millard, Green, NeurIPS 2023 (arXiv 2311.00566). Section and equation numbers
+below are the paper's. The published pretraining script holds the model and the losses only.
+
+One training step: hide 75 % of each sensor's patches independently (`draw`), encode both sensors,
+contrast their pooled vectors (eq. 1), let radar tokens ask optical ones in the joint encoder,
+and reconstruct the hidden patches of both sensors from the joint tokens (eq. 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from domainssl.backbones.base import Features, LoadReport, common_size
+from domainssl.backbones.croma import CROMABackbone, flatten_reference, reference_name
+from domainssl.backbones.registry import load_backbone, read_tensors
+from domainssl.errors import ConfigError, WeightsError, nearest
+from domainssl.losses.contrastive import info_nce
+from domainssl.losses.reconstruction import masked_patch_mse, standardize_patches
+from domainssl.modality import Batch, Modality, as_modalities, present_mask, valid_mask
+from domainssl.nn.blocks import Transformer
+from domainssl.nn.masking import Masking, kept_count, mask_from_noise, restore_tokens
+from domainssl.nn.patching import grid_coordinates, grid_of, patchify, unpatchify
+from domainssl.nn.positions import sincos_positions
+from domainssl.objectives.base import Generators, Objective, Optimization, Step
+from domainssl.options import decide, option
+
+__all__ = ["CROMA", "CROMAArchitecture", "CROMADraws", "CROMAOptions", "pretraining_name"]
+
+Size = Literal["tiny", "base", "large"]
+
+
+@dataclass(frozen=True)
+class CROMAArchitecture:
+    """Sizes; None takes the value of the named size.
+
+    Attributes:
+        width: Token width of the encoders.
+        depth: Blocks of the optical encoder; radar and joint encoder have half of them.
+        heads: Attention heads of the encoders.
+        ffn_ratio: Width of feed-forward layers over the token width.
+        decoder_width: Token width of the decoder; a multiple of its heads, and of 4 (of 6 for
+            volumes) for the position codes.
+        decoder_depth: Blocks of the decoder.
+        decoder_heads: Attention heads of the decoder; 8 in every published size.
+    """
+
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    ffn_ratio: float = 4
+    decoder_width: int | None = None
+    decoder_depth: int = 1
+    decoder_heads: int = 8
+
+
+_SIZES: dict[Size, CROMAArchitecture] = {
+    "tiny": CROMAArchitecture(width=32, depth=2, heads=4, decoder_width=32),
+    "base": CROMAArchitecture(width=768, depth=12, heads=16, decoder_width=512),
+    "large": CROMAArchitecture(width=1024, depth=24, heads=16, decoder_width=512),
+}
+
+
+# Base rate 4e-6 per 256 items at the published global batch of 7200, section A of the paper.
+_PUBLISHED = Optimization(lr=4e-6 * 7200 / 256, weight_decay=0.01, betas=(0.9, 0.999))
+
+
+@dataclass(frozen=True)
+class CROMAOptions:
+    """Where the paper, the released code and good sense differ; None follows `reference`."""
+
+    contrast_gather: Literal["grad", "detach"] | None = option(
+        ours="grad",
+        reference="detach",
+        text="Whether contrastive keys carry gradients; `detach` makes them constants, "
+        "in a single process too.",
+    )
+    joint_self_bias: Literal["2d", "cross"] | None = option(
+        ours="2d",
+        reference="cross",
+        text="Distances that bias the joint encoder's self-attention: among radar tokens (paper), "
+        "or from radar to optical tokens (released code, wrong while masks differ).",
+    )
+    target_norm: Literal["joint", "per_sensor"] | None = option(
+        ours="joint",
+        reference="joint",
+        text="Standardise a target patch over the values of both sensors together, or of each.",
+    )
+    pixel_validity: bool | None = option(
+        ours=True,
+        reference=False,
+        text="Leave invalid pixels out of target statistics and reconstruction loss.",
+    )
+
+
+@dataclass(frozen=True)
+class CROMADraws:
+    """Random choices of one step.
+
+    Attributes:
+        radar: Masking of the radar tokens.
+        optical: Masking of the optical tokens.
+    """
+
+    radar: Masking
+    optical: Masking
+
+
+class _Decoder(nn.Module):
+    """A light transformer from joint tokens to the pixels of both sensors."""
+
+    def __init__(self, inputs: int, outputs: int, sizes: CROMAArchitecture) -> None:
+        super().__init__()
+        assert sizes.decoder_width is not None
+        self.width = sizes.decoder_width
+        self.embed = nn.Linear(inputs, self.width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.width).normal_(std=0.02))
+        self.transformer = Transformer(
+            self.width, sizes.decoder_depth, sizes.decoder_heads, sizes.ffn_ratio
+        )
+        self.head = nn.Linear(self.width, outputs)
+
+    def forward(self, visible: Tensor, restore: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """(B, K, E) joint tokens -> (B, N, P) values of every patch."""
+        tokens = restore_tokens(self.embed(visible), restore, self.mask_token)
+        coords = grid_coordinates(grid, device=tokens.device)
+        tokens = tokens + sincos_positions(coords, self.width).to(tokens.dtype)
+        out: Tensor = self.head(self.transformer(tokens))
+        return out
+
+
+class CROMA(Objective):
+    """Pretrain a `CROMABackbone` on co-registered radar and optical images or volumes.
+
+    Args:
+        modalities: Radar and optical modality, by name; linked from the DataModule by the CLI.
+        size: Named size, `tiny` (tests), `base` or `large`.
+        architecture: Explicit sizes over the named one.
+        radar: Name of the radar modality.
+        optical: Name of the optical modality.
+        context_size: Side of the square (cubic) window in pixels, a multiple of `patch_size`.
+        patch_size: Side of a patch.
+        mask_ratio: Share of patches hidden, one number for both sensors or one per modality.
+        normalization: Form for both sensors, or one per modality.
+        weights: Start from these released, torchgeo, pretraining or exported weights, with the
+            statistics they were trained with.
+        reference: Follow the released code where it differs from ours.
+        options: Single choices, over `reference`.
+        loss_weights: Weight of the terms `contrastive` and `reconstruction`.
+        optimization: Optimiser and schedule.
+        seed: Seed of all draws.
+        allow_accumulation: Accept gradient accumulation, which does not enlarge the contrastive
+            batch.
+        gradient_checkpointing: Recompute the encoders' activations in the backward pass.
+
+    Raises:
+        ConfigError: The modalities or sizes cannot be used.
+    """
+
+    contrastive: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        modalities: dict[str, Modality | dict[str, Any]],
+        size: Size = "base",
+        architecture: CROMAArchitecture = CROMAArchitecture(),
+        radar: str = "s1",
+        optical: str = "s2",
+        context_size: int = 120,
+        patch_size: int = 8,
+        mask_ratio: float | dict[str, float] = 0.75,
+        normalization: str | dict[str, str] = "mean2std",
+        weights: str | None = None,
+        reference: bool = False,
+        options: CROMAOptions = CROMAOptions(),
+        loss_weights: dict[str, float] | None = None,
+        optimization: Optimization = _PUBLISHED,
+        seed: int = 0,
+        allow_accumulation: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            optimization=optimization,
+            seed=seed,
+            allow_accumulation=allow_accumulation,
+            gradient_checkpointing=gradient_checkpointing,
+            context_size=context_size,
+        )
+        if size not in _SIZES:
+            raise ConfigError(f"CROMA: size {size!r} is not one of {list(_SIZES)}.")
+        given = {name: value for name, value in vars(architecture).items() if value is not None}
+        sizes = replace(_SIZES[size], **given)
+        self.options = decide(options, reference)
+        self.radar, self.optical = radar, optical
+        known = as_modalities(modalities)
+        _check_pair(known, radar, optical)
+        self.mask_ratio = _per_modality(mask_ratio, (radar, optical))
+        self.loss_weights = _loss_weights(loss_weights)
+        variant: dict[str, Any] = {
+            "width": sizes.width,
+            "depth": sizes.depth,
+            "heads": sizes.heads,
+            "patch_size": patch_size,
+            "ffn_ratio": sizes.ffn_ratio,
+            "radar": radar,
+            "optical": optical,
+        }
+        variant["normalization"] = normalization
+        reference_state: dict[str, Tensor] = {}
+        if weights is None:
+            self.backbone = CROMABackbone(known, **variant)
+        else:
+            self.backbone, reference_state = _from_weights(weights, size, known, variant)
+        spatial_dims = known[radar].spatial_dims
+        grid_of([context_size] * spatial_dims, patch_size, "model.init_args.context_size")
+        width = self.backbone.embed_dim["joint"]
+        pixels = patch_size**spatial_dims
+        self._values = [known[name].num_channels * pixels for name in (optical, radar)]
+        self.decoder = _Decoder(width, sum(self._values), sizes)
+        self.radar_projection = nn.Linear(width, width)
+        self.optical_projection = nn.Linear(width, width)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if reference_state:
+            self.load_pretraining_parts(reference_state)
+
+    def draw(self, batch: Batch, generators: Generators) -> CROMADraws:
+        """Hide patches of both sensors independently (section 3)."""
+        return CROMADraws(
+            radar=self._draw_mask(batch, self.radar, generators.local),
+            optical=self._draw_mask(batch, self.optical, generators.local),
+        )
+
+    def _draw_mask(self, batch: Batch, name: str, generator: torch.Generator) -> Masking:
+        x = batch[name]
+        tokens = math.prod(self._grid(x, name))
+        noise = torch.rand(len(x), tokens, generator=generator, device=x.device)
+        return mask_from_noise(noise, kept_count(tokens, self.mask_ratio[name]))
+
+    def _grid(self, x: Tensor, name: str) -> tuple[int, ...]:
+        size = common_size(x, self.backbone.modalities[name])
+        return grid_of(size, self.backbone.patch_size, f"batch.{name}")
+
+    def forward(self, batch: Batch, draws: CROMADraws, outputs: bool = False) -> Step:
+        """Compute both losses; items without one of the sensors count in neither."""
+        x = self.backbone.normalize(batch)
+        keep = {self.radar: draws.radar.keep, self.optical: draws.optical.keep}
+        features = self.backbone.encode_sensors(x, keep)
+        self.backbone.join(features, self_bias=str(self.options.joint_self_bias))
+        complete = present_mask(batch, self.radar) & present_mask(batch, self.optical)
+        prediction = self.decoder(
+            features.tokens["joint"], draws.radar.restore, features.grid[self.radar]
+        )
+        losses = {
+            "contrastive": self.loss_weights["contrastive"] * self._contrast(features, complete),
+            **self._reconstruct(x, prediction, draws, complete),
+        }
+        if not outputs:
+            return Step(losses)
+        return Step(losses, self._outputs(x, features, prediction, draws))
+
+    def _project(self, features: Features) -> dict[str, Tensor]:
+        return {
+            self.radar: self.radar_projection(features.pooled[self.radar]),
+            self.optical: self.optical_projection(features.pooled[self.optical]),
+        }
+
+    def _contrast(self, features: Features, complete: Tensor) -> Tensor:
+        """Symmetric InfoNCE between the pooled sensors (eq. 1)."""
+        projected = self._project(features)
+        return info_nce(
+            projected[self.optical],
+            projected[self.radar],
+            self.logit_scale.exp(),
+            present=complete,
+            gather_keys=self.options.contrast_gather or "grad",
+        )
+
+    def _targets(self, x: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Return target patches, optical values first, and where they are valid."""
+        size = self.backbone.patch_size
+        patches = [self.backbone.tokenize(x[name]) for name in (self.optical, self.radar)]
+        valid = None
+        if self.options.pixel_validity:
+            masks = []
+            for name in (self.optical, self.radar):
+                modality = self.backbone.modalities[name]
+                mask = valid_mask(x, modality).unsqueeze(1).float()
+                mask = mask.expand(-1, modality.num_channels, *mask.shape[2:])
+                masks.append(patchify(mask, size, channels_first=True) > 0)
+            valid = torch.cat(masks, dim=-1)
+        if self.options.target_norm == "joint":
+            return standardize_patches(torch.cat(patches, dim=-1), valid), valid
+        parts = [None, None] if valid is None else valid.split(self._values, dim=-1)
+        targets = [standardize_patches(p, v) for p, v in zip(patches, parts, strict=True)]
+        return torch.cat(targets, dim=-1), valid
+
+    def _reconstruct(
+        self, x: Mapping[str, Any], prediction: Tensor, draws: CROMADraws, complete: Tensor
+    ) -> dict[str, Tensor]:
+        """Mean squared error of hidden patches, per sensor (eq. 2)."""
+        target, valid = self._targets(x)
+        masks = (draws.optical.removed, draws.radar.removed)
+        valids = (None, None) if valid is None else valid.split(self._values, dim=-1)
+        parts = zip(
+            (self.optical, self.radar),
+            prediction.split(self._values, dim=-1),
+            target.split(self._values, dim=-1),
+            masks,
+            valids,
+            strict=True,
+        )
+        weight = self.loss_weights["reconstruction"]
+        return {
+            f"reconstruction_{name}": weight
+            * masked_patch_mse(predicted, wanted, removed & complete.unsqueeze(1), where)
+            for name, predicted, wanted, removed, where in parts
+        }
+
+    def _outputs(
+        self,
+        x: Mapping[str, Any],
+        features: Features,
+        prediction: Tensor,
+        draws: CROMADraws,
+    ) -> dict[str, Any]:
+        """Pictures and vectors of a step; predictions stay in standardised patch units."""
+        size, grid = self.backbone.patch_size, features.grid[self.radar]
+        target, _ = self._targets(x)
+        pictures = {}
+        masks = {self.optical: draws.optical.removed, self.radar: draws.radar.removed}
+        for name, predicted, wanted in zip(
+            (self.optical, self.radar),
+            prediction.float().split(self._values, dim=-1),
+            target.split(self._values, dim=-1),
+            strict=True,
+        ):
+            hidden = masks[name].unsqueeze(-1)
+            shown = {
+                "input": wanted,
+                "masked": wanted.masked_fill(hidden, 0.0),
+                "predicted": torch.where(hidden, predicted, wanted),
+            }
+            pictures[name] = {
+                kind: unpatchify(tokens, grid, size, channels_first=True).detach()
+                for kind, tokens in shown.items()
+            }
+        embeddings = {name: z.detach() for name, z in self._project(features).items()}
+        return {"reconstruction": pictures, "embeddings": embeddings}
+
+    def load_pretraining_parts(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Fill decoder, projections and logit scale from a pretraining state dict of the reference.
+
+        Args:
+            state: Tensors under the reference's names; its encoders are not looked at.
+
+        Raises:
+            WeightsError: The file has some of these tensors and lacks others, or shapes differ.
+        """
+        own = {n: t for n, t in self.state_dict().items() if not n.startswith("backbone.")}
+        names = {n: pretraining_name(n) for n in own}
+        found = {n: state[names[n]] for n in own if names[n] in state}
+        missing = tuple(names[n] for n in own if names[n] not in state)
+        wrong = [n for n, t in found.items() if t.shape != own[n].shape]
+        if missing or wrong:
+            raise WeightsError(
+                f"Pretraining state dict: missing {list(missing[:5])}, of another shape "
+                f"{wrong[:5]}. Give the sizes of the run it comes from."
+            )
+        self.load_state_dict(found, strict=False)
+        return LoadReport(tuple(found), missing, ())
+
+
+def pretraining_name(own: str) -> str:
+    """Translate a parameter name of the objective to the published pretraining class."""
+    if own.startswith("decoder.transformer."):
+        return reference_name(own.replace("transformer.", "decoder.", 1), "pretraining")
+    for ours, theirs in (
+        ("decoder.embed.", "decoder.encoder_to_decoder."),
+        ("decoder.head.", "decoder.linear_output."),
+        ("radar_projection.", "global_contrast_loss.radar_proj."),
+        ("optical_projection.", "global_contrast_loss.optical_proj."),
+        ("logit_scale", "global_contrast_loss.logit_scale"),
+    ):
+        own = own.replace(ours, theirs)
+    return own
+
+
+def _from_weights(
+    weights: str, size: Size, known: dict[str, Modality], variant: dict[str, Any]
+) -> tuple[CROMABackbone, dict[str, Tensor]]:
+    """Load the backbone, and the file's tensors if it is a pretraining state dict."""
+    path = Path(weights)
+    is_ours = path.is_dir() or path.suffix in (".json", ".ckpt")
+    is_ours = is_ours or (path.suffix == ".safetensors" and path.with_suffix(".json").exists())
+    state: dict[str, Tensor] = {}
+    if is_ours:
+        loaded = load_backbone(path, modalities=known)
+    else:
+        loaded = load_backbone(f"croma_{size}", weights=path, modalities=known, arguments=variant)
+        state = flatten_reference(read_tensors(path))
+        if "decoder.mask_token" not in state:
+            state = {}
+    if not isinstance(loaded, CROMABackbone) or loaded.patch_size != variant["patch_size"]:
+        raise WeightsError(
+            f"model.init_args.weights: {weights!r} holds a {type(loaded).__name__} with patches of "
+            f"{getattr(loaded, 'patch_size', None)} pixels; expected CROMA weights with patches of "
+            f"{variant['patch_size']}. Set model.init_args.patch_size to that of the weights."
+        )
+    return loaded.train(), state
+
+
+def _check_pair(known: Mapping[str, Modality], radar: str, optical: str) -> None:
+    for role, name in (("radar", radar), ("optical", optical)):
+        if name not in known:
+            raise ConfigError(
+                f"CROMA needs a {role} modality named {name!r}; the data have {list(known)}."
+                f"{nearest(name, known)} Set model.init_args.{role} to its name."
+            )
+    a, b = known[radar], known[optical]
+    if a.kind != b.kind or a.kind not in ("image", "volume"):
+        raise ConfigError(
+            f"CROMA: {radar!r} is of kind {a.kind!r} and {optical!r} of kind {b.kind!r}; expected "
+            "two images or two volumes on one grid."
+        )
+
+
+def _per_modality(value: float | dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    ratios = dict.fromkeys(names, value) if not isinstance(value, dict) else value
+    if set(ratios) != set(names):
+        raise ConfigError(
+            f"model.init_args.mask_ratio: got {sorted(ratios)}, expected a number or one per "
+            f"modality {sorted(names)}."
+        )
+    for name, ratio in ratios.items():
+        if not 0 <= ratio < 1:
+            raise ConfigError(
+                f"model.init_args.mask_ratio: {ratio!r} for {name!r}; expected 0 <= ratio < 1."
+            )
+    return {name: float(ratio) for name, ratio in ratios.items()}
+
+
+def _loss_weights(given: dict[str, float] | None) -> dict[str, float]:
+    known = {"contrastive": 1.0, "reconstruction": 1.0}
+    for name in given or {}:
+        if name not in known:
+            raise ConfigError(
+                f"model.init_args.loss_weights: unknown term {name!r}.{nearest(name, known)} "
+                f"CROMA has {list(known)}."
+            )
+    return {**known, **(given or {})}

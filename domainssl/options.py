@@ -1,0 +1,42 @@
+"""Options whose default is decided by one switch: our choice, or the published behaviour."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+__all__ = ["decide", "option", "option_table"]
+
+T = TypeVar("T")
+
+
+def option(*, ours: Any, reference: Any, text: str) -> Any:
+    """Declare a dataclass field that is None until `decide` fills it.
+
+    Args:
+        ours: Value with `reference: false`.
+        reference: Value with `reference: true`.
+        text: What the option does, for the documentation.
+    """
+    metadata = {"ours": ours, "reference": reference, "text": text}
+    return dataclasses.field(default=None, metadata=metadata)
+
+
+def decide(options: T, reference: bool) -> T:
+    """Return `options` with every None replaced; explicit values win."""
+    chosen = {}
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        if value is None and "ours" in field.metadata:
+            value = field.metadata["reference" if reference else "ours"]
+        chosen[field.name] = value
+    return dataclasses.replace(options, **chosen)  # type: ignore[type-var]
+
+
+def option_table(options: type) -> list[tuple[str, Any, Any, str]]:
+    """Return (name, default, reference, text) of every option of a dataclass."""
+    return [
+        (f.name, f.metadata["ours"], f.metadata["reference"], f.metadata["text"])
+        for f in dataclasses.fields(options)
+        if "ours" in f.metadata
+    ]
