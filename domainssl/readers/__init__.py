@@ -1,0 +1,1 @@
+"""Readers: open, window, georeference and write what is on disk."""
