@@ -51,6 +51,14 @@ def offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="session")
+def sample_root(cache_folder: Path) -> Path:
+    """The embedded SSL4EO-S12 sample, built once per session in the session's cache."""
+    from domainssl.datamodules.samples import ssl4eo
+
+    return ssl4eo.sample_root()
+
+
+@pytest.fixture(scope="session")
 def repository() -> Path:
     """Root folder of the project."""
     return REPOSITORY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -95,6 +96,31 @@ def test_constraints_pin_every_requirement_within_its_bounds() -> None:
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
         assert name in pins, f"constraints.txt does not pin {name}"
         assert requirement.specifier.contains(pins[name]), (str(requirement), pins[name])
+
+
+IMPORT_NAMES = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn",
+                "openslide": "openslide-python"}  # fmt: skip
+
+
+def test_every_imported_library_is_declared() -> None:
+    declared = project()
+    extras = declared["optional-dependencies"]
+    groups = [declared["dependencies"], *(v for k, v in extras.items() if k != "dev")]  # type: ignore
+    known = {re.split(r"[\s<>=!~;\[]", r)[0] for group in groups for r in group}
+    known |= {"domainssl", *sys.stdlib_module_names}
+    undeclared = set()
+    for folder in ("domainssl", "datamodules"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                found = []
+                if isinstance(node, ast.Import):
+                    found = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    found = [node.module]
+                for name in {full.split(".")[0] for full in found}:
+                    if IMPORT_NAMES.get(name, name) not in known:
+                        undeclared.add(f"{path.name}: {name}")
+    assert not undeclared
 
 
 def test_every_requirement_carries_its_reason() -> None:
