@@ -7,7 +7,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-__all__ = ["configs", "find_classes", "full_name", "package_folder", "recipes"]
+__all__ = ["configs", "find_classes", "full_name", "package_folder", "recipes", "summaries"]
 
 _FOLDERS = {
     "model": ("objectives", "tasks"),
@@ -52,6 +52,18 @@ def find_classes(kind: str) -> dict[str, str]:
         known |= more
     usable = known - _ROOTS[kind]
     found |= {name: homes[name] for name in sorted(usable) if not name.startswith("_")}
+    return found
+
+
+@cache
+def summaries(kind: str) -> dict[str, str]:
+    """Return short name -> first line of the docstring, for the classes of this package."""
+    found: dict[str, str] = {}
+    for folder in _FOLDERS[kind]:
+        for path in sorted((package_folder() / folder).glob("*.py")):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and node.name in find_classes(kind):
+                    found[node.name] = (ast.get_docstring(node) or "").partition("\n")[0]
     return found
 
 

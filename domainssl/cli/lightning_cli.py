@@ -1,9 +1,8 @@
-"""LightningCLI with one verb, linked data and model, and no hidden hyperparameters."""
+"""LightningCLI for one checked request, with data and model linked."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from enum import Enum
@@ -13,35 +12,19 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from domainssl.cli import catalog
 from domainssl.cli.record import RunRecord
 from domainssl.cli.train import Request, linked_from_data
 
-__all__ = ["DomainCLI", "print_help"]
+__all__ = ["DomainCLI"]
 
 _METHOD_SKIP = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
 
 
-class _OneVerb(LightningCLI):
-    """LightningCLI that builds the parser of one verb only, which halves the time of --help."""
-
-    verb: str
-
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the verb and the arguments of its Trainer method that are not options."""
-        return {self.verb: set(_METHOD_SKIP)}
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse without a look at sys.argv, so that tests can call `main` in process."""
-        is_object = isinstance(args, dict)
-        self.config = parser.parse_object(args) if is_object else parser.parse_args(args)
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: the objective compares it with the checkpoint."""
-
-
-class DomainCLI(_OneVerb):
+class DomainCLI(LightningCLI):
     """Builds trainer, model and data of a request; `execute` runs its verb.
+
+    LightningCLI's injection of hyperparameters is off: an objective records its own, as plain
+    data, so that checkpoints load without unpickling.
 
     Attributes:
         resolved: The configuration with all defaults, as it is saved.
@@ -63,6 +46,17 @@ class DomainCLI(_OneVerb):
             load_from_checkpoint_support=False,
             args={"subcommand": request.verb, request.verb: request.arguments()},
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the verb and the arguments of its Trainer method that are not options."""
+        return {self.verb: set(_METHOD_SKIP)}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the request; sys.argv, which may be that of a test runner, plays no part."""
+        self.config = parser.parse_object(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: the objective compares it with the checkpoint."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data decide what nobody should have to write twice."""
@@ -122,51 +116,3 @@ def _values(value: Any) -> Any:
 
 
 _NO_PLAIN_FORM = object()
-
-
-class _HelpCLI(_OneVerb):
-    def __init__(self, verb: str, argv: list[str]) -> None:
-        self.verb = verb
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            parser_kwargs={verb: {"description": _description(verb)}},
-            auto_configure_optimizers=False,
-            args=[verb, *argv],
-        )
-
-
-def _description(verb: str) -> str:
-    models = ", ".join(catalog.find_classes("model"))
-    data = ", ".join(catalog.find_classes("data"))
-    return (
-        f"python -m domainssl {verb} --config RECIPE [--config OVERLAY …] [--key.path=value …]  "
-        f"Objectives for --model: {models}. DataModules for --data: {data}. "
-        "Arguments of a class: --model.help CROMA. "
-        "Short form of an override: --data.root=/path, --model.mask_ratio=0.5. "
-        "callbacks and loggers are named mappings at the top level of a configuration."
-    )
-
-
-def print_help(verb: str, argv: list[str]) -> int:
-    """Print the help of a verb, or of a class with `--model.help NAME`."""
-    words = list(argv)
-    for position, word in enumerate(words):
-        section = word.removeprefix("--").partition(".")[0].partition("=")[0]
-        if section in ("model", "data"):
-            option, equals, name = word.partition("=")
-            if not equals and position + 1 < len(words):
-                words[position + 1] = (
-                    catalog.full_name(section, words[position + 1]) or words[position + 1]
-                )
-            elif equals:
-                words[position] = f"{option}={catalog.full_name(section, name) or name}"
-    program, sys.argv[0] = sys.argv[0], "domainssl"
-    try:
-        _HelpCLI(verb, words)
-    finally:
-        sys.argv[0] = program
-    return 0

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -152,10 +153,12 @@ def build(verb: str, argv: list[str]) -> Any:
 
 def run_verb(verb: str, argv: list[str]) -> int:
     """Run `fit`, `validate`, `test` or `predict`; returns the exit status."""
-    if any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in argv):
-        from domainssl.cli.lightning_cli import print_help
+    from domainssl.cli.help import wanted_help
 
-        return print_help(verb, argv)
+    text = wanted_help(verb, argv)
+    if text is not None:
+        console().print(text, markup=False, end="")
+        return 0
     request = prepare(verb, argv)
     with _quiet(), _shared_run_dir(request.run_dir):
         run = _instantiate(request)
@@ -217,6 +220,9 @@ def _shared_run_dir(folder: Path) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence Lightning's notes about things that are on purpose here."""
+    talk = [logging.getLogger(name) for name in _TALKATIVE]
+    for source in talk:
+        source.addFilter(_is_news)
     with warnings.catch_warnings():
         for text in (
             ".*Experiment logs directory .* exists and is not empty.*",
@@ -224,9 +230,23 @@ def _quiet() -> Iterator[None]:
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*`IterableDataset` has `__len__` defined.*",
             ".*Trying to infer the `batch_size`.*",
+            ".*The dirpath has changed from.*",
+            ".*isinstance.treespec, LeafSpec.*",
         ):
             warnings.filterwarnings("ignore", message=text)
-        yield
+        try:
+            yield
+        finally:
+            for source in talk:
+                source.removeFilter(_is_news)
+
+
+_TALKATIVE = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(part in text for part in ("litlogger", "litmodels", "TPU available"))
 
 
 def linked_from_data(request: Request) -> dict[str, Callable[[Any], Any]]:
