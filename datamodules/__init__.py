@@ -1,0 +1,27 @@
+"""The domains: one DataModule per family of data, imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from domainssl.datamodules.base import DomainDataModule
+    from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
+
+__all__ = ["DomainDataModule", "SSL4EOS12DataModule"]
+
+_HOMES = {
+    "DomainDataModule": "domainssl.datamodules.base",
+    "SSL4EOS12DataModule": "domainssl.datamodules.ssl4eo",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'domainssl.datamodules' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,311 @@
+"""What every DataModule of the project shares: global batch, epochs, resume, description.
+
+A subclass opens its sources (`open_sources`) and states its modalities; everything about order,
+ranks, workers and position is here and in `stream.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+
+from domainssl.arguments import Recorded
+from domainssl.datamodules.plan import ORDER_VERSION, EpochPlan
+from domainssl.datamodules.stream import BlockStream, Loading, Source
+from domainssl.errors import ConfigError, nearest
+from domainssl.modality import Batch, Modality
+
+__all__ = ["DomainDataModule"]
+
+_log = logging.getLogger(__name__)
+_SMALL_BYTES = 256_000_000  # an epoch that decodes less is read without worker processes
+_MOST_WORKERS = 16
+
+
+class DomainDataModule(Recorded, LightningDataModule):
+    """Base of all DataModules.
+
+    Args:
+        global_batch_size: Items per optimiser step, over all devices and accumulated batches.
+        seed: Seed of order, windows and dates.
+        on_bad_sample: `raise`, or `replace` an unreadable item by the next good one.
+        loading: Worker processes and memory.
+
+    Raises:
+        ConfigError: An argument cannot be used.
+    """
+
+    label_names: tuple[str, ...] | None = None
+    _policies: ClassVar[tuple[str, ...]] = ("raise", "replace")
+
+    def __init__(
+        self,
+        *,
+        global_batch_size: int,
+        seed: int = 0,
+        on_bad_sample: Literal["raise", "replace"] = "raise",
+        loading: Loading | None = None,
+    ) -> None:
+        super().__init__()
+        if global_batch_size < 1:
+            raise ConfigError(
+                f"data.init_args.global_batch_size: got {global_batch_size!r}, expected at least 1."
+            )
+        if seed < 0:
+            raise ConfigError(f"data.init_args.seed: got {seed!r}, expected 0 or more.")
+        if on_bad_sample not in self._policies:
+            raise ConfigError(
+                f"data.init_args.on_bad_sample: got {on_bad_sample!r}, expected one of "
+                f"{self._policies}.{nearest(on_bad_sample, self._policies)}"
+            )
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.on_bad_sample = on_bad_sample
+        self.loading = loading or Loading()
+        self.epoch = 0  # used where there is no Trainer
+        self._sources: dict[str, Source] = {}
+        self._streams: list[BlockStream] = []
+        self._world_size, self._rank, self._accumulate = 1, 0, 1
+        self._steps = 0
+        self._running_epoch = 0
+        self._pending: dict[str, Any] | None = None
+
+    # What a subclass states -----------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def modalities(self) -> dict[str, Modality]:
+        """What batches hold, by name; known without touching the disk."""
+
+    @property
+    @abstractmethod
+    def context_size(self) -> int:
+        """Side in pixels (or voxels) of what is delivered."""
+
+    @abstractmethod
+    def open_sources(self) -> dict[str, Source]:
+        """Look at what is there and return a source per split, out of `train`, `val`, `predict`.
+
+        Raises:
+            DataError: The data are missing or contradict themselves.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Return plain data that tell these files from others: names, sizes, header hashes."""
+
+    def describe(self) -> list[str]:
+        """Return lines that tell what was found."""
+        lines = []
+        for split, source in self._sources.items():
+            lines.append(f"{split}: {sum(source.sizes)} items in {len(source.sizes)} blocks")
+        lines.append(
+            f"batches: {self.batch_size} items on each of {self._world_size} rank(s)"
+            + (f", {self._accumulate} accumulated" if self._accumulate > 1 else "")
+            + f" = {self.global_batch_size} per optimiser step"
+        )
+        return lines
+
+    # Lightning's hooks ----------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Divide the global batch over devices and accumulation, and open the sources."""
+        trainer = self._trainer
+        if trainer is not None:
+            self._world_size, self._rank = _ranks(trainer)
+            self._accumulate = int(trainer.accumulate_grad_batches)
+        parts = self._world_size * self._accumulate
+        if self.global_batch_size % parts:
+            lower = self.global_batch_size // parts * parts
+            choices = f"{lower} or {lower + parts}" if lower else f"{parts}"
+            raise ConfigError(
+                f"data.init_args.global_batch_size={self.global_batch_size} cannot be divided by "
+                f"{self._world_size} device(s) x {self._accumulate} accumulated batch(es) = "
+                f"{parts}. Use {choices}, or change trainer.devices or "
+                "trainer.accumulate_grad_batches."
+            )
+        if not self._sources:
+            self._sources = self.open_sources()
+
+    def train_dataloader(self) -> BlockStream:
+        """Return the stream of shuffled training batches, on from the restored position."""
+        stream = self._stream("train", shuffle=True)
+        self._steps = len(stream)
+        return stream
+
+    def val_dataloader(self) -> BlockStream | list[BlockStream]:
+        """Return the held-out items in fixed order, or nothing where there are none."""
+        return self._stream("val", shuffle=False) if "val" in self._sources else []
+
+    def test_dataloader(self) -> BlockStream | list[BlockStream]:
+        """Return the held-out items."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> BlockStream:
+        """Return the items to predict, in fixed order."""
+        return self._stream("predict", shuffle=False)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Convert the modalities to float32, now that they are on the device."""
+        return {
+            name: value.float() if name in self.modalities and isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the worker processes."""
+        for stream in self._streams:
+            stream.close()
+        self._streams.clear()
+
+    # Position, saved with every checkpoint --------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return epoch and number of processed batches, and what they were counted with."""
+        if self._pending is not None:
+            return dict(self._pending)
+        epoch, processed = self._running_epoch, 0
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            # Prefetched batches do not count: this number is Lightning's, of finished steps.
+            progress = self._trainer.fit_loop.epoch_loop.batch_progress
+            processed = int(progress.current.processed)
+        if self._steps and processed >= self._steps:
+            epoch, processed = epoch + 1, 0
+        return {"epoch": epoch, "processed": processed, **self._fingerprint()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a position; it is used when the first batch is asked for."""
+        self._pending = dict(state_dict)
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What a position inside an epoch depends on."""
+        train = self._sources.get("train")
+        return {
+            "order_version": ORDER_VERSION,
+            "world_size": self._world_size,
+            "batch_size": self.batch_size,
+            "window_blocks": self.loading.window_blocks,
+            "seed": self.seed,
+            "items": sum(train.sizes) if train is not None else 0,
+            "workers": self.loading.workers,
+        }
+
+    def _position(self) -> tuple[int, int]:
+        """Return the epoch that begins or goes on now, and its processed batches."""
+        fitting = self._trainer is not None and self._trainer.state.fn == "fit"
+        epoch = int(self._trainer.current_epoch) if fitting else self.epoch  # type: ignore[union-attr]
+        state, processed = self._pending, 0
+        if state is not None:
+            if state["epoch"] == epoch + 1 and state["processed"] == 0:
+                return epoch, self._steps  # saved after this epoch's last batch
+            if state["epoch"] > epoch:
+                raise ConfigError(
+                    f"The checkpoint's data stand in epoch {state['epoch']}, but the Trainer "
+                    f"begins with epoch {epoch}. Resume with the checkpoint as it was written: "
+                    "fit --ckpt_path."
+                )
+            if state["epoch"] == epoch and state["processed"]:
+                processed = self._check_position(state)
+                _log.info("Resuming in epoch %d after %d batches", epoch, processed)
+            self._pending = None
+        self._running_epoch = epoch
+        return epoch, processed
+
+    def _check_position(self, state: Mapping[str, Any]) -> int:
+        """Refuse a position that was counted under other conditions."""
+        now = self._fingerprint()
+        differing = [
+            f"{name} {state.get(name)!r} then, {now[name]!r} now"
+            for name in now
+            if name != "workers" and state.get(name) != now[name]
+        ]
+        if differing:
+            raise ConfigError(
+                f"The checkpoint stands in epoch {state['epoch']} after {state['processed']} "
+                f"batches of an order that this run does not have ({'; '.join(differing)}). "
+                "Resume with the same devices, batch size, seed and data, or from a checkpoint "
+                "taken at the end of an epoch, where these may change."
+            )
+        return int(state["processed"])
+
+    # Streams --------------------------------------------------------------------------------
+
+    @property
+    def _trainer(self) -> Trainer | None:
+        return getattr(self, "trainer", None)
+
+    @property
+    def batch_size(self) -> int:
+        """Items per batch on this rank."""
+        return self.global_batch_size // (self._world_size * self._accumulate)
+
+    def _stream(self, split: str, *, shuffle: bool) -> BlockStream:
+        if split not in self._sources:
+            raise ConfigError(
+                f"There is no {split!r} split; call setup() first."
+                if not self._sources
+                else f"There is no {split!r} split here, only {sorted(self._sources)}."
+            )
+        source = self._sources[split]
+
+        def plan(epoch: int) -> EpochPlan:
+            return EpochPlan(
+                tuple(source.sizes),
+                self.seed,
+                epoch,
+                self._world_size,
+                self._rank,
+                self.batch_size,
+                self.loading.window_blocks if shuffle else 1,
+                shuffle,
+            )
+
+        stream = BlockStream(
+            source,
+            plan,
+            self._position if shuffle else _from_the_start,
+            self._resolve_loading(source),
+            split=split,
+            on_bad_sample=self.on_bad_sample,
+        )
+        self._streams.append(stream)
+        return stream
+
+    def _resolve_loading(self, source: Source) -> Loading:
+        """Fill in what the user left open."""
+        trainer, loading = self._trainer, self.loading
+        pin = loading.pin_memory
+        if pin is None:
+            pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        workers = loading.workers
+        if workers is None:
+            processes = trainer.num_devices if trainer is not None else 1
+            cores = max(1, len(os.sched_getaffinity(0)) // processes - 1)
+            pieces = -(-len(source.sizes) // self._world_size)
+            small = source.num_bytes / self._world_size < _SMALL_BYTES
+            workers = 0 if small else min(cores, pieces, _MOST_WORKERS)
+        return replace(loading, workers=workers, pin_memory=pin and torch.cuda.is_available())
+
+
+def _from_the_start() -> tuple[int, int]:
+    return 0, 0
+
+
+def _ranks(trainer: Trainer) -> tuple[int, int]:
+    """Return the number of data-parallel ranks and this one's number.
+
+    Tensor-parallel ranks share their data, so the strategy is asked before the Trainer.
+    """
+    if trainer.world_size > 1:
+        known = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+        if known is not None:
+            return int(known["num_replicas"]), int(known["rank"])
+    return int(trainer.world_size), int(trainer.global_rank)

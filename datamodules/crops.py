@@ -1,0 +1,178 @@
+"""Windows of co-registered images: drawn once per location, applied to every product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from domainssl.errors import ConfigError
+
+__all__ = ["Crop", "Window"]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Which window of a scene is read, and how large it comes out.
+
+    With `min_px == max_px == size` nothing is resized and the stored dtype is kept.
+
+    Attributes:
+        min_px: Smallest side of a training window, in pixels of the scene.
+        max_px: Largest side; clipped to the scene.
+        size: Side of what is delivered.
+        flips: Mirror at random along both axes.
+        quarter_turns: Turn at random by 0, 90, 180 or 270 degrees.
+    """
+
+    min_px: int = 60
+    max_px: int = 180
+    size: int = 120
+    flips: bool = True
+    quarter_turns: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_px <= self.max_px or self.size < 1:
+            raise ConfigError(
+                f"data.init_args.crop: got min_px={self.min_px}, max_px={self.max_px}, "
+                f"size={self.size}; expected 1 <= min_px <= max_px and size >= 1."
+            )
+
+    def check(self, height: int, width: int, where: str) -> None:
+        """Refuse scenes that are smaller than the smallest window.
+
+        Raises:
+            ConfigError: Names both sizes.
+        """
+        if self.min_px > min(height, width):
+            raise ConfigError(
+                f"{where}: scenes have {height} x {width} px, but data.init_args.crop.min_px is "
+                f"{self.min_px}. Lower min_px to at most {min(height, width)}; windows are "
+                "resized to crop.size."
+            )
+
+    @property
+    def is_fixed(self) -> bool:
+        """True when windows are cut out and never resized."""
+        return self.min_px == self.max_px == self.size
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> Window:
+        """Draw a training window: side, place, flips and turns."""
+        side = int(rng.integers(self.min_px, min(self.max_px, height, width) + 1))
+        top = int(rng.integers(0, height - side + 1))
+        left = int(rng.integers(0, width - side + 1))
+        flips = rng.integers(0, 2, 2)  # drawn even if unused: one option moves no other choice
+        turns = int(rng.integers(0, 4))
+        return Window(
+            top,
+            left,
+            side,
+            self.size,
+            bool(flips[0]) and self.flips,
+            bool(flips[1]) and self.flips,
+            turns if self.quarter_turns else 0,
+        )
+
+    def centre(self, height: int, width: int) -> Window:
+        """Return the window of evaluation: `size` pixels in the middle, neither turned nor
+        flipped; the largest square where the scene is smaller.
+        """
+        side = min(self.size, height, width)
+        return Window((height - side) // 2, (width - side) // 2, side, self.size)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A square of a scene and the way it is laid down; flips come before turns.
+
+    Attributes:
+        top: First row.
+        left: First column.
+        side: Rows and columns taken.
+        size: Rows and columns delivered.
+        is_flipped_y: Rows are reversed.
+        is_flipped_x: Columns are reversed.
+        turns: Quarter turns counter-clockwise.
+    """
+
+    top: int
+    left: int
+    side: int
+    size: int
+    is_flipped_y: bool = False
+    is_flipped_x: bool = False
+    turns: int = 0
+
+    def view(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return the window of `array` (..., H, W) as a view (..., side, side)."""
+        out = array[..., self.top : self.top + self.side, self.left : self.left + self.side]
+        if self.is_flipped_y:
+            out = out[..., ::-1, :]
+        if self.is_flipped_x:
+            out = out[..., ::-1]
+        return np.rot90(out, self.turns, axes=(-2, -1)) if self.turns else out
+
+    def write(self, array: np.ndarray[Any, Any], out: Tensor) -> None:
+        """Write the window of `array` (..., H, W) into `out` (..., size, size).
+
+        A resized window is antialiased and bilinear.
+        """
+        view = self.view(array)
+        if self.side == self.size:
+            np.copyto(out.numpy(), view, casting="same_kind")
+            return
+        out.copy_(_resize(view, self.size))
+
+    def write_valid(self, valid: np.ndarray[Any, Any], out: Tensor) -> None:
+        """Write the mask (..., H, W), True = valid, into `out` (..., size, size).
+
+        A pixel is valid only if every pixel that it was interpolated from is.
+        """
+        view = self.view(valid)
+        if self.side == self.size:
+            np.copyto(out.numpy(), view)
+        elif view.all():
+            out.fill_(True)
+        else:
+            out.copy_(_resize(~view, self.size) <= 1e-6)
+
+    def geo(self, x0: float, y0: float, step: float) -> dict[str, float]:
+        """Return where the window lies: its affine map from (column, row) to CRS coordinates.
+
+        Args:
+            x0: CRS coordinate of the outer edge of the scene's first column.
+            y0: The same of its first row; rows go south.
+            step: Size of a scene pixel in CRS units.
+
+        Returns:
+            `a b c d e f` with x = a·column + b·row + c, y = d·column + e·row + f, where column
+            and row count from the outer corner of the delivered window.
+        """
+        scale = self.side / self.size
+        here = np.eye(3)
+        here[:2, 2] = self.left, self.top
+        back = np.eye(3)
+        n = float(self.size)
+        for _ in range(self.turns):  # (column, row) of the turned window -> before the turn
+            back = np.array([[0.0, -1.0, n], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]) @ back
+        if self.is_flipped_x:
+            back = np.array([[-1.0, 0.0, n], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) @ back
+        if self.is_flipped_y:
+            back = np.array([[1.0, 0.0, 0.0], [0.0, -1.0, n], [0.0, 0.0, 1.0]]) @ back
+        world = np.array([[step, 0.0, x0], [0.0, -step, y0], [0.0, 0.0, 1.0]])
+        m = world @ here @ np.diag([scale, scale, 1.0]) @ back
+        return dict(zip("abcdef", (float(v) for v in m[:2].ravel())))
+
+
+def _resize(view: np.ndarray[Any, Any], size: int) -> Tensor:
+    """Resize (..., h, w) to (..., size, size), float32."""
+    x = torch.from_numpy(np.ascontiguousarray(view, dtype=np.float32))
+    flat = x.reshape(1, -1, *x.shape[-2:])  # (..., h, w) -> (1, all channels, h, w)
+    out = F.interpolate(
+        flat, size=(size, size), mode="bilinear", align_corners=False, antialias=True
+    )
+    return out.reshape(*x.shape[:-2], size, size)

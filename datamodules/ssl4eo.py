@@ -1,0 +1,215 @@
+"""SSL4EO-S12 v1.1: co-registered Sentinel-1 and Sentinel-2 at four dates, releases A and B.
+
+    data = SSL4EOS12DataModule(root="sample", global_batch_size=32)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))     # s1 (32, 2, 120, 120), s2 (32, 12, 120, 120)
+
+`crops.py` cuts windows, `ssl4eo_source.py` reads files, `stream.py` makes batches of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.crops import Crop
+from domainssl.datamodules.ssl4eo_source import Dates, SSL4EOSource
+from domainssl.datamodules.statistics import statistics_of
+from domainssl.datamodules.stream import Loading, Source
+from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.modality import Modality
+from domainssl.readers.ssl4eo import PRODUCTS, Catalogue, labels, product, read, scan
+
+__all__ = ["SSL4EOS12DataModule"]
+
+_log = logging.getLogger(__name__)
+
+
+class SSL4EOS12DataModule(DomainDataModule):
+    """Sentinel-1 and Sentinel-2 windows of SSL4EO-S12 v1.1.
+
+    One item is one location; an epoch visits each once. A file (release A) or a run of 64
+    locations (release B) is decoded as a whole and once per epoch.
+
+    Args:
+        root: `sample` (made on first use in the cache), a folder, or an fsspec URL, that holds
+            `train/<product>/` and `val/<product>/`.
+        products: Product of each modality key: S1GRD, S2L1C, S2L2A or S2RGB.
+        global_batch_size: Locations per optimiser step, over all devices and accumulation.
+        crop: Training windows. Held-out items are the central `crop.size` pixels.
+        dates: `one` (drawn per file and epoch), `views` or `views:3` (several drawn, a series),
+            `all` (a series), a position, or a list of positions (a series).
+        labels: `auto` (those beside the data, if any), the path of a table, or None.
+        mask_clouds: Clouds and cloud shadow count as not valid.
+        dn_offset: What stored Sentinel-2 values carry: 0, 1000, or `auto`.
+        on_bad_sample: `raise`, or `replace` by the next good location.
+        statistics: `published`, a YAML or JSON file, or `card` (those of the model's weights).
+        seed: Seed of order, windows and dates.
+        loading: Worker processes and memory.
+
+    Raises:
+        ConfigError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str = "sample",
+        products: dict[str, str] | None = None,
+        global_batch_size: int = 128,
+        crop: Crop | None = None,
+        dates: str | int | list[int] = "one",
+        labels: str | None = "auto",
+        mask_clouds: bool = False,
+        dn_offset: Literal[0, 1000, "auto"] = "auto",
+        on_bad_sample: Literal["raise", "replace"] = "raise",
+        statistics: str = "published",
+        seed: int = 0,
+        loading: Loading | None = None,
+    ) -> None:
+        super().__init__(
+            global_batch_size=global_batch_size,
+            seed=seed,
+            on_bad_sample=on_bad_sample,
+            loading=loading,
+        )
+        self.root = root
+        self.products = dict(products or {"s1": "S1GRD", "s2": "S2L2A"})
+        for name, value in self.products.items():
+            if value not in PRODUCTS:
+                raise ConfigError(
+                    f"data.init_args.products.{name}: unknown product {value!r}, expected one of "
+                    f"{', '.join(PRODUCTS)}.{nearest(value, PRODUCTS)}"
+                )
+        if dn_offset not in (0, 1000, "auto"):
+            raise ConfigError(
+                f"data.init_args.dn_offset: got {dn_offset!r}, expected 0, 1000 or 'auto'."
+            )
+        self.crop = crop or Crop()
+        self.dates = Dates.of(dates)
+        self.labels = labels
+        self.mask_clouds = mask_clouds
+        self.dn_offset = dn_offset
+        self.statistics = statistics
+        self.catalogues: dict[str, Catalogue] = {}
+        self._modalities: dict[str, Modality] | None = None
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """The products by their keys; statistics as asked for."""
+        if self._modalities is None:
+            self._modalities = {m: self._modality(m, p) for m, p in self.products.items()}
+        return self._modalities
+
+    @property
+    def context_size(self) -> int:
+        """Side in pixels of what is delivered."""
+        return self.crop.size
+
+    def _modality(self, name: str, product_name: str) -> Modality:
+        facts = product(product_name)
+        plain = Modality(
+            name=name,
+            kind="series" if self.dates.is_series else "image",
+            channels=facts.bands,
+            value_unit=facts.value_unit,
+            size=(self.crop.size, self.crop.size),
+            gsd_m=10.0,
+            mean=facts.mean,
+            std=facts.std,
+            valid_range=facts.valid_range,
+            nodata=None,  # batches mark it in `valid`
+            wavelengths_nm=facts.wavelengths_nm,
+        )
+        return statistics_of(plain, self.statistics, alias=product_name)
+
+    def open_sources(self) -> dict[str, Source]:
+        """Scan both splits."""
+        root = str(_sample_root() if self.root == "sample" else self.root)
+        train = scan(root, "train", self.products)
+        self.catalogues = {"train": train, "val": scan(root, "val", self.products)}
+        self._log_clipping(train)
+        sources: dict[str, Source] = {
+            split: self._source(catalogue, is_training=split == "train")
+            for split, catalogue in self.catalogues.items()
+        }
+        return {**sources, "predict": sources["val"]}
+
+    def _source(self, catalogue: Catalogue, *, is_training: bool) -> SSL4EOSource:
+        found = None
+        if self.labels is not None:
+            path = None if self.labels == "auto" else self.labels
+            found = labels(catalogue.root, catalogue.split, path=path)
+        if found is not None:
+            self.label_names = found.names
+        return SSL4EOSource(
+            catalogue,
+            self.crop,
+            self.dates,
+            self.seed,
+            is_training,
+            found,
+            self.mask_clouds,
+            self.dn_offset,
+        )
+
+    def _log_clipping(self, catalogue: Catalogue) -> None:
+        side = min(catalogue.size)
+        if self.crop.max_px > side:
+            _log.info(
+                "Scenes have %d x %d px: training windows are %d to %d px instead of %d to %d",
+                *catalogue.size, self.crop.min_px, side, self.crop.min_px, self.crop.max_px,
+            )  # fmt: skip
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, None without labels; known after setup."""
+        return len(self.label_names) if self.label_names is not None else None
+
+    def identity(self) -> dict[str, Any]:
+        """Return release, names, sizes and header hashes of the files."""
+        return {
+            "format": "SSL4EO-S12 v1.1",
+            "root": self.root,
+            "splits": {split: found.identity() for split, found in self.catalogues.items()},
+        }
+
+    def describe(self) -> list[str]:
+        """Return lines that tell what was found."""
+        lines = []
+        for split, found in self.catalogues.items():
+            lines.append(
+                f"SSL4EO-S12 v1.1 release {found.release}, {split}: {found.count} locations in "
+                f"{len(found.groups)} files of {found.size[0]} x {found.size[1]} px, "
+                f"{found.dates} dates, at {found.root}"
+            )
+            lines += [f"problem: {text}" for text in found.problems]
+        for name, modality in self.modalities.items():
+            lines.append(
+                f"{name}: {self.products[name]} ({modality.value_unit}), "
+                f"{modality.num_channels} bands {' '.join(modality.channels)}{self._offset(name)}"
+            )
+        lines.append(
+            "labels: none" if self.label_names is None else f"labels: {', '.join(self.label_names)}"
+        )
+        return lines + super().describe()
+
+    def _offset(self, name: str) -> str:
+        """Tell which offset the first held-out location carries."""
+        if not product(self.products[name]).has_offset or not self.catalogues:
+            return ""
+        try:
+            block = read(
+                self.catalogues["val"].groups[0], name, [0], slice(0, 1), dn_offset=self.dn_offset
+            )
+        except DataError as error:
+            return f", unreadable ({error})"
+        how = "found" if self.dn_offset == "auto" else "as asked"
+        return f", stored offset {int(block.offset[0])} ({how}, removed)"
+
+
+def _sample_root() -> Path:
+    from domainssl.datamodules.samples.ssl4eo import sample_root
+
+    return sample_root()

@@ -1,0 +1,411 @@
+"""A stream of batches out of blocks: decode each block once, shuffle across blocks, resume exactly.
+
+A *source* knows how many items each block holds and turns a piece of a block into stacked arrays
+(`Source.load`). Worker processes load whole pieces in the order of the plan; the main process keeps
+one window of them, permutes its items, and writes the rows of every batch in place into freshly
+allocated (on CUDA machines: pinned) tensors. Content and order depend on the plan alone, never on
+the number of workers or their start method.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from domainssl.datamodules.plan import EpochPlan, Piece
+from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.modality import Batch, collate
+
+__all__ = ["BlockStream", "Loading", "Rows", "Source", "empty"]
+
+_log = logging.getLogger(__name__)
+_START_METHODS = ("fork", "spawn", "forkserver")
+_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How data are brought in; nothing here changes what a batch contains, but `window_blocks`.
+
+    Attributes:
+        workers: Decoding processes per rank; None chooses by CPU count and size of the data.
+        start_method: `fork`, `spawn` or `forkserver`; None takes the platform's default.
+        window_blocks: Blocks whose items are shuffled together. Up to twice as many are in memory.
+        prefetch: Blocks each worker prepares ahead.
+        pin_memory: Page-locked batches; None does so when training on CUDA.
+        max_bad_share: Share of bad items, with `on_bad_sample: replace`, that ends the run.
+    """
+
+    workers: int | None = None
+    start_method: Literal["fork", "spawn", "forkserver"] | None = None
+    window_blocks: int = 8
+    prefetch: int = 2
+    pin_memory: bool | None = None
+    max_bad_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, low in (("workers", 0), ("window_blocks", 1), ("prefetch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(
+                    f"data.init_args.loading.{name}: got {value!r}, expected at least {low}."
+                )
+        if self.start_method not in (None, *_START_METHODS):
+            raise ConfigError(
+                f"data.init_args.loading.start_method: got {self.start_method!r}, expected one of "
+                f"{_START_METHODS}.{nearest(self.start_method, _START_METHODS)}"
+            )
+        if not 0 <= self.max_bad_share <= 1:
+            raise ConfigError(
+                f"data.init_args.loading.max_bad_share: got {self.max_bad_share!r}, expected a "
+                "share between 0 and 1, such as 0.01."
+            )
+
+
+@dataclass
+class Rows:
+    """Items of one piece, stacked.
+
+    Attributes:
+        data: Per batch key a tensor or array whose first axis is the item, or a list.
+        count: Number of items.
+        bytes_decoded: Bytes that came out of the decoder.
+        bytes_needed: Bytes of what was asked for.
+        bad: Position in the piece and reason of every item that could not be read.
+    """
+
+    data: Batch
+    count: int
+    bytes_decoded: int = 0
+    bytes_needed: int = 0
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Where blocks come from. It is pickled to workers, so it holds paths and options only."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Items per block."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes decoded in an epoch, roughly."""
+
+    def load(self, piece: Piece, epoch: int) -> Rows:
+        """Decode one piece and make its items; the same arguments always give the same rows.
+
+        Raises:
+            DataError: Nothing of the piece can be read.
+        """
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Allocate a tensor that leaves a worker process without a copy, (*shape)."""
+    if get_worker_info() is None:
+        return torch.empty(tuple(shape), dtype=dtype)
+    count = int(np.prod(shape))
+    like = torch.empty(0, dtype=dtype)
+    storage = like._typed_storage()._new_shared(count, device="cpu")  # as torch's own collate
+    return like.new(storage).resize_(*shape)
+
+
+class _Blocks(Dataset[Rows]):
+    """The source as torch's DataLoader wants it; indices are (piece, epoch)."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, task: tuple[Piece, int]) -> Rows:
+        piece, epoch = task
+        try:
+            return self.source.load(piece, epoch)
+        except DataError as error:
+            return Rows({}, len(piece), bad={i: str(error) for i in range(len(piece))})
+
+
+class _Tasks(Sampler[tuple[Piece, int]]):
+    """The pieces of the coming iteration."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[Piece, int]] = []
+
+    def __iter__(self) -> Iterator[tuple[Piece, int]]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+def _as_it_is(rows: Rows) -> Rows:
+    return rows
+
+
+@dataclass
+class _Tally:
+    """What a stream has read so far."""
+
+    bytes_decoded: int = 0
+    bytes_needed: int = 0
+    blocks: int = 0
+    wait_s: float = 0.0
+    bad: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+class BlockStream:
+    """Iterable of batches over one epoch of one rank.
+
+    Its length is always that of the full epoch; iterating starts where `position` says.
+
+    Args:
+        source: Where blocks come from.
+        plan: Builds the plan of an epoch.
+        position: Called when the first batch is asked for; returns the epoch and the number of
+            its batches that have been processed already.
+        loading: Processes and memory.
+        split: Name for messages.
+        on_bad_sample: `raise`, or `replace` by the next good item in this rank's order.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Callable[[int], EpochPlan],
+        position: Callable[[], tuple[int, int]],
+        loading: Loading,
+        *,
+        split: str = "train",
+        on_bad_sample: Literal["raise", "replace"] = "raise",
+    ) -> None:
+        self.source = source
+        self.plan = plan
+        self.loading = loading
+        self.split = split
+        self.tally = _Tally()
+        self._position = position
+        self._on_bad_sample = on_bad_sample
+        self._loader: DataLoader[Rows] | None = None
+        self._tasks = _Tasks()
+        self._iteration = 0
+        first = plan(0)
+        first.require_batches(split)
+        self._length = len(first.batch_sizes)
+        self._num_items = first.num_items
+
+    def __len__(self) -> int:
+        """Return the batches of a full epoch."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches that are left of the epoch."""
+        epoch, done = self._position()  # a generator: runs with the first next(), not with iter()
+        plan = self.plan(epoch)
+        self._iteration += 1
+        mine = self._iteration
+        window, skip = plan.locate(done)
+        if done >= len(plan.batch_sizes):
+            return
+        before = _Tally(self.tally.bytes_decoded, self.tally.bytes_needed, self.tally.blocks)
+        rows = self._rows(plan, window, skip)
+        pin = bool(self.loading.pin_memory) and torch.cuda.is_available()
+        for size in plan.batch_sizes[done:]:
+            if mine != self._iteration:
+                raise RuntimeError(
+                    f"The {self.split} stream was iterated anew while an older iterator was still "
+                    "in use; one iterator at a time shares the worker processes."
+                )
+            yield _assemble([next(rows) for _ in range(size)], pin)
+        rows.close()
+        self._log_reads(epoch, before)
+
+    # Lightning asks for these before it believes that a loader can resume. The position itself is
+    # kept by the DataModule, because Lightning drops a loader's state when it builds the loaders
+    # before it restores the checkpoint (pytorch-lightning#21765).
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the DataModule keeps the position."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore `state`: the DataModule keeps the position."""
+
+    @property
+    def read_amplification(self) -> float:
+        """Bytes decoded per byte needed, so far."""
+        return self.tally.bytes_decoded / max(1, self.tally.bytes_needed)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._iteration += 1
+        self._loader = None
+
+    def _open(self) -> DataLoader[Rows]:
+        """Return the loader of pieces; its workers live as long as the stream."""
+        if self._loader is None:
+            workers = self.loading.workers or 0
+            options: dict[str, Any] = {}
+            if workers:
+                options = {
+                    "multiprocessing_context": self.loading.start_method,
+                    "persistent_workers": True,
+                    "prefetch_factor": self.loading.prefetch,
+                }
+            # A generator of its own: otherwise every new iterator would draw its base seed from
+            # torch's global one, and a resumed run would differ from an uninterrupted one.
+            self._loader = DataLoader(
+                _Blocks(self.source),
+                sampler=self._tasks,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                generator=torch.Generator().manual_seed(0),
+                **options,
+            )
+        return self._loader
+
+    def _feed(self, plan: EpochPlan, window: int) -> Iterator[Rows]:
+        """Yield the loaded pieces of this and all later windows, in order."""
+        first = plan.windows[window].start
+        pieces = plan.pieces[first:]
+        loader = self._open()
+        self._tasks.tasks = [(piece, plan.epoch) for piece in pieces]
+        iterator = iter(loader)
+        for piece in pieces:
+            start = time.perf_counter()
+            try:
+                rows = next(iterator)
+            except RuntimeError as error:
+                if not any(text in str(error) for text in _DEAD_WORKER):
+                    raise
+                self._loader = None
+                raise DataError(
+                    f"A worker process of the {self.split} data died while reading ({error}). "
+                    "The usual reasons are too little memory or shared memory (/dev/shm) and a "
+                    "crash in a decoder. Lower data.init_args.loading.workers, prefetch or "
+                    "window_blocks; workers: 0 reads in the main process and shows the crash."
+                ) from error
+            self.tally.wait_s += time.perf_counter() - start
+            self.tally.blocks += 1
+            self.tally.bytes_decoded += rows.bytes_decoded
+            self.tally.bytes_needed += rows.bytes_needed
+            if rows.bad:
+                self._count_bad(piece, rows)
+            yield rows
+
+    def _rows(self, plan: EpochPlan, window: int, skip: int) -> Iterator[tuple[Batch, int]]:
+        """Yield (arrays, row) for every item from `skip` of `window` to the end of the epoch."""
+        feed = self._feed(plan, window)
+        ahead: deque[Rows] = deque()
+        for number in range(window, len(plan.windows)):
+            size = len(plan.windows[number])
+            while len(ahead) < size:
+                ahead.append(next(feed))
+            current = [ahead.popleft() for _ in range(size)]
+            items = [(rows, i) for rows in current for i in range(rows.count)]
+            if any(rows.bad for rows in current):
+                items = self._replace(items, ahead, feed)
+            order = plan.window_order(number)
+            later = len(plan.windows[number + 1]) if number + 1 < len(plan.windows) else 0
+            for taken in range(skip, len(order)):
+                # Receive the next window in step with handing out this one.
+                while len(ahead) < later * taken // len(order):
+                    ahead.append(next(feed))
+                rows, i = items[order[taken]]
+                yield rows.data, i
+            skip = 0
+
+    def _replace(
+        self, items: list[tuple[Rows, int]], ahead: deque[Rows], feed: Iterator[Rows]
+    ) -> list[tuple[Rows, int]]:
+        """Put good items in the place of bad ones: the next ones in order, each in its turn."""
+        good = [(rows, i) for rows, i in items if i not in rows.bad]
+        sources: list[int | None] = []  # per item its place in `good`, None where it is good itself
+        passed = run = 0
+        for rows, i in items:
+            bad = i in rows.bad
+            sources.append(passed + run if bad else None)
+            passed, run = passed + (not bad), run + 1 if bad else 0
+        needed = max(place for place in sources if place is not None) + 1
+        good += [(rows, i) for rows in ahead for i in range(rows.count) if i not in rows.bad]
+        while len(good) < needed and (rows := next(feed, None)) is not None:
+            ahead.append(rows)
+            good += [(rows, i) for i in range(rows.count) if i not in rows.bad]
+        if not good:
+            raise DataError(
+                f"No readable {self.split} item is left to replace the bad ones with:\n"
+                + self._bad_list()
+            )
+        return [
+            item if place is None else good[place % len(good)]
+            for item, place in zip(items, sources)
+        ]
+
+    def _count_bad(self, piece: Piece, rows: Rows) -> None:
+        """Remember bad items; end the run when they are not wanted, or too many."""
+        if self._on_bad_sample == "raise":
+            raise DataError(
+                f"{next(iter(rows.bad.values()))} Set data.init_args.on_bad_sample: replace to "
+                "train on the next good sample instead."
+            )
+        new = {(piece.block, piece.start + i): why for i, why in rows.bad.items()}
+        new = {place: why for place, why in new.items() if place not in self.tally.bad}
+        self.tally.bad.update(new)
+        if new:
+            _log.warning(
+                "%d bad %s item(s) replaced (%d so far): %s",
+                len(new), self.split, len(self.tally.bad), next(iter(new.values())),
+            )  # fmt: skip
+        if len(self.tally.bad) > self.loading.max_bad_share * self._num_items:
+            raise DataError(
+                f"{len(self.tally.bad)} of {self._num_items} {self.split} items of this process "
+                f"are bad, more than data.init_args.loading.max_bad_share="
+                f"{self.loading.max_bad_share:g} allows:\n{self._bad_list()}"
+            )
+
+    def _bad_list(self) -> str:
+        reasons: dict[str, int] = {}
+        for why in self.tally.bad.values():
+            reasons[why] = reasons.get(why, 0) + 1
+        return "\n".join(f"  {count} item(s): {why}" for why, count in reasons.items())
+
+    def _log_reads(self, epoch: int, before: _Tally) -> None:
+        decoded = self.tally.bytes_decoded - before.bytes_decoded
+        needed = self.tally.bytes_needed - before.bytes_needed
+        _log.info(
+            "%s epoch %d: %d blocks decoded, %.1f MB for %.1f MB needed (read amplification %.2f)",
+            self.split, epoch, self.tally.blocks - before.blocks,
+            decoded / 1e6, needed / 1e6, decoded / max(1, needed),
+        )  # fmt: skip
+
+
+def _assemble(items: list[tuple[Batch, int]], pin: bool) -> Batch:
+    """Write the rows of a batch into one new tensor per key."""
+    first = items[0][0]
+    blocks = {id(data): data for data, _ in items}.values()
+    if any(data.keys() != first.keys() or _shapes(data) != _shapes(first) for data in blocks):
+        return collate([{k: v[i] for k, v in data.items()} for data, i in items])
+    batch: Batch = {}
+    for name, example in first.items():
+        if isinstance(example, Tensor):
+            out = torch.empty((len(items), *example.shape[1:]), dtype=example.dtype, pin_memory=pin)
+            for target, (data, i) in zip(out.unbind(), items):
+                target.copy_(data[name][i])
+            batch[name] = out
+        elif isinstance(example, np.ndarray):
+            batch[name] = torch.from_numpy(np.stack([data[name][i] for data, i in items]))
+        else:
+            batch[name] = [data[name][i] for data, i in items]
+    return batch
+
+
+def _shapes(data: Batch) -> dict[str, tuple[int, ...]]:
+    """Shapes per item of everything that is stacked."""
+    return {k: tuple(v.shape[1:]) for k, v in data.items() if not isinstance(v, list)}
