@@ -9,12 +9,17 @@ if TYPE_CHECKING:
 
 __all__ = ["console", "error_console"]
 
+_PIPE_WIDTH = 140
+
 
 def console() -> Console:
     """Return a console on the current stdout."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    screen = Console(highlight=False, soft_wrap=True)
+    if not screen.is_terminal:  # files and pipes have no width of their own
+        screen = Console(highlight=False, soft_wrap=True, width=_PIPE_WIDTH)
+    return screen
 
 
 def error_console() -> Console:

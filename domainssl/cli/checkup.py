@@ -1,0 +1,206 @@
+"""The checks of `doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["Row", "checkup"]
+
+_EXTRAS = {
+    "geo": ("zarr", "numcodecs", "xarray", "rasterio", "pyproj", "torchgeo"),
+    "medical": ("monai", "nibabel", "pydicom"),
+    "pathology": ("openslide", "tifffile"),
+}
+_LOGGERS = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
+_MIN_FREE_GB = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check: `ok`, `absent` (optional), `warning` or `broken`, and what to do."""
+
+    status: str
+    check: str
+    found: str
+    remedy: str = ""
+
+
+def checkup() -> list[Row]:
+    """Run all checks; a check that fails itself becomes a row."""
+    parts: list[Callable[[], list[Row]]] = [
+        _python,
+        _required,
+        _extras,
+        _devices,
+        _processes,
+        _gdal,
+        _folders,
+    ]
+    return [row for part in parts for row in part()]
+
+
+def _python() -> list[Row]:
+    found = platform.python_version()
+    if (3, 11) <= sys.version_info[:2] <= (3, 13):
+        return [Row("ok", "Python", found)]
+    return [Row("broken", "Python", found, "Use Python 3.11, 3.12 or 3.13.")]
+
+
+def _required() -> list[Row]:
+    """Compare the installed versions with the bounds of our own metadata."""
+    try:
+        requirements = metadata.requires("domainssl") or []
+    except metadata.PackageNotFoundError:
+        remedy = "Install it from the repository: pip install -e '.[all]'"
+        return [Row("warning", "domainssl", "runs from a folder, not installed", remedy)]
+    rows = [Row("ok", "domainssl", metadata.version("domainssl"))]
+    for line in requirements:
+        if "extra ==" in line:
+            continue
+        name, bounds = _split_requirement(line)
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            rows.append(Row("broken", name, "not installed", f"pip install '{name}{bounds}'"))
+            continue
+        fits = _fits(version, bounds)
+        remedy = "" if fits else f"Tested with {bounds}: pip install '{name}{bounds}'"
+        rows.append(Row("ok" if fits else "warning", name, version, remedy))
+    return rows
+
+
+def _split_requirement(line: str) -> tuple[str, str]:
+    match = re.match(r"\s*([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*\(?([^;)]*)", line)
+    assert match is not None
+    return match.group(1), match.group(2).strip()
+
+
+def _fits(version: str, bounds: str) -> bool:
+    """Compare release numbers; pre-release and local parts are ignored."""
+
+    def numbers(text: str) -> list[int]:
+        release = re.match(r"[0-9.]*", text.strip())
+        parts = [int(part) for part in (release.group() if release else "").split(".") if part]
+        return (parts + [0] * 4)[:4]
+
+    compare: dict[str, Callable[[list[int], list[int]], bool]] = {
+        ">=": lambda a, b: a >= b,
+        "<=": lambda a, b: a <= b,
+        "<": lambda a, b: a < b,
+        ">": lambda a, b: a > b,
+        "==": lambda a, b: a == b,
+        "!=": lambda a, b: a != b,
+    }
+    for bound in filter(None, bounds.split(",")):
+        match = re.match(r"\s*(>=|<=|==|!=|<|>)\s*(.+)", bound)
+        if match and not compare[match.group(1)](numbers(version), numbers(match.group(2))):
+            return False
+    return True
+
+
+def _extras() -> list[Row]:
+    rows = []
+    for extra, modules in _EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        remedy = f"For this domain: pip install 'domainssl[{extra}]'" if missing else ""
+        found = f"without {', '.join(missing)}" if missing else "installed"
+        rows.append(Row("absent" if missing else "ok", f"extra {extra}", found, remedy))
+    for module, title in _LOGGERS.items():
+        if importlib.util.find_spec(module) is None:
+            remedy = f"Only to log there: pip install {module}"
+            rows.append(Row("absent", f"logger {title}", "not installed", remedy))
+        else:
+            rows.append(Row("ok", f"logger {title}", "installed"))
+    return rows
+
+
+def _devices() -> list[Row]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows = [Row("ok", "CPU", f"{cores} cores, {torch.get_num_threads()} threads in torch")]
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        remedy = "Fine for the sample; to train on a GPU check the driver with nvidia-smi."
+        if built is None:
+            remedy = "This torch is built for CPUs; install a CUDA build to use a GPU."
+        rows.append(Row("absent", "GPU", f"none usable (torch built for CUDA: {built})", remedy))
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        facts = torch.cuda.get_device_properties(index)
+        free, total = (value / 2**30 for value in torch.cuda.mem_get_info(index))
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use 16-mixed"
+        found = f"{facts.name}, {free:.0f} of {total:.0f} GiB free, {bf16}"
+        rows.append(Row("ok", f"GPU {index}", found))
+    backends = [
+        name
+        for name, check in (
+            ("gloo", torch.distributed.is_gloo_available),
+            ("nccl", torch.distributed.is_nccl_available),
+        )
+        if torch.distributed.is_available() and check()
+    ]
+    rows.append(Row("ok" if backends else "warning", "distributed", ", ".join(backends) or "none",
+                    "" if backends else "Several devices need a torch with gloo or nccl."))
+    return rows
+
+
+def _processes() -> list[Row]:
+    method = multiprocessing.get_start_method(allow_none=True)
+    method = method or multiprocessing.get_all_start_methods()[0]
+    rows = [Row("ok", "start method", f"{method} by default; loading workers choose their own")]
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free / 2**30
+        enough = free >= _MIN_FREE_GB
+        remedy = "" if enough else "Workers pass batches through it: enlarge it (--shm-size)."
+        rows.append(Row("ok" if enough else "warning", "/dev/shm", f"{free:.1f} GiB free", remedy))
+    return rows
+
+
+def _gdal() -> list[Row]:
+    if importlib.util.find_spec("rasterio") is None:
+        remedy = "To read GeoTIFF: pip install 'domainssl[geo]'"
+        return [Row("absent", "GDAL", "rasterio is not installed", remedy)]
+    try:
+        import rasterio
+        from rasterio.crs import CRS
+
+        CRS.from_epsg(32632)
+    except Exception as error:  # broken binary wheels and PROJ data fail in many ways
+        remedy = "Unset GDAL_DATA and PROJ_LIB/PROJ_DATA of other installations, or reinstall."
+        return [Row("broken", "GDAL", f"{type(error).__name__}: {error}", remedy)]
+    return [Row("ok", "GDAL", f"{rasterio.__gdal_version__}, rasterio {rasterio.__version__}")]
+
+
+def _folders() -> list[Row]:
+    from domainssl.cache import cache_dir
+
+    rows = [_writable("cache", Path(cache_dir()), "Set DOMAINSSL_CACHE to a writable folder.")]
+    rows.append(_writable("runs", Path.cwd(), "Start from a writable folder, or pass --run_dir."))
+    return rows
+
+
+def _writable(check: str, folder: Path, remedy: str) -> Row:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+            file.flush()
+        free = shutil.disk_usage(folder).free / 2**30
+    except OSError as error:
+        return Row("broken", check, f"{folder} is not writable: {error}", remedy)
+    if free < _MIN_FREE_GB:
+        found = f"{folder}, {free:.2f} GiB free"
+        return Row("warning", check, found, f"The disk is nearly full. {remedy}")
+    return Row("ok", check, f"{folder}, {free:.0f} GiB free")
