@@ -52,7 +52,7 @@ class Recorded:
         except TypeError:
             return self  # __init__ raises the same error, or copy and pickle restore the dict
         bound.apply_defaults()
-        recorded = {}
+        recorded: dict[str, Any] = {}
         for name in list(bound.arguments)[1:]:
             is_open = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             value = plain(bound.arguments[name])

@@ -127,7 +127,7 @@ def gather(x: Tensor, mode: Gather = "grad") -> Tensor:
         return x
     sizes = _sizes(len(x), x.device)
     if mode == "grad" and x.is_floating_point():
-        rows: Tensor = _GatherRows.apply(x, sizes)  # type: ignore[no-untyped-call]
+        rows: Tensor = _GatherRows.apply(x, sizes)
         return rows
     return _gather_rows(x, sizes)
 
@@ -141,7 +141,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     """Return the sum of `x` over all ranks; differentiable."""
     if not is_distributed():
         return x
-    total: Tensor = _AllReduceSum.apply(x)  # type: ignore[no-untyped-call]
+    total: Tensor = _AllReduceSum.apply(x)
     return total
 
 

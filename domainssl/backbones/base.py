@@ -153,7 +153,7 @@ class Backbone(Recorded, nn.Module):
         """Recompute transformer blocks in the backward pass instead of keeping activations."""
         for module in self.modules():
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = enabled
+                setattr(module, "gradient_checkpointing", enabled)  # noqa: B010
 
     def check(self, modalities: Mapping[str, Modality | Mapping[str, Any]]) -> None:
         """Compare the modalities of some data with those the weights were made for.

@@ -233,9 +233,9 @@ class CROMABackbone(Backbone):
         joint = self.joint_encoder(features.tokens[radar], same, features.tokens[optical], cross)
         features.tokens["joint"] = joint
         features.pooled["joint"] = joint.mean(1)
-        for table in (features.coords, features.grid, features.token_valid, features.dates):
-            if radar in table:
-                table["joint"] = table[radar]  # type: ignore[index]
+        features.coords["joint"] = features.coords[radar]
+        features.grid["joint"] = features.grid[radar]
+        features.token_valid["joint"] = features.token_valid[radar]
 
     @classmethod
     def from_reference(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class Form:
             )
         if name in ("scale", "log") and numbers[0] == 0:
             raise ConfigError(f"normalization: {text!r} would divide by zero.")
-        return cls(name, numbers)
+        return cls(cast(Name, name), numbers)
 
     def __str__(self) -> str:
         numbers = ",".join(f"{n:g}" for n in self.numbers)

@@ -325,6 +325,10 @@ class Objective(Recorded, LightningModule):
             self.check_finite()
             check_weights(self.named_parameters(), self.trainer.global_step)
         checkpoint["objective"] = {"batches": self._batch_counter}
+        checkpoint["backbone"] = {
+            "name": type(self.backbone).__name__,
+            "arguments": copy.deepcopy(self.backbone.arguments),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the batch counter; a run continues with the arguments it began with."""

@@ -166,6 +166,7 @@ class CROMA(Objective):
     """
 
     contrastive: ClassVar[bool] = True
+    backbone: CROMABackbone
 
     def __init__(
         self,
@@ -266,6 +267,11 @@ class CROMA(Objective):
             return Step(losses)
         return Step(losses, self._outputs(x, features, prediction, draws))
 
+    def _by_sensor(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut the last axis into the optical and the radar values of a patch."""
+        optical = self._values[0]
+        return values[..., :optical], values[..., optical:]
+
     def _project(self, features: Features) -> dict[str, Tensor]:
         return {
             self.radar: self.radar_projection(features.pooled[self.radar]),
@@ -298,7 +304,7 @@ class CROMA(Objective):
             valid = torch.cat(masks, dim=-1)
         if self.options.target_norm == "joint":
             return standardize_patches(torch.cat(patches, dim=-1), valid), valid
-        parts = [None, None] if valid is None else valid.split(self._values, dim=-1)
+        parts = [None, None] if valid is None else self._by_sensor(valid)
         targets = [standardize_patches(p, v) for p, v in zip(patches, parts, strict=True)]
         return torch.cat(targets, dim=-1), valid
 
@@ -308,11 +314,11 @@ class CROMA(Objective):
         """Mean squared error of hidden patches, per sensor (eq. 2)."""
         target, valid = self._targets(x)
         masks = (draws.optical.removed, draws.radar.removed)
-        valids = (None, None) if valid is None else valid.split(self._values, dim=-1)
+        valids = (None, None) if valid is None else self._by_sensor(valid)
         parts = zip(
             (self.optical, self.radar),
-            prediction.split(self._values, dim=-1),
-            target.split(self._values, dim=-1),
+            self._by_sensor(prediction),
+            self._by_sensor(target),
             masks,
             valids,
             strict=True,
@@ -338,8 +344,8 @@ class CROMA(Objective):
         masks = {self.optical: draws.optical.removed, self.radar: draws.radar.removed}
         for name, predicted, wanted in zip(
             (self.optical, self.radar),
-            prediction.float().split(self._values, dim=-1),
-            target.split(self._values, dim=-1),
+            self._by_sensor(prediction.float()),
+            self._by_sensor(target),
             strict=True,
         ):
             hidden = masks[name].unsqueeze(-1)

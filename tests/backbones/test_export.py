@@ -1,0 +1,130 @@
+"""Export and load: bit-equal features, and refusal of everything that does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from domainssl import export_backbone, list_backbones, load_backbone
+from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
+from domainssl.errors import DataError, WeightsError
+
+SIZES = {"width": 32, "depth": 2, "heads": 4}
+
+
+@pytest.fixture
+def backbone() -> CROMABackbone:
+    torch.manual_seed(0)
+    return CROMABackbone(dict(PUBLISHED_MODALITIES), **SIZES).eval()
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    return {"s1": torch.randn(2, 2, 16, 16) - 12, "s2": torch.randn(2, 12, 16, 16) * 900 + 1500}
+
+
+def test_features_are_bit_equal_after_export_and_load(
+    backbone: CROMABackbone, tmp_path: Path
+) -> None:
+    backbone.normalizer.get_buffer("mean_s1").fill_(-11.123456789)
+    export_backbone(backbone, tmp_path / "out", provenance={"objective": "CROMA"})
+    batch = _batch()
+    for path in ("", "backbone.json", "backbone.safetensors"):
+        loaded = load_backbone(tmp_path / "out" / path)
+        with torch.no_grad():
+            a, b = backbone(batch), loaded(batch)
+        for name in ("s1", "s2", "joint"):
+            assert torch.equal(a.tokens[name], b.tokens[name])
+            assert torch.equal(a.pooled[name], b.pooled[name])
+
+
+def test_the_card_says_what_goes_in(backbone: CROMABackbone, tmp_path: Path) -> None:
+    card = json.loads(export_backbone(backbone, tmp_path, licence="MIT").read_text())
+    assert card["modalities"]["s2"]["channels"][8:10] == ["B8A", "B09"]
+    assert card["modalities"]["s2"]["value_unit"] == "dn"
+    assert card["normalization"] == {"s1": "mean2std", "s2": "mean2std"}
+    assert card["licence"] == "MIT"
+    assert card["embed_dim"] == {"s1": 32, "s2": 32, "joint": 32}
+
+
+def test_an_export_is_not_overwritten_unless_asked(backbone: CROMABackbone, tmp_path: Path) -> None:
+    export_backbone(backbone, tmp_path)
+    with pytest.raises(WeightsError, match="--overwrite"):
+        export_backbone(backbone, tmp_path)
+    export_backbone(backbone, tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channels": [*PUBLISHED_MODALITIES["s2"].channels[:-1]]}, "11 bands.*expect 12 in the"),
+        ({"channels": [*PUBLISHED_MODALITIES["s2"].channels[::-1]]}, "another order"),
+        ({"value_unit": "reflectance"}, "'reflectance', the weights expect 'dn'"),
+        ({"kind": "series"}, "kind is 'series'"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused_with_the_reason(
+    backbone: CROMABackbone, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    export_backbone(backbone, tmp_path)
+    facts = {**PUBLISHED_MODALITIES["s2"].to_dict(), "mean": None, "std": None, **change}
+    with pytest.raises(WeightsError, match=message):
+        load_backbone(tmp_path, modalities={"s2": facts})
+
+
+def test_a_batch_with_a_wrong_band_count_is_refused(backbone: CROMABackbone) -> None:
+    with pytest.raises(DataError, match=r"batch.s2.*\(2, 13, 16, 16\).*C=12"):
+        backbone({"s2": torch.zeros(2, 13, 16, 16)})
+
+
+def test_a_batch_without_any_modality_is_refused(backbone: CROMABackbone) -> None:
+    with pytest.raises(DataError, match=r"\['s1', 's2'\].*\['sar'\]"):
+        backbone({"sar": torch.zeros(2, 2, 16, 16)})
+
+
+def test_changed_tensors_are_noticed(backbone: CROMABackbone, tmp_path: Path) -> None:
+    export_backbone(backbone, tmp_path)
+    path = tmp_path / "backbone.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(WeightsError, match="damaged or of another export"):
+        load_backbone(tmp_path)
+
+
+def test_a_pickled_file_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path(tmp_path / "executed").touch, ())
+
+    path = tmp_path / "weights.pt"
+    torch.save({"state_dict": Trap()}, path)
+    with pytest.raises(WeightsError, match="holds pickled objects"):
+        load_backbone("croma_base", weights=path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(WeightsError, match="Did you mean 'croma_base'"):
+        load_backbone("croma_bas")
+    assert list_backbones("croma_*") == ["croma_base", "croma_large", "croma_tiny"]
+
+
+def test_a_name_alone_is_no_silent_untrained_backbone() -> None:
+    with pytest.raises(WeightsError, match="weights='random'"):
+        load_backbone("croma_base")
+
+
+def test_a_failed_export_leaves_no_file_taken_for_a_whole_one(
+    backbone: CROMABackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_backbone(backbone, tmp_path)
+    assert list(tmp_path.iterdir()) == []
