@@ -39,9 +39,12 @@ def find_classes(kind: str) -> dict[str, str]:
     homes: dict[str, str] = {}
     for folder in _FOLDERS[kind]:
         for path in sorted((package_folder() / folder).glob("*.py")):
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            renamed = _renamed_imports(body)
+            for node in body:
                 if isinstance(node, ast.ClassDef):
-                    bases[node.name] = {_last_name(base) for base in node.bases}
+                    parents = {_last_name(base) for base in node.bases}
+                    bases[node.name] = {renamed.get(name, name) for name in parents}
                     homes[node.name] = f"domainssl.{folder}.{path.stem}.{node.name}"
     roots = _ROOTS[kind] | set(found)
     known = {name for name, parents in bases.items() if parents & roots}
@@ -95,6 +98,17 @@ def _last_name(base: ast.expr) -> str:
     if isinstance(base, ast.Subscript):
         base = base.value
     return base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+
+
+def _renamed_imports(body: list[ast.stmt]) -> dict[str, str]:
+    """Return the names given by `from x import A as B`, B -> A."""
+    return {
+        alias.asname: alias.name
+        for node in body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
 
 
 def _lightning_names(kind: str) -> dict[str, str]:

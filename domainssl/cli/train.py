@@ -57,8 +57,24 @@ class Request:
         self.flags = composition.flags
         self.name = str(self.config.get("name") or composition.name or _class_stem(checker.tree))
         self.run_dir = new_run_dir(self.name, verb, self.config.get("run_dir"))
+        if self.config.get("ckpt_path") == "last":
+            self.config["ckpt_path"] = str(self._last_checkpoint())
         self.loggers: dict[str, Any] = self.config.get("loggers") or {}
         self.callbacks: dict[str, Any] = self.config.get("callbacks") or {}
+
+    def _last_checkpoint(self) -> Path:
+        """Return the newest `last.ckpt` of this run's folder, else of earlier runs of its name."""
+        base = Path("runs") / self.name
+        found = [self.run_dir / "checkpoints" / "last.ckpt", *base.glob("*/checkpoints/last.ckpt")]
+        if found[0].exists():
+            return found[0]
+        there = sorted(found[1:], key=lambda path: path.stat().st_mtime)
+        if not there:
+            raise ConfigError(
+                f"--ckpt_path last: no checkpoints/last.ckpt in {str(base)!r} or in the run's "
+                "folder. Name the file, or start without --ckpt_path."
+            )
+        return there[-1]
 
     def arguments(self) -> dict[str, Any]:
         """Return the configuration in the shape that LightningCLI parses."""
