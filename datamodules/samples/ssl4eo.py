@@ -1,0 +1,205 @@
+"""The embedded sample of SSL4EO-S12 v1.1: release A in small, made from known factors.
+
+96 training and 64 held-out locations of 132 px and 4 dates, in files of 32 locations, for the
+products asked for: S1GRD with S2L2A are about 130 MB. All sets of products show the same
+locations. `labels/<split>.csv` beside them holds the dominant cover of each location
+and the other factors, `labels/<split>_cover.npz` the cover of each pixel.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domainssl.cache import cache_dir, locked_build
+from domainssl.datamodules.samples.ssl4eo_scene import (
+    COVERS,
+    DATES,
+    SIDE,
+    Location,
+    draw_location,
+    optical,
+    radar,
+)
+from domainssl.errors import require
+from domainssl.readers.ssl4eo_facts import L1C_BANDS, L2A_BANDS, PRODUCTS, product
+from domainssl.readers.ssl4eo_write import TileTable, write_release_a
+
+__all__ = ["LOCATIONS", "VERSION", "build", "sample_root"]
+
+logger = logging.getLogger(__name__)
+
+VERSION = "1"
+LOCATIONS = {"train": 96, "val": 64}
+_PER_FILE = 32
+_SEED = 20260101
+_STEP = 32
+_ZONES = (32610, 32618, 32632, 32633, 32645, 32651, 32719, 32736, 32755)
+_L2A = [L1C_BANDS.index(band) for band in L2A_BANDS]
+_RGB = [L1C_BANDS.index(band) for band in ("B04", "B03", "B02")]
+Array = np.ndarray[Any, Any]
+
+
+def sample_root(products: Iterable[str] = ("S1GRD", "S2L2A")) -> Path:
+    """Return the folder of the sample with these products, made on first use in seconds."""
+    names = sorted({product(name).name for name in products})
+    entry = "-".join(["ssl4eo-s12", *names]).lower()
+    if not (cache_dir() / f"{entry}-{VERSION}").is_dir():
+        logger.info("writing the embedded SSL4EO-S12 sample (%s)", ", ".join(names))
+    return locked_build(entry, VERSION, lambda folder: build(folder, names))
+
+
+@dataclass
+class _Item:
+    """Everything the files hold of one location."""
+
+    place: Location
+    values: dict[str, Array]
+    mask: Array
+    times: Array
+    s1_times: Array
+    s2_names: list[str]
+    s1_names: list[str]
+    crs: int
+    x0: float
+    y0: float
+
+
+def build(folder: Path, products: Sequence[str] = tuple(PRODUCTS)) -> None:
+    """Write the sample into an empty folder; the same pixels every time."""
+    for split, total in LOCATIONS.items():
+        rng = np.random.default_rng([_SEED, len(split)])
+        classes = rng.permutation(np.arange(total) % len(COVERS))
+        places: list[tuple[str, Location]] = []
+        names = []
+        make = partial(_item, split, classes, products)
+        for file, low in enumerate(range(0, total, _PER_FILE), 1):
+            numbers = range(low, low + _PER_FILE)
+            with ThreadPoolExecutor(2) as pool:
+                items = list(pool.map(make, numbers))
+            ids = [_location_id(split, number) for number in numbers]
+            name = f"ssl4eos12_{split}_seasonal_data_{file:06d}.zarr.zip"
+            _write_file(folder / split, name, ids, items)
+            names.append(name)
+            places += zip(ids, (item.place for item in items), strict=True)
+        (folder / "splits").mkdir(exist_ok=True)
+        (folder / "splits" / f"ssl4eos12_{split}.txt").write_text("\n".join(names) + "\n")
+        _write_labels(folder / "labels", split, places)
+
+
+def _location_id(split: str, number: int) -> str:
+    return f"{number + (0 if split == 'train' else 200_000):07d}"
+
+
+def _item(split: str, classes: Array, products: Sequence[str], number: int) -> _Item:
+    rng = np.random.default_rng([_SEED, len(split), number])
+    start = np.datetime64("2019-12-20T10:20:00") + np.timedelta64(int(rng.integers(0, 330)), "D")
+    gaps = np.cumsum([0, *rng.integers(75, 100, DATES - 1)])
+    seconds = rng.integers(0, 3600, DATES)
+    times = start + gaps.astype("timedelta64[D]") + seconds.astype("timedelta64[s]")
+    radar_times = times + rng.integers(-3, 4, DATES).astype("timedelta64[D]")
+    months = (times.astype("datetime64[M]").astype(int) % 12).astype(np.float32)
+    place = draw_location(rng, int(classes[number]), months)
+    s1 = radar(rng, place, looks_east=bool(rng.integers(2)))
+    surface, top, mask = optical(rng, place, rng.random(DATES) < 0.2)
+    if rng.random() < 0.05:  # the edge of a swath
+        mask[rng.integers(DATES), :, : int(rng.integers(6, 30))] = 6
+    gone = mask == 6
+    zone = int(rng.choice(_ZONES))
+    tile = f"T{zone % 100:02d}{'ABCDEFGH'[number % 8]}{'KLMN'[number % 4]}{'PQRST'[number % 5]}"
+    # release A lists S1A before S1B: pixels and names follow the name, `time_` the date
+    mixed = number // _PER_FILE == 1
+    satellites = rng.choice(["A", "B"], DATES) if mixed else ["A"] * DATES
+    radar_names = [_s1_name(s, t) for s, t in zip(satellites, radar_times, strict=True)]
+    stored = np.argsort(np.array(radar_names), kind="stable")
+    makers: dict[str, Callable[[], Array]] = {
+        "S1GRD": lambda: s1[stored],
+        "S2L2A": lambda: _digital(surface[:, _L2A], gone),
+        "S2L1C": lambda: _digital(top, gone),
+        "S2RGB": lambda: _eight_bit(surface[:, _RGB], gone),
+    }
+    return _Item(
+        place,
+        {name: makers[name]() for name in products},
+        mask,
+        times,
+        radar_times,
+        [f"{_stamp(t)}_{_stamp(t + np.timedelta64(7, 's'))}_{tile}" for t in times],
+        [radar_names[i] for i in stored],
+        zone,
+        float(rng.integers(300_000, 700_000)) + 0.5,
+        float(rng.integers(1_000_000, 7_000_000)) + 0.25,
+    )  # fmt: skip
+
+
+def _digital(reflectance: Array, gone: Array) -> Array:
+    """Return what release A stores: DN with the +1000, 0 no data (in steps of 32, to be small)."""
+    dn = (np.round(reflectance * (10_000 / _STEP)) * _STEP + 1000).astype("<i2")
+    return np.where(gone[:, None], np.int16(0), dn)
+
+
+def _eight_bit(reflectance: Array, gone: Array) -> Array:
+    shades = np.clip(np.round(reflectance * 900), 1, 255)
+    return np.where(gone[:, None], 0, shades).astype(np.uint8)
+
+
+def _stamp(time: np.datetime64) -> str:
+    return str(time.astype("datetime64[s]")).replace("-", "").replace(":", "")
+
+
+def _s1_name(satellite: str, time: np.datetime64) -> str:
+    end = _stamp(time + np.timedelta64(25, "s"))
+    return f"S1{satellite}_IW_GRDH_1SDV_{_stamp(time)}_{end}_034567_040ABC_1D2E"
+
+
+def _write_file(folder: Path, name: str, ids: Sequence[str], items: Sequence[_Item]) -> None:
+    crs = np.array([item.crs for item in items])
+    x0, y0 = np.array([item.x0 for item in items]), np.array([item.y0 for item in items])
+    lat, lon = _centres(crs, x0 + 5.0 * SIDE, y0 - 5.0 * SIDE)
+    mask = np.stack([item.mask for item in items])
+    s2 = ([item.s2_names for item in items], np.stack([item.times for item in items]))
+    s1_times = np.sort(np.stack([item.s1_times for item in items]), axis=1)
+    s1 = ([item.s1_names for item in items], s1_times)
+    for product_name in items[0].values:
+        is_radar = product_name == "S1GRD"
+        names, times = s1 if is_radar else s2
+        (folder / product_name).mkdir(parents=True, exist_ok=True)
+        tiles = TileTable(ids, times, names, lat, lon, crs, x0, y0)
+        values = np.stack([item.values[product_name] for item in items])
+        path = folder / product_name / name
+        write_release_a(path, product_name, values, tiles, None if is_radar else mask)
+
+
+def _centres(crs: Array, x: Array, y: Array) -> tuple[Array, Array]:
+    transformer = require("pyproj", "geo").Transformer
+    lat, lon = np.empty(len(crs)), np.empty(len(crs))
+    for zone in np.unique(crs):
+        here = crs == zone
+        change = transformer.from_crs(int(zone), 4326, always_xy=True)
+        lon[here], lat[here] = change.transform(x[here], y[here])
+    return lat, lon
+
+
+def _write_labels(folder: Path, split: str, places: Sequence[tuple[str, Location]]) -> None:
+    folder.mkdir(exist_ok=True)
+    factors = list(places[0][1].factors)
+    with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sample", "label", "name", *factors])
+        for key, place in places:
+            numbers = [f"{place.factors[name]:.5f}" for name in factors]
+            writer.writerow([key, place.label, COVERS[place.label], *numbers])
+    np.savez_compressed(
+        folder / f"{split}_cover.npz",
+        sample=np.array([key for key, _ in places]),
+        cover=np.stack([place.cover for _, place in places]),
+        names=np.array(COVERS),
+    )

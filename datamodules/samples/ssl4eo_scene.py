@@ -1,0 +1,259 @@
+"""Latent factors of one sample location, and what radar and optical sensors make of them.
+
+Land cover, season and terrain are shared by both sensors; roughness reaches the radar alone, haze
+and cloud the optical sensor alone. A cover is a *texture* (rows, dots, parcels, hills) of unit
+variance, in colours, amplitude and contrast sign drawn anew for every location and sensor, so that
+neither band means nor band spreads tell the covers apart: their arrangement does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainssl.readers.ssl4eo_facts import L1C_BANDS
+
+__all__ = ["COVERS", "DATES", "SIDE", "Location", "draw_location", "optical", "radar"]
+
+Array = np.ndarray[Any, Any]
+Rng = np.random.Generator
+
+SIDE = 132
+DATES = 4
+COVERS = ("rows", "dots", "parcels", "hills")
+
+_WAVELENGTH_UM = np.array(
+    [0.443, 0.493, 0.560, 0.665, 0.704, 0.741, 0.783, 0.833, 0.865, 0.945, 1.374, 1.614, 2.202],
+    np.float32,
+)
+# reflectance of bare soil, leaves and dry matter in the bands of L1C
+_SOIL = np.array([9, 11, 14, 18, 20, 22, 23, 24, 25, 26, 1, 31, 28], np.float32) / 100
+_LEAF = np.array([3, 4, 7, 4, 10, 26, 33, 35, 36, 37, 1, 19, 9], np.float32) / 100
+_DRY = np.array([7, 9, 12, 16, 19, 23, 26, 28, 30, 31, 1, 34, 25], np.float32) / 100
+_STEP_PX = {10: 1, 20: 2, 60: 6}
+_RESOLUTION_M = (60, 10, 10, 10, 20, 20, 20, 10, 20, 60, 60, 20, 20)
+
+
+@dataclass
+class Location:
+    """Latent factors of one location.
+
+    Attributes:
+        label: Dominant cover.
+        cover: Cover of each pixel, uint8 (Y, X).
+        texture: The cover's texture at each pixel, unit variance, (Y, X).
+        terrain: Heights, unit variance, (Y, X).
+        relief: Strength of the terrain.
+        greenness: Vegetation state at each date, 0..1, (T,).
+        roughness: What the radar alone sees, unit variance, (Y, X).
+        factors: Numbers that describe the location, for the factor table.
+    """
+
+    label: int
+    cover: Array
+    texture: Array
+    terrain: Array
+    relief: float
+    greenness: Array
+    roughness: Array
+    factors: dict[str, float]
+
+
+def _spectrum() -> Array:
+    rows = np.fft.fftfreq(SIDE)[:, None]
+    columns = np.fft.rfftfreq(SIDE)[None]
+    return np.sqrt(rows**2 + columns**2).astype(np.float32)
+
+
+_FREQUENCY = _spectrum()
+
+
+def _unit(field: Array) -> Array:
+    field = field - field.mean()
+    return field / max(float(field.std()), 1e-6)
+
+
+def _shaped(rng: Rng, gain: Array) -> Array:
+    """Return a unit-variance random field whose spectrum follows `gain`."""
+    white = np.fft.rfft2(rng.standard_normal((SIDE, SIDE), np.float32))
+    return _unit(np.fft.irfft2(white * gain, (SIDE, SIDE)).astype(np.float32))
+
+
+def _smooth(rng: Rng, length_px: float) -> Array:
+    """Return a unit-variance field with the correlation length given."""
+    return _shaped(rng, np.exp(-((_FREQUENCY * length_px * 2.0) ** 2)))
+
+
+def _rotated(angle: float) -> tuple[Array, Array]:
+    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return x * cos + y * sin, y * cos - x * sin
+
+
+def _rows(rng: Rng, angle: float, period: float) -> Array:
+    across, _ = _rotated(angle)
+    bent = across + 1.2 * _smooth(rng, 14)
+    return _unit(np.sin(2 * np.pi * bent / period + rng.uniform(0, 2 * np.pi)))
+
+
+def _dots(rng: Rng, period: float) -> Array:
+    ring = np.exp(-(((_FREQUENCY - 1 / period) / (0.18 / period)) ** 2))
+    field = _shaped(rng, ring)
+    return _unit(np.maximum(field - 0.8, 0) ** 0.5)
+
+
+def _parcels(rng: Rng, angle: float, period: float) -> Array:
+    u, v = _rotated(angle)
+    side = 2.2 * period
+    i = np.floor(u / side + 100).astype(int)
+    j = np.floor(v / (side * rng.uniform(0.6, 1.0)) + 100).astype(int)
+    values = rng.standard_normal((i.max() + 1, j.max() + 1)).astype(np.float32)
+    return _unit(values[i, j])
+
+
+def _hills(rng: Rng, period: float) -> Array:
+    return _unit(_smooth(rng, 1.1 * period) + 0.35 * _smooth(rng, 2.5))
+
+
+def draw_location(rng: Rng, label: int, month: Array) -> Location:
+    """Draw the factors of a location.
+
+    Args:
+        rng: Source of all draws.
+        label: The cover that shall dominate.
+        month: Months since January of each date, (T,).
+    """
+    fields = np.stack([_smooth(rng, 11) for _ in COVERS])
+    share = rng.uniform(0.66, 0.86)
+    fields[label] += _boost(fields, label, share)
+    cover = fields.argmax(0).astype(np.uint8)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(4.5, 8.0)
+    textures = np.stack(
+        [
+            _rows(rng, angle, period),
+            _dots(rng, 1.3 * period),
+            _parcels(rng, angle, period),
+            _hills(rng, period),
+        ]
+    )
+    texture = np.take_along_axis(textures, cover[None].astype(int), 0)[0]
+    green, swing, peak = rng.uniform(0.2, 0.8), rng.uniform(0.05, 0.2), rng.uniform(0, 12)
+    relief = rng.uniform(0.0, 1.0)
+    return Location(
+        label,
+        cover,
+        texture,
+        _shaped(rng, 1 / np.maximum(_FREQUENCY, 0.5 / SIDE) ** 1.8),
+        relief,
+        (green + swing * np.cos(2 * np.pi * (month - peak) / 12)).astype(np.float32),
+        _smooth(rng, 8),
+        {
+            "share": float((cover == label).mean()),
+            "angle": float(angle),
+            "period_px": float(period),
+            "greenness": float(green),
+            "relief": float(relief),
+        },
+    )
+
+
+def _boost(fields: Array, label: int, share: float) -> float:
+    """Return what to add to one field so that it is the largest on `share` of the pixels."""
+    others = np.delete(fields, label, 0).max(0)
+    return float(np.quantile(others - fields[label], share))
+
+
+def radar(rng: Rng, place: Location, looks_east: bool) -> Array:
+    """Return backscatter of all dates in dB, float16 (T, 2, Y, X)."""
+    contrast = rng.uniform(1.2, 2.6) * rng.choice([-1.0, 1.0], len(COVERS))
+    colour = rng.normal(0, 1.2, (2, len(COVERS))).astype(np.float32)
+    slope = np.gradient(place.terrain, axis=1) * (1 if looks_east else -1)
+    shared = (contrast.astype(np.float32)[place.cover] * place.texture)[None]
+    fixed = shared * np.array([1.0, rng.uniform(0.6, 1.1)], np.float32)[:, None, None]
+    fixed = fixed + colour[:, place.cover] + 6.0 * place.relief * slope
+    fixed = fixed + np.array([1.0, 0.5], np.float32)[:, None, None] * place.roughness
+    level = np.array([-12.0, -19.0], np.float32) + rng.normal(0, 1.5, 2).astype(np.float32)
+    out = np.empty((DATES, 2, SIDE, SIDE), np.float16)
+    for date in range(DATES):
+        moist = rng.normal(0, 1.2) + 2.0 * (place.greenness[date] - 0.5)
+        speckle = rng.standard_normal((2, SIDE, SIDE), np.float32)
+        values = fixed * rng.uniform(0.8, 1.2) + (level + moist)[:, None, None] + 1.0 * speckle
+        out[date] = np.round(values * 4) / 4  # steps of 0.25 dB: less to store
+    return out
+
+
+def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Array]:
+    """Return reflectance at the surface and at the top of the atmosphere, and the cloud mask.
+
+    Args:
+        rng: Source of all draws.
+        place: The location.
+        cloudy: Which dates have clouds, bool (T,).
+
+    Returns:
+        L2A and L1C reflectance in the 13 bands of L1C, float32 (T, 13, Y, X), and the mask
+        classes, uint8 (T, Y, X).
+    """
+    mixes = rng.dirichlet([1.5, 1.5, 1.5], len(COVERS)).astype(np.float32)
+    signs = rng.choice([-1.0, 1.0], len(COVERS)).astype(np.float32)
+    contrast = (rng.uniform(0.10, 0.26) * signs)[place.cover] * place.texture
+    tilt = rng.normal(0, 0.35)
+    slope = np.gradient(place.terrain, axis=0) + 0.5 * np.gradient(place.terrain, axis=1)
+    surface = np.empty((DATES, len(L1C_BANDS), SIDE, SIDE), np.float32)
+    top = np.empty_like(surface)
+    mask = np.zeros((DATES, SIDE, SIDE), np.uint8)
+    relative = np.log(_WAVELENGTH_UM / 0.8)
+    for date in range(DATES):
+        green = place.greenness[date]
+        weights = mixes * np.array([1.0, 0.4 + 1.6 * green, 1.6 - green], np.float32)
+        weights /= weights.sum(1, keepdims=True)
+        spectra = weights @ np.stack([_SOIL, _LEAF, _DRY])  # (covers, bands)
+        gain = np.exp(rng.normal(0, 0.18) + rng.normal(0, 0.15) * relative)
+        bias = rng.normal(0, 0.008) * np.ones(13, np.float32)
+        haze = 0.025 * np.exp(0.5 * _smooth(rng, 30) + rng.normal(0, 0.5))
+        sun = rng.uniform(0.6, 1.4) * place.relief * slope
+        thick, thin, shade = _clouds(rng) if cloudy[date] else (None, None, None)
+        for step in _STEP_PX.values():
+            bands = [b for b, m in enumerate(_RESOLUTION_M) if _STEP_PX[m] == step]
+            texture = _coarse(contrast, step)
+            if step > 1:  # keep its spread, or resolution would tell the covers apart
+                texture *= contrast.std() / max(float(texture.std()), 1e-6)
+            cover = place.cover[step // 2 :: step, step // 2 :: step]
+            terms = texture * (1 if step < 6 else 0.3) + _coarse(sun, step)
+            slant = (1 + tilt * relative[bands])[:, None, None] * terms
+            ground = spectra[:, bands].T[:, cover] * np.exp(slant)
+            ground = ground * gain[bands, None, None] + bias[bands, None, None]
+            ground += 0.002 * rng.standard_normal(ground.shape, np.float32)
+            veil = _coarse(haze, step) * (_WAVELENGTH_UM[bands, None, None] / 0.49) ** -1.3
+            surface[date, bands] = _fine(np.maximum(ground + 0.6 * veil, 0.002), step)
+            top[date, bands] = _fine(np.maximum(0.85 * ground + 0.03 + 2 * veil, 0.002), step)
+        top[date, 10] = 0.0015 + 0.0005 * rng.standard_normal()
+        if thick is not None:
+            for image in (surface[date], top[date]):
+                image *= 1 - 0.5 * shade
+                image += thin * (0.35 - 0.5 * image) + thick * (0.75 - image)
+            mask[date][shade[0] > 0.5] = 5
+            mask[date][thin[0] > 0.2] = 3
+            mask[date][thick[0] > 0.5] = 4
+    return surface, top, mask
+
+
+def _clouds(rng: Rng) -> tuple[Array, Array, Array]:
+    """Return thick cloud, thin cloud and shadow, 0..1, (1, Y, X)."""
+    field = _smooth(rng, 12)
+    level = rng.uniform(1.2, 2.2)
+    thick = np.clip((field - level) * 6, 0, 1)
+    thin = np.clip((field - level + 0.4) * 2, 0, 0.6) * (1 - thick)
+    shade = np.roll(thick, tuple(rng.integers(4, 12, 2)), (0, 1)) * (thick < 0.1) * (thin < 0.1)
+    return thick[None], thin[None], shade[None]
+
+
+def _coarse(field: Array, step: int) -> Array:
+    n = SIDE // step
+    return field if step == 1 else field.reshape(n, step, n, step).mean((1, 3))
+
+
+def _fine(field: Array, step: int) -> Array:
+    return field if step == 1 else field.repeat(step, -2).repeat(step, -1)
