@@ -1,0 +1,1 @@
+"""What watches a run: progress, speed, checkpoints, pictures, evaluation and a summary."""

@@ -1,0 +1,211 @@
+"""Checkpoints that are complete or not there, however a run ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from domainssl.errors import DomainSSLError
+
+__all__ = ["AtomicCheckpoint", "AtomicCheckpointIO", "CheckpointError"]
+
+logger = logging.getLogger(__name__)
+_PART = ".part-"
+
+
+class CheckpointError(DomainSSLError, OSError):
+    """A checkpoint could not be written."""
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes its name only once its content is on the disk."""
+    part = path.with_name(f".{path.name}{_PART}{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not every file system lets a folder be synchronised
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a hidden name beside the target, synchronises, then renames.
+
+    A crash or a full disk leaves the previous checkpoint, and at worst a hidden `*.part-*` file
+    that no resume looks at. Addresses such as `s3://` keep Lightning's own transaction.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointError: The file could not be written; nothing is left of it.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _whole_file(target) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(_failed(target, error)) from error
+
+
+def _failed(path: Path, error: BaseException) -> str:
+    with suppress(OSError):
+        free = shutil.disk_usage(path.parent).free / 1e6
+        return (
+            f"Checkpoint {str(path)!r} was not written: {error}. {free:.0f} MB are free there. "
+            "Nothing is left of it and earlier checkpoints are untouched; make room (or point "
+            "run_dir elsewhere) and resume with --ckpt_path last."
+        )
+    return f"Checkpoint {str(path)!r} was not written: {error}. Its folder cannot be used."
+
+
+class AtomicCheckpoint(ModelCheckpoint):
+    """Saves `step_<n>.ckpt` and `last.ckpt`, atomically, and keeps the newest few.
+
+    `last.ckpt` is a second name (hard link) of the newest file, so it never points to nothing.
+    For a best checkpoint by a metric add Lightning's ModelCheckpoint beside it; with this
+    callback in the run its files are written atomically too.
+
+    Args:
+        dirpath: Folder; the run's folder `checkpoints` by default.
+        every_n_epochs: Save at the end of every n-th epoch; 0 for never.
+        every_n_train_steps: Save after every n-th optimiser step too; 0 for never.
+        keep: How many of the newest files stay; -1 for all.
+        save_on_exception: Save when the run is interrupted, too.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        every_n_epochs: int = 1,
+        every_n_train_steps: int = 0,
+        keep: int = 2,
+        save_on_exception: bool = False,
+    ) -> None:
+        if keep == 0 or keep < -1:
+            raise ValueError(
+                f"AtomicCheckpoint.keep: got {keep}, expected 1 or more, or -1 for all."
+            )
+        super().__init__(
+            dirpath=dirpath,
+            filename="step_{step:07d}",
+            auto_insert_metric_name=False,
+            save_top_k=-1,  # retention is ours: it must hold after a resume, too
+            save_last="link",
+            save_on_exception=save_on_exception,
+            every_n_train_steps=every_n_train_steps or None,
+            every_n_epochs=None if every_n_train_steps else every_n_epochs,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        self.keep = keep
+        self._epochs_between = every_n_epochs
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the folder, make writing atomic and clear what a crash left."""
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.is_global_zero:
+            for part in Path(str(self.dirpath)).glob(f".*{_PART}*"):
+                part.unlink(missing_ok=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at the end of an epoch, besides the interval in steps."""
+        every = self._epochs_between
+        if (
+            every < 1
+            or (trainer.current_epoch + 1) % every
+            or self._should_skip_saving_checkpoint(trainer)
+        ):
+            return
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save on an interruption; after an error of ours the state is not worth saving."""
+        if not isinstance(exception, DomainSSLError):
+            super().on_exception(trainer, pl_module, exception)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero and self.keep > 0:
+            found = Path(str(self.dirpath)).glob("step_*.ckpt")
+            paths = sorted(found, key=lambda path: path.stat().st_mtime_ns)
+            for path in paths[: -self.keep]:
+                _remove(path)
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """Give the newest checkpoint its second name in one step."""
+        if trainer.is_global_zero:
+            target, link = Path(filepath), Path(linkpath)
+            part = link.with_name(f".{link.name}{_PART}{os.getpid()}")
+            _name_again(target, part)
+            if link.is_dir() and not link.is_symlink():
+                shutil.rmtree(link)
+            part.replace(link)
+            _sync_folder(link.parent)
+        trainer.strategy.barrier()
+
+
+def _name_again(target: Path, name: Path) -> None:
+    """Make `name` another name of a file, or point it to a folder of shards."""
+    name.unlink(missing_ok=True)
+    try:
+        if target.is_dir():
+            name.symlink_to(target.name)
+        else:
+            os.link(target, name)
+    except OSError:  # file systems without links
+        if target.is_dir():
+            shutil.copytree(target, name)
+        else:
+            shutil.copyfile(target, name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

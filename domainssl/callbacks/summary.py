@@ -1,0 +1,137 @@
+"""Say at the end what was trained, where it lies and how to load it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from rich.markup import escape
+
+from domainssl.callbacks._common import console_of, run_folder
+from domainssl.callbacks.export import ExportBackbone
+from domainssl.callbacks.progress import describe_metrics
+
+__all__ = ["Summary"]
+
+
+class Summary(Callback):
+    """Prints the closing summary of a run, or how to resume it after an interruption."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._step_began = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._began = time.monotonic()
+        self._step_began = trainer.global_step
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the summary."""
+        if trainer.is_global_zero:
+            _print(trainer, summarize(trainer, pl_module, self._elapsed(), self._step_began))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say where an interrupted run can go on."""
+        if not trainer.is_global_zero or not self._began:
+            return
+        lines = [("stopped", f"{type(exception).__name__} after step {trainer.global_step}")]
+        last = _last_checkpoint(trainer)
+        if last is not None:
+            lines.append(("resume", f"the same command with --ckpt_path {_short(last)}"))
+        else:
+            lines.append(("resume", "no checkpoint was written yet"))
+        _print(trainer, lines)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+
+def _print(trainer: Trainer, lines: list[tuple[str, str]]) -> None:
+    console = console_of(trainer)
+    for label, text in lines:
+        console.print(f"[bold]{label:<8}[/] {escape(text)}")
+
+
+def summarize(
+    trainer: Trainer, module: Any, seconds: float, first_step: int = 0
+) -> list[tuple[str, str]]:
+    """Return the lines of the summary as (label, text)."""
+    count = sum(p.numel() for p in module.backbone.parameters())
+    names = ", ".join(module.backbone.modalities)
+    steps = trainer.global_step - first_step
+    lines = [
+        (
+            "trained",
+            f"{type(module.backbone).__name__} ({count / 1e6:.2f} M parameters; {names}) with "
+            f"{type(module).__name__}: {trainer.current_epoch} epochs, {trainer.global_step} steps",
+        ),
+        ("took", f"{_duration(seconds)} for {steps} steps" + _per_step(seconds, steps)),
+    ]
+    metrics = describe_metrics(trainer.callback_metrics)
+    if metrics:
+        lines.append(("result", metrics))
+    lines.append(("run", _short(run_folder(trainer))))
+    last = _last_checkpoint(trainer)
+    if last is not None:
+        lines.append(("", f"checkpoint {_short(last)}  (resume with --ckpt_path)"))
+    lines += [("", text) for text in map(_logger_line, trainer.loggers) if text]
+    return lines + _how_to_load(trainer)
+
+
+def _how_to_load(trainer: Trainer) -> list[tuple[str, str]]:
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    exports = [c for c in callbacks if isinstance(c, ExportBackbone) and c.written]
+    if not exports or exports[0].written is None:
+        return []
+    folder = _short(exports[0].written)
+    return [
+        ("backbone", f"{folder}  (backbone.safetensors, backbone.json)"),
+        ("load it", "from domainssl import load_backbone"),
+        ("", f'backbone = load_backbone("{folder}").eval()'),
+        ("", "features = backbone(batch)  # raw physical values; features.pooled, features.tokens"),
+    ]
+
+
+def _last_checkpoint(trainer: Trainer) -> Path | None:
+    for callback in trainer.checkpoint_callbacks:
+        for name in ("last_model_path", "best_model_path"):
+            path = getattr(callback, name, "")
+            if path and Path(path).exists():
+                return Path(path)
+    return None
+
+
+def _logger_line(logger: Logger) -> str:
+    folder = logger.log_dir if hasattr(logger, "log_dir") else logger.save_dir
+    if type(logger).__name__ == "TensorBoardLogger" and folder:
+        return f"curves     tensorboard --logdir {_short(Path(folder))}"
+    if type(logger).__name__ == "CSVLogger" and folder:
+        return f"metrics    {_short(Path(folder) / 'metrics.csv')}"
+    return ""
+
+
+def _short(path: Path) -> str:
+    """Return a path relative to the working directory where that is shorter."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _per_step(seconds: float, steps: int) -> str:
+    return f" ({1000 * seconds / steps:.0f} ms each, everything included)" if steps else ""

@@ -1,0 +1,190 @@
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+from rich.console import Console
+from tiny import Batches, TinyBackbone, TinyData, TinyObjective, tiny_modalities, tiny_trainer
+
+from domainssl.callbacks._picture import colour_bands, panel
+from domainssl.callbacks.export import ExportBackbone
+from domainssl.callbacks.gradients import GradientNorm
+from domainssl.callbacks.progress import ProgressBar
+from domainssl.callbacks.reconstruction import ReconstructionPanels
+from domainssl.callbacks.summary import Summary
+from domainssl.callbacks.throughput import Throughput
+from domainssl.modality import Modality
+
+
+def run(folder, callbacks, data=None, **options):
+    torch.manual_seed(0)
+    model = TinyObjective(tiny_modalities())
+    trainer = tiny_trainer(folder, callbacks=callbacks, **options)
+    trainer.fit(model, datamodule=data or TinyData())
+    return model, trainer
+
+
+class SlowData(TinyData):
+    """Every batch takes 20 ms to come."""
+
+    def train_dataloader(self):
+        class Slow(Batches):
+            def __iter__(self):
+                for batch in super().__iter__():
+                    time.sleep(0.02)
+                    yield batch
+
+        return Slow(self.make(self.items, 1), self)
+
+
+class SlowStep(Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        time.sleep(0.02)
+
+
+def test_waiting_for_slow_data_shows_in_data_wait_and_in_the_rate(tmp_path):
+    _, trainer = run(tmp_path, [Throughput()], SlowData(items=64), max_epochs=1)
+    assert 0.5 < trainer.callback_metrics["perf/data_wait"] <= 1
+    assert 100 < trainer.callback_metrics["perf/samples_per_s"] < 400  # 8 per 20 ms at most
+
+
+def test_a_slow_step_is_not_data_wait(tmp_path):
+    _, trainer = run(tmp_path, [Throughput(), SlowStep()], TinyData(items=64), max_epochs=1)
+    assert trainer.callback_metrics["perf/data_wait"] < 0.3
+    assert "_on_before_fetch" not in trainer.fit_loop.epoch_loop.__dict__
+
+
+def test_gradient_norm_is_that_before_clipping(tmp_path):
+    seen = []
+
+    class Measure(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            squares = [p.grad.square().sum() for p in pl_module.parameters() if p.grad is not None]
+            seen.append(torch.stack(squares).sum().sqrt())
+
+    _, trainer = run(tmp_path, [Measure(), GradientNorm()], gradient_clip_val=1e-4, max_epochs=1)
+    torch.testing.assert_close(trainer.callback_metrics["train/grad_norm"], seen[-1])
+    assert seen[-1] > 1e-3
+
+
+def test_without_a_terminal_every_epoch_leaves_one_line(tmp_path):
+    out = io.StringIO()
+    bar = ProgressBar(console=Console(file=out, width=200))
+    run(tmp_path, [Throughput(), bar], max_epochs=3, enable_progress_bar=True)
+    lines = out.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == [
+        "epoch 1/3 step 4",
+        "epoch 2/3 step 8",
+        "epoch 3/3 step 12",
+    ]
+    assert "contrast" in lines[0] and "samples/s" in lines[0] and "data wait" in lines[0]
+    assert "val " in lines[1]
+
+
+def test_without_a_terminal_long_epochs_leave_lines_in_between(tmp_path):
+    out = io.StringIO()
+    bar = ProgressBar(line_every_s=0, console=Console(file=out, width=200))
+    run(tmp_path, [bar], max_epochs=1, enable_progress_bar=True)
+    assert "epoch 1/1 step 2 batch 2/4" in out.getvalue()
+
+
+def test_on_a_terminal_a_bar_shows_the_terms(tmp_path):
+    out = io.StringIO()
+    bar = ProgressBar(console=Console(file=out, width=200, force_terminal=True))
+    run(tmp_path, [bar], max_epochs=1, enable_progress_bar=True)
+    assert "4/4" in out.getvalue() and "contrast" in out.getvalue()
+
+
+def test_panels_show_the_same_items_and_the_end_of_the_run(tmp_path):
+    plain, _ = run(tmp_path / "plain", [], max_epochs=3)
+    watched, _ = run(tmp_path / "seen", [ReconstructionPanels(every_n_epochs=2)], max_epochs=3)
+    assert watched.losses_seen == plain.losses_seen
+    written = sorted(p.name for p in (tmp_path / "seen" / "panels").iterdir())
+    assert written == [f"step_00000{n}_{m}.png" for n in ("08", "12") for m in ("s1", "s2")]
+    first, last = (np.asarray(Image.open(tmp_path / "seen" / "panels" / n)) for n in written[1::2])
+    assert first.shape == last.shape == (32 + 4 * 124, 4 + 3 * 124, 3)
+    assert np.array_equal(first[32:, :248], last[32:, :248])  # inputs and masks do not change
+
+
+def test_panels_reach_tensorboard(tmp_path):
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    run(tmp_path, [ReconstructionPanels(every_n_epochs=5)], max_epochs=1, logger=logger)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"reconstruction/s1", "reconstruction/s2"}
+
+
+@pytest.mark.parametrize(
+    ("channels", "bands"),
+    [
+        (("B01", "B02", "B03", "B04"), (3, 2, 1)),
+        (("VV", "VH"), (0, 1)),
+        (("t1",), (0,)),
+        (("red", "green", "blue", "nir"), (0, 1, 2)),
+        (("a", "b", "c", "d"), (0, 1, 2)),
+        (("a", "b"), (0,)),
+    ],
+)
+def test_bands_are_chosen_as_people_look_at_them(channels, bands):
+    assert colour_bands(channels) == bands
+
+
+def test_red_is_red_in_a_panel():
+    modality = Modality("s2", "image", ("B02", "B03", "B04"), "dn", size=(8, 8))
+    x = torch.zeros(1, 3, 8, 8)
+    x[0, 2, :4] = 1.0  # B04 is high in the upper half
+    picture = panel({"input": x, "masked": 0 * x}, modality, "t")
+    assert picture[40, 20].tolist() == [255, 0, 0]
+    assert picture[140, 20].tolist() == [0, 0, 0]
+
+
+def test_a_volume_is_shown_as_its_middle_slice():
+    modality = Modality("ct", "volume", ("hu",), "hu", size=(6, 6, 6))
+    x = torch.zeros(1, 1, 6, 6, 6)
+    x[..., 3] = torch.linspace(0, 1, 6)[:, None]
+    picture = panel({"input": x}, modality, "t")
+    assert picture[35, 10].tolist() == [0, 0, 0] and picture[-10, 10].tolist() == [255, 255, 255]
+
+
+def test_the_exported_backbone_holds_the_trained_weights_and_their_origin(tmp_path):
+    callback = ExportBackbone(licence="CC-BY-4.0")
+    model, _ = run(tmp_path, [callback], max_epochs=1)
+    card = json.loads((tmp_path / "backbone" / "backbone.json").read_text())
+    assert card["name"] == "TinyBackbone" and card["licence"] == "CC-BY-4.0"
+    assert card["provenance"]["objective"] == "TinyObjective"
+    assert card["provenance"]["optimizer_steps"] == 4
+    from safetensors.torch import load_file
+
+    again = TinyBackbone(card["modalities"])
+    again.load_state_dict(load_file(tmp_path / "backbone" / "backbone.safetensors"))
+    batch = next(iter(TinyData().val_dataloader()))
+    torch.testing.assert_close(again(batch).pooled, model.backbone(batch).pooled, rtol=0, atol=0)
+
+
+def test_the_summary_says_what_was_trained_where_it_lies_and_how_to_load_it(tmp_path, capsys):
+    logger = CSVLogger(tmp_path, name="", version="")
+    run(tmp_path, [ExportBackbone(), Summary(), Throughput()], max_epochs=2, logger=logger)
+    text = capsys.readouterr().out
+    assert "TinyBackbone" in text and "TinyObjective: 2 epochs, 8 steps" in text
+    assert f'load_backbone("{tmp_path / "backbone"}")' in text
+    assert "metrics.csv" in text and "samples/s" in text
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
+    class Break(Callback):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        run(tmp_path, [Summary(), Break()])
+    text = capsys.readouterr().out
+    assert "RuntimeError after step" in text and "no checkpoint was written yet" in text
