@@ -25,8 +25,8 @@ class Parameter:
 def parameters(cls: type) -> dict[str, Parameter]:
     """Return the arguments of a class by name.
 
-    `**kwargs` are followed to the constructors of the base classes; what a base class
-    requires is taken to be given by the class itself.
+    `**kwargs` are followed to the constructors of the base classes, and to the functions that
+    receive them; what a base class requires is taken to be given by the class itself.
     """
     found: dict[str, Parameter] = {}
     first = next(owner for owner in inspect.getmro(cls) if "__init__" in owner.__dict__)
@@ -47,7 +47,20 @@ def parameters(cls: type) -> dict[str, Parameter]:
                 found.setdefault(item.name, Parameter(item.name, hint, required))
         if not passes_on:
             return found
+        for name in _received_elsewhere(cls):
+            found.setdefault(name, Parameter(name, Any, False))
     return found
+
+
+def _received_elsewhere(cls: type) -> list[str]:
+    """Return the names that jsonargparse finds by following `**kwargs` through the source."""
+    from jsonargparse import ArgumentParser
+
+    try:
+        added = ArgumentParser().add_class_arguments(cls, "c", fail_untyped=False)
+    except (ValueError, TypeError):
+        return []
+    return list(dict.fromkeys(name.split(".")[1] for name in added))
 
 
 def _hints(function: object) -> dict[str, Any]:
