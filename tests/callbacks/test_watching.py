@@ -1,6 +1,6 @@
 import io
 import json
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,34 +29,67 @@ def run(folder, callbacks, data=None, **options):
     return model, trainer
 
 
+class Clock:
+    """Time that only passes where a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        fake = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr("domainssl.callbacks.throughput.time", fake)
+
+
 class SlowData(TinyData):
-    """Every batch takes 20 ms to come."""
+    """Every batch takes a while to come."""
+
+    def __init__(self, clock, seconds, **options):
+        super().__init__(**options)
+        self.clock, self.seconds = clock, seconds
 
     def train_dataloader(self):
+        outer = self
+
         class Slow(Batches):
             def __iter__(self):
                 for batch in super().__iter__():
-                    time.sleep(0.02)
+                    outer.clock.now += outer.seconds
                     yield batch
 
         return Slow(self.make(self.items, 1), self)
 
 
 class SlowStep(Callback):
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds = clock, seconds
+
     def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        time.sleep(0.02)
+        self.clock.now += self.seconds
+
+    def on_validation_batch_end(self, *args):
+        self.clock.now += 100
 
 
-def test_waiting_for_slow_data_shows_in_data_wait_and_in_the_rate(tmp_path):
-    _, trainer = run(tmp_path, [Throughput()], SlowData(items=64), max_epochs=1)
-    assert 0.5 < trainer.callback_metrics["perf/data_wait"] <= 1
-    assert 100 < trainer.callback_metrics["perf/samples_per_s"] < 400  # 8 per 20 ms at most
-
-
-def test_a_slow_step_is_not_data_wait(tmp_path):
-    _, trainer = run(tmp_path, [Throughput(), SlowStep()], TinyData(items=64), max_epochs=1)
-    assert trainer.callback_metrics["perf/data_wait"] < 0.3
+def test_data_wait_is_the_share_of_time_spent_on_fetching(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    callbacks = [Throughput(), SlowStep(clock, 0.01)]
+    _, trainer = run(tmp_path, callbacks, SlowData(clock, 0.03, items=64), max_epochs=2)
+    metrics = trainer.callback_metrics
+    assert metrics["perf/data_wait"] == pytest.approx(0.75)
+    assert metrics["perf/samples_per_s"] == pytest.approx(8 / 0.04)
     assert "_on_before_fetch" not in trainer.fit_loop.epoch_loop.__dict__
+
+
+def test_validation_does_not_count_as_training_time(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    callbacks = [Throughput(), SlowStep(clock, 0.01)]
+    rates = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            rates.append(float(trainer.callback_metrics.get("perf/samples_per_s", 0)))
+
+    data = SlowData(clock, 0.03, items=64)
+    run(tmp_path, [*callbacks, Note()], data, max_epochs=2, log_every_n_steps=4)
+    assert rates[8:] and max(rates) == pytest.approx(min(r for r in rates if r))
 
 
 def test_gradient_norm_is_that_before_clipping(tmp_path):
