@@ -166,6 +166,10 @@ class DomainDataModule(Recorded, LightningDataModule):
             stream.close()
         self._streams.clear()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """End the worker processes when the run is interrupted."""
+        self.teardown()
+
     # Position, saved with every checkpoint --------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule
@@ -124,9 +123,20 @@ class SSL4EOS12DataModule(DomainDataModule):
         )
         return statistics_of(plain, self.statistics, alias=product_name)
 
+    def prepare_data(self) -> None:
+        """Write the embedded sample, once per machine."""
+        self._root()
+
+    def _root(self) -> str:
+        if self.root != "sample":
+            return self.root
+        from domainssl.datamodules.samples.ssl4eo import sample_root
+
+        return str(sample_root(self.products.values()))
+
     def open_sources(self) -> dict[str, Source]:
         """Scan both splits."""
-        root = str(_sample_root() if self.root == "sample" else self.root)
+        root = self._root()
         train = scan(root, "train", self.products)
         self.catalogues = {"train": train, "val": scan(root, "val", self.products)}
         self._log_clipping(train)
@@ -207,9 +217,3 @@ class SSL4EOS12DataModule(DomainDataModule):
             return f", unreadable ({error})"
         how = "found" if self.dn_offset == "auto" else "as asked"
         return f", stored offset {int(block.offset[0])} ({how}, removed)"
-
-
-def _sample_root() -> Path:
-    from domainssl.datamodules.samples.ssl4eo import sample_root
-
-    return sample_root()

@@ -243,9 +243,14 @@ class BlockStream:
         return self.tally.bytes_decoded / max(1, self.tally.bytes_needed)
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes; an iterator in use cannot go on."""
         self._iteration += 1
-        self._loader = None
+        loader, self._loader = self._loader, None
+        iterator = getattr(loader, "_iterator", None)
+        if iterator is not None:
+            # Left to the garbage collector, an iterator in a reference cycle loses its queues
+            # before it can tell the workers, and waits 5 s for each of them.
+            iterator._shutdown_workers()
 
     def _open(self) -> DataLoader[Rows]:
         """Return the loader of pieces; its workers live as long as the stream."""
