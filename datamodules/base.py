@@ -179,7 +179,7 @@ class DomainDataModule(Recorded, LightningDataModule):
         epoch, processed = self._running_epoch, 0
         if self._trainer is not None and self._trainer.state.fn == "fit":
             # Prefetched batches do not count: this number is Lightning's, of finished steps.
-            progress = self._trainer.fit_loop.epoch_loop.batch_progress
+            progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress
             processed = int(progress.current.processed)
         if self._steps and processed >= self._steps:
             epoch, processed = epoch + 1, 0

@@ -57,10 +57,8 @@ class Dates:
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return cls(0, (value,), False)
         elif isinstance(value, Sequence) and value:
-            places = tuple(value)
-            if all(isinstance(v, int) and v >= 0 for v in places) and len(set(places)) == len(
-                places
-            ):
+            places = tuple(v for v in value if isinstance(v, int) and v >= 0)
+            if len(set(places)) == len(value):
                 return cls(0, places, True)
         raise ConfigError(
             f"data.init_args.dates: got {value!r}, expected 'one' (drawn per file and epoch), "

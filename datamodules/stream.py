@@ -12,111 +12,40 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from domainssl.datamodules.plan import EpochPlan, Piece
-from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.datamodules.source import Loading, Rows, Source, empty
+from domainssl.errors import DataError
 from domainssl.modality import Batch, collate
 
 __all__ = ["BlockStream", "Loading", "Rows", "Source", "empty"]
 
 _log = logging.getLogger(__name__)
-_START_METHODS = ("fork", "spawn", "forkserver")
 _DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
 
 
-@dataclass(frozen=True)
-class Loading:
-    """How data are brought in; nothing here changes what a batch contains, but `window_blocks`.
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run the many small tensor operations of reading on the calling thread.
 
-    Attributes:
-        workers: Decoding processes per rank; None chooses by CPU count and size of the data.
-        start_method: `fork`, `spawn` or `forkserver`; None takes the platform's default.
-        window_blocks: Blocks whose items are shuffled together. Up to twice as many are in memory.
-        prefetch: Blocks each worker prepares ahead.
-        pin_memory: Page-locked batches; None does so when training on CUDA.
-        max_bad_share: Share of bad items, with `on_bad_sample: replace`, that ends the run.
+    Spread over threads they gain nothing, and lose ten times their cost as soon as other
+    processes keep the cores busy, because every one of them waits for all threads.
     """
-
-    workers: int | None = None
-    start_method: Literal["fork", "spawn", "forkserver"] | None = None
-    window_blocks: int = 8
-    prefetch: int = 2
-    pin_memory: bool | None = None
-    max_bad_share: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name, low in (("workers", 0), ("window_blocks", 1), ("prefetch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(
-                    f"data.init_args.loading.{name}: got {value!r}, expected at least {low}."
-                )
-        if self.start_method not in (None, *_START_METHODS):
-            raise ConfigError(
-                f"data.init_args.loading.start_method: got {self.start_method!r}, expected one of "
-                f"{_START_METHODS}.{nearest(self.start_method, _START_METHODS)}"
-            )
-        if not 0 <= self.max_bad_share <= 1:
-            raise ConfigError(
-                f"data.init_args.loading.max_bad_share: got {self.max_bad_share!r}, expected a "
-                "share between 0 and 1, such as 0.01."
-            )
-
-
-@dataclass
-class Rows:
-    """Items of one piece, stacked.
-
-    Attributes:
-        data: Per batch key a tensor or array whose first axis is the item, or a list.
-        count: Number of items.
-        bytes_decoded: Bytes that came out of the decoder.
-        bytes_needed: Bytes of what was asked for.
-        bad: Position in the piece and reason of every item that could not be read.
-    """
-
-    data: Batch
-    count: int
-    bytes_decoded: int = 0
-    bytes_needed: int = 0
-    bad: dict[int, str] = field(default_factory=dict)
-
-
-class Source(Protocol):
-    """Where blocks come from. It is pickled to workers, so it holds paths and options only."""
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        """Items per block."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes decoded in an epoch, roughly."""
-
-    def load(self, piece: Piece, epoch: int) -> Rows:
-        """Decode one piece and make its items; the same arguments always give the same rows.
-
-        Raises:
-            DataError: Nothing of the piece can be read.
-        """
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor that leaves a worker process without a copy, (*shape)."""
-    if get_worker_info() is None:
-        return torch.empty(tuple(shape), dtype=dtype)
-    count = int(np.prod(shape))
-    like = torch.empty(0, dtype=dtype)
-    storage = like._typed_storage()._new_shared(count, device="cpu")  # as torch's own collate
-    return like.new(storage).resize_(*shape)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Blocks(Dataset[Rows]):
@@ -128,7 +57,8 @@ class _Blocks(Dataset[Rows]):
     def __getitem__(self, task: tuple[Piece, int]) -> Rows:
         piece, epoch = task
         try:
-            return self.source.load(piece, epoch)
+            with _one_thread():
+                return self.source.load(piece, epoch)
         except DataError as error:
             return Rows({}, len(piece), bad={i: str(error) for i in range(len(piece))})
 
@@ -146,7 +76,7 @@ class _Tasks(Sampler[tuple[Piece, int]]):
         return len(self.tasks)
 
 
-def _as_it_is(rows: Rows) -> Rows:
+def _as_it_is(rows: Any) -> Any:
     return rows
 
 
@@ -223,7 +153,10 @@ class BlockStream:
                     f"The {self.split} stream was iterated anew while an older iterator was still "
                     "in use; one iterator at a time shares the worker processes."
                 )
-            yield _assemble([next(rows) for _ in range(size)], pin)
+            items = [next(rows) for _ in range(size)]
+            with _one_thread():
+                batch = _assemble(items, pin)
+            yield batch
         rows.close()
         self._log_reads(epoch, before)
 
@@ -305,7 +238,9 @@ class BlockStream:
                 self._count_bad(piece, rows)
             yield rows
 
-    def _rows(self, plan: EpochPlan, window: int, skip: int) -> Iterator[tuple[Batch, int]]:
+    def _rows(
+        self, plan: EpochPlan, window: int, skip: int
+    ) -> Generator[tuple[Batch, int], None, None]:
         """Yield (arrays, row) for every item from `skip` of `window` to the end of the epoch."""
         feed = self._feed(plan, window)
         ahead: deque[Rows] = deque()
@@ -340,9 +275,9 @@ class BlockStream:
             passed, run = passed + (not bad), run + 1 if bad else 0
         needed = max(place for place in sources if place is not None) + 1
         good += [(rows, i) for rows in ahead for i in range(rows.count) if i not in rows.bad]
-        while len(good) < needed and (rows := next(feed, None)) is not None:
-            ahead.append(rows)
-            good += [(rows, i) for i in range(rows.count) if i not in rows.bad]
+        while len(good) < needed and (more := next(feed, None)) is not None:
+            ahead.append(more)
+            good += [(more, i) for i in range(more.count) if i not in more.bad]
         if not good:
             raise DataError(
                 f"No readable {self.split} item is left to replace the bad ones with:\n"
