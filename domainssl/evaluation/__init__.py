@@ -1,0 +1,1 @@
+"""Pure functions that judge features: neighbours, probes, retrieval, spread."""

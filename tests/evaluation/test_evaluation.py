@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+
+from domainssl.evaluation.probes import (
+    knn_accuracy,
+    label_splits,
+    linear_probe_accuracy,
+    standardize,
+)
+from domainssl.evaluation.raw import band_statistics
+from domainssl.evaluation.retrieval import recall_at_1
+from domainssl.evaluation.spread import embedding_std, rankme
+from domainssl.modality import Modality
+
+
+def clusters(n=60, classes=3, dim=16, noise=0.3):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % classes
+    centres = torch.randn(classes, dim, generator=g)
+    return centres[labels] + noise * torch.randn(n, dim, generator=g), labels
+
+
+def test_separated_classes_are_found_by_neighbours_and_probe():
+    features, labels = clusters()
+    assert knn_accuracy(features, labels) == 1
+    assert linear_probe_accuracy(features, labels) == 1
+
+
+def test_noise_is_at_chance():
+    features = torch.randn(300, 16, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(300) % 3
+    assert knn_accuracy(features, labels) == pytest.approx(1 / 3, abs=0.1)
+    assert linear_probe_accuracy(features, labels) == pytest.approx(1 / 3, abs=0.1)
+
+
+def test_an_item_does_not_vote_for_itself():
+    features = torch.eye(6)
+    assert knn_accuracy(features, torch.arange(6)) == 0
+
+
+def test_scores_ignore_offset_and_scale_of_dimensions():
+    features, labels = clusters(noise=1.5)
+    other = features * torch.logspace(-3, 3, 16) + 100
+    assert knn_accuracy(other, labels) == pytest.approx(knn_accuracy(features, labels), abs=0.02)
+
+
+def test_labels_may_be_any_integers():
+    features, labels = clusters()
+    assert knn_accuracy(features, labels * 7 - 3) == 1
+    assert linear_probe_accuracy(features, labels * 7 - 3) == 1
+
+
+def test_splits_are_fixed_disjoint_and_balanced():
+    labels = torch.tensor([0] * 30 + [1] * 8 + [2])
+    first, again = (list(label_splits(labels)) for _ in range(2))
+    assert len(first) == 5
+    for (train, test), (train_again, _) in zip(first, again, strict=True):
+        assert train.tolist() == train_again.tolist()
+        assert not set(train) & set(test)
+        assert labels[train].bincount().tolist() == [10, 4]  # half of the 8, none of the single
+    assert first[0][0].tolist() != first[1][0].tolist()
+
+
+def test_a_probe_without_two_classes_is_nan():
+    assert math.isnan(linear_probe_accuracy(torch.randn(10, 4), torch.zeros(10, dtype=torch.long)))
+
+
+def test_constant_dimensions_become_zero():
+    x = torch.cat([torch.randn(20, 2), torch.full((20, 1), 1e6)], dim=1)
+    out = standardize(x)
+    assert out[:, 2].abs().max() == 0
+    torch.testing.assert_close(out[:, :2].std(0, correction=0), torch.ones(2))
+
+
+def test_retrieval_finds_partners_and_is_blind_to_offsets():
+    a = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    assert recall_at_1(a, a + 5) == 1
+    assert recall_at_1(a, a.flip(0)) == 0
+
+
+def test_retrieval_of_unrelated_vectors_is_at_chance():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 500, 8, generator=g)
+    assert recall_at_1(a, b) < 5 / 500
+
+
+def test_collapsed_features_have_no_std_and_rank_one():
+    same = torch.ones(40, 8)
+    assert embedding_std(same) == pytest.approx(0, abs=1e-6)
+    assert rankme(same) == pytest.approx(1, abs=1e-3)
+    spread = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    assert embedding_std(spread) == pytest.approx(1, abs=0.01)
+    assert rankme(spread) == pytest.approx(8, abs=0.05)
+
+
+def test_rank_counts_the_directions_in_use():
+    g = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(16, 3, generator=g)).Q
+    features = torch.linalg.qr(torch.randn(200, 3, generator=g)).Q @ basis.T
+    assert rankme(features) == pytest.approx(3, abs=1e-3)
+
+
+def test_band_statistics_use_valid_pixels_only():
+    modality = Modality("s2", "image", ("a", "b"), "dn", size=(2, 2))
+    x = torch.tensor([[[[1.0, 3.0], [99.0, 99.0]], [[2.0, 2.0], [float("nan"), 0.0]]]])
+    valid = torch.tensor([[[True, True], [False, False]]])
+    out = band_statistics({"s2": x, "s2.valid": valid}, modality)
+    assert out.tolist() == [[2.0, 2.0, 1.0, 0.0]]
+
+
+def test_band_statistics_of_a_series_and_of_nothing_valid():
+    modality = Modality("s1", "series", ("a",), "db", size=(1, 1))
+    x = torch.tensor([[1.0, 5.0], [7.0, 7.0]]).reshape(2, 2, 1, 1, 1)
+    valid = torch.tensor([[True, True], [False, False]]).reshape(2, 2, 1, 1)
+    out = band_statistics({"s1": x, "s1.valid": valid}, modality)
+    assert out.tolist() == [[3.0, 2.0], [0.0, 0.0]]
