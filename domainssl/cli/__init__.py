@@ -15,13 +15,13 @@ from pathlib import Path
 
 from domainssl.errors import DomainSSLError, nearest
 
-__all__ = ["main", "verbs"]
+__all__ = ["main", "verb_table"]
 
 _ORDER = ("fit", "validate", "test", "predict", "recipes", "inspect", "stats", "export", "doctor")
 _FOLDER = Path(__file__).parent / "verbs"
 
 
-def verbs() -> dict[str, str]:
+def verb_table() -> dict[str, str]:
     """Return every verb with its line of help, the usual ones first."""
     found = {p.stem: p for p in _FOLDER.glob("*.py") if not p.stem.startswith("_")}
     rank = {verb: position for position, verb in enumerate(_ORDER)}
@@ -35,7 +35,7 @@ def _first_line(path: Path) -> str:
 
 
 def _help() -> str:
-    rows = "\n".join(f"  {verb:<10} {line}" for verb, line in verbs().items())
+    rows = "\n".join(f"  {verb:<10} {line}" for verb, line in verb_table().items())
     return (
         "usage: python -m domainssl VERB [options]\n\n"
         "Self-supervised pretraining for co-registered scientific imagery.\n\n"
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"domainssl {__version__}\n")
         return 0
     verb, rest = words[0], words[1:]
-    if verb not in verbs():
+    if verb not in verb_table():
         _complain(_unknown_verb(verb))
         return 2
     try:
@@ -95,9 +95,9 @@ def _unknown_verb(word: str) -> str:
     if word.startswith("-"):
         return (
             f"Option {word!r} stands before the verb. Write the verb first:\n"
-            f"python -m domainssl fit {word} …   Verbs: {', '.join(verbs())}"
+            f"python -m domainssl fit {word} …   Verbs: {', '.join(verb_table())}"
         )
-    return f"Unknown verb {word!r}.{nearest(word, verbs())} Verbs: {', '.join(verbs())}"
+    return f"Unknown verb {word!r}.{nearest(word, verb_table())} Verbs: {', '.join(verb_table())}"
 
 
 def _complain(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import typing
+from pathlib import Path
 from typing import Any
 
 from domainssl.cli import catalog
@@ -48,6 +49,7 @@ _MOVED = {
     "default_root_dir": "Write `run_dir` at the top level.",
     "use_distributed_sampler": "Our DataModules deal the samples to the ranks; it is always false.",
 }
+_CHECKPOINT_WORDS = ("last", "best", "hpc")
 _HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 _KIND_WORDS = {"model": "model", "data": "data", "callbacks": "callback", "loggers": "logger"}
 
@@ -84,6 +86,7 @@ class Checker:
             else:
                 for name, member in node.children.items():
                     self.spec(member, f"{key}.{name}", key)
+        self._missing_checkpoint()
         self._missing_sections()
         files = self.composition.files
         return sorted(self.mistakes, key=lambda mistake: _position(mistake.where, files))
@@ -91,6 +94,17 @@ class Checker:
     def add(self, found: str, where: Where | None, advice: str = "") -> None:
         """Record one mistake."""
         self.mistakes.append(Mistake(found, where, advice))
+
+    def _missing_checkpoint(self) -> None:
+        node = self.tree.get("ckpt_path")
+        path = node.value if node is not None else None
+        if node is None or not isinstance(path, str):
+            return
+        if path in _CHECKPOINT_WORDS or "://" in path or path.startswith("registry"):
+            return
+        if not Path(path).expanduser().exists():
+            advice = "Runs keep theirs in runs/NAME/DATE_TIME/checkpoints; `last` is the newest."
+            self.add(f"'ckpt_path' is {path!r}, which does not exist", node.where, advice)
 
     def _missing_sections(self) -> None:
         if not self.composition.complete:

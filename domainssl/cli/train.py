@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from domainssl.cli.console import console
 from domainssl.cli.nodes import ConfigMistakes, Node, dump
 from domainssl.cli.rundir import RUN_DIR_VARIABLE, new_run_dir
 from domainssl.cli.schema import parameters
-from domainssl.errors import ConfigError, DomainSSLError
+from domainssl.errors import ConfigError, DomainSSLError, WeightsError
 
 __all__ = ["Request", "build", "prepare", "run_verb"]
 
@@ -181,8 +182,20 @@ def run_verb(verb: str, argv: list[str]) -> int:
         if "--print_config" in request.flags:
             console().print(dump(run.resolved), end="", markup=False)
             return 0
-        run.execute()
+        try:
+            run.execute()
+        except pickle.UnpicklingError as error:
+            raise WeightsError(_pickled(request.config.get("ckpt_path"))) from error
     return 0
+
+
+def _pickled(path: object) -> str:
+    return (
+        f"Checkpoint {str(path)!r} holds pickled Python objects, or is damaged, and was refused: "
+        "unpickling would run whatever code it brings. Checkpoints of domainssl hold plain data "
+        "only. For weights of others use model.init_args.weights with a safetensors file or a "
+        "plain state dict."
+    )
 
 
 def _instantiate(request: Request) -> Any:
@@ -192,10 +205,11 @@ def _instantiate(request: Request) -> Any:
 
     _set_matmul_precision(request.config.get("matmul_precision"))
     try:
-        return DomainCLI(request)
+        with _quiet():
+            return DomainCLI(request)
     except DomainSSLError:
         raise
-    except (ArgumentError, TypeError, ValueError) as error:
+    except Exception as error:  # libraries wrap, or stumble over, what was raised for the user
         ours = _cause(error)
         if ours is not None:
             raise ours from error
@@ -247,6 +261,7 @@ def _quiet() -> Iterator[None]:
             ".*`IterableDataset` has `__len__` defined.*",
             ".*Trying to infer the `batch_size`.*",
             ".*The dirpath has changed from.*",
+            "(?s).*(instantiate_classes|JsonargparseDeprecationWarning).*",
             ".*isinstance.treespec, LeafSpec.*",
         ):
             warnings.filterwarnings("ignore", message=text)

@@ -1,0 +1,31 @@
+"""Say what is at a path: release, products, bands, chunks, values, problems."""
+
+from __future__ import annotations
+
+import argparse
+
+__all__ = ["run"]
+
+
+def run(argv: list[str]) -> int:
+    """Print what a data set or a file holds; the exit status is 1 when it has problems."""
+    parser = argparse.ArgumentParser(
+        prog="python -m domainssl inspect",
+        description="Say what is at a path: a folder, an archive, a cube or a GeoTIFF, local or "
+        "behind an fsspec URL. Values are measured on a part of the data.",
+    )
+    parser.add_argument("path", help="file, folder or URL; `sample` for the embedded sample")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(argv)
+    import json
+
+    from domainssl.arguments import plain
+    from domainssl.cli.console import console
+    from domainssl.readers.inspect import inspect_path, render
+
+    report = inspect_path(options.path)
+    if options.json:
+        print(json.dumps(plain(report), indent=2))
+    else:
+        console().print(render(report), markup=False)
+    return 0

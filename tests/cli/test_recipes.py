@@ -1,0 +1,54 @@
+"""Every recipe runs through the command line, and every overlay fits over it."""
+
+from pathlib import Path
+
+import pytest
+
+from domainssl.cli import catalog
+from domainssl.cli.train import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*.yaml"))
+OVERLAYS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
+TINY = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+
+
+def test_recipes_and_overlays_are_found():
+    assert RECIPES and OVERLAYS
+    assert set(RECIPES) <= set(catalog.recipes()) and set(OVERLAYS) <= set(catalog.configs())
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *OVERLAYS])
+def test_a_configuration_says_first_what_it_is(name):
+    lines = (ROOT / name).read_text().splitlines()
+    assert lines[0].startswith("# ") and lines[1].startswith("# needs: ")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
+    result = cli("fit", "--config", recipe, *TINY, "--run_dir=run")
+    assert result.status == 0, result.text
+    assert (folder / "run" / "config.yaml").is_file()
+    exported = cli("export", "--checkpoint", "run", "--output", "out")
+    assert exported.status == 0, exported.text
+    from domainssl import load_backbone
+
+    assert load_backbone(folder / "out").modalities
+    refused = cli("export", "--checkpoint", "run", "--output", "out")
+    assert refused.status == 2 and "add --overwrite" in refused.err
+    assert cli("export", "--checkpoint", "run", "--output", "out", "--overwrite").status == 0
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_fits_over_the_recipe(folder, overlay):
+    request = prepare("fit", ["--config", "recipes/ssl4eo_croma.yaml", "--config", overlay])
+    assert request.name == "ssl4eo_croma"
+
+
+def test_published_sizes_stand_in_the_model_overlays(folder):
+    words = ["--config", "recipes/ssl4eo_croma.yaml", "--config", "configs/model/croma_base.yaml"]
+    config = prepare("fit", words).config
+    arguments = config["model"]["init_args"]
+    assert (arguments["size"], arguments["patch_size"], arguments["mask_ratio"]) == ("base", 8, 0.75)
+    assert config["data"]["init_args"]["crop"]["size"] == 120
+    assert config["trainer"]["max_epochs"] == 300
