@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "modality": {"errors", "arguments"},
     "distributed": {"errors"},
     "cache": {"errors"},
+    "strategies": {"errors"},
     "readers": BASE,
     "datamodules": BASE | {"readers"},
     "nn": BASE,
