@@ -1,7 +1,7 @@
 """The embedded sample of SSL4EO-S12 v1.1: release A in small, made from known factors.
 
 96 training and 64 held-out locations of 132 px and 4 dates, in files of 32 locations, for the
-products asked for: S1GRD with S2L2A are about 130 MB. All sets of products show the same
+products asked for: S1GRD with S2L2A are about 145 MB. All sets of products show the same
 locations. `labels/<split>.csv` beside them holds the dominant cover of each location
 and the other factors, `labels/<split>_cover.npz` the cover of each pixel.
 """
@@ -37,11 +37,11 @@ __all__ = ["LOCATIONS", "VERSION", "build", "sample_root"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"
+VERSION = "3"
 LOCATIONS = {"train": 96, "val": 64}
 _PER_FILE = 32
 _SEED = 20260101
-_STEP = 32
+_STEP = np.array([64 if band > "B04" else 32 for band in L1C_BANDS])[:, None, None]
 _ZONES = (32610, 32618, 32632, 32633, 32645, 32651, 32719, 32736, 32755)
 _L2A = [L1C_BANDS.index(band) for band in L2A_BANDS]
 _RGB = [L1C_BANDS.index(band) for band in ("B04", "B03", "B02")]
@@ -122,7 +122,7 @@ def _item(split: str, classes: Array, products: Sequence[str], number: int) -> _
     stored = np.argsort(np.array(radar_names), kind="stable")
     makers: dict[str, Callable[[], Array]] = {
         "S1GRD": lambda: s1[stored],
-        "S2L2A": lambda: _digital(surface[:, _L2A], gone),
+        "S2L2A": lambda: _digital(surface, gone)[:, _L2A],
         "S2L1C": lambda: _digital(top, gone),
         "S2RGB": lambda: _eight_bit(surface[:, _RGB], gone),
     }
@@ -141,7 +141,7 @@ def _item(split: str, classes: Array, products: Sequence[str], number: int) -> _
 
 
 def _digital(reflectance: Array, gone: Array) -> Array:
-    """Return what release A stores: DN with the +1000, 0 no data (in steps of 32, to be small)."""
+    """Return what release A stores: DN with the +1000, 0 no data (in coarse steps, to be small)."""
     dn = (np.round(reflectance * (10_000 / _STEP)) * _STEP + 1000).astype("<i2")
     return np.where(gone[:, None], np.int16(0), dn)
 

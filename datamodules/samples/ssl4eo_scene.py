@@ -45,7 +45,9 @@ class Location:
         cover: Cover of each pixel, uint8 (Y, X).
         texture: The cover's texture at each pixel, unit variance, (Y, X).
         terrain: Heights, unit variance, (Y, X).
-        relief: Strength of the terrain.
+        relief: Strength of the terrain, 0..1.
+        wetness: Water in the ground, 0..1.
+        strength: Contrast of the texture in both sensors, about 1.
         greenness: Vegetation state at each date, 0..1, (T,).
         roughness: What the radar alone sees, unit variance, (Y, X).
         factors: Numbers that describe the location, for the factor table.
@@ -56,6 +58,8 @@ class Location:
     texture: Array
     terrain: Array
     relief: float
+    wetness: float
+    strength: float
     greenness: Array
     roughness: Array
     factors: dict[str, float]
@@ -139,21 +143,26 @@ def draw_location(rng: Rng, label: int, month: Array) -> Location:
         ]
     )
     texture = np.take_along_axis(textures, cover[None].astype(int), 0)[0]
-    green, swing, peak = rng.uniform(0.2, 0.8), rng.uniform(0.05, 0.2), rng.uniform(0, 12)
-    relief = rng.uniform(0.0, 1.0)
+    green, swing, peak = rng.uniform(0.15, 0.85), rng.uniform(0.05, 0.15), rng.uniform(0, 12)
+    relief, wetness = rng.uniform(0.0, 1.0), rng.uniform(0.0, 1.0)
+    strength = np.exp(rng.uniform(-0.5, 0.5))
     return Location(
         label,
         cover,
         texture,
         _shaped(rng, 1 / np.maximum(_FREQUENCY, 0.5 / SIDE) ** 1.8),
         relief,
+        wetness,
+        float(strength),
         (green + swing * np.cos(2 * np.pi * (month - peak) / 12)).astype(np.float32),
         _smooth(rng, 8),
         {
             "share": float((cover == label).mean()),
             "angle": float(angle),
             "period_px": float(period),
+            "strength": float(strength),
             "greenness": float(green),
+            "wetness": float(wetness),
             "relief": float(relief),
         },
     )
@@ -167,20 +176,22 @@ def _boost(fields: Array, label: int, share: float) -> float:
 
 def radar(rng: Rng, place: Location, looks_east: bool) -> Array:
     """Return backscatter of all dates in dB, float16 (T, 2, Y, X)."""
-    contrast = rng.uniform(1.2, 2.6) * rng.choice([-1.0, 1.0], len(COVERS))
-    colour = rng.normal(0, 1.2, (2, len(COVERS))).astype(np.float32)
+    contrast = 2.5 * place.strength * rng.choice([-1.0, 1.0], len(COVERS))
+    colour = rng.normal(0, 0.5, (2, len(COVERS))).astype(np.float32)
     slope = np.gradient(place.terrain, axis=1) * (1 if looks_east else -1)
     shared = (contrast.astype(np.float32)[place.cover] * place.texture)[None]
     fixed = shared * np.array([1.0, rng.uniform(0.6, 1.1)], np.float32)[:, None, None]
     fixed = fixed + colour[:, place.cover] + 6.0 * place.relief * slope
     fixed = fixed + np.array([1.0, 0.5], np.float32)[:, None, None] * place.roughness
-    level = np.array([-12.0, -19.0], np.float32) + rng.normal(0, 1.5, 2).astype(np.float32)
+    level = np.array([-12.0, -19.0], np.float32) + rng.normal(0, 0.3, 2).astype(np.float32)
     out = np.empty((DATES, 2, SIDE, SIDE), np.float16)
     for date in range(DATES):
-        moist = rng.normal(0, 1.2) + 2.0 * (place.greenness[date] - 0.5)
+        green, wet = place.greenness[date] - 0.5, place.wetness - 0.5
+        shift = np.array([8 * wet + 2 * green, 4 * wet + 10 * green], np.float32)
         speckle = rng.standard_normal((2, SIDE, SIDE), np.float32)
-        values = fixed * rng.uniform(0.8, 1.2) + (level + moist)[:, None, None] + 1.0 * speckle
-        out[date] = np.round(values * 4) / 4  # steps of 0.25 dB: less to store
+        base = level + shift + np.float32(rng.normal(0, 0.3))
+        values = fixed + base[:, None, None] + speckle
+        out[date] = np.round(values * 2) / 2  # steps of 0.5 dB: less to store
     return out
 
 
@@ -196,9 +207,9 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
         L2A and L1C reflectance in the 13 bands of L1C, float32 (T, 13, Y, X), and the mask
         classes, uint8 (T, Y, X).
     """
-    mixes = rng.dirichlet([1.5, 1.5, 1.5], len(COVERS)).astype(np.float32)
+    mixes = rng.dirichlet([12, 12, 12], len(COVERS)).astype(np.float32)
     signs = rng.choice([-1.0, 1.0], len(COVERS)).astype(np.float32)
-    contrast = (rng.uniform(0.10, 0.26) * signs)[place.cover] * place.texture
+    contrast = (0.35 * place.strength * signs)[place.cover] * place.texture
     tilt = rng.normal(0, 0.35)
     slope = np.gradient(place.terrain, axis=0) + 0.5 * np.gradient(place.terrain, axis=1)
     surface = np.empty((DATES, len(L1C_BANDS), SIDE, SIDE), np.float32)
@@ -207,10 +218,11 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
     relative = np.log(_WAVELENGTH_UM / 0.8)
     for date in range(DATES):
         green = place.greenness[date]
-        weights = mixes * np.array([1.0, 0.4 + 1.6 * green, 1.6 - green], np.float32)
+        weights = mixes * np.array([1.0, 4 * green, 2 * (1 - green)], np.float32)
         weights /= weights.sum(1, keepdims=True)
         spectra = weights @ np.stack([_SOIL, _LEAF, _DRY])  # (covers, bands)
-        gain = np.exp(rng.normal(0, 0.18) + rng.normal(0, 0.15) * relative)
+        gain = np.exp(rng.normal(0, 0.06) + rng.normal(0, 0.06) * relative)
+        gain *= np.exp(-0.9 * (place.wetness - 0.5) * (1.2 + relative))
         bias = rng.normal(0, 0.008) * np.ones(13, np.float32)
         haze = 0.025 * np.exp(0.5 * _smooth(rng, 30) + rng.normal(0, 0.5))
         sun = rng.uniform(0.6, 1.4) * place.relief * slope
@@ -225,7 +237,7 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
             slant = (1 + tilt * relative[bands])[:, None, None] * terms
             ground = spectra[:, bands].T[:, cover] * np.exp(slant)
             ground = ground * gain[bands, None, None] + bias[bands, None, None]
-            ground += 0.002 * rng.standard_normal(ground.shape, np.float32)
+            ground += 0.001 * rng.standard_normal(ground.shape, np.float32)
             veil = _coarse(haze, step) * (_WAVELENGTH_UM[bands, None, None] / 0.49) ** -1.3
             surface[date, bands] = _fine(np.maximum(ground + 0.6 * veil, 0.002), step)
             top[date, bands] = _fine(np.maximum(0.85 * ground + 0.03 + 2 * veil, 0.002), step)
