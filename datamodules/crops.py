@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from domainssl.errors import ConfigError
@@ -114,7 +114,12 @@ class Window:
             out = out[..., ::-1, :]
         if self.is_flipped_x:
             out = out[..., ::-1]
-        return np.rot90(out, self.turns, axes=(-2, -1)) if self.turns else out
+        # np.rot90, without its cost per call
+        if self.turns == 1:
+            return out.swapaxes(-1, -2)[..., ::-1, :]
+        if self.turns == 2:
+            return out[..., ::-1, ::-1]
+        return out.swapaxes(-1, -2)[..., ::-1] if self.turns == 3 else out
 
     def write(self, array: np.ndarray[Any, Any], out: Tensor) -> None:
         """Write the window of `array` (..., H, W) into `out` (..., size, size).
@@ -125,7 +130,7 @@ class Window:
         if self.side == self.size:
             np.copyto(out.numpy(), view, casting="same_kind")
             return
-        out.copy_(_resize(view, self.size))
+        _resize(view, out)
 
     def write_valid(self, valid: np.ndarray[Any, Any], out: Tensor) -> None:
         """Write the mask (..., H, W), True = valid, into `out` (..., size, size).
@@ -138,7 +143,9 @@ class Window:
         elif view.all():
             out.fill_(True)
         else:
-            out.copy_(_resize(~view, self.size) <= 1e-6)
+            share = torch.empty(out.shape)
+            _resize(~view, share)
+            torch.le(share, 1e-6, out=out)
 
     def geo(self, x0: float, y0: float, step: float) -> dict[str, float]:
         """Return where the window lies: its affine map from (column, row) to CRS coordinates.
@@ -152,27 +159,39 @@ class Window:
             `a b c d e f` with x = a·column + b·row + c, y = d·column + e·row + f, where column
             and row count from the outer corner of the delivered window.
         """
-        scale = self.side / self.size
-        here = np.eye(3)
-        here[:2, 2] = self.left, self.top
-        back = np.eye(3)
-        n = float(self.size)
-        for _ in range(self.turns):  # (column, row) of the turned window -> before the turn
-            back = np.array([[0.0, -1.0, n], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]) @ back
-        if self.is_flipped_x:
-            back = np.array([[-1.0, 0.0, n], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) @ back
-        if self.is_flipped_y:
-            back = np.array([[1.0, 0.0, 0.0], [0.0, -1.0, n], [0.0, 0.0, 1.0]]) @ back
-        world = np.array([[step, 0.0, x0], [0.0, -step, y0], [0.0, 0.0, 1.0]])
-        m = world @ here @ np.diag([scale, scale, 1.0]) @ back
-        return dict(zip("abcdef", (float(v) for v in m[:2].ravel())))
+        back = _undo(self.is_flipped_y, self.is_flipped_x, self.turns)
+        scale = step * self.side / self.size
+        a, b, c = back[0]
+        d, e, f = back[1]
+        return {
+            "a": scale * a,
+            "b": scale * b,
+            "c": x0 + step * self.left + scale * c * self.size,
+            "d": -scale * d,
+            "e": -scale * e,
+            "f": y0 - step * self.top - scale * f * self.size,
+        }
 
 
-def _resize(view: np.ndarray[Any, Any], size: int) -> Tensor:
-    """Resize (..., h, w) to (..., size, size), float32."""
+@cache
+def _undo(flip_y: bool, flip_x: bool, turns: int) -> list[list[float]]:
+    """Return the map from (column, row) after flips and turns to before, on the unit square."""
+    back = np.eye(3)
+    for _ in range(turns):
+        back = np.array([[0.0, -1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]) @ back
+    if flip_x:
+        back = np.array([[-1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]) @ back
+    if flip_y:
+        back = np.array([[1.0, 0.0, 0.0], [0.0, -1.0, 1.0], [0.0, 0.0, 1.0]]) @ back
+    return back.tolist()
+
+
+def _resize(view: np.ndarray[Any, Any], out: Tensor) -> None:
+    """Resize (..., h, w) into `out` (..., size, size), contiguous float32."""
     x = torch.from_numpy(np.ascontiguousarray(view, dtype=np.float32))
-    flat = x.reshape(1, -1, *x.shape[-2:])  # (..., h, w) -> (1, all channels, h, w)
-    out = F.interpolate(
-        flat, size=(size, size), mode="bilinear", align_corners=False, antialias=True
+    size = list(out.shape[-2:])
+    # What F.interpolate(mode="bilinear", antialias=True) calls, but into memory that is there:
+    # (..., h, w) -> (1, all channels, h, w)
+    torch.ops.aten._upsample_bilinear2d_aa.out(
+        x.view(1, -1, *x.shape[-2:]), size, False, None, None, out=out.view(1, -1, *size)
     )
-    return out.reshape(*x.shape[:-2], size, size)

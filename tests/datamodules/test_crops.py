@@ -27,6 +27,13 @@ def test_the_affine_map_leads_every_delivered_pixel_back_to_its_place(flip_y, fl
             assert out[row, column] == source_row * 100 + source_column
 
 
+@pytest.mark.parametrize(("flip_y", "flip_x", "turns"), EIGHT)
+def test_views_are_those_of_numpy(flip_y, flip_x, turns):
+    expected = scene(9, 11)[2:6, 3:7][:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    view = Window(2, 3, 4, 4, flip_y, flip_x, turns).view(scene(9, 11))
+    assert np.array_equal(view, np.rot90(expected, turns))
+
+
 def test_a_resized_window_covers_the_same_ground():
     geo = Window(10, 20, 30, 60).geo(0.0, 0.0, 10.0)
     assert (geo["a"], geo["c"], geo["c"] + 60 * geo["a"]) == (5.0, 200.0, 500.0)
@@ -46,6 +53,16 @@ def test_resizing_keeps_a_constant_and_a_linear_ramp():
     Window(0, 0, 40, 20).write(ramp, out)
     expected = torch.arange(20) * 2 + 0.5
     assert torch.allclose(out[:, 5, 2:-2], expected[2:-2].expand(2, -1), atol=1e-4)
+
+
+def test_resizing_is_antialiased_bilinear():
+    array = np.random.default_rng(0).normal(size=(3, 50, 50)).astype(np.float32)
+    out = torch.empty(3, 20, 20)
+    Window(0, 0, 50, 20).write(array, out)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(array)[None], (20, 20), mode="bilinear", antialias=True
+    )
+    assert torch.equal(out, expected[0])
 
 
 @pytest.mark.parametrize("side", [8, 37, 80])
