@@ -44,8 +44,8 @@ LINKED = ("modalities", "context_size")
 _FILLED_IN = {"model": LINKED, "loggers": ("save_dir",), "callbacks": ("dirpath",)}
 
 _MOVED = {
-    "callbacks": "Write callbacks at the top level, by name: `callbacks: {progress: {class_path: …}}`.",
-    "logger": "Write loggers at the top level, by name: `loggers: {wandb: {class_path: WandbLogger}}`.",
+    "callbacks": "Write callbacks at the top level, by name: `callbacks: {timer: Timer}`.",
+    "logger": "Write loggers at the top level, by name: `loggers: {wandb: WandbLogger}`.",
     "default_root_dir": "Write `run_dir` at the top level.",
     "use_distributed_sampler": "Our DataModules deal the samples to the ranks; it is always false.",
 }

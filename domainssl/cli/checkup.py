@@ -150,8 +150,14 @@ def _devices() -> list[Row]:
         )
         if torch.distributed.is_available() and check()
     ]
-    rows.append(Row("ok" if backends else "warning", "distributed", ", ".join(backends) or "none",
-                    "" if backends else "Several devices need a torch with gloo or nccl."))
+    rows.append(
+        Row(
+            "ok" if backends else "warning",
+            "distributed",
+            ", ".join(backends) or "none",
+            "" if backends else "Several devices need a torch with gloo or nccl.",
+        )
+    )
     return rows
 
 

@@ -33,7 +33,7 @@ def wanted_help(verb: str, argv: list[str]) -> str | None:
 def _verb_help(verb: str) -> str:
     recipe = next(iter(catalog.recipes()), "recipes/NAME.yaml")
     lines = [
-        f"usage: python -m domainssl {verb} --config RECIPE [--config OVERLAY ...] [--key=value ...]",
+        f"usage: python -m domainssl {verb} --config RECIPE [--config OVERLAY ...] [--KEY=VALUE]",
         "",
         "A recipe (recipes/) is a complete run; overlays (configs/) are laid over it in the order",
         "given, and options of the command line come last. Files are looked up in the working",
@@ -52,7 +52,7 @@ def _verb_help(verb: str) -> str:
         "  model             class_path and init_args; --model.size=base is short for",
         "                    --model.init_args.size=base                    (--model.help NAME)",
         "  data              class_path and init_args                       (--data.help NAME)",
-        "  callbacks         by name: callbacks.progress; null removes one  (--callbacks.help NAME)",
+        "  callbacks         by name: callbacks.timer; null removes one     (--callbacks.help NAME)",
         "  loggers           by name: csv and tensorboard are there         (--loggers.help NAME)",
         "  seed_everything   whole number, true for a random one, false for none",
         "  matmul_precision  highest, high (TF32) or medium",
@@ -114,9 +114,11 @@ def _table(cls: type, known: dict[str, Parameter], prefix: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if (
-        value is None or isinstance(value, bool)
-    ) else repr(value)
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, repr(value))
+        if (value is None or isinstance(value, bool))
+        else repr(value)
+    )
 
 
 def _defaults(cls: type) -> dict[str, Any]:

@@ -185,6 +185,7 @@ class _Converter:
             if isinstance(node, yaml.SequenceNode):
                 self._check_tag(node, "tag:yaml.org,2002:seq", where)
                 return Node([self.convert(item) for item in node.value], where)
+            assert isinstance(node, yaml.ScalarNode)
             return Node(self._scalar(node, where), where)
         finally:
             self.open.discard(id(node))

@@ -107,7 +107,9 @@ def test_an_overlay_alone_is_told_to_go_over_a_recipe(cli, folder):
     result = cli("fit", "--config", "over.yaml")
     assert result.status == 2
     assert "No model is given" in result.err and "No data is given" in result.err
-    assert "Start from a recipe: --config recipes/ssl4eo_croma.yaml --config over.yaml" in result.err
+    assert (
+        "Start from a recipe: --config recipes/ssl4eo_croma.yaml --config over.yaml" in result.err
+    )
 
 
 def test_files_are_found_in_the_working_directory_before_the_package(folder):

@@ -45,12 +45,20 @@ def test_all_mistakes_are_reported_at_once_with_lines(cli, folder):
         (6, "'trainer.devices' is {}, which is not accepted", "Accepted: "),
         (7, "Unknown config key 'calbacks'", "Did you mean 'callbacks'? Accepted: trainer, model"),
         (9, "Unknown config key 'max_steps'", "It belongs to the trainer: trainer.max_steps"),
-        (10, "Unknown config key 'mask_ratio'", "It belongs to FakeObjective: model.init_args.mask"),
+        (
+            10,
+            "Unknown config key 'mask_ratio'",
+            "It belongs to FakeObjective: model.init_args.mask",
+        ),
         (12, "Unknown callback class 'Timmer' in 'callbacks.timer.class_path'", "Did you mean 'Ti"),
         (13, "'callbacks.empty' names no class", "Give class_path, or write null"),
         (17, "Unknown config key 'model.size'", "one level deeper: model.init_args.size"),
         (19, "Unknown config key 'model.init_args.mask_ratoi'", "Did you mean 'mask_ratio'? Fake"),
-        (20, "'model.init_args.size' is 'tinny', which is not accepted", "Did you mean 'tiny'? Acc"),
+        (
+            20,
+            "'model.init_args.size' is 'tinny', which is not accepted",
+            "Did you mean 'tiny'? Acc",
+        ),
         (21, "'model.init_args.context_size' is 'many', which is not", "Accepted: a whole number."),
         (22, "Unknown config key 'model.init_args.optimization.lrr'", "Did you mean 'lr'? FakeOpt"),
         (22, "'model.init_args.optimization.lr' is 'fast'", "Accepted: a number."),
@@ -69,7 +77,11 @@ def test_all_mistakes_are_reported_at_once_with_lines(cli, folder):
 @pytest.mark.parametrize(
     ("words", "found", "advice"),
     [
-        (["--model=CROMO", "--data=FakeData"], "Unknown model class 'CROMO'", "Did you mean 'CROMA'?"),
+        (
+            ["--model=CROMO", "--data=FakeData"],
+            "Unknown model class 'CROMO'",
+            "Did you mean 'CROMA'?",
+        ),
         (["--model=nowhere.Model"], "'nowhere' cannot be imported", "Check the dotted path"),
         (["--model=cli_fakes.FakeObjectiv"], "has no class 'FakeObjectiv'", "'FakeObjective'"),
         (["--model=cli_fakes.FakeDataModule"], "'FakeDataModule' is no model", "LightningModule"),

@@ -41,7 +41,9 @@ def test_every_key_knows_its_line():
 
 def test_python_tags_are_refused_and_nothing_runs(tmp_path):
     target = tmp_path / "touched"
-    _, mistakes = read(f"a: !!python/object/apply:os.mkdir ['{target}']\nb: !!python/name:os.system\n")
+    _, mistakes = read(
+        f"a: !!python/object/apply:os.mkdir ['{target}']\nb: !!python/name:os.system\n"
+    )
     assert [m.where.line for m in mistakes] == [1, 2]
     assert "'!!python/object/apply:os.mkdir' is refused" in str(mistakes[0])
     assert "nothing was executed" in str(mistakes[0])

@@ -49,6 +49,10 @@ def test_published_sizes_stand_in_the_model_overlays(folder):
     words = ["--config", "recipes/ssl4eo_croma.yaml", "--config", "configs/model/croma_base.yaml"]
     config = prepare("fit", words).config
     arguments = config["model"]["init_args"]
-    assert (arguments["size"], arguments["patch_size"], arguments["mask_ratio"]) == ("base", 8, 0.75)
+    assert (arguments["size"], arguments["patch_size"], arguments["mask_ratio"]) == (
+        "base",
+        8,
+        0.75,
+    )
     assert config["data"]["init_args"]["crop"]["size"] == 120
     assert config["trainer"]["max_epochs"] == 300

@@ -128,7 +128,9 @@ def test_ckpt_path_last_continues_the_newest_run_of_that_name(finished, cli, rec
 
 
 def test_explicit_modalities_win_over_the_data(recipe):
-    text = "{a: {name: a, kind: image, channels: [x, y], value_unit: rgb8, size: [8, 8], gsd_m: 1.0}}"
+    text = (
+        "{a: {name: a, kind: image, channels: [x, y], value_unit: rgb8, size: [8, 8], gsd_m: 1.0}}"
+    )
     run = build("fit", ["--config", recipe.name, f"--model.modalities={text}"])
     assert run.model.modalities["a"].channels == ("x", "y")
 
