@@ -142,7 +142,7 @@ def draw_location(rng: Rng, label: int, month: Array) -> Location:
             _hills(rng, period),
         ]
     )
-    texture = np.take_along_axis(textures, cover[None].astype(int), 0)[0]
+    texture = np.take_along_axis(textures, cover[None].astype(int), 0)[0].clip(-3, 3)
     green, swing, peak = rng.uniform(0.15, 0.85), rng.uniform(0.05, 0.15), rng.uniform(0, 12)
     relief, wetness = rng.uniform(0.0, 1.0), rng.uniform(0.0, 1.0)
     strength = np.exp(rng.uniform(-0.5, 0.5))
@@ -239,8 +239,8 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
             ground = ground * gain[bands, None, None] + bias[bands, None, None]
             ground += 0.001 * rng.standard_normal(ground.shape, np.float32)
             veil = _coarse(haze, step) * (_WAVELENGTH_UM[bands, None, None] / 0.49) ** -1.3
-            surface[date, bands] = _fine(np.maximum(ground + 0.6 * veil, 0.002), step)
-            top[date, bands] = _fine(np.maximum(0.85 * ground + 0.03 + 2 * veil, 0.002), step)
+            surface[date, bands] = _fine((ground + 0.6 * veil).clip(0.002, 1.1), step)
+            top[date, bands] = _fine((0.85 * ground + 0.03 + 2 * veil).clip(0.002, 1.1), step)
         top[date, 10] = 0.0015 + 0.0005 * rng.standard_normal()
         if thick is not None:
             for image in (surface[date], top[date]):
