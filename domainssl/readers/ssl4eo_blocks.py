@@ -67,6 +67,7 @@ class Block:
         bands: Canonical names in the order of C.
         offset: What was subtracted from the stored values, int16 (n,).
         reordered: True where the stored order of S1 dates was repaired, (n,).
+        finite_share: Share of the stored values that are neither NaN nor infinite.
         bytes_decoded: Decoded bytes of the chunks that were touched.
         bytes_needed: Bytes of those that were asked for.
         file: The file that was read.
@@ -85,6 +86,7 @@ class Block:
     bands: tuple[str, ...]
     offset: Array
     reordered: Array
+    finite_share: float
     bytes_decoded: int
     bytes_needed: int
     file: str
@@ -138,8 +140,10 @@ def read(
     raw = load(group, modality, product, list(dates), chosen, repair)
     meta, values = raw.meta, raw.values
     valid = _all_true(values) if product.value_unit == "rgb8" else _nonzero(values)
+    share = 1.0
     if values.dtype.kind == "f":
-        valid &= _finite(values)
+        finite, share = _finite(values)
+        valid &= finite
     if raw.cloud is not None:
         valid &= raw.cloud != NO_DATA_CLASS
         if mask_clouds:
@@ -153,7 +157,8 @@ def read(
     return Block(
         values, valid, days(times), meta.ids, meta.location_ids, meta.lat, meta.lon, meta.crs,
         meta.x0, meta.y0, product.bands, offset,
-        (raw.order != np.asarray(dates)).any(axis=1), raw.decoded, needed, group.files[modality],
+        (raw.order != np.asarray(dates)).any(axis=1), share, raw.decoded, needed,
+        group.files[modality],
     )  # fmt: skip
 
 
@@ -329,19 +334,21 @@ def _nonzero(values: Array) -> Array:
     return valid
 
 
-def _finite(values: Array) -> Array:
-    """Return where every band is finite, and put 0 where one is not."""
+def _finite(values: Array) -> tuple[Array, float]:
+    """Return where every band is finite and the share of finite values; put 0 for the others."""
     valid = _all_true(values)
     bits, exponent = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}.get(
         values.dtype.itemsize, (None, 0)
     )
+    count = 0
     for i in range(len(values)):
         item = values[i]
         bad = (item.view(bits) & exponent) == exponent if bits else ~np.isfinite(item)
         if bad.any():
+            count += int(bad.sum())
             item[bad] = 0
             valid[i] = ~bad.any(axis=1)
-    return valid
+    return valid, 1 - count / max(values.size, 1)
 
 
 def _remove_offset(

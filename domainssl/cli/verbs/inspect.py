@@ -23,9 +23,14 @@ def run(argv: list[str]) -> int:
     from domainssl.cli.console import console
     from domainssl.readers.inspect import inspect_path, render
 
-    report = inspect_path(options.path)
+    path = options.path
+    if path == "sample":
+        from domainssl.datamodules.samples.ssl4eo import sample_root
+
+        path = str(sample_root())
+    report = inspect_path(path)
     if options.json:
         print(json.dumps(plain(report), indent=2))
     else:
         console().print(render(report), markup=False)
-    return 0
+    return 1 if report["problems"] else 0

@@ -1,0 +1,180 @@
+"""`inspect`: say what lies at a path, as plain data and as a table.
+
+report = inspect_path("/data/ssl4eo")     # JSON-able
+print(report["problems"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from domainssl.errors import DataError
+from domainssl.readers.inspect_files import (
+    GEOTIFF_ENDINGS,
+    find_geotiffs,
+    inspect_cube,
+    inspect_geotiffs,
+    inspect_tar,
+)
+from domainssl.readers.inspect_ssl4eo import inspect_ssl4eo, splits_at
+from domainssl.readers.stores import is_file, is_folder, is_url, join, list_folder
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+__all__ = ["inspect_path", "render"]
+
+_CUBE_MARKS = (".zgroup", ".zmetadata", ".zattrs", "zarr.json")
+
+
+def inspect_path(path: str, *, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Describe what lies at a path.
+
+    Args:
+        path: An SSL4EO-S12 folder (root, split or product), a zarr cube (`.zarr.zip` or folder),
+            a tar of cubes, a GeoTIFF or a folder of them; fsspec URLs except for GeoTIFF.
+        storage_options: fsspec options for a URL.
+
+    Returns:
+        Plain data: `path`, `kind` (`ssl4eo`, `cube`, `tar` or `geotiff`), `problems` (texts), and
+        what the kind has: `release` and `splits`, `arrays` and `values`, or `files`.
+
+    Raises:
+        DataError: Nothing lies there, or nothing that is understood.
+    """
+    path, options = str(path), dict(storage_options or {})
+    return {"path": path, **_dispatch(path, options)}
+
+
+def _dispatch(path: str, options: dict[str, Any]) -> dict[str, Any]:
+    lowered = path.lower()
+    if lowered.endswith(GEOTIFF_ENDINGS) and (is_url(path) or is_file(path)):
+        return inspect_geotiffs([path])
+    if is_file(path, options):
+        if lowered.endswith(".tar"):
+            return inspect_tar(path, options)
+        if lowered.endswith(".zip"):
+            return inspect_cube(path, options)
+        raise DataError(
+            f"{path}: this kind of file is not understood, expected .zarr.zip, .tar or .tif"
+        )
+    if not is_folder(path, options):
+        raise DataError(
+            f"{path}: nothing lies there. Give a folder, a file or a URL, or 'sample' for the "
+            "embedded sample."
+        )
+    splits = splits_at(path, options)
+    if splits:
+        return inspect_ssl4eo(path, splits, options)
+    names = list_folder(path, options)
+    if any(name in _CUBE_MARKS for name in names):
+        return inspect_cube(path, options)
+    archives = [name for name in names if name.endswith((".zarr.zip", ".tar"))]
+    if archives:  # one product's folder: its first file speaks for the others
+        return {**_dispatch(join(path, archives[0]), options), "count": len(archives)}
+    if not is_url(path):
+        rasters = find_geotiffs(path)
+        if rasters:
+            return inspect_geotiffs(rasters)
+    raise DataError(
+        f"{path}: neither SSL4EO-S12 products (train/S2L2A/…), nor a zarr cube, nor GeoTIFF. It "
+        f"holds: {', '.join(names[:12]) or 'nothing'}."
+    )
+
+
+def render(report: Mapping[str, Any]) -> RenderableType:
+    """Return a report of `inspect_path` as tables for `rich`."""
+    from rich.console import Group as Lines
+    from rich.text import Text
+
+    parts: list[Any] = [Text(f"{report['path']}: {_headline(report)}", style="bold")]
+    parts += {"ssl4eo": _ssl4eo, "geotiff": _geotiff}.get(report["kind"], _cube)(report)
+    problems = report["problems"]
+    if problems:
+        parts.append(Text(f"{len(problems)} problem{'s' * (len(problems) > 1)}", style="bold red"))
+        parts += [Text(f"  {text}") for text in problems]
+    else:
+        parts.append(Text("no problems found", style="green"))
+    return Lines(*parts)
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    if report["kind"] == "ssl4eo":
+        return f"SSL4EO-S12 v1.1, release {report['release']}"
+    if report["kind"] == "geotiff":
+        return f"{report['count']} GeoTIFF, {report['measured']} measured, CRS {report['crs']}"
+    count = f", {report['count']} files or members, first shown" if "count" in report else ""
+    return f"zarr format {report['format']}{count}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _values(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = _table(title, "band", "min", "mean", "max", "std")
+    for row in rows:
+        cells = (row[key] for key in ("min", "mean", "max", "std"))
+        table.add_row(row["band"], *("-" if v is None else f"{v:.4f}" for v in cells))
+    return table
+
+
+def _facts(title: str, facts: Mapping[str, Any]) -> Table:
+    table = _table(title, "what", "found")
+    for name, value in facts.items():
+        if value is not None and value != {} and value != []:
+            table.add_row(name.replace("_", " "), _text(value))
+    return table
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return " ".join(_text(item) for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _ssl4eo(report: Mapping[str, Any]) -> list[Any]:
+    parts: list[Any] = []
+    for split, entry in report["splits"].items():
+        facts = {k: v for k, v in entry.items() if k not in ("products", "pairs")}
+        parts.append(_facts(split, facts))
+        for name, found in entry["products"].items():
+            rows = found.get("values", [])
+            parts.append(
+                _facts(f"{split} {name}", {k: v for k, v in found.items() if k != "values"})
+            )
+            if rows:
+                unit = found["value_unit"]
+                where = f"{found['measured_locations']} locations, first date"
+                parts.append(_values(f"{split} {name}, {unit}, {where}, valid pixels", rows))
+    return parts
+
+
+def _geotiff(report: Mapping[str, Any]) -> list[Any]:
+    parts: list[Any] = []
+    for file in report["files"]:
+        facts = {key: value for key, value in file.items() if key not in ("values", "path")}
+        parts += [_facts(file["path"], facts), _values("values", file["values"])]
+    return parts
+
+
+def _cube(report: Mapping[str, Any]) -> list[Any]:
+    table = _table("arrays", "name", "dims", "shape", "dtype", "chunks", "codec")
+    for array in report["arrays"]:
+        table.add_row(
+            array["name"], *(_text(array[key]) for key in ("dims", "shape")), array["dtype"],
+            _text(array["chunks"]), array["codec"],
+        )  # fmt: skip
+    parts: list[Any] = [table]
+    if report["values"]:
+        parts.append(_values("bands, first date, as stored", report["values"]))
+    return parts
