@@ -95,11 +95,26 @@ def test_documented_extras_exist() -> None:
 
 
 def test_documented_verbs_exist() -> None:
-    from domainssl.cli import verbs
-
+    folder = REPOSITORY / "domainssl" / "cli" / "verbs"
+    verbs = {path.stem for path in folder.glob("*.py") if path.stem != "__init__"}
     named = {parameter.values[0][0] for parameter in our_commands()}  # type: ignore[attr-defined]
     assert {"fit", "inspect", "export", "doctor", "recipes"} <= named
-    assert {word for word in named if not word.startswith("-")} <= set(verbs())
+    assert {word for word in named if not word.startswith("-")} <= verbs
+
+
+PAGE_OF_MISTAKES = REPOSITORY / "docs" / "cli.md"
+MISTAKEN = [w[3:] for _, w in commands(PAGE_OF_MISTAKES) if "--model.mask_ration=0.5" in w]
+
+
+def test_printed_mistakes_are_what_the_command_line_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from domainssl.cli import main
+
+    monkeypatch.chdir(REPOSITORY)
+    assert main(MISTAKEN[0]) == 2
+    (printed,) = blocks(PAGE_OF_MISTAKES, "text")
+    assert capsys.readouterr().err.split() == printed.text.split()
 
 
 @pytest.mark.parametrize("words", our_commands("fit"))
@@ -108,8 +123,11 @@ def test_documented_fit_commands_have_no_mistakes(
 ) -> None:
     from domainssl.cli.train import prepare
 
+    if words in MISTAKEN:
+        pytest.skip("shown for its mistakes, see the test above")
     monkeypatch.chdir(REPOSITORY)
-    words = [word for word in words[1:] if word != "--print_config"]
+    dropped = ("--print_config", "--ckpt_path=")  # the checkpoint comes from the command before
+    words = [word for word in words[1:] if not word.startswith(dropped)]
     request = prepare("fit", words)  # raises with every mistake
     assert request.config["model"]["class_path"] == "domainssl.objectives.croma.CROMA"
 
