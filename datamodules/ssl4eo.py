@@ -20,6 +20,7 @@ from domainssl.datamodules.stream import Loading, Source
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.modality import Modality
 from domainssl.readers.ssl4eo import PRODUCTS, Catalogue, labels, product, read, scan
+from domainssl.readers.stores import is_folder, join
 
 __all__ = ["SSL4EOS12DataModule"]
 
@@ -135,16 +136,22 @@ class SSL4EOS12DataModule(DomainDataModule):
         return str(sample_root(self.products.values()))
 
     def open_sources(self) -> dict[str, Source]:
-        """Scan both splits."""
+        """Scan the splits that are there; predictions are made for the held-out one."""
         root = self._root()
-        train = scan(root, "train", self.products)
-        self.catalogues = {"train": train, "val": scan(root, "val", self.products)}
-        self._log_clipping(train)
+        # A folder that holds the products directly has no held-out part.
+        splits = [s for s in ("train", "val") if is_folder(join(root, s))] or ["train"]
+        self.catalogues = {split: scan(root, split, self.products) for split in splits}
+        if "train" in self.catalogues:
+            self._log_clipping(self.catalogues["train"])
+        if "val" not in self.catalogues:
+            _log.warning("%s has no folder 'val': nothing is held out for validation", root)
         sources: dict[str, Source] = {
             split: self._source(catalogue, is_training=split == "train")
             for split, catalogue in self.catalogues.items()
         }
-        return {**sources, "predict": sources["val"]}
+        held_out = self.catalogues.get("val", self.catalogues[splits[0]])
+        sources["predict"] = self._source(held_out, is_training=False)
+        return sources
 
     def _source(self, catalogue: Catalogue, *, is_training: bool) -> SSL4EOSource:
         found = None
@@ -206,13 +213,12 @@ class SSL4EOS12DataModule(DomainDataModule):
         return lines + super().describe()
 
     def _offset(self, name: str) -> str:
-        """Tell which offset the first held-out location carries."""
+        """Tell which offset the first location carries."""
         if not product(self.products[name]).has_offset or not self.catalogues:
             return ""
+        catalogue = list(self.catalogues.values())[-1]
         try:
-            block = read(
-                self.catalogues["val"].groups[0], name, [0], slice(0, 1), dn_offset=self.dn_offset
-            )
+            block = read(catalogue.groups[0], name, [0], slice(0, 1), dn_offset=self.dn_offset)
         except DataError as error:
             return f", unreadable ({error})"
         how = "found" if self.dn_offset == "auto" else "as asked"

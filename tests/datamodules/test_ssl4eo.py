@@ -256,6 +256,15 @@ def test_a_path_that_does_not_exist_mentions_the_sample(tmp_path):
         module(tmp_path / "nothing")
 
 
+def test_a_folder_without_held_out_files_trains_and_says_so(release_a, tmp_path, caplog):
+    shutil.copytree(release_a / "train", tmp_path / "flat")
+    data = module(tmp_path / "flat")
+    assert "has no folder 'val'" in caplog.text
+    assert len(train(data)) == 5 and data.val_dataloader() == []
+    predicted = [i for b in data.predict_dataloader() for i in b["index"].tolist()]
+    assert predicted == list(range(22))
+
+
 def test_statistics_come_from_a_file_or_are_left_to_the_card(tmp_path):
     path = tmp_path / "statistics.json"
     path.write_text(json.dumps({"s1": {"mean": [-11, -19], "std": [4, 5]}}))
