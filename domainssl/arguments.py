@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["Recorded", "plain"]
+__all__ = ["Recorded", "class_of", "plain"]
 
 
 def plain(value: object) -> Any:
@@ -34,6 +34,13 @@ def plain(value: object) -> Any:
     if hasattr(value, "tolist"):  # NumPy scalars and arrays, tensors
         return plain(value.tolist())
     raise TypeError(f"{type(value).__name__} has no plain form: {value!r}")
+
+
+def class_of(instance: object) -> type:
+    """Return the class an object was built from, without the one that FSDP2 puts before it."""
+    return next(
+        c for c in type(instance).__mro__ if "FSDPModule" not in {b.__name__ for b in c.__mro__}
+    )
 
 
 class Recorded:

@@ -121,7 +121,7 @@ class Batches:
 
 
 class TinyData(LightningDataModule):
-    """Items whose class shows in both modalities; batches of `batch_size`."""
+    """Items whose class, and four numbers of their own, show in both modalities."""
 
     def __init__(
         self, items=32, batch_size=8, labelled=True, names=("s1", "s2"), edit=None, held_out=24
@@ -142,15 +142,20 @@ class TinyData(LightningDataModule):
             n: torch.randn(3, m.num_channels, SIDE, SIDE, generator=patterns)
             for n, m in self.modalities.items()
         }
+        shared = {
+            n: torch.randn(4, m.num_channels, SIDE, SIDE, generator=patterns)
+            for n, m in self.modalities.items()
+        }
         samples = []
         for i in range(count):
             label = int(torch.randint(3, (), generator=g))
             sample: dict[str, Any] = {"id": f"{seed}_{i:03d}", "index": i}
             if self.labelled:
                 sample["label"] = label
+            own = torch.randn(4, generator=g)
             for n, kind in kinds.items():
                 noise = torch.randn(kind.shape[1:], generator=g)
-                sample[n] = kind[label] + 0.7 * noise
+                sample[n] = kind[label] + torch.einsum("k,kchw->chw", own, shared[n]) + 0.5 * noise
             samples.append(sample)
         size = self.batch_size
         batches = [collate(samples[i : i + size]) for i in range(0, count, size)]

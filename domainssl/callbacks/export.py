@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from domainssl.arguments import plain
+from domainssl.arguments import class_of, plain
 from domainssl.backbones.card import export_backbone
 from domainssl.callbacks._common import run_folder
 
@@ -57,7 +57,7 @@ def _provenance(trainer: Trainer, module: Any) -> dict[str, Any]:
     identity = getattr(getattr(trainer, "datamodule", None), "identity", None)
     arguments = {k: v for k, v in module.arguments.items() if k != "modalities"}
     return {
-        "objective": type(module).__name__,
+        "objective": class_of(module).__name__,
         "arguments": plain(arguments),
         "epochs": trainer.current_epoch,
         "optimizer_steps": trainer.global_step,
@@ -75,6 +75,6 @@ def _gathered(backbone: Any) -> Any:
         name: t.full_tensor().cpu() if hasattr(t, "full_tensor") else t.cpu()
         for name, t in backbone.state_dict().items()
     }
-    whole: nn.Module = type(backbone)(**backbone.arguments)
+    whole: nn.Module = class_of(backbone)(**backbone.arguments)
     whole.load_state_dict(state)
     return whole

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from rich.markup import escape
 
+from domainssl.arguments import class_of
 from domainssl.callbacks._common import console_of, run_folder
 from domainssl.callbacks.export import ExportBackbone
 from domainssl.callbacks.progress import describe_metrics
@@ -69,8 +70,9 @@ def summarize(
     lines = [
         (
             "trained",
-            f"{type(module.backbone).__name__} ({count / 1e6:.2f} M parameters; {names}) with "
-            f"{type(module).__name__}: {trainer.current_epoch} epochs, {trainer.global_step} steps",
+            f"{class_of(module.backbone).__name__} ({count / 1e6:.2f} M parameters; {names}) with "
+            f"{class_of(module).__name__}: {trainer.current_epoch} epochs, "
+            f"{trainer.global_step} steps",
         ),
         ("took", f"{_duration(seconds)} for {steps} steps" + _per_step(seconds, steps)),
     ]

@@ -114,14 +114,16 @@ def linear_probe_accuracy(
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     scores = []
-    for train, test in label_splits(labels, per_class, splits, seed):
-        wanted = labels[test].cpu().numpy()
-        fitted = LogisticRegression(C=strength, max_iter=500)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # close enough for a comparison
+    # such small problems are slower on several threads, and far slower on busy cores
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # close enough for a comparison
+        for train, test in label_splits(labels, per_class, splits, seed):
+            wanted = labels[test].cpu().numpy()
+            fitted = LogisticRegression(C=strength, max_iter=500)
             fitted.fit(standardize(features[train]).numpy(), labels[train].cpu().numpy())
-        found = fitted.predict(standardize(features[test], like=features[train]).numpy())
-        scores.append(np.mean([np.mean(found[wanted == c] == c) for c in np.unique(wanted)]))
+            found = fitted.predict(standardize(features[test], like=features[train]).numpy())
+            scores.append(np.mean([np.mean(found[wanted == c] == c) for c in np.unique(wanted)]))
     return float(np.mean(scores)) if scores else float("nan")

@@ -18,13 +18,14 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from domainssl.arguments import Recorded, plain
-from domainssl.backbones.base import Backbone
+from domainssl.arguments import Recorded, class_of, plain
+from domainssl.backbones.base import Backbone, Features
 from domainssl.distributed import all_reduce_sum, rank, world_size
 from domainssl.errors import ConfigError
-from domainssl.modality import Batch, Modality, as_modalities, key, present_mask
+from domainssl.modality import Batch, Modality, as_modalities
 from domainssl.objectives.guard import FiniteGuard, check_resume, check_weights
 from domainssl.objectives.optimization import Optimization, parameter_groups
+from domainssl.objectives.presence import PresenceRecord
 
 __all__ = ["Generators", "Objective", "Optimization", "Step"]
 
@@ -106,9 +107,10 @@ class Objective(Recorded, LightningModule):
             self.arguments["optimization"] = plain(self.optimization)
         self._set_hparams(copy.deepcopy(self.arguments))
         self._batch_counter = 0
+        self._is_sharded = False
         self._guard = FiniteGuard()
         self._last_step: Step | None = None
-        self._presence: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._presence = PresenceRecord()
 
     # -- what a method implements -----------------------------------------------------------
 
@@ -135,6 +137,13 @@ class Objective(Recorded, LightningModule):
         """
         self.backbone.check(modalities)
 
+    def embed(self, features: Features) -> dict[str, Tensor]:
+        """Return vectors (B, E) per modality in the space the method compares modalities in.
+
+        Evaluation retrieves across modalities with them; the base returns pooled features.
+        """
+        return {n: v for n, v in features.pooled.items() if n in self.backbone.modalities}
+
     def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Yield what is trained by this modality alone; a method adds its decoders and heads."""
         yield from self.backbone.modality_parameters(name)
@@ -159,7 +168,7 @@ class Objective(Recorded, LightningModule):
         counter = self._batch_counter
         self._batch_counter += 1
         draws = self.draw(batch, self.generators(0, counter))
-        self._note_presence(batch)
+        self._presence.note(batch, list(self.backbone.modalities), self.device)
         step: Step = self(batch, draws)
         self._guard.watch(step.losses, counter, batch.get("id", ()))
         self._last_step = Step({k: v.detach() for k, v in step.losses.items()}, step.outputs)
@@ -180,9 +189,22 @@ class Objective(Recorded, LightningModule):
         for name, loss in step.losses.items():
             self.log(f"val/loss/{name}", loss, add_dataloader_idx=False, **common)
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Features:
         """Return the backbone's features."""
-        return self.backbone(batch)
+        return self.features(batch)
+
+    def features(self, batch: Batch) -> Features:
+        """Return the backbone's features; the entry for callbacks, sharded or not."""
+        features: Features = self.backbone(batch)
+        return features
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy has a device mesh (`ModelParallelStrategy`)."""
+        if self.device_mesh is not None and not self._is_sharded:
+            from domainssl.objectives.sharding import shard
+
+            self._is_sharded = True
+            shard(self, self.backbone, self.device_mesh["data_parallel"])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the method follow; a checkpoint saved after the batch holds both."""
@@ -199,7 +221,7 @@ class Objective(Recorded, LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep weights of modalities that no rank has seen untouched by momentum and decay."""
-        for name in self._absent_modalities():
+        for name in self._presence.absent(list(self.backbone.modalities)):
             for parameter in self.modality_parameters(name):
                 parameter.grad = None
 
@@ -326,7 +348,7 @@ class Objective(Recorded, LightningModule):
             check_weights(self.named_parameters(), self.trainer.global_step)
         checkpoint["objective"] = {"batches": self._batch_counter}
         checkpoint["backbone"] = {
-            "name": type(self.backbone).__name__,
+            "name": class_of(self.backbone).__name__,
             "arguments": copy.deepcopy(self.backbone.arguments),
         }
 
@@ -364,34 +386,6 @@ class Objective(Recorded, LightningModule):
 
     def _cuda_devices(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
-
-    def _note_presence(self, batch: Batch) -> None:
-        """Queue which modalities any rank has in this batch, to be read after the backward pass."""
-        names = list(self.backbone.modalities)
-        is_certain = all(n in batch and key(n, "present") not in batch for n in names)
-        if world_size() == 1 and is_certain:
-            return
-        none = torch.zeros((), dtype=torch.bool, device=self.device)
-        flags = [present_mask(batch, n).any() if n in batch else none for n in names]
-        counts = all_reduce_sum(torch.stack(flags).float())
-        event = None
-        if counts.is_cuda:  # read without waiting for the forward and backward pass
-            on_host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-            counts = on_host.copy_(counts, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._presence.append((counts, event))
-
-    def _absent_modalities(self) -> list[str]:
-        """Modalities that no rank has had since the last optimiser step."""
-        noted, self._presence = self._presence, []
-        if not noted:
-            return []
-        for _, event in noted:
-            if event is not None:
-                event.synchronize()
-        counts = torch.stack([counts for counts, _ in noted]).sum(0).tolist()
-        return [n for n, c in zip(self.backbone.modalities, counts, strict=True) if c == 0]
 
 
 def _seeds(*parts: int) -> tuple[int, int]:

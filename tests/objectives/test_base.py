@@ -8,14 +8,6 @@ from domainssl.errors import ConfigError, DomainSSLError
 from domainssl.objectives.base import Optimization
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(**options):
     torch.manual_seed(0)
     return TinyObjective(tiny_modalities(), **options)
