@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-__all__ = ["decide", "option", "option_table"]
+from domainssl.errors import ConfigError, nearest
+
+__all__ = ["as_dataclass", "decide", "option", "option_table"]
 
 T = TypeVar("T")
+
+
+def as_dataclass(cls: type[T], value: T | Mapping[str, Any]) -> T:
+    """Return `value` as an instance of a dataclass; recorded arguments hold plain dicts.
+
+    Raises:
+        ConfigError: The mapping has a key that is no field.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in value:
+        if name not in known:
+            raise ConfigError(
+                f"{cls.__name__} has no field {name!r}.{nearest(name, known)} "
+                f"It has {', '.join(known)}."
+            )
+    return cls(**value)
 
 
 def option(*, ours: Any, reference: Any, text: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -95,6 +95,7 @@ class Backbone(Recorded, nn.Module):
     """
 
     embed_dim: dict[str, int]
+    forward_methods: ClassVar[tuple[str, ...]] = ("encode",)  # entry points besides `forward`
 
     def __init__(
         self,

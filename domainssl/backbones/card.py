@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save
 
-from domainssl.arguments import plain
+from domainssl.arguments import class_of, plain
 from domainssl.backbones.base import Backbone
 from domainssl.errors import WeightsError
 
@@ -111,7 +111,7 @@ def export_backbone(
     content = save(tensors)
     modalities = _describe(backbone)
     card = Card(
-        name=type(backbone).__name__,
+        name=class_of(backbone).__name__,
         arguments={**backbone.arguments, "modalities": modalities},
         modalities=modalities,
         normalization={name: str(form) for name, form in backbone.normalizer.forms.items()},

@@ -8,6 +8,7 @@ and other numbers of heads follow from the same formula.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self, cast
@@ -96,6 +97,7 @@ class CROMABackbone(Backbone):
         "croma_large": {"width": 1024, "depth": 24, "heads": 16},
     }
 
+    forward_methods: ClassVar[tuple[str, ...]] = ("encode", "encode_sensors", "join")
     slopes: Tensor
 
     def __init__(
@@ -175,7 +177,7 @@ class CROMABackbone(Backbone):
         refuse_replace(replace, type(self).__name__)
         features = self.encode_sensors(x, keep)
         if self.radar in features.tokens and self.optical in features.tokens:
-            self.join(features)
+            features = self.join(features)
         return features
 
     def encode_sensors(
@@ -213,8 +215,8 @@ class CROMABackbone(Backbone):
         if key(name, "dates") in x:
             features.dates[name] = x[key(name, "dates")]
 
-    def join(self, features: Features, *, self_bias: str = "2d") -> None:
-        """Add the joint tokens to `features` (eq. 2 of the paper).
+    def join(self, features: Features, *, self_bias: str = "2d") -> Features:
+        """Return `features` with the joint tokens beside those of the sensors (eq. 2).
 
         Args:
             features: Features of both sensors.
@@ -231,11 +233,14 @@ class CROMABackbone(Backbone):
         cross = DistanceBias(queries, keys, self.slopes)
         same = cross if self_bias == "cross" else DistanceBias(queries, queries, self.slopes)
         joint = self.joint_encoder(features.tokens[radar], same, features.tokens[optical], cross)
-        features.tokens["joint"] = joint
-        features.pooled["joint"] = joint.mean(1)
-        features.coords["joint"] = features.coords[radar]
-        features.grid["joint"] = features.grid[radar]
-        features.token_valid["joint"] = features.token_valid[radar]
+        return dataclasses.replace(
+            features,
+            tokens={**features.tokens, "joint": joint},
+            pooled={**features.pooled, "joint": joint.mean(1)},
+            coords={**features.coords, "joint": features.coords[radar]},
+            grid={**features.grid, "joint": features.grid[radar]},
+            token_valid={**features.token_valid, "joint": features.token_valid[radar]},
+        )
 
     @classmethod
     def from_reference(

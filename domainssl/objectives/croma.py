@@ -31,7 +31,7 @@ from domainssl.nn.masking import Masking, kept_count, mask_from_noise, restore_t
 from domainssl.nn.patching import grid_coordinates, grid_of, patchify, unpatchify
 from domainssl.nn.positions import sincos_positions
 from domainssl.objectives.base import Generators, Objective, Optimization, Step
-from domainssl.options import decide, option
+from domainssl.options import as_dataclass, decide, option
 
 __all__ = ["CROMA", "CROMAArchitecture", "CROMADraws", "CROMAOptions", "pretraining_name"]
 
@@ -197,9 +197,9 @@ class CROMA(Objective):
         )
         if size not in _SIZES:
             raise ConfigError(f"CROMA: size {size!r} is not one of {list(_SIZES)}.")
-        given = {name: value for name, value in vars(architecture).items() if value is not None}
-        sizes = replace(_SIZES[size], **given)
-        self.options = decide(options, reference)
+        given = vars(as_dataclass(CROMAArchitecture, architecture))
+        sizes = replace(_SIZES[size], **{k: v for k, v in given.items() if v is not None})
+        self.options = decide(as_dataclass(CROMAOptions, options), reference)
         self.radar, self.optical = radar, optical
         known = as_modalities(modalities)
         _check_pair(known, radar, optical)
@@ -228,7 +228,8 @@ class CROMA(Objective):
         self.decoder = _Decoder(width, sum(self._values), sizes)
         self.radar_projection = nn.Linear(width, width)
         self.optical_projection = nn.Linear(width, width)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # one axis, because sharding (FSDP2) takes no scalar parameters
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
         if reference_state:
             self.load_pretraining_parts(reference_state)
 
@@ -254,7 +255,7 @@ class CROMA(Objective):
         x = self.backbone.normalize(batch)
         keep = {self.radar: draws.radar.keep, self.optical: draws.optical.keep}
         features = self.backbone.encode_sensors(x, keep)
-        self.backbone.join(features, self_bias=str(self.options.joint_self_bias))
+        features = self.backbone.join(features, self_bias=str(self.options.joint_self_bias))
         complete = present_mask(batch, self.radar) & present_mask(batch, self.optical)
         prediction = self.decoder(
             features.tokens["joint"], draws.radar.restore, features.grid[self.radar]
@@ -272,19 +273,22 @@ class CROMA(Objective):
         optical = self._values[0]
         return values[..., :optical], values[..., optical:]
 
-    def _project(self, features: Features) -> dict[str, Tensor]:
+    def embed(self, features: Features) -> dict[str, Tensor]:
+        """Project the pooled sensors into the space of the contrastive loss, (B, E) each."""
+        heads = {self.radar: self.radar_projection, self.optical: self.optical_projection}
         return {
-            self.radar: self.radar_projection(features.pooled[self.radar]),
-            self.optical: self.optical_projection(features.pooled[self.optical]),
+            name: head(features.pooled[name])
+            for name, head in heads.items()
+            if name in features.pooled
         }
 
     def _contrast(self, features: Features, complete: Tensor) -> Tensor:
         """Symmetric InfoNCE between the pooled sensors (eq. 1)."""
-        projected = self._project(features)
+        projected = self.embed(features)
         return info_nce(
             projected[self.optical],
             projected[self.radar],
-            self.logit_scale.exp(),
+            self.logit_scale.exp().squeeze(0),
             present=complete,
             gather_keys=self.options.contrast_gather or "grad",
         )
@@ -358,7 +362,7 @@ class CROMA(Objective):
                 kind: unpatchify(tokens, grid, size, channels_first=True).detach()
                 for kind, tokens in shown.items()
             }
-        embeddings = {name: z.detach() for name, z in self._project(features).items()}
+        embeddings = {name: z.detach() for name, z in self.embed(features).items()}
         return {"reconstruction": pictures, "embeddings": embeddings}
 
     def load_pretraining_parts(self, state: Mapping[str, Tensor]) -> LoadReport:
@@ -373,6 +377,8 @@ class CROMA(Objective):
         own = {n: t for n, t in self.state_dict().items() if not n.startswith("backbone.")}
         names = {n: pretraining_name(n) for n in own}
         found = {n: state[names[n]] for n in own if names[n] in state}
+        if "logit_scale" in found:
+            found["logit_scale"] = found["logit_scale"].reshape(1)
         missing = tuple(names[n] for n in own if names[n] not in state)
         wrong = [n for n, t in found.items() if t.shape != own[n].shape]
         if missing or wrong:

@@ -174,7 +174,7 @@ def test_encodings_and_predictions(golden: Golden) -> None:
         x = model.backbone.normalize(golden.batch())
         keep = {"s1": draws.radar.keep, "s2": draws.optical.keep}
         features = model.backbone.encode_sensors(x, keep)
-        model.backbone.join(features, self_bias="cross")
+        features = model.backbone.join(features, self_bias="cross")
         prediction = model.decoder(
             features.tokens["joint"], draws.radar.restore, features.grid["s1"]
         )
@@ -235,7 +235,7 @@ def test_self_bias_2d_overrides_the_reference(golden: Golden) -> None:
     x = model.backbone.normalize(golden.batch())
     draws = golden.draws()
     features = model.backbone.encode_sensors(x, {"s1": draws.radar.keep, "s2": draws.optical.keep})
-    model.backbone.join(features)
+    features = model.backbone.join(features)
     assert_output(features.tokens["joint"], golden["alt/self_bias_2d/joint_encodings"])
 
 

@@ -1,0 +1,42 @@
+"""Trainer strategies."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+__all__ = ["FSDP2Strategy"]
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Share parameters, gradients and optimiser states over all devices (FSDP2).
+
+    Lightning's own strategy takes one data-parallel group per node when its sizes are `auto`;
+    here every device of the run belongs to the one group.
+
+    Args:
+        save_distributed_checkpoint: Write one folder with a file per rank instead of one file.
+        process_group_backend: `nccl` or `gloo`; None chooses by device.
+        timeout_s: How long a collective may take before the run ends.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout_s: float = 1800,
+    ) -> None:
+        super().__init__(
+            data_parallel_size="auto",
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout_s),
+        )
+
+    def setup_environment(self) -> None:
+        """Put all devices of all nodes into the data-parallel group."""
+        self._data_parallel_size: Any = self.num_nodes * self.num_processes
+        super().setup_environment()

@@ -1,0 +1,137 @@
+"""Every objective and DataModule, built from the recipe that uses it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from domainssl.cli.catalog import find_classes
+from domainssl.datamodules.base import DomainDataModule
+from domainssl.modality import Batch, Modality
+from domainssl.objectives.base import Objective
+
+__all__ = ["DATAMODULES", "OBJECTIVES", "build", "build_data", "rows", "synthetic_batch"]
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@cache
+def _recipes() -> dict[str, dict[str, Any]]:
+    return {path.stem: yaml.safe_load(path.read_text()) for path in sorted(RECIPES.glob("*.yaml"))}
+
+
+def _uses(section: str) -> dict[str, str]:
+    """Return the first recipe that uses each class, by class name."""
+    found: dict[str, str] = {}
+    for name, recipe in _recipes().items():
+        found.setdefault(recipe[section]["class_path"].rsplit(".", 1)[-1], name)
+    return found
+
+
+def _cases(kind: str, section: str) -> list[str]:
+    """Return the recipe of every class; a class without one is a failure of the contract."""
+    uses = _uses(section)
+    missing = [name for name in find_classes(kind) if name not in uses]
+    assert not missing, f"no recipe uses {missing}; every {kind} needs one"
+    return sorted(set(uses.values()))
+
+
+OBJECTIVES = _cases("model", "model")
+DATAMODULES = _cases("data", "data")
+
+
+def _instantiate(base: type, section: dict[str, Any], kind: str, **changes: Any) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "it")
+    path = find_classes(kind)[section["class_path"].rsplit(".", 1)[-1]]
+    arguments = {**section.get("init_args", {}), **changes}
+    parsed = parser.parse_object({"it": {"class_path": path, "init_args": arguments}})
+    return parser.instantiate(parsed).it
+
+
+def build_data(recipe: str, **changes: Any) -> DomainDataModule:
+    """Build the DataModule of a recipe; `changes` are laid over its arguments."""
+    data: DomainDataModule = _instantiate(
+        DomainDataModule, _recipes()[recipe]["data"], "data", **changes
+    )
+    return data
+
+
+def build(recipe: str, **changes: Any) -> Objective:
+    """Build the objective of a recipe for the modalities of its DataModule."""
+    data = build_data(recipe)
+    linked: dict[str, Any] = {"modalities": {n: m.to_dict() for n, m in data.modalities.items()}}
+    if "context_size" not in _recipes()[recipe]["model"]["init_args"]:
+        linked["context_size"] = data.context_size
+    torch.manual_seed(0)
+    model: Objective = _instantiate(
+        Objective, _recipes()[recipe]["model"], "model", **{**linked, **changes}
+    )
+    return model
+
+
+def _values(modality: Modality, shape: list[int], generator: torch.Generator) -> Tensor:
+    axis = [1] * len(shape)
+    axis[modality.channel_axis] = modality.num_channels
+    mean = torch.tensor(modality.mean or [0.0] * modality.num_channels).view(axis)
+    std = torch.tensor(modality.std or [1.0] * modality.num_channels).view(axis)
+    return torch.randn(shape, generator=generator) * std + mean
+
+
+def synthetic_batch(model: Objective, size: int = 4, seed: int = 0) -> Batch:
+    """Return plausible random values of every modality, with invalid pixels and all companions."""
+    generator = torch.Generator().manual_seed(seed)
+    batch: Batch = {"id": [f"item{i}" for i in range(size)], "index": torch.arange(size)}
+    for name, modality in model.backbone.modalities.items():
+        spatial = list(modality.size)
+        frames = [3] if modality.kind == "series" else []
+        shape = [size, *frames, modality.num_channels, *spatial]
+        batch[name] = _values(modality, shape, generator)
+        batch[f"{name}.valid"] = torch.rand([size, *frames, *spatial], generator=generator) > 0.05
+        batch[f"{name}.present"] = torch.ones(size, dtype=torch.bool)
+        dates = torch.arange(18000, 18000 + 90 * max(1, len(frames) * 3), 90, dtype=torch.int32)
+        batch[f"{name}.dates"] = (
+            dates.expand(size, -1).clone() if frames else dates[:1].expand(size)
+        )
+    return batch
+
+
+def rows(value: Any, start: int, stop: int, size: int) -> Any:
+    """Cut items out of a batch or of draws: every tensor and list whose length is `size`."""
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.ndim and len(value) == size else value
+    if isinstance(value, dict):
+        return {k: rows(v, start, stop, size) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        return type(value)(*(rows(getattr(value, n), start, stop, size) for n in names))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(rows(v, start, stop, size) for v in value))
+    if isinstance(value, list | tuple):
+        if len(value) == size and not any(isinstance(v, Tensor) for v in value):
+            return value[start:stop]
+        return type(value)(rows(v, start, stop, size) for v in value)
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor inside nested containers and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors(getattr(value, field.name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
