@@ -52,7 +52,7 @@ def _verb_help(verb: str) -> str:
         "  model             class_path and init_args; --model.size=base is short for",
         "                    --model.init_args.size=base                    (--model.help NAME)",
         "  data              class_path and init_args                       (--data.help NAME)",
-        "  callbacks         by name: callbacks.timer; null removes one     (--callbacks.help NAME)",
+        "  callbacks         by name: callbacks.timer; null removes it     (--callbacks.help NAME)",
         "  loggers           by name: csv and tensorboard are there         (--loggers.help NAME)",
         "  seed_everything   whole number, true for a random one, false for none",
         "  matmul_precision  highest, high (TF32) or medium",

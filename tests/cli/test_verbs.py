@@ -147,3 +147,20 @@ def test_export_refuses_what_it_cannot_read(cli, folder):
     unclear = cli("export", "--checkpoint", "run", "--output", "out")
     assert unclear.status == 2
     assert "Found: checkpoints/a.ckpt, checkpoints/b.ckpt" in unclear.err
+
+
+def test_inspect_describes_the_embedded_sample(cli, sample_root):
+    result = cli("inspect", "sample", "--json")
+    assert result.status == 0, result.text
+    report = json.loads(result.out)
+    assert (report["kind"], report["release"], report["problems"]) == ("ssl4eo", "A", [])
+    assert report["splits"]["train"]["products"]["S2L2A"]["bands"][0] == "B01"
+    table = cli("inspect", sample_root)
+    assert table.status == 0
+    assert "release A" in table.out and "no problems found" in table.out and "VV VH" in table.out
+
+
+def test_inspect_of_nothing_mentions_the_sample(cli, folder):
+    result = cli("inspect", folder / "nowhere")
+    assert result.status == 2
+    assert "nothing lies there" in result.err and "'sample'" in result.err

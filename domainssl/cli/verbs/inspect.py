@@ -12,7 +12,8 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m domainssl inspect",
         description="Say what is at a path: a folder, an archive, a cube or a GeoTIFF, local or "
-        "behind an fsspec URL. Values are measured on a part of the data.",
+        "behind an fsspec URL. Values are measured on a part of the data. Exit status 1 when "
+        "problems were found, 2 when nothing could be read.",
     )
     parser.add_argument("path", help="file, folder or URL; `sample` for the embedded sample")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -32,5 +33,5 @@ def run(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(plain(report), indent=2))
     else:
-        console().print(render(report), markup=False)
+        console().print(render(report), soft_wrap=False)
     return 1 if report["problems"] else 0
