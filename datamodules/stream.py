@@ -13,8 +13,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import Any, Literal
 
 import numpy as np
@@ -153,7 +154,17 @@ class BlockStream:
                     f"The {self.split} stream was iterated anew while an older iterator was still "
                     "in use; one iterator at a time shares the worker processes."
                 )
-            items = [next(rows) for _ in range(size)]
+            try:
+                items = [next(rows) for _ in range(size)]
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self._has_dead_worker(error):
+                    raise
+                raise DataError(
+                    f"A worker process of the {self.split} data died while reading ({error}). "
+                    "The usual reasons are too little memory or shared memory (/dev/shm) and a "
+                    "crash in a decoder. Lower data.init_args.loading.workers, prefetch or "
+                    "window_blocks; workers: 0 reads in the main process and shows the crash."
+                ) from error
             with _one_thread():
                 batch = _assemble(items, pin)
             yield batch
@@ -184,6 +195,26 @@ class BlockStream:
             # Left to the garbage collector, an iterator in a reference cycle loses its queues
             # before it can tell the workers, and waits 5 s for each of them.
             iterator._shutdown_workers()
+
+    def _has_dead_worker(self, error: Exception) -> bool:
+        """Tell whether `error` comes from the death of a worker, and end the others if so.
+
+        What is raised depends on where the death is noticed: by torch, or, before the process
+        is gone for the system, by a pipe or a shared tensor that nobody serves any more.
+        """
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is None:
+            return False
+        try:
+            is_dead = any(text in str(error) for text in _DEAD_WORKER)
+            if not is_dead and isinstance(error, OSError | EOFError):
+                is_dead = bool(wait([w.sentinel for w in iterator._workers], timeout=2.0))
+        except RuntimeError:  # torch's handler of SIGCHLD, which also raises right here
+            is_dead = True
+        if is_dead:
+            with suppress(RuntimeError):
+                self.close()
+        return is_dead
 
     def _open(self) -> DataLoader[Rows]:
         """Return the loader of pieces; its workers live as long as the stream."""
@@ -218,18 +249,7 @@ class BlockStream:
         iterator = iter(loader)
         for piece in pieces:
             start = time.perf_counter()
-            try:
-                rows = next(iterator)
-            except RuntimeError as error:
-                if not any(text in str(error) for text in _DEAD_WORKER):
-                    raise
-                self._loader = None
-                raise DataError(
-                    f"A worker process of the {self.split} data died while reading ({error}). "
-                    "The usual reasons are too little memory or shared memory (/dev/shm) and a "
-                    "crash in a decoder. Lower data.init_args.loading.workers, prefetch or "
-                    "window_blocks; workers: 0 reads in the main process and shows the crash."
-                ) from error
+            rows = next(iterator)
             self.tally.wait_s += time.perf_counter() - start
             self.tally.blocks += 1
             self.tally.bytes_decoded += rows.bytes_decoded
