@@ -13,7 +13,13 @@ from domainssl.arguments import plain
 from domainssl.cli import catalog
 from domainssl.cli.console import console
 from domainssl.cli.nodes import dump
-from domainssl.cli.rundir import command_line, git_revision, versions, write_json
+from domainssl.cli.rundir import (
+    command_line,
+    git_revision,
+    keep_earlier,
+    versions,
+    write_json,
+)
 
 __all__ = ["RunRecord"]
 
@@ -48,6 +54,8 @@ class RunRecord(SaveConfigCallback):
         self.folder.mkdir(parents=True, exist_ok=True)
         text = "# The resolved configuration of this run; run it again with:\n"
         text += f"# python -m domainssl fit --config {self.folder / 'config.yaml'}\n"
+        for name in ("config.yaml", "run.json"):
+            keep_earlier(self.folder / name)
         (self.folder / "config.yaml").write_text(text + dump(self.resolved), encoding="utf-8")
         identity = getattr(datamodule, "identity", None)
         record = {

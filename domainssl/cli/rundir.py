@@ -12,7 +12,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["git_revision", "new_run_dir", "versions", "write_json"]
+from domainssl.errors import ConfigError
+
+__all__ = [
+    "free_metrics_folder",
+    "git_revision",
+    "keep_earlier",
+    "new_run_dir",
+    "refuse_used_folder",
+    "versions",
+    "write_json",
+]
 
 RUN_DIR_VARIABLE = "DOMAINSSL_RUN_DIR"
 _LIBRARIES = (
@@ -58,6 +68,40 @@ def new_run_dir(name: str, verb: str, explicit: str | None = None) -> Path:
         count += 1
         folder = base / f"{stamp}-{count}{suffix}"
     return folder
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Refuse to start a new run in the folder of another; a requeued job is the same run.
+
+    Raises:
+        ConfigError: The folder holds a run.
+    """
+    is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    if is_requeued or not is_first_process() or not (folder / "run.json").exists():
+        return
+    raise ConfigError(
+        f"run_dir {str(folder)!r} holds a run already. Choose another folder, or continue that "
+        "run with --ckpt_path=last."
+    )
+
+
+def free_metrics_folder(folder: Path) -> str:
+    """Return where a run's CSV goes inside its folder: a resumed run keeps the earlier file."""
+    if not (folder / "metrics.csv").exists():
+        return ""
+    count = 1
+    while (folder / f"resumed_{count}" / "metrics.csv").exists():
+        count += 1
+    return f"resumed_{count}"
+
+
+def keep_earlier(path: Path) -> None:
+    """Give a file that is about to be written again a numbered name: `run.1.json`."""
+    if path.exists():
+        count = 1
+        while path.with_suffix(f".{count}{path.suffix}").exists():
+            count += 1
+        path.replace(path.with_suffix(f".{count}{path.suffix}"))
 
 
 def versions() -> dict[str, str]:

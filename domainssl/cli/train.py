@@ -21,7 +21,12 @@ from domainssl.cli.check import LINKED, Checker
 from domainssl.cli.compose import DEFAULT_LOGGERS, compose
 from domainssl.cli.console import console
 from domainssl.cli.nodes import ConfigMistakes, Node, dump
-from domainssl.cli.rundir import RUN_DIR_VARIABLE, new_run_dir
+from domainssl.cli.rundir import (
+    RUN_DIR_VARIABLE,
+    free_metrics_folder,
+    new_run_dir,
+    refuse_used_folder,
+)
 from domainssl.cli.schema import parameters
 from domainssl.errors import ConfigError, DomainSSLError, WeightsError
 
@@ -60,6 +65,8 @@ class Request:
         self.run_dir = new_run_dir(self.name, verb, self.config.get("run_dir"))
         if self.config.get("ckpt_path") == "last":
             self.config["ckpt_path"] = str(self._last_checkpoint())
+        if verb == "fit" and not self.config.get("ckpt_path"):
+            refuse_used_folder(self.run_dir)
         self.loggers: dict[str, Any] = self.config.get("loggers") or {}
         self.callbacks: dict[str, Any] = self.config.get("callbacks") or {}
 
@@ -101,9 +108,7 @@ class Request:
         folder = str(self.run_dir)
         short = spec["class_path"].rpartition(".")[2]
         if short == "CSVLogger":
-            restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-            version = "" if restart in ("", "0") else f"restart_{restart}"
-            return {"save_dir": folder, "name": "", "version": version}
+            return {"save_dir": folder, "name": "", "version": free_metrics_folder(self.run_dir)}
         if short == "TensorBoardLogger":
             return {"save_dir": folder, "name": "tensorboard", "version": ""}
         cls = self.classes.get(f"{section}.{name}")

@@ -183,13 +183,37 @@ def test_matmul_precision_is_set_by_the_command_line_only(cli, recipe):
         torch.set_float32_matmul_precision(before)
 
 
-def test_a_requeued_job_keeps_its_folder_and_its_metrics(recipe, monkeypatch):
+def test_a_requeued_job_keeps_its_folder_and_its_metrics(cli, recipe, folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    places = []
-    for count in ("0", "1"):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
-        trainer = prepare("fit", ["--config", recipe.name]).arguments()["trainer"]
-        assert trainer["default_root_dir"] == "runs/tiny/slurm_77"
-        places.append(trainer["logger"][0]["init_args"]["version"])
-    assert places == ["", "restart_1"]
+    assert prepare("fit", ["--config", recipe.name]).run_dir.as_posix() == "runs/tiny/slurm_77"
+    run = folder / "runs" / "tiny" / "slurm_77"
+    run.mkdir(parents=True)
+    for name in ("metrics.csv", "run.json"):
+        (run / name).write_text("{}")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    trainer = prepare("fit", ["--config", recipe.name]).arguments()["trainer"]
+    assert trainer["default_root_dir"] == "runs/tiny/slurm_77"
+    assert trainer["logger"][0]["init_args"]["version"] == "resumed_1"
+
+
+def test_a_folder_with_a_run_is_not_written_over(cli, recipe):
+    words = ["--config", recipe.name, "--run_dir=here"]
+    assert cli("fit", *words).status == 0
+    refused = cli("fit", *words)
+    assert refused.status == 2
+    assert "run_dir 'here' holds a run already" in refused.err
+    assert "--ckpt_path=last" in refused.err
+
+
+def test_a_run_continues_in_its_folder_and_keeps_what_was_there(cli, recipe, folder):
+    words = ["--config", recipe.name, "--run_dir=here"]
+    assert cli("fit", *words).status == 0
+    before = {name: (folder / "here" / name).read_text() for name in ("metrics.csv", "run.json")}
+    again = cli("fit", *words, "--ckpt_path=last", "--trainer.max_epochs=2")
+    assert again.status == 0, again.text
+    assert (folder / "here" / "metrics.csv").read_text() == before["metrics.csv"]
+    assert (folder / "here" / "run.1.json").read_text() == before["run.json"]
+    rows = list(csv.DictReader((folder / "here" / "resumed_1" / "metrics.csv").open()))
+    assert min(int(row["step"]) for row in rows) >= 3
+    assert json.loads((folder / "here" / "run.json").read_text())["ckpt_path"].endswith("last.ckpt")
