@@ -52,15 +52,15 @@ def _planes(x: Tensor, modality: Modality) -> Array:
 
 def stretch_limits(planes: Array, percent: float = 2.0) -> tuple[Array, Array]:
     """Return the low and high percentile per item and band, (B, K, 1, 1) each."""
-    low, high = np.percentile(planes, [percent, 100 - percent], axis=(2, 3), keepdims=True)
+    low, high = np.nanpercentile(planes, [percent, 100 - percent], axis=(2, 3), keepdims=True)
     return low.astype(np.float32), np.maximum(high, low + 1e-6).astype(np.float32)
 
 
 def to_rgb(planes: Array, limits: tuple[Array, Array]) -> NDArray[np.uint8]:
-    """Stretch (B, K, H, W) between limits and return (B, H, W, 3) uint8."""
+    """Stretch (B, K, H, W) between limits and return (B, H, W, 3) uint8; NaN becomes grey."""
     low, high = limits
     scaled = np.clip((planes - low) / (high - low), 0, 1)
-    scaled = np.nan_to_num(scaled, nan=0.0)
+    scaled = np.nan_to_num(scaled, nan=0.5)
     pixels = np.rint(scaled * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels[..., :3]
 

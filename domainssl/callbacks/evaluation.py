@@ -151,7 +151,7 @@ class OnlineEvaluation(Callback):
         module: Any = pl_module
         self._evaluate(trainer, module, self._gathered(module))
         for name, value in {**self.metrics, **self.baseline}.items():
-            pl_module.log(name, value, sync_dist=False, batch_size=1)
+            pl_module.log(name, value, sync_dist=True, batch_size=1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table of a run that only validates."""

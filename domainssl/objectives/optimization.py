@@ -28,7 +28,8 @@ class Optimization:
         eps: Added to the denominator.
         warmup_fraction: Share of all optimiser steps with a linearly rising rate.
         warmup_steps: The same as a number of steps; wins over `warmup_fraction`.
-        final_lr_fraction: Rate at the last step, as a share of `lr`.
+        final_lr_fraction: Rate that the cosine would reach one step after the last, as a share of
+            `lr`.
 
     Raises:
         ConfigError: A value lies outside its range.
@@ -90,7 +91,7 @@ class Optimization:
         warmup = min(warmup, total_steps)
         if step < warmup:
             return (step + 1) / warmup
-        progress = (step - warmup) / max(1, total_steps - warmup - 1)
+        progress = (step - warmup) / max(1, total_steps - warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
 

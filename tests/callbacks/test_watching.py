@@ -175,9 +175,11 @@ def test_red_is_red_in_a_panel():
     modality = Modality("s2", "image", ("B02", "B03", "B04"), "dn", size=(8, 8))
     x = torch.zeros(1, 3, 8, 8)
     x[0, 2, :4] = 1.0  # B04 is high in the upper half
-    picture = panel({"input": x, "masked": 0 * x}, modality, "t")
+    hidden = torch.full_like(x, float("nan"))
+    picture = panel({"input": x, "masked": hidden}, modality, "t")
     assert picture[40, 20].tolist() == [255, 0, 0]
     assert picture[140, 20].tolist() == [0, 0, 0]
+    assert picture[40, 160].tolist() == [128, 128, 128]
 
 
 def test_a_volume_is_shown_as_its_middle_slice():

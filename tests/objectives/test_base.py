@@ -135,7 +135,7 @@ def test_rate_rises_then_falls_per_optimiser_step(tmp_path):
         _allowed(model), datamodule=TinyData(items=24)
     )
     # 3 batches per epoch in pairs: 2 steps per epoch, 6 in all
-    expected = [0.5, 1.0] + [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 3)) for k in range(4)]
+    expected = [0.5, 1.0] + [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
     assert rates == pytest.approx(expected)
 
 
