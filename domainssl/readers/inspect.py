@@ -145,7 +145,7 @@ def _text(value: Any) -> str:
 def _ssl4eo(report: Mapping[str, Any]) -> list[Any]:
     parts: list[Any] = []
     for split, entry in report["splits"].items():
-        facts = {k: v for k, v in entry.items() if k not in ("products", "pairs")}
+        facts = {k: v for k, v in entry.items() if k != "products"}
         parts.append(_facts(split, facts))
         for name, found in entry["products"].items():
             rows = found.get("values", [])

@@ -96,7 +96,7 @@ def _geotiff(path: str) -> dict[str, Any]:
                 "shape": [file.count, file.height, file.width],
                 "dtype": str(data.dtype),
                 "chunks": list(file.block_shapes[0]),
-                "codec": str(file.compression.value) if file.compression else "none",
+                "codec": str(file.compression.value).lower() if file.compression else "none",
                 "crs": file.crs.to_string() if file.crs else None,
                 "transform": list(file.transform)[:6],
                 "nodata": None if file.nodata is None else float(file.nodata),

@@ -43,20 +43,21 @@ def inspect_ssl4eo(
     problems: list[str] = report["problems"]
     releases = set()
     for split, products in splits.items():
-        entry: dict[str, Any] = {"products": {}, "pairs": None}
+        entry: dict[str, Any] = {"products": {}}
         blocks: dict[str, Block] = {}
         for name in products:
             try:
                 catalogue = scan(root, split, {name: name}, options)
                 releases.add(catalogue.release)
-                problems += catalogue.problems
+                problems += [text for text in catalogue.problems if text not in problems]
                 facts, block = _product(catalogue, name, problems)
                 entry["products"][name] = facts
                 if block is not None:
                     blocks[name] = block
             except DataError as error:
-                problems.append(str(error))
-        entry |= _pairs(root, split, list(entry["products"]), options, problems)
+                if str(error) not in problems:
+                    problems.append(str(error))
+        entry |= _pairs(root, split, products, options, problems)
         if len(blocks) > 1:
             try:
                 check_same(blocks)
@@ -118,17 +119,18 @@ def _product(
         "bands": list(PRODUCTS[name].bands),
     }
     path = files[0]
-    if catalogue.release == "A":
-        cube = open_cube(path, options=options)
-    else:
-        member = group.members[name][0]
-        [raw] = fetch_ranges(path, [(member.offset, member.size)], options)
-        cube = open_cube(raw, f"{path}:{member.key}")
-    facts |= _storage(cube, problems)
     try:
+        if catalogue.release == "A":
+            cube = open_cube(path, options=options)
+        else:
+            member = group.members[name][0]
+            [raw] = fetch_ranges(path, [(member.offset, member.size)], options)
+            cube = open_cube(raw, f"{path}:{member.key}")
+        facts |= _storage(cube, problems)
         block = read(group, name, [0])
     except DataError as error:
-        problems.append(str(error))
+        if str(error) not in problems:
+            problems.append(str(error))
         return facts, None
     return facts | _values(block, name, problems), block
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from domainssl.errors import DataError, nearest
@@ -161,7 +161,7 @@ def scan(
     find = _release_a if release == "A" else _release_b
     with ThreadPoolExecutor(_THREADS) as pool:
         results = list(pool.map(lambda f: find(f, dict(products), options), files))
-    groups = tuple(group for found, _ in results for group in found)
+    groups = _assume([group for found, _ in results for group in found], results[0][1])
     problems = tuple(problem for _, found in results for problem in found)
     for problem in problems:
         logger.warning("%s", problem)
@@ -253,19 +253,28 @@ def _release_a(
     files: dict[str, str], products: dict[str, str], options: dict[str, Any]
 ) -> tuple[list[Group], list[str]]:
     problems: list[str] = []
+    key = next(iter(files.values())).rsplit("/", 1)[-1].removesuffix(".zarr.zip")
+    count, dates, rows, columns = 0, 0, 0, 0
     for path in files.values():
         try:  # a damaged file must not hide its good partners: reading it will name it
             with closing(ZipFileStore(path, path, options)) as store:
                 count, dates, _, rows, columns = _tile_facts(Cube(store, path), 5)
+            break
         except DataError as error:
             problems.append(str(error))
-            continue
-        key = path.rsplit("/", 1)[-1].removesuffix(".zarr.zip")
-        group = Group(
-            key, "A", products, files, count, dates, (rows, columns), {}, options
-        )  # fmt: skip
-        return [group], problems
-    raise DataError(problems[0])
+    return [Group(key, "A", products, files, count, dates, (rows, columns), {}, options)], problems
+
+
+def _assume(groups: list[Group], problems: list[str]) -> tuple[Group, ...]:
+    """Give groups of which no file can be opened the size of the others; reading names them."""
+    known = next((group for group in groups if group.count), None)
+    if known is None:
+        raise DataError(problems[0] if problems else f"{groups[0].key}: holds no location")
+    count, dates, size = known.count, known.dates, known.size
+    return tuple(
+        group if group.count else replace(group, count=count, dates=dates, size=size)
+        for group in groups
+    )
 
 
 def _release_b(

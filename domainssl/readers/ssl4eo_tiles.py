@@ -103,7 +103,7 @@ def date_order(meta: TileFacts, dates: list[int], repair: bool) -> Array:
     """Return which stored date stands for each date asked for, int64 (n, T)."""
     n = len(meta.ids)
     order = np.broadcast_to(np.asarray(dates, np.int64), (n, len(dates)))
-    known: Array = ~np.isnat(meta.product_times).any(axis=1, keepdims=True)
+    known = np.asarray(~np.isnat(meta.product_times).any(axis=1, keepdims=True))
     if not repair or not known.any():
         return order.copy()
     ranks = np.argsort(meta.product_times, axis=1, kind="stable")

@@ -1,0 +1,120 @@
+"""The embedded sample is release A in small, and its classes hide from plain statistics."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from domainssl.datamodules.samples import ssl4eo as sample
+from domainssl.datamodules.samples.ssl4eo_scene import COVERS
+from domainssl.readers.ssl4eo import labels, read, scan
+
+PAIR = {"s1": "S1GRD", "s2": "S2L2A"}
+
+
+@pytest.fixture(scope="module")
+def blocks(sample_root: Path) -> dict:
+    """Each split's arrays at all dates, and its labels."""
+    out = {}
+    for split in ("train", "val"):
+        groups = scan(str(sample_root), split, PAIR).groups
+        found = labels(str(sample_root), split)
+        parts = {m: [read(g, m, [0, 1, 2, 3]) for g in groups] for m in PAIR}
+        out[split] = {m: np.concatenate([b.values for b in p]) for m, p in parts.items()}
+        out[split]["blocks"] = parts
+        out[split]["label"] = found.of([i for b in parts["s2"] for i in b.ids])
+    return out
+
+
+def statistics(values: np.ndarray) -> np.ndarray:
+    """Per-band mean and spread, (n, T, 2 C)."""
+    x = values.astype(np.float32)
+    return np.concatenate([x.mean((-1, -2)), x.std((-1, -2))], -1)
+
+
+def probe(train: tuple, held_out: tuple, per_class: int = 10, draws: int = 5) -> float:
+    scores = []
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+        index = np.concatenate(
+            [rng.permutation(np.flatnonzero(train[1] == k))[:per_class] for k in range(len(COVERS))]
+        )
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(train[0][index], train[1][index])
+        scores.append(model.score(*held_out))
+    return float(np.mean(scores))
+
+
+def test_sample_fits_its_budget_and_is_laid_out_like_release_a(sample_root: Path) -> None:
+    size = sum(p.stat().st_size for p in sample_root.rglob("*") if p.is_file())
+    assert size <= 150e6
+    names = sorted(p.relative_to(sample_root).as_posix() for p in sample_root.rglob("*.zarr.zip"))
+    assert len(names) == 10
+    assert names[0] == "train/S1GRD/ssl4eos12_train_seasonal_data_000001.zarr.zip"
+    listed = (sample_root / "splits" / "ssl4eos12_val.txt").read_text().split()
+    assert listed == [f"ssl4eos12_val_seasonal_data_{i:06d}.zarr.zip" for i in (1, 2)]
+
+
+def test_sample_holds_balanced_classes_in_both_splits(blocks: dict) -> None:
+    assert np.bincount(blocks["train"]["label"]).tolist() == [24] * 4
+    assert np.bincount(blocks["val"]["label"]).tolist() == [16] * 4
+
+
+def test_sample_opens_in_xarray_as_published(sample_root: Path) -> None:
+    xarray = pytest.importorskip("xarray")
+    from zarr.storage import ZipStore
+
+    path = next((sample_root / "val" / "S2L2A").iterdir())
+    cube = xarray.open_zarr(ZipStore(path, mode="r"), chunks=None)
+    assert dict(cube.sizes) == {"sample": 32, "time": 4, "band": 12, "y": 132, "x": 132}
+    assert cube["bands"].dtype == np.int16 and cube["bands"].encoding["chunks"][1] == 1
+    assert cube["time_"].dtype.kind == "M" and cube["file_id"].dtype == "<U38"
+    assert cube["cloud_mask"].attrs["cloud_classes"][6] == "no data"
+    assert int(cube["bands"].min()) >= 0
+
+
+def test_sample_carries_the_offset_and_the_swapped_s1_dates(blocks: dict) -> None:
+    for split in ("train", "val"):
+        parts = blocks[split]["blocks"]
+        assert all((block.offset == 1000).all() for block in parts["s2"])
+        assert [bool(block.reordered.any()) for block in parts["s1"]][:2] == [False, True]
+        assert all((np.diff(block.dates, axis=1) > 0).all() for block in parts["s1"])
+
+
+def test_sample_reflectances_are_physical(blocks: dict) -> None:
+    values = blocks["train"]["s2"]
+    assert values.min() >= 0 and values.max() <= 12_000
+    assert 800 < values[:, :, 1].mean() < 1300 and 2500 < values[:, :, 7].mean() < 4000
+
+
+def test_cover_map_agrees_with_the_dominant_label(sample_root: Path) -> None:
+    found = labels(str(sample_root), "val")
+    with np.load(sample_root / "labels" / "val_cover.npz") as file:
+        for key, cover in zip(file["sample"], file["cover"], strict=True):
+            assert np.bincount(cover.reshape(-1), minlength=4).argmax() == found.label[str(key)]
+
+
+def test_same_locations_are_drawn_every_time_and_for_every_product() -> None:
+    classes = np.zeros(96, int)
+    first = sample._item("train", classes, ("S2L2A",), 3)
+    second = sample._item("train", classes, tuple(sample.PRODUCTS), 3)
+    np.testing.assert_array_equal(first.values["S2L2A"], second.values["S2L2A"])
+    assert second.values["S2L1C"].shape == (4, 13, 132, 132)
+    assert np.median(second.values["S2L1C"][:, 10]) < 1100  # cirrus plus the offset
+
+
+@pytest.mark.parametrize("modalities", [("s1",), ("s2",), ("s1", "s2")], ids="+".join)
+def test_band_statistics_do_not_tell_the_classes(blocks: dict, modalities) -> None:
+    def items(split: str) -> tuple[np.ndarray, np.ndarray]:
+        x = np.concatenate([statistics(blocks[split][m]) for m in modalities], -1)
+        return x.reshape(-1, x.shape[-1]), blocks[split]["label"].repeat(4)
+
+    assert probe(items("train"), items("val")) < 0.35  # chance is 0.25
