@@ -37,7 +37,7 @@ __all__ = ["LOCATIONS", "VERSION", "build", "sample_root"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = "4"
+VERSION = "6"
 LOCATIONS = {"train": 96, "val": 64}
 _PER_FILE = 32
 _SEED = 20260101

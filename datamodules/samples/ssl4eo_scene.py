@@ -1,9 +1,12 @@
 """Latent factors of one sample location, and what radar and optical sensors make of them.
 
 Land cover, season and terrain are shared by both sensors; roughness reaches the radar alone, haze
-and cloud the optical sensor alone. A cover is a *texture* (rows, dots, parcels, hills) of unit
-variance, in colours, amplitude and contrast sign drawn anew for every location and sensor, so that
-neither band means nor band spreads tell the covers apart: their arrangement does.
+and cloud the optical sensor alone. A location is open land with objects on it, some pixels wide;
+land cover is what kind of objects. Each kind brightens or darkens VV against VH and visible
+against near-infrared light in its own sense, at equal contrast, and the objects leave the means
+of the bands where they are. Levels and tones are drawn for each location and sensor anew, so
+neither band means nor band spreads tell the covers apart: which bands change together, and
+whether few pixels rise or few pixels fall, does.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ Rng = np.random.Generator
 
 SIDE = 132
 DATES = 4
-COVERS = ("rows", "dots", "parcels", "hills")
+COVERS = ("trees", "ponds", "roofs", "clearings")
 
 _WAVELENGTH_UM = np.array(
     [0.443, 0.493, 0.560, 0.665, 0.704, 0.741, 0.783, 0.833, 0.865, 0.945, 1.374, 1.614, 2.202],
@@ -32,6 +35,9 @@ _WAVELENGTH_UM = np.array(
 _SOIL = np.array([9, 11, 14, 18, 20, 22, 23, 24, 25, 26, 1, 31, 28], np.float32) / 100
 _LEAF = np.array([3, 4, 7, 4, 10, 26, 33, 35, 36, 37, 1, 19, 9], np.float32) / 100
 _DRY = np.array([7, 9, 12, 16, 19, 23, 26, 28, 30, 31, 1, 34, 25], np.float32) / 100
+# how an object of each cover stands out in (VV, VH), and in (visible and short-wave, near infrared)
+_SENSE = np.array([[-1, 1], [-1, -1], [1, 1], [1, -1]], np.float32)
+_IS_NEAR_INFRARED = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0])
 _STEP_PX = {10: 1, 20: 2, 60: 6}
 _RESOLUTION_M = (60, 10, 10, 10, 20, 20, 20, 10, 20, 60, 60, 20, 20)
 
@@ -43,11 +49,11 @@ class Location:
     Attributes:
         label: Dominant cover.
         cover: Cover of each pixel, uint8 (Y, X).
-        texture: The cover's texture at each pixel, unit variance, (Y, X).
+        objects: Where objects stand, zero mean, unit variance, (Y, X).
         terrain: Heights, unit variance, (Y, X).
         relief: Strength of the terrain, 0..1.
         wetness: Water in the ground, 0..1.
-        strength: Contrast of the texture in both sensors, about 1.
+        strength: Contrast of the objects in both sensors, about 1.
         greenness: Vegetation state at each date, 0..1, (T,).
         roughness: What the radar alone sees, unit variance, (Y, X).
         factors: Numbers that describe the location, for the factor table.
@@ -55,7 +61,7 @@ class Location:
 
     label: int
     cover: Array
-    texture: Array
+    objects: Array
     terrain: Array
     relief: float
     wetness: float
@@ -90,35 +96,10 @@ def _smooth(rng: Rng, length_px: float) -> Array:
     return _shaped(rng, np.exp(-((_FREQUENCY * length_px * 2.0) ** 2)))
 
 
-def _rotated(angle: float) -> tuple[Array, Array]:
-    y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32)
-    cos, sin = np.cos(angle), np.sin(angle)
-    return x * cos + y * sin, y * cos - x * sin
-
-
-def _rows(rng: Rng, angle: float, period: float) -> Array:
-    across, _ = _rotated(angle)
-    bent = across + 1.2 * _smooth(rng, 14)
-    return _unit(np.sin(2 * np.pi * bent / period + rng.uniform(0, 2 * np.pi)))
-
-
-def _dots(rng: Rng, period: float) -> Array:
-    ring = np.exp(-(((_FREQUENCY - 1 / period) / (0.18 / period)) ** 2))
-    field = _shaped(rng, ring)
-    return _unit(np.maximum(field - 0.8, 0) ** 0.5)
-
-
-def _parcels(rng: Rng, angle: float, period: float) -> Array:
-    u, v = _rotated(angle)
-    side = 2.2 * period
-    i = np.floor(u / side + 100).astype(int)
-    j = np.floor(v / (side * rng.uniform(0.6, 1.0)) + 100).astype(int)
-    values = rng.standard_normal((i.max() + 1, j.max() + 1)).astype(np.float32)
-    return _unit(values[i, j])
-
-
-def _hills(rng: Rng, period: float) -> Array:
-    return _unit(_smooth(rng, 1.1 * period) + 0.35 * _smooth(rng, 2.5))
+def _objects(rng: Rng, spacing: float) -> Array:
+    """Return flat objects of a quarter of their spacing on even ground, unit variance."""
+    ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
+    return _unit((_shaped(rng, ring) - 0.9).clip(0, 0.8) ** 0.5)
 
 
 def draw_location(rng: Rng, label: int, month: Array) -> Location:
@@ -130,26 +111,17 @@ def draw_location(rng: Rng, label: int, month: Array) -> Location:
         month: Months since January of each date, (T,).
     """
     fields = np.stack([_smooth(rng, 11) for _ in COVERS])
-    share = rng.uniform(0.66, 0.86)
+    share = rng.uniform(0.75, 0.95)
     fields[label] += _boost(fields, label, share)
     cover = fields.argmax(0).astype(np.uint8)
-    angle, period = rng.uniform(0, np.pi), rng.uniform(4.5, 8.0)
-    textures = np.stack(
-        [
-            _rows(rng, angle, period),
-            _dots(rng, 1.3 * period),
-            _parcels(rng, angle, period),
-            _hills(rng, period),
-        ]
-    )
-    texture = np.take_along_axis(textures, cover[None].astype(int), 0)[0].clip(-3, 3)
-    green, swing, peak = rng.uniform(0.15, 0.85), rng.uniform(0.05, 0.15), rng.uniform(0, 12)
-    relief, wetness = rng.uniform(0.0, 1.0), rng.uniform(0.0, 1.0)
+    spacing = rng.uniform(11.0, 22.0)
+    green, swing, peak = rng.uniform(0.35, 0.65), rng.uniform(0.05, 0.15), rng.uniform(0, 12)
+    relief, wetness = rng.uniform(0.0, 0.3), rng.uniform(0.35, 0.65)
     strength = np.exp(rng.uniform(-0.5, 0.5))
     return Location(
         label,
         cover,
-        texture,
+        _objects(rng, spacing),
         _shaped(rng, 1 / np.maximum(_FREQUENCY, 0.5 / SIDE) ** 1.8),
         relief,
         wetness,
@@ -158,8 +130,7 @@ def draw_location(rng: Rng, label: int, month: Array) -> Location:
         _smooth(rng, 8),
         {
             "share": float((cover == label).mean()),
-            "angle": float(angle),
-            "period_px": float(period),
+            "spacing_px": float(spacing),
             "strength": float(strength),
             "greenness": float(green),
             "wetness": float(wetness),
@@ -176,20 +147,18 @@ def _boost(fields: Array, label: int, share: float) -> float:
 
 def radar(rng: Rng, place: Location, looks_east: bool) -> Array:
     """Return backscatter of all dates in dB, float16 (T, 2, Y, X)."""
-    contrast = 2.5 * place.strength * rng.choice([-1.0, 1.0], len(COVERS))
-    colour = rng.normal(0, 0.5, (2, len(COVERS))).astype(np.float32)
+    contrast = 2.5 * place.strength * np.exp(rng.normal(0, 0.15))
     slope = np.gradient(place.terrain, axis=1) * (1 if looks_east else -1)
-    shared = (contrast.astype(np.float32)[place.cover] * place.texture)[None]
-    fixed = shared * np.array([1.0, rng.uniform(0.6, 1.1)], np.float32)[:, None, None]
-    fixed = fixed + colour[:, place.cover] + 6.0 * place.relief * slope
-    fixed = fixed + np.array([1.0, 0.5], np.float32)[:, None, None] * place.roughness
-    level = np.array([-12.0, -19.0], np.float32) + rng.normal(0, 0.3, 2).astype(np.float32)
+    fixed = (contrast * place.objects).astype(np.float32) * _SENSE.T[:, place.cover]
+    fixed += 6.0 * place.relief * slope
+    fixed += np.array([0.7, 0.35], np.float32)[:, None, None] * place.roughness
+    level = np.array([-12.0, -19.0], np.float32) + rng.normal(0, 1.2, 2).astype(np.float32)
     out = np.empty((DATES, 2, SIDE, SIDE), np.float16)
     for date in range(DATES):
         green, wet = place.greenness[date] - 0.5, place.wetness - 0.5
         shift = np.array([8 * wet + 2 * green, 4 * wet + 10 * green], np.float32)
         speckle = rng.standard_normal((2, SIDE, SIDE), np.float32)
-        base = level + shift + np.float32(rng.normal(0, 0.3))
+        base = level + shift + rng.normal(0, 0.4, 2).astype(np.float32)
         values = fixed + base[:, None, None] + speckle
         out[date] = np.round(values * 2) / 2  # steps of 0.5 dB: less to store
     return out
@@ -208,20 +177,21 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
         classes, uint8 (T, Y, X).
     """
     mixes = rng.dirichlet([12, 12, 12], len(COVERS)).astype(np.float32)
-    signs = rng.choice([-1.0, 1.0], len(COVERS)).astype(np.float32)
-    contrast = (0.35 * place.strength * signs)[place.cover] * place.texture
-    tilt = rng.normal(0, 0.35)
+    mixes = 0.15 * mixes + 0.85 * mixes.mean(0)  # colours of the covers hardly differ
+    contrast = 0.22 * place.strength * np.exp(rng.normal(0, 0.15))
+    change = (contrast * place.objects).astype(np.float32) * _SENSE.T[:, place.cover]
     slope = np.gradient(place.terrain, axis=0) + 0.5 * np.gradient(place.terrain, axis=1)
     surface = np.empty((DATES, len(L1C_BANDS), SIDE, SIDE), np.float32)
     top = np.empty_like(surface)
     mask = np.zeros((DATES, SIDE, SIDE), np.uint8)
+    tone = rng.normal(0, 0.15, 2)
     relative = np.log(_WAVELENGTH_UM / 0.8)
     for date in range(DATES):
         green = place.greenness[date]
         weights = mixes * np.array([1.0, 4 * green, 2 * (1 - green)], np.float32)
         weights /= weights.sum(1, keepdims=True)
         spectra = weights @ np.stack([_SOIL, _LEAF, _DRY])  # (covers, bands)
-        gain = np.exp(rng.normal(0, 0.06) + rng.normal(0, 0.06) * relative)
+        gain = np.exp((tone + rng.normal(0, 0.05, 2)).astype(np.float32)[_IS_NEAR_INFRARED])
         gain *= np.exp(-0.9 * (place.wetness - 0.5) * (1.2 + relative))
         bias = rng.normal(0, 0.008) * np.ones(13, np.float32)
         haze = 0.025 * np.exp(0.5 * _smooth(rng, 30) + rng.normal(0, 0.5))
@@ -229,13 +199,9 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
         thick, thin, shade = _clouds(rng) if cloudy[date] else (None, None, None)
         for step in _STEP_PX.values():
             bands = [b for b, m in enumerate(_RESOLUTION_M) if _STEP_PX[m] == step]
-            texture = _coarse(contrast, step)
-            if step > 1:  # keep its spread, or resolution would tell the covers apart
-                texture *= contrast.std() / max(float(texture.std()), 1e-6)
             cover = place.cover[step // 2 :: step, step // 2 :: step]
-            terms = texture * (1 if step < 6 else 0.3) + _coarse(sun, step)
-            slant = (1 + tilt * relative[bands])[:, None, None] * terms
-            ground = spectra[:, bands].T[:, cover] * np.exp(slant)
+            ground = spectra[:, bands].T[:, cover] * np.exp(_coarse(sun, step))
+            ground *= _stand_out(change, step)[_IS_NEAR_INFRARED[bands]]
             ground = ground * gain[bands, None, None] + bias[bands, None, None]
             ground += 0.001 * rng.standard_normal(ground.shape, np.float32)
             veil = _coarse(haze, step) * (_WAVELENGTH_UM[bands, None, None] / 0.49) ** -1.3
@@ -250,6 +216,14 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
             mask[date][thin[0] > 0.2] = 3
             mask[date][thick[0] > 0.5] = 4
     return surface, top, mask
+
+
+def _stand_out(change: Array, step: int) -> Array:
+    """Return what objects multiply reflectance by on pixels `step` times as large, (2, Y, X)."""
+    coarse = np.stack([_coarse(field, step) for field in change])
+    if step == 2:  # keep the spread, or resolution would tell the covers apart
+        coarse *= (change.std((1, 2)) / coarse.std((1, 2)))[:, None, None]
+    return (1 + coarse).clip(0.1)
 
 
 def _clouds(rng: Rng) -> tuple[Array, Array, Array]:
