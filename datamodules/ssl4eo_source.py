@@ -137,7 +137,7 @@ class SSL4EOSource:
         """Decode the chosen dates of one group and cut a window out of each location."""
         group = self.catalogue.groups[piece.block]
         dates = self.dates.choose(generator(self.seed, epoch, _DATES, piece.block), group.dates)
-        writer = _Writer(self, piece, len(dates), epoch)
+        writer = _Writer(self, piece, dates, epoch)
         try:
             writer.write(self._read(group, dates, piece.start, piece.stop), 0)
         except DataError:
@@ -197,11 +197,11 @@ class SSL4EOSource:
 class _Writer:
     """Fills the arrays of one piece."""
 
-    def __init__(self, source: SSL4EOSource, piece: Piece, num_dates: int, epoch: int) -> None:
-        self.source, self.piece, self.epoch = source, piece, epoch
+    def __init__(self, source: SSL4EOSource, piece: Piece, dates: list[int], epoch: int) -> None:
+        self.source, self.dates, self.epoch = source, dates, epoch
         self.first = source._first[piece.block] + piece.start
         n, size = len(piece), source.crop.size
-        time = (num_dates,) if source.dates.is_series else ()
+        time = (len(dates),) if source.dates.is_series else ()
         self.rows = Rows({}, n)
         self.out: dict[str, tuple[Tensor, Tensor]] = {}
         data = self.rows.data
@@ -249,13 +249,9 @@ class _Writer:
 
     def _write_names(self, block: Block, at: int) -> None:
         data, source = self.rows.data, self.source
-        dates = source.dates.choose(
-            generator(source.seed, self.epoch, _DATES, self.piece.block),
-            source.catalogue.groups[self.piece.block].dates,
-        )
         names = block.location_ids
         data["id"][at : at + len(names)] = (
-            names if source.dates.is_series else [f"{name}_{dates[0]}" for name in names]
+            names if source.dates.is_series else [f"{name}_{self.dates[0]}" for name in names]
         )
         if source.labels is not None:
             data["label"][at : at + len(names)] = source.labels.of(names)
