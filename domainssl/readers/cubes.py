@@ -29,6 +29,7 @@ from domainssl.readers.stores import (
     is_folder,
     is_url,
     open_file,
+    stamp,
 )
 
 __all__ = ["ArrayInfo", "Cube", "open_cube"]
@@ -318,7 +319,7 @@ def open_cube(source: str | bytes, name: str | None = None, options: Options | N
             return Cube(ZipFileStore(open_file(path, options), path), path)
         raise DataError(f"{path}: no such file or folder")
 
-    cube: Cube = _CUBES.get(path, opener)
+    cube: Cube = _CUBES.get(stamp(path), opener)
     return cube
 
 

@@ -37,6 +37,7 @@ from domainssl.readers.stores import (
     ZipFileStore,
     fetch_ranges,
     is_url,
+    stamp,
     window,
 )
 
@@ -112,6 +113,7 @@ def read(
     fix_s1_order: bool = True,
     mask_clouds: bool = False,
     dn_offset: DNOffset = "auto",
+    keep_offset: bool = False,
 ) -> Block:
     """Read one product of a group.
 
@@ -126,6 +128,8 @@ def read(
         mask_clouds: Also mark thin and thick cloud and cloud shadow as not valid.
         dn_offset: What the stored S2 values carry. `auto` decides per location: S2L1C by the
             median of B10, S2L2A by the release unless release A holds pixels too dark for it.
+        keep_offset: Leave the offset in the values, for callers that need a part of them only;
+            `offset` says what to subtract. Stored 0 means no data, and is 0 without offset too.
 
     Raises:
         DataError: Names the file, the array and the location.
@@ -150,7 +154,9 @@ def read(
             valid &= ~np.isin(raw.cloud, OBSCURED_CLASSES)
     offset = np.zeros(len(chosen), np.int16)
     if product.has_offset:
-        values, offset = _remove_offset(values, valid, product, group.release, dn_offset)
+        values, offset = _offsets(values, valid, product, group.release, dn_offset)
+        if not keep_offset:
+            _remove_offset(values, offset)
     times = chosen_times(meta, raw.order, repair)
     needed = values[0].nbytes * len(chosen) if len(chosen) else 0
     needed += 0 if raw.cloud is None else raw.cloud.nbytes
@@ -259,7 +265,7 @@ def _cubes_b(group: Group, modality: str, chosen: range) -> Iterator[Cube]:
             name = f"{path}:{member.key}"
             yield Cube(ZipFileStore(part, name), name)
         return
-    file = _TARS.get(path, lambda: SharedFile(path))
+    file = _TARS.get(stamp(path), lambda: SharedFile(path))
     for member in members:
         name = f"{path}:{member.key}"
         yield Cube(ZipFileStore(window(file, member.offset, member.size), name), name)
@@ -351,21 +357,25 @@ def _finite(values: Array) -> tuple[Array, float]:
     return valid, 1 - count / max(values.size, 1)
 
 
-def _remove_offset(
+def _offsets(
     values: Array, valid: Array, product: Product, release: str, dn_offset: DNOffset
 ) -> tuple[Array, Array]:
+    """Return the values in a signed type and the offset of each location, int16 (n,)."""
     if dn_offset not in (0, _OFFSET, "auto"):
         raise DataError(f"dn_offset: {dn_offset!r} is not one of 0, 1000, 'auto'")
     if values.dtype.kind == "u":
         values = values.astype(np.int32)
     offset = np.zeros(len(values), np.int16)
     for i, (item, mask) in enumerate(zip(values, valid, strict=True)):
-        verdict = _verdict(item, mask, product, release) if dn_offset == "auto" else dn_offset
-        if verdict:
-            np.subtract(item, _OFFSET, out=item)
-            item[item == -_OFFSET] = 0  # stored 0 is no data and stays 0
-            offset[i] = verdict
+        offset[i] = _verdict(item, mask, product, release) if dn_offset == "auto" else dn_offset
     return values, offset
+
+
+def _remove_offset(values: Array, offset: Array) -> None:
+    for item, amount in zip(values, offset, strict=True):
+        if amount:
+            np.subtract(item, amount, out=item)
+            item[item == -amount] = 0  # stored 0 is no data and stays 0
 
 
 def _verdict(item: Array, mask: Array, product: Product, release: str) -> int:

@@ -34,6 +34,7 @@ __all__ = [
     "list_folder",
     "open_file",
     "size_of",
+    "stamp",
     "tar_index",
     "window",
 ]
@@ -104,6 +105,17 @@ def size_of(path: str | os.PathLike[str], options: Options | None = None) -> int
         return os.path.getsize(path)
     fs, inner = _filesystem(str(path), options)
     return int(fs.size(inner))
+
+
+def stamp(path: str | os.PathLike[str]) -> tuple[str, int, int, int]:
+    """Return what a handle is kept under: a local file that was replaced is another file."""
+    if is_url(path):
+        return str(path), 0, 0, 0
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return str(path), 0, 0, 0
+    return str(path), facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 
 def list_folder(path: str | os.PathLike[str], options: Options | None = None) -> list[str]:
@@ -362,7 +374,7 @@ def tar_index(path: str, options: Options | None = None) -> tuple[Member, ...]:
     Raises:
         DataError: The tar is truncated, compressed, or holds unsafe names.
     """
-    return cast(tuple[Member, ...], _TAR_INDEX.get(path, lambda: _scan_tar(path, options)))
+    return cast(tuple[Member, ...], _TAR_INDEX.get(stamp(path), lambda: _scan_tar(path, options)))
 
 
 def _scan_tar(path: str, options: Options | None) -> tuple[Member, ...]:

@@ -137,6 +137,16 @@ def test_chunk_that_does_not_decode_is_named(root: Path, spoil) -> None:
         read(first_group(root), "s2", [2])
 
 
+def test_file_replaced_after_it_was_read_is_opened_anew(root: Path) -> None:
+    group = first_group(root)
+    read(group, "s2", [0])
+    path = root / "train" / "S2L2A" / FILE
+    rewrite(path.rename(path.with_name("old")), lambda name, raw: (name, raw[:20]))
+    path.with_name("old").rename(path)
+    with pytest.raises(DataError, match=re.escape(FILE)):
+        read(group, "s2", [0])
+
+
 def test_absent_chunk_reads_as_no_data(root: Path) -> None:
     path = root / "train" / "S1GRD" / FILE
     rewrite(path, lambda name, raw: None if name == "bands/0.1.0.0.0" else (name, raw))
