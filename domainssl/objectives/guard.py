@@ -77,8 +77,10 @@ class FiniteGuard:
             for term, counter in zip(self._terms, self._first_bad.tolist(), strict=True)
             if counter >= 0
         }
-        ids = next((ids for counter, ids in self._ids if counter == min(found.values())), [])
-        reports = [r for r in all_gather_objects((found, ids) if found else None) if r is not None]
+        first = min(found.values(), default=-1)
+        ids = next((ids for counter, ids in self._ids if counter == first), [])
+        every = all_gather_objects((found, ids))  # ranks without a finding take part, too
+        reports = [(terms, names) for terms, names in every if terms]
         lines = []
         for terms, names in reports:
             first = min(terms.values())
