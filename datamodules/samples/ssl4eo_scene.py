@@ -114,10 +114,10 @@ def draw_location(rng: Rng, label: int, month: Array) -> Location:
     share = rng.uniform(0.75, 0.95)
     fields[label] += _boost(fields, label, share)
     cover = fields.argmax(0).astype(np.uint8)
-    spacing = rng.uniform(11.0, 22.0)
-    green, swing, peak = rng.uniform(0.35, 0.65), rng.uniform(0.05, 0.15), rng.uniform(0, 12)
-    relief, wetness = rng.uniform(0.0, 0.3), rng.uniform(0.35, 0.65)
-    strength = np.exp(rng.uniform(-0.5, 0.5))
+    spacing = rng.uniform(10.0, 24.0)
+    green, swing, peak = rng.uniform(0.25, 0.75), rng.uniform(0.05, 0.15), rng.uniform(0, 12)
+    relief, wetness = rng.uniform(0.0, 0.3), rng.uniform(0.25, 0.75)
+    strength = np.exp(rng.uniform(-0.6, 0.6))
     return Location(
         label,
         cover,
@@ -147,12 +147,12 @@ def _boost(fields: Array, label: int, share: float) -> float:
 
 def radar(rng: Rng, place: Location, looks_east: bool) -> Array:
     """Return backscatter of all dates in dB, float16 (T, 2, Y, X)."""
-    contrast = 2.5 * place.strength * np.exp(rng.normal(0, 0.15))
+    contrast = 2.5 * place.strength * np.exp(rng.normal(0, 0.05))
     slope = np.gradient(place.terrain, axis=1) * (1 if looks_east else -1)
     fixed = (contrast * place.objects).astype(np.float32) * _SENSE.T[:, place.cover]
     fixed += 6.0 * place.relief * slope
     fixed += np.array([0.7, 0.35], np.float32)[:, None, None] * place.roughness
-    level = np.array([-12.0, -19.0], np.float32) + rng.normal(0, 1.2, 2).astype(np.float32)
+    level = np.array([-12.0, -19.0], np.float32) + rng.normal(0, 0.9, 2).astype(np.float32)
     out = np.empty((DATES, 2, SIDE, SIDE), np.float16)
     for date in range(DATES):
         green, wet = place.greenness[date] - 0.5, place.wetness - 0.5
@@ -178,13 +178,13 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
     """
     mixes = rng.dirichlet([12, 12, 12], len(COVERS)).astype(np.float32)
     mixes = 0.15 * mixes + 0.85 * mixes.mean(0)  # colours of the covers hardly differ
-    contrast = 0.22 * place.strength * np.exp(rng.normal(0, 0.15))
+    contrast = 0.22 * place.strength * np.exp(rng.normal(0, 0.05))
     change = (contrast * place.objects).astype(np.float32) * _SENSE.T[:, place.cover]
     slope = np.gradient(place.terrain, axis=0) + 0.5 * np.gradient(place.terrain, axis=1)
     surface = np.empty((DATES, len(L1C_BANDS), SIDE, SIDE), np.float32)
     top = np.empty_like(surface)
     mask = np.zeros((DATES, SIDE, SIDE), np.uint8)
-    tone = rng.normal(0, 0.15, 2)
+    tone = rng.normal(0, 0.12, 2)
     relative = np.log(_WAVELENGTH_UM / 0.8)
     for date in range(DATES):
         green = place.greenness[date]
@@ -208,7 +208,7 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
             surface[date, bands] = _fine((ground + 0.6 * veil).clip(0.002, 1.1), step)
             top[date, bands] = _fine((0.85 * ground + 0.03 + 2 * veil).clip(0.002, 1.1), step)
         top[date, 10] = 0.0015 + 0.0005 * rng.standard_normal()
-        if thick is not None:
+        if thick is not None and thin is not None and shade is not None:
             for image in (surface[date], top[date]):
                 image *= 1 - 0.5 * shade
                 image += thin * (0.35 - 0.5 * image) + thick * (0.75 - image)

@@ -56,7 +56,9 @@ def _joined(case: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     return batch, torch.rand(2, size, 9, generator=generator)
 
 
-def _step(case: dict[str, Any], start: int, stop: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _step(
+    case: dict[str, Any], start: int, stop: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     batch, noise = _joined(case)
     masks: list[Masking] = [mask_from_noise(n[start:stop], 4) for n in noise]
     model = _model(case["gather"])
