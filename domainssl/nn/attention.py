@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from domainssl.nn.alibi import DistanceBias
 
 __all__ = ["AttentionPath", "attention"]
 
-AttentionPath = Literal["fused", "math"]
+AttentionPath = Literal["fused", "math", "flex"]
 
 # Bias entries held at once. Above it the queries are taken in blocks of rows; 2^24 float32
 # entries are 64 MiB, which a block of a 64x64 grid with 16 heads still fits.
@@ -36,14 +38,18 @@ def attention(
         k: Keys, (B, Hd, K, d).
         v: Values, (B, Hd, K, d).
         bias: Distance bias; added after scaling and itself unscaled.
-        path: `fused` uses scaled_dot_product_attention with the bias in q's dtype; `math` writes
-            the formula out in float32, for tests and exact comparisons.
+        path: `fused` uses scaled_dot_product_attention with the bias in q's dtype; `flex`
+            computes the bias inside the kernel, from the coordinates, in float32
+            (FlexAttention, compiled on CUDA; elsewhere it is slow and for comparison only);
+            `math` writes the formula out in float32, for tests and exact comparisons.
 
     Returns:
         (B, Hd, Q, d), in q's dtype.
     """
     if path == "math":
         return _attention_math(q, k, v, bias)
+    if path == "flex" and bias is not None:
+        return _attention_flex(q, k, v, bias)
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v)
     if math.prod(bias.shape) <= _MAX_BIAS_ELEMENTS:
@@ -57,6 +63,36 @@ def _attention_math(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None) 
         if bias is not None:
             scores = scores + bias.full(torch.float32)
         return (scores.softmax(-1) @ v.float()).to(q.dtype)
+
+
+@cache
+def _flex() -> Callable[..., Tensor]:
+    """Return FlexAttention, compiled once per process."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
+    return compiled
+
+
+def _attention_flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    queries, keys, slopes = bias.queries.float(), bias.keys.float(), bias.slopes.float()
+    valid = bias.key_valid
+
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        at_q = b if len(queries) > 1 else 0
+        at_k = b if len(keys) > 1 else 0
+        squares = [
+            (queries[at_q, i, axis] - keys[at_k, j, axis]) ** 2 for axis in range(keys.shape[-1])
+        ]
+        s = s - slopes[h] * sum(squares[1:], squares[0]).sqrt()
+        return s if valid is None else torch.where(valid[b, j], s, float("-inf"))
+
+    run = cast(Callable[..., Any], _flex() if q.is_cuda else flex_attention)
+    out = run(q, k, v, score_mod=score)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> Tensor:

@@ -10,7 +10,15 @@ from domainssl.errors import ConfigError
 from domainssl.nn.alibi import DistanceBias
 from domainssl.nn.attention import AttentionPath, attention
 
-__all__ = ["CrossAttention", "FeedForward", "SelfAttention", "Transformer", "TransformerBlock"]
+__all__ = [
+    "CrossAttention",
+    "FeedForward",
+    "SelfAttention",
+    "Transformer",
+    "TransformerBlock",
+    "compile_blocks",
+    "set_attention_path",
+]
 
 
 def _check_heads(width: int, heads: int) -> None:
@@ -148,3 +156,18 @@ class Transformer(nn.Module):
                 x = block(x, bias, context, cross_bias)
         out: Tensor = self.norm(x)
         return out
+
+
+def set_attention_path(module: nn.Module, path: AttentionPath) -> None:
+    """Choose how every attention layer below `module` computes (see `nn.attention`)."""
+    for part in module.modules():
+        if isinstance(part, SelfAttention | CrossAttention):
+            part.path = path
+
+
+def compile_blocks(module: nn.Module) -> int:
+    """Compile every transformer block below `module` in place; return how many there are."""
+    blocks = [part for part in module.modules() if isinstance(part, TransformerBlock)]
+    for block in blocks:
+        block.compile()
+    return len(blocks)

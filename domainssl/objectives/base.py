@@ -23,9 +23,11 @@ from domainssl.backbones.base import Backbone, Features
 from domainssl.distributed import all_reduce_sum, rank, world_size
 from domainssl.errors import ConfigError
 from domainssl.modality import Batch, Modality, as_modalities
+from domainssl.objectives.execution import Execution, apply_execution
 from domainssl.objectives.guard import FiniteGuard, check_resume, check_weights
 from domainssl.objectives.optimization import Optimization, parameter_groups
 from domainssl.objectives.presence import PresenceRecord
+from domainssl.options import as_dataclass
 
 __all__ = ["Generators", "Objective", "Optimization", "Step"]
 
@@ -73,7 +75,7 @@ class Objective(Recorded, LightningModule):
         seed: Seed of everything random in the method.
         allow_accumulation: Let a contrastive method run with `accumulate_grad_batches` > 1,
             though its negatives then come from one part of the batch only.
-        gradient_checkpointing: Recompute activations of the backbone in the backward pass.
+        execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
         context_size: Side in pixels or voxels of what the DataModule yields, None for any.
     """
 
@@ -82,7 +84,7 @@ class Objective(Recorded, LightningModule):
     resume_may_change: ClassVar[tuple[str, ...]] = (
         "weights",
         "allow_accumulation",
-        "gradient_checkpointing",
+        "execution",
     )
 
     def __init__(
@@ -91,7 +93,7 @@ class Objective(Recorded, LightningModule):
         optimization: Optimization | Mapping[str, Any] | None = None,
         seed: int = 0,
         allow_accumulation: bool = False,
-        gradient_checkpointing: bool = False,
+        execution: Execution | Mapping[str, Any] | None = None,
         context_size: int | tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class Objective(Recorded, LightningModule):
         self.optimization = Optimization.of(optimization)
         self.seed = seed
         self.allow_accumulation = allow_accumulation
-        self.gradient_checkpointing = gradient_checkpointing
+        self.execution = as_dataclass(Execution, execution or Execution())
         self.context_size = context_size
         self.total_steps: int | None = None
         if "optimization" in self.arguments:
@@ -313,7 +315,7 @@ class Objective(Recorded, LightningModule):
                 f"data yields windows of {found} pixels, but model.init_args.context_size is "
                 f"{self.context_size}. Set both to the same value."
             )
-        self.backbone.set_gradient_checkpointing(self.gradient_checkpointing)
+        apply_execution(self.backbone, self.execution)
 
     def _check_precision(self) -> None:
         precision = str(self.trainer.precision)
@@ -334,7 +336,8 @@ class Objective(Recorded, LightningModule):
         )
         if not self.allow_accumulation:
             raise ConfigError(
-                f"trainer.{text}. Use more devices or gradient_checkpointing for a larger batch, "
+                f"trainer.{text}. Use more devices, or execution.gradient_checkpointing for a larger "
+                "batch, "
                 "or accept it with model.init_args.allow_accumulation: true."
             )
         logger.warning("%s; allowed by allow_accumulation.", text)

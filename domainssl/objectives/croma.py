@@ -11,7 +11,7 @@ and reconstruct the hidden patches of both sensors from the joint tokens (eq. 2)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,6 +31,7 @@ from domainssl.nn.masking import Masking, kept_count, mask_from_noise, restore_t
 from domainssl.nn.patching import grid_coordinates, grid_of, patchify, unpatchify
 from domainssl.nn.positions import sincos_positions
 from domainssl.objectives.base import Generators, Objective, Optimization, Step
+from domainssl.objectives.execution import Execution
 from domainssl.options import as_dataclass, decide, option
 
 __all__ = ["CROMA", "CROMAArchitecture", "CROMADraws", "CROMAOptions", "pretraining_name"]
@@ -159,7 +160,7 @@ class CROMA(Objective):
         seed: Seed of all draws.
         allow_accumulation: Accept gradient accumulation, which does not enlarge the contrastive
             batch.
-        gradient_checkpointing: Recompute the encoders' activations in the backward pass.
+        execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
 
     Raises:
         ConfigError: The modalities or sizes cannot be used.
@@ -186,13 +187,13 @@ class CROMA(Objective):
         optimization: Optimization = _PUBLISHED,
         seed: int = 0,
         allow_accumulation: bool = False,
-        gradient_checkpointing: bool = False,
+        execution: Execution = Execution(),
     ) -> None:
         super().__init__(
             optimization=optimization,
             seed=seed,
             allow_accumulation=allow_accumulation,
-            gradient_checkpointing=gradient_checkpointing,
+            execution=execution,
             context_size=context_size,
         )
         if size not in _SIZES:
@@ -281,6 +282,12 @@ class CROMA(Objective):
             for name, head in heads.items()
             if name in features.pooled
         }
+
+    def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the sensor's own encoder and projection."""
+        yield from super().modality_parameters(name)
+        heads = {self.radar: self.radar_projection, self.optical: self.optical_projection}
+        yield from heads[name].parameters()
 
     def _contrast(self, features: Features, complete: Tensor) -> Tensor:
         """Symmetric InfoNCE between the pooled sensors (eq. 1)."""

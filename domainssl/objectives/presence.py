@@ -38,7 +38,7 @@ class PresenceRecord:
         if counts.is_cuda:  # the copy is queued before the forward pass, so reading is no wait
             on_host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
             counts = on_host.copy_(counts, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._noted.append((counts, event))
 

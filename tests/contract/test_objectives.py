@@ -14,6 +14,7 @@ from torch import Tensor
 
 from domainssl import export_backbone, load_backbone
 from domainssl.distributed import rank, world_size
+from domainssl.nn.blocks import compile_blocks
 from domainssl.objectives.base import Generators, Objective, Step
 
 SIZE = 4
@@ -226,3 +227,18 @@ def test_two_processes_equal_one(on_two_ranks: dict[str, Any], recipe: str) -> N
         ours = on_two_ranks[recipe]["grads"][name]
         bound = 1e-4 * float(grad.abs().max()) + 1e-7
         assert float((ours - grad).abs().max()) <= bound, name
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_equal_losses(recipe: str, model: Objective) -> None:
+    batch = synthetic_batch(model, SIZE)
+    draws = _draws(model, batch)
+    expected = _losses(model(batch, draws))
+    expected.sum().backward()
+    other = build(recipe)
+    assert compile_blocks(other.backbone) > 0
+    losses = _losses(other(batch, draws))
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+    losses.sum().backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)

@@ -28,6 +28,7 @@ def test_fused_and_written_out_attention_agree_in_2d_and_3d(grid: tuple[int, ...
     q, k, v = _inputs(grid)
     fused = attention(q, k, v, _bias(grid))
     torch.testing.assert_close(fused, attention(q, k, v, _bias(grid), path="math"))
+    torch.testing.assert_close(fused, attention(q, k, v, _bias(grid), path="flex"))
 
 
 def test_bias_is_minus_slope_times_distance() -> None:
@@ -79,6 +80,7 @@ def test_invalid_keys_are_never_attended_to() -> None:
     before = attention(q, k, v, bias)
     changed = v.clone()
     changed[0, :, 4:] += 100
+    torch.testing.assert_close(before, attention(q, k, v, bias, path="flex"))
     after = attention(q, k, changed, bias)
     torch.testing.assert_close(before[0], after[0])
     assert before.isfinite().all()  # the item without any valid key included
