@@ -121,16 +121,35 @@ class Window:
             return out[..., ::-1, ::-1]
         return out.swapaxes(-1, -2)[..., ::-1] if self.turns == 3 else out
 
-    def write(self, array: np.ndarray[Any, Any], out: Tensor) -> None:
+    def write(
+        self,
+        array: np.ndarray[Any, Any],
+        out: Tensor,
+        offset: int = 0,
+        scratch: np.ndarray[Any, Any] | None = None,
+    ) -> None:
         """Write the window of `array` (..., H, W) into `out` (..., size, size).
 
         A resized window is antialiased and bilinear.
+
+        Args:
+            array: Stored values.
+            out: Written in place, contiguous.
+            offset: Subtracted from all values but 0, which stands for no data.
+            scratch: Memory to convert in, float32 (large enough for the window,); fresh pages
+                for every window would cost more than all the arithmetic.
         """
         view = self.view(array)
-        if self.side == self.size:
-            np.copyto(out.numpy(), view, casting="same_kind")
+        if self.side != self.size:
+            if scratch is None:
+                scratch = np.empty(view.size, np.float32)
+            values = scratch[: view.size].reshape(view.shape)
+            np.copyto(values, np.ascontiguousarray(view))  # straighten first: fewer bytes
+            _resize(_subtract(values, offset), out)
             return
-        _resize(view, out)
+        target = out.numpy()
+        np.copyto(target, view, casting="same_kind")
+        _subtract(target, offset)
 
     def write_valid(self, valid: np.ndarray[Any, Any], out: Tensor) -> None:
         """Write the mask (..., H, W), True = valid, into `out` (..., size, size).
@@ -144,7 +163,7 @@ class Window:
             out.fill_(True)
         else:
             share = torch.empty(out.shape)
-            _resize(~view, share)
+            _resize((~view).astype(np.float32, order="C"), share)
             torch.le(share, 1e-6, out=out)
 
     def geo(self, x0: float, y0: float, step: float) -> dict[str, float]:
@@ -186,9 +205,19 @@ def _undo(flip_y: bool, flip_x: bool, turns: int) -> list[list[float]]:
     return back.tolist()
 
 
-def _resize(view: np.ndarray[Any, Any], out: Tensor) -> None:
-    """Resize (..., h, w) into `out` (..., size, size), contiguous float32."""
-    x = torch.from_numpy(np.ascontiguousarray(view, dtype=np.float32))
+def _subtract(values: np.ndarray[Any, Any], offset: int) -> np.ndarray[Any, Any]:
+    """Subtract the offset in place from what is not 0."""
+    if offset:
+        is_zero = values == 0
+        values -= values.dtype.type(offset)
+        if is_zero.any():
+            values[is_zero] = 0
+    return values
+
+
+def _resize(values: np.ndarray[Any, Any], out: Tensor) -> None:
+    """Resize float32 (..., h, w) into `out` (..., size, size), both contiguous."""
+    x = torch.from_numpy(values)
     size = list(out.shape[-2:])
     # What F.interpolate(mode="bilinear", antialias=True) calls, but into memory that is there:
     # (..., h, w) -> (1, all channels, h, w)

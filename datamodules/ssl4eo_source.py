@@ -162,6 +162,7 @@ class SSL4EOSource:
                 slice(start, stop),
                 mask_clouds=self.mask_clouds,
                 dn_offset=self.dn_offset,
+                keep_offset=True,  # subtracted from the window alone
             )
             for name in group.products
         }
@@ -226,6 +227,7 @@ class _Writer:
         source, data = self.source, self.rows.data
         some = next(iter(blocks.values()))
         count = len(some.ids)
+        scratch = np.empty(max(block.values[0].size for block in blocks.values()), np.float32)
         windows = [
             source.window(self.epoch, self.first + at + i, some.values.shape[-2:])
             for i in range(count)
@@ -235,7 +237,7 @@ class _Writer:
             days: Any = data[key(name, "dates")]
             days[at : at + count] = block.dates if source.dates.is_series else block.dates[:, 0]
             for i, window in enumerate(windows):
-                window.write(block.values[i], values[at + i])
+                window.write(block.values[i], values[at + i], int(block.offset[i]), scratch)
                 window.write_valid(block.valid[i], valid[at + i])
                 data[key(name, "geo")][at + i] = {
                     "crs": int(block.crs[i]),

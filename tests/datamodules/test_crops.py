@@ -55,6 +55,18 @@ def test_resizing_keeps_a_constant_and_a_linear_ramp():
     assert torch.allclose(out[:, 5, 2:-2], expected[2:-2].expand(2, -1), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("side", "dtype"), [(4, torch.int16), (4, torch.float32), (6, torch.float32)]
+)
+def test_the_offset_goes_from_everything_but_no_data(side, dtype):
+    array = np.full((2, 6, 6), 1200, np.int16)
+    array[1] = 0
+    out = torch.empty(2, 4, 4, dtype=dtype)
+    Window(0, 0, side, 4).write(array, out, offset=1000)
+    assert torch.allclose(out[0].float(), torch.tensor(200.0)) and (out[1] == 0).all()
+    assert (array[0] == 1200).all()
+
+
 def test_resizing_is_antialiased_bilinear():
     array = np.random.default_rng(0).normal(size=(3, 50, 50)).astype(np.float32)
     out = torch.empty(3, 20, 20)
