@@ -1,7 +1,7 @@
 """The embedded sample of SSL4EO-S12 v1.1: release A in small, made from known factors.
 
 96 training and 64 held-out locations of 132 px and 4 dates, in files of 32 locations, for the
-products asked for: S1GRD with S2L2A are about 145 MB. All sets of products show the same
+products asked for: S1GRD with S2L2A are about 115 MB. All sets of products show the same
 locations. `labels/<split>.csv` beside them holds the dominant cover of each location
 and the other factors, `labels/<split>_cover.npz` the cover of each pixel.
 """
@@ -37,7 +37,7 @@ __all__ = ["LOCATIONS", "VERSION", "build", "sample_root"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = "6"
+VERSION = "7"
 LOCATIONS = {"train": 96, "val": 64}
 _PER_FILE = 32
 _SEED = 20260101
