@@ -117,7 +117,11 @@ class FakeDataModule(LightningDataModule):
 
 
 class UndescribedDataModule(LightningDataModule):
-    """A DataModule of somebody else, without modalities."""
+    """A DataModule of somebody else: without modalities, passing arguments on."""
+
+    def __init__(self, batch_size: int = 1, **kwargs: Any) -> None:
+        super().__init__()
+        self.kwargs = kwargs
 
     def train_dataloader(self) -> _Loader:
         """Return three batches."""

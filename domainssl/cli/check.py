@@ -20,6 +20,7 @@ from domainssl.cli.schema import (
     mapping_values,
     parameters,
     rejects,
+    takes_more,
 )
 from domainssl.errors import nearest
 
@@ -156,10 +157,12 @@ class Checker:
             else:
                 self.value(child, f"trainer.{key}", known[key].hint)
 
-    def _unknown_key(self, path: str, where: Where, owner: str, accepted: list[str]) -> None:
+    def _unknown_key(
+        self, path: str, where: Where, owner: str, accepted: list[str], more: str = ""
+    ) -> None:
         close = nearest(path.rpartition(".")[2], accepted)
         listed = ", ".join(accepted) or "no arguments"
-        self.add(f"Unknown config key {path!r}", where, f"{close} {owner} accepts: {listed}")
+        self.add(f"Unknown config key {path!r}", where, f"{close} {owner} accepts: {listed}{more}")
 
     def spec(self, node: Node, path: str, kind: str, hint: Any = None) -> None:
         """Check `{class_path: …, init_args: {…}}`."""
@@ -172,6 +175,10 @@ class Checker:
         known = parameters(cls) if cls is not None else {}
         for key, child in node.children.items():
             if key in ("class_path", "init_args"):
+                continue
+            if key == "dict_kwargs" and cls is not None and takes_more(cls):
+                if not child.is_mapping:
+                    self.add(f"'{path}.{key}' holds {child.value!r}, not a mapping", child.where)
                 continue
             advice = "A class is given by class_path and init_args."
             if key in known:
@@ -193,7 +200,12 @@ class Checker:
             )
             return
         filled = _FILLED_IN.get(kind, ())
-        self._arguments(arguments, node.where, f"{path}.init_args", cls.__name__, known, filled)
+        more = ""
+        if takes_more(cls):
+            more = f". It passes others on: write those in {path}.dict_kwargs"
+        self._arguments(
+            arguments, node.where, f"{path}.init_args", cls.__name__, known, filled, more
+        )
 
     def _arguments(
         self,
@@ -203,13 +215,14 @@ class Checker:
         owner: str,
         known: dict[str, Parameter],
         filled: tuple[str, ...] = (),
+        more: str = "",
     ) -> None:
         given = node.children if node is not None else {}
         for key, child in given.items():
             if key in known:
                 self.value(child, f"{path}.{key}", known[key].hint)
             else:
-                self._unknown_key(f"{path}.{key}", child.where, owner, list(known))
+                self._unknown_key(f"{path}.{key}", child.where, owner, list(known), more)
         for name, parameter in known.items():
             if parameter.is_required and name not in given and name not in filled:
                 advice = f"Write {path}.{name}: {in_words(parameter.hint)}"

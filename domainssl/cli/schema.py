@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union
 
-__all__ = ["Parameter", "dataclasses_in", "in_words", "parameters", "rejects"]
+__all__ = ["Parameter", "dataclasses_in", "in_words", "parameters", "rejects", "takes_more"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,15 @@ def parameters(cls: type) -> dict[str, Parameter]:
         for name in _received_elsewhere(cls):
             found.setdefault(name, Parameter(name, Any, False))
     return found
+
+
+def takes_more(cls: type) -> bool:
+    """Return True for classes of others whose `**kwargs` may take names no signature tells."""
+    if cls.__module__.startswith("domainssl."):
+        return False
+    owner = next((c for c in inspect.getmro(cls) if "__init__" in c.__dict__), object)
+    kinds = [item.kind for item in inspect.signature(owner.__init__).parameters.values()]  # type: ignore[misc]
+    return owner is not object and inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _received_elsewhere(cls: type) -> list[str]:

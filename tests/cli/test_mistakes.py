@@ -132,6 +132,14 @@ def test_a_datamodule_without_modalities_is_refused_with_the_way_out(cli, recipe
     assert "model.init_args.modalities" in result.err
 
 
+def test_arguments_that_a_class_passes_on_have_a_place_of_their_own(cli, recipe):
+    words = ["--data=cli_fakes.UndescribedDataModule", "--data.root=x"]
+    result = cli("fit", "--config", recipe.name, *words)
+    assert result.status == 2
+    assert "UndescribedDataModule accepts: batch_size. It passes others on" in result.err
+    assert "data.dict_kwargs" in result.err
+
+
 def test_debug_shows_where_an_error_arose(cli, recipe):
     from domainssl.cli.nodes import ConfigMistakes
 

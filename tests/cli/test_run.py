@@ -142,6 +142,15 @@ def test_a_configuration_is_built_from_plain_python(recipe):
     assert run.datamodule.root == "sample"
 
 
+def test_a_datamodule_of_others_takes_what_it_passes_on(recipe):
+    text = (
+        "{a: {name: a, kind: image, channels: [x, y], value_unit: rgb8, size: [8, 8], gsd_m: 1.0}}"
+    )
+    words = [f"--model.modalities={text}", "--data=cli_fakes.UndescribedDataModule"]
+    run = build("fit", ["--config", recipe.name, *words, "--data.dict_kwargs.root=/data"])
+    assert run.datamodule.kwargs == {"root": "/data"}
+
+
 def test_print_config_prints_a_configuration_that_reads_back(cli, recipe, folder):
     result = cli("fit", "--config", recipe.name, "--print_config")
     assert result.status == 0
