@@ -59,7 +59,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         products: dict[str, str] | None = None,
         global_batch_size: int = 128,
         crop: Crop | None = None,
-        dates: str | int | list[int] = "one",
+        dates: int | list[int] | str = "one",
         labels: str | None = "auto",
         mask_clouds: bool = False,
         dn_offset: Literal[0, 1000, "auto"] = "auto",

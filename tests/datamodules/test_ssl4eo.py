@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from ssl4eo_files import tile_table
 
 from domainssl.datamodules import SSL4EOS12DataModule
+from domainssl.datamodules.base import DomainDataModule
 from domainssl.datamodules.crops import Crop
 from domainssl.datamodules.stream import Loading
 from domainssl.errors import ConfigError, DataError
@@ -310,3 +312,19 @@ def test_windows_larger_than_the_scene_are_clipped_and_said(release_a, caplog):
         data = module(release_a, crop=Crop(12, 180, 16))
     assert "training windows are 12 to 40 px instead of 12 to 180" in caplog.text
     assert len(train(data)) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "drawn", "fixed"), [("one", 1, ()), ("2", 0, (2,)), ("[0,2]", 0, (0, 2))]
+)
+def test_the_command_line_reads_dates_and_parts_of_groups(text, drawn, fixed):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(DomainDataModule, "data")
+    arguments = ["--data=SSL4EOS12DataModule", f"--data.dates={text}", "--data.crop.size=32",
+                 "--data.loading.workers=1"]  # fmt: skip
+    config = parser.parse_args(arguments)
+    data = parser.instantiate(config).data
+    assert (data.dates.drawn, data.dates.fixed) == (drawn, fixed)
+    assert (data.crop.size, data.crop.min_px, data.loading.workers) == (32, 60, 1)
+    again = parser.instantiate(parser.parse_string(parser.dump(config))).data
+    assert again.arguments == data.arguments
