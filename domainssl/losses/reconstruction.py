@@ -7,36 +7,34 @@ from torch import Tensor
 
 from domainssl.distributed import global_mean
 
-__all__ = ["masked_patch_mse", "standardize_patches"]
+__all__ = ["masked_patch_mse", "patch_statistics"]
 
 
-def standardize_patches(
+def patch_statistics(
     patches: Tensor, valid: Tensor | None = None, *, epsilon: float = 1e-6
-) -> Tensor:
-    """Give every patch zero mean and unit (unbiased) variance over its values.
+) -> tuple[Tensor, Tensor]:
+    """Return mean and scale of every patch, `sqrt(unbiased variance + epsilon)`.
 
     Args:
         patches: (B, N, P), P values per patch.
-        valid: bool, broadcastable to `patches`; False values count neither in the mean nor in
-            the variance and come back as zero. None counts all.
+        valid: bool, broadcastable to `patches`; False values do not count. None counts all.
         epsilon: Added to the variance.
 
     Returns:
-        (B, N, P) in float32.
+        Mean and scale, (B, N, 1) each, in float32.
 
     Source: MAE (He et al. 2022), section 4; the unbiased variance is the released code's.
     """
     patches = patches.float()
     if valid is None:
-        mean = patches.mean(-1, keepdim=True)
-        variance = patches.var(-1, keepdim=True)
-        return (patches - mean) / (variance + epsilon).sqrt()
-    weight = valid.expand_as(patches).float()
-    count = weight.sum(-1, keepdim=True)
-    mean = (patches * weight).sum(-1, keepdim=True) / count.clamp(min=1)
-    centred = (patches - mean) * weight
-    variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-    return centred / (variance + epsilon).sqrt()
+        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+    else:
+        weight = valid.expand_as(patches).float()
+        count = weight.sum(-1, keepdim=True)
+        mean = (patches * weight).sum(-1, keepdim=True) / count.clamp(min=1)
+        squares = ((patches - mean) * weight).square().sum(-1, keepdim=True)
+        variance = squares / (count - 1).clamp(min=1)
+    return mean, (variance + epsilon).sqrt()
 
 
 def masked_patch_mse(

@@ -336,9 +336,8 @@ class Objective(Recorded, LightningModule):
         )
         if not self.allow_accumulation:
             raise ConfigError(
-                f"trainer.{text}. Use more devices, or execution.gradient_checkpointing for a larger "
-                "batch, "
-                "or accept it with model.init_args.allow_accumulation: true."
+                f"trainer.{text}. Use more devices, or execution.gradient_checkpointing for a "
+                "larger batch, or accept it with model.init_args.allow_accumulation: true."
             )
         logger.warning("%s; allowed by allow_accumulation.", text)
 

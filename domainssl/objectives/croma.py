@@ -24,7 +24,7 @@ from domainssl.backbones.croma import CROMABackbone, flatten_reference, referenc
 from domainssl.backbones.registry import load_backbone, read_tensors
 from domainssl.errors import ConfigError, WeightsError, nearest
 from domainssl.losses.contrastive import info_nce
-from domainssl.losses.reconstruction import masked_patch_mse, standardize_patches
+from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
 from domainssl.modality import Batch, Modality, as_modalities, present_mask, valid_mask
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.masking import Masking, kept_count, mask_from_noise, restore_tokens
@@ -113,6 +113,24 @@ class CROMADraws:
 
     radar: Masking
     optical: Masking
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What is to be reconstructed: patches (B, N, P), optical values first.
+
+    `mean` and `scale` are broadcastable to the patches; `valid` is None where all counts.
+    """
+
+    patches: Tensor
+    valid: Tensor | None
+    mean: Tensor
+    scale: Tensor
+
+    def standardized(self) -> Tensor:
+        """Return the patches in the units of the prediction, invalid values zero."""
+        values = (self.patches.float() - self.mean) / self.scale
+        return values if self.valid is None else torch.where(self.valid, values, 0.0)
 
 
 class _Decoder(nn.Module):
@@ -261,13 +279,14 @@ class CROMA(Objective):
         prediction = self.decoder(
             features.tokens["joint"], draws.radar.restore, features.grid[self.radar]
         )
+        targets = self._targets(x)
         losses = {
             "contrastive": self.loss_weights["contrastive"] * self._contrast(features, complete),
-            **self._reconstruct(x, prediction, draws, complete),
+            **self._reconstruct(targets, prediction, draws, complete),
         }
         if not outputs:
             return Step(losses)
-        return Step(losses, self._outputs(x, features, prediction, draws))
+        return Step(losses, self._outputs(features, targets, prediction, draws))
 
     def _by_sensor(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Cut the last axis into the optical and the radar values of a patch."""
@@ -300,70 +319,63 @@ class CROMA(Objective):
             gather_keys=self.options.contrast_gather or "grad",
         )
 
-    def _targets(self, x: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Return target patches, optical values first, and where they are valid."""
-        size = self.backbone.patch_size
-        patches = [self.backbone.tokenize(x[name]) for name in (self.optical, self.radar)]
+    def _targets(self, x: Mapping[str, Any]) -> _Targets:
+        """Cut both sensors into patches, optical first, with the statistics to predict in."""
+        names, size = (self.optical, self.radar), self.backbone.patch_size
+        patches = torch.cat([self.backbone.tokenize(x[name]) for name in names], dim=-1)
         valid = None
         if self.options.pixel_validity:
             masks = []
-            for name in (self.optical, self.radar):
+            for name in names:
                 modality = self.backbone.modalities[name]
                 mask = valid_mask(x, modality).unsqueeze(1).float()
                 mask = mask.expand(-1, modality.num_channels, *mask.shape[2:])
                 masks.append(patchify(mask, size, channels_first=True) > 0)
             valid = torch.cat(masks, dim=-1)
         if self.options.target_norm == "joint":
-            return standardize_patches(torch.cat(patches, dim=-1), valid), valid
-        parts = [None, None] if valid is None else self._by_sensor(valid)
-        targets = [standardize_patches(p, v) for p, v in zip(patches, parts, strict=True)]
-        return torch.cat(targets, dim=-1), valid
+            return _Targets(patches, valid, *patch_statistics(patches, valid))
+        valids = (None, None) if valid is None else self._by_sensor(valid)
+        parts = zip(self._by_sensor(patches), valids, strict=True)
+        wide = [[s.expand_as(part) for s in patch_statistics(part, where)] for part, where in parts]
+        mean, scale = (torch.cat(pair, dim=-1) for pair in zip(*wide, strict=True))
+        return _Targets(patches, valid, mean, scale)
 
     def _reconstruct(
-        self, x: Mapping[str, Any], prediction: Tensor, draws: CROMADraws, complete: Tensor
+        self, targets: _Targets, prediction: Tensor, draws: CROMADraws, complete: Tensor
     ) -> dict[str, Tensor]:
         """Mean squared error of hidden patches, per sensor (eq. 2)."""
-        target, valid = self._targets(x)
+        wanted = self._by_sensor(targets.standardized())
+        valids = (None, None) if targets.valid is None else self._by_sensor(targets.valid)
         masks = (draws.optical.removed, draws.radar.removed)
-        valids = (None, None) if valid is None else self._by_sensor(valid)
-        parts = zip(
-            (self.optical, self.radar),
-            self._by_sensor(prediction),
-            self._by_sensor(target),
-            masks,
-            valids,
-            strict=True,
-        )
-        weight = self.loss_weights["reconstruction"]
+        names, weight = (self.optical, self.radar), self.loss_weights["reconstruction"]
         return {
             f"reconstruction_{name}": weight
-            * masked_patch_mse(predicted, wanted, removed & complete.unsqueeze(1), where)
-            for name, predicted, wanted, removed, where in parts
+            * masked_patch_mse(predicted, target, removed & complete.unsqueeze(1), where)
+            for name, predicted, target, removed, where in zip(
+                names, self._by_sensor(prediction), wanted, masks, valids, strict=True
+            )
         }
 
     def _outputs(
-        self,
-        x: Mapping[str, Any],
-        features: Features,
-        prediction: Tensor,
-        draws: CROMADraws,
+        self, features: Features, targets: _Targets, prediction: Tensor, draws: CROMADraws
     ) -> dict[str, Any]:
-        """Pictures and vectors of a step; predictions stay in standardised patch units."""
+        """Pictures in normalised units, hidden patches NaN in `masked`, and contrasted vectors."""
         size, grid = self.backbone.patch_size, features.grid[self.radar]
-        target, _ = self._targets(x)
+        whole = prediction.float() * targets.scale + targets.mean
+        masks = (draws.optical.removed, draws.radar.removed)
         pictures = {}
-        masks = {self.optical: draws.optical.removed, self.radar: draws.radar.removed}
-        for name, predicted, wanted in zip(
+        for name, seen, predicted, removed in zip(
             (self.optical, self.radar),
-            self._by_sensor(prediction.float()),
-            self._by_sensor(target),
+            self._by_sensor(targets.patches.float()),
+            self._by_sensor(whole),
+            masks,
             strict=True,
         ):
-            hidden = masks[name].unsqueeze(-1)
+            hidden = removed.unsqueeze(-1)
             shown = {
-                "input": wanted,
-                "masked": wanted.masked_fill(hidden, 0.0),
-                "predicted": torch.where(hidden, predicted, wanted),
+                "input": seen,
+                "masked": seen.masked_fill(hidden, float("nan")),
+                "predicted": torch.where(hidden, predicted, seen),
             }
             pictures[name] = {
                 kind: unpatchify(tokens, grid, size, channels_first=True).detach()
