@@ -208,6 +208,7 @@ def _instantiate(request: Request) -> Any:
 
     from domainssl.cli.lightning_cli import DomainCLI
 
+    _refuse_slurm_elsewhere(request.config)
     _set_matmul_precision(request.config.get("matmul_precision"))
     try:
         with _quiet():
@@ -221,6 +222,17 @@ def _instantiate(request: Request) -> Any:
         if isinstance(error, ArgumentError):
             raise ConfigError(f"The configuration cannot be used: {error}") from error
         raise
+
+
+def _refuse_slurm_elsewhere(config: dict[str, Any]) -> None:
+    plugins = (config.get("trainer") or {}).get("plugins")
+    name = plugins.get("class_path", "") if isinstance(plugins, dict) else str(plugins)
+    if name.endswith("SLURMEnvironment") and "SLURM_NODEID" not in os.environ:
+        raise ConfigError(
+            "trainer.plugins is SLURMEnvironment, but this process was not started by srun "
+            "(SLURM_NODEID is not set). Submit the run with sbatch configs/trainer/slurm.sh, or "
+            "leave configs/trainer/slurm.yaml out."
+        )
 
 
 def _cause(error: BaseException | None) -> DomainSSLError | None:

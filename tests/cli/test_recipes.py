@@ -1,11 +1,12 @@
 """Every recipe runs through the command line, and every overlay fits over it."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from domainssl.cli import catalog
-from domainssl.cli.train import prepare
+from domainssl.cli.train import build, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*.yaml"))
@@ -56,3 +57,25 @@ def test_published_sizes_stand_in_the_model_overlays(folder):
     )
     assert config["data"]["init_args"]["crop"]["size"] == 120
     assert config["trainer"]["max_epochs"] == 300
+
+
+SLURM = ["--config", "recipes/ssl4eo_croma.yaml", "--config", "configs/trainer/slurm.yaml"]
+ON_ONE_CPU = ["--trainer.accelerator=cpu", "--trainer.num_nodes=1", "--trainer.devices=1"]
+
+
+def test_the_slurm_overlay_outside_a_job_says_how_to_submit(cli):
+    result = cli("fit", *SLURM, *ON_ONE_CPU)
+    assert result.status == 2
+    assert "was not started by srun" in result.err
+    assert "sbatch configs/trainer/slurm.sh" in result.err
+
+
+def test_the_slurm_overlay_requeues_on_its_signal(folder, monkeypatch):
+    facts = {"JOB_ID": 5, "NODEID": 0, "PROCID": 0, "LOCALID": 0, "NTASKS": 1, "JOB_NAME": "x"}
+    for name, value in facts.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    run = build("fit", [*SLURM, *ON_ONE_CPU])
+    environment = run.trainer.strategy.cluster_environment
+    assert environment.auto_requeue and environment.requeue_signal is signal.SIGUSR1
+    script = (ROOT / "configs" / "trainer" / "slurm.sh").read_text()
+    assert "--signal=SIGUSR1@" in script and "--requeue" in script
