@@ -1,0 +1,88 @@
+"""The recipe through Lightning's strategies on two CPU processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from domainssl import load_backbone
+
+pytestmark = pytest.mark.slow
+
+OVERRIDES = {
+    "trainer.accelerator": "cpu",
+    "trainer.devices": "2",
+    "trainer.precision": "32-true",
+    "trainer.max_epochs": "2",
+    "trainer.check_val_every_n_epoch": "2",
+    "trainer.log_every_n_steps": "1",
+    "model.architecture.width": "32",
+    "model.architecture.depth": "2",
+    "data.global_batch_size": "24",
+}
+
+
+def _fit(folder: Path, trainer_config: str) -> Path:
+    command = [sys.executable, "-m", "domainssl", "fit", "--config", "recipes/ssl4eo_croma.yaml"]
+    command += ["--config", f"configs/trainer/{trainer_config}.yaml", f"--run_dir={folder}"]
+    command += [f"--{key}={value}" for key, value in OVERRIDES.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "12 items on each of 2 rank(s) = 24 per optimiser step" in result.stdout
+    return folder
+
+
+def _metrics(folder: Path) -> dict[tuple[str, str], float]:
+    """Return every logged loss and evaluation by step and name; speeds are left out."""
+    found = {}
+    with (folder / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if text and name.startswith(("train/loss", "val/")):
+                    found[row["step"], name] = float(text)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, sample_root: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("strategies")
+    return {name: _fit(folder / name, name) for name in ("ddp", "fsdp2")}
+
+
+def test_ddp_and_fsdp2_give_equal_metrics(runs: dict[str, Path]) -> None:
+    ddp, fsdp2 = (_metrics(runs[name]) for name in ("ddp", "fsdp2"))
+    assert ddp.keys() == fsdp2.keys()
+    losses = [key for key in ddp if "loss" in key[1]]
+    assert len(losses) >= 8 * 3
+    for key in losses:
+        assert fsdp2[key] == pytest.approx(ddp[key], rel=1e-4), key
+    for key in ddp.keys() - set(losses):
+        assert fsdp2[key] == pytest.approx(ddp[key], abs=0.1), key  # accuracies of 64 items
+
+
+def test_both_export_the_whole_backbone(runs: dict[str, Path]) -> None:
+    ddp, fsdp2 = (load_backbone(runs[name] / "backbone") for name in ("ddp", "fsdp2"))
+    assert type(fsdp2).__name__ == "CROMABackbone"
+    for (name, a), b in zip(ddp.state_dict().items(), fsdp2.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+    card = json.loads((runs["fsdp2"] / "backbone" / "backbone.json").read_text())
+    assert card["provenance"]["world_size"] == 2
+
+
+def test_a_sharded_checkpoint_loads_like_any_other(runs: dict[str, Path]) -> None:
+    backbone = load_backbone(runs["fsdp2"] / "checkpoints" / "last.ckpt")
+    exported = load_backbone(runs["fsdp2"] / "backbone")
+    for (name, a), b in zip(
+        backbone.state_dict().items(), exported.state_dict().values(), strict=True
+    ):
+        assert torch.equal(a, b), name
