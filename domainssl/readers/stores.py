@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from domainssl.errors import DataError
+from domainssl.readers.scratch import stored_member
 
 __all__ = [
     "FolderStore",
@@ -318,6 +319,12 @@ class ZipFileStore:
             return self._zip.read(info)
         except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
             raise DataError(f"{self.name}: member {key!r} is damaged ({error})") from error
+
+    def borrow(self, key: str) -> bytes | memoryview | None:
+        """Return the same as `get`, in memory that the thread's next `borrow` may overwrite."""
+        info = self._members.get(key)
+        large = stored_member(info, self._file) if info is not None else None
+        return self.get(key) if large is None else large
 
     def close(self) -> None:
         """Close the file."""
