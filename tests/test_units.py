@@ -13,7 +13,7 @@ from tiny import TinyData, TinyObjective, tiny_trainer
 from domainssl.errors import DataError
 from domainssl.modality import Modality
 from domainssl.readers.ssl4eo import product, read, scan
-from domainssl.units import UnitCheck
+from domainssl.units import UnitCheck, unit_of_item
 
 SIDE = 32
 RNG = np.random.default_rng(0)
@@ -237,3 +237,46 @@ def test_a_data_module_may_state_its_units(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, max_epochs=1)
     trainer.fit(TinyObjective(data.modalities), data)
     assert trainer.global_step == 4
+
+
+def real_windows(folder: Path, *files: tuple[str, int]) -> np.ndarray:
+    """Real scenes, less the offset they carry, cut into windows of 32 pixels, (n, C, 32, 32)."""
+    rasterio = pytest.importorskip("rasterio")
+    windows = []
+    for name, offset in files:
+        with rasterio.open(folder / name) as file:
+            scene = np.nan_to_num(file.read().astype(np.float32)) - offset
+        side = scene.shape[1] // SIDE * SIDE
+        cut = scene[:, :side, :side].reshape(len(scene), side // SIDE, SIDE, -1, SIDE)
+        windows.append(cut.transpose(1, 3, 0, 2, 4).reshape(-1, len(scene), SIDE, SIDE))
+    return np.concatenate(windows)
+
+
+def verdicts(values: np.ndarray, kind: Modality) -> set[str]:
+    return {unit_of_item(item.reshape(len(item), -1).astype(np.float64), kind) for item in values}
+
+
+def test_every_window_of_real_scenes_speaks_for_its_unit(shared_data: Path) -> None:
+    s1 = real_windows(
+        shared_data / "eo",
+        ("terramesh_examples/S1RTC/433D_629L_3_1.tif", 0),
+        ("terramesh_examples/S1RTC/637U_59R_1_3.tif", 0),
+        ("sen1floods11/Spain_7370579_S1Hand.tif", 0),
+    )
+    s2 = real_windows(
+        shared_data / "eo",
+        ("terramesh_examples/S2L1C/433D_629L_3_1.tif", 1000),
+        ("terramesh_examples/S2L1C/637U_59R_1_3.tif", 0),
+        ("sen1floods11/Spain_7370579_S2Hand.tif", 0),
+    )
+    assert len(s1) == len(s2) == 354
+    db, dn = modality("S1GRD"), modality("S2L1C")
+    linear = modality("S1GRD", value_unit="linear", valid_range=None)
+    reflectance = modality("S2L1C", value_unit="reflectance", valid_range=None)
+    power = 10 ** (s1 / 10)
+    assert verdicts(s1, db) == verdicts(power, linear) == {"fits"}
+    assert verdicts(s2, dn) == verdicts(s2 / 10_000, reflectance) == {"fits"}
+    assert verdicts(power, db) == {"linear"} and verdicts(s1, linear) == {"db"}
+    assert verdicts(s2 / 10_000, dn) == {"reflectance"} and verdicts(s2, reflectance) == {"dn"}
+    assert verdicts(zscore(s2, "S2L1C"), dn) == {"normalised"}
+    assert verdicts(s2 + 1000, dn) == {"offset"}
