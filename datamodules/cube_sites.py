@@ -148,8 +148,8 @@ def _site(
                 "warped."
             )
     bounds = None
-    for layer in opened.values():
-        for file in layer.files:
+    for part in opened.values():
+        for file in part.files:
             for band in file.bands:
                 theirs = band.grid.bounds
                 bounds = theirs if bounds is None else bounds.shared(theirs)

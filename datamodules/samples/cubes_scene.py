@@ -1,9 +1,9 @@
 """Fields of the cube sample: what grows on them, and what both sensors see of it over a year.
 
 A crop shows itself twice. Its objects (rows, clumps) brighten or darken VV against VH and visible
-against near-infrared light in a sense of its own, which one date is enough to see. And it greens
-in a season of its own, on a level that differs from field to field more than seasons do: only
-several dates tell the season. Levels, gains, haze and moisture are drawn for each field and date
+against near-infrared light in a sense that is its own on four fields of five, and another crop's
+on the fifth; one date is enough to see it. And it greens in a season of its own, always, but on a
+level that differs from field to field more than seasons do: only several dates tell it. Levels, gains, haze and moisture are drawn for each field and date
 anew, so that band means of one date tell little.
 """
 
@@ -22,6 +22,7 @@ Rng = np.random.Generator
 FIELD = 64  # pixels along the side
 CROPS = ("winter_crop", "orchard", "summer_crop", "meadow")
 
+_TYPICAL = 0.8  # share of fields whose objects are those of their crop
 _PEAK_MONTH = np.array([1.5, 4.5, 7.5, 10.5])
 # how objects of each crop stand out in (VV, VH), and in (visible and short-wave, near infrared)
 _SENSE = np.array([[-1, 1], [-1, -1], [1, 1], [1, -1]], np.float32)
@@ -43,6 +44,7 @@ class Field:
 
     Attributes:
         label: What grows.
+        kind: The crop whose objects it has.
         objects: Where its objects stand, zero mean, unit variance, (Y, X).
         roughness: What radar alone sees, unit variance, (Y, X).
         strength: Contrast of the objects in both sensors, about 1.
@@ -54,6 +56,7 @@ class Field:
     """
 
     label: int
+    kind: int
     objects: Array
     roughness: Array
     strength: float
@@ -95,9 +98,12 @@ def _smooth(rng: Rng, length_px: float) -> Array:
 def draw_field(rng: Rng, label: int) -> Field:
     """Draw the factors of a field on which crop `label` grows."""
     spacing = rng.uniform(8.0, 20.0)
+    others = [crop for crop in range(len(CROPS)) if crop != label]
+    kind = label if rng.random() < _TYPICAL else int(rng.choice(others))
     ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
     return Field(
         label,
+        kind,
         _unit((_shaped(rng, ring) - 0.9).clip(0, 0.8) ** 0.5),
         _smooth(rng, 8),
         float(np.exp(rng.uniform(-0.6, 0.6))),
@@ -112,7 +118,7 @@ def draw_field(rng: Rng, label: int) -> Field:
 def radar(rng: Rng, field: Field, months: Array) -> Array:
     """Return backscatter of all dates in dB, float32 (T, 2, Y, X)."""
     contrast = 2.5 * field.strength * np.exp(rng.normal(0, 0.05))
-    fixed = np.float32(contrast) * field.objects * _SENSE[field.label][:, None, None]
+    fixed = np.float32(contrast) * field.objects * _SENSE[field.kind][:, None, None]
     fixed = fixed + np.array([0.7, 0.35], np.float32)[:, None, None] * field.roughness
     level = np.array([-12.0, -19.0]) + rng.normal(0, 0.9, 2)
     green, wet = field.greenness(months) - 0.5, field.wetness - 0.5
@@ -128,7 +134,7 @@ def radar(rng: Rng, field: Field, months: Array) -> Array:
 def optical(rng: Rng, field: Field, months: Array) -> Array:
     """Return surface reflectance of all dates in the bands of L2A, float32 (T, 12, Y, X)."""
     contrast = 0.22 * field.strength * np.exp(rng.normal(0, 0.05))
-    change = np.float32(contrast) * field.objects * _SENSE[field.label][:, None, None]
+    change = np.float32(contrast) * field.objects * _SENSE[field.kind][:, None, None]
     change = (1 + change).clip(0.1)[_IS_NEAR_INFRARED]
     tone = rng.normal(0, 0.12, 2)
     relative = np.log(_WAVELENGTH_UM / 0.8)
