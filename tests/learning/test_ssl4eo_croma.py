@@ -26,6 +26,11 @@ def train(folder: Path, seed: int = 0, recipe: Path = RECIPE) -> dict[str, float
     words = ["fit", "--config", str(recipe), f"--run_dir={folder}", "--trainer.accelerator=cpu"]
     words += [f"--seed_everything={seed}", f"--model.seed={seed}", f"--data.seed={seed}"]
     assert main(words) == 0
+    return last_metrics(folder)
+
+
+def last_metrics(folder: Path) -> dict[str, float]:
+    """Return the last value of every metric of the held-out items."""
     last: dict[str, float] = {}
     with (folder / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
@@ -88,4 +93,5 @@ def test_shuffled_pairs_bring_no_gain(sample_root, tmp_path):
         metrics[f"val/probe/{name}"] - metrics[f"val/untrained/probe/{name}"]
         for name in REPRESENTATIONS
     ]
-    assert sum(gains) / len(gains) < 0.05, gains
+    # true pairs gain 0.4 and more; 24 tested items per split leave a noise of some hundredths
+    assert sum(gains) / len(gains) < 0.1, gains
