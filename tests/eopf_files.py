@@ -50,11 +50,11 @@ def miniature(
                 fill_value=_plain(node["fill_value"]), compressors=_codec(node["compressor"]),
             )  # fmt: skip
         else:
+            inner = tuple(n // 4 if n >= 8 and n % 4 == 0 else n for n in shape)
+            sharded = any("shard" in c["name"] for c in node["codecs"]) and inner != shape
             array = root.create_array(
                 name, shape=shape, dtype=node["data_type"], dimension_names=dims or None,
-                chunks=tuple(max(1, n // 4) if n >= 8 and n % 4 == 0 else n for n in shape) or "auto",
-                shards=shape if any("shard" in c["name"] for c in node["codecs"])
-                and all(n % 4 == 0 and n >= 8 for n in shape) else None,
+                chunks=inner or "auto", shards=shape if sharded else None,
                 fill_value=_plain(node["fill_value"]),
             )  # fmt: skip
         array.attrs.update(_shrunk(node["attributes"], shape, shrink))
