@@ -66,10 +66,11 @@ class Cube:
     Args:
         store: Where its bytes are.
         name: How errors call it, usually the path.
+        options: fsspec options for a URL.
     """
 
-    def __init__(self, store: Store, name: str) -> None:
-        self.store, self.name = store, name
+    def __init__(self, store: Store, name: str, options: Options | None = None) -> None:
+        self.store, self.name, self.options = store, name, dict(options or {})
 
     @cached_property
     def _metadata(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ class Cube:
     def arrays(self) -> dict[str, ArrayInfo]:
         """The arrays by name."""
         if self.format == 3:
-            return _v3_arrays(self._v3)
+            return _v3_arrays(self._v3_members)
         names = [k[: -len("/.zarray")] for k in self._metadata if k.endswith("/.zarray")]
         return {name: self._info(name) for name in sorted(names)}
 
@@ -108,6 +109,15 @@ class Cube:
         if self.format == 3:
             return dict(self._v3.attrs)
         return dict(self._metadata.get(".zattrs", {}))
+
+    def group_attrs(self, path: str) -> Mapping[str, Any]:
+        """Return the attributes of a group inside the store, {} where there is no such group."""
+        if not path:
+            return self.attrs
+        if self.format == 3:
+            found = self._v3_members.get(path)
+            return {} if found is None or hasattr(found, "shape") else dict(found.attrs)
+        return dict(self._metadata.get(f"{path}/.zattrs", {}))
 
     def _info(self, name: str) -> ArrayInfo:
         meta = self._metadata[f"{name}/.zarray"]
@@ -186,6 +196,15 @@ class Cube:
             outer = tuple(piece[2] for piece in pieces)
             self._place_chunk(info, number, inner, outer, out)
         return out
+
+    def read_text(self, name: str) -> list[str]:
+        """Read an array of names, whichever of zarr's text types it has."""
+        if self.format == 3:
+            return [str(value) for value in np.asarray(self._v3_members[name][...]).reshape(-1)]
+        return [
+            value.decode() if isinstance(value, bytes) else str(value)
+            for value in self.read(name).reshape(-1)
+        ]
 
     def decoded_bytes(self, name: str, selection: Selection | None = None) -> int:
         """Return how many bytes the chunks hold that a read of `selection` decodes."""
@@ -279,13 +298,22 @@ class Cube:
             ) from error
 
     @cached_property
+    def _v3_members(self) -> dict[str, Any]:
+        """Everything in the store, opened once: opening an array anew asks for its metadata."""
+        return dict(self._v3.members(max_depth=None))
+
+    @cached_property
     def _v3(self) -> Any:
         zarr = require("zarr", "geo")
         from zarr.core.buffer import default_buffer_prototype
-        from zarr.storage import LocalStore, MemoryStore
+        from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-        if isinstance(self.store, FolderStore) and not is_url(self.name):
-            return zarr.open_group(LocalStore(self.name), mode="r", zarr_format=3)
+        if isinstance(self.store, FolderStore):  # asks for the byte ranges of inner chunks alone
+            found: Any = LocalStore(self.name)
+            if is_url(self.name):
+                theirs = {k: v for k, v in self.options.items() if k != "retry"}  # ours
+                found = FsspecStore.from_url(self.name, read_only=True, storage_options=theirs)
+            return zarr.open_group(found, mode="r", zarr_format=3)
         make = default_buffer_prototype().buffer.from_bytes
         content = {key: make(self.store.get(key) or b"") for key in self.store.names()}
         return zarr.open_group(MemoryStore(content), mode="r", zarr_format=3)
@@ -294,8 +322,10 @@ class Cube:
         self, info: ArrayInfo, selection: Selection, out: np.ndarray[Any, Any]
     ) -> np.ndarray[Any, Any]:
         index = tuple(s if isinstance(s, slice) else list(s) for s in selection)
+        array = self._v3_members[info.name]
+        is_plain = all(isinstance(s, slice) for s in index)
         try:
-            out[...] = self._v3[info.name].oindex[index if index else ...]
+            out[...] = (array if is_plain else array.oindex)[index if index else ...]
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             raise DataError(
                 f"{self.name}: array {info.name!r} does not decode ({error})"
@@ -321,7 +351,7 @@ def open_cube(source: str | bytes, name: str | None = None, options: Options | N
 
     def opener() -> Cube:
         if is_folder(path, options):
-            return Cube(FolderStore(path, options), path)
+            return Cube(FolderStore(path, options), path, options)
         if is_file(path, options):
             return Cube(ZipFileStore(open_file(path, options), path), path)
         raise DataError(f"{path}: no such file or folder")
@@ -390,9 +420,10 @@ def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
     return np.array(value if not isinstance(value, str) else float(value)).astype(dtype)[()]
 
 
-def _v3_arrays(group: Any) -> dict[str, ArrayInfo]:
+def _v3_arrays(members: Mapping[str, Any]) -> dict[str, ArrayInfo]:
     found = {}
-    for name, array in sorted(group.arrays()):
+    for name in sorted(name for name, item in members.items() if hasattr(item, "shape")):
+        array = members[name]
         meta = array.metadata
         names = ", ".join(type(c).__name__ for c in meta.codecs)
         dims = tuple(meta.dimension_names or array.attrs.get("_ARRAY_DIMENSIONS", ()))
