@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from domainssl.distributed import all_reduce_sum, is_distributed
 
-__all__ = ["GlobalBatchNorm", "convert_batch_norm", "counted_rows", "recomputing"]
+__all__ = ["GlobalBatchNorm", "convert_batch_norm", "counted_rows", "current_rows", "recomputing"]
 
 _rows: ContextVar[Tensor | None] = ContextVar("counted_rows", default=None)
 _is_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
@@ -35,6 +35,11 @@ def counted_rows(rows: Tensor | None) -> Iterator[None]:
         yield
     finally:
         _rows.reset(token)
+
+
+def current_rows() -> Tensor | None:
+    """Return the rows of the innermost `counted_rows`."""
+    return _rows.get()
 
 
 @contextmanager
