@@ -74,7 +74,8 @@ class _Standardize(torch.autograd.Function):
         mean = sums[:-1] / count.clamp(min=1)
         centred = values - _per_channel(mean, x.ndim)
         var = all_reduce_sum((centred.square() * weight).sum(axes)) / count.clamp(min=1)
-        inverse = (var + eps).rsqrt()
+        # without any row a scale of 1, so that a deep network stays finite
+        inverse = torch.where(count > 0, (var + eps).rsqrt(), 1.0)
         ctx.save_for_backward(x, rows, mean, inverse, count)
         ctx.mark_non_differentiable(mean, var, count)
         return (centred * _per_channel(inverse, x.ndim)).to(x.dtype), mean, var, count
