@@ -44,6 +44,8 @@ class DomainDataModule(Recorded, LightningDataModule):
     """
 
     label_names: tuple[str, ...] | None = None
+    # Modalities whose files state unit, scale and offset: `domainssl.units` believes them.
+    units_stated: tuple[str, ...] = ()
     _policies: ClassVar[tuple[str, ...]] = ("raise", "replace")
 
     def __init__(

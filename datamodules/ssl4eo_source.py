@@ -16,6 +16,7 @@ from domainssl.datamodules.plan import Piece, generator
 from domainssl.datamodules.stream import Rows, empty
 from domainssl.errors import ConfigError, DataError
 from domainssl.modality import key
+from domainssl.readers.scratch import Scratch
 from domainssl.readers.ssl4eo import Block, Catalogue, Group, Labels, check_same, product, read
 
 __all__ = ["Dates", "SSL4EOSource"]
@@ -110,6 +111,7 @@ class SSL4EOSource:
     mask_clouds: bool = False
     dn_offset: Literal[0, 1000, "auto"] = "auto"
     _first: list[int] = field(init=False, repr=False)
+    _scratch: Scratch = field(init=False, repr=False, default_factory=Scratch)
 
     def __post_init__(self) -> None:
         self.dates.check(self.catalogue.dates)
@@ -163,6 +165,7 @@ class SSL4EOSource:
                 mask_clouds=self.mask_clouds,
                 dn_offset=self.dn_offset,
                 keep_offset=True,  # subtracted from the window alone
+                scratch=self._scratch,
             )
             for name in group.products
         }

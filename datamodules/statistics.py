@@ -24,7 +24,8 @@ def statistics_of(modality: Modality, choice: str, alias: str = "") -> Modality:
             or a YAML or JSON file that holds `mean` and `std` (and optionally `channels` and
             `value_unit`) under the modality's key or product, or under `modalities`, as the card
             beside exported weights does.
-        alias: Further name under which the file may list the modality.
+        alias: Product; the file may list the modality under it, or under a key of its own with
+            this `product`.
 
     Raises:
         ConfigError: The file is missing or does not fit the modality.
@@ -58,7 +59,8 @@ def statistics_of(modality: Modality, choice: str, alias: str = "") -> Modality:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}: {modality.name!r} needs 'mean' and 'std' with {modality.num_channels} "
-            f"numbers each, in the order {' '.join(modality.channels)}; got {entry!r}."
+            f"numbers each, in the order {' '.join(modality.channels)}, and no 'std' of 0; got "
+            f"mean {entry.get('mean')!r}, std {entry.get('std')!r}."
         ) from error
 
 
@@ -68,6 +70,9 @@ def _entry(content: Any, name: str, alias: str, where: str) -> Mapping[str, Any]
         for title in (name, alias):
             if isinstance(table.get(title), Mapping):
                 return table[title]
+        for entry in table.values():  # what `stats` has written under another key
+            if isinstance(entry, Mapping) and alias and entry.get("product") == alias:
+                return entry
     found = sorted(map(str, table)) if isinstance(table, Mapping) else type(content).__name__
     raise ConfigError(f"{where}: no entry {name!r}{f' or {alias!r}' if alias else ''} in {found}.")
 

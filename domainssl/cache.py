@@ -27,12 +27,21 @@ _REMEDY = "Point the environment variable DOMAINSSL_CACHE at a folder you can wr
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One finished build in the cache."""
+    """One finished build in the cache.
+
+    Attributes:
+        name: What was built.
+        version: Of what built it.
+        path: Its folder.
+        size_mb: Size of its files.
+        built_s: When it was finished, seconds since 1970.
+    """
 
     name: str
     version: str
     path: Path
     size_mb: float
+    built_s: float
 
 
 def cache_dir() -> Path:
@@ -79,10 +88,9 @@ def locked_build(
             f"cache {target}: another process has been building it for more than "
             f"{timeout_s:.0f} s. If no such process runs, delete {target.parent}/.{label}.lock"
         ) from error
-    except OSError as error:
-        raise DataError(
-            f"cache {target}: cannot be written ({error.strerror or error}). {_REMEDY}"
-        ) from error
+    except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cache {target}: cannot be written ({reason}). {_REMEDY}") from error
     return target
 
 
@@ -112,19 +120,41 @@ def entries() -> list[CacheEntry]:
     for mark in sorted(cache_dir().glob(f"*/{_MARK}")):
         facts = json.loads(mark.read_text())
         size = sum(f.stat().st_size for f in mark.parent.rglob("*") if f.is_file())
-        found.append(CacheEntry(facts["name"], facts["version"], mark.parent, size / 1e6))
+        built = mark.stat().st_mtime
+        found.append(CacheEntry(facts["name"], facts["version"], mark.parent, size / 1e6, built))
     return found
 
 
 def clear(name: str | None = None) -> list[Path]:
     """Delete finished builds, all or those called `name`, and return their folders.
 
-    Only folders that `locked_build` finished are touched, whatever else lies in the cache.
+    Only folders that `locked_build` finished are touched, whatever else lies in the cache; without
+    a name also what killed builds have left.
+
+    Args:
+        name: Name of a build, with or without `-<version>`; None for all.
+
+    Raises:
+        DataError: A folder cannot be deleted.
     """
     removed = []
-    for entry in entries():
-        if name in (None, entry.name):
-            with FileLock(entry.path.parent / f".{entry.path.name}.lock"):
-                shutil.rmtree(entry.path)
-            removed.append(entry.path)
+    try:
+        for entry in entries():
+            if name in (None, entry.name, entry.path.name):
+                with FileLock(entry.path.parent / f".{entry.path.name}.lock"):
+                    shutil.rmtree(entry.path)
+                removed.append(entry.path)
+        for part in sorted(cache_dir().glob(".*.part")) if name is None else ():
+            label = part.name.rsplit(".", 2)[0]  # .<label>.<random>.part
+            try:
+                with FileLock(part.parent / f"{label}.lock", timeout=0):
+                    shutil.rmtree(part)
+                removed.append(part)
+            except Timeout:
+                logger.info("%s is being built; left alone", part)
+    except OSError as error:
+        raise DataError(
+            f"cache {cache_dir()}: cannot be cleared ({error.strerror or error}): "
+            f"{error.filename or ''}. Check who owns the folder."
+        ) from error
     return removed

@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from domainssl.errors import DomainSSLError
+
 __all__ = [
     "Gather",
+    "RankError",
     "all_gather_objects",
     "all_reduce_any",
     "all_reduce_sum",
@@ -25,12 +28,39 @@ __all__ = [
     "global_mean",
     "global_size",
     "is_distributed",
+    "is_lost_connection",
     "offset_of_rank",
     "rank",
     "world_size",
 ]
 
 Gather = Literal["grad", "detach", "none"]
+
+_LOST = (  # what gloo, NCCL and torch's store say when a peer is gone or silent
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+    "wait timeout",
+    "remote process exited",
+    "Watchdog caught collective operation timeout",
+    "recvValue failed",
+    "sendBytes failed",
+)
+
+
+class RankError(DomainSSLError, RuntimeError):
+    """Another rank of the run is gone or silent."""
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Tell whether a collective failed because another rank has ended or does not answer."""
+    text = str(error)
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError) or any(
+        words in text for words in _LOST
+    )
 
 
 def is_distributed() -> bool:

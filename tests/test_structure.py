@@ -14,7 +14,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "domainssl"
 
-BASE = {"errors", "arguments", "options", "modality", "distributed", "cache"}
+BASE = {"errors", "arguments", "options", "modality", "units", "distributed", "cache"}
 NETWORK = BASE | {"nn", "losses"}
 # What each part may import, besides itself.
 ALLOWED: dict[str, set[str]] = {
@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "arguments": {"errors"},
     "options": {"errors"},
     "modality": {"errors", "arguments"},
+    "units": {"errors", "modality"},
     "distributed": {"errors"},
     "cache": {"errors"},
     "strategies": {"errors"},
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": BASE | {"readers", "backbones"},
     "callbacks": NETWORK | {"backbones", "evaluation", "objectives"},
 }
+ALLOWED["bench"] = {*ALLOWED}
 EVERYTHING = {*ALLOWED, "cli"}
 ALLOWED["cli"] = EVERYTHING
 ALLOWED["__main__"] = {"cli"}

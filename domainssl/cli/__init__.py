@@ -7,17 +7,19 @@ A verb is a module with a docstring, whose first line is its help, and a functio
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import os
 import sys
 import traceback
 from pathlib import Path
 
-from domainssl.errors import DomainSSLError, nearest
+from domainssl.errors import ConfigError, DomainSSLError, nearest
 
 __all__ = ["main", "verb_table"]
 
 _ORDER = ("fit", "validate", "test", "predict", "recipes", "inspect", "stats", "export", "doctor")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _FOLDER = Path(__file__).parent / "verbs"
 
 
@@ -84,7 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         if isinstance(error, DomainSSLError) or type(error).__name__ == "MisconfigurationException":
-            _complain(str(error))
+            # a mistake in the configuration is the same on all ranks and is said once
+            _complain(str(error), everywhere=not isinstance(error, ConfigError))
+            return 2
+        if isinstance(error, OSError) and error.errno in _DISK:
+            _complain(_disk(error), everywhere=True)
             return 2
         traceback.print_exc()
         _complain(f"{verb} failed: {type(error).__name__}: {error}")
@@ -100,13 +106,25 @@ def _unknown_verb(word: str) -> str:
     return f"Unknown verb {word!r}.{nearest(word, verb_table())} Verbs: {', '.join(verb_table())}"
 
 
-def _complain(text: str) -> None:
-    """Write an error to stderr, on the first process of the node only."""
-    if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
+def _disk(error: OSError) -> str:
+    """Say what a full, broken or read-only disk means for a run."""
+    place = f" at {error.filename!r}" if error.filename else ""
+    return (
+        f"Nothing can be written{place}: {error.strerror}. Make room, or choose another place "
+        "with run_dir (for the cache: DOMAINSSL_CACHE); an interrupted run goes on with "
+        "--auto_resume."
+    )
+
+
+def _complain(text: str, everywhere: bool = False) -> None:
+    """Write an error to stderr: on the first process of the node, or on every one with its rank."""
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank not in ("", "0") and not everywhere:
         return
     from domainssl.cli.console import error_console
 
-    error_console().print(f"[bold red]error:[/] {_escape(text)}", highlight=False, soft_wrap=True)
+    label = "error" if rank in ("", "0") else f"error on local rank {rank}"
+    error_console().print(f"[bold red]{label}:[/] {_escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _escape(text: str) -> str:

@@ -31,7 +31,9 @@ OWN_KEYS: dict[str, Any] = {
     "name": str,
     "run_dir": str | None,
     "matmul_precision": typing.Literal["highest", "high", "medium"],
+    "cpu_threads": int | None,
     "ckpt_path": str | None,
+    "auto_resume": bool,  # of fit; overlays that say it are laid over other verbs, too
 }
 VERB_KEYS: dict[str, dict[str, Any]] = {
     "fit": {},

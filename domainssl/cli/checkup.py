@@ -109,13 +109,43 @@ def _fits(version: str, bounds: str) -> bool:
     return True
 
 
+def _unfit(extra: str) -> list[tuple[str, str, str]]:
+    """Return name, version and bounds of the extra's packages that are installed but do not fit."""
+    try:
+        requirements = metadata.requires("domainssl") or []
+    except metadata.PackageNotFoundError:
+        return []
+    found = []
+    for line in requirements:
+        requirement, _, marker = line.partition(";")
+        if not re.search(rf"""extra\s*==\s*['"]{extra}['"]""", marker):
+            continue
+        name, bounds = _split_requirement(requirement)
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # told as missing
+        if not _fits(version, bounds):
+            found.append((name, version, bounds))
+    return found
+
+
 def _extras() -> list[Row]:
     rows = []
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        remedy = f"For this domain: pip install 'domainssl[{extra}]'" if missing else ""
-        found = f"without {', '.join(missing)}" if missing else "installed"
-        rows.append(Row("absent" if missing else "ok", f"extra {extra}", found, remedy))
+        other = _unfit(extra)
+        if missing:
+            remedy = f"For this domain: pip install 'domainssl[{extra}]'"
+            rows.append(Row("absent", f"extra {extra}", f"without {', '.join(missing)}", remedy))
+        elif other:
+            found = ", ".join(f"{name} {version}" for name, version, _ in other)
+            bounds = " ".join(f"'{name}{bounds}'" for name, _, bounds in other)
+            rows.append(
+                Row("warning", f"extra {extra}", found, f"Tested with: pip install {bounds}")
+            )
+        else:
+            rows.append(Row("ok", f"extra {extra}", "installed"))
     for module, title in _LOGGERS.items():
         if importlib.util.find_spec(module) is None:
             remedy = f"Only to log there: pip install {module}"

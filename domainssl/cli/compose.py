@@ -20,6 +20,7 @@ DEFAULT_LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger"}
 _COMMAND_LINE = "command line"
 _SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 _FLAGS = ("--print_config",)
+_SWITCHES = ("--auto_resume",)  # `--auto_resume` alone means true
 
 
 @dataclass
@@ -92,6 +93,9 @@ def _split(argv: list[str], result: Composition) -> tuple[list[str], list[tuple[
             continue
         key, equals, text = word.partition("=")
         if not equals:
+            if key in _SWITCHES and not (words and words[0].lower() in ("true", "false")):
+                overrides.append((key.lstrip("-"), "true"))
+                continue
             if not words or words[0].startswith("--"):
                 advice = f"Write {key}=VALUE, for a switch {key}=true."
                 found = f"Option {key!r} has no value"

@@ -56,8 +56,10 @@ def _verb_help(verb: str) -> str:
         "  loggers           by name: csv and tensorboard are there         (--loggers.help NAME)",
         "  seed_everything   whole number, true for a random one, false for none",
         "  matmul_precision  highest, high (TF32) or medium",
+        "  cpu_threads       threads per process of torch on the CPU; one for small models",
         "  name, run_dir     name of the run; its folder, by default runs/NAME/DATE_TIME",
-        "  ckpt_path         a checkpoint to continue or to measure",
+        "  ckpt_path         a checkpoint to continue or to measure; last for the newest",
+        "  auto_resume       fit only: go on with this run where it ended, else begin it",
         "",
         "switches: --print_config prints the resolved configuration, --debug shows tracebacks",
     ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,16 @@ __all__ = [
     "free_metrics_folder",
     "git_revision",
     "keep_earlier",
+    "last_checkpoint",
     "new_run_dir",
+    "own_checkpoint",
     "refuse_used_folder",
+    "sole_writer",
     "versions",
     "write_json",
 ]
+
+logger = logging.getLogger(__name__)
 
 RUN_DIR_VARIABLE = "DOMAINSSL_RUN_DIR"
 _LIBRARIES = (
@@ -46,11 +54,20 @@ def is_first_process() -> bool:
     return all(rank in ("", "0") for rank in ranks)
 
 
-def new_run_dir(name: str, verb: str, explicit: str | None = None) -> Path:
+def new_run_dir(
+    name: str, verb: str, explicit: str | None = None, auto_resume: bool = False
+) -> Path:
     """Choose the folder of this run; the same one on all its processes.
 
     Processes that a launcher starts later find it in the environment. A SLURM job keeps its
     folder when it is requeued, so that it finds the checkpoint it left.
+
+    Args:
+        name: Name of the run.
+        verb: The verb of the command line.
+        explicit: The folder that the user chose.
+        auto_resume: A job of a single task keeps its folder, too; without it such a job may be
+            an interactive one with many runs.
     """
     if explicit:
         return Path(explicit).expanduser()
@@ -59,7 +76,7 @@ def new_run_dir(name: str, verb: str, explicit: str | None = None) -> Path:
     suffix = "" if verb == "fit" else f"_{verb}"
     base = Path("runs") / name
     job = os.environ.get("SLURM_JOB_ID")
-    if job and os.environ.get("SLURM_NTASKS", "1") != "1":
+    if job and (auto_resume or os.environ.get("SLURM_NTASKS", "1") != "1"):
         return base / f"slurm_{job}{suffix}"
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     folder = base / f"{stamp}{suffix}"
@@ -83,6 +100,82 @@ def refuse_used_folder(folder: Path) -> None:
         f"run_dir {str(folder)!r} holds a run already. Choose another folder, or continue that "
         "run with --ckpt_path=last."
     )
+
+
+def own_checkpoint(folder: Path, name: str | None = None) -> tuple[Path, Path] | None:
+    """Return the folder of the run to go on with and its newest checkpoint, None for a new run.
+
+    Besides `checkpoints/last.ckpt` this is what Lightning leaves when SLURM takes the machine
+    away, `hpc_ckpt_<n>.ckpt`.
+
+    Args:
+        folder: Folder of this run.
+        name: Where the folder is not known beforehand, name of the run: the newest run of that
+            name is looked at.
+    """
+    if name is not None and not _checkpoints(folder) and is_first_process():
+        base = Path("runs") / name
+        runs = [path.parent.parent for path in base.glob("*/checkpoints/last.ckpt")]
+        folder = max(runs, key=lambda run: _age(_checkpoints(run)[-1]), default=folder)
+    found = _checkpoints(folder)
+    return (folder, found[-1]) if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return what a run can go on from, the newest last."""
+    found = [folder / "checkpoints" / "last.ckpt", *folder.glob("hpc_ckpt_*.ckpt")]
+    return sorted((path for path in found if path.exists()), key=_age)
+
+
+def _age(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def last_checkpoint(folder: Path, name: str) -> Path:
+    """Return the newest checkpoint of this run's folder, else of the earlier runs of its name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        base = Path("runs") / name
+        found = sorted(base.glob("*/checkpoints/last.ckpt"), key=_age)
+        if not found:
+            raise ConfigError(
+                f"--ckpt_path last: no checkpoints/last.ckpt in {str(base)!r} or in the run's "
+                "folder. Name the file, or start without --ckpt_path."
+            )
+    return found[-1]
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against other runs; the lock goes when the process does.
+
+    A run that goes on in a folder whose first run is still alive would mix both.
+
+    Raises:
+        ConfigError: Another process holds the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # lockf, because its locks are not inherited: data workers outlive a killed run by seconds
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ConfigError(
+                f"run_dir {str(folder)!r}: another process is writing this run at the moment. "
+                "Wait for its end, or give this run a folder of its own with --run_dir."
+            ) from error
+        except OSError as error:
+            logger.debug("%s: the file system has no locks (%s)", folder, error)
+        yield
 
 
 def free_metrics_folder(folder: Path) -> str:

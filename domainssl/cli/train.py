@@ -10,29 +10,33 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from domainssl.cli.check import LINKED, Checker
 from domainssl.cli.compose import DEFAULT_LOGGERS, compose
 from domainssl.cli.console import console
+from domainssl.cli.execute import execute
 from domainssl.cli.nodes import ConfigMistakes, Node, dump
 from domainssl.cli.rundir import (
     RUN_DIR_VARIABLE,
     free_metrics_folder,
+    is_first_process,
+    last_checkpoint,
     new_run_dir,
+    own_checkpoint,
     refuse_used_folder,
+    sole_writer,
 )
 from domainssl.cli.schema import parameters
-from domainssl.errors import ConfigError, DomainSSLError, WeightsError
+from domainssl.errors import ConfigError, DomainSSLError
 
 __all__ = ["Request", "build", "prepare", "run_verb"]
 
-_OWN = ("name", "run_dir", "matmul_precision", "loggers", "callbacks")
+_OWN = ("name", "run_dir", "matmul_precision", "cpu_threads", "loggers", "callbacks", "auto_resume")
 _NOT_SAVED = ("ckpt_path", "weights_only", "verbose", "return_predictions", "config")
 _NOT_SAVED_TRAINER = ("callbacks", "logger", "default_root_dir", "use_distributed_sampler")
 
@@ -62,27 +66,36 @@ class Request:
         self.files = composition.files
         self.flags = composition.flags
         self.name = str(self.config.get("name") or composition.name or _class_stem(checker.tree))
-        self.run_dir = new_run_dir(self.name, verb, self.config.get("run_dir"))
-        if self.config.get("ckpt_path") == "last":
-            self.config["ckpt_path"] = str(self._last_checkpoint())
-        if verb == "fit" and not self.config.get("ckpt_path"):
+        self.run_dir = new_run_dir(
+            self.name,
+            verb,
+            self.config.get("run_dir"),
+            auto_resume=bool(self.config.get("auto_resume")),
+        )
+        self._choose_checkpoint()
+        if verb == "fit" and not (self.config.get("ckpt_path") or self.config.get("auto_resume")):
             refuse_used_folder(self.run_dir)
         self.loggers: dict[str, Any] = self.config.get("loggers") or {}
         self.callbacks: dict[str, Any] = self.config.get("callbacks") or {}
 
-    def _last_checkpoint(self) -> Path:
-        """Return the newest `last.ckpt` of this run's folder, else of earlier runs of its name."""
-        base = Path("runs") / self.name
-        found = [self.run_dir / "checkpoints" / "last.ckpt", *base.glob("*/checkpoints/last.ckpt")]
-        if found[0].exists():
-            return found[0]
-        there = sorted(found[1:], key=lambda path: path.stat().st_mtime)
-        if not there:
+    def _choose_checkpoint(self) -> None:
+        """Put a path in the place of `last`, or where `auto_resume` asks for one."""
+        given = self.config.get("ckpt_path")
+        if given == "last":
+            self.config["ckpt_path"] = str(last_checkpoint(self.run_dir, self.name))
+        elif self.verb != "fit" or not self.config.get("auto_resume"):
+            return
+        elif given:
             raise ConfigError(
-                f"--ckpt_path last: no checkpoints/last.ckpt in {str(base)!r} or in the run's "
-                "folder. Name the file, or start without --ckpt_path."
+                f"auto_resume and ckpt_path={given!r} are both given. auto_resume looks for the "
+                "run's own last checkpoint; leave one of the two out."
             )
-        return there[-1]
+        else:
+            is_named = bool(self.config.get("run_dir")) or "SLURM_JOB_ID" in os.environ
+            found = own_checkpoint(self.run_dir, None if is_named else self.name)
+            if found is not None:
+                self.run_dir, path = found
+                self.config["ckpt_path"] = str(path)
 
     def arguments(self) -> dict[str, Any]:
         """Return the configuration in the shape that LightningCLI parses."""
@@ -126,8 +139,9 @@ class Request:
         saved: dict[str, Any] = {"name": self.name}
         for key in ("seed_everything",):
             saved[key] = dumped.get(key)
-        if "matmul_precision" in self.config:
-            saved["matmul_precision"] = self.config["matmul_precision"]
+        for key in ("matmul_precision", "cpu_threads"):
+            if key in self.config:
+                saved[key] = self.config[key]
         saved["trainer"] = trainer
         full = dumped["trainer"].get("callbacks") or []
         saved["callbacks"] = {
@@ -182,25 +196,16 @@ def run_verb(verb: str, argv: list[str]) -> int:
         console().print(text, markup=False, end="")
         return 0
     request = prepare(verb, argv)
-    with _quiet(), _shared_run_dir(request.run_dir):
+    threads = _cpu_threads(request.config.get("cpu_threads"))
+    with _quiet(), _shared_run_dir(request.run_dir), threads:
         run = _instantiate(request)
         if "--print_config" in request.flags:
             console().print(dump(run.resolved), end="", markup=False)
             return 0
-        try:
-            run.execute()
-        except pickle.UnpicklingError as error:
-            raise WeightsError(_pickled(request.config.get("ckpt_path"))) from error
+        writes = verb == "fit" and is_first_process()
+        with sole_writer(request.run_dir) if writes else nullcontext():
+            execute(run, request.config.get("ckpt_path"))
     return 0
-
-
-def _pickled(path: object) -> str:
-    return (
-        f"Checkpoint {str(path)!r} holds pickled Python objects, or is damaged, and was refused: "
-        "unpickling would run whatever code it brings. Checkpoints of domainssl hold plain data "
-        "only. For weights of others use model.init_args.weights with a safetensors file or a "
-        "plain state dict."
-    )
 
 
 def _instantiate(request: Request) -> Any:
@@ -249,6 +254,24 @@ def _set_matmul_precision(precision: str | None) -> None:
         import torch
 
         torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with this many threads, and as before afterwards."""
+    if count is None:
+        yield
+        return
+    if count < 1:
+        raise ConfigError(f"cpu_threads is {count}; expected 1 or more.")
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

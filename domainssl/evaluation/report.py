@@ -157,10 +157,12 @@ def table(metrics: Mapping[str, float], items: int, classes: int) -> Table:
                 cells = _cells(metrics, f"{kind}/{name}", factor)
                 grid.add_row(label, text, *cells, chance, end_section=kind == "rankme")
                 label = ""
+    names = [n.removeprefix("val/rankme/") for n in metrics if n.startswith("val/rankme/")]
+    pairs = {f"{a}2{b}": f"{a} → {b}" for a in names for b in names}
     for key in [n for n in metrics if n.startswith("val/retrieval/")]:
         cells = _cells(metrics, key.removeprefix("val/"), 100)
         pair = key.removeprefix("val/retrieval/").removesuffix("/R@1")
-        grid.add_row(pair, "R@1", *cells, f"{100 / max(items, 1):.1f} %")
+        grid.add_row(pairs.get(pair, pair), "R@1", *cells, f"{100 / max(items, 1):.1f} %")
     return grid
 
 

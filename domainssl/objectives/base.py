@@ -28,6 +28,7 @@ from domainssl.objectives.guard import FiniteGuard, check_resume, check_weights
 from domainssl.objectives.optimization import Optimization, make_optimizer
 from domainssl.objectives.presence import PresenceRecord
 from domainssl.options import as_dataclass
+from domainssl.units import UnitCheck
 
 __all__ = ["Generators", "Objective", "Optimization", "Step"]
 
@@ -77,6 +78,7 @@ class Objective(Recorded, LightningModule):
             though its negatives then come from one part of the batch only.
         execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
         context_size: Side in pixels or voxels of what the DataModule yields, None for any.
+        check_units: Look at the first batches and refuse values in another unit than the model's.
     """
 
     backbone: Backbone
@@ -85,6 +87,7 @@ class Objective(Recorded, LightningModule):
         "weights",
         "allow_accumulation",
         "execution",
+        "check_units",
     )
 
     def __init__(
@@ -95,6 +98,7 @@ class Objective(Recorded, LightningModule):
         allow_accumulation: bool = False,
         execution: Execution | Mapping[str, Any] | None = None,
         context_size: int | tuple[int, ...] | None = None,
+        check_units: bool = True,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -104,6 +108,7 @@ class Objective(Recorded, LightningModule):
         self.allow_accumulation = allow_accumulation
         self.execution = as_dataclass(Execution, execution or Execution())
         self.context_size = context_size
+        self.check_units = check_units
         self.total_steps: int | None = None
         if "optimization" in self.arguments:
             self.arguments["optimization"] = plain(self.optimization)
@@ -113,6 +118,7 @@ class Objective(Recorded, LightningModule):
         self._guard = FiniteGuard()
         self._last_step: Step | None = None
         self._presence = PresenceRecord()
+        self._units: UnitCheck | None = None
 
     # -- what a method implements -----------------------------------------------------------
 
@@ -310,7 +316,20 @@ class Objective(Recorded, LightningModule):
                 f"data yields windows of {found} pixels, but model.init_args.context_size is "
                 f"{self.context_size}. Set both to the same value."
             )
+        stated = getattr(datamodule, "units_stated", ())
+        self._units = UnitCheck(self.backbone.modalities, stated) if self.check_units else None
         apply_execution(self.backbone, self.execution)
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        """Look at the units of the first batches, while they are on the CPU.
+
+        Lightning calls this for every batch, whoever owns the hook of the same name.
+        """
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        if self._units is not None:
+            stage = str(getattr(self.trainer.state.stage, "value", ""))
+            self._units.look(batch, f"{stage} ({dataloader_idx})" if dataloader_idx else stage)
+        return batch
 
     def _check_precision(self) -> None:
         precision = str(self.trainer.precision)

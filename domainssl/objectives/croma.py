@@ -179,6 +179,7 @@ class CROMA(Objective):
         allow_accumulation: Accept gradient accumulation, which does not enlarge the contrastive
             batch.
         execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
+        check_units: Look at the first batches and refuse values in another unit than the model's.
 
     Raises:
         ConfigError: The modalities or sizes cannot be used.
@@ -206,6 +207,7 @@ class CROMA(Objective):
         seed: int = 0,
         allow_accumulation: bool = False,
         execution: Execution = Execution(),
+        check_units: bool = True,
     ) -> None:
         super().__init__(
             optimization=optimization,
@@ -213,6 +215,7 @@ class CROMA(Objective):
             allow_accumulation=allow_accumulation,
             execution=execution,
             context_size=context_size,
+            check_units=check_units,
         )
         if size not in _SIZES:
             raise ConfigError(f"CROMA: size {size!r} is not one of {list(_SIZES)}.")

@@ -225,7 +225,7 @@ class Cube:
         self, info: ArrayInfo, number: Any, inner: Any, outer: Any, out: np.ndarray[Any, Any]
     ) -> None:
         key = f"{info.name}/" + info.separator.join(map(str, number or (0,)))
-        raw = self.store.get(key)
+        raw = getattr(self.store, "borrow", self.store.get)(key)
         if raw is None:
             # without a fill value zarr-python leaves out chunks of zeros and reads them as such
             out[outer] = np.zeros((), info.dtype)[()] if info.fill is None else info.fill
@@ -244,7 +244,11 @@ class Cube:
         out[outer] = self._decode(info, key, raw, None)[inner]
 
     def _decode(
-        self, info: ArrayInfo, key: str, raw: bytes, target: np.ndarray[Any, Any] | None
+        self,
+        info: ArrayInfo,
+        key: str,
+        raw: bytes | memoryview,
+        target: np.ndarray[Any, Any] | None,
     ) -> np.ndarray[Any, Any]:
         numcodecs = require("numcodecs", "geo")
         try:
@@ -350,7 +354,7 @@ def _as_slice(indices: list[int]) -> slice | list[int]:
     return slice(low, low + len(indices)) if run else indices
 
 
-def _check_blosc(raw: bytes, expected: int | None) -> None:
+def _check_blosc(raw: bytes | memoryview, expected: int | None) -> None:
     if len(raw) < 16:
         raise ValueError("shorter than a Blosc header")
     size, _, packed = struct.unpack("<III", raw[4:16])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from domainssl.errors import DataError
 from domainssl.readers.cubes import Cube, open_cube
 from domainssl.readers.dates import days
+from domainssl.readers.scratch import Scratch
 from domainssl.readers.ssl4eo_facts import (
     NO_DATA_CLASS,
     OBSCURED_CLASSES,
@@ -114,6 +116,7 @@ def read(
     mask_clouds: bool = False,
     dn_offset: DNOffset = "auto",
     keep_offset: bool = False,
+    scratch: Scratch | None = None,
 ) -> Block:
     """Read one product of a group.
 
@@ -130,6 +133,8 @@ def read(
             median of B10, S2L2A by the release unless release A holds pixels too dark for it.
         keep_offset: Leave the offset in the values, for callers that need a part of them only;
             `offset` says what to subtract. Stored 0 means no data, and is 0 without offset too.
+        scratch: Memory for the values, which are then valid until the next read with it of the
+            same modality. None: memory of their own.
 
     Raises:
         DataError: Names the file, the array and the location.
@@ -141,7 +146,7 @@ def read(
         raise DataError(f"locations: a slice of step 1 was expected, got {locations}")
     repair = fix_s1_order and product.name == "S1GRD"
     load = _load_a if group.release == "A" else _load_b
-    raw = load(group, modality, product, list(dates), chosen, repair)
+    raw = load(group, modality, product, list(dates), chosen, repair, scratch)
     meta, values = raw.meta, raw.values
     valid = _all_true(values) if product.value_unit == "rgb8" else _nonzero(values)
     share = 1.0
@@ -200,7 +205,13 @@ def _check_dates(group: Group, dates: Sequence[int]) -> None:
 
 
 def _load_a(
-    group: Group, modality: str, product: Product, dates: list[int], chosen: range, repair: bool
+    group: Group,
+    modality: str,
+    product: Product,
+    dates: list[int],
+    chosen: range,
+    repair: bool,
+    scratch: Scratch | None,
 ) -> _Raw:
     path = group.files[modality]
     cube = open_cube(path, options=group.storage_options)
@@ -214,7 +225,8 @@ def _load_a(
     rows = slice(chosen.start, chosen.stop)
     meta = facts_a(cube, rows)
     order = date_order(meta, dates, repair)
-    values = _empty(info.chunks[1], (len(chosen), len(dates), *info.shape[2:]), info.dtype)
+    shape = (len(chosen), len(dates), *info.shape[2:])
+    values = _empty(info.chunks[1], shape, info.dtype, scratch, modality)
     decoded = _gather(cube, "bands", rows, order, dates, values)
     cloud = None
     if "cloud_mask" in cube.arrays and product.value_unit != "db":
@@ -225,7 +237,13 @@ def _load_a(
 
 
 def _load_b(
-    group: Group, modality: str, product: Product, dates: list[int], chosen: range, repair: bool
+    group: Group,
+    modality: str,
+    product: Product,
+    dates: list[int],
+    chosen: range,
+    repair: bool,
+    scratch: Scratch | None,
 ) -> _Raw:
     metas: list[TileFacts] = []
     orders: list[Array] = []
@@ -236,7 +254,8 @@ def _load_b(
         info = cube.info("bands")
         _check_cube(cube, product, ("time", "band", "y", "x"))
         if values is None:
-            values = np.empty((len(chosen), len(dates), *info.shape[1:]), info.dtype)
+            shape = (len(chosen), len(dates), *info.shape[1:])
+            values = _empty(2, shape, info.dtype, scratch, modality)
             if "cloud_mask" in cube.arrays and product.value_unit != "db":
                 cloud = np.empty((len(chosen), len(dates), *info.shape[2:]), np.uint8)
         if info.shape[1:] != values.shape[2:] or info.shape[0] < group.dates:
@@ -294,12 +313,19 @@ def _gather(cube: Cube, name: str, rows: slice, order: Array, dates: list[int], 
     return cost
 
 
-def _empty(time_chunk: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def _empty(
+    time_chunk: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    scratch: Scratch | None = None,
+    name: str = "",
+) -> Array:
     """Allocate (n, T, …) so that a stored chunk is contiguous in it."""
+    make = np.empty if scratch is None else partial(scratch.empty, name)
     dtype = dtype.newbyteorder("=")
     if time_chunk > 1:
-        return np.empty(shape, dtype)
-    return np.empty((shape[1], shape[0], *shape[2:]), dtype).swapaxes(0, 1)
+        return make(shape, dtype)
+    return make((shape[1], shape[0], *shape[2:]), dtype).swapaxes(0, 1)
 
 
 def _check_cube(cube: Cube, product: Product, dims: tuple[str, ...]) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from domainssl.errors import DataError
+from domainssl.readers.remote import Remote
+from domainssl.readers.scratch import stored_member
 
 __all__ = [
     "FolderStore",
@@ -73,38 +75,25 @@ def join(root: str | os.PathLike[str], *parts: str) -> str:
     return "/".join([str(root).rstrip("/"), *parts]) if is_url(root) else os.path.join(root, *parts)
 
 
-def _filesystem(url: str, options: Options | None) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        fs, inner = fsspec.core.url_to_fs(url, **dict(options or {}))
-        return fs, str(inner)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{url}: no file system for this kind of URL ({error})") from error
-
-
 def is_folder(path: str | os.PathLike[str], options: Options | None = None) -> bool:
     """Return whether a folder lies at `path`."""
     if not is_url(path):
         return os.path.isdir(path)
-    fs, inner = _filesystem(str(path), options)
-    return bool(fs.isdir(inner))
+    return Remote(str(path), options).is_folder()
 
 
 def is_file(path: str | os.PathLike[str], options: Options | None = None) -> bool:
     """Return whether a file lies at `path`."""
     if not is_url(path):
         return os.path.isfile(path)
-    fs, inner = _filesystem(str(path), options)
-    return bool(fs.isfile(inner))
+    return Remote(str(path), options).is_file()
 
 
 def size_of(path: str | os.PathLike[str], options: Options | None = None) -> int:
     """Return the size of a file in bytes."""
     if not is_url(path):
         return os.path.getsize(path)
-    fs, inner = _filesystem(str(path), options)
-    return int(fs.size(inner))
+    return Remote(str(path), options).size()
 
 
 def stamp(path: str | os.PathLike[str]) -> tuple[str, int, int, int]:
@@ -122,11 +111,8 @@ def list_folder(path: str | os.PathLike[str], options: Options | None = None) ->
     """Return the sorted names in a folder, [] when there is no such folder."""
     if not is_url(path):
         return sorted(os.listdir(path)) if os.path.isdir(path) else []
-    fs, inner = _filesystem(str(path), options)
-    if not fs.isdir(inner):
-        return []
-    names = (str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=False))
-    return sorted(name for name in names if name)
+    remote = Remote(str(path), options)
+    return remote.names() if remote.is_folder() else []
 
 
 def open_file(path: str | os.PathLike[str], options: Options | None = None) -> BinaryIO:
@@ -134,8 +120,7 @@ def open_file(path: str | os.PathLike[str], options: Options | None = None) -> B
     try:
         if not is_url(path):
             return open(path, "rb")
-        fs, inner = _filesystem(str(path), options)
-        return cast(BinaryIO, fs.open(inner, "rb", block_size=2**16, cache_type="readahead"))
+        return Remote(str(path), options).open()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except OSError as error:
@@ -147,24 +132,23 @@ def fetch_ranges(
 ) -> list[bytes]:
     """Read several (offset, size) ranges of one file; remote ones are fetched side by side."""
     if is_url(path):
-        fs, inner = _filesystem(path, options)
-        starts = [offset for offset, _ in ranges]
-        ends = [offset + size for offset, size in ranges]
         try:
-            parts = list(fs.cat_ranges([inner] * len(ranges), starts, ends, on_error="raise"))
-        except OSError as error:
-            raise DataError(f"{path}: byte ranges could not be read ({error})") from error
-    else:
-        with open_file(path) as file:
-            parts = []
-            for offset, size in ranges:
+            return Remote(path, options).parts(ranges)
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file") from error
+    parts = []
+    with open_file(path) as file:
+        for offset, size in ranges:
+            try:
                 file.seek(offset)
                 parts.append(file.read(size))
-    for (offset, size), part in zip(ranges, parts, strict=True):
-        if len(part) != size:
-            raise DataError(
-                f"{path}: truncated, {len(part)} bytes at offset {offset} where {size} belong"
-            )
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read at offset {offset} ({error})") from error
+            if len(parts[-1]) != size:
+                raise DataError(
+                    f"{path}: truncated, {len(parts[-1])} bytes at offset {offset} where "
+                    f"{size} belong"
+                )
     return parts
 
 
@@ -300,6 +284,9 @@ class ZipFileStore:
         self.name = name
         try:
             self._zip = zipfile.ZipFile(file)
+        except DataError:  # the store did not answer; the zip may be whole
+            file.close()
+            raise
         except (zipfile.BadZipFile, OSError, ValueError) as error:
             file.close()
             raise DataError(
@@ -316,8 +303,16 @@ class ZipFileStore:
             return None
         try:
             return self._zip.read(info)
+        except DataError:
+            raise
         except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
             raise DataError(f"{self.name}: member {key!r} is damaged ({error})") from error
+
+    def borrow(self, key: str) -> bytes | memoryview | None:
+        """Return the same as `get`, in memory that the thread's next `borrow` may overwrite."""
+        info = self._members.get(key)
+        large = stored_member(info, self._file) if info is not None else None
+        return self.get(key) if large is None else large
 
     def close(self) -> None:
         """Close the file."""
@@ -342,25 +337,21 @@ class FolderStore:
     def get(self, key: str) -> bytes | None:
         """Return a file's bytes, None when there is no such file."""
         path = join(self.name, check_member(key, self.name))
-        if not is_url(path):
-            try:
-                return Path(path).read_bytes()
-            except (FileNotFoundError, IsADirectoryError):
-                return None
-        fs, inner = _filesystem(path, self._options)
         try:
-            return cast(bytes, fs.cat_file(inner))
+            if is_url(path):
+                return Remote(path, self._options).content()
+            return Path(path).read_bytes()
         except (FileNotFoundError, IsADirectoryError):
             return None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error})") from error
 
     def names(self) -> Sequence[str]:
         """Return the relative paths of all files."""
         if not is_url(self.name):
             root = Path(self.name)
             return [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
-        fs, inner = _filesystem(self.name, self._options)
-        inner = inner.rstrip("/")
-        return [str(path)[len(inner) :].lstrip("/") for path in fs.find(inner)]
+        return Remote(self.name, self._options).find()
 
 
 _TAR_INDEX = HandlePool(limit=4096)

@@ -81,7 +81,7 @@ def test_the_table_compares_with_both_baselines_in_80_columns(tmp_path, capsys, 
     text = capsys.readouterr().out
     assert "points over untrained backbone" in text and "over per-band statistics" in text
     rows = [[c.strip() for c in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
-    assert [row[0] for row in rows if row[0]] == [*NAMES, "s12s2", "s22s1"]
+    assert [row[0] for row in rows if row[0]] == [*NAMES, "s1 → s2", "s2 → s1"]
     assert [row[1] for row in rows[:4]] == ["kNN", "probe", "emb. std", "eff. rank"]
     assert all(row[2] and row[3] for row in rows)
     assert rows[0][4].endswith("%") and rows[0][5] == "33.3 %" and rows[-1][5] == "1.7 %"

@@ -192,6 +192,14 @@ def test_matmul_precision_is_set_by_the_command_line_only(cli, recipe):
         torch.set_float32_matmul_precision(before)
 
 
+def test_cpu_threads_hold_for_the_run_alone(cli, recipe, monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    before = torch.get_num_threads()
+    assert cli("fit", "--config", recipe.name, "--cpu_threads=1").status == 0
+    assert asked == [1, before]
+
+
 def test_a_requeued_job_keeps_its_folder_and_its_metrics(cli, recipe, folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_NTASKS", "8")

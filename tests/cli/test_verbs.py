@@ -9,7 +9,10 @@ import pytest
 
 from domainssl.cli import verb_table
 
-VERBS = ("fit", "validate", "test", "predict", "inspect", "recipes", "export", "doctor")
+VERBS = (
+    "fit", "validate", "test", "predict",
+    "inspect", "stats", "recipes", "export", "doctor", "cache",
+)  # fmt: skip
 
 
 def test_the_table_holds_every_verb_with_a_line_of_help():
@@ -136,6 +139,18 @@ def test_doctor_compares_versions_with_bounds(version, bounds, fits):
     from domainssl.cli.checkup import _fits
 
     assert _fits(version, bounds) is fits
+
+
+def test_doctor_names_packages_of_an_extra_that_are_too_old(monkeypatch):
+    from domainssl.cli import checkup
+
+    real = checkup.metadata.version
+    monkeypatch.setattr(
+        checkup.metadata, "version", lambda name: "2.18.3" if name == "zarr" else real(name)
+    )
+    row = next(row for row in checkup._extras() if row.check == "extra geo")
+    assert (row.status, row.found) == ("warning", "zarr 2.18.3")
+    assert row.remedy.startswith("Tested with: pip install 'zarr") and ">=3.0" in row.remedy
 
 
 def test_export_refuses_what_it_cannot_read(cli, folder):

@@ -11,7 +11,6 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 
 import domainssl
 from domainssl.cli import main
@@ -26,12 +25,7 @@ def train(folder: Path, seed: int = 0, recipe: Path = RECIPE) -> dict[str, float
     """Run a recipe on the CPU and return the last value of every metric of its evaluation."""
     words = ["fit", "--config", str(recipe), f"--run_dir={folder}", "--trainer.accelerator=cpu"]
     words += [f"--seed_everything={seed}", f"--model.seed={seed}", f"--data.seed={seed}"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small matrices: more threads mostly wait, for ever on a busy machine
-    try:
-        assert main(words) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main(words) == 0
     return last_metrics(folder)
 
 

@@ -1,0 +1,94 @@
+"""List or clear what was built once and kept: samples of the data sets."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from domainssl.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from domainssl.cache import CacheEntry
+
+__all__ = ["run"]
+
+
+def run(argv: list[str]) -> int:
+    """Print the cache as a table, or delete what is in it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m domainssl cache",
+        description="List or clear what was built once and kept, such as the embedded samples. "
+        "The folder is $DOMAINSSL_CACHE, by default ~/.cache/domainssl. Whatever is cleared is "
+        "built again when it is needed.",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="{list,clear}")
+    actions.add_parser("list", help="show names, sizes and ages (the default)")
+    clearing = actions.add_parser("clear", help="delete all, or one by its name")
+    clearing.add_argument("name", nargs="?", help="as `cache list` shows it; all without a name")
+    clearing.add_argument("--yes", action="store_true", help="do not ask")
+    options = parser.parse_args(argv)
+    from domainssl.cache import cache_dir, entries
+    from domainssl.cli.console import console
+
+    screen = console()
+    found = entries()
+    if options.action == "clear":
+        return _clear(screen, found, options.name, options.yes)
+    screen.print(f"cache at {cache_dir()}", markup=False)
+    _show(screen, found)
+    return 0
+
+
+def _show(screen: Console, found: list[CacheEntry]) -> None:
+    if not found:
+        screen.print("empty")
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title, justify in (
+        ("name", "left"),
+        ("version", "left"),
+        ("MB", "right"),
+        ("age", "right"),
+    ):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    for entry in found:
+        age = _age(time.time() - entry.built_s)
+        table.add_row(entry.name, entry.version, f"{entry.size_mb:.1f}", age)
+    total = sum(entry.size_mb for entry in found)
+    table.add_row("total", "", f"{total:.1f}", "", style="bold")
+    screen.print(table, soft_wrap=False)
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} seconds"
+
+
+def _clear(screen: Console, found: list[CacheEntry], name: str | None, sure: bool) -> int:
+    from domainssl.cache import cache_dir, clear
+
+    chosen = [entry for entry in found if name in (None, entry.name, entry.path.name)]
+    if name is not None and not chosen:
+        names = [entry.name for entry in found]
+        raise ConfigError(
+            f"cache clear {name!r}: nothing of that name in {cache_dir()}.{nearest(name, names)} "
+            f"There is: {', '.join(names) or 'nothing'}."
+        )
+    _show(screen, chosen)
+    if chosen and not sure:
+        if not sys.stdin.isatty():
+            raise ConfigError("cache clear: nobody is there to confirm it; add --yes.")
+        if input(f"Delete {len(chosen)} from {cache_dir()}? [y/N] ").strip().lower() != "y":
+            screen.print("nothing was deleted")
+            return 1
+    removed = clear(name)
+    screen.print(f"deleted {len(removed)} folders" if removed else "nothing to delete")
+    return 0

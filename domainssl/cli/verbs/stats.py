@@ -1,0 +1,156 @@
+"""Measure mean, spread, percentiles and validity of every band of a data set."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from domainssl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+__all__ = ["run"]
+
+_KEYS = {"S1GRD": "s1", "S2L2A": "s2", "S2L1C": "s2_l1c", "S2RGB": "rgb"}
+
+
+def run(argv: list[str]) -> int:
+    """Measure a data set and write the file that `data.statistics` takes."""
+    options = _parser().parse_args(argv)
+    products = _products(options.products)
+    from domainssl.cli.console import console
+    from domainssl.readers.measure import Plan, measure
+    from domainssl.readers.ssl4eo import scan
+
+    plan = Plan(
+        options.workers,
+        options.limit,
+        options.mask_clouds,
+        options.dn_offset if options.dn_offset == "auto" else int(options.dn_offset),  # type: ignore[arg-type]
+        options.skip_bad,
+        options.restart,
+    )
+    screen = console()
+    root = options.path
+    if root == "sample":
+        from domainssl.datamodules.samples.ssl4eo import sample_root
+
+        root = str(sample_root(products.values()))
+    catalogue = scan(root, options.split, products)
+    blocks = len(catalogue.groups)
+    screen.print(
+        f"{catalogue.count} locations, {catalogue.dates} dates, in {blocks} blocks at {root}",
+        markup=False,
+    )
+    try:
+        with _Progress() as shown:
+            found = measure(catalogue, options.output, plan, shown)
+    except KeyboardInterrupt:
+        screen.print(
+            f"Stopped after {shown.done} of {shown.total} blocks; they are kept in "
+            f"{options.output}.partial. The same command goes on from there.",
+            markup=False,
+        )
+        raise
+    if found.resumed:
+        screen.print(f"{found.resumed} blocks were measured by an earlier call")
+    _show(screen, found.report(catalogue, plan))
+    screen.print(
+        f"written to {options.output}; use it with  --data.statistics={options.output}",
+        markup=False,
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m domainssl stats",
+        description="Measure mean, standard deviation, percentiles and share of valid pixels of "
+        "every band, over all locations and dates, in one pass and in float64. The figures do not "
+        "depend on the number of processes. An interrupted call leaves OUTPUT.partial, and the "
+        "same command goes on from there. Train with --data.statistics=OUTPUT.",
+    )
+    add = parser.add_argument
+    add("path", help="root of SSL4EO-S12: a folder or URL; `sample` for the embedded sample")
+    add("--products", nargs="+", default=["s1=S1GRD", "s2=S2L2A"], metavar="KEY=PRODUCT",
+        help="products by modality key (default s1=S1GRD s2=S2L2A)")  # fmt: skip
+    add("--split", default="train", help="part of the data (default train)")
+    add("--output", default="stats.yaml", help="file to write (default stats.yaml)")
+    add("--workers", type=int, help="processes; 0 for this one alone (default: one per core)")
+    add("--limit", type=int, help="measure so many blocks only, evenly spread")
+    add("--mask_clouds", action="store_true", help="leave out clouds and their shadow too")
+    add("--dn_offset", choices=["auto", "0", "1000"], default="auto",
+        help="what stored Sentinel-2 values carry (default auto)")  # fmt: skip
+    add("--skip_bad", action="store_true", help="leave out and list blocks that cannot be read")
+    add("--restart", action="store_true", help="forget what an interrupted call has measured")
+    return parser
+
+
+def _products(words: list[str]) -> dict[str, str]:
+    products: dict[str, str] = {}
+    for word in words:
+        key, sign, name = word.rpartition("=")
+        key = key if sign else _KEYS.get(name, name.lower())
+        if not key or not name or key in products:
+            raise ConfigError(
+                f"--products {word!r}: expected KEY=PRODUCT with a key of its own, such as "
+                "s2=S2L2A."
+            )
+        products[key] = name
+    return products
+
+
+class _Progress:
+    """A bar on stderr: blocks done, time left."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        from domainssl.cli.console import error_console
+
+        self.done, self.total = 0, 0
+        self._bar = Progress(
+            BarColumn(), MofNCompleteColumn(), "blocks", TimeRemainingColumn(),
+            console=error_console(), transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+        self._bar.update(self._task, completed=done, total=total)
+
+
+def _show(screen: Console, report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    shown = ("1", "50", "99")
+    for name, entry in report["modalities"].items():
+        unit = entry["value_unit"]
+        table = Table(
+            title=f"{name}: {entry['product']} ({unit}), {100 * entry['valid_share']:.2f} % of "
+            f"{entry['pixels']:,} pixels valid",
+            title_justify="left",
+            box=None,
+        )
+        number: Callable[[float], str] = "{:.3f}".format
+        titles = ("band", "mean", "std", "min", *(f"{p} %" for p in shown), "max")
+        for title in titles:
+            table.add_column(title, justify="left" if title == "band" else "right")
+        columns = [entry["mean"], entry["std"], entry["min"]]
+        columns += [entry["percentiles"][p] for p in shown] + [entry["max"]]
+        for band, *values in zip(entry["channels"], *columns, strict=True):
+            table.add_row(band, *map(number, values))
+        screen.print(table, soft_wrap=False)
+    skipped = report["data"]["skipped"]
+    if skipped:
+        screen.print(f"{len(skipped)} blocks could not be read; the file lists them")

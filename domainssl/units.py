@@ -1,0 +1,287 @@
+"""Notice values that cannot be in the unit a model was made for, such as reflectance for DN.
+
+A wrong unit raises no error by itself: normalised with the wrong statistics, every value lands
+in one corner and training goes on. So the first batches of every loader are looked at on the CPU.
+Each fully valid item speaks for the declared unit, for another one, or for neither; water, night,
+snow and empty windows must never speak for another.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from domainssl.errors import DataError
+from domainssl.modality import Modality, key
+
+__all__ = ["UnitCheck", "unit_of_item"]
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_BATCHES = 8
+_ITEMS = 16  # of one batch, evenly spread
+_VALUES = 16_384  # of one item, evenly spread
+_LEAST_VOTES = 3
+_AGREEMENT = 0.9  # of the items that speak for any unit
+_OUTSIDE = 0.01  # share of an item's values outside valid_range
+FITS, UNDECIDED = "fits", ""
+
+_EXPECTED = {
+    "dn": "digital numbers without offset (0..10000)",
+    "reflectance": "reflectance (0..1)",
+    "db": "decibels (about -35..5)",
+    "linear": "linear power (0 to about 1)",
+    "rgb8": "8-bit values (0..255)",
+    "hu": "Hounsfield units (about -1000..3000)",
+}
+_REMEDY = {
+    "reflectance": "If they are reflectance, multiply them by 10000, or declare value_unit "
+    "'reflectance' with statistics in that unit; otherwise check the scale factor.",
+    "dn": "If they are digital numbers, divide them by 10000 (after the offset is subtracted), or "
+    "declare value_unit 'dn' with statistics in that unit.",
+    "linear": "If they are linear power, convert them with 10 * log10(x), or declare value_unit "
+    "'linear' with statistics in that unit.",
+    "db": "If they are decibels, declare value_unit 'db' with statistics in that unit, or convert "
+    "them with 10 ** (x / 10).",
+    "normalised": "They look normalised already. The backbone normalises inside: hand over raw "
+    "values and leave out the Normalize of the DataModule.",
+    "scaled": "They look scaled to 0..1. The backbone normalises inside: hand over raw values.",
+    "offset": "The cirrus band B10 lies near 1000 where it is 0..100: the offset of 1000 of "
+    "processing baseline 04.00 is still in. Subtract it (data.init_args.dn_offset: 1000).",
+    "range": "Check unit, scale factor and offset of the data, and nodata values that "
+    "are not marked in '{name}.valid'.",
+}
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What one fully valid item looks like; quantiles leave out half a percent at either end."""
+
+    values: Array  # (C, n)
+    low: float
+    high: float
+    median: float
+    fractional: float  # share of values that are not whole numbers
+
+    @classmethod
+    def of(cls, values: Array) -> _Item:
+        low, median, high = (float(q) for q in np.quantile(values, (0.005, 0.5, 0.995)))
+        return cls(values, low, high, median, float(np.mean(values != np.rint(values))))
+
+    def looks_normalised(self, high: float) -> bool:
+        """Small numbers around zero, not whole ones."""
+        return self.fractional > 0.5 and -6 < self.low < -0.3 and self.high < high
+
+
+def unit_of_item(values: Array, modality: Modality) -> str:
+    """Say what the values of one fully valid item speak for.
+
+    Args:
+        values: Values of the item, (C, n).
+        modality: What they are declared to be.
+
+    Returns:
+        `fits`, an empty string where they do not tell, or what they seem to be: `reflectance`,
+        `dn`, `linear`, `db`, `normalised`, `scaled`, `offset`, or `range` for anything that lies
+        outside of `valid_range`.
+    """
+    if values.min() == values.max():  # an empty window
+        return UNDECIDED
+    item = _Item.of(values)
+    rule = _RULES.get(modality.value_unit)
+    verdict = rule(item, modality) if rule is not None else FITS
+    if verdict in (FITS, UNDECIDED) and modality.valid_range is not None:
+        low, high = modality.valid_range
+        if np.mean((values < low) | (values > high)) > _OUTSIDE:
+            return "range"
+    return verdict
+
+
+def _dn(item: _Item, modality: Modality) -> str:
+    if item.high > 20:
+        return "offset" if _cirrus_has_offset(item, modality) else FITS
+    if item.fractional <= 0.5:  # few digital numbers above zero: water in SWIR, night
+        return UNDECIDED
+    if item.low >= -0.3 and 0 < item.high <= 2:
+        return "reflectance"
+    # A digital number is at least about 0, so a z-score is at least -mean / std in every band;
+    # noise around zero, at night, is not.
+    if item.looks_normalised(20) and modality.mean is not None and modality.std is not None:
+        least = -np.array(modality.mean) / np.array(modality.std) - 0.3
+        if (np.quantile(item.values, 0.005, axis=1) > least).all():
+            return "normalised"
+    return UNDECIDED
+
+
+def _cirrus_has_offset(item: _Item, modality: Modality) -> bool:
+    """Sentinel-2 L1C: B10 sees nothing but cirrus, over snow and night too."""
+    if not {"B10", "B8A"} <= set(modality.channels):
+        return False
+    return 800 < float(np.median(item.values[modality.channels.index("B10")])) < 1500
+
+
+def _reflectance(item: _Item, modality: Modality) -> str:
+    if item.high > 20:
+        return "dn"
+    if item.looks_normalised(20):
+        return "normalised"
+    return FITS if item.low >= -0.3 and item.high <= 3 else UNDECIDED
+
+
+def _db(item: _Item, modality: Modality) -> str:
+    if item.low >= 0 and item.median < 5:
+        return "linear"
+    if item.looks_normalised(8):
+        return "normalised"
+    return FITS if item.low < -6 else UNDECIDED
+
+
+def _linear(item: _Item, modality: Modality) -> str:
+    if item.median < -1:
+        return "db"
+    if item.looks_normalised(8):
+        return "normalised"
+    return FITS if item.low >= -0.05 else UNDECIDED
+
+
+def _rgb8(item: _Item, modality: Modality) -> str:
+    if item.fractional > 0.5 and item.low >= 0 and item.high <= 1:
+        return "scaled"
+    if item.looks_normalised(20):
+        return "normalised"
+    return FITS if item.high > 2 else UNDECIDED
+
+
+def _hu(item: _Item, modality: Modality) -> str:
+    if item.fractional > 0.5 and item.low >= 0 and item.high <= 1:
+        return "scaled"
+    if item.looks_normalised(10):
+        return "normalised"
+    return FITS if item.low < -10 or item.high > 10 else UNDECIDED
+
+
+_RULES: dict[str, Callable[[_Item, Modality], str]] = {
+    "dn": _dn,
+    "reflectance": _reflectance,
+    "db": _db,
+    "linear": _linear,
+    "rgb8": _rgb8,
+    "hu": _hu,
+}
+
+
+@dataclass
+class _Ballot:
+    """What the items of one modality from one loader have said so far."""
+
+    votes: Counter[str] = field(default_factory=Counter)
+    low: float = np.inf
+    high: float = -np.inf
+
+    def add(self, verdict: str, values: Array) -> None:
+        self.votes[verdict] += 1
+        if verdict not in (FITS, UNDECIDED):
+            self.low = min(self.low, float(values.min()))
+            self.high = max(self.high, float(values.max()))
+
+    def decision(self) -> str:
+        """Return what enough items agree on, or an empty string."""
+        spoken = {v: n for v, n in self.votes.items() if v != UNDECIDED}
+        if not spoken:
+            return UNDECIDED
+        verdict, count = max(spoken.items(), key=lambda pair: pair[1])
+        if count < _LEAST_VOTES or count < _AGREEMENT * sum(spoken.values()):
+            return UNDECIDED
+        return verdict
+
+
+class UnitCheck:
+    """Looks at the first batches of every loader and raises when the unit must be another.
+
+    Args:
+        modalities: What the model takes, by name.
+        stated: Modalities whose unit, scale and offset the files themselves state and the
+            DataModule applies; what is stated is believed, the values are not looked at.
+    """
+
+    def __init__(self, modalities: Mapping[str, Modality], stated: Collection[str] = ()) -> None:
+        self.modalities = {
+            name: modality
+            for name, modality in modalities.items()
+            if name not in stated and modality.kind in ("image", "series", "volume")
+        }
+        self._seen: Counter[str] = Counter()
+        self._ballots: dict[tuple[str, str], _Ballot] = {}
+
+    def look(self, batch: Any, loader: str) -> None:
+        """Look at a batch if it is one of the first of its loader.
+
+        Args:
+            batch: On the CPU; modalities on another device and other kinds of batch pass.
+            loader: Name of the loader, for the message.
+
+        Raises:
+            DataError: At least three fully valid items agree that the values are in another unit.
+        """
+        if self._seen[loader] >= _BATCHES or not isinstance(batch, Mapping):
+            return
+        self._seen[loader] += 1
+        for name, modality in self.modalities.items():
+            x = batch.get(name)
+            if not isinstance(x, Tensor) or x.device.type != "cpu" or not len(x):
+                continue
+            if x.ndim != len(modality.axes.split()):
+                continue  # `check_batch` says so
+            ballot = self._ballots.setdefault((loader, name), _Ballot())
+            places = np.linspace(0, len(x) - 1, min(len(x), _ITEMS)).round().astype(int)
+            for i in dict.fromkeys(places.tolist()):
+                values = _values_of(batch, x, name, i, modality)
+                if values is not None:
+                    ballot.add(unit_of_item(values, modality), values)
+            verdict = ballot.decision()
+            if verdict not in (FITS, UNDECIDED):
+                raise DataError(_message(modality, ballot, verdict, loader))
+
+
+def _values_of(
+    batch: Mapping[str, Any], x: Tensor, name: str, i: int, modality: Modality
+) -> Array | None:
+    """Return some values (C, n) of an item, None unless all of it is valid.
+
+    Padded dates do not count as a part of it.
+    """
+    item, valid = x[i], batch.get(key(name, "valid"))
+    present, frames = batch.get(key(name, "present")), batch.get(key(name, "frames"))
+    if isinstance(present, Tensor) and not bool(present[i]):
+        return None
+    real = frames[i] if isinstance(frames, Tensor) else slice(None)
+    if isinstance(valid, Tensor) and not bool(valid[i][real].all()):
+        return None
+    pixels = item[real].movedim(modality.channel_axis - 1, 0).flatten(1)  # (C, ...) -> (C, n)
+    if not pixels.numel():
+        return None
+    # An odd step, so that it does not run down one column of the image
+    step = max(1, pixels.numel() // _VALUES) | 1
+    values = pixels[:, ::step].to(torch.float64).numpy()
+    return values if np.isfinite(values).all() else None
+
+
+def _message(modality: Modality, ballot: _Ballot, verdict: str, loader: str) -> str:
+    name, unit = modality.name, modality.value_unit
+    expected = _EXPECTED.get(unit, f"the unit {unit!r}")
+    if verdict == "range" and modality.valid_range is not None:
+        expected += f" within {list(modality.valid_range)}"
+    spoken = sum(count for kind, count in ballot.votes.items() if kind != UNDECIDED)
+    digits = 2 if max(abs(ballot.low), abs(ballot.high)) < 100 else 0
+    return (
+        f"{name} values lie in [{ballot.low:.{digits}f}, {ballot.high:.{digits}f}] in "
+        f"{ballot.votes[verdict]} of {spoken} fully valid items of the {loader} data, but this "
+        f"model expects {expected}. {_REMEDY[verdict].format(name=name)} If the values are right, "
+        "model.init_args.check_units: false accepts them."
+    )

@@ -1,0 +1,54 @@
+"""`stats` writes what `data.statistics` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from domainssl.readers import measure as module
+
+
+def test_file_of_stats_becomes_the_statistics_of_the_data(cli, folder: Path, sample_root: Path):
+    from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
+
+    result = cli("stats", "sample", "--split", "val", "--workers", "0")
+    assert result.status == 0, result.text
+    assert "64 locations, 4 dates, in 2 blocks" in result.out
+    assert "99 %" in result.out and "s2: S2L2A (dn)" in result.out
+    assert "--data.statistics=stats.yaml" in result.out
+    written = yaml.safe_load((folder / "stats.yaml").read_text())["modalities"]
+    data = SSL4EOS12DataModule(statistics="stats.yaml")
+    for name, modality in data.modalities.items():
+        assert modality.mean == tuple(written[name]["mean"])
+        assert modality.std == tuple(written[name]["std"])
+    other = SSL4EOS12DataModule(products={"radar": "S1GRD"}, statistics="stats.yaml")
+    assert other.modalities["radar"].mean == tuple(written["s1"]["mean"])
+
+
+def test_interrupted_stats_say_how_to_go_on(cli, folder: Path, sample_root: Path, monkeypatch):
+    measured = []
+    original = module._measure_block
+
+    def second_is_interrupted(group, plan):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(group.key)
+        return original(group, plan)
+
+    monkeypatch.setattr(module, "_measure_block", second_is_interrupted)
+    stopped = cli("stats", sample_root, "--split", "val", "--workers", "0", "--output", "a.yaml")
+    assert stopped.status == 130
+    assert "Stopped after 1 of 2 blocks; they are kept in a.yaml.partial" in stopped.out
+    monkeypatch.setattr(module, "_measure_block", original)
+    again = cli("stats", sample_root, "--split", "val", "--workers", "0", "--output", "a.yaml")
+    assert again.status == 0
+    assert "1 blocks were measured by an earlier call" in again.out
+
+
+@pytest.mark.parametrize("words", [["s1="], ["s1=S1GRD", "s1=S2L2A"]])
+def test_products_without_a_key_of_their_own_are_refused(cli, words):
+    result = cli("stats", "sample", "--products", *words)
+    assert result.status == 2
+    assert "expected KEY=PRODUCT" in result.err

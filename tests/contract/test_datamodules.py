@@ -1,0 +1,183 @@
+"""What every DataModule keeps, whatever its format (DESIGN, section 6)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import DATAMODULES, build, build_data, tensors
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from domainssl.callbacks.checkpoint import AtomicCheckpoint
+from domainssl.datamodules.base import DomainDataModule
+from domainssl.modality import check_batch
+
+
+@pytest.fixture(scope="module", params=DATAMODULES)
+def recipe(request: pytest.FixtureRequest, sample_root: Path) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def data(recipe: str) -> DomainDataModule:
+    module = build_data(recipe, loading={"workers": 0})
+    module.setup("fit")
+    return module
+
+
+@pytest.fixture(scope="module")
+def epoch(data: DomainDataModule) -> list[dict[str, Any]]:
+    data.epoch = 0
+    return list(data.train_dataloader())
+
+
+def _equal(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
+    if [batch["id"] for batch in a] != [batch["id"] for batch in b]:
+        return False
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_modalities_are_known_without_looking_at_the_disk(recipe: str) -> None:
+    there = build_data(recipe)
+    elsewhere = build_data(recipe, root="no/such/folder")
+    assert elsewhere.modalities == there.modalities
+    for modality in there.modalities.values():
+        json.dumps(modality.to_dict(), allow_nan=False)
+
+
+def test_a_path_that_does_not_exist_is_refused_and_the_sample_is_named(recipe: str) -> None:
+    with pytest.raises(ValueError, match=r"no/such/folder[\s\S]*sample"):
+        build_data(recipe, root="no/such/folder").setup("fit")
+
+
+def test_batches_are_what_the_modalities_say(
+    data: DomainDataModule, epoch: list[dict[str, Any]]
+) -> None:
+    for batch in epoch:
+        check_batch(batch, data.modalities, training=True)
+        assert len(batch["id"]) == len(batch["index"]) == data.global_batch_size
+        for name, modality in data.modalities.items():
+            x = batch[name]
+            assert x.isfinite().all() if x.is_floating_point() else True
+            sides = x.shape[-modality.spatial_dims :] if modality.spatial_dims else ()
+            assert set(sides) <= {data.context_size}
+
+
+def test_raw_physical_values_reach_the_batch(
+    data: DomainDataModule, epoch: list[dict[str, Any]]
+) -> None:
+    for name, modality in data.modalities.items():
+        if modality.mean is None or modality.std is None:
+            continue
+        found = torch.stack([batch[name].float().mean() for batch in epoch]).mean()
+        middle = sum(modality.mean) / modality.num_channels
+        spread = max(modality.std)
+        assert abs(float(found) - middle) < 3 * spread, name
+
+
+def test_an_epoch_holds_no_item_twice(epoch: list[dict[str, Any]]) -> None:
+    ids = [item for batch in epoch for item in batch["id"]]
+    assert len(ids) == len(set(ids)) > 0
+
+
+def test_order_and_content_do_not_depend_on_the_number_of_workers(
+    recipe: str, epoch: list[dict[str, Any]]
+) -> None:
+    other = build_data(recipe, loading={"workers": 2})
+    other.setup("fit")
+    try:
+        assert _equal(list(other.train_dataloader()), epoch)
+    finally:
+        other.teardown()
+
+
+def test_epochs_and_seeds_differ_and_can_be_repeated(
+    recipe: str, data: DomainDataModule, epoch: list[dict[str, Any]]
+) -> None:
+    data.epoch = 1
+    assert not _equal(list(data.train_dataloader()), epoch)
+    data.epoch = 0
+    assert _equal(list(data.train_dataloader()), epoch)
+    seed = build_data(recipe, loading={"workers": 0}, seed=data.seed + 1)
+    seed.setup("fit")
+    assert not _equal(list(seed.train_dataloader()), epoch)
+
+
+def test_held_out_items_are_the_same_every_time_and_not_trained_on(
+    data: DomainDataModule, epoch: list[dict[str, Any]]
+) -> None:
+    first = list(data.val_dataloader())
+    assert _equal(first, list(data.val_dataloader()))
+    trained = {item for batch in epoch for item in batch["id"]}
+    assert trained.isdisjoint(item for batch in first for item in batch["id"])
+
+
+def test_identity_and_description_say_what_was_found(data: DomainDataModule) -> None:
+    assert len(json.dumps(data.identity())) > 20
+    text = "\n".join(data.describe())
+    assert all(name in text for name in data.modalities)
+
+
+class _Watch(Callback):
+    """Keep ids and losses of every training step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[list[str], Tensor]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.steps.append((list(batch["id"]), outputs["loss"].detach().clone()))
+
+
+def _run(
+    recipe: str, folder: Path, workers: int, steps: int, checkpoint: str | None = None
+) -> tuple[list[tuple[list[str], Tensor]], Path]:
+    data = build_data(recipe, loading={"workers": workers}, global_batch_size=16)
+    watch = _Watch()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=10,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        callbacks=[watch, AtomicCheckpoint(str(folder), every_n_train_steps=1), _Stop(steps)],
+    )
+    trainer.fit(build(recipe), data, ckpt_path=checkpoint, weights_only=True)
+    return watch.steps, folder / "last.ckpt"
+
+
+class _Stop(Callback):
+    """End the run after a step, which leaves the length of the schedule as it was."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    steps, _ = _run(recipe, tmp_path_factory.mktemp("whole"), 0, 9)
+    return steps
+
+
+@pytest.mark.parametrize(("workers", "stop"), [(0, 2), (0, 6), (2, 4)])
+def test_a_resumed_run_goes_on_bit_for_bit(
+    recipe: str, uninterrupted: list[Any], tmp_path: Path, workers: int, stop: int
+) -> None:
+    before, checkpoint = _run(recipe, tmp_path / "first", workers, stop)
+    after, _ = _run(recipe, tmp_path / "second", workers, 9, str(checkpoint))
+    joined = before + after
+    assert len(joined) == len(uninterrupted) == 9
+    for (ids, loss), (expected_ids, expected_loss) in zip(joined, uninterrupted, strict=True):
+        assert ids == expected_ids
+        assert torch.equal(loss, expected_loss)
