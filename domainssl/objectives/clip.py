@@ -97,7 +97,7 @@ class CLIP(_JointEmbedding):
         self.options = decide(as_dataclass(CLIPOptions, options), reference)
         self.temperature = temperature
         self.make_heads(
-            projector_width, embedding_width, shared=False, layers=2, bias=True, last_norm=True
+            projector_width, embedding_width, shared=False, layers=2, last_norm=True
         )
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
