@@ -85,7 +85,8 @@ def _values(modality: Modality, shape: list[int], generator: torch.Generator) ->
     std = torch.tensor(modality.std or [1.0] * modality.num_channels).view(axis)
     # items differ in level and contrast, as real ones do: a batch norm over four items that are
     # all alike would amplify rounding
-    per_item = [shape[0]] + [n if i == modality.channel_axis else 1 for i, n in enumerate(shape)][1:]
+    per_item = [1] * len(shape)
+    per_item[0], per_item[modality.channel_axis] = shape[0], modality.num_channels
     level = torch.randn(per_item, generator=generator)
     spread = torch.rand(per_item, generator=generator) + 0.5
     return (torch.randn(shape, generator=generator) * spread + level) * std + mean
