@@ -26,6 +26,7 @@ __all__ = [
     "barrier",
     "gather",
     "global_mean",
+    "global_size",
     "is_distributed",
     "is_lost_connection",
     "offset_of_rank",
@@ -160,6 +161,11 @@ def gather(x: Tensor, mode: Gather = "grad") -> Tensor:
         rows: Tensor = _GatherRows.apply(x, sizes)
         return rows
     return _gather_rows(x, sizes)
+
+
+def global_size(count: int, device: torch.device) -> int:
+    """Number of rows of all ranks together."""
+    return sum(_sizes(count, device)) if is_distributed() else count
 
 
 def offset_of_rank(count: int, device: torch.device) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from domainssl.distributed import Gather, gather, global_mean, offset_of_rank
 
-__all__ = ["info_nce"]
+__all__ = ["info_nce", "nt_xent"]
 
 
 def info_nce(
@@ -18,6 +18,7 @@ def info_nce(
     *,
     present: Tensor | None = None,
     gather_keys: Gather = "grad",
+    symmetric: bool = True,
 ) -> Tensor:
     """Compute the symmetric InfoNCE of paired vectors over the global batch.
 
@@ -31,6 +32,7 @@ def info_nce(
         present: bool (B,); False pairs are neither query nor key. None counts all.
         gather_keys: `grad` lets gradients reach keys on every rank (the exact gradient of the
             global loss), `detach` makes all keys constants, in a single process too.
+        symmetric: Mean of both directions; otherwise only `a` asks and `b` answers.
 
     Returns:
         The loss, (); its mean over ranks is the loss of one process with the joined batch.
@@ -47,13 +49,51 @@ def info_nce(
         targets = torch.arange(len(a), device=a.device) + offset_of_rank(len(a), a.device)
         count = present.to(a.dtype).sum()
         total = a.new_zeros(())
-        for queries, keys in ((a, keys_b), (b, keys_a)):
+        directions = ((a, keys_b), (b, keys_a))[: 2 if symmetric else 1]
+        for queries, keys in directions:
             logits = scale.to(a.dtype) * queries @ keys.T
             # The lowest finite number instead of -inf: a batch without any pair stays finite.
             logits = logits.masked_fill(~key_present, torch.finfo(logits.dtype).min)
             terms = F.cross_entropy(logits, targets, reduction="none")
             total = total + torch.where(present, terms, 0.0).sum()
-        return global_mean(total / 2, count)
+        return global_mean(total / len(directions), count)
+
+
+def nt_xent(a: Tensor, b: Tensor, temperature: float, *, present: Tensor | None = None) -> Tensor:
+    """Compute NT-Xent: every vector has one positive, all others of both kinds are negatives.
+
+    `L = mean over 2N anchors of CE([a; b]_i [a; b]_all^T / temperature, partner of i)`, the anchor
+    itself left out.
+
+    Args:
+        a: Vectors of the first view or modality, (B, E); normalised here.
+        b: Vectors of the second, (B, E); row i belongs to row i of `a`.
+        temperature: Divides the cosines.
+        present: bool (B,); False pairs are neither anchor nor candidate. None counts all.
+
+    Returns:
+        The loss, (); its mean over ranks is the loss of one process with the joined batch.
+        With no pair at all, a zero that is connected to the inputs.
+
+    Source: Chen et al. 2020, eq. 1; candidates of all ranks carry gradients.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = (F.normalize(_float(x), dim=-1) for x in (a, b))
+        if present is None:
+            present = torch.ones(len(a), dtype=torch.bool, device=a.device)
+        keys = torch.cat([gather(a), gather(b)])  # (2N, E), first all of a
+        usable = gather(present, "detach").repeat(2)
+        own = torch.arange(len(a), device=a.device) + offset_of_rank(len(a), a.device)
+        half = len(keys) // 2
+        total = a.new_zeros(())
+        for anchors, itself, partner in ((a, own, own + half), (b, own + half, own)):
+            logits = anchors @ keys.T / temperature
+            lowest = torch.finfo(logits.dtype).min
+            logits = logits.masked_fill(~usable, lowest)
+            logits = logits.scatter(1, itself.unsqueeze(1), lowest)
+            terms = F.cross_entropy(logits, partner, reduction="none")
+            total = total + torch.where(present, terms, 0.0).sum()
+        return global_mean(total, 2 * present.to(a.dtype).sum())
 
 
 def _float(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from domainssl.errors import ConfigError
 from domainssl.modality import Batch, Modality, as_modalities
 from domainssl.objectives.execution import Execution, apply_execution
 from domainssl.objectives.guard import FiniteGuard, check_resume, check_weights
-from domainssl.objectives.optimization import Optimization, parameter_groups
+from domainssl.objectives.optimization import Optimization, make_optimizer
 from domainssl.objectives.presence import PresenceRecord
 from domainssl.options import as_dataclass
 from domainssl.units import UnitCheck
@@ -249,14 +249,9 @@ class Objective(Recorded, LightningModule):
     # -- optimiser and schedule -------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW and its schedule per optimiser step."""
+        """Return the optimiser and its schedule per optimiser step."""
         options = self.optimization
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.named_parameters(), options.weight_decay),
-            lr=options.lr,
-            betas=options.betas,
-            eps=options.eps,
-        )
+        optimizer = make_optimizer(self.named_parameters(), options)
 
         def scale(step: int) -> float:
             return 0.0 if self.total_steps is None else options.scale(step, self.total_steps)

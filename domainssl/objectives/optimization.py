@@ -1,24 +1,26 @@
-"""How weights are updated: AdamW without decay where it harms, warm-up, then a cosine."""
+"""How weights are updated: AdamW or LARS without decay where it harms, warm-up, then a cosine."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from domainssl.errors import ConfigError, nearest
+from domainssl.objectives.lars import LARS
 
-__all__ = ["Optimization", "parameter_groups"]
+__all__ = ["Optimization", "make_optimizer", "parameter_groups"]
 
 _NO_DECAY_NAMES = ("token", "position", "temperature")
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW and its learning rate over optimiser steps.
+    """The optimiser and its learning rate over optimiser steps.
 
     Attributes:
         lr: Highest learning rate, reached at the end of the warm-up.
@@ -30,6 +32,10 @@ class Optimization:
         warmup_steps: The same as a number of steps; wins over `warmup_fraction`.
         final_lr_fraction: Rate that the cosine would reach one step after the last, as a share of
             `lr`.
+        optimizer: `adamw`, or `lars` (layer-wise rates, as Barlow Twins and DeCUR use it with
+            ResNets; `betas` and `eps` have no meaning there).
+        lr_bias: With `lars`, the rate of biases, norms and other vectors; None takes `lr`.
+        momentum: With `lars`.
 
     Raises:
         ConfigError: A value lies outside its range.
@@ -42,6 +48,9 @@ class Optimization:
     warmup_fraction: float = 0.05
     warmup_steps: int | None = None
     final_lr_fraction: float = 0.0
+    optimizer: Literal["adamw", "lars"] = "adamw"
+    lr_bias: float | None = None
+    momentum: float = 0.9
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -55,6 +64,9 @@ class Optimization:
             "eps": (self.eps > 0, "a positive number"),
             "warmup_fraction": (0 <= self.warmup_fraction < 1, "a share in [0, 1)"),
             "warmup_steps": (self.warmup_steps is None or self.warmup_steps >= 0, "zero or more"),
+            "optimizer": (self.optimizer in ("adamw", "lars"), "'adamw' or 'lars'"),
+            "lr_bias": (self.lr_bias is None or self.lr_bias > 0, "a positive number or null"),
+            "momentum": (0 <= self.momentum < 1, "a share in [0, 1)"),
             "final_lr_fraction": (0 <= self.final_lr_fraction <= 1, "a share in [0, 1]"),
         }
         for name, (is_fine, expected) in checks.items():
@@ -121,3 +133,15 @@ def parameter_groups(
         {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], options: Optimization
+) -> torch.optim.Optimizer:
+    """Build the optimiser that `options` ask for, over the groups of `parameter_groups`."""
+    groups = parameter_groups(named, options.weight_decay)
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+    groups[1]["lr"] = options.lr if options.lr_bias is None else options.lr_bias
+    groups[1]["adapt"] = False
+    return LARS(groups, lr=options.lr, momentum=options.momentum)

@@ -1,0 +1,114 @@
+"""CLIP between two image modalities: each vector is to find its partner in the batch.
+
+Source: Radford et al. 2021, in the form of the SSL4EO baselines: fixed temperature, and in the
+released code one direction only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from domainssl.errors import ConfigError
+from domainssl.losses.contrastive import info_nce
+from domainssl.modality import Batch, Modality
+from domainssl.objectives.base import Optimization, Step
+from domainssl.objectives.decur import published_optimization
+from domainssl.objectives.execution import Execution
+from domainssl.objectives.joint_embedding import (
+    EncoderSizes,
+    ViewDraws,
+    Views,
+    _JointEmbedding,
+    common_arguments,
+    with_outputs,
+)
+from domainssl.options import as_dataclass, decide, option
+
+__all__ = ["CLIP", "CLIPOptions"]
+
+
+@dataclass(frozen=True)
+class CLIPOptions:
+    """Where the paper, the released code and good sense differ; None follows `reference`."""
+
+    symmetric: bool | None = option(
+        ours=False,
+        reference=False,
+        text="Both directions (CLIP paper), or only from the first modality to the second "
+        "(released baseline).",
+    )
+
+
+class CLIP(_JointEmbedding):
+    """Pretrain an `EncoderBackbone` with InfoNCE between one view of each modality.
+
+    Args:
+        modalities: Two modalities by name; linked from the DataModule by the CLI.
+        encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
+        sizes: Sizes of the encoder `transformer`.
+        projector_width: Width of the hidden layer of each projection.
+        embedding_width: Width of the compared vectors.
+        temperature: Divides the cosines; 1 as in the published baseline, 0.07 is more usual.
+        views: How views are drawn, per modality; None takes the published pipelines.
+        context_size: Side of the window that the DataModule yields.
+        view_size: Side of a view; None takes `context_size`.
+        normalization: Form for both modalities, or one per modality.
+        weights: Start from this export, checkpoint or published file.
+        reference: Follow the released code where it differs from ours.
+        options: Single choices, over `reference`.
+        optimization: Optimiser and schedule; None takes LARS as published.
+        seed: Seed of all draws.
+        allow_accumulation: Accept gradient accumulation, which does not enlarge the batch that
+            items are compared in.
+        execution: Speed and memory.
+
+    Raises:
+        ConfigError: The modalities or sizes cannot be used.
+    """
+
+    def __init__(
+        self,
+        modalities: dict[str, Modality | dict[str, Any]],
+        encoder: str | dict[str, str] = "resnet50",
+        sizes: EncoderSizes = EncoderSizes(),
+        projector_width: int = 512,
+        embedding_width: int = 128,
+        temperature: float = 1.0,
+        views: dict[str, Views] | None = None,
+        context_size: int = 224,
+        view_size: int | None = None,
+        normalization: str | dict[str, str] = "mean2std",
+        weights: str | None = None,
+        reference: bool = False,
+        options: CLIPOptions = CLIPOptions(),
+        optimization: Optimization | None = None,
+        seed: int = 0,
+        allow_accumulation: bool = False,
+        execution: Execution = Execution(),
+    ) -> None:
+        arguments = {**common_arguments(locals()), "deformable_attention": "none"}
+        arguments["optimization"] = optimization or published_optimization(encoder, "none")
+        super().__init__(modalities, num_views=1, **arguments)
+        if temperature <= 0:
+            raise ConfigError(f"model.init_args.temperature: got {temperature}, expected > 0.")
+        self.options = decide(as_dataclass(CLIPOptions, options), reference)
+        self.temperature = temperature
+        self.make_heads(projector_width, embedding_width, shared=False, layers=2, last_norm=True)
+
+    def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
+        """Compute InfoNCE; items that lack a modality do not count."""
+        z, rows = {}, self.present(batch)
+        for name, vectors in self.encode_views(batch, draws).items():
+            z[name] = self.project(vectors[0], name, rows[name])
+        both = rows[self.first] & rows[self.second]
+        loss = info_nce(
+            z[self.first],
+            z[self.second],
+            torch.tensor(1 / self.temperature, device=both.device),
+            present=both,
+            symmetric=bool(self.options.symmetric),
+        )
+        return Step({"contrastive": loss}, with_outputs(z) if outputs else {})

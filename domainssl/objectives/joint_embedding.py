@@ -1,0 +1,310 @@
+"""What DeCUR and its siblings share: encoders per modality, independent views, projections.
+
+Every modality of an item is seen through its own views: its own crop, flips, photometric changes
+and, for series, its own date. Nothing has to stay aligned, because one vector per item is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from domainssl.backbones.base import Features
+from domainssl.backbones.encoder_nets import Encoder
+from domainssl.backbones.encoders import (
+    DeformableAttentionUse,
+    EncoderBackbone,
+    EncoderSizes,
+)
+from domainssl.backbones.registry import load_backbone
+from domainssl.errors import ConfigError, WeightsError, nearest
+from domainssl.modality import (
+    Batch,
+    Modality,
+    as_modalities,
+    check_batch,
+    key,
+    present_mask,
+    valid_mask,
+)
+from domainssl.nn.heads import ProjectionHead
+from domainssl.nn.norm import counted_rows
+from domainssl.nn.views import View, Views, draw_view, geometry, photometry
+from domainssl.objectives.base import Generators, Objective, Optimization
+from domainssl.objectives.execution import Execution
+from domainssl.options import as_dataclass
+
+__all__ = ["EncoderSizes", "ViewDraws", "Views", "published_views"]
+
+ViewDraws = dict[str, tuple[View, ...]]
+_BOUNDED_FORMS = ("mean2std", "mean2std8", "scale", "window", "item", "batch")
+
+
+def published_views(modality: Modality) -> Views:
+    """Return the changes that the SSL4EO and GeoNRW pipelines use for such a modality."""
+    if modality.value_unit in ("db", "linear"):
+        return Views(grey_probability=0.2, blur_probability=0.5)
+    if modality.value_unit in ("dn", "reflectance", "rgb8"):
+        return Views(
+            color_probability=0.8,
+            grey_probability=0.2,
+            blur_probability=0.5,
+            solarize_probability=0.2,
+        )
+    return Views()
+
+
+class _JointEmbedding(Objective):
+    """Base of methods that compare one vector per item and view between two modalities.
+
+    Args:
+        modalities: Exactly two.
+        encoder: Name of the encoder, for both or per modality.
+        sizes: Sizes of the encoder `transformer`.
+        deformable_attention: See `EncoderBackbone`.
+        views: How views are drawn, per modality; None takes `published_views`.
+        view_size: Side of a view in pixels or voxels; None takes `context_size`.
+        normalization: Form for both, or per modality.
+        weights: Start from this export, checkpoint or reference file.
+        num_views: Views per modality and item.
+        shared: Arguments of `Objective`.
+    """
+
+    contrastive: ClassVar[bool] = True
+    backbone: EncoderBackbone
+
+    def __init__(
+        self,
+        modalities: Mapping[str, Modality | Mapping[str, Any]],
+        *,
+        encoder: str | dict[str, str],
+        sizes: EncoderSizes,
+        deformable_attention: DeformableAttentionUse,
+        views: Mapping[str, Views | Mapping[str, Any]] | None,
+        view_size: int | None,
+        normalization: str | dict[str, str],
+        weights: str | None,
+        context_size: int,
+        optimization: Optimization,
+        seed: int,
+        allow_accumulation: bool,
+        execution: Execution,
+        num_views: int,
+    ) -> None:
+        super().__init__(
+            optimization=optimization,
+            seed=seed,
+            allow_accumulation=allow_accumulation,
+            execution=execution,
+            context_size=context_size,
+        )
+        known = as_modalities(modalities)
+        method = type(self).__name__
+        if len(known) != 2:
+            raise ConfigError(
+                f"{method} compares two modalities, the data have {list(known)}. Choose two in "
+                "the DataModule."
+            )
+        self.num_views = num_views
+        self.view_size = context_size if view_size is None else view_size
+        variant: dict[str, Any] = {
+            "encoder": encoder,
+            "sizes": as_dataclass(EncoderSizes, sizes),
+            "image_size": self.view_size,
+            "deformable_attention": deformable_attention,
+        }
+        if weights is None:
+            self.backbone = EncoderBackbone(known, **variant, normalization=normalization)
+        else:
+            self.backbone = _from_weights(weights, known, variant)
+        self.first, self.second = known
+        self.views = self._views(views, known)
+
+    def _views(
+        self, given: Mapping[str, Views | Mapping[str, Any]] | None, known: dict[str, Modality]
+    ) -> dict[str, Views]:
+        for name in given or {}:
+            if name not in known:
+                raise ConfigError(
+                    f"model.init_args.views: no modality {name!r}.{nearest(name, known)} "
+                    f"The data have {list(known)}."
+                )
+        chosen = {}
+        for name, modality in known.items():
+            own = given[name] if given and name in given else published_views(modality)
+            chosen[name] = as_dataclass(Views, own)
+            form = self.backbone.normalizer.forms[name]
+            if chosen[name].is_photometric and form.name not in _BOUNDED_FORMS:
+                raise ConfigError(
+                    f"model.init_args.views.{name}: photometric changes work on values in [0, 1], "
+                    f"which normalization {str(form)!r} does not give. Choose one of "
+                    f"{', '.join(_BOUNDED_FORMS)}, or set the probabilities to 0."
+                )
+        return chosen
+
+    def setup(self, stage: str) -> None:
+        """Refuse what timm's encoders cannot do, besides the checks of every objective."""
+        is_own = all(isinstance(e, Encoder) and e.is_own for e in self.backbone.encoders.values())
+        wanted = self.execution
+        if not is_own and (wanted.compile or wanted.attention != "fused"):
+            raise ConfigError(
+                "model.init_args.execution: compile and attention act on our own blocks (encoder: "
+                "transformer); timm's encoders take compile: false and attention: fused."
+            )
+        super().setup(stage)
+
+    def draw(self, batch: Batch, generators: Generators) -> ViewDraws:
+        """Draw the views of every modality, independently of the other one."""
+        draws: ViewDraws = {}
+        for name, modality in self.backbone.modalities.items():
+            x = batch[name]
+            frames = None
+            if modality.kind == "series":
+                frames = batch.get(key(name, "frames"))
+                if frames is None:
+                    frames = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            size = tuple(x.shape[-modality.spatial_dims :])
+            draws[name] = tuple(
+                draw_view(self.views[name], size, len(x), generators.local, frames)
+                for _ in range(self.num_views)
+            )
+        return draws
+
+    def encode_views(self, batch: Batch, draws: ViewDraws) -> dict[str, list[Tensor]]:
+        """Make the views and encode them: pooled vectors (B, E) per modality and view."""
+        check_batch(batch, self.backbone.modalities, training=True)
+        units = {name: self._unit(batch, name) for name in self.backbone.modalities}
+        pooled: dict[str, list[Tensor]] = {name: [] for name in units}
+        for index in range(self.num_views):
+            x: dict[str, Any] = {}
+            for name, (values, usable) in units.items():
+                x |= self._view(name, values, usable, draws[name][index])
+                if key(name, "present") in batch:
+                    x[key(name, "present")] = batch[key(name, "present")]
+            for name, vector in self.backbone.encode(x).pooled.items():
+                pooled[name].append(vector)
+        return pooled
+
+    def _unit(self, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
+        """Return values before `standardize`, and which are measured, channels removed."""
+        values = self.backbone.normalizer.to_unit(batch, name)
+        usable = valid_mask(batch, self.backbone.modalities[name])
+        present = present_mask(batch, name).view(-1, *[1] * (usable.ndim - 1))
+        return values, usable & present
+
+    def _view(self, name: str, values: Tensor, usable: Tensor, view: View) -> dict[str, Tensor]:
+        """Apply one view; a series becomes one of one date."""
+        modality = self.backbone.modalities[name]
+        is_series = modality.kind == "series"
+        if is_series:
+            items = torch.arange(len(values), device=values.device)
+            values, usable = values[items, view.date], usable[items, view.date]
+        size = (self.view_size,) * modality.spatial_dims
+        values, usable = geometry(values, usable, view, size)
+        values = photometry(values, usable, view, self.views[name])
+        if is_series:
+            values, usable = values.unsqueeze(1), usable.unsqueeze(1)
+        values = self.backbone.normalizer.standardize(values, name)
+        values = torch.where(usable.unsqueeze(modality.channel_axis), values, 0.0)
+        return {name: values, key(name, "valid"): usable}
+
+    def present(self, batch: Batch) -> dict[str, Tensor]:
+        """Return which items have a modality, (B,) per name."""
+        return {name: present_mask(batch, name) for name in self.backbone.modalities}
+
+    # -- projections ------------------------------------------------------------------------
+
+    def make_heads(self, hidden: int, outputs: int, *, shared: bool, **options: Any) -> None:
+        """Build the projections: `heads.shared`, or one per modality.
+
+        Raises:
+            ConfigError: A shared projection is wanted for encoders of different width.
+        """
+        widths = self.backbone.embed_dim
+        if shared and len(set(widths.values())) > 1:
+            raise ConfigError(
+                f"{type(self).__name__}: one projection for both modalities needs encoders of one "
+                f"width, got {widths}. Set options.shared_projector: false."
+            )
+        names = ["shared"] if shared else list(widths)
+        self.heads = nn.ModuleDict(
+            {
+                name: ProjectionHead(
+                    widths[self.first if shared else name], hidden, outputs, **options
+                )
+                for name in names
+            }
+        )
+
+    def project(self, vector: Tensor, name: str, rows: Tensor | None = None) -> Tensor:
+        """Project a pooled vector of a modality, (B, E) -> (B, K)."""
+        with counted_rows(rows):
+            out: Tensor = self.heads["shared" if "shared" in self.heads else name](vector)
+        return out
+
+    def embed(self, features: Features) -> dict[str, Tensor]:
+        """Project pooled features into the space of the loss, (B, K) each."""
+        return {
+            name: self.project(vector, name)
+            for name, vector in features.pooled.items()
+            if name in self.backbone.modalities
+        }
+
+    def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the modality's encoder and, where it has its own, projection."""
+        yield from super().modality_parameters(name)
+        if name in self.heads:
+            yield from self.heads[name].parameters()
+
+
+def _from_weights(
+    weights: str, known: dict[str, Modality], variant: dict[str, Any]
+) -> EncoderBackbone:
+    """Load an export or checkpoint of ours, or a reference file for the chosen encoder."""
+    path = Path(weights)
+    is_ours = path.is_dir() or path.suffix in (".json", ".ckpt")
+    is_ours = is_ours or (path.suffix == ".safetensors" and path.with_suffix(".json").exists())
+    if is_ours:
+        loaded = load_backbone(path, modalities=known)
+    else:
+        name = next(
+            (
+                n
+                for n, v in EncoderBackbone.variants.items()
+                if v["encoder"] == variant["encoder"]
+                and v.get("deformable_attention", "none") == variant["deformable_attention"]
+            ),
+            None,
+        )
+        if name is None:
+            raise WeightsError(
+                f"model.init_args.weights: reference files are known for "
+                f"{', '.join(sorted({v['encoder'] for v in EncoderBackbone.variants.values()}))}; "
+                f"the encoder is {variant['encoder']!r}."
+            )
+        sizes = {k: v for k, v in variant.items() if k != "sizes"}
+        loaded = load_backbone(name, weights=path, modalities=known, arguments=sizes)
+    if not isinstance(loaded, EncoderBackbone) or list(loaded.modalities) != list(known):
+        raise WeightsError(
+            f"model.init_args.weights: {weights!r} holds a {type(loaded).__name__} for "
+            f"{list(loaded.modalities)}; expected encoders for {list(known)}."
+        )
+    return loaded.train()
+
+
+def with_outputs(vectors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return `Step.outputs` that hold embeddings alone."""
+    return {"embeddings": {name: vector.detach() for name, vector in vectors.items()}}
+
+
+def common_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick from a constructor's arguments those that `_JointEmbedding` takes."""
+    names = (
+        "encoder", "sizes", "views", "view_size", "normalization",
+        "weights", "context_size", "seed", "allow_accumulation", "execution",
+    )  # fmt: skip
+    return {name: local[name] for name in names}

@@ -1,0 +1,86 @@
+"""SimCLR across modalities: the two modalities of an item are its two views.
+
+Source: Chen et al. 2020, in the cross-modal form of the SSL4EO baselines.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from domainssl.errors import ConfigError
+from domainssl.losses.contrastive import nt_xent
+from domainssl.modality import Batch, Modality
+from domainssl.objectives.base import Optimization, Step
+from domainssl.objectives.decur import published_optimization
+from domainssl.objectives.execution import Execution
+from domainssl.objectives.joint_embedding import (
+    EncoderSizes,
+    ViewDraws,
+    Views,
+    _JointEmbedding,
+    common_arguments,
+    with_outputs,
+)
+
+__all__ = ["SimCLR"]
+
+
+class SimCLR(_JointEmbedding):
+    """Pretrain an `EncoderBackbone` with NT-Xent between one view of each modality.
+
+    Args:
+        modalities: Two modalities by name; linked from the DataModule by the CLI.
+        encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
+        sizes: Sizes of the encoder `transformer`.
+        projector_width: Width of the hidden layer of each projection.
+        embedding_width: Width of the compared vectors.
+        temperature: Divides the cosines; 1 as in the published baseline, 0.1 is more usual.
+        views: How views are drawn, per modality; None takes the published pipelines.
+        context_size: Side of the window that the DataModule yields.
+        view_size: Side of a view; None takes `context_size`.
+        normalization: Form for both modalities, or one per modality.
+        weights: Start from this export, checkpoint or published file.
+        optimization: Optimiser and schedule; None takes LARS as published.
+        seed: Seed of all draws.
+        allow_accumulation: Accept gradient accumulation, which does not enlarge the batch that
+            items are compared in.
+        execution: Speed and memory.
+
+    Raises:
+        ConfigError: The modalities or sizes cannot be used.
+    """
+
+    def __init__(
+        self,
+        modalities: dict[str, Modality | dict[str, Any]],
+        encoder: str | dict[str, str] = "resnet50",
+        sizes: EncoderSizes = EncoderSizes(),
+        projector_width: int = 512,
+        embedding_width: int = 128,
+        temperature: float = 1.0,
+        views: dict[str, Views] | None = None,
+        context_size: int = 224,
+        view_size: int | None = None,
+        normalization: str | dict[str, str] = "mean2std",
+        weights: str | None = None,
+        optimization: Optimization | None = None,
+        seed: int = 0,
+        allow_accumulation: bool = False,
+        execution: Execution = Execution(),
+    ) -> None:
+        arguments = {**common_arguments(locals()), "deformable_attention": "none"}
+        arguments["optimization"] = optimization or published_optimization(encoder, "none")
+        super().__init__(modalities, num_views=1, **arguments)
+        if temperature <= 0:
+            raise ConfigError(f"model.init_args.temperature: got {temperature}, expected > 0.")
+        self.temperature = temperature
+        self.make_heads(projector_width, embedding_width, shared=False, layers=2, last_norm=True)
+
+    def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
+        """Compute NT-Xent; items that lack a modality do not count."""
+        z, rows = {}, self.present(batch)
+        for name, vectors in self.encode_views(batch, draws).items():
+            z[name] = self.project(vectors[0], name, rows[name])
+        both = rows[self.first] & rows[self.second]
+        loss = nt_xent(z[self.first], z[self.second], self.temperature, present=both)
+        return Step({"contrastive": loss}, with_outputs(z) if outputs else {})

@@ -1,0 +1,317 @@
+"""DeCUR and its siblings against numbers made by running the published code."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from domainssl.backbones.encoder_nets import ResNetEncoder, ViTEncoder, make_encoder
+from domainssl.losses.contrastive import info_nce, nt_xent
+from domainssl.losses.decorrelation import barlow_twins, redundancy, standardize, vicreg
+from domainssl.modality import Modality
+from domainssl.nn.deformable import DeformableAttention
+from domainssl.nn.normalization import Normalizer
+from domainssl.objectives.decur import DeCUR, DeCUROptions
+from domainssl.objectives.lars import LARS
+
+IS_OURS = "DOMAINSSL_GOLDEN_DIR" not in os.environ
+GOLDEN = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+FILES = sorted(GOLDEN.glob("decur_*.safetensors"))
+VIEWS = {"s1": ("f1_1", "f1_2"), "s2": ("f2_1", "f2_2")}
+FORMS = ("gram", "matrix")
+
+
+def test_golden_files_exist() -> None:
+    assert FILES, f"no decur_*.safetensors in {GOLDEN}"
+
+
+def some(name: str, bands: int) -> Modality:
+    return Modality(name, "image", tuple(f"{name}_{i}" for i in range(bands)), "arbitrary")
+
+
+class Golden:
+    """One golden file, and the objective it describes."""
+
+    def __init__(self, path: Path) -> None:
+        self.tensors = load_file(path)
+        self.facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+        self.config: dict[str, Any] = self.facts["config"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.need(name in self.tensors, name)
+        return self.tensors[name]
+
+    def need(self, found: bool, name: str) -> None:
+        """Fail on an incomplete file of ours, skip what a foreign one does not have."""
+        if not found:
+            assert not IS_OURS, f"{name} is missing in the golden file"
+            pytest.skip(f"this golden file has no {name}")
+
+    def head(self) -> dict[str, Tensor]:
+        state = {
+            n.removeprefix("state_dict/"): t
+            for n, t in self.tensors.items()
+            if n.startswith("state_dict/")
+        }
+        return {n: t for n, t in state.items() if not n.startswith("backbone_")}
+
+    def build(self, **options: Any) -> DeCUR:
+        c = self.config
+        widths = [int(w) for w in c["projector"].split("-")]
+        assert widths[0] == widths[1]
+        encoder = {512: "resnet18", 2048: "resnet50"}[c["projector_in"]]
+        model = DeCUR(
+            {"s1": some("s1", 2), "s2": some("s2", 13)},
+            encoder=encoder,
+            projector_width=widths[0],
+            embedding_width=widths[-1],
+            common_ratio=c["dim_common"] / widths[-1],
+            off_diagonal=c["lambda"],
+            normalization="identity",
+            options=DeCUROptions(**options),
+        )
+        assert model.common == c["dim_common"]
+        model.load_pretraining_parts(self.head())
+        return model
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param)
+
+
+def assert_loss(actual: Tensor, expected: Tensor) -> None:
+    assert float(actual.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def assert_gradient(actual: Tensor | None, expected: Tensor, name: str) -> None:
+    assert actual is not None, name
+    bound = max(1e-6, 1e-4 * float(expected.abs().max()))
+    assert float((actual - expected).abs().max()) <= bound, name
+
+
+def assert_output(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    bound = tolerance * max(1.0, float(expected.abs().max()))
+    assert float((actual - expected).abs().max()) <= bound
+
+
+# -- projector and losses --------------------------------------------------------------------
+
+
+def _projected(model: DeCUR, golden: Golden) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+    features = {n: golden[f"input/{n}"].clone().requires_grad_() for v in VIEWS.values() for n in v}
+    z = {name: [model.project(features[n], name) for n in names] for name, names in VIEWS.items()}
+    return features, z
+
+
+def _rows(golden: Golden) -> dict[str, Tensor]:
+    return dict.fromkeys(VIEWS, torch.ones(golden.config["N"], dtype=torch.bool))
+
+
+def test_losses_gradients_and_buffers_of_one_step(golden: Golden) -> None:
+    model = golden.build().train()
+    features, z = _projected(model, golden)
+    losses = model.losses(z, _rows(golden))
+    assert_loss(3 * losses["intra_s1"], golden["loss/m1"])
+    assert_loss(3 * losses["intra_s2"], golden["loss/m2"])
+    assert_loss(3 * (losses["common"] + losses["unique"]), golden["loss/cross"])
+    total = torch.stack(list(losses.values())).sum()
+    assert_loss(total, golden["loss/total"])
+    total.backward()
+    for name, feature in features.items():
+        assert_gradient(feature.grad, golden[f"grad_input/{name}"], name)
+    parameters = dict(model.heads["shared"].named_parameters())
+    wanted = [n for n in golden.tensors if n.startswith("grad/projector1.")]
+    golden.need(bool(wanted), "grad/projector1.*")
+    for name in wanted:
+        own = name.removeprefix("grad/projector1.")
+        assert_gradient(parameters[own].grad, golden[name], name)
+    after = {n.removeprefix("module."): t for n, t in model.to_reference().items()}
+    wanted = [n for n in golden.tensors if n.startswith("state_after/")]
+    golden.need(bool(wanted), "state_after/*")
+    for name in wanted:
+        actual = after[name.removeprefix("state_after/")].float()
+        torch.testing.assert_close(actual, golden[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_paper_sums_the_four_terms(golden: Golden) -> None:
+    model = golden.build(loss_form="paper_sum")
+    _, z = _projected(model, golden)
+    losses = model.losses(z, _rows(golden))
+    expected = golden["loss/m1"] + golden["loss/m2"] + 2 * golden["loss/cross"]
+    assert_loss(torch.stack(list(losses.values())).sum(), expected)
+
+
+def test_the_published_divisor_assumes_four_ranks(golden: Golden) -> None:
+    model = golden.build(correlation_divisor="4n")
+    _, z = _projected(model, golden)
+    found = model.losses(z, _rows(golden))["intra_s1"]
+    a, b = (standardize(v) for v in z["s1"])
+    terms = redundancy(a, b, divisor=4 * golden.config["N"])
+    torch.testing.assert_close(3 * found, terms.weighted(golden.config["lambda"]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_on_given_embeddings(golden: Golden, form: Any) -> None:
+    z = {n: standardize(golden[f"zinput/{n}"]) for n in ("z1_1", "z1_2", "z2_1", "z2_2")}
+    common = golden.config["dim_common"]
+    pairs = {
+        "m1": redundancy(z["z1_1"], z["z1_2"], form=form),
+        "m2": redundancy(z["z2_1"], z["z2_2"], form=form),
+        "common": redundancy(z["z1_1"][:, :common], z["z2_1"][:, :common], form=form),
+        "unique": redundancy(z["z1_1"][:, common:], z["z2_1"][:, common:], target=0, form=form),
+    }
+    for name, terms in pairs.items():
+        assert_loss(terms.diagonal, golden[f"zloss/{name}_on"])
+        assert_loss(terms.off_diagonal, golden[f"zloss/{name}_off"])
+        assert_loss(terms.weighted(golden.config["lambda"]), golden[f"zloss/{name}"])
+
+
+def _baseline(name: str, a: Tensor, b: Tensor, weight: float, form: Any) -> Tensor:
+    if name == "barlowtwins":
+        return barlow_twins(a, b, off_diagonal=weight, form=form)
+    if name == "simclr":
+        return nt_xent(a, b, 1.0)
+    if name == "clip":
+        return info_nce(a, b, torch.tensor(1.0), symmetric=False)
+    terms = vicreg(a, b, form=form)
+    return 25 * terms.invariance + 25 * terms.variance + terms.covariance
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["barlowtwins", "simclr", "clip", "vicreg"])
+def test_baselines(golden: Golden, name: str, form: str) -> None:
+    a, b = (golden[f"zinput/{n}"].clone().requires_grad_() for n in ("z1_1", "z2_1"))
+    loss = _baseline(name, a, b, golden.config["lambda"], form)
+    loss.backward()
+    assert_loss(loss, golden[f"baseline/{name}/loss"])
+    assert_gradient(a.grad, golden[f"baseline/{name}/grad_z1"], "z1")
+    assert_gradient(b.grad, golden[f"baseline/{name}/grad_z2"], "z2")
+
+
+def test_three_steps_of_lars(golden: Golden) -> None:
+    w, b = (nn.Parameter(golden[f"lars/{n}0"].clone()) for n in ("W", "b"))
+    zero = nn.Parameter(torch.zeros_like(golden["lars/Z1"]))
+    groups = [
+        {"params": [w, zero], "weight_decay": 0.01},
+        {"params": [b], "lr": 0.0048, "adapt": False},
+    ]
+    optimizer = LARS(groups, lr=0.2)
+    for step in range(3):
+        for name, parameter in (("W", w), ("Z", zero), ("b", b)):
+            parameter.grad = golden[f"lars/g{name}{step}"].clone()
+        optimizer.step()
+        for name, parameter in (("W", w), ("Z", zero), ("b", b)):
+            expected = golden[f"lars/{name}{step + 1}"]
+            assert float((parameter - expected).abs().max()) <= 1e-6, (name, step)
+
+
+# -- scaling and backbones -------------------------------------------------------------------
+
+
+def test_eight_bit_scaling_is_exact(golden: Golden) -> None:
+    values = {
+        "s1_vv": ("norm/s1_db", -12.54847273, 5.25697717),
+        "s1_vh": ("norm/s1_db", -20.19237134, 5.91150917),
+        "s2_b4": ("norm/s2_dn", 1363.52445545, 1138.84957046),
+    }
+    for name, (source, mean, std) in values.items():
+        modality = Modality("m", "table", ("a",), "arbitrary", mean=(mean,), std=(std,))
+        out = Normalizer({"m": modality}, "mean2std8")({"m": golden[source].unsqueeze(1)})["m"]
+        assert torch.equal((out * 255).round().byte().squeeze(1), golden[f"norm/{name}_u8"])
+
+
+def by_formula(module: nn.Module, golden: Golden) -> None:
+    """Fill a module with the weights that the file's formula describes."""
+    a, b, c, d = golden.facts["part_F_backbones"]["weight_formula"]["constants"]
+    state = module.state_dict()
+    keys = sorted(n for n in state if not n.endswith("num_batches_tracked"))
+    for j, name in enumerate(keys):
+        tensor = state[name]
+        i = torch.arange(tensor.numel(), dtype=torch.int64)
+        u = 2 * (((a * i * i + b * i + c * j + d) % 65521).double() / 65521) - 1
+        if name.endswith("running_mean"):
+            u = 0.1 * u
+        elif name.endswith("running_var"):
+            u = 1 + 0.2 * u
+        elif name.endswith(("cls_token", "pos_embed", "rpe_table")):
+            u = 0.5 * u
+        elif tensor.ndim >= 2:
+            u = math.sqrt(6 / math.prod(tensor.shape[1:])) * u
+        elif name.endswith(".weight"):
+            small = name.endswith(("bn3.weight", "downsample.1.weight"))
+            u = (0.3 if small else 1.0) * (1 + 0.1 * u)
+        else:
+            u = 0.1 * u
+        state[name] = u.view(tensor.shape).float()
+    module.load_state_dict(state)
+
+
+def waves(*shape: int) -> Tensor:
+    n, c, y, x = torch.meshgrid(*(torch.arange(s).double() for s in shape), indexing="ij")
+    inner = 0.11 * (y + 1) * (1 + 0.07 * c) + 0.07 * x * (1 + 0.05 * c) + 0.9 * n + 0.3 * c
+    return (0.5 + 0.5 * torch.sin(inner)).float()
+
+
+def encoder(name: str, bands: int, golden: Golden) -> Any:
+    built = make_encoder(name, some("m", bands), {}, 224)
+    assert isinstance(built, ResNetEncoder | ViTEncoder)
+    by_formula(built.net, golden)
+    return built
+
+
+def valid(x: Tensor) -> Tensor:
+    return torch.ones(len(x), *x.shape[2:], dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("name", "bands"), [("s1", 2), ("s2", 13)])
+def test_resnet50(golden: Golden, name: str, bands: int) -> None:
+    net, x = encoder("resnet50", bands, golden), waves(2, bands, 64, 64)
+    with torch.no_grad():
+        evaluated = net.eval()(x, valid(x)).pooled
+        trained = net.train()(x, valid(x)).pooled
+    assert_output(evaluated, golden[f"output/rn50_{name}_eval_pooled"], 2e-5)
+    assert_output(trained, golden[f"output/rn50_{name}_train_pooled"], 1e-4)
+
+
+def blocks(golden: Golden) -> nn.ModuleDict:
+    attention = nn.ModuleDict(
+        {"l3": DeformableAttention(1024, 14, 5, 2), "l4": DeformableAttention(2048, 7, 3, 1)}
+    )
+    for block in attention.values():
+        by_formula(block, golden)
+    return attention
+
+
+@pytest.mark.parametrize(("name", "width", "side"), [("l3", 1024, 14), ("l4", 2048, 7)])
+def test_deformable_attention(golden: Golden, name: str, width: int, side: int) -> None:
+    block = blocks(golden)[name]
+    assert isinstance(block, DeformableAttention)
+    x = waves(1, width, side, side)
+    with torch.no_grad():
+        where = block.positions(block.proj_q(x))
+        assert_output(block(x)[:, :32], golden[f"output/rda_{name}_channels0_31"], 1e-4)
+    assert_output(where, golden[f"output/rda_{name}_pos"][0], 1e-5)
+
+
+def test_resnet50_with_deformable_attention(golden: Golden) -> None:
+    net, x = encoder("resnet50", 2, golden).eval(), waves(1, 2, 224, 224)
+    with torch.no_grad():
+        pooled = net(x, valid(x), blocks(golden)).pooled
+    assert_output(pooled, golden["output/rn50_rda_s1_224_eval_pooled"], 1e-3)
+
+
+def test_vit_small(golden: Golden) -> None:
+    net, x = encoder("vit_small_patch16_224", 13, golden).eval(), waves(1, 13, 224, 224)
+    with torch.no_grad():
+        out = net(x, valid(x))
+    assert_output(out.pooled, golden["output/vits16_s2_eval"], 1e-4)
+    assert torch.equal(out.pooled, out.cls)
