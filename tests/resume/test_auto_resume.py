@@ -79,9 +79,24 @@ def test_a_finished_run_ends_at_once_and_stays_as_it_is(folder):
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(folder):
     (folder / "here").mkdir()
     (folder / "here" / "run.json").write_text("{}")
+    (folder / "here" / "metrics.csv").write_text("epoch,step\n")
     assert fit("--run_dir=here") == 2  # without being asked, nothing is written over
     assert fit("--run_dir=here", "--auto_resume=true") == 0
     assert step_of(folder / "here" / "checkpoints" / "last.ckpt") == 3
+
+
+def test_a_start_that_failed_before_training_does_not_block_its_folder(folder):
+    (folder / "here").mkdir()
+    (folder / "here" / "run.json").write_text("{}")
+    assert fit("--run_dir=here") == 0
+
+
+def test_last_means_the_folder_that_was_named_and_no_other_run(folder, capsys):
+    other = folder / "runs" / "tiny" / "other" / "checkpoints" / "last.ckpt"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"")
+    assert fit("--run_dir=here", "--ckpt_path=last") == 2
+    assert "run_dir 'here' holds no checkpoint" in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_a_folder_the_newest_run_of_the_name_goes_on_in_its_own(folder):
