@@ -243,5 +243,9 @@ def test_compiled_blocks_give_equal_losses(recipe: str, model: Objective) -> Non
     losses = _losses(other(batch, draws))
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
     losses.sum().backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    rounding = 1e-5 * max(float(g.abs().max()) for g in grads)  # of gradients that cancel out
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
+        if p.grad is not None:
+            bound = 1e-3 * float(p.grad.abs().max()) + rounding
+            assert float((q.grad - p.grad).abs().max()) <= bound, name
