@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from domainssl.datamodules.base import DomainDataModule
+    from domainssl.datamodules.cubes import SentinelCubeDataModule
     from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
 
-__all__ = ["DomainDataModule", "SSL4EOS12DataModule"]
+__all__ = ["DomainDataModule", "SSL4EOS12DataModule", "SentinelCubeDataModule"]
 
 _HOMES = {
     "DomainDataModule": "domainssl.datamodules.base",
     "SSL4EOS12DataModule": "domainssl.datamodules.ssl4eo",
+    "SentinelCubeDataModule": "domainssl.datamodules.cubes",
 }
 
 

@@ -66,10 +66,11 @@ class Cube:
     Args:
         store: Where its bytes are.
         name: How errors call it, usually the path.
+        options: fsspec options for a URL.
     """
 
-    def __init__(self, store: Store, name: str) -> None:
-        self.store, self.name = store, name
+    def __init__(self, store: Store, name: str, options: Options | None = None) -> None:
+        self.store, self.name, self.options = store, name, dict(options or {})
 
     @cached_property
     def _metadata(self) -> dict[str, Any]:
@@ -108,6 +109,14 @@ class Cube:
         if self.format == 3:
             return dict(self._v3.attrs)
         return dict(self._metadata.get(".zattrs", {}))
+
+    def group_attrs(self, path: str) -> Mapping[str, Any]:
+        """Return the attributes of a group inside the store, {} where there is no such group."""
+        if not path:
+            return self.attrs
+        if self.format == 3:
+            return self._v3_group_attrs.get(path, {})
+        return dict(self._metadata.get(f"{path}/.zattrs", {}))
 
     def _info(self, name: str) -> ArrayInfo:
         meta = self._metadata[f"{name}/.zarray"]
@@ -183,6 +192,15 @@ class Cube:
             outer = tuple(piece[2] for piece in pieces)
             self._place_chunk(info, number, inner, outer, out)
         return out
+
+    def read_text(self, name: str) -> list[str]:
+        """Read an array of names, whichever of zarr's text types it has."""
+        if self.format == 3:
+            return [str(value) for value in np.asarray(self._v3[name][...]).reshape(-1)]
+        return [
+            value.decode() if isinstance(value, bytes) else str(value)
+            for value in self.read(name).reshape(-1)
+        ]
 
     def decoded_bytes(self, name: str, selection: Selection | None = None) -> int:
         """Return how many bytes the chunks hold that a read of `selection` decodes."""
@@ -276,13 +294,23 @@ class Cube:
             ) from error
 
     @cached_property
+    def _v3_group_attrs(self) -> dict[str, dict[str, Any]]:
+        members = self._v3.members(max_depth=None)
+        return {name: dict(item.attrs) for name, item in members if not hasattr(item, "shape")}
+
+    @cached_property
     def _v3(self) -> Any:
         zarr = require("zarr", "geo")
         from zarr.core.buffer import default_buffer_prototype
-        from zarr.storage import LocalStore, MemoryStore
+        from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
-        if isinstance(self.store, FolderStore) and not is_url(self.name):
-            return zarr.open_group(LocalStore(self.name), mode="r", zarr_format=3)
+        if isinstance(self.store, FolderStore):  # asks for the byte ranges of inner chunks alone
+            found: Any = LocalStore(self.name)
+            if is_url(self.name):
+                found = FsspecStore.from_url(
+                    self.name, read_only=True, storage_options=self.options
+                )
+            return zarr.open_group(found, mode="r", zarr_format=3)
         make = default_buffer_prototype().buffer.from_bytes
         content = {key: make(self.store.get(key) or b"") for key in self.store.names()}
         return zarr.open_group(MemoryStore(content), mode="r", zarr_format=3)
@@ -318,7 +346,7 @@ def open_cube(source: str | bytes, name: str | None = None, options: Options | N
 
     def opener() -> Cube:
         if is_folder(path, options):
-            return Cube(FolderStore(path, options), path)
+            return Cube(FolderStore(path, options), path, options)
         if is_file(path, options):
             return Cube(ZipFileStore(open_file(path, options), path), path)
         raise DataError(f"{path}: no such file or folder")
@@ -389,7 +417,8 @@ def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
 
 def _v3_arrays(group: Any) -> dict[str, ArrayInfo]:
     found = {}
-    for name, array in sorted(group.arrays()):
+    members = [(n, item) for n, item in group.members(max_depth=None) if hasattr(item, "shape")]
+    for name, array in sorted(members, key=lambda member: member[0]):
         meta = array.metadata
         names = ", ".join(type(c).__name__ for c in meta.codecs)
         dims = tuple(meta.dimension_names or array.attrs.get("_ARRAY_DIMENSIONS", ()))

@@ -1,0 +1,449 @@
+"""Windows of cubes and GeoTIFF: right pixels, right places, right masks, whatever the layout."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cube_files import LEFT, TIMES, TOP, coded, expected_codes, write_cube, write_geotiff
+
+from domainssl.datamodules import SentinelCubeDataModule
+from domainssl.datamodules.cube_blocks import overlapping
+from domainssl.datamodules.cube_options import DateChoice, HeldOut, Labels, Layer, Mask, Windows
+from domainssl.datamodules.stream import Loading
+from domainssl.errors import ConfigError, DataError
+from domainssl.modality import check_batch
+
+SIDE = 96
+LAYERS = {
+    "s1": Layer(("VV", "VH"), value_unit="db", stored_unit="db"),
+    "s2": Layer(("B02", "B03", "B04"), value_unit="dn"),
+}
+WINDOWS = Windows(side_m=160)
+S2_TIMES = TIMES + np.timedelta64(2, "D")
+
+
+def module(root: Any, **changes: Any) -> SentinelCubeDataModule:
+    options: dict[str, Any] = {
+        "layers": LAYERS,
+        "global_batch_size": 4,
+        "windows": WINDOWS,
+        "held_out": HeldOut(share=0.2),
+        "loading": Loading(workers=0),
+        **changes,
+    }
+    data = SentinelCubeDataModule(root=str(root), **options)
+    data.setup("fit")
+    return data
+
+
+def batches(data: SentinelCubeDataModule, epoch: int = 0) -> list[dict[str, Any]]:
+    data.epoch = epoch
+    return list(data.train_dataloader())
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    s1 = coded(4, 2, SIDE).astype(np.float32)
+    write_cube(root / "s1" / "here.zarr", s1, ("vv", "vh"), as_variables=True)
+    write_cube(root / "s2" / "here.zarr", coded(4, 3, SIDE).astype(np.uint16),
+               ("B02", "B03", "B04"), times=S2_TIMES, shards=True)  # fmt: skip
+    return root
+
+
+def check_places(data: SentinelCubeDataModule, found: list[dict[str, Any]]) -> int:
+    """Compare every pixel with the code of its place, date and band; return the items seen."""
+    seen = 0
+    for batch in found:
+        check_batch(batch, data.modalities, training=True)
+        for name, times in (("s1", TIMES), ("s2", S2_TIMES)):
+            days = times.astype("datetime64[D]").astype(int).tolist()
+            for i, geo in enumerate(batch[f"{name}.geo"]):
+                date = days.index(int(batch[f"{name}.dates"][i]))
+                for band in range(batch[name].shape[1]):
+                    expected = expected_codes(geo, batch[name].shape[-1], date, band)
+                    assert np.array_equal(batch[name][i, band].numpy(), expected)
+                seen += 1
+    return seen
+
+
+def test_every_pixel_is_that_of_its_place_date_and_band(pair):
+    data = module(pair)
+    found = batches(data)
+    assert check_places(data, found) == 2 * 4 * len(found) > 0
+    geo = {tuple(sorted(g.items())) for batch in found for g in batch["s2.geo"]}
+    assert len(geo) == 4 * len(found)  # every window lies elsewhere
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zarr_format": 2},
+        {"ascending": True},
+        {"as_variables": True},
+        {"dims": ("t", "channel", "latitude", "longitude")},
+        {"chunk": 7},
+        {"shards": True, "chunk": 16},
+    ],
+    ids=str,
+)
+def test_layouts_of_stores_make_no_difference(pair, tmp_path, options):
+    (tmp_path / "s1").symlink_to(pair / "s1")
+    write_cube(tmp_path / "s2" / "here.zarr", coded(4, 3, SIDE).astype(np.int16),
+               ("b2", "green", "B4"), times=S2_TIMES, **options)  # fmt: skip
+    data = module(tmp_path)
+    assert check_places(data, batches(data)) > 0
+
+
+def test_layers_may_be_groups_of_one_store_behind_a_url(tmp_path):
+    import fsspec
+
+    for name, bands, times in (("s1", ("VV", "VH"), TIMES),
+                               ("s2", ("B02", "B03", "B04"), S2_TIMES)):  # fmt: skip
+        values = coded(4, len(bands), SIDE).astype(np.float32 if name == "s1" else np.uint16)
+        write_cube(tmp_path / "cube.zarr", values, bands, times=times, group=name)
+    target = fsspec.filesystem("memory")
+    target.put(str(tmp_path / "cube.zarr"), "/cubes/cube.zarr", recursive=True)
+    data = module("memory://cubes/cube.zarr")
+    assert check_places(data, batches(data)) > 0
+    target.rm("/cubes", recursive=True)
+
+
+def test_windows_cover_the_same_ground_at_different_resolutions(pair, tmp_path):
+    (tmp_path / "s1").symlink_to(pair / "s1")
+    coarse = coded(4, 3, SIDE // 2, step=20.0)
+    write_cube(tmp_path / "s2" / "here.zarr", coarse.astype(np.uint16),
+               ("B02", "B03", "B04"), times=S2_TIMES, step=20.0)  # fmt: skip
+    layers = {**LAYERS, "s2": Layer(LAYERS["s2"].bands, gsd_m=20.0)}
+    data = module(tmp_path, layers=layers)
+    batch = batches(data)[0]
+    assert batch["s1"].shape[-1] == 16 and batch["s2"].shape[-1] == 8
+    for fine, wide in zip(batch["s1.geo"], batch["s2.geo"], strict=True):
+        assert (fine["c"], fine["f"]) == (wide["c"], wide["f"])
+        assert abs(wide["a"] + wide["b"]) == 2 * abs(fine["a"] + fine["b"])
+    assert check_places(data, [batch]) > 0
+
+
+def test_coarser_bands_are_repeated_and_finer_ones_averaged(tmp_path):
+    fine = np.arange(48 * 48, dtype=np.float32).reshape(1, 1, 48, 48)
+    write_cube(tmp_path / "a.zarr", fine, ("b5",), times=None, as_variables=True)
+    for gsd, expected in ((10.0, fine[0, 0]), (20.0, _mean2(fine[0, 0])),
+                          (5.0, fine[0, 0].repeat(2, 0).repeat(2, 1))):  # fmt: skip
+        layers = {"x": Layer(("B05",), "a.zarr", "arbitrary", gsd_m=gsd)}
+        data = module(tmp_path, layers=layers, windows=Windows(480, False, False, False),
+                      held_out=HeldOut(share=0), global_batch_size=1)  # fmt: skip
+        assert np.allclose(batches(data)[0]["x"][0, 0].numpy(), expected)
+
+
+def _mean2(values):
+    return values.reshape(24, 2, 24, 2).mean((1, 3))
+
+
+def test_scale_offset_and_fill_count_once(tmp_path):
+    stored = np.full((1, 1, 32, 32), 11000, np.uint16)
+    stored[..., 0, :2] = (0, 1000)
+    attrs = {"scale_factor": 1e-4, "add_offset": -0.1, "_FillValue": 0}
+    write_cube(tmp_path / "x.zarr", stored, ("B02",), times=None, attrs=attrs)
+    for unit, ones in (("reflectance", 1.0), ("dn", 10_000.0)):
+        layers = {"s2": Layer(("B02",), "x.zarr", unit)}
+        data = module(tmp_path, layers=layers, windows=Windows(320, False, False, False),
+                      held_out=HeldOut(share=0), global_batch_size=1)  # fmt: skip
+        batch = batches(data)[0]
+        assert batch["s2"][0, 0, 0, :3].tolist() == [0.0, 0.0, ones]
+        assert batch["s2.valid"][0, 0, :3].tolist() == [False, True, True]
+        assert batch["s2.valid"].sum() == 32 * 32 - 1
+
+
+def test_nodata_nan_mask_and_range_make_pixels_invalid(tmp_path):
+    stored = np.full((1, 1, 32, 32), 500.0, np.float32)
+    stored[0, 0, 0, :4] = (np.nan, -9999.0, 70_000.0, np.inf)
+    scl = np.full((1, 32, 32), 4, np.uint8)
+    scl[0, 1, 0] = 9
+    attrs = {"nodata": -9999.0, "_FillValue": "AAAAAAAA+H8=", "valid_max": 65535}
+    write_cube(tmp_path / "x.zarr", stored, ("B02",), times=None, attrs=attrs, mask=scl)
+    layers = {"s2": Layer(("B02",), "x.zarr", "dn", "dn", mask=Mask("scl", (8, 9)))}
+    data = module(tmp_path, layers=layers, windows=Windows(320, False, False, False),
+                  held_out=HeldOut(share=0), global_batch_size=1)  # fmt: skip
+    batch = batches(data)[0]
+    valid = batch["s2.valid"][0]
+    assert not valid[0, :4].any() and not valid[1, 0] and valid.sum() == 32 * 32 - 5
+    assert batch["s2"].isfinite().all() and batch["s2"][0, 0, 1, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("stored_unit", "value"), [("linear", 0.01), ("amplitude", 0.1), ("db", -20.0)]
+)
+def test_backscatter_is_delivered_in_db(tmp_path, stored_unit, value):
+    stored = np.full((1, 1, 32, 32), value, np.float32)
+    stored[0, 0, 0, 0] = np.nan if stored_unit == "db" else 0.0
+    write_cube(tmp_path / "x.zarr", stored, ("VV",), times=None)
+    layers = {"s1": Layer(("VV",), "x.zarr", "db", stored_unit)}
+    data = module(tmp_path, layers=layers, windows=Windows(320, False, False, False),
+                  held_out=HeldOut(share=0), global_batch_size=1)  # fmt: skip
+    batch = batches(data)[0]
+    assert torch.allclose(batch["s1"][0, 0, 1:], torch.tensor(-20.0), atol=1e-5)
+    assert not batch["s1.valid"][0, 0, 0] and batch["s1"][0, 0, 0, 0] == 0
+
+
+def test_numbers_without_a_unit_are_refused(tmp_path):
+    write_cube(tmp_path / "x.zarr", np.ones((1, 1, 32, 32), np.float32), ("VV",), times=None)
+    with pytest.raises(DataError, match="does not say what its numbers are.*stored_unit"):
+        module(tmp_path, layers={"s1": Layer(("VV",), "x.zarr", "db")})
+
+
+# ------------------------------------------------------------------------ GeoTIFF
+
+
+@pytest.fixture(scope="module")
+def tiffs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiffs")
+    for site, shift in (("north", 0.0), ("south", -5000.0)):
+        s1, s2 = (coded(1, n, 64, top=TOP + shift)[0] for n in (2, 3))
+        write_geotiff(root / "S1" / f"{site}_S1.tif", s1.astype(np.float32), ("VV", "VH"),
+                      top=TOP + shift, nodata=float("nan"))  # fmt: skip
+        write_geotiff(root / "S2" / f"{site}_S2.tif", s2.astype(np.int16), None,
+                      top=TOP + shift, nodata=0)  # fmt: skip
+    return root
+
+
+TIFF_LAYERS = {
+    "s1": Layer(("VV", "VH"), "S1/{site}_S1.tif", "db", "db"),
+    "s2": Layer(("B02", "B03", "B04"), "S2/{site}_S2.tif", "dn"),
+}
+
+
+def test_geotiff_pairs_are_a_training_source(tiffs):
+    data = module(tiffs, layers=TIFF_LAYERS)
+    found = batches(data)
+    assert [site.name for site in data.sites] == ["north", "south"]
+    seen = 0
+    for batch in found:
+        check_batch(batch, data.modalities, training=True)
+        assert batch["s1.dates"].tolist() == [0] * 4  # unknown
+        for name in ("s1", "s2"):
+            for i, geo in enumerate(batch[f"{name}.geo"]):
+                expected = expected_codes(geo, 16, 0, 1)
+                assert np.array_equal(batch[name][i, 1].numpy(), expected)
+                seen += 1
+    assert seen
+
+
+def test_dates_in_file_names_make_a_time_axis(tmp_path):
+    for name, bands in (("s1", ("VV", "VH")), ("s2", ("B02", "B03", "B04"))):
+        for date, time in enumerate(TIMES):
+            values = coded(4, len(bands), 64)[date].astype(np.float32)
+            stamp = str(time)[:10].replace("-", "")
+            write_geotiff(tmp_path / "here" / f"{name}_{stamp}.tif", values, bands)
+    layers = {
+        "s1": Layer(("VV", "VH"), "{site}/s1_{date}.tif", "db", "db"),
+        "s2": Layer(("B02", "B03", "B04"), "{site}/s2_{date}.tif", "dn", "dn"),
+    }
+    data = module(tmp_path, layers=layers, dates=DateChoice("all"), held_out=HeldOut(share=0))
+    batch = batches(data)[0]
+    days = TIMES.astype("datetime64[D]").astype(int).tolist()
+    assert batch["s2.dates"].tolist() == [days] * 4 and batch["s2"].shape == (4, 4, 3, 16, 16)
+    for date in range(4):
+        expected = expected_codes(batch["s2.geo"][0], 16, date, 2)
+        assert np.array_equal(batch["s2"][0, date, 2].numpy(), expected)
+
+
+# ------------------------------------------------------------------------ dates
+
+
+def test_one_date_is_drawn_with_the_nearest_partner(pair):
+    data = module(pair, dates=DateChoice("one", max_gap_days=3))
+    seen = set()
+    for epoch in range(6):
+        for batch in batches(data, epoch):
+            assert (batch["s2.dates"] - batch["s1.dates"] == 2).all()
+            seen |= set(batch["s1.dates"].tolist())
+    assert len(seen) == 4
+
+
+def test_dates_too_far_apart_are_refused(pair):
+    with pytest.raises(DataError, match="no two dates of its layers lie within 1 days"):
+        module(pair, dates=DateChoice("one", max_gap_days=1))
+
+
+def test_series_views_and_temporal_windows(pair):
+    every = batches(module(pair, dates=DateChoice("all")))[0]
+    assert every["s1"].shape == (4, 4, 2, 16, 16) and every["s1.frames"].all()
+    drawn = batches(module(pair, dates=DateChoice("views:2")))[0]["s2.dates"]
+    assert drawn.shape == (4, 2) and (drawn.diff(dim=1) > 0).all()
+    data = module(pair, dates=DateChoice("all", span_days=40, end="2021-06-30"))
+    for batch in batches(data):
+        days = batch["s1.dates"][batch["s1.frames"]]
+        assert days.max() < np.datetime64("2021-07-01").astype(int)
+        for i in range(4):
+            own = batch["s1.dates"][i][batch["s1.frames"][i]]
+            assert own.max() - own.min() < 40
+
+
+def test_dates_that_show_nothing_are_passed_over(tmp_path):
+    values = coded(4, 3, SIDE).astype(np.uint16)
+    values[:3] = 0
+    write_cube(tmp_path / "s2.zarr", values, ("B02", "B03", "B04"), attrs={"_FillValue": 0})
+    layers = {"s2": Layer(("B02", "B03", "B04"), "s2.zarr")}
+    for batch in batches(module(tmp_path, layers=layers)):
+        assert batch["s2.valid"].all()
+
+
+# ------------------------------------------------------------------------ blocks and splits
+
+
+def test_blocks_follow_chunks_so_that_nothing_is_decoded_twice(pair, caplog):
+    data = module(pair)
+    edges = {b.bounds.left for blocks in data.blocks.values() for b in blocks}
+    assert all((edge - LEFT) % 320 == 0 for edge in edges)
+    with caplog.at_level(logging.INFO, "domainssl.datamodules.stream"):
+        stream = data.val_dataloader()
+        list(stream)
+    assert stream.read_amplification == 1.0
+    assert "read amplification 1.00" in caplog.text
+
+
+def test_only_the_chunks_of_a_block_are_read(pair):
+    data = module(pair)
+    stream = data.val_dataloader()
+    list(stream)
+    blocks = len(data.blocks["val"])
+    assert stream.tally.bytes_decoded == blocks * 32 * 32 * (2 * 4 + 3 * 2)
+
+
+def test_training_and_held_out_windows_share_no_pixel(pair):
+    data = module(pair)
+    assert not overlapping(data.sites, data.blocks["train"], data.blocks["val"]).any()
+    held = [b.bounds for b in data.blocks["val"]]
+    for epoch in range(3):
+        for batch in batches(data, epoch):
+            for geo in batch["s2.geo"]:
+                xs = sorted((geo["c"], geo["c"] + 16 * (geo["a"] + geo["b"])))
+                ys = sorted((geo["f"], geo["f"] + 16 * (geo["d"] + geo["e"])))
+                assert all(
+                    xs[1] <= b.left or xs[0] >= b.right or ys[1] <= b.bottom or ys[0] >= b.top
+                    for b in held
+                )
+
+
+def test_overlapping_tiles_do_not_leak(tmp_path):
+    for site, shift in (("a", 0.0), ("b", 320.0)):
+        values = coded(1, 1, SIDE, left=LEFT + shift).astype(np.uint16)
+        write_cube(tmp_path / "s2" / f"{site}.zarr", values, ("B02",), times=None,
+                   left=LEFT + shift)  # fmt: skip
+    data = module(tmp_path, layers={"s2": Layer(("B02",))}, held_out=HeldOut(sites=("a",)),
+                  global_batch_size=1)  # fmt: skip
+    assert {b.site for b in data.blocks["val"]} == {0}
+    assert all(b.bounds.left >= LEFT + SIDE * 10 for b in data.blocks["train"])
+
+
+def test_a_gap_keeps_training_away_from_held_out_blocks(pair):
+    data = module(pair, held_out=HeldOut(share=0.1, gap_m=100.0))
+    [held] = data.blocks["val"]
+    for block in data.blocks["train"]:
+        assert (
+            block.bounds.left - held.bounds.right >= 100
+            or held.bounds.left - block.bounds.right >= 100
+            or block.bounds.bottom - held.bounds.top >= 100
+            or held.bounds.bottom - block.bounds.top >= 100
+        )
+
+
+def test_large_chunks_are_cut_into_smaller_blocks(tmp_path):
+    write_cube(tmp_path / "s2.zarr", coded(1, 1, SIDE).astype(np.uint16), ("B02",), times=None,
+               chunk=SIDE)  # fmt: skip
+    data = module(tmp_path, layers={"s2": Layer(("B02",), "s2.zarr")}, global_batch_size=1,
+                  windows=Windows(side_m=160, per_block=2))  # fmt: skip
+    assert sum(len(blocks) for blocks in data.blocks.values()) == 9
+    stream = data.val_dataloader()
+    list(stream)
+    assert stream.read_amplification == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_and_their_start_method_change_nothing(pair, start_method):
+    expected = batches(module(pair))
+    data = module(pair, loading=Loading(workers=2, start_method=start_method))
+    found = batches(data)
+    data.teardown()
+    for a, b in zip(expected, found, strict=True):
+        assert a["id"] == b["id"] and torch.equal(a["s2"], b["s2"])
+
+
+# ------------------------------------------------------------------------ labels and mistakes
+
+
+def test_labels_are_the_most_frequent_class_of_a_window(tmp_path):
+    write_cube(tmp_path / "s2" / "a.zarr", coded(1, 1, 64).astype(np.uint16), ("B02",), times=None)
+    classes = np.zeros((1, 1, 64, 64), np.uint8)
+    classes[..., 32:] = 2
+    classes[..., :16, :16] = 255
+    attrs = {"flag_values": [0, 2], "flag_meanings": "water crops", "_FillValue": 255}
+    write_cube(tmp_path / "labels" / "a.zarr", classes, ("label",), times=None,
+               as_variables=True, attrs=attrs)  # fmt: skip
+    data = module(tmp_path, layers={"s2": Layer(("B02",))}, held_out=HeldOut(share=0),
+                  windows=Windows(160, jitter=False), global_batch_size=16)  # fmt: skip
+    assert data.label_names == ("water", "class 1", "crops") and data.num_classes == 3
+    [batch] = batches(data)
+    for geo, label in zip(batch["s2.geo"], batch["label"].tolist(), strict=True):
+        x = geo["c"] + 8 * (geo["a"] + geo["b"]) - LEFT
+        y = TOP - geo["f"] - 8 * (geo["d"] + geo["e"])
+        assert label == (-1 if x < 160 and y < 160 else 2 if x > 320 else 0)
+
+
+def test_different_reference_systems_are_refused(tmp_path):
+    write_cube(tmp_path / "s1.zarr", coded(1, 2, 64).astype(np.float32), ("VV", "VH"), times=None)
+    write_cube(tmp_path / "s2.zarr", coded(1, 3, 64).astype(np.uint16), ("B02", "B03", "B04"),
+               times=None, crs="EPSG:32633")  # fmt: skip
+    layers = {
+        "s1": Layer(("VV", "VH"), "s1.zarr", "db", "db"),
+        "s2": Layer(("B02", "B03", "B04"), "s2.zarr"),
+    }
+    with pytest.raises(DataError, match=r"EPSG:32632.*EPSG:32633.*Reproject"):
+        module(tmp_path, layers=layers)
+
+
+def test_mistakes_name_what_is_there(pair, tmp_path):
+    with pytest.raises(DataError, match=r"no band 'B08'; there are: B02, B03, B04"):
+        module(pair, layers={"s2": Layer(("B08",))})
+    with pytest.raises(DataError, match=r"s3: no zarr store.*holds: s1, s2.*path"):
+        module(pair, layers={"s3": Layer(("B02",))})
+    with pytest.raises(DataError, match="no file fits the pattern"):
+        module(pair, layers={"s2": Layer(("B02",), "{site}/x.tif")})
+    with pytest.raises(ConfigError, match=r"side_m=165 is not a multiple.*use 160"):
+        module(pair, windows=Windows(side_m=165))
+    with pytest.raises(ConfigError, match="no site 'here2'.*Did you mean 'here'"):
+        module(pair, held_out=HeldOut(sites=("here2",)))
+    with pytest.raises(DataError, match="less than the windows' 2000 m"):
+        module(pair, windows=Windows(side_m=2000))
+    with pytest.raises(ConfigError, match="take: got 'al'.*Did you mean 'all'"):
+        DateChoice("al")
+    write_cube(tmp_path / "s2.zarr", coded(1, 1, 64).astype(np.uint16), ("B02",), times=None,
+               crs="")  # fmt: skip
+    with pytest.raises(DataError, match="no coordinate reference system"):
+        module(tmp_path, layers={"s2": Layer(("B02",), "s2.zarr")})
+    layer = Layer(("B02",), "s2.zarr", crs="EPSG:32632")
+    assert module(tmp_path, layers={"s2": layer}, global_batch_size=1).sites
+    with pytest.raises(ConfigError, match="expected 'auto', null"):
+        SentinelCubeDataModule(labels="some")
+    assert Labels().variable == "label"
+
+
+def test_modalities_are_known_without_the_files():
+    data = SentinelCubeDataModule(root="/nowhere", windows=Windows(side_m=640))
+    assert data.context_size == 64
+    assert data.modalities["s1"].mean == (-12.577, -20.265)
+    assert data.modalities["s2"].channels[:3] == ("B01", "B02", "B03")
+    assert data.modalities["s2"].wavelengths_nm is not None
+    series = SentinelCubeDataModule(dates=DateChoice("all")).modalities
+    assert {m.kind for m in series.values()} == {"series"}
+
+
+def test_the_identity_changes_with_the_headers(pair, tmp_path):
+    a, b = module(pair).identity(), module(pair).identity()
+    assert a == b and a["sites"]["here"]["crs"] == "EPSG:32632"
+    c = module(pair, layers={"s2": Layer(("B02",))}).identity()
+    assert c["sites"]["here"]["headers"] != a["sites"]["here"]["headers"]
