@@ -96,6 +96,8 @@ def _bare(paths: list[Path], workers: int) -> Iterator[Callable[[], Any]]:
         return
     with multiprocessing.get_context("forkserver").Pool(workers) as pool:
         yield lambda: pool.map(decode, paths, chunksize=1)
+        pool.close()
+        pool.join()
 
 
 def decode(path: Path) -> int:
