@@ -96,9 +96,7 @@ class CLIP(_JointEmbedding):
             raise ConfigError(f"model.init_args.temperature: got {temperature}, expected > 0.")
         self.options = decide(as_dataclass(CLIPOptions, options), reference)
         self.temperature = temperature
-        self.make_heads(
-            projector_width, embedding_width, shared=False, layers=2, bias=True, last_norm=True
-        )
+        self.make_heads(projector_width, embedding_width, shared=False, layers=2, last_norm=True)
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute InfoNCE; items that lack a modality do not count."""

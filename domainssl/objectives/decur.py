@@ -249,7 +249,9 @@ class DeCUR(_JointEmbedding):
             for own in self.heads[owner].state_dict():
                 renamed[f"heads.{owner}.{own}"] = _need(head, f"projector{index}.{own}")
                 is_shared = owner == "shared" and f"projector2.{own}" in head
-                if is_shared and not torch.equal(head[f"projector2.{own}"], renamed[f"heads.shared.{own}"]):
+                if is_shared and not torch.equal(
+                    head[f"projector2.{own}"], renamed[f"heads.shared.{own}"]
+                ):
                     raise WeightsError(
                         f"projector1.{own} and projector2.{own} of the file differ; set "
                         "model.init_args.options.shared_projector: false."

@@ -304,7 +304,7 @@ def with_outputs(vectors: Mapping[str, Tensor]) -> dict[str, Any]:
 def common_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
     """Pick from a constructor's arguments those that `_JointEmbedding` takes."""
     names = (
-        "encoder", "sizes", "deformable_attention", "views", "view_size", "normalization",
+        "encoder", "sizes", "views", "view_size", "normalization",
         "weights", "context_size", "seed", "allow_accumulation", "execution",
     )  # fmt: skip
     return {name: local[name] for name in names}

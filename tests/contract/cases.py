@@ -83,7 +83,13 @@ def _values(modality: Modality, shape: list[int], generator: torch.Generator) ->
     axis[modality.channel_axis] = modality.num_channels
     mean = torch.tensor(modality.mean or [0.0] * modality.num_channels).view(axis)
     std = torch.tensor(modality.std or [1.0] * modality.num_channels).view(axis)
-    return torch.randn(shape, generator=generator) * std + mean
+    # items differ in level and contrast, as real ones do: a batch norm over four items that are
+    # all alike would amplify rounding
+    per_item = [1] * len(shape)
+    per_item[0], per_item[modality.channel_axis] = shape[0], modality.num_channels
+    level = torch.randn(per_item, generator=generator)
+    spread = torch.rand(per_item, generator=generator) + 0.5
+    return (torch.randn(shape, generator=generator) * spread + level) * std + mean
 
 
 def synthetic_batch(model: Objective, size: int = 4, seed: int = 0) -> Batch:
