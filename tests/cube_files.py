@@ -22,10 +22,7 @@ def coded(
     x = left + (np.arange(side) + 0.5) * step
     y = top - (np.arange(side) + 0.5) * step
     return np.stack(
-        [
-            [_code(y[:, None], x[None], date, band) for band in range(bands)]
-            for date in range(dates)
-        ]
+        [[_code(y[:, None], x[None], date, band) for band in range(bands)] for date in range(dates)]
     ).astype(np.int32)
 
 
@@ -124,9 +121,7 @@ def _put(
     if group.metadata.zarr_format == 3:
         options["dimension_names"] = list(dims)
         if shards:
-            options["shards"] = tuple(
-                -(-n // c) * c for n, c in zip(shape, chunks, strict=True)
-            )
+            options["shards"] = tuple(-(-n // c) * c for n, c in zip(shape, chunks, strict=True))
     dtype = str if values.dtype.kind == "U" and group.metadata.zarr_format == 3 else values.dtype
     array = group.create_array(name, shape=shape, dtype=dtype, chunks=chunks or "auto", **options)
     more = {} if group.metadata.zarr_format == 3 else {"_ARRAY_DIMENSIONS": list(dims)}

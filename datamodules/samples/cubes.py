@@ -25,7 +25,7 @@ __all__ = ["DATES", "SITES", "VERSION", "build", "sample_root"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = "2"
+VERSION = "3"
 DATES = 6
 SITES = {"fields_a": 32632, "fields_b": 32633, "fields_c": 32631, "fields_d": 32736}
 _DOWN, _ACROSS = 4, 10  # fields

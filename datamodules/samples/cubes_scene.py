@@ -1,10 +1,11 @@
 """Fields of the cube sample: what grows on them, and what both sensors see of it over a year.
 
 A crop shows itself twice. Its objects (rows, clumps) brighten or darken VV against VH and visible
-against near-infrared light in a sense that is its own on four fields of five, and another crop's
-on the fifth; one date is enough to see it. And it greens in a season of its own, always, but on a
-level that differs from field to field more than seasons do: only several dates tell it. Levels, gains, haze and moisture are drawn for each field and date
-anew, so that band means of one date tell little.
+against near-infrared light in a sense that is its own on nine fields of ten, and another crop's
+on the tenth; one date is enough to see it. And it greens in a season of its own, always, but on a
+level that differs from field to field more than seasons do: only several dates tell it. Levels,
+gains, haze and moisture are drawn for each field and date anew, so that band means of one date
+tell little.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Rng = np.random.Generator
 FIELD = 64  # pixels along the side
 CROPS = ("winter_crop", "orchard", "summer_crop", "meadow")
 
-_TYPICAL = 0.8  # share of fields whose objects are those of their crop
+_TYPICAL = 0.9  # share of fields whose objects are those of their crop
 _PEAK_MONTH = np.array([1.5, 4.5, 7.5, 10.5])
 # how objects of each crop stand out in (VV, VH), and in (visible and short-wave, near infrared)
 _SENSE = np.array([[-1, 1], [-1, -1], [1, 1], [1, -1]], np.float32)

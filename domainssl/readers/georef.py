@@ -233,7 +233,7 @@ def _coordinate(cube: Cube, folder: str, name: str, size: int) -> Any:
 def _spacing(values: np.ndarray[Any, Any], where: str) -> float:
     step = float(values[-1] - values[0]) / (len(values) - 1)
     uneven = np.abs(np.diff(values) - step).max()
-    if step == 0 or uneven > 0.01 * abs(step):
+    if not (np.isfinite(step) and step != 0 and uneven <= 0.01 * abs(step)):
         raise DataError(
             f"{where}: coordinates are not evenly spaced (steps differ by {uneven:g} from "
             f"{step:g}). Resample the cube to a regular grid."

@@ -17,7 +17,9 @@ from domainssl.readers.inspect_files import (
     inspect_geotiffs,
     inspect_tar,
 )
+from domainssl.readers.inspect_layers import inspect_layers
 from domainssl.readers.inspect_ssl4eo import inspect_ssl4eo, splits_at
+from domainssl.readers.layers import open_store
 from domainssl.readers.stores import is_file, is_folder, is_url, join, list_folder
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ def inspect_path(path: str, *, storage_options: Mapping[str, Any] | None = None)
     """Describe what lies at a path.
 
     Args:
-        path: An SSL4EO-S12 folder (root, split or product), a zarr cube (`.zarr.zip` or folder),
+        path: An SSL4EO-S12 folder (root, split or product), a zarr cube (`.zarr.zip` or folder;
+            EOPF products and GeoZarr too) or a folder of them,
             a tar of cubes, a GeoTIFF or a folder of them; fsspec URLs except for GeoTIFF.
         storage_options: fsspec options for a URL.
 
@@ -56,7 +59,7 @@ def _dispatch(path: str, options: dict[str, Any]) -> dict[str, Any]:
         if lowered.endswith(".tar"):
             return inspect_tar(path, options)
         if lowered.endswith(".zip"):
-            return inspect_cube(path, options)
+            return _cube_report(path, options)
         raise DataError(
             f"{path}: this kind of file is not understood, expected .zarr.zip, .tar or .tif"
         )
@@ -70,8 +73,8 @@ def _dispatch(path: str, options: dict[str, Any]) -> dict[str, Any]:
         return inspect_ssl4eo(path, splits, options)
     names = list_folder(path, options)
     if any(name in _CUBE_MARKS for name in names):
-        return inspect_cube(path, options)
-    archives = [name for name in names if name.endswith((".zarr.zip", ".tar"))]
+        return _cube_report(path, options)
+    archives = [name for name in names if name.endswith((".zarr.zip", ".zarr", ".tar"))]
     if archives:  # one product's folder: its first file speaks for the others
         return {**_dispatch(join(path, archives[0]), options), "count": len(archives)}
     if not is_url(path):
@@ -82,6 +85,18 @@ def _dispatch(path: str, options: dict[str, Any]) -> dict[str, Any]:
         f"{path}: neither SSL4EO-S12 products (train/S2L2A/…), nor a zarr cube, nor GeoTIFF. It "
         f"holds: {', '.join(names[:12]) or 'nothing'}."
     )
+
+
+def _cube_report(path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Describe a store: arrays, and the bands that lie on a map grid."""
+    report = inspect_cube(path, options)
+    if report["values"]:  # an SSL4EO-S12 file, whose bands are measured already
+        return report
+    try:
+        found = inspect_layers(open_store(path, options))
+    except DataError as error:
+        return {**report, "problems": [*report["problems"], str(error)]}
+    return {**report, **found}
 
 
 def render(report: Mapping[str, Any]) -> RenderableType:
@@ -168,6 +183,8 @@ def _geotiff(report: Mapping[str, Any]) -> list[Any]:
 
 
 def _cube(report: Mapping[str, Any]) -> list[Any]:
+    from rich.text import Text
+
     table = _table("arrays", "name", "dims", "shape", "dtype", "chunks", "codec")
     for array in report["arrays"]:
         table.add_row(
@@ -175,6 +192,9 @@ def _cube(report: Mapping[str, Any]) -> list[Any]:
             _text(array["chunks"]), array["codec"],
         )  # fmt: skip
     parts: list[Any] = [table]
+    for layer in report.get("layers", ()):
+        parts.append(_facts(f"on a map grid: {layer['folder']}", layer))
     if report["values"]:
-        parts.append(_values("bands, first date, as stored", report["values"]))
-    return parts
+        decoded = "decoded, middle" if "layers" in report else "as stored"
+        parts.append(_values(f"bands, first date, {decoded}", report["values"]))
+    return [*parts, *(Text(f"note: {text}") for text in report.get("notes", ()))]

@@ -32,6 +32,8 @@ __all__ = [
     "is_store",
     "open_store",
     "parse_date",
+    "stored_bands",
+    "times_of",
 ]
 
 TIME_NAMES = ("time", "t", "date", "datetime")
@@ -180,12 +182,18 @@ def describe_zarr(
             "Name it in data.init_args.layers.<name>.crs, such as EPSG:32632."
         )
     cover = _mask(cube, mask, group) if mask else None
-    times = _times(cube, chosen[0], date)
+    times = times_of(cube, chosen[0], date)
     if cover is not None and "time" in cover.axes:
         size = _time_size(cube, cover)
         if size != len(times):
             raise DataError(f"{path}: mask {mask!r} has {size} dates, the bands {len(times)}.")
     return LayerFile(path, "zarr", chosen, times, known, cover, options)
+
+
+def stored_bands(cube: Cube, group: str = "") -> list[StoredBand]:
+    """Return every band of a store that lies on a map grid, for looking at."""
+    found = _candidates(cube, group)
+    return [_stored(cube, name, each) for name, several in found.items() for each in several]
 
 
 @dataclass(frozen=True)
@@ -341,8 +349,8 @@ def _time_size(cube: Cube, band: StoredBand) -> int:
     return cube.arrays[band.array].shape[band.axes.index("time")] if "time" in band.axes else 1
 
 
-def _times(cube: Cube, band: StoredBand, date: str) -> Any:
-    """Return the acquisition times of an array's dates, datetime64[s]."""
+def times_of(cube: Cube, band: StoredBand, date: str = "") -> Any:
+    """Return the acquisition times of an array's dates, datetime64[s]; NaT where unknown."""
     info = cube.arrays[band.array]
     if "time" not in band.axes:
         return np.array([_single_time(cube, band, date)], "datetime64[s]")
