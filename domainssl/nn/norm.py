@@ -1,0 +1,199 @@
+"""Batch normalisation whose statistics are those of the global batch, on any device.
+
+torch's SyncBatchNorm has no CPU kernel, cannot leave absent items out, and keeps no record of what
+is a recomputation. The statistics here are float32 sums over all ranks, with their exact gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainssl.distributed import all_reduce_sum, is_distributed
+
+__all__ = ["GlobalBatchNorm", "convert_batch_norm", "counted_rows", "current_rows", "recomputing"]
+
+_rows: ContextVar[Tensor | None] = ContextVar("counted_rows", default=None)
+_is_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+@contextmanager
+def counted_rows(rows: Tensor | None) -> Iterator[None]:
+    """Let only some items count in the statistics of every `GlobalBatchNorm` called inside.
+
+    Args:
+        rows: bool (B,); False items are normalised but do not count. None counts all.
+    """
+    token = _rows.set(rows)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def current_rows() -> Tensor | None:
+    """Return the rows of the innermost `counted_rows`."""
+    return _rows.get()
+
+
+@contextmanager
+def recomputing(rows: Tensor | None) -> Iterator[None]:
+    """Repeat a forward pass for its gradient: the same rows count, running buffers stay."""
+    token = _is_recomputing.set(True)
+    try:
+        with counted_rows(rows):
+            yield
+    finally:
+        _is_recomputing.reset(token)
+
+
+def _per_channel(values: Tensor, ndim: int) -> Tensor:
+    return values.view(1, -1, *[1] * (ndim - 2))
+
+
+class _Standardize(torch.autograd.Function):
+    """`(x - mean) / sqrt(var + eps)` over the counted rows of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, rows: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axes = [0, *range(2, x.ndim)]
+        values = x if x.dtype == torch.float64 else x.float()
+        weight = rows.to(values.dtype).view(-1, *[1] * (x.ndim - 1))
+        per_row = values[0, 0].numel() if len(values) else 1
+        sums = torch.cat([(values * weight).sum(axes), weight.sum().view(1) * per_row])
+        sums = all_reduce_sum(sums)
+        count = sums[-1]
+        mean = sums[:-1] / count.clamp(min=1)
+        centred = values - _per_channel(mean, x.ndim)
+        var = all_reduce_sum((centred.square() * weight).sum(axes)) / count.clamp(min=1)
+        inverse = (var + eps).rsqrt()
+        ctx.save_for_backward(x, rows, mean, inverse, count)
+        ctx.mark_non_differentiable(mean, var, count)
+        return (centred * _per_channel(inverse, x.ndim)).to(x.dtype), mean, var, count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, rows, mean, inverse, count = ctx.saved_tensors
+        axes = [0, *range(2, x.ndim)]
+        grad = grads[0].to(mean.dtype)
+        unit = (x.to(mean.dtype) - _per_channel(mean, x.ndim)) * _per_channel(inverse, x.ndim)
+        sums = torch.stack([grad.sum(axes), (grad * unit).sum(axes)])
+        sums = all_reduce_sum(sums) / count.clamp(min=1)
+        weight = rows.to(mean.dtype).view(-1, *[1] * (x.ndim - 1))
+        shift = _per_channel(sums[0], x.ndim) + unit * _per_channel(sums[1], x.ndim)
+        out = (grad - weight * shift) * _per_channel(inverse, x.ndim)
+        return out.to(x.dtype), None, None
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch normalisation over all ranks; buffers and names are those of torch's BatchNorm.
+
+    Args:
+        width: Channels.
+        eps: Added to the variance.
+        momentum: Weight of a batch in the running statistics.
+        affine: Scale and shift afterwards.
+
+    With a single process and without `counted_rows` it is torch's own kernel.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, width: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True
+    ) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Normalise every channel.
+
+        Args:
+            x: (B, C) or (B, C, ...).
+            rows: bool (B,), True where the item counts; None takes those of `counted_rows`.
+
+        Returns:
+            The shape and dtype of x.
+        """
+        if not self.training:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        rows = _rows.get() if rows is None else rows
+        if rows is None:
+            rows = torch.ones(len(x), dtype=torch.bool, device=x.device)
+            if not is_distributed() and x.numel() > x.shape[1]:
+                return self._native(x)
+        with torch.autocast(x.device.type, enabled=False):
+            out, mean, var, count = cast(
+                tuple[Tensor, Tensor, Tensor, Tensor], _Standardize.apply(x, rows, self.eps)
+            )
+            self._update(mean, var, count)
+            if self.weight is None or self.bias is None:
+                return out
+            scale, shift = (_per_channel(p, x.ndim).to(out.dtype) for p in (self.weight, self.bias))
+            return out * scale + shift
+
+    def _native(self, x: Tensor) -> Tensor:
+        is_first = not _is_recomputing.get()
+        if is_first:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            x,
+            self.running_mean if is_first else self.running_mean.clone(),
+            self.running_var if is_first else self.running_var.clone(),
+            self.weight,
+            self.bias,
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        if _is_recomputing.get():
+            return
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        share = self.momentum * (count > 0).to(mean.dtype)  # an empty batch changes nothing
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share.to(self.running_mean.dtype))
+        self.running_var.lerp_(
+            unbiased.to(self.running_var.dtype), share.to(self.running_var.dtype)
+        )
+        self.num_batches_tracked.add_((count > 0).long())
+
+
+def convert_batch_norm(module: nn.Module) -> int:
+    """Replace every torch BatchNorm below `module`, with its weights; return how many there were.
+
+    Raises:
+        TypeError: One of them is a subclass that computes something else as well.
+    """
+    count = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.modules.batchnorm._BatchNorm):
+                continue
+            if type(child) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+                raise TypeError(f"{name}: {type(child).__name__} is no plain batch normalisation.")
+            own = GlobalBatchNorm(
+                child.num_features, child.eps, child.momentum or 0.1, affine=child.affine
+            )
+            own.load_state_dict(child.state_dict())
+            setattr(parent, name, own)
+            count += 1
+    return count
