@@ -191,7 +191,8 @@ class OmniSatBackbone(Backbone):
             Features before fusion, and what the decoders need besides: `poolings` of images,
             `attention` over the dates of series.
         """
-        features, traces = Features(), {"poolings": {}, "attention": {}}
+        features = Features()
+        traces: Traces = {"poolings": {}, "attention": {}}
         coords = grid_coordinates(self.grid, device=self.combiner.buckets.device)
         for name in self.modalities:
             if name not in x:

@@ -15,11 +15,11 @@ class ChosenDates(NamedTuple):
     """Dates of every item.
 
     Attributes:
-        index: Positions, int64 (B, K); kept ones first, in ascending order.
+        positions: int64 (B, K); kept ones first, in ascending order.
         kept: bool (B, K); False where an item has fewer than K dates.
     """
 
-    index: Tensor
+    positions: Tensor
     kept: Tensor
 
 

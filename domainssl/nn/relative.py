@@ -1,7 +1,8 @@
 """Attention with learned terms per bucket of distance between patches.
 
-`logits_ij = s q_i k_j^T + q'_i W[:, b(i, j)]`: a table W of one column per bucket, shared by heads,
-multiplied with the query. Source: iRPE (Wu et al. 2021), Euclidean method, contextual mode, on keys.
+`logits_ij = s q_i k_j^T + q'_i W[:, b(i, j)]`: a table W of one column per bucket, shared by heads
+and multiplied with the query.
+Source: iRPE (Wu et al. 2021), Euclidean method, contextual mode, on keys.
 """
 
 from __future__ import annotations

@@ -384,20 +384,20 @@ class OmniSat(Objective):
             self.kept_dates,
             drops_last=bool(self.options.date_filter_drops_last_valid),
         )
-        days = self.backbone.calendars[name].days(x[key(name, "dates")]).gather(1, chosen.index)
+        days = self.backbone.calendars[name].days(x[key(name, "dates")]).gather(1, chosen.positions)
         code = date_sinusoids(days, tokens.shape[-1], self.backbone.calendars[name].length)
         dated = tokens.unsqueeze(1) + code.unsqueeze(2).to(tokens.dtype)  # (B, K, P, D)
         predicted = self.decoder[f"projector_{name}"](dated)  # (B, K, P, V)
-        target = _take(self.backbone.patches(name, x[name]), chosen.index)
+        target = _take(self.backbone.patches(name, x[name]), chosen.positions)
         mask = self._value_mask(name, x)
-        mask = None if mask is None else _take(mask, chosen.index)
+        mask = None if mask is None else _take(mask, chosen.positions)
         target, predicted = target.flatten(0, 1), predicted.flatten(0, 1)  # (B·K, P, V)
         mask = None if mask is None else mask.flatten(0, 1)
         mean, scale = _whole_statistics(target, mask)
         counted = chosen.kept & present_mask(x, name).unsqueeze(1)
         counted = (counted.unsqueeze(2) & hidden.unsqueeze(1)).flatten(0, 1)
         loss = masked_patch_mse(predicted, _standardized(target, mean, scale), counted, mask)
-        best = slice(None, None, chosen.index.shape[1])  # the first kept date of every item
+        best = slice(None, None, chosen.positions.shape[1])  # the first kept date of every item
         return loss, _Picture(target[best], predicted[best], mean[best], scale[best])
 
     def _outputs(

@@ -255,7 +255,7 @@ def test_kept_dates_are_exact(golden: Golden) -> None:
         )
         pairs = [
             (b, int(t))
-            for b, (index, kept) in enumerate(zip(chosen.index, chosen.kept, strict=True))
+            for b, (index, kept) in enumerate(zip(chosen.positions, chosen.kept, strict=True))
             for t in index[kept]
         ]
         assert pairs == [tuple(pair) for pair in golden[f"output/recon_index_{name}"].tolist()]
