@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from domainssl.datamodules.base import DomainDataModule
     from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
+    from domainssl.datamodules.treesatai import TreeSatAIDataModule
 
-__all__ = ["DomainDataModule", "SSL4EOS12DataModule"]
+__all__ = ["DomainDataModule", "SSL4EOS12DataModule", "TreeSatAIDataModule"]
 
 _HOMES = {
     "DomainDataModule": "domainssl.datamodules.base",
     "SSL4EOS12DataModule": "domainssl.datamodules.ssl4eo",
+    "TreeSatAIDataModule": "domainssl.datamodules.treesatai",
 }
 
 
