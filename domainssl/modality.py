@@ -371,6 +371,11 @@ def check_batch(
         if not isinstance(x, Tensor):
             raise DataError(f"batch.{name}: got {type(x).__name__}, expected a tensor.")
         axes = modality.axes
+        if x.ndim == len(axes.split()) and x.shape[modality.channel_axis] != modality.num_channels:
+            raise DataError(
+                f"batch.{name}: got shape {tuple(x.shape)}, expected ({axes}) with "
+                f"C={modality.num_channels} channels in the order {' '.join(modality.channels)}."
+            )
         check_shape(x, axes, name=f"batch.{name}", C=modality.num_channels)
         if size is not None and len(x) != size:
             raise DataError(f"batch.{name}: {len(x)} items, but {found[0]!r} has {size}.")

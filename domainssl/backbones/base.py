@@ -113,6 +113,12 @@ class Backbone(Recorded, nn.Module):
         Raises:
             DataError: The batch does not hold what the backbone was built for.
         """
+        if not isinstance(batch, Mapping):
+            first = next(iter(self.modalities))
+            raise DataError(
+                f"A backbone takes a dict of tensors by modality, such as {{{first!r}: x}}; got "
+                f"{type(batch).__name__}."
+            )
         check_batch(batch, self.modalities)
         out: dict[str, Any] = self.normalizer(batch)
         return out

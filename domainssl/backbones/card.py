@@ -149,11 +149,13 @@ def read_card(path: Path) -> tuple[Card, bytes]:
     """Read a card and the bytes of its tensors file, and compare their hash.
 
     Args:
-        path: The folder, the card or the tensors file.
+        path: The folder of the export or of its run, the card or the tensors file.
 
     Raises:
         WeightsError: A file is missing, damaged, or of another export.
     """
+    if path.is_dir() and not (path / CARD_NAME).exists() and (path / "backbone").is_dir():
+        path = path / "backbone"  # the folder of a run
     folder = path if path.is_dir() else path.parent
     card_path, tensors_path = folder / CARD_NAME, folder / TENSORS_NAME
     if path.suffix == ".json":

@@ -177,8 +177,22 @@ class CROMABackbone(Backbone):
         refuse_replace(replace, type(self).__name__)
         features = self.encode_sensors(x, keep)
         if self.radar in features.tokens and self.optical in features.tokens:
+            self._check_footprint(x)
             features = self.join(features)
         return features
+
+    def _check_footprint(self, x: Mapping[str, Any]) -> None:
+        """Refuse two sensors that cannot show the same place."""
+        names = (self.radar, self.optical)
+        sizes = [common_size(x[name], self.modalities[name]) for name in names]
+        steps = [self.modalities[name].gsd_m or 0.0 for name in names]
+        metres = [tuple(n * step for n in size) for size, step in zip(sizes, steps, strict=True)]
+        if all(steps) and any(abs(a - b) > max(steps) for a, b in zip(*metres, strict=True)):
+            raise DataError(
+                f"{names[0]!r} covers {metres[0]} m and {names[1]!r} {metres[1]} m (sizes "
+                f"{sizes[0]} and {sizes[1]} px); co-registered modalities show the same place. "
+                "Cut or resample them to one footprint, or encode each alone."
+            )
 
     def encode_sensors(
         self, x: Mapping[str, Any], keep: Mapping[str, Tensor] | None = None

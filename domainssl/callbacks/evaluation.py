@@ -110,11 +110,15 @@ class OnlineEvaluation(Callback):
         with observing(module):
             loader = datamodule.val_dataloader()
             count = limit if isinstance(limit, int) else math.ceil(limit * len(loader))
-            for index, batch in enumerate(loader):
-                if index >= count:
-                    break
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-                self._collect(trainer, module, batch, with_raw=with_raw)
+            try:
+                for index, batch in enumerate(loader):
+                    if index >= count:
+                        break
+                    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                    self._collect(trainer, module, batch, with_raw=with_raw)
+            finally:  # its worker processes would stay, unused, to the end of the run
+                if hasattr(loader, "close"):
+                    loader.close()
         return self._gathered(module)
 
     # -- while validating ---------------------------------------------------------------------

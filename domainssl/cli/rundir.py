@@ -90,11 +90,14 @@ def new_run_dir(
 def refuse_used_folder(folder: Path) -> None:
     """Refuse to start a new run in the folder of another; a requeued job is the same run.
 
+    A start that failed before anything was trained leaves records only and does not count.
+
     Raises:
         ConfigError: The folder holds a run.
     """
     is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
-    if is_requeued or not is_first_process() or not (folder / "run.json").exists():
+    has_trained = _checkpoints(folder) or (folder / "metrics.csv").exists()
+    if is_requeued or not is_first_process() or not has_trained:
         return
     raise ConfigError(
         f"run_dir {str(folder)!r} holds a run already. Choose another folder, or continue that "
@@ -131,15 +134,24 @@ def _age(path: Path) -> int:
     return path.stat().st_mtime_ns
 
 
-def last_checkpoint(folder: Path, name: str) -> Path:
+def last_checkpoint(folder: Path, name: str | None) -> Path:
     """Return the newest checkpoint of this run's folder, else of the earlier runs of its name.
+
+    Args:
+        folder: Folder of this run.
+        name: Name of the run; None where the user has named the folder, which alone counts then.
 
     Raises:
         ConfigError: There is none.
     """
     found = _checkpoints(folder)
+    if not found and name is None:
+        raise ConfigError(
+            f"--ckpt_path last: run_dir {str(folder)!r} holds no checkpoint. Name the file, or "
+            "start without --ckpt_path."
+        )
     if not found:
-        base = Path("runs") / name
+        base = Path("runs") / str(name)
         found = sorted(base.glob("*/checkpoints/last.ckpt"), key=_age)
         if not found:
             raise ConfigError(

@@ -82,7 +82,9 @@ class Request:
         """Put a path in the place of `last`, or where `auto_resume` asks for one."""
         given = self.config.get("ckpt_path")
         if given == "last":
-            self.config["ckpt_path"] = str(last_checkpoint(self.run_dir, self.name))
+            is_named = self.verb == "fit" and bool(self.config.get("run_dir"))
+            found_last = last_checkpoint(self.run_dir, None if is_named else self.name)
+            self.config["ckpt_path"] = str(found_last)
         elif self.verb != "fit" or not self.config.get("auto_resume"):
             return
         elif given:

@@ -215,13 +215,20 @@ class Normalizer(nn.Module):
         return valid & present_mask(batch, name).view(-1, *[1] * (x.ndim - 1))
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the batch with every known modality normalised, invalid values zero."""
+        """Return the batch with every known modality normalised.
+
+        Values that are invalid, absent or not finite are zero.
+        """
         out = dict(batch)
         with torch.autocast(_device_type(batch, self.modalities), enabled=False):
             for name in self.modalities:
                 if name in batch:
                     x = self.standardize(self.to_unit(batch, name), name)
-                    out[name] = self.mask(x, batch, name)
+                    x = self.mask(x, batch, name)
+                    raw = batch[name]
+                    if raw.is_floating_point():
+                        x = torch.where(raw.isfinite(), x, 0.0)
+                    out[name] = x
         return out
 
 

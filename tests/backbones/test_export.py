@@ -77,7 +77,7 @@ def test_data_that_do_not_fit_are_refused_with_the_reason(
 
 
 def test_a_batch_with_a_wrong_band_count_is_refused(backbone: CROMABackbone) -> None:
-    with pytest.raises(DataError, match=r"batch.s2.*\(2, 13, 16, 16\).*C=12"):
+    with pytest.raises(DataError, match=r"batch.s2.*\(2, 13, 16, 16\).*C=12.*B8A B09 B11"):
         backbone({"s2": torch.zeros(2, 13, 16, 16)})
 
 
@@ -150,3 +150,30 @@ def test_a_failed_export_leaves_the_earlier_one_as_it_was(
     with pytest.raises(ExportError, match=r"was not exported.*No space left.*an earlier export"):
         export_backbone(backbone, tmp_path, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_values_that_are_not_finite_count_as_invalid(backbone: CROMABackbone) -> None:
+    batch = _batch()
+    spoilt = {**batch, "s2": batch["s2"].clone()}
+    spoilt["s2"][0, :, :4, :4] = float("nan")
+    valid = torch.ones(2, 16, 16, dtype=torch.bool)
+    valid[0, :4, :4] = False
+    with torch.no_grad():
+        expected = backbone({**batch, "s2.valid": valid}).pooled["joint"]
+        assert torch.equal(backbone(spoilt).pooled["joint"], expected)
+
+
+def test_sensors_of_different_footprints_are_refused(backbone: CROMABackbone) -> None:
+    batch = {**_batch(), "s2": torch.zeros(2, 12, 32, 32)}
+    with pytest.raises(DataError, match=r"160.0, 160.0.*320.0, 320.0.*one footprint"):
+        backbone(batch)
+
+
+def test_a_bare_tensor_is_refused_with_the_form_that_is_taken(backbone: CROMABackbone) -> None:
+    with pytest.raises(DataError, match=r"\{'s1': x\}; got Tensor"):
+        backbone(torch.zeros(2, 12, 16, 16))  # type: ignore[arg-type]
+
+
+def test_the_folder_of_a_run_leads_to_its_export(backbone: CROMABackbone, tmp_path: Path) -> None:
+    export_backbone(backbone, tmp_path / "backbone")
+    assert type(load_backbone(tmp_path)) is CROMABackbone

@@ -20,7 +20,7 @@ trainer:
   max_epochs: 4
   accelerator: cpu
   devices: 2
-  strategy: {class_path: DDPStrategy, init_args: {process_group_backend: gloo, timeout: "0:00:08"}}
+  strategy: {class_path: DDPStrategy, init_args: {process_group_backend: gloo, timeout: "TIMEOUT"}}
   log_every_n_steps: 1
   enable_progress_bar: false
   enable_model_summary: false
@@ -34,7 +34,10 @@ data: {class_path: cli_fakes.FakeDataModule, init_args: {root: sample}}
 
 def run(folder: Path, repository: Path, rank: int, how: str) -> tuple[int, str, float]:
     """Return status, output and the seconds it took; nothing of the run is left afterwards."""
-    (folder / "two.yaml").write_text(RECIPE)
+    # A rank that is gone is noticed at once; only one that hangs needs the time limit, which must
+    # leave enough time for both to start on a busy machine.
+    limit = "0:00:30" if how == "hang" else "0:05:00"
+    (folder / "two.yaml").write_text(RECIPE.replace("TIMEOUT", limit))
     words = [f"--callbacks.lose.rank={rank}", f"--callbacks.lose.how={how}", "--run_dir=here"]
     path = [str(repository), str(repository / "tests"), str(Path(__file__).parent)]
     start = time.monotonic()
@@ -46,7 +49,7 @@ def run(folder: Path, repository: Path, rank: int, how: str) -> tuple[int, str, 
             cwd=folder, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
         try:
-            status = process.wait(timeout=90)
+            status = process.wait(timeout=150)
             deadline = time.monotonic() + 30
             with suppress(ProcessLookupError):
                 while time.monotonic() < deadline:
@@ -73,7 +76,7 @@ def test_the_others_end_soon_with_a_message(tmp_path, repository, rank, how, mes
     status, output, seconds = run(tmp_path, repository, rank, how)
     assert status != 0
     assert message in output, output
-    assert seconds < 90
+    assert seconds < 150  # of which starting takes most
     if how != "error":
         assert "Resume with --auto_resume" in output
 
