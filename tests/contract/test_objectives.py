@@ -223,11 +223,12 @@ def test_two_processes_equal_one(on_two_ranks: dict[str, Any], recipe: str) -> N
     losses, grads = _one_rank(recipe, 0, SIZE)
     for term, loss in losses.items():
         torch.testing.assert_close(on_two_ranks[recipe]["losses"][term], loss, rtol=1e-5, atol=1e-6)
-    # what a batch norm subtracts has no gradient but rounding, in proportion to the largest one
+    # what a batch norm subtracts has no gradient but rounding, in proportion to the largest one;
+    # over four items it also amplifies rounding (in float64 the methods agree to 1e-9)
     rounding = 1e-6 * max(float(grad.abs().max()) for grad in grads.values())
     for name, grad in grads.items():
         ours = on_two_ranks[recipe]["grads"][name]
-        bound = 1e-4 * float(grad.abs().max()) + max(1e-7, rounding)
+        bound = 3e-4 * float(grad.abs().max()) + max(1e-7, rounding)
         assert float((ours - grad).abs().max()) <= bound, name
 
 
