@@ -99,7 +99,7 @@ class Cube:
     def arrays(self) -> dict[str, ArrayInfo]:
         """The arrays by name."""
         if self.format == 3:
-            return _v3_arrays(self._v3)
+            return _v3_arrays(self._v3_members)
         names = [k[: -len("/.zarray")] for k in self._metadata if k.endswith("/.zarray")]
         return {name: self._info(name) for name in sorted(names)}
 
@@ -115,7 +115,8 @@ class Cube:
         if not path:
             return self.attrs
         if self.format == 3:
-            return self._v3_group_attrs.get(path, {})
+            found = self._v3_members.get(path)
+            return {} if found is None or hasattr(found, "shape") else dict(found.attrs)
         return dict(self._metadata.get(f"{path}/.zattrs", {}))
 
     def _info(self, name: str) -> ArrayInfo:
@@ -199,7 +200,7 @@ class Cube:
     def read_text(self, name: str) -> list[str]:
         """Read an array of names, whichever of zarr's text types it has."""
         if self.format == 3:
-            return [str(value) for value in np.asarray(self._v3[name][...]).reshape(-1)]
+            return [str(value) for value in np.asarray(self._v3_members[name][...]).reshape(-1)]
         return [
             value.decode() if isinstance(value, bytes) else str(value)
             for value in self.read(name).reshape(-1)
@@ -297,9 +298,9 @@ class Cube:
             ) from error
 
     @cached_property
-    def _v3_group_attrs(self) -> dict[str, dict[str, Any]]:
-        members = self._v3.members(max_depth=None)
-        return {name: dict(item.attrs) for name, item in members if not hasattr(item, "shape")}
+    def _v3_members(self) -> dict[str, Any]:
+        """Everything in the store, opened once: opening an array anew asks for its metadata."""
+        return dict(self._v3.members(max_depth=None))
 
     @cached_property
     def _v3(self) -> Any:
@@ -310,9 +311,8 @@ class Cube:
         if isinstance(self.store, FolderStore):  # asks for the byte ranges of inner chunks alone
             found: Any = LocalStore(self.name)
             if is_url(self.name):
-                found = FsspecStore.from_url(
-                    self.name, read_only=True, storage_options=self.options
-                )
+                theirs = {k: v for k, v in self.options.items() if k != "retry"}  # ours
+                found = FsspecStore.from_url(self.name, read_only=True, storage_options=theirs)
             return zarr.open_group(found, mode="r", zarr_format=3)
         make = default_buffer_prototype().buffer.from_bytes
         content = {key: make(self.store.get(key) or b"") for key in self.store.names()}
@@ -322,8 +322,10 @@ class Cube:
         self, info: ArrayInfo, selection: Selection, out: np.ndarray[Any, Any]
     ) -> np.ndarray[Any, Any]:
         index = tuple(s if isinstance(s, slice) else list(s) for s in selection)
+        array = self._v3_members[info.name]
+        is_plain = all(isinstance(s, slice) for s in index)
         try:
-            out[...] = self._v3[info.name].oindex[index if index else ...]
+            out[...] = (array if is_plain else array.oindex)[index if index else ...]
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             raise DataError(
                 f"{self.name}: array {info.name!r} does not decode ({error})"
@@ -418,10 +420,10 @@ def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
     return np.array(value if not isinstance(value, str) else float(value)).astype(dtype)[()]
 
 
-def _v3_arrays(group: Any) -> dict[str, ArrayInfo]:
+def _v3_arrays(members: Mapping[str, Any]) -> dict[str, ArrayInfo]:
     found = {}
-    members = [(n, item) for n, item in group.members(max_depth=None) if hasattr(item, "shape")]
-    for name, array in sorted(members, key=lambda member: member[0]):
+    for name in sorted(name for name, item in members.items() if hasattr(item, "shape")):
+        array = members[name]
         meta = array.metadata
         names = ", ".join(type(c).__name__ for c in meta.codecs)
         dims = tuple(meta.dimension_names or array.attrs.get("_ARRAY_DIMENSIONS", ()))
