@@ -355,9 +355,10 @@ def _gsd(modality: Modality) -> float:
 def _corner(
     tile: Tile, modalities: Mapping[str, Modality], margins: Mapping[str, int]
 ) -> tuple[tuple[float, float], int | str] | None:
-    """Return the corner of the common footprint and its CRS, from the first image that has one."""
-    for name, image in tile.images.items():
-        if image.corner is not None:
-            inset = margins.get(name, 0) * _gsd(modalities[name])
+    """Return the corner of the common footprint and its CRS, of an image that has one."""
+    for name, modality in modalities.items():
+        image = tile.images.get(name)
+        if image is not None and image.corner is not None:
+            inset = margins.get(name, 0) * _gsd(modality)
             return (image.corner[0] + inset, image.corner[1] - inset), image.crs
     return None
