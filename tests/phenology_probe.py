@@ -38,17 +38,24 @@ def _year(item: Item, name: str) -> tuple[np.ndarray, np.ndarray]:
     return day[order], values[order]
 
 
+def _index(values: np.ndarray, name: str) -> np.ndarray:
+    """What tells vegetation in one number: NDVI, or VH backscatter, (T,)."""
+    if name != "s2":
+        return values[:, 1]
+    return (values[:, 6] - values[:, 2]) / (values[:, 6] + values[:, 2])  # B08, B04
+
+
 def date_features(item: Item, name: str, day_of_year: int) -> np.ndarray:
-    """Band means on the date nearest to a day of the year."""
+    """Band means and index on the date nearest to a day of the year."""
     days, values = _year(item, name)
-    return values[np.abs(days - day_of_year).argmin()]
+    place = np.abs(days - day_of_year).argmin()
+    return np.concatenate([values[place], _index(values, name)[[place]]])
 
 
 def series_features(item: Item, name: str) -> np.ndarray:
-    """Band means interpolated to 24 days of the year."""
+    """The index interpolated to 24 days of the year."""
     days, values = _year(item, name)
-    grid = np.linspace(15, 350, 24)
-    return np.concatenate([np.interp(grid, days, band) for band in values.T])
+    return np.interp(np.linspace(15, 350, 24), days, _index(values, name))
 
 
 def probe(train: list[Item], held_out: list[Item], features: Features, draws: int = 5) -> float:

@@ -30,7 +30,7 @@ __all__ = ["FOLDS", "KINDS", "PER_FOLD", "SIDE", "VERSION", "build", "sample_roo
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"
+VERSION = "2"
 FOLDS, PER_FOLD, SIDE = 5, 10, 32
 KINDS = (2, 3, 5, 7)  # soft winter wheat, corn, winter rapeseed, sunflower
 _SEED = 20261107
@@ -118,7 +118,7 @@ def _series(
         offsets = np.linspace(3, 361, count) + rng.integers(-3, 4, count)
         days = _START + offsets.astype(np.int64).astype("timedelta64[D]")
         if sensor == "S2":
-            cloud = cloud_cover(rng, count, SIDE, SIDE, 0.15)
+            cloud = cloud_cover(rng, count, SIDE, SIDE, 0.06)
             values = optical_series(rng, green(days), cloud).astype(np.int16)
         else:
             both = radar_series(rng, green(days), level)

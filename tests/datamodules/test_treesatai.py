@@ -88,7 +88,9 @@ def test_sample_is_the_same_every_time(root: Path, tmp_path: Path) -> None:
     again = read_treesat(catalogue(root), catalogue(root).tiles[3], ALL)
     assert catalogue(root).tiles[3].aerial == row[0]
     (tmp_path / "train.csv").write_text(
-        ",".join(["aerial_name", "sen_name", "aerial_date", *GENERA]) + "\n" + ",".join(map(str, row))
+        ",".join(["aerial_name", "sen_name", "aerial_date", *GENERA])
+        + "\n"
+        + ",".join(map(str, row))
     )
     made = read_treesat(catalogue(tmp_path), catalogue(tmp_path).tiles[0], ALL)
     assert np.array_equal(made.images["aerial"].values, again.images["aerial"].values)
