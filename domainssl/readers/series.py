@@ -153,8 +153,9 @@ def typical_dates(values: Array, masked: Array, count: int, offset: int) -> Arra
     x = values[offset : offset + count * length].astype(np.float64)
     x = x.reshape(count, length, *values.shape[1:])  # (N*K, C, H, W) -> (N, K, C, H, W)
     hidden = masked[offset : offset + count * length].reshape(count, length, *masked.shape[1:])
-    touched = hidden.any((2, 3))  # (N, K)
-    hidden = hidden & ~touched.all(1)[:, None, None, None]
+    touched: Array = np.any(hidden, (2, 3))  # (N, K)
+    has_clear: Array = ~np.all(touched, 1)
+    hidden = hidden & has_clear[:, None, None, None]
     x = np.where(hidden[:, :, None], np.nan, x)
     # Every run has a whole frame, so no pixel is NaN in all of them.
     score = np.abs(x - np.nanmedian(x, 1, keepdims=True)).mean((2, 3, 4))

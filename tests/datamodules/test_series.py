@@ -96,7 +96,7 @@ def test_geo_tells_where_each_cell_lies(epoch: int) -> None:
         geo = found[f"{name}.geo"]
         x = geo["a"] * centre + geo["b"] * centre + geo["c"]
         y = geo["d"] * centre + geo["e"] * centre + geo["f"]
-        row, column = np.argwhere(NUMBERS == int(found["s2"][0, 0, 0, 0]))[0]
+        row, column = np.argwhere(int(found["s2"][0, 0, 0, 0]) == NUMBERS)[0]
         assert x == pytest.approx(1000 + 10 * (column + 0.5))
         assert y == pytest.approx(5000 - 10 * (row + 0.5))
         assert geo["crs"] == 25832
