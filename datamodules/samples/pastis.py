@@ -75,7 +75,7 @@ def _patch(folder: Path, number: int) -> dict[str, Any]:
     target[rng.random((SIDE, SIDE)) < 0.01] = VOID
     annotation = np.stack([target, fields + 1, fields + 1]).astype(np.uint8)
     np.save(folder / "ANNOTATIONS" / f"TARGET_{name}.npy", annotation)
-    properties = {"ID_PATCH": int(name), "Fold": number % FOLDS + 1}
+    properties: dict[str, Any] = {"ID_PATCH": int(name), "Fold": number % FOLDS + 1}
     properties |= _series(folder, name, rng, fields, kinds, hedge)
     _write_spot(folder / SPOT_FOLDER / f"SPOT6_RVB_1M00_2019_{name}.tif", rng, fields, kinds)
     x, y = 500_000.0 + 320 * number, 6_500_000.0

@@ -81,7 +81,8 @@ def measured(values: Array, unit: Unit) -> tuple[Array, Array]:
     Returns:
         float32 (T, C, H, W), 0 where nothing was measured, and bool (T, H, W), True = valid.
     """
-    x = values.astype(np.float32)
+    x: Array = values.astype(np.float32)
+    valid: Array
     if unit == "linear":
         good = np.isfinite(x) & (x > 0)
         x = 10 * np.log10(x, out=np.zeros_like(x), where=good)
