@@ -86,9 +86,9 @@ def measured(values: Array, unit: Unit) -> tuple[Array, Array]:
     if unit == "linear":
         good = np.isfinite(x) & (x > 0)
         x = 10 * np.log10(x, out=np.zeros_like(x), where=good)
-        valid = good.all(1)
+        valid = np.asarray(good.all(1))
     else:
-        valid = np.isfinite(x).all(1) & (x != 0).any(1)
+        valid = np.asarray(np.isfinite(x).all(1) & (x != 0).any(1))
         if unit == "dn":
             valid &= (x > _NO_DATA_DN).all(1)
     x *= valid[:, None]
