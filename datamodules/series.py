@@ -7,7 +7,7 @@ flipped and turned together; dates are chosen per (seed, epoch, item).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -116,7 +116,7 @@ class Footprint:
 
         Args:
             tile_m: Side of a tile.
-            step_m: Coarsest pixel, to which windows are aligned.
+            step_m: Pixel of the series, to which windows are aligned.
 
         Raises:
             ConfigError: The side does not fit the tile or its pixels.
@@ -125,7 +125,7 @@ class Footprint:
         if not 0 < side <= tile_m or abs(side / step_m - round(side / step_m)) > 1e-6:
             raise ConfigError(
                 f"data.init_args.footprint.size_m: got {side:g}, expected a multiple of "
-                f"{step_m:g} m (one pixel of the coarsest modality) up to {tile_m:g} m, the "
+                f"{step_m:g} m (one pixel of the series) up to {tile_m:g} m, the "
                 "side of a tile."
             )
         return side
@@ -159,6 +159,7 @@ class TileSource:
         margins: Pixels outside of the common footprint on each side of an image, by modality.
         footprint: Windows.
         tile_m: Side of a tile.
+        step_m: Pixel of the series and of class maps, to which windows are aligned.
         dates: Choice of dates.
         seed: Seed of windows and dates.
         is_training: Draw; otherwise the middle, and dates evenly spread.
@@ -171,15 +172,15 @@ class TileSource:
     margins: Mapping[str, int]
     footprint: Footprint
     tile_m: float
+    step_m: float
     dates: SeriesDates
     seed: int
     is_training: bool
     windows: int = 1
     tile_bytes: int = 1_000_000
-    _step_m: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self._step_m = max(_gsd(m) for m in self.modalities.values())
+        self.footprint.side_m(self.tile_m, self.step_m)
 
     @property
     def sizes(self) -> list[int]:
@@ -202,9 +203,9 @@ class TileSource:
         return rows
 
     def window(self, epoch: int, index: int, which: int = 0) -> Window:
-        """Return the window of an item on the pixels of the coarsest modality."""
-        cells = round(self.tile_m / self._step_m)
-        side = round(self.footprint.side_m(self.tile_m, self._step_m) / self._step_m)
+        """Return the window of an item on the pixels of the series."""
+        cells = round(self.tile_m / self.step_m)
+        side = round(self.footprint.side_m(self.tile_m, self.step_m) / self.step_m)
         if self.is_training:
             rng = generator(self.seed, epoch, _WINDOW, index)
             top, left = (int(v) for v in rng.integers(0, cells - side + 1, 2))
@@ -251,7 +252,7 @@ class TileSource:
 
     def _scaled(self, window: Window, modality: Modality) -> Window:
         """Return the window on the pixels of a modality."""
-        times = round(self._step_m / _gsd(modality))
+        times = round(self.step_m / _gsd(modality))
         margin = self.margins.get(modality.name, 0)
         return Window(
             margin + window.top * times,
@@ -354,9 +355,10 @@ def _gsd(modality: Modality) -> float:
 def _corner(
     tile: Tile, modalities: Mapping[str, Modality], margins: Mapping[str, int]
 ) -> tuple[tuple[float, float], int | str] | None:
-    """Return the corner of the common footprint and its CRS, from the first image that has one."""
-    for name, image in tile.images.items():
-        if image.corner is not None:
-            inset = margins.get(name, 0) * _gsd(modalities[name])
+    """Return the corner of the common footprint and its CRS, of an image that has one."""
+    for name, modality in modalities.items():
+        image = tile.images.get(name)
+        if image is not None and image.corner is not None:
+            inset = margins.get(name, 0) * _gsd(modality)
             return (image.corner[0] + inset, image.corner[1] - inset), image.crs
     return None

@@ -142,8 +142,7 @@ class TreeSatAIDataModule(DomainDataModule):
         self.label_threshold = label_threshold
         self.statistics = statistics
         self.catalogues: dict[str, TreeSatCatalogue] = {}
-        step_m = max(_AERIAL_M if name == "aerial" else _SENTINEL_M for name in modalities)
-        self._side_m = self.footprint.side_m(_TILE_M, step_m)
+        self._side_m = self.footprint.side_m(_TILE_M, _SENTINEL_M)
         self._modalities = {name: self._modality(name) for name in modalities}
 
     @property
@@ -231,6 +230,7 @@ class TreeSatAIDataModule(DomainDataModule):
             _MARGIN,
             self.footprint,
             _TILE_M,
+            _SENTINEL_M,
             self.dates,
             self.seed,
             is_training,

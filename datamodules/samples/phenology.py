@@ -68,7 +68,7 @@ def optical_series(rng: Rng, green: Array, cloud: Array) -> Array:
     g = green[:, None]  # (T, 1, H, W)
     x = g * leaf[:, None, None] + (1 - g) * soil[:, None, None]
     x = x * np.exp(rng.normal(0, 0.08, (dates, 1, 1, 1)))  # sun and view
-    x = x + rng.gamma(1.5, 0.25, (dates, 1, 1, 1)) * _HAZE[:, None, None]
+    x = x + rng.gamma(1.5, 0.12, (dates, 1, 1, 1)) * _HAZE[:, None, None]
     x = x * np.exp(rng.normal(0, 0.03, (dates, 10, height, width)))
     veil = cloud[:, None] / 100
     x = (1 - veil) * x + veil * _CLOUD[:, None, None] * rng.uniform(0.6, 1.2, (dates, 1, 1, 1))
@@ -88,4 +88,4 @@ def radar_series(rng: Rng, green: Array, level_db: float) -> Array:
     vv = level_db + wet - 1.5 * green
     vh = level_db - 6.0 + 0.6 * wet - 4.5 * green
     x = np.stack([vv, vh], 1)  # (T, 2, H, W)
-    return (x + rng.normal(0, 0.9, x.shape)).astype(np.float32)
+    return (x + rng.normal(0, 0.7, x.shape)).astype(np.float32)

@@ -31,7 +31,7 @@ __all__ = ["KINDS", "TILES", "VERSION", "build", "sample_root"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = "1"
+VERSION = "2"
 TILES = {"train": 96, "val": 64}
 KINDS = ("Fagus", "Quercus", "Larix", "Betula")
 _SEED = 20261004

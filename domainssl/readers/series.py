@@ -81,13 +81,14 @@ def measured(values: Array, unit: Unit) -> tuple[Array, Array]:
     Returns:
         float32 (T, C, H, W), 0 where nothing was measured, and bool (T, H, W), True = valid.
     """
-    x = values.astype(np.float32)
+    x: Array = values.astype(np.float32)
+    valid: Array
     if unit == "linear":
         good = np.isfinite(x) & (x > 0)
         x = 10 * np.log10(x, out=np.zeros_like(x), where=good)
-        valid = good.all(1)
+        valid = np.asarray(good.all(1))
     else:
-        valid = np.isfinite(x).all(1) & (x != 0).any(1)
+        valid = np.asarray(np.isfinite(x).all(1) & (x != 0).any(1))
         if unit == "dn":
             valid &= (x > _NO_DATA_DN).all(1)
     x *= valid[:, None]
@@ -153,8 +154,9 @@ def typical_dates(values: Array, masked: Array, count: int, offset: int) -> Arra
     x = values[offset : offset + count * length].astype(np.float64)
     x = x.reshape(count, length, *values.shape[1:])  # (N*K, C, H, W) -> (N, K, C, H, W)
     hidden = masked[offset : offset + count * length].reshape(count, length, *masked.shape[1:])
-    touched = hidden.any((2, 3))  # (N, K)
-    hidden = hidden & ~touched.all(1)[:, None, None, None]
+    touched: Array = np.any(hidden, (2, 3))  # (N, K)
+    has_clear: Array = ~np.all(touched, 1)
+    hidden = hidden & has_clear[:, None, None, None]
     x = np.where(hidden[:, :, None], np.nan, x)
     # Every run has a whole frame, so no pixel is NaN in all of them.
     score = np.abs(x - np.nanmedian(x, 1, keepdims=True)).mean((2, 3, 4))

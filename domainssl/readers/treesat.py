@@ -1,4 +1,4 @@
-"""TreeSatAI Time Series on disk: tables of tiles, aerial GeoTIFFs and HDF5 files of Sentinel data."""
+"""TreeSatAI Time Series on disk: tables of tiles, aerial GeoTIFFs, HDF5 files of series."""
 
 from __future__ import annotations
 
@@ -174,7 +174,8 @@ def _shares(entry: Any, table: Path) -> tuple[float, ...]:
     unknown = sorted(set(found) - set(GENERA))
     if unknown:
         raise DataError(
-            f"{table.parent / _LABELS}: unknown genus {unknown[0]!r}; known are {', '.join(GENERA)}."
+            f"{table.parent / _LABELS}: unknown genus {unknown[0]!r}; known are "
+            f"{', '.join(GENERA)}."
         )
     return tuple(found.get(name, 0.0) for name in GENERA)
 
@@ -268,7 +269,7 @@ def _one_series(path: Path, file: Mapping[str, Any], name: str) -> Series | None
         if part not in file:
             raise DataError(f"{path}: no dataset {part!r}; found {', '.join(sorted(file))}.")
     values: Array = file[f"{prefix}-data"][...]
-    products = [p.decode() if isinstance(p, bytes) else str(p) for p in file[f"{prefix}-products"]]
+    products = [_text(name) for name in file[f"{prefix}-products"][...]]
     if not len(values):
         return None
     if values.ndim != 4 or values.shape[:2] != (len(products), bands):
@@ -286,3 +287,7 @@ def _one_series(path: Path, file: Mapping[str, Any], name: str) -> Series | None
     masks = file["sen-2-masks"][:, :2] if "sen-2-masks" in file else None
     cloud = None if masks is None else np.nan_to_num(masks, nan=100.0).max(1)
     return Series(values, found, "dn", cloud)
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
