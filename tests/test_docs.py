@@ -129,7 +129,7 @@ def test_documented_fit_commands_have_no_mistakes(
     dropped = ("--print_config", "--ckpt_path=")  # the checkpoint comes from the command before
     words = [word for word in words[1:] if not word.startswith(dropped)]
     request = prepare("fit", words)  # raises with every mistake
-    assert request.config["model"]["class_path"] == "domainssl.objectives.croma.CROMA"
+    assert request.config["model"]["class_path"].startswith("domainssl.objectives.")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=relative)

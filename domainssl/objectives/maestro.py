@@ -341,7 +341,7 @@ class MAESTRO(Objective):
         """Return the share hidden in a sequence of so many dates times band groups."""
         if self.backbone.fusion in ("shared", "monotemp"):
             return self.masking.ratio
-        return 1 - (1 - self.masking.ratio) / layers**self.masking.scale
+        return float(1 - (1 - self.masking.ratio) / layers**self.masking.scale)
 
     def draw(self, batch: Batch, generators: Generators) -> MAESTRODraws:
         """Hide tokens of every sequence: structures first, then single ones."""
@@ -476,7 +476,7 @@ class MAESTRO(Objective):
 
     def _pooled(self, encoded: Encoded, rasters: Mapping[str, Raster]) -> dict[str, Tensor]:
         """Return the mean visible token of every sequence, for each of its modalities."""
-        pooled = {}
+        pooled: dict[str, Tensor] = {}
         for sequence, names in self.backbone.sequences(list(rasters)).items():
             seen = encoded.is_seen[sequence].unsqueeze(-1)
             tokens = encoded.tokens[sequence].detach()
@@ -489,21 +489,22 @@ class MAESTRO(Objective):
     def _picture(
         self, name: str, raster: Raster, seen: Tensor, predicted: Tensor, hidden: Tensor
     ) -> dict[str, Tensor]:
-        """Return input, masked and predicted picture of the first date, (B, C, H, W)."""
-        where = self.counted(hidden, raster, name)
-        h, w = raster.grid
-        p = self.backbone.inputs[name].patch_size
+        """Return input, masked and predicted in the modality's batch layout."""
+        modality, where = self.backbone.modalities[name], self.counted(hidden, raster, name)
+        (h, w), p = raster.grid, self.backbone.inputs[name].patch_size
+        used = [modality.channels.index(b) for group in self.backbone.bands[name] for b in group]
         shown = {
             "input": seen,
             "masked": seen.masked_fill(where, float("nan")),
             "predicted": torch.where(where, predicted, seen),
         }
-        return {
-            kind: rearrange(
-                x[:, : h * w], "b (h w) (p q) c -> b c (h p) (w q)", h=h, w=w, p=p, q=p
-            ).detach()
-            for kind, x in shown.items()
-        }
+        pictures = {}
+        for kind, x in shown.items():
+            x = rearrange(x.detach(), "b (d h w) (p q) c -> b d c (h p) (w q)", h=h, w=w, p=p, q=p)
+            whole = x.new_zeros(*x.shape[:2], modality.num_channels, *x.shape[3:])
+            whole[:, :, used] = x
+            pictures[kind] = whole[:, 0] if modality.kind == "image" else whole
+        return pictures
 
     # -- parameters -------------------------------------------------------------------------
 
