@@ -48,6 +48,8 @@ class SSL4EOS12DataModule(DomainDataModule):
         statistics: `published`, a YAML or JSON file, or `card` (those of the model's weights).
         seed: Seed of order, windows and dates.
         loading: Worker processes and memory.
+        storage_options: fsspec options for a URL. `retry: {attempts: 5, first_wait_s: 0.5}` is
+            ours: how often a request that failed is repeated. Keys belong in the environment.
 
     Raises:
         ConfigError: An argument cannot be used.
@@ -67,6 +69,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         statistics: str = "published",
         seed: int = 0,
         loading: Loading | None = None,
+        storage_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             global_batch_size=global_batch_size,
@@ -75,6 +78,7 @@ class SSL4EOS12DataModule(DomainDataModule):
             loading=loading,
         )
         self.root = root
+        self.storage_options = dict(storage_options or {})
         self.products = dict(products or {"s1": "S1GRD", "s2": "S2L2A"})
         for name, value in self.products.items():
             if value not in PRODUCTS:
@@ -139,8 +143,12 @@ class SSL4EOS12DataModule(DomainDataModule):
         """Scan the splits that are there; predictions are made for the held-out one."""
         root = self._root()
         # A folder that holds the products directly has no held-out part.
-        splits = [s for s in ("train", "val") if is_folder(join(root, s))] or ["train"]
-        self.catalogues = {split: scan(root, split, self.products) for split in splits}
+        splits = [
+            s for s in ("train", "val") if is_folder(join(root, s), self.storage_options)
+        ] or ["train"]
+        self.catalogues = {
+            split: scan(root, split, self.products, self.storage_options) for split in splits
+        }
         if "train" in self.catalogues:
             self._log_clipping(self.catalogues["train"])
         if "val" not in self.catalogues:
@@ -157,7 +165,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         found = None
         if self.labels is not None:
             path = None if self.labels == "auto" else self.labels
-            found = labels(catalogue.root, catalogue.split, path=path)
+            found = labels(catalogue.root, catalogue.split, self.storage_options, path)
         if found is not None:
             self.label_names = found.names
         return SSL4EOSource(

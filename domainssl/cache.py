@@ -88,10 +88,9 @@ def locked_build(
             f"cache {target}: another process has been building it for more than "
             f"{timeout_s:.0f} s. If no such process runs, delete {target.parent}/.{label}.lock"
         ) from error
-    except OSError as error:
-        raise DataError(
-            f"cache {target}: cannot be written ({error.strerror or error}). {_REMEDY}"
-        ) from error
+    except (OSError, NotImplementedError) as error:  # the latter: no locks on this file system
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cache {target}: cannot be written ({reason}). {_REMEDY}") from error
     return target
 
 

@@ -16,12 +16,16 @@ from safetensors.torch import save
 
 from domainssl.arguments import class_of, plain
 from domainssl.backbones.base import Backbone
-from domainssl.errors import WeightsError
+from domainssl.errors import DomainSSLError, WeightsError
 
-__all__ = ["Card", "export_backbone", "read_card"]
+__all__ = ["Card", "ExportError", "export_backbone", "read_card"]
 
 FORMAT = "domainssl.backbone/1"
 CARD_NAME, TENSORS_NAME = "backbone.json", "backbone.safetensors"
+
+
+class ExportError(DomainSSLError, OSError):
+    """A backbone could not be written."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,25 @@ def _describe(backbone: Backbone) -> dict[str, dict[str, Any]]:
     return described
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+def _write_pair(contents: dict[Path, bytes]) -> None:
+    """Write files under hidden names and rename them, in order, once all are on the disk.
+
+    Of an earlier export in their place everything stays until then; the last name, that of the
+    card, is taken away for the moment in which the others change.
+    """
+    hidden = {path: path.with_name(f".{path.name}.{uuid4().hex}.tmp") for path in contents}
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for path, content in contents.items():
+            with hidden[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        list(contents)[-1].unlink(missing_ok=True)
+        for path in contents:
+            hidden[path].replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in hidden.values():
+            temporary.unlink(missing_ok=True)
 
 
 def export_backbone(
@@ -85,8 +98,8 @@ def export_backbone(
 ) -> Path:
     """Write a backbone and its card.
 
-    Both files appear complete or not at all; the card, written last, names the hash of the
-    tensors, so that a pair of different exports is noticed.
+    Both files appear complete or not at all, and an earlier export stays until then; the card
+    names the hash of the tensors, so that a pair of different exports is noticed.
 
     Args:
         backbone: What to write.
@@ -100,7 +113,7 @@ def export_backbone(
 
     Raises:
         WeightsError: The folder already holds an export.
-        OSError: The disk is full or not writable.
+        ExportError: The disk is full or not writable.
     """
     folder = Path(folder)
     target = folder / CARD_NAME
@@ -121,9 +134,14 @@ def export_backbone(
         provenance=plain({"torch": torch.__version__, **(provenance or {})}),
     )
     text = json.dumps(asdict(card), indent=1, allow_nan=False)
-    target.unlink(missing_ok=True)
-    _write_atomically(folder / TENSORS_NAME, content)
-    _write_atomically(target, text.encode())
+    try:
+        _write_pair({folder / TENSORS_NAME: content, target: text.encode()})
+    except OSError as error:
+        raise ExportError(
+            f"The backbone was not exported to {str(folder)!r}: {error}. Nothing of it is left "
+            "there, and an earlier export is as it was. Make room and export again out of the "
+            "run's checkpoint: python -m domainssl export --checkpoint RUN --output FOLDER"
+        ) from error
     return target
 
 

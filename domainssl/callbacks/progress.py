@@ -27,6 +27,8 @@ __all__ = ["ProgressBar"]
 class ProgressBar(_ProgressBar):
     """A bar on a terminal; elsewhere a line every `line_every_s` seconds and after each epoch.
 
+    Epochs shorter than a quarter of that leave a line only when they validated.
+
     Metrics are read at logging steps only, so the bar never makes the device wait.
 
     Args:
@@ -42,7 +44,7 @@ class ProgressBar(_ProgressBar):
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._text = ""
-        self._last_line = -math.inf
+        self._last_line, self._has_news = -math.inf, False
 
     @property
     def console(self) -> Console:
@@ -104,13 +106,21 @@ class ProgressBar(_ProgressBar):
         elif is_logging_step(trainer) and time.monotonic() - self._last_line > self.line_every_s:
             self._line(trainer, batch_idx)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the epoch has something to tell."""
+        self._has_news = not trainer.sanity_checking
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave one line per epoch."""
-        if self._is_enabled:
+        """Leave a line per epoch; of epochs of seconds only those that validated, or a few."""
+        if not self._is_enabled:
+            return
+        is_edge = trainer.current_epoch in (0, (trainer.max_epochs or 0) - 1)
+        is_time = time.monotonic() - self._last_line > self.line_every_s / 4
+        if self._has_news or is_edge or is_time or trainer.should_stop:
             self._line(trainer, None)
 
     def _line(self, trainer: Trainer, batch_idx: int | None) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._has_news = time.monotonic(), False
         where = _epoch(trainer)
         if batch_idx is not None:
             where += f" batch {batch_idx + 1}/{self.total_train_batches}"

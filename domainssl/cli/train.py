@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from typing import Any
 from domainssl.cli.check import LINKED, Checker
 from domainssl.cli.compose import DEFAULT_LOGGERS, compose
 from domainssl.cli.console import console
+from domainssl.cli.execute import execute
 from domainssl.cli.nodes import ConfigMistakes, Node, dump
 from domainssl.cli.rundir import (
     RUN_DIR_VARIABLE,
@@ -32,7 +32,7 @@ from domainssl.cli.rundir import (
     sole_writer,
 )
 from domainssl.cli.schema import parameters
-from domainssl.errors import ConfigError, DomainSSLError, WeightsError
+from domainssl.errors import ConfigError, DomainSSLError
 
 __all__ = ["Request", "build", "prepare", "run_verb"]
 
@@ -204,52 +204,8 @@ def run_verb(verb: str, argv: list[str]) -> int:
             return 0
         writes = verb == "fit" and is_first_process()
         with sole_writer(request.run_dir) if writes else nullcontext():
-            _execute(run, request.config.get("ckpt_path"))
+            execute(run, request.config.get("ckpt_path"))
     return 0
-
-
-def _execute(run: Any, path: object) -> None:
-    """Run, and say in our words what Lightning and torch leave to be guessed."""
-    from domainssl.distributed import RankError, is_lost_connection
-
-    try:
-        run.execute()
-    except pickle.UnpicklingError as error:
-        raise WeightsError(_pickled(path)) from error
-    except (RuntimeError, EOFError) as error:
-        if path and (isinstance(error, EOFError) or "PytorchStreamReader" in str(error)):
-            raise WeightsError(_incomplete(path)) from error
-        if run.trainer.world_size > 1 and is_lost_connection(error):
-            raise RankError(
-                f"Rank {run.trainer.global_rank} of {run.trainer.world_size} lost the others: one "
-                f"of them has ended, or has not answered in time ({_first_line(error)}). What "
-                "ended it stands in its own output; without a message there the system has "
-                "killed it, most often for want of memory. Resume with --auto_resume."
-            ) from error
-        raise
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _incomplete(path: object) -> str:
-    folder = Path(str(path)).parent
-    others = sorted(p.name for p in folder.glob("*.ckpt") if not p.samefile(str(path)))
-    advice = f"Beside it lie {', '.join(others)}." if others else "No other lies beside it."
-    return (
-        f"Checkpoint {str(path)!r} is not complete: it was cut off after it was written, by a "
-        f"copy or by the disk. Name another one with --ckpt_path. {advice}"
-    )
-
-
-def _pickled(path: object) -> str:
-    return (
-        f"Checkpoint {str(path)!r} holds pickled Python objects, or is damaged, and was refused: "
-        "unpickling would run whatever code it brings. Checkpoints of domainssl hold plain data "
-        "only. For weights of others use model.init_args.weights with a safetensors file or a "
-        "plain state dict."
-    )
 
 
 def _instantiate(request: Request) -> Any:

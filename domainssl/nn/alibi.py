@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["DistanceBias", "KeyMask", "alibi_slopes", "pairwise_distance"]
 
+_MAX_DISTANCES = 2**24  # kept at once, 64 MiB: one 64x64 grid
+
 
 def alibi_slopes(heads: int) -> Tensor:
     """Return the slope of every head, (Hd,).
@@ -64,6 +66,7 @@ class DistanceBias:
         if key_valid is not None:
             self.key_valid = key_valid | ~key_valid.any(dim=1, keepdim=True)
         self._full: dict[torch.dtype, Tensor] = {}
+        self._distance: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -73,13 +76,35 @@ class DistanceBias:
             batch = max(batch, len(self.key_valid))
         return batch, len(self.slopes), self.queries.shape[1], self.keys.shape[1]
 
-    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Return the bias of the query rows `start:stop`, (B or 1, Hd, stop - start, K)."""
-        distance = pairwise_distance(self.queries[:, start:stop], self.keys)
-        bias = (-self.slopes.view(1, -1, 1, 1).float() * distance.unsqueeze(1)).to(dtype)
+    def rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Return the bias of the query rows `start:stop`, (B or 1, Hd, stop - start, K).
+
+        Args:
+            start: First row.
+            stop: Row after the last one.
+            dtype: Of the result.
+            out: Memory of that shape, used if `dtype` is float32 and all keys are valid: fresh
+                pages for every block cost more than the arithmetic.
+        """
+        distance = self._distances(start, stop).unsqueeze(1)
+        slopes = -self.slopes.view(1, -1, 1, 1).float()
+        if out is not None and dtype == torch.float32 and self.key_valid is None:
+            bias = torch.mul(slopes, distance, out=out)
+        else:
+            bias = (slopes * distance).to(dtype)
         if self.key_valid is not None:
             bias = bias.masked_fill(~self.key_valid[:, None, None, :], float("-inf"))
         return bias
+
+    def _distances(self, start: int, stop: int) -> Tensor:
+        """Return distances of some rows; all of them are kept when rows are taken in blocks."""
+        queries = self.queries.shape[1]
+        size = max(len(self.queries), len(self.keys)) * queries * self.keys.shape[1]
+        if size > _MAX_DISTANCES or stop - start >= queries:
+            return pairwise_distance(self.queries[:, start:stop], self.keys)
+        if self._distance is None:
+            self._distance = pairwise_distance(self.queries, self.keys)
+        return self._distance[:, start:stop]
 
     def full(self, dtype: torch.dtype) -> Tensor:
         """Return the whole bias, (B or 1, Hd, Q, K); computed once and shared by all layers."""

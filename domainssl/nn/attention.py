@@ -104,11 +104,19 @@ def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> T
         rows = bias.rows(start, start + part.shape[2], part.dtype)
         return F.scaled_dot_product_attention(part, k, v, attn_mask=rows)
 
-    out = []
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        parts = [
+            checkpoint(block, q[:, :, i : i + step], k, v, i, use_reentrant=False)
+            for i in range(0, queries, step)
+        ]
+        return torch.cat(parts, dim=2)
+    memory = None
+    if q.dtype == torch.float32:
+        memory = q.new_empty((batch, heads, step, keys))
+    out = torch.empty_like(q)
     for start in range(0, queries, step):
         part = q[:, :, start : start + step]
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-            out.append(checkpoint(block, part, k, v, start, use_reentrant=False))
-        else:
-            out.append(block(part, k, v, start))
-    return torch.cat(out, dim=2)
+        rows = None if memory is None else memory[:, :, : part.shape[2]]
+        mask = bias.rows(start, start + part.shape[2], q.dtype, rows)
+        out[:, :, start : start + step] = F.scaled_dot_product_attention(part, k, v, attn_mask=mask)
+    return out

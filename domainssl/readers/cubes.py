@@ -112,6 +112,9 @@ class Cube:
     def _info(self, name: str) -> ArrayInfo:
         meta = self._metadata[f"{name}/.zarray"]
         attrs = self._metadata.get(f"{name}/.zattrs", {})
+        codecs = [meta.get("compressor"), *(meta.get("filters") or ())]
+        if any(isinstance(c, dict) and c.get("id") == "pickle" for c in codecs):  # may run code
+            raise DataError(f"{self.name}: array {name!r} is pickled, which is refused")
         try:
             dtype = np.dtype(
                 [tuple(d) for d in meta["dtype"]]

@@ -49,8 +49,8 @@ class Retry:
     def __post_init__(self) -> None:
         if self.attempts < 1 or self.first_wait_s < 0 or self.factor < 1 or self.longest_wait_s < 0:
             raise ConfigError(
-                f"storage_options.retry: got {self}, expected attempts >= 1, factor >= 1 and "
-                "pauses of at least 0 seconds."
+                f"data.init_args.storage_options.retry: got {self}, expected attempts >= 1, "
+                "factor >= 1 and pauses of at least 0 seconds."
             )
 
     @classmethod
@@ -98,7 +98,8 @@ class Retry:
                         f"{what}: no answer in {attempt} attempts; the last one failed with "
                         f"{_words(error)}. The store or the network is down or overloaded: try "
                         "again later (fit --auto_resume goes on where the run ended), copy the "
-                        "files to a local disk, or allow more with storage_options.retry."
+                        "files to a local disk, or allow more with "
+                        "data.init_args.storage_options.retry."
                     ) from error
                 logger.warning(
                     "%s: attempt %d of %d failed (%s); next in %.1f s",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from domainssl import export_backbone, list_backbones, load_backbone
+from domainssl.backbones.card import ExportError
 from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
 from domainssl.errors import DataError, WeightsError
 
@@ -128,3 +129,24 @@ def test_a_failed_export_leaves_no_file_taken_for_a_whole_one(
     with pytest.raises(OSError, match="No space left"):
         export_backbone(backbone, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_failed_export_leaves_the_earlier_one_as_it_was(
+    backbone: CROMABackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    export_backbone(backbone, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == fails_at:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with torch.no_grad():
+        next(backbone.parameters()).add_(1.0)
+    with pytest.raises(ExportError, match=r"was not exported.*No space left.*an earlier export"):
+        export_backbone(backbone, tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from ssl4eo_files import DATES, SIDE, write_split
@@ -100,6 +104,41 @@ def test_interrupted_measurement_goes_on_and_ends_with_the_same_file(
     assert seen == [group.key for group in catalogue.groups[2:]]
     assert output.read_bytes() == (tmp_path / "whole.yaml").read_bytes()
     assert not (tmp_path / "stats.yaml.partial").exists()
+
+
+KILLED = """
+import os, signal, sys
+import psutil
+from domainssl.readers.measure import Plan, measure
+from domainssl.readers.ssl4eo import scan
+
+def die(done, total):
+    if done == 2:
+        print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    catalogue = scan(sys.argv[1], "train", {"s1": "S1GRD", "s2": "S2L2A"})
+    measure(catalogue, sys.argv[2], Plan(workers=2), die)
+"""
+
+
+def test_killed_measurement_leaves_no_process_and_goes_on(catalogue, tmp_path: Path) -> None:
+    script, output = tmp_path / "killed.py", tmp_path / "stats.yaml"
+    script.write_text(KILLED)
+    root = Path(module.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, script, catalogue.root, output],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [psutil.Process(int(p)) for p in done.stdout.split() if psutil.pid_exists(int(p))]
+    assert len(done.stdout.split()) >= 2
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert not alive
+    found = measure(catalogue, output, Plan(workers=0))
+    assert (found.resumed, found.blocks) == (2, 4)
+    check_against_numpy(catalogue, output)
 
 
 def stop_after_one(catalogue, output: Path) -> None:

@@ -1,0 +1,127 @@
+"""The model that the subjects measure: CROMA in its published sizes, on made-up pixels."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from domainssl.backbones.croma import PUBLISHED_MODALITIES
+from domainssl.bench.report import Settings
+from domainssl.modality import Batch, Modality
+from domainssl.objectives.croma import CROMA
+
+__all__ = ["autocast", "batch_size", "croma", "forward_backward", "made_up_batch", "peak_memory"]
+
+_PATCH = 8
+
+
+def modalities(side: int) -> dict[str, Modality]:
+    """Return radar and optical as published, in windows of `side` pixels."""
+    return {name: replace(m, size=(side, side)) for name, m in PUBLISHED_MODALITIES.items()}
+
+
+def batch_size(settings: Settings) -> int:
+    """Return the items per step: small on a CPU, enough to fill a GPU there."""
+    full = 64 if settings.device.startswith("cuda") else 4
+    return settings.pick(full, 2, settings.batch)
+
+
+def croma(settings: Settings, side: int = 120) -> CROMA:
+    """Return CROMA-base (in quick runs CROMA-tiny) in training mode on the device."""
+    from domainssl.nn.blocks import set_attention_path
+
+    torch.manual_seed(0)
+    size = "tiny" if settings.quick else "base"
+    known: dict[str, Any] = {n: m.to_dict() for n, m in modalities(side).items()}
+    model = CROMA(known, size=size, context_size=side, patch_size=_PATCH)  # type: ignore[arg-type]
+    set_attention_path(model.backbone, settings.attention)
+    return model.to(settings.device).train()
+
+
+def made_up_batch(count: int, side: int, device: str) -> Batch:
+    """Return plausible values of both sensors, (B, C, side, side), all valid."""
+    generator = torch.Generator().manual_seed(0)
+    batch: Batch = {"id": [f"item{i}" for i in range(count)]}
+    for name, modality in modalities(side).items():
+        assert modality.mean is not None and modality.std is not None
+        noise = torch.randn(count, modality.num_channels, side, side, generator=generator)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (modality.mean, modality.std))
+        batch[name] = (noise * std + mean).to(device)
+    return batch
+
+
+def autocast(settings: Settings) -> Any:
+    """Return the autocast of the chosen precision."""
+    if settings.precision != "bf16":
+        return nullcontext()
+    return torch.autocast(settings.device.partition(":")[0], torch.bfloat16)
+
+
+def forward_backward(
+    model: CROMA, batch: Batch, settings: Settings, attention: Any = nullcontext
+) -> Callable[..., Tensor]:
+    """Return one training step without the optimiser, the same draws in every call.
+
+    Args:
+        model: The objective; gradients are overwritten, or with `step(keep=True)` added to.
+        batch: What it learns from.
+        settings: Precision.
+        attention: Makes the context in which the step runs.
+    """
+    draws = model.draw(batch, model.generators(0, 0))
+
+    def step(keep: bool = False) -> Tensor:
+        if not keep:
+            model.zero_grad(set_to_none=True)
+        with attention():
+            with autocast(settings):
+                loss = torch.stack(list(model(batch, draws).losses.values())).sum()
+            loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def peak_memory(run: Callable[[], Any], device: str) -> int:
+    """Return the most bytes of tensors that `run` held at once, beyond those held before it."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    # Counts what torch's allocator hands out and takes back: exact, whatever else runs.
+    with _no_native_messages():
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run()
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        held += change
+        most = max(most, held)
+    return most
+
+
+@contextmanager
+def _no_native_messages() -> Iterator[None]:
+    """Drop what the profiler's C++ part tells stderr: sessions, devices that are not there."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

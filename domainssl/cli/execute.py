@@ -1,0 +1,78 @@
+"""Run what was built, and explain the failures that libraries leave to be guessed."""
+
+from __future__ import annotations
+
+import atexit
+import pickle
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from domainssl.errors import WeightsError
+
+__all__ = ["execute"]
+
+_GRACE_S = 5.0  # for other ranks to end by themselves
+
+
+def execute(run: Any, path: object) -> None:
+    """Run, and say in our words what Lightning and torch leave to be guessed.
+
+    Args:
+        run: What `build` returns.
+        path: The checkpoint to go on from, if any.
+
+    Raises:
+        WeightsError: The checkpoint holds pickled objects, or is cut off.
+        RankError: Another rank is gone or silent.
+    """
+    from domainssl.distributed import RankError, is_lost_connection
+
+    try:
+        run.execute()
+    except pickle.UnpicklingError as error:
+        raise WeightsError(_pickled(path)) from error
+    except (RuntimeError, EOFError) as error:
+        if path and (isinstance(error, EOFError) or "PytorchStreamReader" in str(error)):
+            raise WeightsError(_incomplete(path)) from error
+        if run.trainer.world_size > 1 and is_lost_connection(error):
+            atexit.register(_end_ranks, run.trainer)  # after the message: they may have theirs
+            raise RankError(
+                f"Rank {run.trainer.global_rank} of {run.trainer.world_size} lost the others: one "
+                f"of them has ended, or has not answered in time ({_first_line(error)}). What "
+                "ended it stands in its own output; without a message there the system has "
+                "killed it, most often for want of memory. Resume with --auto_resume."
+            ) from error
+        raise
+
+
+def _end_ranks(trainer: Any) -> None:
+    """End the ranks that this process has started: one that hangs would stay for ever."""
+    for process in getattr(trainer.strategy.launcher, "procs", []):
+        try:
+            process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _incomplete(path: object) -> str:
+    folder = Path(str(path)).parent
+    others = sorted(p.name for p in folder.glob("*.ckpt") if not p.samefile(str(path)))
+    advice = f"Beside it lie {', '.join(others)}." if others else "No other lies beside it."
+    return (
+        f"Checkpoint {str(path)!r} is not complete: it was cut off after it was written, by a "
+        f"copy or by the disk. Name another one with --ckpt_path. {advice}"
+    )
+
+
+def _pickled(path: object) -> str:
+    return (
+        f"Checkpoint {str(path)!r} holds pickled Python objects, or is damaged, and was refused: "
+        "unpickling would run whatever code it brings. Checkpoints of domainssl hold plain data "
+        "only. For weights of others use model.init_args.weights with a safetensors file or a "
+        "plain state dict."
+    )

@@ -1,0 +1,72 @@
+"""Benchmarks are commands: here they only have to run and to print numbers, never to be fast."""
+
+import json
+import math
+
+import pytest
+
+from domainssl.bench.report import SUBJECTS, Goal, Row, Settings, interleaved, ratio
+from domainssl.cli import main
+from domainssl.errors import ConfigError
+
+
+@pytest.mark.parametrize("subject", [name for name in SUBJECTS if name != "startup"])
+def test_a_quick_run_prints_finite_positive_numbers(subject, tmp_path, capsys) -> None:
+    file = tmp_path / "out.json"
+    assert main(["bench", subject, "--quick", "--device=cpu", f"--json={file}"]) == 0
+    report = json.loads(file.read_text())
+    assert report["rows"] and {row["subject"] for row in report["rows"]} == {subject}
+    for row in report["rows"]:
+        assert row["values"] and all(math.isfinite(value) for value in row["values"])
+        assert row["min"] <= row["median"] <= row["max"]
+        if subject not in ("overhead", "step"):  # differences may have either sign
+            assert row["min"] > 0
+    around = report["environment"]
+    assert around["device"] == "cpu" and around["threads"] > 0 and around["torch"]
+    printed = capsys.readouterr().out
+    assert all(row["what"] in printed for row in report["rows"])
+    assert f"python -m domainssl bench {subject}" in printed
+
+
+@pytest.mark.slow
+def test_start_up_is_measured_in_new_interpreters(tmp_path) -> None:
+    file = tmp_path / "out.json"
+    assert main(["bench", "startup", "--quick", "--device=cpu", f"--json={file}"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 3 and all(row["median"] > 0 for row in rows)
+
+
+def test_an_unknown_subject_is_refused_with_the_nearest_name(capsys) -> None:
+    assert main(["bench", "strem", "--device=cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "unknown subject 'strem'" in said and "'stream'" in said
+
+
+@pytest.mark.parametrize("word", ["--rounds=0", "--batch=1", "--workers=-1", "--device=gpu"])
+def test_settings_that_cannot_be_measured_are_refused(word, capsys) -> None:
+    assert main(["bench", "distances", word]) == 2
+    assert f"bench {word.split('=')[0]}: got" in capsys.readouterr().err
+
+
+def test_a_missing_cuda_device_is_said(monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="torch finds no CUDA device"):
+        Settings(device="cuda").resolved()
+
+
+def test_both_sides_run_in_turn_after_one_unmeasured_run_each() -> None:
+    calls: list[str] = []
+    ticks = iter(range(100))
+    pairs = interleaved(
+        lambda: calls.append("a"), lambda: calls.append("b"), 3, clock=lambda: float(next(ticks))
+    )
+    assert calls == ["a", "b"] * 4
+    assert pairs == [(1.0, 1.0)] * 3
+
+
+def test_a_ratio_is_taken_per_pair_and_judged_by_its_median() -> None:
+    row = ratio("step", "x", [(1.0, 2.0), (2.0, 2.0), (1.0, 3.0)], Goal("at least", 2.0))
+    assert row.values == (2.0, 1.0, 3.0)
+    assert row.median == 2.0 and row.verdict == "met"
+    assert Row("step", "x", (2.1,), goal=Goal("at most", 2.0)).verdict == "missed"
+    assert Row("step", "x", (2.1,)).verdict == ""

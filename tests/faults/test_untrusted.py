@@ -1,0 +1,143 @@
+"""Files that bring code along: refused with a message, and nothing of them is executed."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from domainssl.cli import main
+from domainssl.errors import DataError
+from domainssl.readers.cubes import open_cube
+
+RECIPE = """\
+trainer: {max_epochs: 1, accelerator: cpu, devices: 1}
+loggers: {csv: null, tensorboard: null}
+callbacks: {checkpoint: AtomicCheckpoint}
+model: cli_fakes.FakeObjective
+data: {class_path: cli_fakes.FakeDataModule, init_args: {root: sample}}
+"""
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # Lightning's log handler keeps the stderr of the test that imported it
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def evil_files(folder: Path) -> dict[str, Path]:
+    evil = Evil(folder / "touched")
+    torch.save({"state_dict": {}, "evil": evil}, folder / "zip.ckpt")
+    torch.save({"evil": evil}, folder / "legacy.ckpt", _use_new_zipfile_serialization=False)
+    (folder / "plain.ckpt").write_bytes(pickle.dumps(evil))
+    return {path.stem: path for path in folder.glob("*.ckpt")}
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "plain"])
+def test_a_pickled_checkpoint_is_refused_by_fit_and_auto_resume(folder, capsys, kind):
+    path = evil_files(folder)[kind]
+    last = folder / "here" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(path.read_bytes())
+    for words in ([f"--ckpt_path={path.name}"], ["--run_dir=here", "--auto_resume"]):
+        assert main(["fit", "--config=tiny.yaml", *words]) == 2
+        error = capsys.readouterr().err
+        assert "holds pickled Python objects, or is damaged, and was refused" in error
+        assert "Traceback" not in error
+    assert not (folder / "touched").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "plain"])
+def test_a_pickled_checkpoint_is_not_exported(folder, capsys, kind):
+    path = evil_files(folder)[kind]
+    assert main(["export", f"--checkpoint={path}", "--output=out"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (folder / "touched").exists() and not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.system ['touch touched']",
+        "!!python/object/new:subprocess.Popen [['touch', 'touched']]",
+        "!!python/name:os.system",
+        "!!python/module:os",
+        "!evil {a: 1}",
+    ],
+)
+def test_python_tags_are_refused_in_files_and_on_the_command_line(folder, capsys, tag):
+    (folder / "evil.yaml").write_text(RECIPE + f"name: {tag}\n")
+    assert main(["fit", "--config=evil.yaml"]) == 2
+    assert "is refused" in capsys.readouterr().err
+    assert main(["fit", "--config=tiny.yaml", f"--name={tag}"]) == 2
+    assert "is refused" in capsys.readouterr().err
+    assert not (folder / "touched").exists()
+
+
+def test_a_statistics_file_with_python_tags_is_refused(folder, capsys):
+    tag = "!!python/object/apply:os.system ['touch touched']"
+    (folder / "statistics.yaml").write_text(f"s1: {tag}\n")
+    words = ["--config=recipes/ssl4eo_croma.yaml", "--data.statistics=statistics.yaml"]
+    assert main(["fit", *words]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (folder / "touched").exists()
+
+
+@pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "C:/evil", "..\\evil"])
+def test_a_zip_member_outside_its_archive_is_refused_and_written_nowhere(folder, name):
+    (folder / "inside").mkdir()
+    path = folder / "inside" / "data.zarr.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(".zgroup", "{}")
+        file.writestr(name, "x")
+    with pytest.raises(DataError, match="refuses member"):
+        open_cube(str(path)).arrays  # noqa: B018
+    assert main(["inspect", str(path)]) == 2
+    assert not (folder / "evil").exists() and not Path("/evil").exists()
+
+
+def test_a_link_in_a_tar_is_refused(folder):
+    from domainssl.readers.stores import tar_index
+
+    with tarfile.open(folder / "link.tar", "w") as tar:
+        info = tarfile.TarInfo("a.zarr.zip")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(DataError, match="neither file nor folder"):
+        tar_index(str(folder / "link.tar"))
+
+
+def test_a_cube_with_pickled_strings_is_refused(folder):
+    path = folder / "pickled.zarr.zip"
+    content = io.BytesIO()
+    pickle.dump([Evil(folder / "touched")], content)
+    metadata = (
+        '{"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "|O", "compressor": null, '
+        '"fill_value": null, "order": "C", "filters": [{"id": "pickle"}]}'
+    )
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(".zgroup", '{"zarr_format": 2}')
+        file.writestr("names/.zarray", metadata)
+        file.writestr("names/0", content.getvalue())
+    with pytest.raises(DataError, match="array 'names' is pickled, which is refused"):
+        open_cube(str(path)).read("names")
+    assert not (folder / "touched").exists()
