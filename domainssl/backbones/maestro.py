@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from domainssl.backbones.base import Backbone, Features, LoadReport, refuse_replace
-from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.backbones.maestro_inputs import (
+    MAESTROInput,
+    band_order,
+    check_depth,
+    check_inputs,
+    date_reference_of,
+    nominal_grid,
+)
+from domainssl.errors import ConfigError
 from domainssl.modality import Modality, as_modalities, key, present_mask, valid_mask
 from domainssl.nn.alibi import KeyMask
 from domainssl.nn.blocks import Transformer
@@ -26,37 +34,10 @@ from domainssl.nn.dates import DATE_CHANNELS, date_encoding, decimal_year
 from domainssl.nn.masking import take_tokens
 from domainssl.nn.metric_positions import metric_positions
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction
-from domainssl.options import as_dataclass
 
 __all__ = ["Encoded", "Fusion", "MAESTROBackbone", "MAESTROInput", "Raster"]
 
 Fusion = Literal["shared", "monotemp", "mod", "group"]
-
-
-@dataclass(frozen=True)
-class MAESTROInput:
-    """How one modality becomes tokens, and what its hidden tokens are compared with.
-
-    Attributes:
-        patch_size: Side of a patch in pixels, after resizing.
-        group: Modalities of one group are encoded as one sequence; None is a group of its own.
-        embedding: Modalities of one name share patch embedding and pixel head; None is its own.
-        token_bands: Band groups by channel name, one token each per patch and date; None is one
-            token for all bands in their order.
-        target_bands: Sizes of the groups of consecutive bands that targets are standardised in,
-            in the order of `token_bands`; None takes the token groups.
-        image_size: Side that images are resized to; None keeps them.
-        is_elevation: Channel 0 is a surface model: the others become 30 times their depth below
-            it, in normalised units.
-    """
-
-    patch_size: int
-    group: str | None = None
-    embedding: str | None = None
-    token_bands: list[list[str]] | None = None
-    target_bands: list[int] | None = None
-    image_size: int | None = None
-    is_elevation: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,13 +176,13 @@ class MAESTROBackbone(Backbone):
     ) -> None:
         known = as_modalities(modalities)
         super().__init__(known, normalization)
-        self.inputs = _check_inputs(known, inputs)
-        _check_depth(fusion, depth, shared_depth, width)
+        self.inputs = check_inputs(known, inputs)
+        check_depth(fusion, depth, shared_depth, width)
         self.fusion, self.width = fusion, width
-        self.bands = {n: _band_order(known[n], self.inputs[n]) for n in known}
-        self.date_reference = _date_reference(known, date_reference)
+        self.bands = {n: band_order(known[n], self.inputs[n]) for n in known}
+        self.date_reference = date_reference_of(known, date_reference)
         self.position_cells = position_cells
-        self.nominal = {n: _nominal_grid(known[n], self.inputs[n]) for n in known}
+        self.nominal = {n: nominal_grid(known[n], self.inputs[n]) for n in known}
         self.patch_embed = nn.ModuleDict()
         for name in known:
             sizes = [len(group) for group in self.bands[name]]
@@ -536,65 +517,6 @@ def _resize(values: Tensor, valid: Tensor, side: int | None) -> tuple[Tensor, Te
     return values, F.interpolate(valid.float(), (side, side)) > 0.5
 
 
-def _check_inputs(
-    known: Mapping[str, Modality], inputs: Mapping[str, MAESTROInput | Mapping[str, Any]]
-) -> dict[str, MAESTROInput]:
-    for name in inputs:
-        if name not in known:
-            raise ConfigError(
-                f"model.init_args.inputs.{name}: the data have no such modality."
-                f"{nearest(name, known)} They have {', '.join(known)}."
-            )
-    chosen = {}
-    for name, modality in known.items():
-        if name not in inputs:
-            raise ConfigError(
-                f"model.init_args.inputs: nothing is said about {name!r}; give its patch_size, or "
-                "leave the modality out of the DataModule."
-            )
-        if modality.kind not in ("image", "series"):
-            raise ConfigError(
-                f"MAESTRO: modality {name!r} is a {modality.kind}; expected images or series."
-            )
-        chosen[name] = as_dataclass(MAESTROInput, inputs[name])
-        if chosen[name].patch_size < 1:
-            raise ConfigError(
-                f"model.init_args.inputs.{name}.patch_size: got {chosen[name].patch_size}, "
-                "expected one or more."
-            )
-    return chosen
-
-
-def _check_depth(fusion: str, depth: int, shared_depth: int, width: int) -> None:
-    if not 0 <= shared_depth < depth:
-        raise ConfigError(
-            f"MAESTRO: shared_depth {shared_depth} must lie in 0 .. depth - 1 = {depth - 1}."
-        )
-    if shared_depth and fusion in ("shared", "monotemp"):
-        raise ConfigError(
-            f"MAESTRO: fusion {fusion!r} encodes dates apart and takes no shared blocks; set "
-            f"shared_depth: 0 (got {shared_depth}), or fusion: mod or group."
-        )
-    if width % 4 or width < 16:
-        raise ConfigError(f"MAESTRO: width {width} must be a multiple of 4 and at least 16.")
-
-
-def _band_order(modality: Modality, given: MAESTROInput) -> list[list[str]]:
-    """Return the channel names per token group."""
-    groups = given.token_bands
-    if groups is None:
-        return [list(modality.channels)]
-    for band in (band for group in groups for band in group):
-        if band not in modality.channels:
-            raise ConfigError(
-                f"model.init_args.inputs.{modality.name}.token_bands: no channel {band!r}."
-                f"{nearest(band, modality.channels)} There are {', '.join(modality.channels)}."
-            )
-    if not groups or not all(groups):
-        raise ConfigError(f"model.init_args.inputs.{modality.name}.token_bands: an empty group.")
-    return [list(group) for group in groups]
-
-
 def _check_shared(
     name: str, embedding: str, found: nn.Module, sizes: list[int], patch_size: int
 ) -> None:
@@ -606,24 +528,3 @@ def _check_shared(
             f"{shared.sizes} and patches of {conv.kernel_size[0]} pixels, but {name!r} has {sizes} "
             f"and {patch_size}. Modalities that share an embedding need equal bands and patches."
         )
-
-
-def _date_reference(known: Mapping[str, Modality], given: str | None) -> str | None:
-    if given is not None and given not in known:
-        raise ConfigError(
-            f"model.init_args.date_reference: no modality {given!r}.{nearest(given, known)} "
-            f"There are {', '.join(known)}."
-        )
-    return given or next((n for n, m in known.items() if m.kind == "image"), None)
-
-
-def _nominal_grid(modality: Modality, given: MAESTROInput) -> tuple[int, int] | None:
-    """Return the patches of the declared size, None where a modality declares none."""
-    size = (given.image_size,) * 2 if given.image_size else modality.size
-    if not size:
-        return None
-    try:
-        grid = grid_of(size, given.patch_size, f"model.init_args.inputs.{modality.name}")
-    except DataError as error:
-        raise ConfigError(f"{error} Set image_size or another patch_size.") from error
-    return cast("tuple[int, int]", grid)

@@ -22,7 +22,7 @@ def metric_positions(
     """Encode patches of any size on one footprint in the units of a fine grid over it.
 
     The fine grid holds `[sin(x w), cos(x w), sin(y w), cos(y w)]` per cell with
-    `w_k = 10000^(-k/(n-1))`, and a patch is the mean over its cells, so that equal places on the ground get equal codes
+    `w_k = 10000^(-k/(n-1))`, and a patch is the mean over its cells: equal places on the ground get equal codes
     whatever the resolution. Every axis is averaged on its own, because the terms of x do not
     depend on y.
 
@@ -68,4 +68,4 @@ def _axis(patches: int, cells: int, waves: int, device: torch.device | None) -> 
     if cells % patches:
         size = patches * max(1, round(cells / patches))
         fine = F.interpolate(fine.T.unsqueeze(0), size, mode="linear", align_corners=False)[0].T
-    return fine.unflatten(0, (patches, -1)).mean(1)
+    return fine.reshape(patches, -1, 2 * waves).mean(1)

@@ -10,7 +10,7 @@ compare hidden patches with their pixels, standardised per patch and per group o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -27,7 +27,6 @@ from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.patch_groups import masked_error, patch_group_statistics
 from domainssl.modality import Batch, Modality, as_modalities
 from domainssl.nn.alibi import KeyMask
-from domainssl.nn.blocks import Transformer
 from domainssl.nn.structured import (
     TokenAxes,
     first_usable,
@@ -37,77 +36,28 @@ from domainssl.nn.structured import (
 )
 from domainssl.objectives.base import Generators, Objective, Optimization, Step
 from domainssl.objectives.execution import Execution
+from domainssl.objectives.maestro_parts import (
+    Decoder,
+    MAESTROArchitecture,
+    MAESTROMasking,
+    MaskToken,
+    PixelHead,
+    Size,
+    check_masking,
+    sizes_of,
+)
 from domainssl.options import as_dataclass, decide, option
 
 __all__ = ["MAESTRO", "MAESTROArchitecture", "MAESTRODraws", "MAESTROMasking", "MAESTROOptions"]
 
-Size = Literal["tiny", "small", "base", "large"]
 Loss = Literal["l1_norm", "l2_norm", "l1", "l2"]
 _PASSES = 8  # structured maskings drawn at once; one that leaves nothing visible is drawn again
 
-
-@dataclass(frozen=True)
-class MAESTROArchitecture:
-    """Sizes; None takes the value of the named size.
-
-    Attributes:
-        width: Token width of the encoders, a multiple of 4 and at least 16.
-        depth: Blocks that a token passes in the encoders, shared ones included.
-        heads: Attention heads of the encoders.
-        head_dim: Width of an encoder head.
-        ffn_ratio: Width of the encoders' feed-forward layers over `width`.
-        decoder_width: Token width of the decoders, a multiple of 4 and at least 16.
-        decoder_depth: Blocks of a decoder.
-        decoder_heads: Attention heads of a decoder.
-        decoder_head_dim: Width of a decoder head.
-        decoder_ffn_ratio: Width of the decoders' feed-forward layers over `width`, that of the
-            encoders, as the released weights have it.
-    """
-
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    head_dim: int = 64
-    ffn_ratio: float | None = None
-    decoder_width: int = 512
-    decoder_depth: int | None = None
-    decoder_heads: int = 16
-    decoder_head_dim: int = 32
-    decoder_ffn_ratio: float = 4
-
-
-_SIZES: dict[Size, MAESTROArchitecture] = {
-    "tiny": MAESTROArchitecture(192, 12, 3, ffn_ratio=2, decoder_depth=1),
-    "small": MAESTROArchitecture(384, 12, 6, ffn_ratio=2, decoder_depth=2),
-    "base": MAESTROArchitecture(768, 12, 12, ffn_ratio=4, decoder_depth=3),
-    "large": MAESTROArchitecture(1024, 24, 16, ffn_ratio=4, decoder_depth=4),
-}
 
 # Base rate 3e-5 times sqrt(128 / 3): four devices with 32 items, as in the released code.
 _PUBLISHED = Optimization(
     lr=1.96e-4, weight_decay=0.01, betas=(0.9, 0.99), warmup_fraction=0.2, final_lr_fraction=1e-7
 )
-
-
-@dataclass(frozen=True)
-class MAESTROMasking:
-    """How much is hidden, and in which structures.
-
-    Attributes:
-        ratio: Share of the tokens of every sequence.
-        scale: Hide more in sequences of many dates: `1 - (1 - ratio) / dates^scale`.
-        modality: Probability that a whole modality of a sequence of several is hidden.
-        bands: Probability of a band group on all dates.
-        dates: Probability of a date.
-        locations: Probability of a place on all dates.
-    """
-
-    ratio: float = 0.75
-    scale: float = 0.0
-    modality: float | None = 0.25
-    bands: float | None = None
-    dates: float | None = 0.25
-    locations: float | None = 0.25
 
 
 @dataclass(frozen=True)
@@ -144,54 +94,6 @@ class MAESTRODraws:
 
     hidden: dict[str, Tensor]
     kept: dict[str, int]
-
-
-class _Decoder(nn.Module):
-    """A light transformer over one sequence."""
-
-    def __init__(self, width: int, sizes: MAESTROArchitecture) -> None:
-        super().__init__()
-        inner, depth = sizes.decoder_width, sizes.decoder_depth
-        assert depth is not None
-        self.embed: nn.Module = nn.Linear(width, inner) if width != inner else nn.Identity()
-        self.transformer = Transformer(
-            inner,
-            depth,
-            sizes.decoder_heads,
-            head_dim=sizes.decoder_head_dim,
-            hidden=int(width * sizes.decoder_ffn_ratio),
-        )
-
-
-class _MaskToken(nn.Module):
-    """One learned token per band group of a modality."""
-
-    def __init__(self, groups: int, width: int) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.randn(groups, width))
-
-    def forward(self, axes: TokenAxes) -> Tensor:
-        """Return (B, G * D * L, F)."""
-        items, groups, dates, places = axes
-        token = self.token.view(1, groups, 1, -1)
-        return token.expand(items, -1, dates * places, -1).flatten(1, 2)
-
-
-class _PixelHead(nn.Module):
-    """Decoder tokens to the pixels of their patch, one linear layer per band group."""
-
-    def __init__(self, width: int, sizes: list[int], pixels: int) -> None:
-        super().__init__()
-        self.bands = nn.ModuleList(nn.Linear(width, n * pixels) for n in sizes)
-
-    def forward(self, tokens: Tensor, pixels: int) -> Tensor:
-        """(B, G * N, F) -> (B, N, P, C), N dates times patches."""
-        parts = tokens.unflatten(1, (len(self.bands), -1)).unbind(1)
-        out = [
-            head(part).unflatten(-1, (pixels, -1))
-            for head, part in zip(self.bands, parts, strict=True)
-        ]
-        return torch.cat(out, dim=-1)
 
 
 class MAESTRO(Objective):
@@ -261,9 +163,9 @@ class MAESTRO(Objective):
             context_size=context_size,
             check_units=check_units,
         )
-        sizes = _sizes(size, architecture)
+        sizes = sizes_of(size, architecture)
         self.options = decide(as_dataclass(MAESTROOptions, options), reference)
-        self.masking = _check_masking(as_dataclass(MAESTROMasking, masking))
+        self.masking = check_masking(as_dataclass(MAESTROMasking, masking))
         if loss not in ("l1_norm", "l2_norm", "l1", "l2"):
             raise ConfigError(f"model.init_args.loss: {loss!r}; expected l1_norm, l2_norm, l1, l2.")
         self.loss_kind = loss
@@ -298,15 +200,15 @@ class MAESTRO(Objective):
             raise ConfigError(f"MAESTRO: decoder_width {width}: expected a multiple of 4 from 16.")
         self.decoder_width = width
         self.decoders = nn.ModuleDict(
-            {n: _Decoder(self.backbone.width, sizes) for n in self.backbone.encoder_names(names)}
+            {n: Decoder(self.backbone.width, sizes) for n in self.backbone.encoder_names(names)}
         )
         self.mask_tokens, self.heads = nn.ModuleDict(), nn.ModuleDict()
         for name in names:
             groups = [len(group) for group in self.backbone.bands[name]]
-            self.mask_tokens[name] = _MaskToken(len(groups), width)
+            self.mask_tokens[name] = MaskToken(len(groups), width)
             embedding = self.backbone.embedding_of(name)
             if embedding not in self.heads:
-                self.heads[embedding] = _PixelHead(width, groups, self._pixels(name))
+                self.heads[embedding] = PixelHead(width, groups, self._pixels(name))
         self.target_bands = {n: self._target_bands(n) for n in names}
 
     def _pixels(self, name: str) -> int:
@@ -341,7 +243,7 @@ class MAESTRO(Objective):
         """Return the share hidden in a sequence of so many dates times band groups."""
         if self.backbone.fusion in ("shared", "monotemp"):
             return self.masking.ratio
-        return 1 - (1 - self.masking.ratio) / layers**self.masking.scale
+        return float(1 - (1 - self.masking.ratio) / layers**self.masking.scale)
 
     def draw(self, batch: Batch, generators: Generators) -> MAESTRODraws:
         """Hide tokens of every sequence: structures first, then single ones."""
@@ -396,7 +298,7 @@ class MAESTRO(Objective):
         losses, weights = {}, {}
         pictures = {}
         for name, raster in rasters.items():
-            head = cast(_PixelHead, self.heads[self.backbone.embedding_of(name)])
+            head = cast(PixelHead, self.heads[self.backbone.embedding_of(name)])
             predicted = head(decoded[name], self._pixels(name))  # (B, D * L, P, C)
             patches, valid = self.patches(raster, name)
             mean, scale = self._statistics(patches, valid, name)
@@ -422,12 +324,12 @@ class MAESTRO(Objective):
         """Fill hidden places with mask tokens and run the decoders, (B, N, F) per modality."""
         parts, codes = {}, {}
         for name, raster in rasters.items():
-            parts[name] = cast(_MaskToken, self.mask_tokens[name])(raster.axes)
+            parts[name] = cast(MaskToken, self.mask_tokens[name])(raster.axes)
             codes[name] = self.backbone.codes(raster, self.decoder_width)
         full, codes = self.backbone.join(parts, rasters), self.backbone.join(codes, rasters)
         valid = self.backbone.join({n: r.token_valid for n, r in rasters.items()}, rasters)
         for sequence, tokens in full.items():
-            decoder = cast(_Decoder, self.decoders[self.backbone.encoder_of(sequence)])
+            decoder = cast(Decoder, self.decoders[self.backbone.encoder_of(sequence)])
             visible = decoder.embed(encoded.tokens[sequence])
             order = encoded.order[sequence].unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
             tokens = tokens.to(visible.dtype)
@@ -476,7 +378,7 @@ class MAESTRO(Objective):
 
     def _pooled(self, encoded: Encoded, rasters: Mapping[str, Raster]) -> dict[str, Tensor]:
         """Return the mean visible token of every sequence, for each of its modalities."""
-        pooled = {}
+        pooled: dict[str, Tensor] = {}
         for sequence, names in self.backbone.sequences(list(rasters)).items():
             seen = encoded.is_seen[sequence].unsqueeze(-1)
             tokens = encoded.tokens[sequence].detach()
@@ -489,21 +391,22 @@ class MAESTRO(Objective):
     def _picture(
         self, name: str, raster: Raster, seen: Tensor, predicted: Tensor, hidden: Tensor
     ) -> dict[str, Tensor]:
-        """Return input, masked and predicted picture of the first date, (B, C, H, W)."""
-        where = self.counted(hidden, raster, name)
-        h, w = raster.grid
-        p = self.backbone.inputs[name].patch_size
+        """Return input, masked and predicted in the modality's batch layout."""
+        modality, where = self.backbone.modalities[name], self.counted(hidden, raster, name)
+        (h, w), p = raster.grid, self.backbone.inputs[name].patch_size
+        used = [modality.channels.index(b) for group in self.backbone.bands[name] for b in group]
         shown = {
             "input": seen,
             "masked": seen.masked_fill(where, float("nan")),
             "predicted": torch.where(where, predicted, seen),
         }
-        return {
-            kind: rearrange(
-                x[:, : h * w], "b (h w) (p q) c -> b c (h p) (w q)", h=h, w=w, p=p, q=p
-            ).detach()
-            for kind, x in shown.items()
-        }
+        pictures = {}
+        for kind, x in shown.items():
+            x = rearrange(x.detach(), "b (d h w) (p q) c -> b d c (h p) (w q)", h=h, w=w, p=p, q=p)
+            whole = x.new_zeros(*x.shape[:2], modality.num_channels, *x.shape[3:])
+            whole[:, :, used] = x
+            pictures[kind] = whole[:, 0] if modality.kind == "image" else whole
+        return pictures
 
     # -- parameters -------------------------------------------------------------------------
 
@@ -536,24 +439,6 @@ class MAESTRO(Objective):
             )
         self.load_state_dict(found, strict=False)
         return LoadReport(tuple(found), missing, ())
-
-
-def _sizes(size: Size, architecture: MAESTROArchitecture) -> MAESTROArchitecture:
-    if size not in _SIZES:
-        raise ConfigError(f"MAESTRO: size {size!r} is not one of {list(_SIZES)}.")
-    given = vars(as_dataclass(MAESTROArchitecture, architecture))
-    return replace(_SIZES[size], **{k: v for k, v in given.items() if v is not None})
-
-
-def _check_masking(masking: MAESTROMasking) -> MAESTROMasking:
-    for name, value in vars(masking).items():
-        is_fine = value is None or (value >= 0 if name == "scale" else 0 <= value < 1)
-        if not is_fine:
-            expected = "zero or more" if name == "scale" else "0 <= value < 1"
-            raise ConfigError(
-                f"model.init_args.masking.{name}: got {value!r}, expected {expected}."
-            )
-    return masking
 
 
 def _from_weights(
