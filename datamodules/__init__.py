@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from domainssl.datamodules.base import DomainDataModule
     from domainssl.datamodules.cubes import SentinelCubeDataModule
+    from domainssl.datamodules.pastis import PastisDataModule
     from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
+    from domainssl.datamodules.treesatai import TreeSatAIDataModule
 
-__all__ = ["DomainDataModule", "SSL4EOS12DataModule", "SentinelCubeDataModule"]
+__all__ = [
+    "DomainDataModule",
+    "SSL4EOS12DataModule",
+    "SentinelCubeDataModule",
+    "PastisDataModule",
+    "TreeSatAIDataModule",
+]
 
 _HOMES = {
     "DomainDataModule": "domainssl.datamodules.base",
+    "PastisDataModule": "domainssl.datamodules.pastis",
     "SSL4EOS12DataModule": "domainssl.datamodules.ssl4eo",
     "SentinelCubeDataModule": "domainssl.datamodules.cubes",
+    "TreeSatAIDataModule": "domainssl.datamodules.treesatai",
 }
 
 

@@ -11,6 +11,7 @@ key                  value
 `s2.frames`          bool (B, T); False on padded dates
 `s2.present`         bool (B,); False where the item lacks the modality (the filler is finite)
 `s2.dates`           int32 (B,) or (B, T), days since 1970-01-01
+`s2.hours`           float32, the shape of `s2.dates`: hour of the day in UTC, where it is known
 `s2.window`          float32 (B, C, 2), scaling limits measured on the whole item
 `s2.coords`          float32 (B, N, D), positions of features
 `s2.geo`, `s2.affine`  list of plain values
@@ -49,7 +50,9 @@ __all__ = [
 Batch = dict[str, Any]
 Kind = Literal["image", "series", "volume", "features", "table"]
 
-COMPANIONS = ("valid", "frames", "present", "dates", "window", "coords", "source", "geo", "affine")
+COMPANIONS = (
+    "valid", "frames", "present", "dates", "hours", "window", "coords", "source", "geo", "affine",
+)  # fmt: skip
 _LISTS = ("id",)  # besides the companions `geo` and `affine`
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 _AXES: dict[str, str] = {

@@ -96,6 +96,7 @@ class Backbone(Recorded, nn.Module):
 
     embed_dim: dict[str, int]
     forward_methods: ClassVar[tuple[str, ...]] = ("encode",)  # entry points besides `forward`
+    reference_holds_classes: ClassVar[bool] = False  # published files pickle their configuration
 
     def __init__(
         self,

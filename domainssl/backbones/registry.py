@@ -73,8 +73,13 @@ def backbone_class(name: str) -> type[Backbone]:
     return families[name]
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path, *, inert_classes: bool = False) -> dict[str, Any]:
     """Read a weights file without unpickling any class.
+
+    Args:
+        path: The file.
+        inert_classes: Put empty objects in place of classes that the file names besides tensors,
+            instead of refusing it; none of their code is imported or run.
 
     Raises:
         WeightsError: The file is missing, damaged, or holds pickled objects.
@@ -84,7 +89,9 @@ def read_tensors(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        stubs = _stubs(path) if inert_classes else []
+        with torch.serialization.safe_globals(stubs):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} holds pickled objects besides tensors and is refused, because unpickling "
@@ -96,6 +103,22 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
     return content
+
+
+class _Inert:
+    """Stands for an object of a class that is not imported; keeps nothing."""
+
+    def __init__(self, *arguments: object) -> None:
+        """Accept what the file would have passed on."""
+
+    def __setstate__(self, state: object) -> None:
+        """Forget the state."""
+
+
+def _stubs(path: Path) -> list[Any]:
+    """Return an empty class for every name that a checkpoint asks for besides tensors."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
 
 
 def load_backbone(
@@ -166,7 +189,9 @@ def _load_variant(
         if modalities is None:
             raise WeightsError(f"{name!r} without weights needs modalities=… to be built for.")
         return cls(**{"modalities": modalities, **variant}).eval()
-    backbone, report = cls.from_reference(read_tensors(Path(weights)), variant, modalities)
+    backbone, report = cls.from_reference(
+        read_tensors(Path(weights), inert_classes=cls.reference_holds_classes), variant, modalities
+    )
     _tell(report, weights, strict)
     return backbone.eval()
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["DistanceBias", "alibi_slopes", "pairwise_distance"]
+__all__ = ["DistanceBias", "KeyMask", "alibi_slopes", "pairwise_distance"]
 
 _MAX_DISTANCES = 2**24  # kept at once, 64 MiB: one 64x64 grid
 
@@ -111,3 +111,27 @@ class DistanceBias:
         if dtype not in self._full:
             self._full[dtype] = self.rows(0, self.queries.shape[1], dtype)
         return self._full[dtype]
+
+
+class KeyMask(DistanceBias):
+    """The bias of attention without positions: minus infinity on keys that do not count.
+
+    Args:
+        key_valid: bool (B, K); False keys are never attended to, except in items that have none.
+    """
+
+    def __init__(self, key_valid: Tensor) -> None:
+        none = torch.zeros(1, key_valid.shape[1], 1, device=key_valid.device)
+        super().__init__(none, none, none.new_zeros(1), key_valid)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, 1, 1, K): equal for all heads and queries."""
+        assert self.key_valid is not None
+        return len(self.key_valid), 1, 1, self.key_valid.shape[1]
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Return the bias, (B, 1, 1, K)."""
+        assert self.key_valid is not None
+        bias = torch.zeros(self.shape, dtype=dtype, device=self.key_valid.device)
+        return bias.masked_fill(~self.key_valid[:, None, None, :], float("-inf"))

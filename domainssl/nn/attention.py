@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from domainssl.nn.alibi import DistanceBias
+from domainssl.nn.alibi import DistanceBias, KeyMask
 
 __all__ = ["AttentionPath", "attention"]
 
@@ -48,7 +48,7 @@ def attention(
     """
     if path == "math":
         return _attention_math(q, k, v, bias)
-    if path == "flex" and bias is not None:
+    if path == "flex" and bias is not None and not isinstance(bias, KeyMask):
         return _attention_flex(q, k, v, bias)
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v)

@@ -37,14 +37,16 @@ def _merge(x: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """`Out(softmax(q k^T / sqrt(d) + bias) v)` of the normalised tokens."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int | None = None) -> None:
         super().__init__()
-        _check_heads(width, heads)
+        if head_dim is None:
+            _check_heads(width, heads)
+        inner = width if head_dim is None else heads * head_dim
         self.heads = heads
         self.path: AttentionPath = "fused"
         self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor, bias: DistanceBias | None = None) -> Tensor:
         """(B, N, E) -> (B, N, E), without the residual."""
@@ -80,12 +82,13 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Module):
     """`Lin(GELU(Lin(LN(x))))`, without the residual."""
 
-    def __init__(self, width: int, ratio: float = 4) -> None:
+    def __init__(self, width: int, ratio: float = 4, hidden: int | None = None) -> None:
         super().__init__()
+        hidden = int(width * ratio) if hidden is None else hidden
         self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, int(width * ratio))
+        self.up = nn.Linear(width, hidden)
         self.act = nn.GELU()
-        self.down = nn.Linear(int(width * ratio), width)
+        self.down = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., E)."""
@@ -96,11 +99,20 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention where wanted, and a feed-forward network, with residuals."""
 
-    def __init__(self, width: int, heads: int, ratio: float = 4, *, cross: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ratio: float = 4,
+        *,
+        cross: bool = False,
+        head_dim: int | None = None,
+        hidden: int | None = None,
+    ) -> None:
         super().__init__()
-        self.attention = SelfAttention(width, heads)
+        self.attention = SelfAttention(width, heads, head_dim)
         self.cross = CrossAttention(width, heads) if cross else None
-        self.feed_forward = FeedForward(width, ratio)
+        self.feed_forward = FeedForward(width, ratio, hidden)
 
     def forward(
         self,
@@ -127,17 +139,28 @@ class Transformer(nn.Module):
         heads: Attention heads.
         ratio: Width of the feed-forward layer over E.
         cross: Blocks attend to a context as well.
+        head_dim: Width of a head in self-attention; None is `width / heads`.
+        hidden: Width of the feed-forward layer; None is `ratio * width`.
 
     Set `gradient_checkpointing` to recompute blocks in the backward pass.
     """
 
     def __init__(
-        self, width: int, depth: int, heads: int, ratio: float = 4, *, cross: bool = False
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        ratio: float = 4,
+        *,
+        cross: bool = False,
+        head_dim: int | None = None,
+        hidden: int | None = None,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, ratio, cross=cross) for _ in range(depth)
+            TransformerBlock(width, heads, ratio, cross=cross, head_dim=head_dim, hidden=hidden)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
 

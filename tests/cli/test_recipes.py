@@ -42,8 +42,9 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_fits_over_the_recipe(folder, overlay):
-    request = prepare("fit", ["--config", "recipes/ssl4eo_croma.yaml", "--config", overlay])
-    assert request.name == "ssl4eo_croma"
+    recipe = "treesat_maestro" if "maestro" in overlay else "ssl4eo_croma"
+    request = prepare("fit", ["--config", f"recipes/{recipe}.yaml", "--config", overlay])
+    assert request.name == recipe
 
 
 def test_published_sizes_stand_in_the_model_overlays(folder):

@@ -1,0 +1,271 @@
+"""TreeSatAI Time Series: aerial images with a year of Sentinel-1 and Sentinel-2 on 60 m of forest.
+
+    data = TreeSatAIDataModule(root="sample", global_batch_size=16)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))     # aerial (16, 4, 300, 300), s2 (16, T, 10, 6, 6)
+
+`readers/treesat.py` reads files, `series.py` cuts windows and chooses dates, `stream.py` makes
+batches of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
+from domainssl.datamodules.statistics import statistics_of
+from domainssl.datamodules.stream import Loading, Source
+from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.modality import Batch, Modality
+from domainssl.readers.series import Tile
+from domainssl.readers.treesat import (
+    GENERA,
+    SERIES,
+    TreeSatCatalogue,
+    read_treesat,
+    scan_treesat,
+)
+
+__all__ = ["TreeSatAIDataModule"]
+
+_log = logging.getLogger(__name__)
+
+_TILE_M, _AERIAL_M, _SENTINEL_M = 60.0, 0.2, 10.0
+_MARGIN = {"aerial": 2}  # 304 px are 60.8 m; Sentinel covers 60 m in the middle
+_TILE_BYTES = {"aerial": 370_000, "s2": 240_000, "s1_asc": 35_000, "s1_des": 70_000}
+_S2_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+_S2_NM = (492.7, 559.8, 664.6, 704.1, 740.5, 782.8, 832.8, 864.7, 1613.7, 2202.4)
+# Aerial: published with OmniSat. The series have no published statistics: those of SSL4EO-S12,
+# which, like these, are of all dates, clouds included.
+_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "aerial": ((151.27, 93.12, 85.05, 81.05), (48.71, 33.60, 28.00, 33.68)),
+    "s2": (
+        (924.863, 1184.553, 1340.936, 1671.402, 2240.082, 2468.412, 2563.244, 2627.704,
+         2416.714, 1849.625),
+        (1201.092, 1219.943, 1397.225, 1400.035, 1373.136, 1429.170, 1485.025, 1447.836,
+         1471.002, 1365.307),
+    ),
+    "s1_asc": ((-12.577, -20.265), (5.179, 5.872)),
+    "s1_des": ((-12.577, -20.265), (5.179, 5.872)),
+}  # fmt: skip
+_MODALITIES = ("aerial", *SERIES)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """The tiles of a split, as the source reads them."""
+
+    catalogue: TreeSatCatalogue
+    modalities: tuple[str, ...]
+    threshold: float
+
+    def __len__(self) -> int:
+        return len(self.catalogue.tiles)
+
+    def read(self, number: int) -> Tile:
+        return read_treesat(self.catalogue, self.catalogue.tiles[number], self.modalities)
+
+    def labels(self, number: int, classes: np.ndarray[Any, Any] | None) -> Batch:
+        """Return the genus with the largest share, -1 if unknown, and all above the threshold."""
+        shares = np.zeros(len(self.catalogue.names), np.float32)
+        given = self.catalogue.tiles[number].shares
+        shares[: len(given)] = given
+        return {
+            "label": int(shares.argmax()) if shares.any() else -1,
+            "label_multi": torch.from_numpy(shares > self.threshold),
+        }
+
+
+class TreeSatAIDataModule(DomainDataModule):
+    """Aerial images and Sentinel series of the TreeSatAI Time Series data set.
+
+    One item is one tile of 60 m (or a window of it); an epoch visits each tile once.
+
+    Args:
+        root: `sample` (made on first use in the cache), or a folder with `aerial/`,
+            `sentinel-ts/` and tables of the splits.
+        modalities: Which of `aerial`, `s2`, `s1_asc`, `s1_des` are read.
+        global_batch_size: Tiles per optimiser step, over all devices and accumulation.
+        footprint: Window in metres, flips and turns, the same for all modalities.
+        dates: Choice of dates of the series.
+        label_threshold: A genus is in `label_multi` if its share of the area is larger.
+        on_bad_sample: `raise`, or `replace` by the next good tile.
+        statistics: `published`, a YAML or JSON file, or `card` (those of the model's weights).
+        seed: Seed of order, windows and dates.
+        loading: Worker processes and memory.
+
+    Raises:
+        ConfigError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str = "sample",
+        modalities: Sequence[str] = _MODALITIES,
+        global_batch_size: int = 384,
+        footprint: Footprint | None = None,
+        dates: SeriesDates | None = None,
+        label_threshold: float = 0.07,
+        on_bad_sample: Literal["raise", "replace"] = "raise",
+        statistics: str = "published",
+        seed: int = 0,
+        loading: Loading | None = None,
+    ) -> None:
+        super().__init__(
+            global_batch_size=global_batch_size,
+            seed=seed,
+            on_bad_sample=on_bad_sample,
+            loading=loading,
+        )
+        for name in modalities:
+            if name not in _MODALITIES:
+                raise ConfigError(
+                    f"data.init_args.modalities: unknown modality {name!r}, expected some of "
+                    f"{', '.join(_MODALITIES)}.{nearest(name, _MODALITIES)}"
+                )
+        if not modalities or len(set(modalities)) < len(modalities):
+            raise ConfigError(
+                f"data.init_args.modalities: got {list(modalities)}, expected one or more "
+                f"different ones of {', '.join(_MODALITIES)}."
+            )
+        self.root = root
+        self.footprint = footprint or Footprint()
+        self.dates = dates or SeriesDates()
+        self.dates.check([name for name in modalities if name in SERIES])
+        self.label_threshold = label_threshold
+        self.statistics = statistics
+        self.catalogues: dict[str, TreeSatCatalogue] = {}
+        self._side_m = self.footprint.side_m(_TILE_M, _SENTINEL_M)
+        self._modalities = {name: self._modality(name) for name in modalities}
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """The modalities asked for; statistics as asked for."""
+        return self._modalities
+
+    @property
+    def context_size(self) -> int:
+        """Side in pixels of the finest modality; each modality's own is in its `size`."""
+        return max(modality.size[0] for modality in self._modalities.values())
+
+    def _modality(self, name: str) -> Modality:
+        mean, std = _STATISTICS[name]
+        gsd = _AERIAL_M if name == "aerial" else _SENTINEL_M
+        side = round(self._side_m / gsd)
+        if name == "aerial":
+            channels: tuple[str, ...] = ("NIR", "G", "B", "R")  # as stored
+            unit, limits = "rgb8", (0.0, 255.0)
+        elif name == "s2":
+            channels, unit, limits = _S2_BANDS, "dn", (-1000.0, 32767.0)
+        else:
+            channels, unit, limits = ("VV", "VH"), "db", (-60.0, 40.0)
+        plain = Modality(
+            name=name,
+            kind="image" if name == "aerial" else "series",
+            channels=channels,
+            value_unit=unit,
+            size=(side, side),
+            gsd_m=gsd,
+            mean=mean,
+            std=std,
+            valid_range=limits,
+            nodata=None,  # batches mark it in `valid`
+            wavelengths_nm=_S2_NM if name == "s2" else None,
+        )
+        return statistics_of(plain, self.statistics)
+
+    def prepare_data(self) -> None:
+        """Write the embedded sample, once per machine."""
+        self._root()
+
+    def _root(self) -> str:
+        if self.root != "sample":
+            return self.root
+        from domainssl.datamodules.samples.treesatai import sample_root
+
+        return str(sample_root())
+
+    def open_sources(self) -> dict[str, Source]:
+        """Read the tables that are there; predictions are made for `test`, else held-out tiles."""
+        root = self._root()
+        for split in ("train", "val", "test"):
+            found = scan_treesat(root, split, self._modalities)
+            if found is not None:
+                self.catalogues[split] = found
+                for problem in found.problems:
+                    _log.warning("%s: %s", split, problem)
+        if not self.catalogues:
+            raise DataError(
+                f"data.init_args.root={root!r}: found neither train.csv nor "
+                "train_filenames.lst (nor those of val or test) there; expected the folder of "
+                "TreeSatAI Time Series with aerial/ and sentinel-ts/. 'sample' is the embedded "
+                "sample."
+            )
+        if "val" not in self.catalogues:
+            _log.warning("%s has no val.csv: nothing is held out for validation", root)
+        names = {found.names for found in self.catalogues.values()}
+        if len(names) > 1:
+            raise DataError(f"{root}: the tables list different genera, {sorted(names)}.")
+        self.label_names = names.pop()
+        sources: dict[str, Source] = {
+            split: self._source(found, is_training=split == "train")
+            for split, found in self.catalogues.items()
+            if split != "test"
+        }
+        last = list(self.catalogues.values())[-1]
+        sources["predict"] = self._source(last, is_training=False)
+        return sources
+
+    def _source(self, catalogue: TreeSatCatalogue, *, is_training: bool) -> TileSource:
+        return TileSource(
+            _Tiles(catalogue, tuple(self._modalities), self.label_threshold),
+            self._modalities,
+            _MARGIN,
+            self.footprint,
+            _TILE_M,
+            _SENTINEL_M,
+            self.dates,
+            self.seed,
+            is_training,
+            tile_bytes=sum(_TILE_BYTES[name] for name in self._modalities),
+        )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of genera."""
+        return len(self.label_names or GENERA)
+
+    def identity(self) -> dict[str, Any]:
+        """Return hashes of the tables, number of tiles and size of the first file."""
+        return {
+            "format": "TreeSatAI Time Series",
+            "root": self.root,
+            "splits": {split: found.identity() for split, found in self.catalogues.items()},
+        }
+
+    def describe(self) -> list[str]:
+        """Return lines that tell what was found."""
+        lines = []
+        for split, found in self.catalogues.items():
+            lines.append(
+                f"TreeSatAI Time Series, {split}: {len(found.tiles)} tiles listed by "
+                f"{found.table}, series in {found.folder}/, at {found.root}"
+            )
+            lines += [f"problem: {text}" for text in found.problems]
+        for name, modality in self._modalities.items():
+            most = self.dates.most_of(name)
+            dates = f", {f'at most {most}' if most else 'all'} dates" if name in SERIES else ""
+            lines.append(
+                f"{name}: {modality.value_unit}, {modality.num_channels} bands "
+                f"{' '.join(modality.channels)}, {modality.size[0]} px of {modality.gsd_m:g} m"
+                f"{dates}"
+            )
+        lines.append(f"labels: {', '.join(self.label_names or GENERA)}")
+        return lines + super().describe()

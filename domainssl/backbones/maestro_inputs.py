@@ -1,0 +1,134 @@
+"""What MAESTRO is told about each modality, and the checks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.modality import Modality
+from domainssl.nn.patching import grid_of
+from domainssl.options import as_dataclass
+
+__all__ = [
+    "MAESTROInput",
+    "band_order",
+    "check_depth",
+    "check_inputs",
+    "date_reference_of",
+    "nominal_grid",
+]
+
+
+@dataclass(frozen=True)
+class MAESTROInput:
+    """How one modality becomes tokens, and what its hidden tokens are compared with.
+
+    Attributes:
+        patch_size: Side of a patch in pixels, after resizing.
+        group: Modalities of one group are encoded as one sequence; None is a group of its own.
+        embedding: Modalities of one name share patch embedding and pixel head; None is its own.
+        token_bands: Band groups by channel name, one token each per patch and date; None is one
+            token for all bands in their order.
+        target_bands: Sizes of the groups of consecutive bands that targets are standardised in,
+            in the order of `token_bands`; None takes the token groups.
+        image_size: Side that images are resized to; None keeps them.
+        is_elevation: Channel 0 is a surface model: the others become 30 times their depth below
+            it, in normalised units.
+    """
+
+    patch_size: int
+    group: str | None = None
+    embedding: str | None = None
+    token_bands: list[list[str]] | None = None
+    target_bands: list[int] | None = None
+    image_size: int | None = None
+    is_elevation: bool = False
+
+
+def check_inputs(
+    known: Mapping[str, Modality], inputs: Mapping[str, MAESTROInput | Mapping[str, Any]]
+) -> dict[str, MAESTROInput]:
+    """Return what is said about each modality, as MAESTROInput.
+
+    Raises:
+        ConfigError: Something is missing, unknown or of a kind that cannot be used.
+    """
+    for name in inputs:
+        if name not in known:
+            raise ConfigError(
+                f"model.init_args.inputs.{name}: the data have no such modality."
+                f"{nearest(name, known)} They have {', '.join(known)}."
+            )
+    chosen = {}
+    for name, modality in known.items():
+        if name not in inputs:
+            raise ConfigError(
+                f"model.init_args.inputs: nothing is said about {name!r}; give its patch_size, or "
+                "leave the modality out of the DataModule."
+            )
+        if modality.kind not in ("image", "series"):
+            raise ConfigError(
+                f"MAESTRO: modality {name!r} is a {modality.kind}; expected images or series."
+            )
+        chosen[name] = as_dataclass(MAESTROInput, inputs[name])
+        if chosen[name].patch_size < 1:
+            raise ConfigError(
+                f"model.init_args.inputs.{name}.patch_size: got {chosen[name].patch_size}, "
+                "expected one or more."
+            )
+    return chosen
+
+
+def check_depth(fusion: str, depth: int, shared_depth: int, width: int) -> None:
+    """Refuse depths and widths that no encoder can have."""
+    if not 0 <= shared_depth < depth:
+        raise ConfigError(
+            f"MAESTRO: shared_depth {shared_depth} must lie in 0 .. depth - 1 = {depth - 1}."
+        )
+    if shared_depth and fusion in ("shared", "monotemp"):
+        raise ConfigError(
+            f"MAESTRO: fusion {fusion!r} encodes dates apart and takes no shared blocks; set "
+            f"shared_depth: 0 (got {shared_depth}), or fusion: mod or group."
+        )
+    if width % 4 or width < 16:
+        raise ConfigError(f"MAESTRO: width {width} must be a multiple of 4 and at least 16.")
+
+
+def band_order(modality: Modality, given: MAESTROInput) -> list[list[str]]:
+    """Return the channel names per token group."""
+    groups = given.token_bands
+    if groups is None:
+        return [list(modality.channels)]
+    for band in (band for group in groups for band in group):
+        if band not in modality.channels:
+            raise ConfigError(
+                f"model.init_args.inputs.{modality.name}.token_bands: no channel {band!r}."
+                f"{nearest(band, modality.channels)} There are {', '.join(modality.channels)}."
+            )
+    if not groups or not all(groups):
+        raise ConfigError(f"model.init_args.inputs.{modality.name}.token_bands: an empty group.")
+    return [list(group) for group in groups]
+
+
+def date_reference_of(known: Mapping[str, Modality], given: str | None) -> str | None:
+    """Return the modality that dates are counted from: the given one, or the first image."""
+    if given is not None and given not in known:
+        raise ConfigError(
+            f"model.init_args.date_reference: no modality {given!r}.{nearest(given, known)} "
+            f"There are {', '.join(known)}."
+        )
+    return given or next((n for n, m in known.items() if m.kind == "image"), None)
+
+
+def nominal_grid(modality: Modality, given: MAESTROInput) -> tuple[int, int] | None:
+    """Return the patches of the declared size, None where a modality declares none."""
+    size = (given.image_size,) * 2 if given.image_size else modality.size
+    if not size:
+        return None
+    try:
+        grid = grid_of(size, given.patch_size, f"model.init_args.inputs.{modality.name}")
+    except DataError as error:
+        raise ConfigError(f"{error} Set image_size or another patch_size.") from error
+    return cast("tuple[int, int]", grid)

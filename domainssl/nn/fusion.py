@@ -1,0 +1,239 @@
+"""Fuse the tokens of several modalities on one patch grid into one token per patch.
+
+Source: OmniSat (arXiv 2404.08351), section 3.2. Parameter names are those of the published code.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from domainssl.errors import ConfigError
+from domainssl.nn.attention import AttentionPath
+from domainssl.nn.blocks import CrossAttention, SelfAttention, TransformerBlock
+from domainssl.nn.relative import (
+    RelativeTable,
+    aligned_buckets,
+    bucket_table,
+    legacy_buckets,
+    relative_attention,
+)
+
+__all__ = ["Combiner", "FusionBlock", "ReadoutBlock", "RelativeLayout"]
+
+RelativeLayout = Literal["aligned", "legacy"]
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int, ratio: float, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, int(width * ratio))
+        self.fc2 = nn.Linear(int(width * ratio), width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        return out
+
+
+def _drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Drop a branch of whole items, and scale what stays."""
+    if rate == 0 or not training:
+        return x
+    keep = x.new_empty((len(x), *[1] * (x.ndim - 1))).bernoulli_(1 - rate)
+    return x * keep / (1 - rate)
+
+
+class _SelfAttention(SelfAttention):
+    def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.dropout, self.attention_dropout = heads, dropout, attention_dropout
+        self.path: AttentionPath = "fused"
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.rpe_k = RelativeTable(width // heads)
+
+    def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, N, E), int64 (N, N) and bool (B, N) -> (B, N, E)."""
+        q, k, v = (_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        terms = self.rpe_k(q * q.shape[-1] ** -0.5)
+        dropout = self.attention_dropout if self.training else 0.0
+        y = relative_attention(q, k, v, terms, buckets, valid, dropout=dropout, path=self.path)
+        y = self.proj(rearrange(y, "b h n d -> b n (h d)"))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class _ReadoutAttention(CrossAttention):
+    """One learned query per output position, the same for all items."""
+
+    def __init__(
+        self, width: int, heads: int, positions: int, dropout: float, attention_dropout: float
+    ) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.dropout, self.attention_dropout = heads, dropout, attention_dropout
+        self.path: AttentionPath = "fused"
+        self.q_learned = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, width))
+        self.wk = nn.Linear(width, width)
+        self.wv = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        self.rpe_k = RelativeTable(width // heads)
+
+    def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, N, E), int64 (1 + P, N) and bool (B, N) -> (B, 1 + P, E)."""
+        # A key bias adds the same number to all keys of a query, which the softmax takes away.
+        bias = self.wk.bias.detach() + 0 * self.wk.bias
+        k, v = F.linear(x, self.wk.weight, bias), self.wv(x)
+        q = (self.q_learned + self.pos_embed).to(k.dtype).expand(len(x), -1, -1)
+        q, k, v = (_heads(part, self.heads) for part in (q, k, v))
+        terms = self.rpe_k(q)  # unscaled, as published
+        dropout = self.attention_dropout if self.training else 0.0
+        y = relative_attention(q, k, v, terms, buckets, valid, dropout=dropout, path=self.path)
+        y = self.proj(rearrange(y, "b h n d -> b n (h d)"))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class FusionBlock(TransformerBlock):
+    """Pre-norm self-attention with relative terms, and a feed-forward network, with residuals."""
+
+    def __init__(
+        self, width: int, heads: int, ratio: float, dropout: float, attention_dropout: float,
+        drop_path: float,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = _SelfAttention(width, heads, dropout, attention_dropout)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = _MLP(width, ratio, dropout)
+
+    def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, N, E) -> (B, N, E)."""
+        x = x + _drop_path(self.attn(self.norm1(x), buckets, valid), self.drop_path, self.training)
+        return x + _drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+
+class ReadoutBlock(TransformerBlock):
+    """Cross-attention of learned queries without residual, and a feed-forward network with one."""
+
+    def __init__(
+        self, width: int, heads: int, positions: int, ratio: float, dropout: float,
+        attention_dropout: float, drop_path: float,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = _ReadoutAttention(width, heads, positions, dropout, attention_dropout)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = _MLP(width, ratio, dropout)
+
+    def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, N, E) -> (B, 1 + P, E)."""
+        y: Tensor = self.attn(self.norm1(x), buckets, valid)
+        return y + _drop_path(self.mlp(self.norm2(y)), self.drop_path, self.training)
+
+
+class Combiner(nn.Module):
+    """Self-attention over the tokens of all modalities and a readout of one token per patch.
+
+    Args:
+        width: Token width E.
+        depth: Self-attention blocks.
+        heads: Attention heads.
+        grid: Patches along each axis.
+        ratio: Width of the feed-forward layers over E.
+        dropout: After attention and inside the feed-forward layers.
+        attention_dropout: On the attention weights.
+        drop_path: Rate of dropped branches of the last block; it grows linearly from zero.
+        layout: Which pairs of tokens count as near, see `nn.relative`.
+    """
+
+    buckets: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: tuple[int, int],
+        ratio: float,
+        dropout: float,
+        attention_dropout: float,
+        drop_path: float,
+        layout: RelativeLayout,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ConfigError(f"Attention width {width} is not a multiple of the {heads} heads.")
+        self.layout, self.gradient_checkpointing = layout, False
+        positions = 1 + grid[0] * grid[1]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        self.register_buffer("buckets", bucket_table(grid), persistent=False)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            FusionBlock(width, heads, ratio, dropout, attention_dropout, rate) for rate in rates
+        )
+        last = ReadoutBlock(width, heads, positions, ratio, dropout, attention_dropout, drop_path)
+        self.blocks.append(last)
+
+    def sequence(self, tokens: list[Tensor], hidden: Tensor | None) -> Tensor:
+        """Lay tokens of all modalities, with positions, behind the class token.
+
+        Args:
+            tokens: (B, P, E) per modality.
+            hidden: bool (B, M·P); True tokens, their position included, become the mask token.
+
+        Returns:
+            (B, 1 + M·P, E).
+        """
+        position = self.pos_embed[:, 1:]
+        z = torch.cat([t + position.to(t.dtype) for t in tokens], dim=1)
+        if hidden is not None:
+            z = torch.where(hidden.unsqueeze(-1), self.mask_token.to(z.dtype), z)
+        first = (self.cls_token + self.pos_embed[:, :1]).to(z.dtype)
+        return torch.cat([first.expand(len(z), -1, -1), z], dim=1)
+
+    def tables(self, modalities: int) -> tuple[Tensor, Tensor]:
+        """Return the buckets of self-attention (1 + M·P)² and of the readout, (1 + P, 1 + M·P)."""
+        aligned = aligned_buckets(self.buckets, modalities)
+        own = aligned
+        if self.layout == "legacy":
+            own = legacy_buckets(self.buckets, modalities)
+        return own, aligned[: len(self.buckets)]
+
+    def forward(
+        self, tokens: list[Tensor], valid: list[Tensor], hidden: Tensor | None = None
+    ) -> Tensor:
+        """Fuse.
+
+        Args:
+            tokens: (B, P, E) per modality.
+            valid: bool (B, P) per modality; False tokens are not attended to.
+            hidden: bool (B, M·P), see `sequence`.
+
+        Returns:
+            (B, 1 + P, E), the class token first.
+        """
+        x = self.sequence(tokens, hidden)
+        attended = F.pad(torch.cat(valid, dim=1), (1, 0), value=True)
+        own, readout = self.tables(len(tokens))
+        for i, block in enumerate(self.blocks):
+            table = readout if i == len(self.blocks) - 1 else own
+            if self.gradient_checkpointing and self.training and x.requires_grad:
+                x = checkpoint(block, x, table, attended, use_reentrant=False)
+            else:
+                x = block(x, table, attended)
+        return x

@@ -1,0 +1,154 @@
+"""Parts of MAESTRO that only pretraining needs: sizes, masking rates, decoders and pixel heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from domainssl.errors import ConfigError
+from domainssl.nn.blocks import Transformer
+from domainssl.nn.structured import TokenAxes
+from domainssl.options import as_dataclass
+
+__all__ = [
+    "Decoder",
+    "MAESTROArchitecture",
+    "MAESTROMasking",
+    "MaskToken",
+    "PixelHead",
+    "Size",
+    "check_masking",
+    "sizes_of",
+]
+
+Size = Literal["tiny", "small", "base", "large"]
+
+
+@dataclass(frozen=True)
+class MAESTROArchitecture:
+    """Sizes; None takes the value of the named size.
+
+    Attributes:
+        width: Token width of the encoders, a multiple of 4 and at least 16.
+        depth: Blocks that a token passes in the encoders, shared ones included.
+        heads: Attention heads of the encoders.
+        head_dim: Width of an encoder head.
+        ffn_ratio: Width of the encoders' feed-forward layers over `width`.
+        decoder_width: Token width of the decoders, a multiple of 4 and at least 16.
+        decoder_depth: Blocks of a decoder.
+        decoder_heads: Attention heads of a decoder.
+        decoder_head_dim: Width of a decoder head.
+        decoder_ffn_ratio: Width of the decoders' feed-forward layers over `width`, that of the
+            encoders, as the released weights have it.
+    """
+
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    head_dim: int = 64
+    ffn_ratio: float | None = None
+    decoder_width: int = 512
+    decoder_depth: int | None = None
+    decoder_heads: int = 16
+    decoder_head_dim: int = 32
+    decoder_ffn_ratio: float = 4
+
+
+_SIZES: dict[Size, MAESTROArchitecture] = {
+    "tiny": MAESTROArchitecture(192, 12, 3, ffn_ratio=2, decoder_depth=1),
+    "small": MAESTROArchitecture(384, 12, 6, ffn_ratio=2, decoder_depth=2),
+    "base": MAESTROArchitecture(768, 12, 12, ffn_ratio=4, decoder_depth=3),
+    "large": MAESTROArchitecture(1024, 24, 16, ffn_ratio=4, decoder_depth=4),
+}
+
+
+@dataclass(frozen=True)
+class MAESTROMasking:
+    """How much is hidden, and in which structures.
+
+    Attributes:
+        ratio: Share of the tokens of every sequence.
+        scale: Hide more in sequences of many dates: `1 - (1 - ratio) / dates^scale`.
+        modality: Probability that a whole modality of a sequence of several is hidden.
+        bands: Probability of a band group on all dates.
+        dates: Probability of a date.
+        locations: Probability of a place on all dates.
+    """
+
+    ratio: float = 0.75
+    scale: float = 0.0
+    modality: float | None = 0.25
+    bands: float | None = None
+    dates: float | None = 0.25
+    locations: float | None = 0.25
+
+
+class Decoder(nn.Module):
+    """A light transformer over one sequence."""
+
+    def __init__(self, width: int, sizes: MAESTROArchitecture) -> None:
+        super().__init__()
+        inner, depth = sizes.decoder_width, sizes.decoder_depth
+        assert depth is not None
+        self.embed: nn.Module = nn.Linear(width, inner) if width != inner else nn.Identity()
+        self.transformer = Transformer(
+            inner,
+            depth,
+            sizes.decoder_heads,
+            head_dim=sizes.decoder_head_dim,
+            hidden=int(width * sizes.decoder_ffn_ratio),
+        )
+
+
+class MaskToken(nn.Module):
+    """One learned token per band group of a modality."""
+
+    def __init__(self, groups: int, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(groups, width))
+
+    def forward(self, axes: TokenAxes) -> Tensor:
+        """Return (B, G * D * L, F)."""
+        items, groups, dates, places = axes
+        token = self.token.view(1, groups, 1, -1)
+        return token.expand(items, -1, dates * places, -1).flatten(1, 2)
+
+
+class PixelHead(nn.Module):
+    """Decoder tokens to the pixels of their patch, one linear layer per band group."""
+
+    def __init__(self, width: int, sizes: list[int], pixels: int) -> None:
+        super().__init__()
+        self.bands = nn.ModuleList(nn.Linear(width, n * pixels) for n in sizes)
+
+    def forward(self, tokens: Tensor, pixels: int) -> Tensor:
+        """(B, G * N, F) -> (B, N, P, C), N dates times patches."""
+        parts = tokens.unflatten(1, (len(self.bands), -1)).unbind(1)
+        out = [
+            head(part).unflatten(-1, (pixels, -1))
+            for head, part in zip(self.bands, parts, strict=True)
+        ]
+        return torch.cat(out, dim=-1)
+
+
+def sizes_of(size: Size, architecture: MAESTROArchitecture) -> MAESTROArchitecture:
+    """Return the sizes of a name with explicit ones laid over them."""
+    if size not in _SIZES:
+        raise ConfigError(f"MAESTRO: size {size!r} is not one of {list(_SIZES)}.")
+    given = vars(as_dataclass(MAESTROArchitecture, architecture))
+    return replace(_SIZES[size], **{k: v for k, v in given.items() if v is not None})
+
+
+def check_masking(masking: MAESTROMasking) -> MAESTROMasking:
+    """Return the rates, or refuse those outside their range."""
+    for name, value in vars(masking).items():
+        is_fine = value is None or (value >= 0 if name == "scale" else 0 <= value < 1)
+        if not is_fine:
+            expected = "zero or more" if name == "scale" else "0 <= value < 1"
+            raise ConfigError(
+                f"model.init_args.masking.{name}: got {value!r}, expected {expected}."
+            )
+    return masking

@@ -1,0 +1,582 @@
+"""OmniSat: masked reconstruction and token contrast of any sensors over one footprint.
+
+Source: Astruc, Gonthier, Mallet, Landrieu, ECCV 2024 (arXiv 2404.08351). Section numbers below are
+the paper's.
+
+One training step: encode every sensor into one token per patch (section 3.1), contrast the tokens
+of different sensors at the same place (3.3), hide 75 % of all tokens (`draw`), fuse the rest into
+one token per patch (3.2), and reconstruct every sensor from the fused tokens: images patch by
+patch, series on the dates that the temporal encoder attends to most (3.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from domainssl.backbones.base import Features, LoadReport
+from domainssl.backbones.omnisat import (
+    OmniSatBackbone,
+    SeriesArchitecture,
+    Traces,
+    flatten_reference,
+    mean_token,
+)
+from domainssl.backbones.registry import load_backbone, read_tensors
+from domainssl.errors import ConfigError, WeightsError, nearest
+from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
+from domainssl.losses.tokens import token_nce
+from domainssl.modality import Batch, Modality, as_modalities, key, present_mask, valid_mask
+from domainssl.nn.bypass import PatchDecoder
+from domainssl.nn.calendar import Calendar, date_sinusoids
+from domainssl.nn.filtering import filter_dates
+from domainssl.nn.masking import Masking, kept_count, mask_from_noise
+from domainssl.nn.patching import unpatchify
+from domainssl.objectives.base import Generators, Objective, Optimization, Step
+from domainssl.objectives.execution import Execution
+from domainssl.options import as_dataclass, decide, option
+
+__all__ = ["OmniSat", "OmniSatArchitecture", "OmniSatDraws", "OmniSatOptions"]
+
+Size = Literal["tiny", "base"]
+
+
+@dataclass(frozen=True)
+class OmniSatArchitecture:
+    """Sizes; None takes the value of the named size.
+
+    Attributes:
+        width: Token width.
+        depth: Self-attention blocks of the fusion.
+        heads: Attention heads of the fusion.
+        ffn_ratio: Width of feed-forward layers over the token width.
+        groups: Groups of the normalisations of the image encoder.
+        dropout: Of the fusion.
+        attention_dropout: Of the attention weights of the fusion.
+        drop_path: Rate of dropped branches of the last fusion block.
+        series: Sizes of the temporal encoders.
+        decoder_widths: Hidden widths of the decoders of series, none as published.
+    """
+
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    ffn_ratio: float = 4
+    groups: int = 4
+    dropout: float = 0.2
+    attention_dropout: float = 0.2
+    drop_path: float = 0.2
+    series: SeriesArchitecture | None = None
+    decoder_widths: tuple[int, ...] = ()
+
+
+_SIZES: dict[Size, OmniSatArchitecture] = {
+    "tiny": OmniSatArchitecture(
+        width=32,
+        depth=2,
+        heads=4,
+        series=SeriesArchitecture(heads=4, widths_in=(16, 32), widths_out=(32, 32)),
+    ),
+    "base": OmniSatArchitecture(width=256, depth=6, heads=16, series=SeriesArchitecture()),
+}
+
+_PUBLISHED = Optimization(lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999))  # Adam, section 4
+
+
+@dataclass(frozen=True)
+class OmniSatOptions:
+    """Where the paper, the released code and good sense differ; None follows `reference`."""
+
+    rpe_layout: Literal["aligned", "legacy"] | None = option(
+        ours="aligned",
+        reference="legacy",
+        text="Distances of the fusion's self-attention: between the patches of two tokens "
+        "(paper), or on a square over the joined sequence (released code).",
+    )
+    attend_to_padding: bool | None = option(
+        ours=False,
+        reference=True,
+        text="Let padded and invalid dates enter attention and statistics, as zeros of day 0.",
+    )
+    date_filter_drops_last_valid: bool | None = option(
+        ours=False,
+        reference=True,
+        text="Never reconstruct the last date of a series.",
+    )
+    contrast_gather: Literal["grad", "local"] | None = option(
+        ours="grad",
+        reference="local",
+        text="Contrast with the tokens of all ranks, with their gradient, or of this rank only.",
+    )
+    image_loss_on: Literal["all_patches", "masked_patches"] | None = option(
+        ours="all_patches",
+        reference="all_patches",
+        text="Patches of images that count: all (released code), or the hidden ones (paper).",
+    )
+    pixel_validity: bool | None = option(
+        ours=True,
+        reference=False,
+        text="Leave invalid pixels out of target statistics and reconstruction loss.",
+    )
+    pool: Literal["mean", "cls"] | None = option(
+        ours="mean",
+        reference="cls",
+        text="Vector of an item: mean of the fused tokens, or the class token, which no "
+        "pretraining loss trains.",
+    )
+
+
+@dataclass(frozen=True)
+class OmniSatDraws:
+    """Random choices of one step.
+
+    Attributes:
+        masking: Masking of the tokens of all modalities, modality by modality, (B, M·P).
+        frames: Indices of the dates taken from long series, int64 (B, T') per modality.
+    """
+
+    masking: Masking
+    frames: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """Target and prediction of one modality as patches (B, P, V), and their statistics."""
+
+    seen: Tensor
+    predicted: Tensor
+    mean: Tensor
+    scale: Tensor
+
+
+class _SeriesDecoder(nn.Module):
+    """Linear layers from a fused token plus a date code to the values of a patch."""
+
+    def __init__(self, width: int, outputs: int, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a, b in zip([width, *hidden], [*hidden, outputs], strict=True):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self.decode = nn.Sequential(*layers[:-1])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        out: Tensor = self.decode(tokens)
+        return out
+
+
+class OmniSat(Objective):
+    """Pretrain an `OmniSatBackbone` on images and series over one footprint.
+
+    Args:
+        modalities: Two or more images and series, by name; linked from the DataModule by the CLI.
+        size: Named size, `tiny` (tests) or `base` (published).
+        architecture: Explicit sizes over the named one.
+        patch_m: Side of a patch on the ground; with the modalities' resolution it decides
+            `patch_size`.
+        patch_size: Side of a patch in pixels per modality, over `patch_m`.
+        grid: Patches along rows and columns; None takes them from the sizes of the modalities.
+        mask_ratio: Share of all tokens hidden from the fusion.
+        kept_dates: Share of the dates of a series that is reconstructed.
+        temperature: Of the contrast.
+        max_frames: Dates taken at random from longer series.
+        calendar: How days are counted.
+        normalization: Form for all modalities, or one per modality.
+        weights: Start from an export, a checkpoint, or a checkpoint of the published code.
+        reference: Follow the released code where it differs from ours.
+        options: Single choices, over `reference`.
+        loss_weights: Weight of the terms `contrastive` and `reconstruction`.
+        optimization: Optimiser and schedule.
+        seed: Seed of all draws.
+        allow_accumulation: Accept gradient accumulation, which does not enlarge the contrastive
+            batch.
+        execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
+        context_size: Side of what the DataModule yields, None for any.
+        check_units: Look at the first batches and refuse values in another unit than the model's.
+
+    Raises:
+        ConfigError: The modalities or sizes cannot be used.
+    """
+
+    contrastive: ClassVar[bool] = True
+    backbone: OmniSatBackbone
+
+    def __init__(
+        self,
+        modalities: dict[str, Modality | dict[str, Any]],
+        size: Size = "base",
+        architecture: OmniSatArchitecture = OmniSatArchitecture(),
+        patch_m: float = 10.0,
+        patch_size: dict[str, int] | None = None,
+        grid: tuple[int, int] | None = None,
+        mask_ratio: float = 0.75,
+        kept_dates: float = 0.25,
+        temperature: float = 0.1,
+        max_frames: int = 50,
+        calendar: Calendar = Calendar(),
+        normalization: str | dict[str, str] = "zscore",
+        weights: str | None = None,
+        reference: bool = False,
+        options: OmniSatOptions = OmniSatOptions(),
+        loss_weights: dict[str, float] | None = None,
+        optimization: Optimization = _PUBLISHED,
+        seed: int = 0,
+        allow_accumulation: bool = False,
+        execution: Execution = Execution(),
+        context_size: int | tuple[int, ...] | None = None,
+        check_units: bool = True,
+    ) -> None:
+        super().__init__(
+            optimization=optimization,
+            seed=seed,
+            allow_accumulation=allow_accumulation,
+            execution=execution,
+            context_size=context_size,
+            check_units=check_units,
+        )
+        sizes = _sizes(size, architecture)
+        self.options = decide(as_dataclass(OmniSatOptions, options), reference)
+        known = as_modalities(modalities)
+        self.loss_weights = _loss_weights(loss_weights)
+        if len(known) < 2 and self.loss_weights["contrastive"]:
+            raise ConfigError(
+                f"OmniSat contrasts modalities with each other and the data have only {[*known]}. "
+                "Add one, or set model.init_args.loss_weights.contrastive: 0."
+            )
+        _check_shares(mask_ratio=mask_ratio, kept_dates=1 - kept_dates)
+        self.mask_ratio, self.kept_dates = mask_ratio, kept_dates
+        self.temperature, self.max_frames = temperature, max_frames
+        sides = {**_patch_sizes(known, patch_m, patch_size or {}), **(patch_size or {})}
+        variant: dict[str, Any] = {
+            "patch_size": sides,
+            "grid": _grid(known, sides, grid),
+            **{n: v for n, v in vars(sizes).items() if n != "decoder_widths"},
+            "calendar": as_dataclass(Calendar, calendar),
+            "rpe_layout": self.options.rpe_layout,
+            "attend_to_padding": self.options.attend_to_padding,
+            "pool": self.options.pool,
+            "normalization": normalization,
+        }
+        reference_state: dict[str, Tensor] = {}
+        if weights is None:
+            self.backbone = OmniSatBackbone(known, **variant)
+        else:
+            self.backbone, reference_state = _from_weights(weights, size, known, variant)
+        width = self.backbone.embed_dim["joint"]
+        self.decoder = nn.ModuleDict(
+            {f"projector_{n}": self._decoder(n, width, sizes.decoder_widths) for n in known}
+        )
+        if reference_state:
+            self.load_pretraining_parts(reference_state)
+
+    def _decoder(self, name: str, width: int, hidden: tuple[int, ...]) -> nn.Module:
+        channels, side = self.backbone.modalities[name].num_channels, self.backbone.patch_size[name]
+        if self.backbone.is_image(name):
+            return PatchDecoder(channels, width, side)
+        return _SeriesDecoder(width, channels * side**2, tuple(hidden))
+
+    def draw(self, batch: Batch, generators: Generators) -> OmniSatDraws:
+        """Hide tokens of all modalities jointly (section 3.2), and choose dates of long series."""
+        names = self._names(batch)
+        tokens = len(names) * math.prod(self.backbone.grid)
+        x = batch[names[0]]
+        noise = torch.rand(len(x), tokens, generator=generators.local, device=x.device)
+        frames = {}
+        for name in names:
+            if self.backbone.modalities[name].kind != "series":
+                continue
+            length = batch[name].shape[1]
+            if length > self.max_frames:
+                order = torch.rand(len(x), length, generator=generators.local, device=x.device)
+                order = order + 2.0 * ~self.backbone.frame_mask(batch, name)  # padding comes last
+                frames[name] = order.argsort(1)[:, : self.max_frames].sort(1).values
+        return OmniSatDraws(mask_from_noise(noise, kept_count(tokens, self.mask_ratio)), frames)
+
+    def _names(self, batch: Mapping[str, Any]) -> list[str]:
+        return [name for name in self.backbone.modalities if name in batch]
+
+    def forward(self, batch: Batch, draws: OmniSatDraws, outputs: bool = False) -> Step:
+        """Compute contrast and reconstruction; an item counts where it has a modality."""
+        x = self.backbone.normalize(_take_frames(batch, draws.frames))
+        features, traces = self.backbone.encode_sensors(x)
+        names = self._names(x)
+        removed = draws.masking.removed.unflatten(1, (len(names), -1)).unbind(1)
+        hidden = dict(zip(names, removed, strict=True))
+        features = self.backbone.fuse(features, hidden)
+        losses = {"contrastive": self.loss_weights["contrastive"] * self._contrast(features, names)}
+        pictures: dict[str, _Picture] = {}
+        for name in names:
+            rebuild = self._rebuild_series
+            if self.backbone.modalities[name].kind == "image":
+                rebuild = self._rebuild_image
+            loss, pictures[name] = rebuild(name, x, features, traces, hidden[name])
+            losses[f"reconstruction_{name}"] = self.loss_weights["reconstruction"] * loss
+        if not outputs:
+            return Step(losses)
+        return Step(losses, self._outputs(features, pictures, hidden))
+
+    def _contrast(self, features: Features, names: list[str]) -> Tensor:
+        """Contrast the tokens before fusion (section 3.3)."""
+        return token_nce(
+            torch.stack([features.tokens[name] for name in names], dim=1),
+            valid=torch.stack([features.token_valid[name] for name in names], dim=1),
+            temperature=self.temperature,
+            gather_keys="none" if self.options.contrast_gather == "local" else "grad",
+        )
+
+    def embed(self, features: Features) -> dict[str, Tensor]:
+        """Average the normalised tokens of every sensor, the vectors that the loss compares."""
+        return {
+            name: mean_token(F.normalize(features.tokens[name].float(), dim=-1), valid)
+            for name, valid in features.token_valid.items()
+            if name in self.backbone.modalities
+        }
+
+    def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the sensor's own encoder and decoder."""
+        yield from super().modality_parameters(name)
+        yield from self.decoder[f"projector_{name}"].parameters()
+
+    def _value_mask(self, name: str, x: Mapping[str, Any]) -> Tensor | None:
+        """Which values count, as patches (B, P, V) or (B, T, P, V); None counts all."""
+        modality = self.backbone.modalities[name]
+        if not self.options.pixel_validity:
+            return None
+        mask = valid_mask(x, modality).unsqueeze(modality.channel_axis).float()
+        return self.backbone.patches(name, mask.expand_as(x[name])) > 0
+
+    def _rebuild_image(
+        self, name: str, x: Mapping[str, Any], features: Features, traces: Traces, hidden: Tensor
+    ) -> tuple[Tensor, _Picture]:
+        """Mean squared error of standardised patches, all of them by default."""
+        tokens = features.tokens["joint"]
+        target, mask = self.backbone.patches(name, x[name]), self._value_mask(name, x)
+        decoder = self.decoder[f"projector_{name}"]
+        if self.backbone.is_image(name):
+            predicted = decoder(tokens.flatten(0, 1), traces["poolings"][name])
+            predicted = predicted.flatten(1).unflatten(0, tokens.shape[:2])  # (B, P, C·p·p)
+            mean, scale = patch_statistics(target, mask)
+        else:  # one pixel per patch: the whole image is standardised
+            predicted = decoder(tokens)
+            mean, scale = _whole_statistics(target, mask)
+        counted = present_mask(x, name).unsqueeze(1).expand_as(hidden)
+        if self.options.image_loss_on == "masked_patches":
+            counted = counted & hidden
+        loss = masked_patch_mse(predicted, _standardized(target, mean, scale), counted, mask)
+        return loss, _Picture(target, predicted, mean, scale)
+
+    def _rebuild_series(
+        self, name: str, x: Mapping[str, Any], features: Features, traces: Traces, hidden: Tensor
+    ) -> tuple[Tensor, _Picture]:
+        """Mean squared error of hidden patches on the dates that are attended to most."""
+        tokens = features.tokens["joint"]
+        candidates = self.backbone.seen_dates(x, name).any(1)  # (B, T)
+        chosen = filter_dates(
+            traces["attention"][name],
+            candidates,
+            self.kept_dates,
+            drops_last=bool(self.options.date_filter_drops_last_valid),
+        )
+        days = self.backbone.calendars[name].days(x[key(name, "dates")]).gather(1, chosen.positions)
+        code = date_sinusoids(days, tokens.shape[-1], self.backbone.calendars[name].length)
+        dated = tokens.unsqueeze(1) + code.unsqueeze(2).to(tokens.dtype)  # (B, K, P, D)
+        predicted = self.decoder[f"projector_{name}"](dated)  # (B, K, P, V)
+        target = _take(self.backbone.patches(name, x[name]), chosen.positions)
+        mask = self._value_mask(name, x)
+        mask = None if mask is None else _take(mask, chosen.positions)
+        target, predicted = target.flatten(0, 1), predicted.flatten(0, 1)  # (B·K, P, V)
+        mask = None if mask is None else mask.flatten(0, 1)
+        mean, scale = _whole_statistics(target, mask)
+        counted = chosen.kept & present_mask(x, name).unsqueeze(1)
+        counted = (counted.unsqueeze(2) & hidden.unsqueeze(1)).flatten(0, 1)
+        loss = masked_patch_mse(predicted, _standardized(target, mean, scale), counted, mask)
+        best = slice(None, None, chosen.positions.shape[1])  # the first kept date of every item
+        return loss, _Picture(target[best], predicted[best], mean[best], scale[best])
+
+    def _outputs(
+        self, features: Features, pictures: Mapping[str, _Picture], hidden: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Pictures in normalised units, hidden patches NaN in `masked`, and contrasted vectors.
+
+        A series is shown on one of its reconstructed dates.
+        """
+        reconstruction = {}
+        for name, picture in pictures.items():
+            seen = picture.seen.float()
+            shown = {
+                "input": seen,
+                "masked": seen.masked_fill(hidden[name].unsqueeze(-1), float("nan")),
+                "predicted": picture.predicted.float() * picture.scale + picture.mean,
+            }
+            side = self.backbone.patch_size[name]
+            reconstruction[name] = {
+                kind: unpatchify(t, self.backbone.grid, side, channels_first=True).detach()
+                for kind, t in shown.items()
+            }
+        embeddings = {name: z.detach() for name, z in self.embed(features).items()}
+        return {"reconstruction": reconstruction, "embeddings": embeddings}
+
+    def load_pretraining_parts(self, state: Mapping[str, Tensor]) -> LoadReport:
+        """Fill the decoders from a pretraining state dict of the published code.
+
+        Args:
+            state: Tensors under the published names; encoders are not looked at.
+
+        Raises:
+            WeightsError: The file lacks a decoder, or shapes differ.
+        """
+        own = self.decoder.state_dict()
+        names = {n: _decoder_name(n, state) for n in own}
+        missing = [names[n] for n in own if names[n] not in state]
+        wrong = [n for n in own if n not in missing and names[n] in state]
+        wrong = [n for n in wrong if state[names[n]].shape != own[n].shape]
+        if missing or wrong:
+            raise WeightsError(
+                f"Pretraining state dict: missing {missing[:5]}, of another shape {wrong[:5]}. "
+                "Give the modalities and sizes of the run it comes from."
+            )
+        self.decoder.load_state_dict({n: state[names[n]] for n in own})
+        return LoadReport(tuple(f"decoder.{n}" for n in own), (), ())
+
+
+def _decoder_name(own: str, state: Mapping[str, Tensor]) -> str:
+    """Translate a name of the decoders to the published pretraining network."""
+    same = f"decoder.{own}"
+    if same in state:
+        return same
+    projector, rest = own.split(".", 1)
+    name = projector.removeprefix("projector_").replace("_", "-")
+    return f"decoder.projector_{name}.{rest}"
+
+
+def _standardized(target: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return (target.float() - mean) / scale
+
+
+def _whole_statistics(patches: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and scale of all values of an image, (B, P, V) -> (B, 1, 1) each."""
+    flat = patches.flatten(1).unsqueeze(1)
+    return patch_statistics(flat, None if mask is None else mask.flatten(1).unsqueeze(1))
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Take dates: (B, T, ...) and int64 (B, K) -> (B, K, ...)."""
+    wide = index.view(*index.shape, *[1] * (x.ndim - 2))
+    return x.gather(1, wide.expand(-1, -1, *x.shape[2:]))
+
+
+def _take_frames(batch: Batch, frames: Mapping[str, Tensor]) -> Batch:
+    """Return the batch with only the chosen dates of long series."""
+    out = dict(batch)
+    for name, index in frames.items():
+        for entry in (name, *(key(name, part) for part in ("valid", "dates", "frames"))):
+            if entry in batch:
+                out[entry] = _take(batch[entry], index)
+    return out
+
+
+def _from_weights(
+    weights: str, size: Size, known: dict[str, Modality], variant: dict[str, Any]
+) -> tuple[OmniSatBackbone, dict[str, Tensor]]:
+    """Load the backbone, and the file's tensors if it is a pretraining state dict."""
+    path = Path(weights)
+    is_ours = path.is_dir() or path.suffix == ".json"
+    is_ours = is_ours or (path.suffix == ".safetensors" and path.with_suffix(".json").exists())
+    is_ours = is_ours or (path.suffix == ".ckpt" and "backbone" in read_tensors(path))
+    state: dict[str, Tensor] = {}
+    if is_ours:
+        loaded = load_backbone(path, modalities=known)
+    else:
+        loaded = load_backbone(f"omnisat_{size}", weights=path, modalities=known, arguments=variant)
+        state = flatten_reference(read_tensors(path))
+        if not any(name.startswith("decoder.") for name in state):
+            state = {}
+    if not isinstance(loaded, OmniSatBackbone) or loaded.patch_size != variant["patch_size"]:
+        raise WeightsError(
+            f"model.init_args.weights: {weights!r} holds a {type(loaded).__name__} with patches of "
+            f"{getattr(loaded, 'patch_size', None)} pixels; expected OmniSat weights with patches "
+            f"of {variant['patch_size']}. Set model.init_args.patch_size to that of the weights."
+        )
+    return loaded.train(), state
+
+
+def _sizes(size: Size, architecture: OmniSatArchitecture) -> OmniSatArchitecture:
+    if size not in _SIZES:
+        raise ConfigError(f"OmniSat: size {size!r} is not one of {list(_SIZES)}.")
+    given = vars(as_dataclass(OmniSatArchitecture, architecture))
+    sizes = replace(_SIZES[size], **{k: v for k, v in given.items() if v is not None})
+    series = as_dataclass(SeriesArchitecture, cast(Any, sizes.series))
+    return replace(sizes, series=series)
+
+
+def _patch_sizes(
+    known: Mapping[str, Modality], patch_m: float, given: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the side of a patch in pixels, from its side on the ground."""
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"model.init_args.patch_size: no modality {name!r}.{nearest(name, known)} "
+                f"The data have {list(known)}."
+            )
+    sides = {}
+    for name, modality in known.items():
+        if name in given:
+            continue
+        pixels = patch_m / modality.gsd_m if modality.gsd_m else 0.0
+        if pixels < 1 - 1e-6 or abs(pixels - round(pixels)) > 1e-3:
+            raise ConfigError(
+                f"model.init_args.patch_m: {patch_m:g} m are {pixels:g} pixels of {name!r} "
+                f"({modality.gsd_m} m); expected a whole number. Set "
+                f"model.init_args.patch_size.{name}."
+            )
+        sides[name] = round(pixels)
+    return sides
+
+
+def _grid(
+    known: Mapping[str, Modality], sides: Mapping[str, int], given: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Return the patch grid, the same for all modalities."""
+    if given is not None:
+        return (int(given[0]), int(given[1]))
+    grids = {
+        name: tuple(length / sides[name] for length in modality.size)
+        for name, modality in known.items()
+        if modality.size
+    }
+    found = set(grids.values())
+    whole = all(n == int(n) for grid in found for n in grid)
+    if len(found) != 1 or not whole:
+        raise ConfigError(
+            f"OmniSat needs one patch grid for all modalities; sizes and patch_size {dict(sides)} "
+            f"give {grids}. Set model.init_args.patch_size or grid, or crop in the DataModule."
+        )
+    rows, columns = next(iter(found))
+    return (int(rows), int(columns))
+
+
+def _check_shares(**shares: float) -> None:
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise ConfigError(
+                f"model.init_args: {name} gives a share of {share!r}; expected 0 <= share < 1."
+            )
+
+
+def _loss_weights(given: dict[str, float] | None) -> dict[str, float]:
+    known = {"contrastive": 1.0, "reconstruction": 1.0}
+    for name in given or {}:
+        if name not in known:
+            raise ConfigError(
+                f"model.init_args.loss_weights: unknown term {name!r}.{nearest(name, known)} "
+                f"OmniSat has {list(known)}."
+            )
+    return {**known, **(given or {})}
