@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,55 +20,29 @@ import torch
 from torch import Tensor, nn
 
 from domainssl.backbones.base import Features, LoadReport, common_size
-from domainssl.backbones.croma import CROMABackbone, flatten_reference, reference_name
+from domainssl.backbones.croma import CROMABackbone, flatten_reference
 from domainssl.backbones.registry import load_backbone, read_tensors
-from domainssl.errors import ConfigError, WeightsError, nearest
+from domainssl.errors import WeightsError
 from domainssl.losses.contrastive import info_nce
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
 from domainssl.modality import Batch, Modality, as_modalities, present_mask, valid_mask
-from domainssl.nn.blocks import Transformer
-from domainssl.nn.masking import Masking, kept_count, mask_from_noise, restore_tokens
-from domainssl.nn.patching import grid_coordinates, grid_of, patchify, unpatchify
-from domainssl.nn.positions import sincos_positions
+from domainssl.nn.masking import Masking, kept_count, mask_from_noise
+from domainssl.nn.patching import grid_of, patchify, unpatchify
 from domainssl.objectives.base import Generators, Objective, Optimization, Step
+from domainssl.objectives.croma_parts import (
+    CROMAArchitecture,
+    Decoder,
+    Size,
+    check_pair,
+    per_modality,
+    pretraining_name,
+    sizes_of,
+    term_weights,
+)
 from domainssl.objectives.execution import Execution
 from domainssl.options import as_dataclass, decide, option
 
 __all__ = ["CROMA", "CROMAArchitecture", "CROMADraws", "CROMAOptions", "pretraining_name"]
-
-Size = Literal["tiny", "base", "large"]
-
-
-@dataclass(frozen=True)
-class CROMAArchitecture:
-    """Sizes; None takes the value of the named size.
-
-    Attributes:
-        width: Token width of the encoders.
-        depth: Blocks of the optical encoder; radar and joint encoder have half of them.
-        heads: Attention heads of the encoders.
-        ffn_ratio: Width of feed-forward layers over the token width.
-        decoder_width: Token width of the decoder; a multiple of its heads, and of 4 (of 6 for
-            volumes) for the position codes.
-        decoder_depth: Blocks of the decoder.
-        decoder_heads: Attention heads of the decoder; 8 in every published size.
-    """
-
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    ffn_ratio: float = 4
-    decoder_width: int | None = None
-    decoder_depth: int = 1
-    decoder_heads: int = 8
-
-
-_SIZES: dict[Size, CROMAArchitecture] = {
-    "tiny": CROMAArchitecture(width=32, depth=2, heads=4, decoder_width=32),
-    "base": CROMAArchitecture(width=768, depth=12, heads=16, decoder_width=512),
-    "large": CROMAArchitecture(width=1024, depth=24, heads=16, decoder_width=512),
-}
-
 
 # Base rate 4e-6 per 256 items at the published global batch of 7200, section A of the paper.
 _PUBLISHED = Optimization(lr=4e-6 * 7200 / 256, weight_decay=0.01, betas=(0.9, 0.999))
@@ -133,29 +107,6 @@ class _Targets:
         return values if self.valid is None else torch.where(self.valid, values, 0.0)
 
 
-class _Decoder(nn.Module):
-    """A light transformer from joint tokens to the pixels of both sensors."""
-
-    def __init__(self, inputs: int, outputs: int, sizes: CROMAArchitecture) -> None:
-        super().__init__()
-        assert sizes.decoder_width is not None
-        self.width = sizes.decoder_width
-        self.embed = nn.Linear(inputs, self.width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, self.width).normal_(std=0.02))
-        self.transformer = Transformer(
-            self.width, sizes.decoder_depth, sizes.decoder_heads, sizes.ffn_ratio
-        )
-        self.head = nn.Linear(self.width, outputs)
-
-    def forward(self, visible: Tensor, restore: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """(B, K, E) joint tokens -> (B, N, P) values of every patch."""
-        tokens = restore_tokens(self.embed(visible), restore, self.mask_token)
-        coords = grid_coordinates(grid, device=tokens.device)
-        tokens = tokens + sincos_positions(coords, self.width).to(tokens.dtype)
-        out: Tensor = self.head(self.transformer(tokens))
-        return out
-
-
 class CROMA(Objective):
     """Pretrain a `CROMABackbone` on co-registered radar and optical images or volumes.
 
@@ -217,16 +168,13 @@ class CROMA(Objective):
             context_size=context_size,
             check_units=check_units,
         )
-        if size not in _SIZES:
-            raise ConfigError(f"CROMA: size {size!r} is not one of {list(_SIZES)}.")
-        given = vars(as_dataclass(CROMAArchitecture, architecture))
-        sizes = replace(_SIZES[size], **{k: v for k, v in given.items() if v is not None})
+        sizes = sizes_of(size, architecture)
         self.options = decide(as_dataclass(CROMAOptions, options), reference)
         self.radar, self.optical = radar, optical
         known = as_modalities(modalities)
-        _check_pair(known, radar, optical)
-        self.mask_ratio = _per_modality(mask_ratio, (radar, optical))
-        self.loss_weights = _loss_weights(loss_weights)
+        check_pair(known, radar, optical)
+        self.mask_ratio = per_modality(mask_ratio, (radar, optical))
+        self.loss_weights = term_weights(loss_weights)
         variant: dict[str, Any] = {
             "width": sizes.width,
             "depth": sizes.depth,
@@ -247,7 +195,7 @@ class CROMA(Objective):
         width = self.backbone.embed_dim["joint"]
         pixels = patch_size**spatial_dims
         self._values = [known[name].num_channels * pixels for name in (optical, radar)]
-        self.decoder = _Decoder(width, sum(self._values), sizes)
+        self.decoder = Decoder(width, sum(self._values), sizes)
         self.radar_projection = nn.Linear(width, width)
         self.optical_projection = nn.Linear(width, width)
         # one axis, because sharding (FSDP2) takes no scalar parameters
@@ -412,21 +360,6 @@ class CROMA(Objective):
         return LoadReport(tuple(found), missing, ())
 
 
-def pretraining_name(own: str) -> str:
-    """Translate a parameter name of the objective to the published pretraining class."""
-    if own.startswith("decoder.transformer."):
-        return reference_name(own.replace("transformer.", "decoder.", 1), "pretraining")
-    for ours, theirs in (
-        ("decoder.embed.", "decoder.encoder_to_decoder."),
-        ("decoder.head.", "decoder.linear_output."),
-        ("radar_projection.", "global_contrast_loss.radar_proj."),
-        ("optical_projection.", "global_contrast_loss.optical_proj."),
-        ("logit_scale", "global_contrast_loss.logit_scale"),
-    ):
-        own = own.replace(ours, theirs)
-    return own
-
-
 def _from_weights(
     weights: str, size: Size, known: dict[str, Modality], variant: dict[str, Any]
 ) -> tuple[CROMABackbone, dict[str, Tensor]]:
@@ -449,44 +382,3 @@ def _from_weights(
             f"{variant['patch_size']}. Set model.init_args.patch_size to that of the weights."
         )
     return loaded.train(), state
-
-
-def _check_pair(known: Mapping[str, Modality], radar: str, optical: str) -> None:
-    for role, name in (("radar", radar), ("optical", optical)):
-        if name not in known:
-            raise ConfigError(
-                f"CROMA needs a {role} modality named {name!r}; the data have {list(known)}."
-                f"{nearest(name, known)} Set model.init_args.{role} to its name."
-            )
-    a, b = known[radar], known[optical]
-    if a.kind != b.kind or a.kind not in ("image", "volume"):
-        raise ConfigError(
-            f"CROMA: {radar!r} is of kind {a.kind!r} and {optical!r} of kind {b.kind!r}; expected "
-            "two images or two volumes on one grid."
-        )
-
-
-def _per_modality(value: float | dict[str, float], names: tuple[str, ...]) -> dict[str, float]:
-    ratios = dict.fromkeys(names, value) if not isinstance(value, dict) else value
-    if set(ratios) != set(names):
-        raise ConfigError(
-            f"model.init_args.mask_ratio: got {sorted(ratios)}, expected a number or one per "
-            f"modality {sorted(names)}."
-        )
-    for name, ratio in ratios.items():
-        if not 0 <= ratio < 1:
-            raise ConfigError(
-                f"model.init_args.mask_ratio: {ratio!r} for {name!r}; expected 0 <= ratio < 1."
-            )
-    return {name: float(ratio) for name, ratio in ratios.items()}
-
-
-def _loss_weights(given: dict[str, float] | None) -> dict[str, float]:
-    known = {"contrastive": 1.0, "reconstruction": 1.0}
-    for name in given or {}:
-        if name not in known:
-            raise ConfigError(
-                f"model.init_args.loss_weights: unknown term {name!r}.{nearest(name, known)} "
-                f"CROMA has {list(known)}."
-            )
-    return {**known, **(given or {})}
