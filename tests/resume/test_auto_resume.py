@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -10,38 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import RECIPE
 
 from domainssl.cli import main
 from domainssl.cli.rundir import sole_writer
 from domainssl.cli.train import prepare
 from domainssl.errors import ConfigError
 
-RECIPE = """\
-seed_everything: 0
-trainer:
-  max_epochs: 1
-  accelerator: cpu
-  devices: 1
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
-loggers: {tensorboard: null}
-callbacks:
-  checkpoint: AtomicCheckpoint
-model: cli_fakes.FakeObjective
-data: {class_path: cli_fakes.FakeDataModule, init_args: {root: sample}}
-"""
-
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # Lightning's log handler keeps the stderr of the test that imported it
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-    monkeypatch.chdir(tmp_path)
-    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    return tmp_path
+def recipe(folder: Path) -> None:
+    (folder / "tiny.yaml").write_text(RECIPE)
 
 
 def fit(*words: str) -> int:
