@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from domainssl.cli.record import RunRecord
-from domainssl.cli.train import Request, linked_from_data
+from domainssl.cli.request import Request, linked_from_data
 
 __all__ = ["DomainCLI"]
 
