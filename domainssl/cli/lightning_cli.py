@@ -90,6 +90,12 @@ class DomainCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Wait for `execute`."""
 
+    @property
+    def record(self) -> RunRecord | None:
+        """The callback that records the run, None where nothing is recorded."""
+        callbacks: list[Any] = getattr(self.trainer, "callbacks", [])
+        return next((c for c in callbacks if isinstance(c, RunRecord)), None)
+
     def execute(self) -> None:
         """Run the verb."""
         super()._run_subcommand(self.verb)

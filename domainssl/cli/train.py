@@ -169,9 +169,10 @@ def _quiet() -> Iterator[None]:
                 source.removeFilter(_is_news)
 
 
+_NO_NEWS = ("litlogger", "litmodels", "TPU available", "`Trainer.fit` stopped: `max_")
 _TALKATIVE = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return not any(part in text for part in ("litlogger", "litmodels", "TPU available"))
+    return not any(part in text for part in _NO_NEWS)

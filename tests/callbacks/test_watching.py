@@ -214,6 +214,16 @@ def test_the_summary_says_what_was_trained_where_it_lies_and_how_to_load_it(tmp_
     assert "metrics.csv" in text and "samples/s" in text
 
 
+def test_the_summary_of_a_resumed_run_tells_its_steps_from_those_before(tmp_path, capsys):
+    last = tmp_path / "last.ckpt"
+    run(tmp_path, [], max_epochs=1)[1].save_checkpoint(last)
+    trainer = tiny_trainer(tmp_path, callbacks=[Summary()], max_epochs=3)
+    trainer.fit(TinyObjective(tiny_modalities()), datamodule=TinyData(), ckpt_path=last)
+    text = capsys.readouterr().out
+    assert "3 epochs, 12 steps in all" in text
+    assert "for 8 steps after the resume at step 4 (" in text
+
+
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):
     class Break(Callback):
         def on_train_batch_end(self, *args):

@@ -46,12 +46,37 @@ def test_one_command_begins_a_run_and_goes_on_with_it(folder):
     assert "3" in first.split(",")  # the first step logged after the resume
 
 
-def test_a_finished_run_ends_at_once_and_stays_as_it_is(folder):
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_ends_at_once_and_stays_as_it_is(folder, capsys):
     assert fit("--run_dir=here", "--auto_resume") == 0
+    assert "Trainer.fit" not in capsys.readouterr().err  # Lightning's own words for the end
+    before = contents(folder / "here")
+    assert fit("--run_dir=here", "--auto_resume") == 0
+    assert contents(folder / "here") == before
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "last.ckpt stands at epoch 1, step 3, and the run ends there (trainer.max_epochs=1)" in text
+    )
+    assert "nothing was written. To go on, repeat the command with a larger number" in text
+
+
+@pytest.mark.parametrize("loggers", [[], ["--loggers.tensorboard=TensorBoardLogger"]])
+def test_a_refused_resume_leaves_the_folder_as_it_was(folder, capsys, loggers):
+    words = ["--trainer.max_epochs=2", *loggers]
+    assert fit(*words, "--run_dir=here") == 0
+    before = contents(folder / "here")
+    assert fit(*words, "--run_dir=here", "--ckpt_path=last", "--model.mask_ratio=0.25") == 2
+    assert "mask_ratio: checkpoint 0.75, configuration 0.25" in capsys.readouterr().err
+    assert contents(folder / "here") == before
     last = folder / "here" / "checkpoints" / "last.ckpt"
-    before = last.read_bytes()
-    assert fit("--run_dir=here", "--auto_resume") == 0
-    assert last.read_bytes() == before
+    elsewhere = ["--run_dir=there", f"--ckpt_path={last}"]
+    assert fit(*words, *elsewhere, "--model.mask_ratio=0.25") == 2
+    assert not (folder / "there").exists()
+    assert fit(*words, "--run_dir=here", "--auto_resume", "--trainer.max_epochs=3") == 0
+    assert contents(folder / "here").keys() >= {"config.1.yaml", "resumed_1/metrics.csv"}
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(folder):
