@@ -88,7 +88,7 @@ class TinyObjective(Objective):
         if outputs:
             extra = {
                 "reconstruction": {
-                    n: {"input": x[n], "masked": noisy[n], "predicted": noisy[n]} for n in names
+                    n: {"input": x[n], "visible": noisy[n], "predicted": noisy[n]} for n in names
                 },
                 "embeddings": {n: pooled[n] for n in names},
             }
