@@ -148,6 +148,7 @@ def _shared_run_dir(folder: Path) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Silence Lightning's notes about things that are on purpose here."""
     talk = [logging.getLogger(name) for name in _TALKATIVE]
+    talk = [source for source in talk if _is_news not in source.filters]  # may be nested
     for source in talk:
         source.addFilter(_is_news)
     with warnings.catch_warnings():
