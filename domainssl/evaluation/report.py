@@ -142,7 +142,8 @@ def standard_error(items: int) -> float:
 
 def _reliability(items: int, classes: int, per_class: int) -> str:
     """Say how far the shares of the table can be trusted."""
-    text = f"standard error of a share of {items} items: up to {100 * standard_error(items):.1f} points"
+    most = 100 * standard_error(items)
+    text = f"standard error of a share of {items} items: up to {most:.1f} points"
     if classes:
         text += f"; probe: mean of {SPLITS} splits with {per_class} labels per class"
     return text
