@@ -99,9 +99,11 @@ def _how_to_load(trainer: Trainer) -> list[tuple[str, str]]:
     folder = _short(exports[0].written)
     return [
         ("backbone", f"{folder}  (backbone.safetensors, backbone.json)"),
-        ("load it", "from domainssl import load_backbone"),
-        ("", f'backbone = load_backbone("{folder}").eval()'),
-        ("", "features = backbone(batch)  # raw physical values; features.pooled, features.tokens"),
+        ("load it", "import torch"),
+        ("", "from domainssl import load_backbone"),
+        ("", f'backbone = load_backbone("{folder}")'),
+        ("", "with torch.no_grad():"),
+        ("", "    features = backbone(batch)  # raw physical values; features.pooled, .tokens"),
     ]
 
 
