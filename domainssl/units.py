@@ -190,13 +190,13 @@ class _Ballot:
             self.low = min(self.low, float(values.min()))
             self.high = max(self.high, float(values.max()))
 
-    def decision(self) -> str:
-        """Return what enough items agree on, or an empty string."""
+    def decision(self, least: int) -> str:
+        """Return what enough items, `least` or more, agree on, or an empty string."""
         spoken = {v: n for v, n in self.votes.items() if v != UNDECIDED}
         if not spoken:
             return UNDECIDED
         verdict, count = max(spoken.items(), key=lambda pair: pair[1])
-        if count < _LEAST_VOTES or count < _AGREEMENT * sum(spoken.values()):
+        if count < least or count < _AGREEMENT * sum(spoken.values()):
             return UNDECIDED
         return verdict
 
@@ -208,14 +208,21 @@ class UnitCheck:
         modalities: What the model takes, by name.
         stated: Modalities whose unit, scale and offset the files themselves state and the
             DataModule applies; what is stated is believed, the values are not looked at.
+        least_votes: Items that have to agree before anything is said.
     """
 
-    def __init__(self, modalities: Mapping[str, Modality], stated: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        modalities: Mapping[str, Modality],
+        stated: Collection[str] = (),
+        least_votes: int = _LEAST_VOTES,
+    ) -> None:
         self.modalities = {
             name: modality
             for name, modality in modalities.items()
             if name not in stated and modality.kind in ("image", "series", "volume")
         }
+        self.least_votes = least_votes
         self._seen: Counter[str] = Counter()
         self._ballots: dict[tuple[str, str], _Ballot] = {}
 
@@ -229,8 +236,22 @@ class UnitCheck:
         Raises:
             DataError: At least three fully valid items agree that the values are in another unit.
         """
+        found = self.find(batch, loader, f"the {loader} data")
+        if found:
+            raise DataError(
+                f"{found} If the values are right, model.init_args.check_units: false accepts them."
+            )
+
+    def find(self, batch: Any, loader: str, source: str) -> str:
+        """Return what `look` would say, an empty string where nothing is to be said.
+
+        Args:
+            batch: See `look`.
+            loader: Name of what the batch belongs to.
+            source: What it is called in the message.
+        """
         if self._seen[loader] >= _BATCHES or not isinstance(batch, Mapping):
-            return
+            return ""
         self._seen[loader] += 1
         for name, modality in self.modalities.items():
             x = batch.get(name)
@@ -244,9 +265,10 @@ class UnitCheck:
                 values = _values_of(batch, x, name, i, modality)
                 if values is not None:
                     ballot.add(unit_of_item(values, modality), values)
-            verdict = ballot.decision()
+            verdict = ballot.decision(self.least_votes)
             if verdict not in (FITS, UNDECIDED):
-                raise DataError(_message(modality, ballot, verdict, loader))
+                return _message(modality, ballot, verdict, source)
+        return ""
 
 
 def _values_of(
@@ -272,7 +294,7 @@ def _values_of(
     return values if np.isfinite(values).all() else None
 
 
-def _message(modality: Modality, ballot: _Ballot, verdict: str, loader: str) -> str:
+def _message(modality: Modality, ballot: _Ballot, verdict: str, source: str) -> str:
     name, unit = modality.name, modality.value_unit
     expected = _EXPECTED.get(unit, f"the unit {unit!r}")
     if verdict == "range" and modality.valid_range is not None:
@@ -281,7 +303,6 @@ def _message(modality: Modality, ballot: _Ballot, verdict: str, loader: str) -> 
     digits = 2 if max(abs(ballot.low), abs(ballot.high)) < 100 else 0
     return (
         f"{name} values lie in [{ballot.low:.{digits}f}, {ballot.high:.{digits}f}] in "
-        f"{ballot.votes[verdict]} of {spoken} fully valid items of the {loader} data, but this "
-        f"model expects {expected}. {_REMEDY[verdict].format(name=name)} If the values are right, "
-        "model.init_args.check_units: false accepts them."
+        f"{ballot.votes[verdict]} of {spoken} fully valid items of {source}, but this "
+        f"model expects {expected}. {_REMEDY[verdict].format(name=name)}"
     )

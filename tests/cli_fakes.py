@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from domainssl.arguments import Recorded
 from domainssl.modality import Modality
+from domainssl.objectives.guard import check_resume
 
 __all__ = ["FakeDataModule", "FakeObjective", "UndescribedDataModule"]
 
@@ -58,6 +59,12 @@ class FakeObjective(Recorded, LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return outputs."""
         return self.backbone(batch["a"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with other arguments."""
+        if self.trainer.state.fn == "fit":
+            saved, own = checkpoint["hyper_parameters"], self.arguments
+            check_resume(saved, own, may_change=("weights",), constructor=type(self).__init__)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return plain SGD."""

@@ -101,6 +101,10 @@ def test_documented_verbs_exist() -> None:
     named = {parameter.values[0][0] for parameter in our_commands()}  # type: ignore[attr-defined]
     assert {"fit", "inspect", "export", "doctor", "recipes"} <= named
     assert {word for word in named if not word.startswith("-")} <= verbs
+    table = (REPOSITORY / "docs" / "cli.md").read_text().split("## Configuration")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    explained = {w for row in rows for w in re.findall(r"`([a-z]+)", row.split("|")[1])}
+    assert verbs <= explained
 
 
 PAGE_OF_MISTAKES = REPOSITORY / "docs" / "cli.md"
@@ -158,6 +162,15 @@ def test_no_page_names_a_machine_path(page: Path) -> None:
     assert not found
 
 
+def test_every_recipe_uses_classes_of_the_api_page() -> None:
+    page = (REPOSITORY / "docs" / "api.md").read_text()
+    for recipe in sorted((REPOSITORY / "recipes").glob("*.yaml")):
+        for section in ("model", "data"):
+            text = recipe.read_text().split(f"\n{section}:\n")[1]
+            name = re.search(r"class_path: (\w+)", text)
+            assert name and re.search(rf"members: \[.*\b{name[1]}\b", page), recipe.name
+
+
 def printed_options(page: Path, heading: str) -> dict[str, tuple[str, str]]:
     """Rows `option | default | reference | ...` of the table below a heading."""
     section = page.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
@@ -174,6 +187,7 @@ def printed_options(page: Path, heading: str) -> dict[str, tuple[str, str]]:
     [
         ("croma", "Options", "croma.CROMAOptions"),
         ("decur", "Options", "decur.DeCUROptions"),
+        ("omnisat", "Options", "omnisat.OmniSatOptions"),
         ("joint_embedding", "Options of CLIP", "clip.CLIPOptions"),
         ("joint_embedding", "Options of BarlowTwins", "barlow_twins.BarlowTwinsOptions"),
         ("joint_embedding", "Options of VICReg", "vicreg.VICRegOptions"),

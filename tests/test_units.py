@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import TinyData, TinyObjective, tiny_trainer
+from tiny import TinyBackbone, TinyData, TinyObjective, tiny_trainer
 
+from domainssl import export_backbone, load_backbone
+from domainssl.backbones.base import Backbone
 from domainssl.errors import DataError
 from domainssl.modality import Modality
 from domainssl.readers.ssl4eo import product, read, scan
@@ -280,3 +284,37 @@ def test_every_window_of_real_scenes_speaks_for_its_unit(shared_data: Path) -> N
     assert verdicts(s2 / 10_000, dn) == {"reflectance"} and verdicts(s2, reflectance) == {"dn"}
     assert verdicts(zscore(s2, "S2L1C"), dn) == {"normalised"}
     assert verdicts(s2 + 1000, dn) == {"offset"}
+
+
+def loaded(folder: Path, sample: dict[str, np.ndarray]) -> Backbone:
+    kind = modality("S2L2A", size=(48, 48))
+    export_backbone(TinyBackbone({"s2": kind}, side=48), folder / "exported", licence="MIT")
+    return load_backbone(folder / "exported")
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_loaded_backbone_warns_once_of_another_unit(sample, tmp_path, caplog, count) -> None:
+    backbone = loaded(tmp_path, sample)
+    wrong = torch.tensor(sample["S2L2A"][:count]) / 10000
+    with torch.no_grad():
+        backbone({"s2": wrong})
+        backbone({"s2": wrong})
+    [text] = [r.getMessage() for r in caplog.records if "s2 values" in r.getMessage()]
+    assert f"{count} of {count} fully valid items of the first batch" in text
+    assert "multiply them by 10000" in text and "check_units" not in text
+
+
+def test_a_loaded_backbone_is_silent_about_right_values(sample, tmp_path, caplog) -> None:
+    backbone = loaded(tmp_path, sample)
+    with torch.no_grad():
+        copied = copy.deepcopy(backbone)
+        pickle.loads(pickle.dumps(backbone))({"s2": torch.tensor(sample["S2L2A"][:4])})
+        copied({"s2": torch.tensor(sample["S2L2A"][:1])})
+    assert not caplog.records
+
+
+def test_a_compiled_backbone_looks_at_no_values(sample, tmp_path, caplog) -> None:
+    compiled = torch.compile(loaded(tmp_path, sample), backend="eager")
+    with torch.no_grad():
+        compiled({"s2": torch.tensor(sample["S2L2A"][:4]) / 10000})
+    assert not [r for r in caplog.records if "s2 values" in r.getMessage()]

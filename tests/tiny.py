@@ -35,11 +35,11 @@ def tiny_modalities(names=("s1", "s2")):
 class TinyBackbone(Backbone):
     """One linear layer per modality; `joint` is their sum."""
 
-    def __init__(self, modalities, dim=8):
+    def __init__(self, modalities, dim=8, side=SIDE):
         super().__init__(modalities, "zscore")
         self.embed_dim = dict.fromkeys([*self.modalities, "joint"], dim)
         self.layers = nn.ModuleDict(
-            {n: nn.Linear(m.num_channels * SIDE**2, dim) for n, m in self.modalities.items()}
+            {n: nn.Linear(m.num_channels * side**2, dim) for n, m in self.modalities.items()}
         )
 
     def encode(self, x, keep=None, replace=None):
@@ -88,7 +88,7 @@ class TinyObjective(Objective):
         if outputs:
             extra = {
                 "reconstruction": {
-                    n: {"input": x[n], "masked": noisy[n], "predicted": noisy[n]} for n in names
+                    n: {"input": x[n], "visible": noisy[n], "predicted": noisy[n]} for n in names
                 },
                 "embeddings": {n: pooled[n] for n in names},
             }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
@@ -14,8 +16,11 @@ from domainssl.arguments import Recorded
 from domainssl.errors import ConfigError, DataError, WeightsError, nearest
 from domainssl.modality import Modality, as_modalities, check_batch
 from domainssl.nn.normalization import Normalizer
+from domainssl.units import UnitCheck
 
 __all__ = ["Backbone", "Features", "LoadReport"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,6 +110,7 @@ class Backbone(Recorded, nn.Module):
     ) -> None:
         super().__init__()
         self.modalities = as_modalities(modalities)
+        self._units: UnitCheck | None = None
         self.normalizer = Normalizer(self.modalities, forms)
 
     def normalize(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +146,23 @@ class Backbone(Recorded, nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> Features:
         """Return the features of raw physical values; see `Features` and `modality.Batch`."""
+        if self._units is not None and not torch.compiler.is_compiling():
+            self._warn_of_units(batch)
         return self.encode(self.normalize(batch))
+
+    def watch_units(self) -> None:
+        """Warn, once, when the values of the next forward pass must be in another unit.
+
+        `load_backbone` asks for it. Only values on the CPU are looked at, so that no device has to
+        be waited for.
+        """
+        self._units = UnitCheck(self.modalities, least_votes=1)
+
+    def _warn_of_units(self, batch: Mapping[str, Any]) -> None:
+        check, self._units = self._units, None
+        found = check.find(batch, "first", "the first batch") if check is not None else ""
+        if found:
+            logger.warning("%s Features of other units mean nothing. (Said once.)", found)
 
     def feature_maps(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return tokens laid out on their grid, (B, E, h, w) or (B, E, x, y, z) per name."""

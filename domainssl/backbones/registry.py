@@ -142,11 +142,24 @@ def load_backbone(
         strict: Raise when the file lacks tensors; otherwise only log what is missing.
 
     Returns:
-        The backbone in evaluation mode, on the CPU.
+        The backbone in evaluation mode, on the CPU. Its first forward pass warns of values that
+        must be in another unit, where they lie on the CPU.
 
     Raises:
         WeightsError: The name is unknown, the file cannot be used, or the data do not fit.
     """
+    backbone = _load(name_or_path, weights, modalities, arguments, strict).eval()
+    backbone.watch_units()
+    return backbone
+
+
+def _load(
+    name_or_path: str | Path,
+    weights: str | Path | None,
+    modalities: Mapping[str, Modality | Mapping[str, Any]] | None,
+    arguments: Mapping[str, Any] | None,
+    strict: bool,
+) -> Backbone:
     variants = _variants()
     if str(name_or_path) in variants:
         cls, variant = variants[str(name_or_path)]
@@ -169,7 +182,7 @@ def load_backbone(
         backbone = _load_export(path)
     if modalities is not None:
         backbone.check(modalities)
-    return backbone.eval()
+    return backbone
 
 
 def _load_variant(
@@ -188,12 +201,12 @@ def _load_variant(
     if str(weights) == "random":
         if modalities is None:
             raise WeightsError(f"{name!r} without weights needs modalities=… to be built for.")
-        return cls(**{"modalities": modalities, **variant}).eval()
+        return cls(**{"modalities": modalities, **variant})
     backbone, report = cls.from_reference(
         read_tensors(Path(weights), inert_classes=cls.reference_holds_classes), variant, modalities
     )
     _tell(report, weights, strict)
-    return backbone.eval()
+    return backbone
 
 
 def _tell(report: LoadReport, source: object, strict: bool) -> None:

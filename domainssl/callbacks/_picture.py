@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from domainssl.modality import Modality
 
-__all__ = ["colour_bands", "panel", "stretch_limits", "to_rgb"]
+__all__ = ["bands_line", "colour_bands", "panel", "stretch_limits", "to_rgb"]
 
 Array = NDArray[np.float32]
 _SETS = (  # red, green, blue under the names that sensors use
@@ -20,8 +20,9 @@ _SETS = (  # red, green, blue under the names that sensors use
     ("R", "G", "B"),
     ("red", "green", "blue"),
 )
-_GAP = 4
-_HEAD = 16
+_GAP = 4  # pixels, as the next two
+_LINE = 14
+_MIN_WIDTH = 376
 
 
 def colour_bands(channels: Sequence[str]) -> tuple[int, ...]:
@@ -38,9 +39,11 @@ def colour_bands(channels: Sequence[str]) -> tuple[int, ...]:
 def _planes(x: Tensor, modality: Modality) -> Array:
     """Return (B, K, H, W) of the bands to show; a middle date or slice where there are many.
 
+    A method may show a single date of a series, (B, C, H, W).
+
     Two radar bands become three: VV, VH and their difference.
     """
-    if modality.kind == "series":
+    if modality.kind == "series" and x.ndim == 5:
         x = x[:, x.shape[1] // 2]
     bands = [x[:, band] for band in colour_bands(modality.channels)]
     if modality.spatial_dims == 3:
@@ -65,15 +68,33 @@ def to_rgb(planes: Array, limits: tuple[Array, Array]) -> NDArray[np.uint8]:
     return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels[..., :3]
 
 
+def bands_line(modality: Modality) -> str:
+    """Return which bands a picture shows and how, for its legend."""
+    names = [modality.channels[band] for band in colour_bands(modality.channels)]
+    if len(names) == 2:
+        names.append(f"{names[0]} - {names[1]}")
+    shown = f"{names[0]} in grey" if len(names) == 1 else f"{', '.join(names)} as red, green, blue"
+    part = " of the middle slice" if modality.spatial_dims == 3 else ""
+    return f"{shown}{part}, normalised, each stretched between percentiles 2 and 98 of the input"
+
+
+_LEGEND = "visible: what the model is given, grey is hidden; predicted: what it makes of it"
+
+
 def panel(
-    columns: dict[str, Tensor], modality: Modality, title: str, reference: str = "input"
+    columns: dict[str, Tensor],
+    modality: Modality,
+    title: str,
+    rows: Sequence[str] = (),
+    reference: str = "input",
 ) -> NDArray[np.uint8]:
-    """Lay pictures out, one row per item and one column per name.
+    """Lay pictures out, one row per item and one column per name, with a legend above.
 
     Args:
         columns: Tensors in the modality's batch layout, (B, C, H, W) and so on.
         modality: What they are.
         title: Written above.
+        rows: Text above each row: which item it is.
         reference: Column whose percentiles stretch all of them, so that they compare.
 
     Returns:
@@ -82,17 +103,38 @@ def panel(
     planes = {name: _planes(x, modality) for name, x in columns.items()}
     limits = stretch_limits(planes[reference])
     pictures = {name: to_rgb(p, limits) for name, p in planes.items()}
-    rows, height, width = next(iter(pictures.values())).shape[:3]
+    count, height, width = next(iter(pictures.values())).shape[:3]
     zoom = max(1, round(120 / max(height, width)))
     height, width = height * zoom, width * zoom
-    size = (_GAP + len(pictures) * (width + _GAP), 2 * _HEAD + rows * (height + _GAP))
-    canvas = Image.new("RGB", size, "white")
+    across = max(_GAP + len(pictures) * (width + _GAP), _MIN_WIDTH)
+    legend = [bands_line(modality), *([_LEGEND] if "visible" in pictures else [])]
+    head = [line for text in (title, *legend) for line in _wrapped(text, across - 2 * _GAP)]
+    label = _LINE if rows else 0
+    heads = _LINE * len(head) + _GAP  # where the names of the columns stand
+    top = heads + _LINE + _GAP  # where the first row begins
+    canvas = Image.new("RGB", (across, top + count * (label + height + _GAP)), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((_GAP, 2), title, fill="black")
+    for i, line in enumerate(head):
+        draw.text((_GAP, 2 + i * _LINE), line, fill="black")
+    for row, text in enumerate(rows):
+        line = _wrapped(text, across - 2 * _GAP)[0]
+        draw.text((_GAP, top + row * (label + height + _GAP)), line, fill="black")
     for i, (name, picture) in enumerate(pictures.items()):
         left = _GAP + i * (width + _GAP)
-        draw.text((left, _HEAD + 2), name, fill="black")
-        for row in range(rows):
+        draw.text((left, heads), name, fill="black")
+        for row in range(count):
             tile = Image.fromarray(picture[row]).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(tile, (left, 2 * _HEAD + row * (height + _GAP)))
+            canvas.paste(tile, (left, top + label + row * (label + height + _GAP)))
     return np.asarray(canvas)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels, or of one word."""
+    font, lines = ImageFont.load_default(), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -277,7 +277,7 @@ class OnlineEvaluation(Callback):
             return
         console = console_of(trainer)
         both = {**self.metrics, **self.baseline}
-        console.print(table(both, self._items, self._classes))
+        console.print(table(both, self._items, self._classes, self.per_class))
         console.print(verdict(both), markup=False)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from torch import Tensor
 
 from domainssl.callbacks._common import first_items, observing, run_folder
 from domainssl.callbacks._picture import panel
+from domainssl.modality import Modality, key
 
 __all__ = ["ReconstructionPanels"]
 
@@ -20,13 +23,14 @@ _PANEL = 2  # stands in the seed, so that every panel shows the same masks
 
 
 class ReconstructionPanels(Callback):
-    """Writes input, masked and predicted of a few held-out items per modality.
+    """Writes input, what was visible, and the prediction of a few held-out items per modality.
 
     PNG files `panels/step_<n>_<modality>.png` in the run's folder, and images
     `reconstruction/<modality>` in loggers that take them. The items and masks are the same every
     time. Optical bands are shown in natural colour, radar as VV, VH and their difference, other
     modalities as their first three or only channel; the 2nd and 98th percentile of the input
-    stretch all three pictures.
+    stretch all three pictures. Every picture names its columns, its bands, and the item and date
+    of each row.
 
     Args:
         every_n_epochs: Epochs between panels; the end of the run always gets one.
@@ -84,8 +88,10 @@ class ReconstructionPanels(Callback):
             return
         if trainer.is_global_zero:
             for name, columns in pictures.items():
-                title = f"{name}, step {trainer.global_step}"
-                picture = panel(columns, module.backbone.modalities[name], title)
+                title = f"{name} after step {trainer.global_step}"
+                modality = module.backbone.modalities[name]
+                rows = row_labels(self._batch, modality, columns["input"])
+                picture = panel(columns, modality, title, rows)
                 self._write(trainer, name, picture)
 
     def _write(self, trainer: Trainer, name: str, picture: np.ndarray) -> None:
@@ -99,3 +105,29 @@ class ReconstructionPanels(Callback):
             add_image = getattr(getattr(target, "experiment", None), "add_image", None)
             if add_image is not None:
                 add_image(f"reconstruction/{name}", picture, trainer.global_step, dataformats="HWC")
+
+
+def row_labels(batch: Mapping[str, Any], modality: Modality, shown: Tensor) -> list[str]:
+    """Return id and date of the items of a panel; a series is shown on its middle date.
+
+    Args:
+        batch: The items.
+        modality: Which of their pictures is shown.
+        shown: The pictures, (B, C, *S) or (B, T, C, *S); dates other than the batch's cannot be
+            told.
+    """
+    ids = batch.get("id") or [f"item {i}" for i in range(len(shown))]
+    dates = batch.get(key(modality.name, "dates"))
+    if not isinstance(dates, Tensor):
+        return [str(i) for i in ids]
+    days = dates.reshape(len(ids), -1).cpu()
+    count = days.shape[1]
+    if modality.kind == "series" and (shown.ndim < 5 or shown.shape[1] != count):
+        return [f"{i}, one of {count} dates" for i in ids]
+    middle = count // 2
+    place = f" ({middle + 1} of {count} dates)" if count > 1 else ""
+    found = [int(row[middle]) for row in days]
+    return [
+        f"{i}, {np.datetime64(day, 'D')}{place}" if day > 0 else f"{i}{place}"
+        for i, day in zip(ids, found, strict=True)
+    ]

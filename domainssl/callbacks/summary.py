@@ -32,8 +32,8 @@ class Summary(Callback):
         self._step_began = trainer.global_step
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the summary."""
-        if trainer.is_global_zero:
+        """Print the summary; nothing of a run that was at its end already."""
+        if trainer.is_global_zero and self._began:
             _print(trainer, summarize(trainer, pl_module, self._elapsed(), self._step_began))
 
     def on_exception(
@@ -67,14 +67,18 @@ def summarize(
     count = sum(p.numel() for p in module.backbone.parameters())
     names = ", ".join(module.backbone.modalities)
     steps = trainer.global_step - first_step
+    total = f"{trainer.current_epoch} epochs, {trainer.global_step} steps"
+    this_time = f"{steps} steps"
+    if first_step:
+        total += " in all"
+        this_time += f" after the resume at step {first_step}"
     lines = [
         (
             "trained",
             f"{class_of(module.backbone).__name__} ({count / 1e6:.2f} M parameters; {names}) with "
-            f"{class_of(module).__name__}: {trainer.current_epoch} epochs, "
-            f"{trainer.global_step} steps",
+            f"{class_of(module).__name__}: {total}",
         ),
-        ("took", f"{_duration(seconds)} for {steps} steps" + _per_step(seconds, steps)),
+        ("took", f"{_duration(seconds)} for {this_time}" + _per_step(seconds, steps)),
     ]
     metrics = describe_metrics(trainer.callback_metrics)
     if metrics:
@@ -95,9 +99,11 @@ def _how_to_load(trainer: Trainer) -> list[tuple[str, str]]:
     folder = _short(exports[0].written)
     return [
         ("backbone", f"{folder}  (backbone.safetensors, backbone.json)"),
-        ("load it", "from domainssl import load_backbone"),
-        ("", f'backbone = load_backbone("{folder}").eval()'),
-        ("", "features = backbone(batch)  # raw physical values; features.pooled, features.tokens"),
+        ("load it", "import torch"),
+        ("", "from domainssl import load_backbone"),
+        ("", f'backbone = load_backbone("{folder}")'),
+        ("", "with torch.no_grad():"),
+        ("", "    features = backbone(batch)  # raw physical values; features.pooled, .tokens"),
     ]
 
 

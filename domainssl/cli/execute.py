@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from domainssl.cli.console import console
 from domainssl.errors import WeightsError
 
 __all__ = ["execute"]
@@ -18,6 +19,9 @@ _GRACE_S = 5.0  # for other ranks to end by themselves
 def execute(run: Any, path: object) -> None:
     """Run, and say in our words what Lightning and torch leave to be guessed.
 
+    A run that cannot go on from its checkpoint, or is at its end already, leaves its folder as it
+    was.
+
     Args:
         run: What `build` returns.
         path: The checkpoint to go on from, if any.
@@ -26,6 +30,31 @@ def execute(run: Any, path: object) -> None:
         WeightsError: The checkpoint holds pickled objects, or is cut off.
         RankError: Another rank is gone or silent.
     """
+    record = run.record if run.verb == "fit" and path and run.trainer.is_global_zero else None
+    if record is None:
+        _execute(run, path)
+        return
+    record.look()
+    try:
+        _execute(run, path)
+    finally:
+        if not record.has_begun:
+            record.take_back()
+    if not record.has_begun:
+        console().print(f"[bold]{'finished':<8}[/]", _finished(run.trainer, path))
+
+
+def _finished(trainer: Any, path: object) -> str:
+    ends = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+    given = [f"trainer.{name}={end}" for name, end in ends.items() if end and end > 0]
+    return (
+        f"{path} stands at epoch {trainer.current_epoch}, step {trainer.global_step}, and the run "
+        f"ends there ({', '.join(given) or 'no training batches'}): nothing was trained, nothing "
+        "was written. To go on, repeat the command with a larger number."
+    )
+
+
+def _execute(run: Any, path: object) -> None:
     from domainssl.distributed import RankError, is_lost_connection
 
     try:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from domainssl.cli.record import RunRecord
-from domainssl.cli.train import Request, linked_from_data
+from domainssl.cli.request import Request, linked_from_data
 
 __all__ = ["DomainCLI"]
 
@@ -89,6 +89,12 @@ class DomainCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Wait for `execute`."""
+
+    @property
+    def record(self) -> RunRecord | None:
+        """The callback that records the run, None where nothing is recorded."""
+        callbacks: list[Any] = getattr(self.trainer, "callbacks", [])
+        return next((c for c in callbacks if isinstance(c, RunRecord)), None)
 
     def execute(self) -> None:
         """Run the verb."""

@@ -17,6 +17,7 @@ from domainssl.cli.rundir import (
     command_line,
     git_revision,
     keep_earlier,
+    remove_start,
     versions,
     write_json,
 )
@@ -33,6 +34,9 @@ class RunRecord(SaveConfigCallback):
         folder: The run's folder.
         resolved: The configuration to save, defaults included.
         facts: What else `run.json` holds.
+
+    Attributes:
+        has_begun: Whether a batch was trained on.
     """
 
     def __init__(
@@ -47,6 +51,9 @@ class RunRecord(SaveConfigCallback):
         self.folder = folder
         self.resolved = resolved
         self.facts = facts
+        self.has_begun = False
+        self._before: set[Path] = set()
+        self._kept: dict[Path, Path] = {}
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write both files and describe data and model; runs on the first rank only."""
@@ -55,7 +62,9 @@ class RunRecord(SaveConfigCallback):
         text = "# The resolved configuration of this run; run it again with:\n"
         text += f"# python -m domainssl fit --config {self.folder / 'config.yaml'}\n"
         for name in ("config.yaml", "run.json"):
-            keep_earlier(self.folder / name)
+            kept = keep_earlier(self.folder / name)
+            if kept is not None:
+                self._kept[kept] = self.folder / name
         (self.folder / "config.yaml").write_text(text + dump(self.resolved), encoding="utf-8")
         identity = getattr(datamodule, "identity", None)
         record = {
@@ -71,6 +80,20 @@ class RunRecord(SaveConfigCallback):
         }
         write_json(self.folder / "run.json", record)
         _introduce(trainer, pl_module, datamodule, self.folder, stage)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that there is something to keep."""
+        self.has_begun = True
+
+    def look(self) -> None:
+        """Note what is in the folder; called before the run, with the folder's lock held."""
+        self._before = set(self.folder.rglob("*"))
+
+    def take_back(self) -> None:
+        """Leave the folder as it was, after a run that was not continued."""
+        remove_start(self.folder, self._before, self._kept)
 
 
 def _introduce(

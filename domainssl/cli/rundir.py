@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ __all__ = [
     "new_run_dir",
     "own_checkpoint",
     "refuse_used_folder",
+    "remove_start",
     "sole_writer",
     "versions",
     "write_json",
@@ -33,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 RUN_DIR_VARIABLE = "DOMAINSSL_RUN_DIR"
+_AT_START = ("config.yaml", "run.json", "metrics.csv", "hparams.yaml", "events.out.tfevents")
 _LIBRARIES = (
     "domainssl",
     "torch",
@@ -200,13 +202,40 @@ def free_metrics_folder(folder: Path) -> str:
     return f"resumed_{count}"
 
 
-def keep_earlier(path: Path) -> None:
-    """Give a file that is about to be written again a numbered name: `run.1.json`."""
-    if path.exists():
-        count = 1
-        while path.with_suffix(f".{count}{path.suffix}").exists():
-            count += 1
-        path.replace(path.with_suffix(f".{count}{path.suffix}"))
+def keep_earlier(path: Path) -> Path | None:
+    """Give a file that is about to be written again a numbered name: `run.1.json`.
+
+    Returns:
+        The new name, None where there is no such file.
+    """
+    if not path.exists():
+        return None
+    count = 1
+    while path.with_suffix(f".{count}{path.suffix}").exists():
+        count += 1
+    return path.replace(path.with_suffix(f".{count}{path.suffix}"))
+
+
+def remove_start(folder: Path, before: Set[Path], kept: Mapping[Path, Path]) -> None:
+    """Take away what a start without a step has written into a run's folder.
+
+    Args:
+        folder: The run's folder.
+        before: What was in it before; everything else of `_AT_START` is removed.
+        kept: Files that got another name, with their names of before.
+    """
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path in before or path in kept:
+            continue
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        elif path.is_file() and path.name.startswith(_AT_START):
+            path.unlink()
+    for path, name in kept.items():
+        path.replace(name)
+    if before <= {folder / ".lock"} and [path.name for path in folder.glob("*")] == [".lock"]:
+        (folder / ".lock").unlink()
+        folder.rmdir()
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["knn_accuracy", "label_splits", "linear_probe_accuracy", "standardize"]
+__all__ = ["SPLITS", "knn_accuracy", "label_splits", "linear_probe_accuracy", "standardize"]
+
+SPLITS = 5  # that a probe is averaged over
 
 
 def standardize(features: Tensor, like: Tensor | None = None) -> Tensor:
@@ -62,7 +64,7 @@ def knn_accuracy(features: Tensor, labels: Tensor, k: int = 10, temperature: flo
 
 
 def label_splits(
-    labels: Tensor, per_class: int = 10, splits: int = 5, seed: int = 0
+    labels: Tensor, per_class: int = 10, splits: int = SPLITS, seed: int = 0
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Yield the positions of labelled and of test items.
 
@@ -94,7 +96,7 @@ def linear_probe_accuracy(
     features: Tensor,
     labels: Tensor,
     per_class: int = 10,
-    splits: int = 5,
+    splits: int = SPLITS,
     seed: int = 0,
     strength: float = 1.0,
 ) -> float:

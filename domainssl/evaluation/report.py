@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from domainssl.evaluation.probes import knn_accuracy, linear_probe_accuracy
+from domainssl.evaluation.probes import SPLITS, knn_accuracy, linear_probe_accuracy
 from domainssl.evaluation.retrieval import recall_at_1
 from domainssl.evaluation.spread import embedding_std, rankme
 
@@ -135,13 +135,28 @@ def _cells(metrics: Mapping[str, float], name: str, factor: float) -> list[str]:
     return cells
 
 
-def table(metrics: Mapping[str, float], items: int, classes: int) -> Table:
+def standard_error(items: int) -> float:
+    """Return the standard error of a share of `items` items that is one half, its largest value."""
+    return 0.5 / math.sqrt(max(items, 1))
+
+
+def _reliability(items: int, classes: int, per_class: int) -> str:
+    """Say how far the shares of the table can be trusted."""
+    most = 100 * standard_error(items)
+    text = f"standard error of a share of {items} items: up to {most:.1f} points"
+    if classes:
+        text += f"; probe: mean of {SPLITS} splits with {per_class} labels per class"
+    return text
+
+
+def table(metrics: Mapping[str, float], items: int, classes: int, per_class: int = 10) -> Table:
     """Return the table "is it learning": now, untrained and raw statistics side by side.
 
     Args:
         metrics: All metrics, baselines included.
         items: Number of held-out items.
         classes: Number of labels, 0 without labels.
+        per_class: Labelled items per class of the probe.
     """
     grid = Table(title=f"Is it learning? {items} held-out items", title_style="bold")
     grid.add_column("features", no_wrap=True)
@@ -163,6 +178,7 @@ def table(metrics: Mapping[str, float], items: int, classes: int) -> Table:
         cells = _cells(metrics, key.removeprefix("val/"), 100)
         pair = key.removeprefix("val/retrieval/").removesuffix("/R@1")
         grid.add_row(pairs.get(pair, pair), "R@1", *cells, f"{100 / max(items, 1):.1f} %")
+    grid.caption = _reliability(items, classes, per_class)
     return grid
 
 

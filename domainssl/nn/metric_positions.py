@@ -23,8 +23,8 @@ def metric_positions(
 
     The fine grid holds `[sin(x w), cos(x w), sin(y w), cos(y w)]` per cell with
     `w_k = 10000^(-k/(n-1))`, and a patch is the mean over its cells: equal places on the ground
-    get equal codes whatever the resolution. Every axis is averaged on its own, because the terms of x do not
-    depend on y.
+    get equal codes whatever the resolution. Every axis is averaged on its own, because the terms
+    of x do not depend on y.
 
     Args:
         grid: Number of patches (h, w).

@@ -44,7 +44,7 @@ class Step:
 
     Attributes:
         losses: Scalar float32 loss per term; their sum is minimised.
-        outputs: On request `reconstruction` {modality: {"input", "masked", "predicted":
+        outputs: On request `reconstruction` {modality: {"input", "visible", "predicted":
             (B, C, *S) in normalised units}} and `embeddings` {modality: (B, E)}; besides what
             `after_step` needs.
     """

@@ -310,7 +310,7 @@ class CROMA(Objective):
     def _outputs(
         self, features: Features, targets: _Targets, prediction: Tensor, draws: CROMADraws
     ) -> dict[str, Any]:
-        """Pictures in normalised units, hidden patches NaN in `masked`, and contrasted vectors."""
+        """Pictures in normalised units, hidden patches NaN in `visible`, and contrasted vectors."""
         size, grid = self.backbone.patch_size, features.grid[self.radar]
         whole = prediction.float() * targets.scale + targets.mean
         masks = (draws.optical.removed, draws.radar.removed)
@@ -325,7 +325,7 @@ class CROMA(Objective):
             hidden = removed.unsqueeze(-1)
             shown = {
                 "input": seen,
-                "masked": seen.masked_fill(hidden, float("nan")),
+                "visible": seen.masked_fill(hidden, float("nan")),
                 "predicted": torch.where(hidden, predicted, seen),
             }
             pictures[name] = {

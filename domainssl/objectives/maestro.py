@@ -391,13 +391,13 @@ class MAESTRO(Objective):
     def _picture(
         self, name: str, raster: Raster, seen: Tensor, predicted: Tensor, hidden: Tensor
     ) -> dict[str, Tensor]:
-        """Return input, masked and predicted in the modality's batch layout."""
+        """Return input, visible and predicted in the modality's batch layout."""
         modality, where = self.backbone.modalities[name], self.counted(hidden, raster, name)
         (h, w), p = raster.grid, self.backbone.inputs[name].patch_size
         used = [modality.channels.index(b) for group in self.backbone.bands[name] for b in group]
         shown = {
             "input": seen,
-            "masked": seen.masked_fill(where, float("nan")),
+            "visible": seen.masked_fill(where, float("nan")),
             "predicted": torch.where(where, predicted, seen),
         }
         pictures = {}

@@ -403,7 +403,7 @@ class OmniSat(Objective):
     def _outputs(
         self, features: Features, pictures: Mapping[str, _Picture], hidden: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """Pictures in normalised units, hidden patches NaN in `masked`, and contrasted vectors.
+        """Pictures in normalised units, hidden patches NaN in `visible`, and contrasted vectors.
 
         A series is shown on one of its reconstructed dates.
         """
@@ -412,7 +412,7 @@ class OmniSat(Objective):
             seen = picture.seen.float()
             shown = {
                 "input": seen,
-                "masked": seen.masked_fill(hidden[name].unsqueeze(-1), float("nan")),
+                "visible": seen.masked_fill(hidden[name].unsqueeze(-1), float("nan")),
                 "predicted": picture.predicted.float() * picture.scale + picture.mean,
             }
             side = self.backbone.patch_size[name]

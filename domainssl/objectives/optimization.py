@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from domainssl.errors import ConfigError, nearest
+from domainssl.errors import ConfigError
 from domainssl.objectives.lars import LARS
+from domainssl.options import as_dataclass
 
 __all__ = ["Optimization", "make_optimizer", "parameter_groups"]
 
@@ -82,18 +83,7 @@ class Optimization:
         Raises:
             ConfigError: The mapping holds an unknown name.
         """
-        if value is None:
-            return cls()
-        if isinstance(value, Optimization):
-            return value
-        known = [field.name for field in fields(cls)]
-        for name in value:
-            if name not in known:
-                raise ConfigError(
-                    f"Unknown key 'optimization.{name}'.{nearest(name, known)} "
-                    f"Accepted: {', '.join(known)}."
-                )
-        return cls(**value)
+        return cls() if value is None else as_dataclass(cls, value)
 
     def scale(self, step: int, total_steps: int) -> float:
         """Return the learning rate of optimiser step `step` (from 0) as a share of `lr`."""

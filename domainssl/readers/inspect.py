@@ -18,8 +18,15 @@ from domainssl.readers.inspect_files import (
     inspect_tar,
 )
 from domainssl.readers.inspect_layers import inspect_layers
-from domainssl.readers.inspect_ssl4eo import inspect_ssl4eo, splits_at
+from domainssl.readers.inspect_ssl4eo import (
+    EXPECTED,
+    inspect_ssl4eo,
+    product_at,
+    splits_at,
+    without_archives,
+)
 from domainssl.readers.layers import open_store
+from domainssl.readers.ssl4eo_facts import L1C_BANDS, L2A_BANDS
 from domainssl.readers.stores import is_file, is_folder, is_url, join, list_folder
 
 if TYPE_CHECKING:
@@ -71,6 +78,10 @@ def _dispatch(path: str, options: dict[str, Any]) -> dict[str, Any]:
     splits = splits_at(path, options)
     if splits:
         return inspect_ssl4eo(path, splits, options)
+    product = product_at(path, options)
+    if product is not None:
+        folder, split, name = product
+        return inspect_ssl4eo(folder, {split: [name]}, options)
     names = list_folder(path, options)
     if any(name in _CUBE_MARKS for name in names):
         return _cube_report(path, options)
@@ -80,23 +91,51 @@ def _dispatch(path: str, options: dict[str, Any]) -> dict[str, Any]:
     if not is_url(path):
         rasters = find_geotiffs(path)
         if rasters:
-            return inspect_geotiffs(rasters)
+            report = inspect_geotiffs(rasters)
+            return {**report, "notes": _other_format(path, options)}
     raise DataError(
         f"{path}: neither SSL4EO-S12 products (train/S2L2A/…), nor a zarr cube, nor GeoTIFF. It "
         f"holds: {', '.join(names[:12]) or 'nothing'}."
+        + "".join(f" {text}" for text in _other_format(path, options))
     )
+
+
+def _other_format(path: str, options: dict[str, Any]) -> list[str]:
+    """Say what lies in folders that are named like products of SSL4EO-S12 without being such."""
+    found = without_archives(path, options)
+    if not found:
+        return []
+    holding = "; ".join(
+        f"{folder} holds {', '.join(names[:4]) or 'nothing'}{', …' if len(names) > 4 else ''}"
+        for folder, names in found.items()
+    )
+    return [
+        "Some folders are named like products of SSL4EO-S12 v1.1, but hold no file of its "
+        f"format: {holding}. Expected there: {EXPECTED}."
+    ]
 
 
 def _cube_report(path: str, options: dict[str, Any]) -> dict[str, Any]:
     """Describe a store: arrays, and the bands that lie on a map grid."""
     report = inspect_cube(path, options)
     if report["values"]:  # an SSL4EO-S12 file, whose bands are measured already
-        return report
+        return {**report, "notes": _as_stored(report)}
     try:
         found = inspect_layers(open_store(path, options))
     except DataError as error:
         return {**report, "problems": [*report["problems"], str(error)]}
     return {**report, **found}
+
+
+def _as_stored(report: Mapping[str, Any]) -> list[str]:
+    """Explain Sentinel-2 numbers of a single file, of which the offset was not judged."""
+    if tuple(row["band"] for row in report["values"]) not in (L1C_BANDS, L2A_BANDS):
+        return []
+    return [
+        "values are those in the file, no data (0) included; release A of SSL4EO-S12 keeps the "
+        "offset of +1000 in its Sentinel-2 numbers, which reading takes away. Inspect the folder "
+        "of the product for the verdict and for values without it."
+    ]
 
 
 def render(report: Mapping[str, Any]) -> RenderableType:
@@ -117,7 +156,9 @@ def render(report: Mapping[str, Any]) -> RenderableType:
 
 def _headline(report: Mapping[str, Any]) -> str:
     if report["kind"] == "ssl4eo":
-        return f"SSL4EO-S12 v1.1, release {report['release']}"
+        release = report["release"]
+        found = f"release {release}" if release else "whose release cannot be told, see below"
+        return f"SSL4EO-S12 v1.1, {found}"
     if report["kind"] == "geotiff":
         return f"{report['count']} GeoTIFF, {report['measured']} measured, CRS {report['crs']}"
     count = f", {report['count']} files or members, first shown" if "count" in report else ""
@@ -164,13 +205,15 @@ def _ssl4eo(report: Mapping[str, Any]) -> list[Any]:
         parts.append(_facts(split, facts))
         for name, found in entry["products"].items():
             rows = found.get("values", [])
-            parts.append(
-                _facts(f"{split} {name}", {k: v for k, v in found.items() if k != "values"})
-            )
+            labels = {"offset": "offset in the file: locations"}
+            facts = {labels.get(k, k): v for k, v in found.items() if k != "values"}
+            parts.append(_facts(f"{split} {name}", facts))
             if rows:
                 unit = found["value_unit"]
-                where = f"{found['measured_locations']} locations, first date"
-                parts.append(_values(f"{split} {name}, {unit}, {where}, valid pixels", rows))
+                where = f"{found['measured_locations']} locations, first date, valid pixels"
+                if any(int(value) for value in found["offset"] or {}):
+                    where += ", after the offset was taken away"
+                parts.append(_values(f"{split} {name}, {unit}, {where}", rows))
     return parts
 
 
@@ -179,12 +222,16 @@ def _geotiff(report: Mapping[str, Any]) -> list[Any]:
     for file in report["files"]:
         facts = {key: value for key, value in file.items() if key not in ("values", "path")}
         parts += [_facts(file["path"], facts), _values("values", file["values"])]
-    return parts
+    return [*parts, *_notes(report)]
+
+
+def _notes(report: Mapping[str, Any]) -> list[Any]:
+    from rich.text import Text
+
+    return [Text(f"note: {text}") for text in report.get("notes", ())]
 
 
 def _cube(report: Mapping[str, Any]) -> list[Any]:
-    from rich.text import Text
-
     table = _table("arrays", "name", "dims", "shape", "dtype", "chunks", "codec")
     for array in report["arrays"]:
         table.add_row(
@@ -197,4 +244,4 @@ def _cube(report: Mapping[str, Any]) -> list[Any]:
     if report["values"]:
         decoded = "decoded, middle" if "layers" in report else "as stored"
         parts.append(_values(f"bands, first date, {decoded}", report["values"]))
-    return [*parts, *(Text(f"note: {text}") for text in report.get("notes", ()))]
+    return [*parts, *_notes(report)]

@@ -14,14 +14,51 @@ from domainssl.readers.inspect_files import band_rows
 from domainssl.readers.ssl4eo import PRODUCTS, Block, Catalogue, check_same, labels, read, scan
 from domainssl.readers.stores import Options, fetch_ranges, is_folder, join, list_folder, size_of
 
-__all__ = ["inspect_ssl4eo", "splits_at"]
+__all__ = ["EXPECTED", "inspect_ssl4eo", "product_at", "splits_at", "without_archives"]
+
+_ARCHIVES = (".zarr.zip", ".tar")
+EXPECTED = "ssl4eos12_*.zarr.zip (release A) or ssl4eos12_shard_*.tar (release B)"
+
+
+def product_at(path: str, options: Options | None = None) -> tuple[str, str, str] | None:
+    """Return (folder of the split, split, product) of a folder that is named like a product.
+
+    None where the name is another one, or the folder holds nothing in the data set's format.
+    """
+    parent, _, name = path.rstrip("/").rpartition("/")
+    if not parent or name not in PRODUCTS or not _has_archives(path, options):
+        return None
+    return parent, parent.rpartition("/")[2], name
+
+
+def without_archives(root: str, options: Options | None = None) -> dict[str, list[str]]:
+    """Return folders named like products that hold nothing in the data set's format, and what."""
+    found = {}
+    for split, products in _named(root, options).items():
+        folder = join(root, split) if is_folder(join(root, split), options) else root
+        for name in products:
+            path = join(folder, name)
+            if not _has_archives(path, options):
+                found[path] = list_folder(path, options)
+    return found
+
+
+def _has_archives(folder: str, options: Options | None) -> bool:
+    return any(name.endswith(_ARCHIVES) for name in list_folder(folder, options))
 
 
 def splits_at(root: str, options: Options | None = None) -> dict[str, list[str]]:
     """Return the products found per split; {} when this is no SSL4EO-S12 folder.
 
-    A folder of products that is itself a split counts as the split of its own name.
+    A folder of products that is itself a split counts as the split of its own name. Names alone
+    do not make the data set: some product has to hold archives.
     """
+    named = _named(root, options)
+    count = sum(len(products) for products in named.values())
+    return {} if len(without_archives(root, options)) == count else named
+
+
+def _named(root: str, options: Options | None) -> dict[str, list[str]]:
     found = {}
     for split in ("train", "val", "test"):
         names = list_folder(join(root, split), options)
@@ -44,7 +81,7 @@ def inspect_ssl4eo(
     releases = set()
     for split, products in splits.items():
         entry: dict[str, Any] = {"products": {}}
-        blocks: dict[str, Block] = {}
+        blocks: dict[str, dict[str, Block]] = {}  # by the group that they are of
         for name in products:
             try:
                 catalogue = scan(root, split, {name: name}, options)
@@ -53,14 +90,14 @@ def inspect_ssl4eo(
                 facts, block = _product(catalogue, name, problems)
                 entry["products"][name] = facts
                 if block is not None:
-                    blocks[name] = block
+                    blocks.setdefault(catalogue.groups[0].key, {})[name] = block
             except DataError as error:
                 if str(error) not in problems:
                     problems.append(str(error))
         entry |= _pairs(root, split, products, options, problems)
-        if len(blocks) > 1:
+        for same in blocks.values():  # first files without a partner are compared with none
             try:
-                check_same(blocks)
+                check_same(same)
             except DataError as error:
                 problems.append(str(error))
         entry["labels"] = _labels(root, split, options, problems)

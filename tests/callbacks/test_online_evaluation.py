@@ -79,6 +79,9 @@ def test_the_table_compares_with_both_baselines_in_80_columns(tmp_path, capsys, 
     monkeypatch.setenv("COLUMNS", "80")
     run(tmp_path, [OnlineEvaluation(per_class=5)], max_epochs=6)
     text = capsys.readouterr().out
+    plain = " ".join(text.split())
+    assert "standard error of a share of 60 items: up to 6.5 points; probe: mean of 5" in plain
+    assert "5 splits with 5 labels per class" in plain
     assert "points over untrained backbone" in text and "over per-band statistics" in text
     rows = [[c.strip() for c in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     assert [row[0] for row in rows if row[0]] == [*NAMES, "s1 → s2", "s2 → s1"]

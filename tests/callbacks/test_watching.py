@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Console
 from tiny import Batches, TinyBackbone, TinyData, TinyObjective, tiny_modalities, tiny_trainer
 
@@ -15,7 +15,7 @@ from domainssl.callbacks._picture import colour_bands, panel
 from domainssl.callbacks.export import ExportBackbone
 from domainssl.callbacks.gradients import GradientNorm
 from domainssl.callbacks.progress import ProgressBar
-from domainssl.callbacks.reconstruction import ReconstructionPanels
+from domainssl.callbacks.reconstruction import ReconstructionPanels, row_labels
 from domainssl.callbacks.summary import Summary
 from domainssl.callbacks.throughput import Throughput
 from domainssl.modality import Modality
@@ -140,7 +140,7 @@ def test_panels_show_the_same_items_and_the_end_of_the_run(tmp_path):
     written = sorted(p.name for p in (tmp_path / "seen" / "panels").iterdir())
     assert written == [f"step_00000{n}_{m}.png" for n in ("08", "12") for m in ("s1", "s2")]
     first, last = (np.asarray(Image.open(tmp_path / "seen" / "panels" / n)) for n in written[1::2])
-    assert first.shape == last.shape == (32 + 4 * 124, 4 + 3 * 124, 3)
+    assert first.shape == last.shape and first.shape[1:] == (4 + 3 * 124, 3)
     assert np.array_equal(first[32:, :248], last[32:, :248])  # inputs and masks do not change
 
 
@@ -176,10 +176,59 @@ def test_red_is_red_in_a_panel():
     x = torch.zeros(1, 3, 8, 8)
     x[0, 2, :4] = 1.0  # B04 is high in the upper half
     hidden = torch.full_like(x, float("nan"))
-    picture = panel({"input": x, "masked": hidden}, modality, "t")
-    assert picture[40, 20].tolist() == [255, 0, 0]
-    assert picture[140, 20].tolist() == [0, 0, 0]
-    assert picture[40, 160].tolist() == [128, 128, 128]
+    picture = panel({"input": x, "visible": hidden}, modality, "t")
+    assert picture[-110, 20].tolist() == [255, 0, 0]
+    assert picture[-10, 20].tolist() == [0, 0, 0]
+    assert picture[-110, 160].tolist() == [128, 128, 128]
+
+
+def words_of(monkeypatch):
+    """Return the list of texts that are drawn from now on."""
+    drawn = []
+    plain = ImageDraw.ImageDraw.text
+
+    def text(self, place, words, **options):
+        drawn.append(words)
+        plain(self, place, words, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return drawn
+
+
+def test_a_panel_tells_its_columns_bands_items_and_dates(tmp_path, monkeypatch):
+    drawn = words_of(monkeypatch)
+    run(tmp_path, [ReconstructionPanels()], max_epochs=1)
+    text = " ".join(drawn)
+    assert "s1 after step 4 VV, VH, VV - VH as red, green, blue" in text
+    assert "B04, B03, B02 as red, green, blue, normalised" in text
+    assert "visible: what the model is given, grey is hidden" in text
+    assert [w for w in drawn if w in ("input", "visible", "predicted")] == [
+        "input", "visible", "predicted"
+    ] * 2  # fmt: skip
+    ids = next(iter(TinyData().val_dataloader()))["id"][:4]
+    assert [w for w in drawn if w in ids] == [*ids, *ids]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dates", "shape", "expected"),
+    [
+        ("image", [18262, 0], (2, 1, 4, 4), ["a, 2020-01-01", "b"]),
+        ("series", [[0, 18262, 9], [0, 18293, 9]], (2, 3, 1, 4, 4),
+         ["a, 2020-01-01 (2 of 3 dates)", "b, 2020-02-01 (2 of 3 dates)"]),
+        ("series", [[0, 18262, 9], [0, 18293, 9]], (2, 1, 4, 4),
+         ["a, one of 3 dates", "b, one of 3 dates"]),
+    ],
+)  # fmt: skip
+def test_the_rows_of_a_panel_are_called_by_item_and_date(kind, dates, shape, expected):
+    modality = Modality("s2", kind, ("B04",), "dn", size=(4, 4))
+    batch = {"id": ["a", "b"], "s2.dates": torch.tensor(dates, dtype=torch.int32)}
+    assert row_labels(batch, modality, torch.zeros(shape)) == expected
+
+
+def test_one_date_of_a_series_is_a_picture():
+    modality = Modality("s2", "series", ("B02", "B03", "B04"), "dn", size=(8, 8))
+    x = torch.rand(2, 3, 8, 8)
+    assert panel({"input": x}, modality, "t").shape[2] == 3
 
 
 def test_a_volume_is_shown_as_its_middle_slice():
@@ -187,7 +236,7 @@ def test_a_volume_is_shown_as_its_middle_slice():
     x = torch.zeros(1, 1, 6, 6, 6)
     x[..., 3] = torch.linspace(0, 1, 6)[:, None]
     picture = panel({"input": x}, modality, "t")
-    assert picture[35, 10].tolist() == [0, 0, 0] and picture[-10, 10].tolist() == [255, 255, 255]
+    assert picture[-120, 10].tolist() == [0, 0, 0] and picture[-10, 10].tolist() == [255, 255, 255]
 
 
 def test_the_exported_backbone_holds_the_trained_weights_and_their_origin(tmp_path):
@@ -212,6 +261,16 @@ def test_the_summary_says_what_was_trained_where_it_lies_and_how_to_load_it(tmp_
     assert "TinyBackbone" in text and "TinyObjective: 2 epochs, 8 steps" in text
     assert f'load_backbone("{tmp_path / "backbone"}")' in text
     assert "metrics.csv" in text and "samples/s" in text
+
+
+def test_the_summary_of_a_resumed_run_tells_its_steps_from_those_before(tmp_path, capsys):
+    last = tmp_path / "last.ckpt"
+    run(tmp_path, [], max_epochs=1)[1].save_checkpoint(last)
+    trainer = tiny_trainer(tmp_path, callbacks=[Summary()], max_epochs=3)
+    trainer.fit(TinyObjective(tiny_modalities()), datamodule=TinyData(), ckpt_path=last)
+    text = capsys.readouterr().out
+    assert "3 epochs, 12 steps in all" in text
+    assert "for 8 steps after the resume at step 4 (" in text
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys):

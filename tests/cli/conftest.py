@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,31 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cli_runs import REPOSITORY, TRAINING
 
 from domainssl.cli import main
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-RECIPE = """\
+RECIPE = f"""\
 # A tiny run
-seed_everything: 0
-trainer:
-  max_epochs: 1
-  accelerator: cpu
-  devices: 1
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
+{TRAINING}\
 callbacks:
   checkpoint:
     class_path: ModelCheckpoint
-    init_args: {save_last: true}
+    init_args: {{save_last: true}}
   timer: Timer
 model:
   class_path: cli_fakes.FakeObjective
   init_args:
     mask_ratio: 0.5
-    optimization: {lr: 1e-2}
+    optimization: {{lr: 1e-2}}
 data:
   class_path: cli_fakes.FakeDataModule
   init_args:
@@ -54,15 +45,6 @@ class Result:
     def text(self) -> str:
         """Both streams."""
         return self.out + self.err
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory."""
-    # Lightning's log handler keeps the stderr of the test that imported it
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

@@ -2,64 +2,36 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from cli_runs import RECIPE, run_session
 
 from domainssl.distributed import is_lost_connection
 
-RECIPE = """\
-seed_everything: 0
-trainer:
-  max_epochs: 4
-  accelerator: cpu
-  devices: 2
-  strategy: {class_path: DDPStrategy, init_args: {process_group_backend: gloo, timeout: "TIMEOUT"}}
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
-loggers: {tensorboard: null}
-callbacks:
-  checkpoint: AtomicCheckpoint
-model: cli_fakes.FakeObjective
-data: {class_path: cli_fakes.FakeDataModule, init_args: {root: sample}}
-"""
 
-
-def run(folder: Path, repository: Path, rank: int, how: str) -> tuple[int, str, float]:
+def run(folder: Path, rank: int, how: str) -> tuple[int, str, float]:
     """Return status, output and the seconds it took; nothing of the run is left afterwards."""
     # A rank that is gone is noticed at once; only one that hangs needs the time limit, which must
     # leave enough time for both to start on a busy machine.
     limit = "0:00:30" if how == "hang" else "0:05:00"
-    (folder / "two.yaml").write_text(RECIPE.replace("TIMEOUT", limit))
-    words = [f"--callbacks.lose.rank={rank}", f"--callbacks.lose.how={how}", "--run_dir=here"]
-    path = [str(repository), str(repository / "tests"), str(Path(__file__).parent)]
-    start = time.monotonic()
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "domainssl", "fit", "--config=two.yaml",
-             "--callbacks.lose=lost_rank.LoseRank", *words],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-            cwd=folder, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(timeout=150)
-            deadline = time.monotonic() + 30
-            with suppress(ProcessLookupError):
-                while time.monotonic() < deadline:
-                    os.killpg(process.pid, 0)
-                    time.sleep(0.1)
-                pytest.fail("a rank is still there")
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return status, (folder / "output.txt").read_text(), time.monotonic() - start
+    (folder / "two.yaml").write_text(RECIPE)
+    strategy = "{class_path: DDPStrategy, init_args: {process_group_backend: gloo, timeout: '%s'}}"
+    words = [
+        "--config=two.yaml",
+        "--trainer.max_epochs=4",
+        "--trainer.devices=2",
+        f"--trainer.strategy={strategy % limit}",
+        "--callbacks.lose=lost_rank.LoseRank",
+        f"--callbacks.lose.rank={rank}",
+        f"--callbacks.lose.how={how}",
+        "--run_dir=here",
+    ]
+    output, start = folder / "output.txt", time.monotonic()
+    paths = [Path(__file__).parent]
+    status = run_session(["fit", *words], output, cwd=folder, paths=paths, timeout=150)
+    return status, output.read_text(), time.monotonic() - start
 
 
 @pytest.mark.slow
@@ -72,8 +44,8 @@ def run(folder: Path, repository: Path, rank: int, how: str) -> tuple[int, str, 
         (1, "hang", "Rank 0 of 2 lost the others"),
     ],
 )
-def test_the_others_end_soon_with_a_message(tmp_path, repository, rank, how, message):
-    status, output, seconds = run(tmp_path, repository, rank, how)
+def test_the_others_end_soon_with_a_message(tmp_path, rank, how, message):
+    status, output, seconds = run(tmp_path, rank, how)
     assert status != 0
     assert message in output, output
     assert seconds < 150  # of which starting takes most

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import pickle
 import tarfile
 import zipfile
@@ -11,18 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import RECIPE
 
 from domainssl.cli import main
 from domainssl.errors import DataError
 from domainssl.readers.cubes import open_cube
-
-RECIPE = """\
-trainer: {max_epochs: 1, accelerator: cpu, devices: 1}
-loggers: {csv: null, tensorboard: null}
-callbacks: {checkpoint: AtomicCheckpoint}
-model: cli_fakes.FakeObjective
-data: {class_path: cli_fakes.FakeDataModule, init_args: {root: sample}}
-"""
 
 
 class Evil:
@@ -36,12 +28,8 @@ class Evil:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # Lightning's log handler keeps the stderr of the test that imported it
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    return tmp_path
+def recipe(folder: Path) -> None:
+    (folder / "tiny.yaml").write_text(RECIPE)
 
 
 def evil_files(folder: Path) -> dict[str, Path]:

@@ -82,10 +82,54 @@ def test_one_file_is_described_by_its_arrays(root: Path) -> None:
     assert arrays["bands"]["dtype"] == "<i2" and arrays["cloud_mask"]["dtype"] == "|u1"
     assert [row["band"] for row in report["values"]][:2] == ["B01", "B02"]
     assert "cloud_mask" in text_of(report)
-    assert inspect_path(str(folder))["count"] == 1
+    note = "note: values are those in the file, no data (0) included"
+    assert (note in text_of(report)) is (report["kind"] == "cube")  # tars are release B
 
 
-def test_geotiff_values_leave_out_no_data(tmp_path: Path) -> None:
+def test_the_folder_of_one_product_is_described_with_its_offset(root: Path) -> None:
+    report = inspect_path(str(root / "train" / "S2L2A"))
+    assert report["kind"] == "ssl4eo" and report["problems"] == []
+    found = report["splits"]["train"]["products"]["S2L2A"]
+    assert found["files"] == 2 and found["locations"] == 5
+    is_in_file = report["release"] == "A"
+    assert found["offset"] == {"1000" if is_in_file else "0": 3}
+    assert {row["band"]: row for row in found["values"]}["B02"]["min"] == 1.0
+    assert ("after the offset was taken away" in text_of(report)) is is_in_file
+
+
+def test_a_missing_first_partner_is_one_problem(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", IDS)
+    (tmp_path / "train" / "S1GRD" / "ssl4eos12_train_seasonal_data_000001.zarr.zip").unlink()
+    [problem] = inspect_path(str(tmp_path))["problems"]
+    assert "missing partner file" in problem and "000001" in problem
+
+
+def test_other_formats_in_folders_of_the_same_names_are_named(tmp_path: Path) -> None:
+    for product in ("S1GRD", "S2L2A"):
+        folder = tmp_path / "train" / product
+        folder.mkdir(parents=True)
+        (folder / "scene.jp2").write_text("")
+    with pytest.raises(DataError) as refusal:
+        inspect_path(str(tmp_path))
+    text = str(refusal.value)
+    assert text.count("scene.jp2") == 2 and text.count("Expected there") == 1
+    assert "named like products of SSL4EO-S12 v1.1, but hold no file of its format" in text
+    assert "ssl4eos12_*.zarr.zip (release A) or ssl4eos12_shard_*.tar (release B)" in text
+    write_tif(tmp_path / "train" / "S2L2A" / "a.tif")
+    report = inspect_path(str(tmp_path))
+    assert report["kind"] == "geotiff" and "Some folders are named like" in text_of(report)
+
+
+def test_mixed_archives_leave_the_release_open(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", IDS)
+    for product in ("S1GRD", "S2L2A"):
+        (tmp_path / "train" / product / "ssl4eos12_shard_000001.tar").write_bytes(b"")
+    report = inspect_path(str(tmp_path))
+    assert report["release"] is None
+    assert "whose release cannot be told, see below" in text_of(report)
+
+
+def write_tif(path: Path) -> None:
     data = np.full((2, 30, 40), 5, np.float32)
     data[:, :10] = -9999
     data[1, 20:] = 8
@@ -94,8 +138,12 @@ def test_geotiff_values_leave_out_no_data(tmp_path: Path) -> None:
         "crs": "EPSG:32632", "nodata": -9999.0, "compress": "deflate",
         "transform": rasterio.Affine(10, 0, 500000, 0, -10, 5000000),
     }  # fmt: skip
-    with rasterio.open(tmp_path / "a.tif", "w", **profile) as file:
+    with rasterio.open(path, "w", **profile) as file:
         file.write(data)
+
+
+def test_geotiff_values_leave_out_no_data(tmp_path: Path) -> None:
+    write_tif(tmp_path / "a.tif")
     [found] = inspect_path(str(tmp_path))["files"]
     assert found["crs"] == "EPSG:32632" and found["transform"][:3] == [10.0, 0.0, 500000.0]
     assert found["valid_share"] == pytest.approx(2 / 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -10,38 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import RECIPE
 
 from domainssl.cli import main
 from domainssl.cli.rundir import sole_writer
 from domainssl.cli.train import prepare
 from domainssl.errors import ConfigError
 
-RECIPE = """\
-seed_everything: 0
-trainer:
-  max_epochs: 1
-  accelerator: cpu
-  devices: 1
-  log_every_n_steps: 1
-  enable_progress_bar: false
-  enable_model_summary: false
-loggers: {tensorboard: null}
-callbacks:
-  checkpoint: AtomicCheckpoint
-model: cli_fakes.FakeObjective
-data: {class_path: cli_fakes.FakeDataModule, init_args: {root: sample}}
-"""
-
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    # Lightning's log handler keeps the stderr of the test that imported it
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-    monkeypatch.chdir(tmp_path)
-    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_RESTART_COUNT"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    return tmp_path
+def recipe(folder: Path) -> None:
+    (folder / "tiny.yaml").write_text(RECIPE)
 
 
 def fit(*words: str) -> int:
@@ -68,12 +46,37 @@ def test_one_command_begins_a_run_and_goes_on_with_it(folder):
     assert "3" in first.split(",")  # the first step logged after the resume
 
 
-def test_a_finished_run_ends_at_once_and_stays_as_it_is(folder):
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_ends_at_once_and_stays_as_it_is(folder, capsys, caplog):
+    caplog.set_level("INFO")
     assert fit("--run_dir=here", "--auto_resume") == 0
+    before = contents(folder / "here")
+    assert fit("--run_dir=here", "--auto_resume") == 0
+    assert contents(folder / "here") == before
+    text = " ".join(capsys.readouterr().out.split())
+    assert "last.ckpt stands at epoch 1, step 3, and the run ends there" in text
+    assert "(trainer.max_epochs=1): nothing was trained" in text
+    assert "Trainer.fit" not in caplog.text  # Lightning's own words for it
+    assert "nothing was written. To go on, repeat the command with a larger number" in text
+
+
+@pytest.mark.parametrize("loggers", [[], ["--loggers.tensorboard=TensorBoardLogger"]])
+def test_a_refused_resume_leaves_the_folder_as_it_was(folder, capsys, loggers):
+    words = ["--trainer.max_epochs=2", *loggers]
+    assert fit(*words, "--run_dir=here") == 0
+    before = contents(folder / "here")
+    assert fit(*words, "--run_dir=here", "--ckpt_path=last", "--model.mask_ratio=0.25") == 2
+    assert "mask_ratio: checkpoint 0.75, configuration 0.25" in capsys.readouterr().err
+    assert contents(folder / "here") == before
     last = folder / "here" / "checkpoints" / "last.ckpt"
-    before = last.read_bytes()
-    assert fit("--run_dir=here", "--auto_resume") == 0
-    assert last.read_bytes() == before
+    elsewhere = ["--run_dir=there", f"--ckpt_path={last}"]
+    assert fit(*words, *elsewhere, "--model.mask_ratio=0.25") == 2
+    assert not (folder / "there").exists()
+    assert fit(*words, "--run_dir=here", "--auto_resume", "--trainer.max_epochs=3") == 0
+    assert contents(folder / "here").keys() >= {"config.1.yaml", "resumed_1/metrics.csv"}
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(folder):

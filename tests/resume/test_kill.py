@@ -7,18 +7,14 @@ resumed run. What it writes down is compared with one run that nobody disturbed.
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli_runs import run_session
 
 STEPS, EPOCHS = 6, 4  # 96 locations in batches of 16
 WORDS = [
@@ -54,7 +50,7 @@ def points(seed: int) -> list[str]:
 class Run:
     """Starts the command line in a folder of its own."""
 
-    def __init__(self, folder: Path, repository: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int) -> None:
         self.folder = folder
         folder.mkdir()
         self.diary = folder / "diary.jsonl"
@@ -65,26 +61,16 @@ class Run:
             "--callbacks.diary=kill_points.Diary",
             f"--callbacks.diary.path={self.diary}",
         ]
-        path = [str(repository), str(Path(__file__).parent)]
-        self.environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path),
-            "OMP_NUM_THREADS": "1",
-        }
 
     def start(self, *more: str, kill: str | None = None) -> int:
         """Run to the end or to the kill; no process of it is left afterwards."""
-        environment = dict(self.environment)
-        if kill is not None:
-            environment["DOMAINSSL_TEST_KILL"] = kill
-        with (self.folder / "output.txt").open("w") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "domainssl", "fit", *self.words, *more],
-                env=environment, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
-            status = process.wait(timeout=120)
-        _wait_for_the_end_of(process.pid)
-        return status
+        environment = {} if kill is None else {"DOMAINSSL_TEST_KILL": kill}
+        return run_session(
+            ["fit", *self.words, *more],
+            self.folder / "output.txt",
+            paths=[Path(__file__).parent],
+            environment=environment,
+        )
 
     @property
     def output(self) -> str:
@@ -101,16 +87,6 @@ class Run:
         return dict(json.loads((self.folder / "run" / "backbone" / "backbone.json").read_text()))
 
 
-def _wait_for_the_end_of(session: int) -> None:
-    """Wait until the data workers of a killed run have noticed, at most 30 s."""
-    deadline = time.monotonic() + 30
-    with suppress(ProcessLookupError):
-        while True:
-            os.killpg(session, 0)
-            assert time.monotonic() < deadline, "a worker of a killed run is still there"
-            time.sleep(0.1)
-
-
 def check_whole(run: Run, whole: Run) -> None:
     """Every line written by `run`, repeated steps included, stands in `whole` bit for bit."""
     expected = {line["step"]: line for line in whole.lines()}
@@ -124,12 +100,10 @@ def check_whole(run: Run, whole: Run) -> None:
 @pytest.mark.parametrize(
     ("workers", "seed", "how"), [(0, 1, "--ckpt_path=last"), (2, 2, "--auto_resume")]
 )
-def test_a_run_killed_five_times_equals_one_that_was_not(
-    workers, seed, how, tmp_path, repository, sample_root
-):
-    whole = Run(tmp_path / "whole", repository, workers)
+def test_a_run_killed_five_times_equals_one_that_was_not(workers, seed, how, tmp_path, sample_root):
+    whole = Run(tmp_path / "whole", workers)
     assert whole.start() == 0, whole.output
-    run = Run(tmp_path / "killed", repository, workers)
+    run = Run(tmp_path / "killed", workers)
     words: list[str] = []
     for number, point in enumerate(points(seed)):
         assert run.start(*words, kill=point) == -signal.SIGKILL, f"{point}: {run.output}"
