@@ -23,6 +23,7 @@ __all__ = [
     "Goal",
     "Row",
     "Settings",
+    "cpu_name",
     "environment",
     "interleaved",
     "ratio",
@@ -35,6 +36,8 @@ SUBJECTS = {
     "stream": "the SSL4EO-S12 stream against bare decoding of the same blocks",
     "step": "CROMA's training step against materialised attention with bias tables per item",
     "matmul": "CROMA's training step against its own matrix products run back to back",
+    "objectives": "the step of each other objective against its own matrix products",
+    "decur": "DeCUR's loss from Gram matrices against the one from correlation matrices",
     "distances": "distances of a large grid, and the backbone on it with its memory",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
     "startup": "import and help against importing Lightning's command line",
@@ -210,22 +213,27 @@ def _seconds(value: float) -> str:
     return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 
+def cpu_name() -> str:
+    """Return what the processor calls itself."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
 def environment(settings: Settings) -> dict[str, Any]:
     """Return what the figures depend on: device, versions, threads, load."""
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if "model name" in line]
-        cpu = names[0] if names else cpu
     device = settings.device
     if device.startswith("cuda"):
         device = f"{device} ({torch.cuda.get_device_name(device)})"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": device,
-        "cpu": f"{cpu}, {cores} cores",
+        "cpu": f"{cpu_name()}, {cores} cores",
         "threads": torch.get_num_threads(),
         "precision": settings.precision,
         "load": [round(value, 1) for value in os.getloadavg()],

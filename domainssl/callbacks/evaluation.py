@@ -247,6 +247,8 @@ class OnlineEvaluation(Callback):
                 "validation data carry no labels of at least two classes: kNN and probe are left "
                 "out, retrieval, spread and rank are reported"
             )
+        # chance of retrieval and of the probe is one over these
+        self.metrics |= {"val/items": float(self._items), "val/classes": float(self._classes)}
         self._evaluated_at = trainer.global_step
         self._warn_of_collapse(trainer)
 

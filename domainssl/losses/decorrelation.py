@@ -59,13 +59,23 @@ def _weight(x: Tensor, present: Tensor | None) -> Tensor:
     return present.to(x.dtype)
 
 
-def _squared_norm(a: Tensor, b: Tensor, form: CorrelationForm) -> Tensor:
-    """`||A^T B||_F^2` over the rows of all ranks, (), the same on every rank."""
+def _squared_norm(
+    a: Tensor, b: Tensor, form: CorrelationForm, weight: Tensor | None = None
+) -> Tensor:
+    """`||A^T diag(weight) B||_F^2` over the rows of all ranks, (), the same on every rank.
+
+    The weights of the Gram form multiply its N x N entries, so that no weighted copy of N x D
+    values is kept for the backward pass.
+    """
     if form == "auto":
         form = "gram" if global_size(len(a), a.device) < a.shape[1] else "matrix"
     if form == "matrix":
-        return all_reduce_sum(a.T @ b).square().sum()
-    return all_reduce_sum(((a @ gather(a).T) * (b @ gather(b).T)).sum())
+        rows = a if weight is None else a * weight.unsqueeze(1)
+        return all_reduce_sum(rows.T @ b).square().sum()
+    products = (a @ gather(a).T) * (b @ gather(b).T)
+    if weight is not None:
+        products = products * weight.unsqueeze(1) * gather(weight, "detach")
+    return all_reduce_sum(products.sum())
 
 
 def redundancy(
@@ -94,11 +104,10 @@ def redundancy(
     with torch.autocast(a.device.type, enabled=False):
         a, b = _float(a), _float(b)
         weight = _weight(a, present)
-        a, b = a * weight.unsqueeze(1), b * weight.unsqueeze(1)
         count = all_reduce_sum(weight.sum())
         n = count.clamp(min=1) if divisor is None else divisor
-        diagonal = all_reduce_sum((a * b).sum(0)) / n
-        squares = _squared_norm(a, b, form) / n**2
+        diagonal = all_reduce_sum(weight @ (a * b)) / n
+        squares = _squared_norm(a, b, form, weight) / n**2
         has_pairs = (count > 0).to(a.dtype)
         return Redundancy(
             diagonal=(diagonal - target).square().sum() * has_pairs,

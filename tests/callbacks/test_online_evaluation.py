@@ -31,6 +31,7 @@ def test_every_metric_is_logged_beside_its_baselines(tmp_path):
         now, before = (metrics[f"val/{s}retrieval/{pair}/R@1"] for s in ("", "untrained/"))
         assert now > before
     assert metrics["val/probe/joint"] > metrics["val/raw/probe/joint"]
+    assert (metrics["val/items"], metrics["val/classes"]) == (60, 3)
 
 
 def test_training_is_the_same_with_and_without_evaluation(tmp_path):

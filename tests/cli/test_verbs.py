@@ -11,7 +11,7 @@ from domainssl.cli import verb_table
 
 VERBS = (
     "fit", "validate", "test", "predict",
-    "inspect", "stats", "recipes", "export", "doctor", "cache",
+    "inspect", "stats", "recipes", "export", "doctor", "cache", "learning",
 )  # fmt: skip
 
 

@@ -1,0 +1,163 @@
+"""Every objective's step against the list of its own matrix products, run back to back.
+
+As subject `matmul` does for CROMA: the products of one step, with convolutions as the products
+they are, are recorded with their very operands and run again with nothing in between. Sizes are
+the published ones; windows and batches are what a CPU can hold. Data are made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from domainssl.backbones.maestro_inputs import MAESTROInput
+from domainssl.bench.matmul import Products
+from domainssl.bench.models import forward_backward, modalities
+from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
+from domainssl.modality import Batch, Modality, key
+from domainssl.objectives.barlow_twins import BarlowTwins
+from domainssl.objectives.base import Objective
+from domainssl.objectives.clip import CLIP
+from domainssl.objectives.decur import DeCUR
+from domainssl.objectives.encoder_sizes import EncoderSizes
+from domainssl.objectives.maestro import MAESTRO
+from domainssl.objectives.omnisat import OmniSat
+from domainssl.objectives.simclr import SimCLR
+from domainssl.objectives.vicreg import VICReg
+
+__all__ = ["measure"]
+
+_METRES = 60
+_DATES = 16
+_FIRST_DAY, _DAYS_BETWEEN = 18000, 20
+
+
+@dataclass(frozen=True)
+class _Case:
+    """An objective at a size.
+
+    Attributes:
+        build: Returns it.
+        batch: Items per step on a CPU.
+        size: What it is, in words.
+    """
+
+    build: Callable[[], Objective]
+    batch: int
+    size: str
+
+
+def measure(settings: Settings) -> Iterator[Row]:
+    """Yield the share of its matrix products in the time of each objective's step."""
+    rounds = settings.pick(3, 1, settings.rounds)
+    is_gpu = settings.device.startswith("cuda")
+    for name, case in _cases(settings).items():
+        count = settings.pick(8 * case.batch if is_gpu else case.batch, 2, settings.batch)
+        torch.manual_seed(0)
+        model = case.build().to(settings.device).train()
+        step = forward_backward(model, _made_up(model, count, settings.device), settings)
+        step()
+        products = Products()
+        with products:
+            step()
+        pairs = interleaved(step, products.replay, rounds, settings.device)
+        yield ratio(
+            "objectives",
+            f"{name}: matrix products alone / forward and backward, time",
+            pairs,
+            Goal("at least", 0.5 if is_gpu else 0.75),
+            f"{case.size}, batch {count}, {len(products.calls)} products",
+            ("step", "products"),
+        )
+        del model, step, products
+
+
+def _cases(settings: Settings) -> dict[str, _Case]:
+    """Return every objective that `matmul` does not measure, small ones for a quick run."""
+    side = 32 if settings.quick else 112
+    pair: dict[str, Any] = {n: m.to_dict() for n, m in modalities(side).items()}
+    encoder: dict[str, Any] = {"encoder": "resnet50", "context_size": side}
+    words = f"two ResNet-50, {side} px"
+    if settings.quick:
+        encoder |= {"encoder": "transformer", "sizes": EncoderSizes(), "projector_width": 32}
+        encoder |= {"embedding_width": 32}
+        words = f"two small transformers, {side} px"
+    methods: dict[str, type[Objective]] = {
+        "DeCUR": DeCUR,
+        "SimCLR": SimCLR,
+        "CLIP": CLIP,
+        "BarlowTwins": BarlowTwins,
+        "VICReg": VICReg,
+    }
+    cases = {
+        name: _Case(lambda method=method: method(pair, **encoder), 8, words)  # type: ignore[misc]
+        for name, method in methods.items()
+    }
+    footprint: dict[str, Any] = {n: m.to_dict() for n, m in _footprint().items()}
+    size: Any = "tiny" if settings.quick else "base"
+    words = f"{size}, aerial {5 * _METRES} px, s2 and s1 of {_DATES} dates"
+    cases["OmniSat"] = _Case(lambda: OmniSat(footprint, size=size), 8, words)
+    inputs = {
+        "aerial": MAESTROInput(patch_size=20),
+        "s2": MAESTROInput(patch_size=2),
+        "s1_asc": MAESTROInput(patch_size=2),
+    }
+    cases["MAESTRO"] = _Case(
+        lambda: MAESTRO(footprint, inputs, size=size, normalization="zscore"), 2, words
+    )
+    return cases
+
+
+def _footprint() -> dict[str, Modality]:
+    """Return an aerial image and two Sentinel series of one footprint."""
+    side = _METRES // 10
+    found = {
+        "aerial": Modality(
+            "aerial",
+            "image",
+            ("R", "G", "B", "NIR"),
+            "rgb8",
+            size=(5 * _METRES, 5 * _METRES),
+            gsd_m=0.2,
+        ),
+        "s2": Modality(
+            "s2",
+            "series",
+            ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
+            "dn",
+            size=(side, side),
+            gsd_m=10.0,
+        ),
+        "s1_asc": Modality(
+            "s1_asc", "series", ("VV", "VH"), "db", size=(side, side), gsd_m=10.0
+        ),
+    }
+    return {
+        name: replace(m, mean=(100.0,) * m.num_channels, std=(30.0,) * m.num_channels)
+        for name, m in found.items()
+    }
+
+
+def _made_up(model: Objective, count: int, device: str) -> Batch:
+    """Return plausible values of every modality of a model, all valid."""
+    generator = torch.Generator().manual_seed(0)
+    batch: Batch = {"id": [f"item{i}" for i in range(count)]}
+    known: Mapping[str, Modality] = model.backbone.modalities
+    for name, modality in known.items():
+        assert modality.mean is not None and modality.std is not None
+        frames = (_DATES,) if modality.kind == "series" else ()
+        shape = (count, *frames, modality.num_channels, *modality.size)
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (modality.mean, modality.std))
+        batch[name] = (torch.randn(shape, generator=generator) * std + mean).to(device)
+        if frames:
+            days = _FIRST_DAY + _DAYS_BETWEEN * torch.arange(_DATES, dtype=torch.int32)
+            batch[key(name, "dates")] = days.expand(count, -1).clone().to(device)
+            present = torch.ones(count, _DATES, dtype=torch.bool, device=device)
+            batch[key(name, "frames")] = present
+        else:
+            day = torch.full((count,), _FIRST_DAY, dtype=torch.int32, device=device)
+            batch[key(name, "dates")] = day
+    return batch

@@ -1,0 +1,114 @@
+"""When a run counts as having learned, in one place: probes against baselines, retrieval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from domainssl.errors import DataError
+
+__all__ = ["GAIN", "RETRIEVAL_FACTOR", "Criterion", "learning_criteria"]
+
+GAIN = 0.05
+RETRIEVAL_FACTOR = 10.0
+_ROUNDING = 1e-6  # metrics pass through float32 on their way into a log
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One sentence that a run has to make true.
+
+    Attributes:
+        name: What is judged, and against what.
+        found: Share between 0 and 1; NaN fails.
+        needed: The bound.
+        relation: How `found` has to stand to `needed`.
+    """
+
+    name: str
+    found: float
+    needed: float
+    relation: Literal["at least", "above"] = "at least"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the sentence is true."""
+        if self.relation == "above":
+            return self.found > self.needed
+        return self.found >= self.needed - _ROUNDING
+
+    def __str__(self) -> str:
+        verdict = "met" if self.passed else "missed"
+        return f"{self.name}: {self.found:.3f}, needed {self.relation} {self.needed:.3f}, {verdict}"
+
+
+def learning_criteria(
+    metrics: Mapping[str, float], items: int, contrastive: bool
+) -> list[Criterion]:
+    """Judge the last metrics of a run as `OnlineEvaluation` logs them.
+
+    Every modality alone and all together (`joint`) has to reach the untrained backbone's probe
+    plus 0.05 and to beat the one on statistics per band; subsets in between are reported but not
+    judged. A contrastive method has to retrieve at 10 times chance in every direction.
+
+    Args:
+        metrics: `val/probe/<m>`, `val/untrained/probe/<m>`, `val/raw/probe/<m>` and, for
+            contrastive methods, `val/retrieval/<a>2<b>/R@1`, as shares.
+        items: Number of held-out items; chance is one over it.
+        contrastive: Whether the method compares items across modalities, which is what
+            `Objective.contrastive` says.
+
+    Returns:
+        Two criteria per representation and one per direction of retrieval; never empty.
+
+    Raises:
+        DataError: A metric that has to be judged is not there.
+    """
+    if items < 1:
+        raise DataError(f"learning criteria: got {items} held-out items, expected at least one.")
+    names = [key.removeprefix("val/probe/") for key in metrics if key.startswith("val/probe/")]
+    judged = [name for name in names if "+" not in name]
+    if not judged:
+        raise DataError(
+            "learning criteria: the metrics hold no val/probe/<modality>. They need the callback "
+            "OnlineEvaluation, and held-out items with labels of at least two classes."
+        )
+    found = []
+    for name in judged:
+        trained = metrics[f"val/probe/{name}"]
+        untrained = _metric(metrics, f"val/untrained/probe/{name}")
+        raw = _metric(metrics, f"val/raw/probe/{name}")
+        found.append(
+            Criterion(f"probe of {name} over untrained + {GAIN:g}", trained, untrained + GAIN)
+        )
+        found.append(Criterion(f"probe of {name} over raw statistics", trained, raw, "above"))
+    return found + (_retrieval(metrics, items) if contrastive else [])
+
+
+def _retrieval(metrics: Mapping[str, float], items: int) -> list[Criterion]:
+    prefix, suffix = "val/retrieval/", "/R@1"
+    keys = [key for key in metrics if key.startswith(prefix) and key.endswith(suffix)]
+    if not keys:
+        raise DataError(
+            "learning criteria: a contrastive method logs no val/retrieval/<a>2<b>/R@1. Its "
+            "`embed` has to return vectors of one width for at least two modalities."
+        )
+    return [
+        Criterion(
+            f"R@1 of {key.removeprefix(prefix).removesuffix(suffix)} over "
+            f"{RETRIEVAL_FACTOR:g} times chance",
+            metrics[key],
+            RETRIEVAL_FACTOR / items,
+        )
+        for key in keys
+    ]
+
+
+def _metric(metrics: Mapping[str, float], key: str) -> float:
+    if key not in metrics:
+        raise DataError(
+            f"learning criteria: the metrics hold no {key!r}. A run that was resumed from a "
+            "checkpoint without OnlineEvaluation has no baseline; train it from its start."
+        )
+    return metrics[key]
