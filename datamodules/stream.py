@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from domainssl.datamodules.plan import EpochPlan, Piece
-from domainssl.datamodules.source import Loading, Rows, Source, empty
+from domainssl.datamodules.source import Loading, Rows, Source, empty, plain
 from domainssl.errors import DataError
 from domainssl.modality import Batch, collate
 
@@ -355,7 +355,12 @@ def _assemble(items: list[tuple[Batch, int]], pin: bool) -> Batch:
     batch: Batch = {}
     for name, example in first.items():
         if isinstance(example, Tensor):
-            out = torch.empty((len(items), *example.shape[1:]), dtype=example.dtype, pin_memory=pin)
+            shape = (len(items), *example.shape[1:])
+            out = (
+                torch.empty(shape, dtype=example.dtype, pin_memory=True)
+                if pin
+                else plain(shape, example.dtype)
+            )
             for target, (data, i) in zip(out.unbind(), items):
                 target.copy_(data[name][i])
             batch[name] = out
