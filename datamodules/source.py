@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -10,16 +9,14 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
+from domainssl.datamodules.memory import empty
 from domainssl.datamodules.plan import Piece
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Batch
 
-__all__ = ["Loading", "Rows", "Source", "empty", "plain"]
+__all__ = ["Loading", "Rows", "Source", "empty"]
 
-_LARGE = 2**22  # bytes from which on NumPy asks for huge pages
-_ALIGNED = 64  # bytes, as torch aligns
 _START_METHODS = ("fork", "spawn", "forkserver")
 
 
@@ -98,27 +95,3 @@ class Source(Protocol):
         Raises:
             DataError: Nothing of the piece can be read.
         """
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor that leaves a worker process without a copy, (*shape)."""
-    if get_worker_info() is None:
-        return plain(shape, dtype)
-    count = int(np.prod(shape))
-    like = torch.empty(0, dtype=dtype)
-    storage = like._typed_storage()._new_shared(count, device="cpu")  # as torch's own collate
-    return like.new(storage).resize_(*shape)
-
-
-def plain(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor of this process, (*shape).
-
-    Large ones get their memory from NumPy, which asks Linux for huge pages: getting 80 MB page by
-    page takes ten times as long as filling them.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if size < _LARGE:
-        return torch.empty(tuple(shape), dtype=dtype)
-    memory = np.empty(size + _ALIGNED, np.uint8)
-    start = -memory.ctypes.data % _ALIGNED
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(tuple(shape))
