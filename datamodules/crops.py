@@ -157,9 +157,13 @@ class Window:
         if self.side != self.size:
             if scratch is None:
                 scratch = np.empty(view.size, np.float32)
+            stored = np.ascontiguousarray(view)  # straightened before it gets larger
             values = scratch[: view.size].reshape(view.shape)
-            np.copyto(values, np.ascontiguousarray(view))  # straighten first: fewer bytes
-            _resize(_subtract(values, offset), out)
+            np.copyto(values, stored)
+            if offset:
+                values -= np.float32(offset)
+                values[stored == 0] = 0
+            _resize(values, out)
             return
         target = out.numpy()
         np.copyto(target, view, casting="same_kind")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,35 +20,97 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-__all__ = ["SharedPool", "empty", "plain"]
+__all__ = ["KeptMemory", "SharedPool", "empty"]
 
-_LARGE = 2**22  # bytes from which on NumPy asks for huge pages
-_POOLED = 2**20  # bytes below which shared memory is not kept
+_LARGE = 2**20  # bytes from which on memory is kept
 _ALIGNED = 64  # bytes, as torch aligns
 _MOST_BUFFERS = 512  # of one worker
 
 
-def plain(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor of this process, (*shape).
+class _Serving(threading.local):
+    """Where `empty` gets memory from in this thread."""
 
-    Large ones get their memory from NumPy, which asks Linux for huge pages: getting 80 MB page by
-    page takes ten times as long as filling them.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if size < _LARGE:
-        return torch.empty(tuple(shape), dtype=dtype)
-    memory = np.empty(size + _ALIGNED, np.uint8)
-    start = -memory.ctypes.data % _ALIGNED
-    return torch.from_numpy(memory[start : start + size]).view(dtype).view(tuple(shape))
+    pool: KeptMemory | SharedPool | None = None
+
+
+_serving = _Serving()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Allocate a tensor that leaves a worker process without a copy, (*shape)."""
-    if get_worker_info() is None:
-        return plain(shape, dtype)
     size = math.prod(shape) * dtype.itemsize
-    memory = _serving.take(size) if _serving is not None and size >= _POOLED else _shared(size)
+    if _serving.pool is not None and size >= _LARGE:
+        memory = _serving.pool.take(size)
+    elif get_worker_info() is not None:
+        memory = _shared(size)
+    else:
+        return torch.empty(tuple(shape), dtype=dtype)
     return memory[:size].view(dtype).view(tuple(shape))
+
+
+class KeptMemory:
+    """Memory of this process that is used again as soon as no tensor lies in it any more.
+
+    Never more is held than was in use at once. New memory comes from NumPy, which asks Linux for
+    huge pages.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray[Any, Any]] = []
+        self._used: dict[int, tuple[weakref.ref[Any], np.ndarray[Any, Any]]] = {}
+        self._in_use = self._most = 0  # bytes
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Give out memory to `empty` in this thread."""
+        _serving.pool = self
+        try:
+            yield
+        finally:
+            _serving.pool = None
+
+    def pack(self, loaded: Any) -> Any:
+        """Return what was loaded as it is."""
+        return loaded
+
+    def take(self, size: int) -> Tensor:
+        """Return `size` bytes, uint8 (n,)."""
+        memory = self._fitting(size)
+        start = -memory.ctypes.data % _ALIGNED
+        part = memory[start : start + size]
+        # A tensor's storage holds on to the array it was made of: the array ends with the last
+        # tensor or view that lies in it.
+        mark = id(part)
+        self._used[mark] = (weakref.ref(part, lambda _: self._give_back(mark)), memory)
+        self._in_use += memory.nbytes
+        return torch.from_numpy(part)
+
+    def _fitting(self, size: int) -> np.ndarray[Any, Any]:
+        need = size + _ALIGNED
+        places = [i for i, memory in enumerate(self._free) if need <= memory.nbytes <= 2 * need]
+        if places:
+            return self._free.pop(min(places, key=lambda i: self._free[i].nbytes))
+        self._most = max(self._most, self._in_use + need)
+        while self._free and self.num_bytes + need > self._most:
+            del self._free[0]  # what nobody took for longest
+        return np.empty(need, np.uint8)
+
+    def _give_back(self, mark: int) -> None:
+        found = self._used.pop(mark, None)
+        if found is not None:
+            self._in_use -= found[1].nbytes
+            self._free.append(found[1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, in use or not."""
+        return self._in_use + sum(memory.nbytes for memory in self._free)
+
+    def clear(self) -> None:
+        """Give free memory back to the system; what is in use is not kept afterwards."""
+        self._free.clear()
+        self._used.clear()
+        self._in_use = self._most = 0
 
 
 def _shared(size: int) -> Tensor:
@@ -107,8 +170,7 @@ class SharedPool:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Give out buffers to `empty`; without an exception, `pack` has to follow."""
-        global _serving
-        _serving, self._now = self, []
+        _serving.pool, self._now = self, []
         try:
             yield
         except BaseException:
@@ -116,7 +178,7 @@ class SharedPool:
                 self._flags[slot] = False
             raise
         finally:
-            _serving = None
+            _serving.pool = None
 
     @property
     def _flags(self) -> np.ndarray[Any, Any]:
@@ -209,4 +271,3 @@ def _release(flags: Tensor, slots: list[int]) -> None:
 
 _tokens = itertools.count()
 _pools: dict[int, SharedPool] = {}
-_serving: SharedPool | None = None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from domainssl.datamodules.memory import SharedPool, plain
+from domainssl.datamodules.memory import KeptMemory, SharedPool
 from domainssl.datamodules.plan import EpochPlan, Piece
 from domainssl.datamodules.source import Loading, Rows, Source, empty
 from domainssl.errors import DataError
@@ -53,7 +53,7 @@ def _one_thread() -> Iterator[None]:
 class _Blocks(Dataset[Rows]):
     """The source as torch's DataLoader wants it; indices are (piece, epoch)."""
 
-    def __init__(self, source: Source, pool: SharedPool | None) -> None:
+    def __init__(self, source: Source, pool: KeptMemory | SharedPool) -> None:
         self.source = source
         self.pool = pool
 
@@ -61,8 +61,6 @@ class _Blocks(Dataset[Rows]):
         piece, epoch = task
         try:
             with _one_thread():
-                if self.pool is None:
-                    return self.source.load(piece, epoch)
                 with self.pool.serving():
                     rows = self.source.load(piece, epoch)
                 return self.pool.pack(rows)
@@ -131,6 +129,7 @@ class BlockStream:
         self._position = position
         self._on_bad_sample = on_bad_sample
         self._loader: DataLoader[Rows] | None = None
+        self._memory = KeptMemory()  # of batches, and of pieces that are loaded in this process
         self._pool: SharedPool | None = None
         self._tasks = _Tasks()
         self._iteration = 0
@@ -172,7 +171,7 @@ class BlockStream:
                     "crash in a decoder. Lower data.init_args.loading.workers, prefetch or "
                     "window_blocks; workers: 0 reads in the main process and shows the crash."
                 ) from error
-            with _one_thread():
+            with _one_thread(), self._memory.serving():
                 batch = _assemble([(piece.data, i) for piece, i in items], pin)
             del items  # pieces that are used up make room before the next ones come
             yield batch
@@ -206,6 +205,7 @@ class BlockStream:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+        self._memory.clear()
 
     def _has_dead_worker(self, error: Exception) -> bool:
         """Tell whether `error` comes from the death of a worker, and end the others if so.
@@ -242,7 +242,7 @@ class BlockStream:
             # A generator of its own: otherwise every new iterator would draw its base seed from
             # torch's global one, and a resumed run would differ from an uninterrupted one.
             self._loader = DataLoader(
-                _Blocks(self.source, self._pool),
+                _Blocks(self.source, self._pool or self._memory),
                 sampler=self._tasks,
                 batch_size=None,
                 num_workers=workers,
@@ -371,7 +371,7 @@ def _assemble(items: list[tuple[Batch, int]], pin: bool) -> Batch:
             out = (
                 torch.empty(shape, dtype=example.dtype, pin_memory=True)
                 if pin
-                else plain(shape, example.dtype)
+                else empty(shape, example.dtype)
             )
             for target, (data, i) in zip(out.unbind(), items):
                 target.copy_(data[name][i])
