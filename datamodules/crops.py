@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -107,9 +107,23 @@ class Window:
     is_flipped_x: bool = False
     turns: int = 0
 
+    @property
+    def rows(self) -> slice:
+        """The rows of the scene that are taken."""
+        return slice(self.top, self.top + self.side)
+
+    @property
+    def columns(self) -> slice:
+        """The columns of the scene that are taken."""
+        return slice(self.left, self.left + self.side)
+
+    def of_part(self) -> Window:
+        """Return the same window for arrays that hold its rows and columns only."""
+        return replace(self, top=0, left=0)
+
     def view(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return the window of `array` (..., H, W) as a view (..., side, side)."""
-        out = array[..., self.top : self.top + self.side, self.left : self.left + self.side]
+        out = array[..., self.rows, self.columns]
         if self.is_flipped_y:
             out = out[..., ::-1, :]
         if self.is_flipped_x:
@@ -143,9 +157,13 @@ class Window:
         if self.side != self.size:
             if scratch is None:
                 scratch = np.empty(view.size, np.float32)
+            stored = np.ascontiguousarray(view)  # straightened before it gets larger
             values = scratch[: view.size].reshape(view.shape)
-            np.copyto(values, np.ascontiguousarray(view))  # straighten first: fewer bytes
-            _resize(_subtract(values, offset), out)
+            np.copyto(values, stored)
+            if offset:
+                values -= np.float32(offset)
+                values[stored == 0] = 0
+            _resize(values, out)
             return
         target = out.numpy()
         np.copyto(target, view, casting="same_kind")

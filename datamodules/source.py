@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
+from domainssl.datamodules.memory import empty
 from domainssl.datamodules.plan import Piece
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Batch
@@ -95,13 +95,3 @@ class Source(Protocol):
         Raises:
             DataError: Nothing of the piece can be read.
         """
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor that leaves a worker process without a copy, (*shape)."""
-    if get_worker_info() is None:
-        return torch.empty(tuple(shape), dtype=dtype)
-    count = int(np.prod(shape))
-    like = torch.empty(0, dtype=dtype)
-    storage = like._typed_storage()._new_shared(count, device="cpu")  # as torch's own collate
-    return like.new(storage).resize_(*shape)

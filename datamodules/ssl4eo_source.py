@@ -164,7 +164,7 @@ class SSL4EOSource:
                 slice(start, stop),
                 mask_clouds=self.mask_clouds,
                 dn_offset=self.dn_offset,
-                keep_offset=True,  # subtracted from the window alone
+                in_parts=True,  # only windows are checked and freed of the offset
                 scratch=self._scratch,
             )
             for name in group.products
@@ -230,7 +230,8 @@ class _Writer:
         source, data = self.source, self.rows.data
         some = next(iter(blocks.values()))
         count = len(some.ids)
-        scratch = np.empty(max(block.values[0].size for block in blocks.values()), np.float32)
+        most = max(block.values[0].size for block in blocks.values())
+        scratch = source._scratch.empty("/resize", (most,), np.dtype(np.float32))
         windows = [
             source.window(self.epoch, self.first + at + i, some.values.shape[-2:])
             for i in range(count)
@@ -240,8 +241,10 @@ class _Writer:
             days: Any = data[key(name, "dates")]
             days[at : at + count] = block.dates if source.dates.is_series else block.dates[:, 0]
             for i, window in enumerate(windows):
-                window.write(block.values[i], values[at + i], int(block.offset[i]), scratch)
-                window.write_valid(block.valid[i], valid[at + i])
+                pixels, mask = block.part(i, window.rows, window.columns)
+                part = window.of_part()
+                part.write(pixels, values[at + i], int(block.offset[i]), scratch)
+                part.write_valid(mask, valid[at + i])
                 data[key(name, "geo")][at + i] = {
                     "crs": int(block.crs[i]),
                     "lat": float(block.lat[i]),

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from domainssl.datamodules.memory import KeptMemory, SharedPool
 from domainssl.datamodules.plan import EpochPlan, Piece
 from domainssl.datamodules.source import Loading, Rows, Source, empty
 from domainssl.errors import DataError
@@ -52,14 +53,17 @@ def _one_thread() -> Iterator[None]:
 class _Blocks(Dataset[Rows]):
     """The source as torch's DataLoader wants it; indices are (piece, epoch)."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, pool: KeptMemory | SharedPool) -> None:
         self.source = source
+        self.pool = pool
 
-    def __getitem__(self, task: tuple[Piece, int]) -> Rows:
+    def __getitem__(self, task: tuple[Piece, int]) -> Any:
         piece, epoch = task
         try:
             with _one_thread():
-                return self.source.load(piece, epoch)
+                with self.pool.serving():
+                    rows = self.source.load(piece, epoch)
+                return self.pool.pack(rows)
         except DataError as error:
             return Rows({}, len(piece), bad={i: str(error) for i in range(len(piece))})
 
@@ -125,6 +129,8 @@ class BlockStream:
         self._position = position
         self._on_bad_sample = on_bad_sample
         self._loader: DataLoader[Rows] | None = None
+        self._memory = KeptMemory()  # of batches, and of pieces that are loaded in this process
+        self._pool: SharedPool | None = None
         self._tasks = _Tasks()
         self._iteration = 0
         first = plan(0)
@@ -165,8 +171,9 @@ class BlockStream:
                     "crash in a decoder. Lower data.init_args.loading.workers, prefetch or "
                     "window_blocks; workers: 0 reads in the main process and shows the crash."
                 ) from error
-            with _one_thread():
-                batch = _assemble(items, pin)
+            with _one_thread(), self._memory.serving():
+                batch = _assemble([(piece.data, i) for piece, i in items], pin)
+            del items  # pieces that are used up make room before the next ones come
             yield batch
         rows.close()
         self._log_reads(epoch, before)
@@ -195,6 +202,10 @@ class BlockStream:
             # Left to the garbage collector, an iterator in a reference cycle loses its queues
             # before it can tell the workers, and waits 5 s for each of them.
             iterator._shutdown_workers()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        self._memory.clear()
 
     def _has_dead_worker(self, error: Exception) -> bool:
         """Tell whether `error` comes from the death of a worker, and end the others if so.
@@ -222,6 +233,7 @@ class BlockStream:
             workers = self.loading.workers or 0
             options: dict[str, Any] = {}
             if workers:
+                self._pool = SharedPool(workers)
                 options = {
                     "multiprocessing_context": self.loading.start_method,
                     "persistent_workers": True,
@@ -230,7 +242,7 @@ class BlockStream:
             # A generator of its own: otherwise every new iterator would draw its base seed from
             # torch's global one, and a resumed run would differ from an uninterrupted one.
             self._loader = DataLoader(
-                _Blocks(self.source),
+                _Blocks(self.source, self._pool or self._memory),
                 sampler=self._tasks,
                 batch_size=None,
                 num_workers=workers,
@@ -260,8 +272,8 @@ class BlockStream:
 
     def _rows(
         self, plan: EpochPlan, window: int, skip: int
-    ) -> Generator[tuple[Batch, int], None, None]:
-        """Yield (arrays, row) for every item from `skip` of `window` to the end of the epoch."""
+    ) -> Generator[tuple[Rows, int], None, None]:
+        """Yield (piece, row) for every item from `skip` of `window` to the end of the epoch."""
         feed = self._feed(plan, window)
         ahead: deque[Rows] = deque()
         for number in range(window, len(plan.windows)):
@@ -279,7 +291,7 @@ class BlockStream:
                 while len(ahead) < later * taken // len(order):
                     ahead.append(next(feed))
                 rows, i = items[order[taken]]
-                yield rows.data, i
+                yield rows, i
             skip = 0
 
     def _replace(
@@ -355,7 +367,12 @@ def _assemble(items: list[tuple[Batch, int]], pin: bool) -> Batch:
     batch: Batch = {}
     for name, example in first.items():
         if isinstance(example, Tensor):
-            out = torch.empty((len(items), *example.shape[1:]), dtype=example.dtype, pin_memory=pin)
+            shape = (len(items), *example.shape[1:])
+            out = (
+                torch.empty(shape, dtype=example.dtype, pin_memory=True)
+                if pin
+                else empty(shape, example.dtype)
+            )
             for target, (data, i) in zip(out.unbind(), items):
                 target.copy_(data[name][i])
             batch[name] = out

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +17,7 @@ from domainssl.errors import DataError
 from domainssl.readers.cubes import Cube, open_cube
 from domainssl.readers.dates import days
 from domainssl.readers.scratch import Scratch
-from domainssl.readers.ssl4eo_facts import (
-    NO_DATA_CLASS,
-    OBSCURED_CLASSES,
-    Product,
-    check_bands,
-)
+from domainssl.readers.ssl4eo_facts import Product, check_bands
 from domainssl.readers.ssl4eo_facts import product as look_up
 from domainssl.readers.ssl4eo_layout import Group
 from domainssl.readers.ssl4eo_tiles import (
@@ -33,6 +28,7 @@ from domainssl.readers.ssl4eo_tiles import (
     facts_b,
     joined,
 )
+from domainssl.readers.ssl4eo_values import DNOffset, Validity, find_offset, remove_offset
 from domainssl.readers.stores import (
     HandlePool,
     SharedFile,
@@ -45,13 +41,9 @@ from domainssl.readers.stores import (
 
 __all__ = ["Block", "DNOffset", "check_same", "read"]
 
-DNOffset = Literal[0, 1000, "auto"]
 Array = np.ndarray[Any, Any]
 
 _TARS = HandlePool(limit=16)
-_OFFSET = 1000
-_CIRRUS_LIMIT = 800  # cirrus is 0..100 DN without the offset
-_DARK_LIMIT = 500  # with the offset, 1 % of a tile this dark would be reflectances below -0.05
 
 
 @dataclass
@@ -59,8 +51,9 @@ class Block:
     """What one read returns; n locations, T dates.
 
     Attributes:
-        values: Offset-free DN, dB or 8-bit values in the stored dtype, (n, T, C, Y, X), finite.
-        valid: True where the pixel is a measurement, (n, T, Y, X).
+        values: Offset-free DN, dB or 8-bit values in the stored dtype, (n, T, C, Y, X), finite;
+            of a read in parts: as stored.
+        valid: True where the pixel is a measurement, (n, T, Y, X); of a read in parts: (0, T, Y, X).
         dates: Days since 1970-01-01, 0 if unknown, int32 (n, T).
         ids: What pairs the locations over products: the location id (A), the tar key (B).
         location_ids: The location id as stored.
@@ -70,10 +63,13 @@ class Block:
         bands: Canonical names in the order of C.
         offset: What was subtracted from the stored values, int16 (n,).
         reordered: True where the stored order of S1 dates was repaired, (n,).
-        finite_share: Share of the stored values that are neither NaN nor infinite.
+        finite_share: Share of the stored values that are neither NaN nor infinite; NaN of a read
+            in parts.
         bytes_decoded: Decoded bytes of the chunks that were touched.
         bytes_needed: Bytes of those that were asked for.
         file: The file that was read.
+        cloud: Cloud classes as stored, (n, T, Y, X), if there are any.
+        validity: The rule behind `valid`.
     """
 
     values: Array
@@ -93,6 +89,19 @@ class Block:
     bytes_decoded: int
     bytes_needed: int
     file: str
+    cloud: Array | None
+    validity: Validity
+
+    def part(self, i: int, rows: slice, columns: slice) -> tuple[Array, Array]:
+        """Return a part of one location of a read in parts.
+
+        Returns:
+            A view (T, C, h, w) of the values, finite, which still carries the offset, and where
+            it holds measurements, (T, h, w).
+        """
+        values = self.values[i, :, :, rows, columns]
+        cloud = None if self.cloud is None else self.cloud[i, :, rows, columns]
+        return values, self.validity.settle(values, cloud)[0]
 
 
 @dataclass
@@ -115,7 +124,7 @@ def read(
     fix_s1_order: bool = True,
     mask_clouds: bool = False,
     dn_offset: DNOffset = "auto",
-    keep_offset: bool = False,
+    in_parts: bool = False,
     scratch: Scratch | None = None,
 ) -> Block:
     """Read one product of a group.
@@ -131,8 +140,9 @@ def read(
         mask_clouds: Also mark thin and thick cloud and cloud shadow as not valid.
         dn_offset: What the stored S2 values carry. `auto` decides per location: S2L1C by the
             median of B10, S2L2A by the release unless release A holds pixels too dark for it.
-        keep_offset: Leave the offset in the values, for callers that need a part of them only;
-            `offset` says what to subtract. Stored 0 means no data, and is 0 without offset too.
+        in_parts: Leave the values as stored, for callers that need a part of each location only
+            and take it from `Block.part`; `offset` says what to subtract from all values but 0,
+            which means no data and is 0 without offset too.
         scratch: Memory for the values, which are then valid until the next read with it of the
             same modality. None: memory of their own.
 
@@ -148,20 +158,15 @@ def read(
     load = _load_a if group.release == "A" else _load_b
     raw = load(group, modality, product, list(dates), chosen, repair, scratch)
     meta, values = raw.meta, raw.values
-    valid = _all_true(values) if product.value_unit == "rgb8" else _nonzero(values)
-    share = 1.0
-    if values.dtype.kind == "f":
-        finite, share = _finite(values)
-        valid &= finite
-    if raw.cloud is not None:
-        valid &= raw.cloud != NO_DATA_CLASS
-        if mask_clouds:
-            valid &= ~np.isin(raw.cloud, OBSCURED_CLASSES)
+    validity = Validity(product, mask_clouds)
+    if product.has_offset and values.dtype.kind == "u":
+        values = values.astype(np.int32)
     offset = np.zeros(len(chosen), np.int16)
     if product.has_offset:
-        values, offset = _offsets(values, valid, product, group.release, dn_offset)
-        if not keep_offset:
-            _remove_offset(values, offset)
+        offset = find_offset(values, raw.cloud, validity, group.release, dn_offset)
+    valid, share = np.empty((0, *values.shape[1:2], *values.shape[3:]), bool), float("nan")
+    if not in_parts:
+        valid, share = _settled(values, raw.cloud, validity, offset)
     times = chosen_times(meta, raw.order, repair)
     needed = values[0].nbytes * len(chosen) if len(chosen) else 0
     needed += 0 if raw.cloud is None else raw.cloud.nbytes
@@ -169,8 +174,21 @@ def read(
         values, valid, days(times), meta.ids, meta.location_ids, meta.lat, meta.lon, meta.crs,
         meta.x0, meta.y0, product.bands, offset,
         (raw.order != np.asarray(dates)).any(axis=1), share, raw.decoded, needed,
-        group.files[modality],
+        group.files[modality], raw.cloud, validity,
     )  # fmt: skip
+
+
+def _settled(
+    values: Array, cloud: Array | None, validity: Validity, offset: Array
+) -> tuple[Array, float]:
+    """Finish whole locations in place; return validity and the share of finite values."""
+    valid = np.empty((*values.shape[:2], *values.shape[3:]), bool)
+    count = 0
+    for i, item in enumerate(values):
+        valid[i], bad = validity.settle(item, None if cloud is None else cloud[i])
+        count += bad
+    remove_offset(values, offset)
+    return valid, 1 - count / max(values.size, 1)
 
 
 def check_same(blocks: Mapping[str, Block]) -> None:
@@ -231,7 +249,8 @@ def _load_a(
     cloud = None
     if "cloud_mask" in cube.arrays and product.value_unit != "db":
         shape = (len(chosen), len(dates), *info.shape[3:])
-        cloud = _empty(cube.info("cloud_mask").chunks[1], shape, np.dtype(np.uint8))
+        chunk = cube.info("cloud_mask").chunks[1]
+        cloud = _empty(chunk, shape, np.dtype(np.uint8), scratch, f"{modality}.cloud")
         decoded += _gather(cube, "cloud_mask", rows, order, dates, cloud)
     return _Raw(values, cloud, meta, order, decoded)
 
@@ -347,73 +366,3 @@ def _check_cube(cube: Cube, product: Product, dims: tuple[str, ...]) -> None:
             f"{cube.name}: array 'bands' is {info.dtype}, which {product.name} "
             f"({product.value_unit}) never is. Check that this folder holds {product.name}."
         )
-
-
-# ---------------------------------------------------------------------------- values
-
-
-def _all_true(values: Array) -> Array:
-    return np.ones((*values.shape[:2], *values.shape[3:]), bool)
-
-
-def _nonzero(values: Array) -> Array:
-    """Return where not every band is 0: reserved for no data in S2, and what absent chunks are."""
-    valid = _all_true(values)
-    for i in range(len(values)):
-        zero = values[i, :, 0] == 0
-        if zero.any():
-            valid[i] = ~zero | values[i].any(axis=1)
-    return valid
-
-
-def _finite(values: Array) -> tuple[Array, float]:
-    """Return where every band is finite and the share of finite values; put 0 for the others."""
-    valid = _all_true(values)
-    bits, exponent = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}.get(
-        values.dtype.itemsize, (None, 0)
-    )
-    count = 0
-    for i in range(len(values)):
-        item = values[i]
-        bad = (item.view(bits) & exponent) == exponent if bits else ~np.isfinite(item)
-        if bad.any():
-            count += int(bad.sum())
-            item[bad] = 0
-            valid[i] = ~bad.any(axis=1)
-    return valid, 1 - count / max(values.size, 1)
-
-
-def _offsets(
-    values: Array, valid: Array, product: Product, release: str, dn_offset: DNOffset
-) -> tuple[Array, Array]:
-    """Return the values in a signed type and the offset of each location, int16 (n,)."""
-    if dn_offset not in (0, _OFFSET, "auto"):
-        raise DataError(f"dn_offset: {dn_offset!r} is not one of 0, 1000, 'auto'")
-    if values.dtype.kind == "u":
-        values = values.astype(np.int32)
-    offset = np.zeros(len(values), np.int16)
-    for i, (item, mask) in enumerate(zip(values, valid, strict=True)):
-        offset[i] = _verdict(item, mask, product, release) if dn_offset == "auto" else dn_offset
-    return values, offset
-
-
-def _remove_offset(values: Array, offset: Array) -> None:
-    for item, amount in zip(values, offset, strict=True):
-        if amount:
-            np.subtract(item, amount, out=item)
-            item[item == -amount] = 0  # stored 0 is no data and stays 0
-
-
-def _verdict(item: Array, mask: Array, product: Product, release: str) -> int:
-    """Return the offset of one location, (T, C, Y, X) with mask (T, Y, X), on every 4th pixel."""
-    mask = mask[:, ::4, ::4]
-    if product.name == "S2L1C":
-        cirrus = item[:, product.bands.index("B10"), ::4, ::4][mask]
-        if cirrus.size:
-            high = np.count_nonzero(cirrus > _CIRRUS_LIMIT)  # the median, without sorting
-            return _OFFSET if 2 * high > cirrus.size else 0
-    elif release == "A":
-        darkest = item[:, :, ::4, ::4].min(axis=1)[mask]
-        if np.count_nonzero(darkest < _DARK_LIMIT) > 0.01 * darkest.size:
-            return 0
-    return _OFFSET if release == "A" else 0
