@@ -20,7 +20,7 @@ from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Modality
 
-__all__ = ["SENTINEL_M", "FootprintDataModule", "ImageSensor"]
+__all__ = ["SENTINEL_M", "ImageSensor"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class _Catalogue(Protocol):
         """Return plain data that tell these files from others."""
 
 
-class FootprintDataModule(DomainDataModule):
+class _FootprintDataModule(DomainDataModule):
     """Base of DataModules whose tiles are one image and series of `s2`, `s1_asc`, `s1_des`.
 
     Attributes:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from domainssl.datamodules.footprints import SENTINEL_M, FootprintDataModule, ImageSensor
+from domainssl.datamodules.footprints import SENTINEL_M, ImageSensor, _FootprintDataModule
 from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
 from domainssl.datamodules.stream import Loading, Source
 from domainssl.errors import ConfigError, DataError
@@ -82,7 +82,7 @@ class _Tiles:
         }
 
 
-class PastisDataModule(FootprintDataModule):
+class PastisDataModule(_FootprintDataModule):
     """Sentinel series, optional SPOT images and crop types of PASTIS.
 
     An item is a window of a patch. Batches carry `mask` (class per pixel, -1 where void), `label`

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from domainssl.datamodules.footprints import SENTINEL_M, FootprintDataModule, ImageSensor
+from domainssl.datamodules.footprints import SENTINEL_M, ImageSensor, _FootprintDataModule
 from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
 from domainssl.datamodules.stream import Loading, Source
 from domainssl.errors import DataError
@@ -80,7 +80,7 @@ class _Tiles:
         }
 
 
-class TreeSatAIDataModule(FootprintDataModule):
+class TreeSatAIDataModule(_FootprintDataModule):
     """Aerial images and Sentinel series of the TreeSatAI Time Series data set.
 
     One item is one tile of 60 m (or a window of it); an epoch visits each tile once.
