@@ -10,7 +10,6 @@ batches of them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,12 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.footprints import SENTINEL_M, ImageSensor, _FootprintDataModule
 from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
-from domainssl.datamodules.statistics import statistics_of
 from domainssl.datamodules.stream import Loading, Source
-from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.modality import Batch, Modality
+from domainssl.errors import ConfigError, DataError
+from domainssl.modality import Batch
 from domainssl.readers.pastis import (
     CLASSES,
     SERIES,
@@ -36,12 +34,8 @@ from domainssl.readers.series import Tile
 
 __all__ = ["PastisDataModule"]
 
-_log = logging.getLogger(__name__)
 
-_SENTINEL_M, _SPOT_M = 10.0, 1.0
 _TILE_BYTES = {"s2": 16_000_000, "s1_asc": 9_000_000, "s1_des": 9_000_000, "spot": 5_000_000}
-_S2_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
-_S2_NM = (492.7, 559.8, 664.6, 704.1, 740.5, 782.8, 832.8, 864.7, 1613.7, 2202.4)
 # Series: published beside the data, those of fold 1. SPOT has none: the middle of its range.
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "s2": (
@@ -88,7 +82,7 @@ class _Tiles:
         }
 
 
-class PastisDataModule(DomainDataModule):
+class PastisDataModule(_FootprintDataModule):
     """Sentinel series, optional SPOT images and crop types of PASTIS.
 
     An item is a window of a patch. Batches carry `mask` (class per pixel, -1 where void), `label`
@@ -114,6 +108,13 @@ class PastisDataModule(DomainDataModule):
         ConfigError: An argument cannot be used.
     """
 
+    known = _MODALITIES
+    image = ImageSensor("spot", ("R", "G", "B"), 1.0)
+    published = _STATISTICS
+    format = "PASTIS"
+    sample = "pastis"
+    label_names = CLASSES
+
     def __init__(
         self,
         root: str = "sample",
@@ -136,7 +137,6 @@ class PastisDataModule(DomainDataModule):
             on_bad_sample=on_bad_sample,
             loading=loading,
         )
-        _check_names(modalities)
         self.folds = {
             "train": tuple(train_folds),
             "val": tuple(val_folds),
@@ -156,89 +156,27 @@ class PastisDataModule(DomainDataModule):
             )
         self.windows_per_patch = windows_per_patch
         self.dates = dates or SeriesDates()
-        self.dates.check([name for name in modalities if name in SERIES])
         self.statistics = statistics
-        self.catalogues: dict[str, PastisCatalogue] = {}
-        self._side_m = self.footprint.side_m(self.footprint.size_m, _SENTINEL_M)
-        self._modalities = {name: self._modality(name) for name in modalities}
-        self.label_names = CLASSES
-
-    @property
-    def modalities(self) -> dict[str, Modality]:
-        """The modalities asked for; statistics as asked for."""
-        return self._modalities
-
-    @property
-    def context_size(self) -> int:
-        """Side in pixels of the finest modality; each modality's own is in its `size`."""
-        return max(modality.size[0] for modality in self._modalities.values())
-
-    def _modality(self, name: str) -> Modality:
-        mean, std = _STATISTICS[name]
-        gsd = _SPOT_M if name == "spot" else _SENTINEL_M
-        side = round(self._side_m / gsd)
-        if name == "spot":
-            channels: tuple[str, ...] = ("R", "G", "B")
-            unit, limits = "rgb8", (0.0, 255.0)
-        elif name == "s2":
-            channels, unit, limits = _S2_BANDS, "dn", (-1000.0, 32767.0)
-        else:
-            channels, unit, limits = ("VV", "VH"), "db", (-60.0, 40.0)
-        plain = Modality(
-            name=name,
-            kind="image" if name == "spot" else "series",
-            channels=channels,
-            value_unit=unit,
-            size=(side, side),
-            gsd_m=gsd,
-            mean=mean,
-            std=std,
-            valid_range=limits,
-            nodata=None,  # batches mark it in `valid`
-            wavelengths_nm=_S2_NM if name == "s2" else None,
-        )
-        return statistics_of(plain, self.statistics)
-
-    def prepare_data(self) -> None:
-        """Write the embedded sample, once per machine."""
-        self._root()
-
-    def _root(self) -> str:
-        if self.root != "sample":
-            return self.root
-        from domainssl.datamodules.samples.pastis import sample_root
-
-        return str(sample_root())
+        self._describe_modalities(modalities, self.footprint.size_m)
 
     def open_sources(self) -> dict[str, Source]:
         """Read the table; predictions are made for the test folds, else for held-out ones."""
         root = self._root()
-        for split, folds in self.folds.items():
-            found = scan_pastis(root, folds, self._modalities)
-            if found is not None:
-                self.catalogues[split] = found
-                for problem in found.problems:
-                    _log.warning("%s: %s", split, problem)
+        folds = self.folds.items()
+        self._keep({split: scan_pastis(root, own, self._modalities) for split, own in folds})
         if not self.catalogues:
             raise DataError(f"{root}: metadata.geojson lists no patch of the folds {self.folds}.")
-        sources: dict[str, Source] = {
-            split: self._source(found, is_training=split == "train")
-            for split, found in self.catalogues.items()
-            if split != "test"
-        }
-        last = list(self.catalogues.values())[-1]
-        sources["predict"] = self._source(last, is_training=False)
-        return sources
+        return self._sources_of_splits()
 
     def _source(self, catalogue: PastisCatalogue, *, is_training: bool) -> TileSource:
-        tile_m = catalogue.side * _SENTINEL_M
+        tile_m = catalogue.side * SENTINEL_M
         return TileSource(
             _Tiles(catalogue, tuple(self._modalities)),
             self._modalities,
             {},
             self.footprint,
             tile_m,
-            _SENTINEL_M,
+            SENTINEL_M,
             self.dates,
             self.seed,
             is_training,
@@ -253,46 +191,10 @@ class PastisDataModule(DomainDataModule):
         """Number of classes, background included."""
         return len(CLASSES)
 
-    def identity(self) -> dict[str, Any]:
-        """Return hash of the table, folds and number of patches."""
-        return {
-            "format": "PASTIS",
-            "root": self.root,
-            "splits": {split: found.identity() for split, found in self.catalogues.items()},
-        }
-
-    def describe(self) -> list[str]:
-        """Return lines that tell what was found."""
-        lines = []
-        for split, found in self.catalogues.items():
-            lines.append(
-                f"PASTIS, {split}: {len(found.patches)} patches of {found.side} x {found.side} px "
-                f"in fold(s) {', '.join(map(str, found.folds))}, at {found.root}"
-            )
-            lines += [f"problem: {text}" for text in found.problems]
-        for name, modality in self._modalities.items():
-            most = self.dates.most_of(name)
-            dates = f", {f'at most {most}' if most else 'all'} dates" if name in SERIES else ""
-            lines.append(
-                f"{name}: {modality.value_unit}, {modality.num_channels} bands "
-                f"{' '.join(modality.channels)}, {modality.size[0]} px of {modality.gsd_m:g} m"
-                f"{dates}"
-            )
-        lines.append(f"labels: {', '.join(CLASSES)}")
-        return lines + super().describe()
-
-
-def _check_names(modalities: Sequence[str]) -> None:
-    for name in modalities:
-        if name not in _MODALITIES:
-            raise ConfigError(
-                f"data.init_args.modalities: unknown modality {name!r}, expected some of "
-                f"{', '.join(_MODALITIES)}.{nearest(name, _MODALITIES)}"
-            )
-    if not modalities or len(set(modalities)) < len(modalities):
-        raise ConfigError(
-            f"data.init_args.modalities: got {list(modalities)}, expected one or more different "
-            f"ones of {', '.join(_MODALITIES)}."
+    def _found(self, split: str, catalogue: PastisCatalogue) -> str:
+        return (
+            f"{len(catalogue.patches)} patches of {catalogue.side} x {catalogue.side} px in "
+            f"fold(s) {', '.join(map(str, catalogue.folds))}, at {catalogue.root}"
         )
 
 

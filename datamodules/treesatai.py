@@ -18,12 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.footprints import SENTINEL_M, ImageSensor, _FootprintDataModule
 from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
-from domainssl.datamodules.statistics import statistics_of
 from domainssl.datamodules.stream import Loading, Source
-from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.modality import Batch, Modality
+from domainssl.errors import DataError
+from domainssl.modality import Batch
 from domainssl.readers.series import Tile
 from domainssl.readers.treesat import (
     GENERA,
@@ -37,11 +36,9 @@ __all__ = ["TreeSatAIDataModule"]
 
 _log = logging.getLogger(__name__)
 
-_TILE_M, _AERIAL_M, _SENTINEL_M = 60.0, 0.2, 10.0
+_TILE_M = 60.0
 _MARGIN = {"aerial": 2}  # 304 px are 60.8 m; Sentinel covers 60 m in the middle
 _TILE_BYTES = {"aerial": 370_000, "s2": 240_000, "s1_asc": 35_000, "s1_des": 70_000}
-_S2_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
-_S2_NM = (492.7, 559.8, 664.6, 704.1, 740.5, 782.8, 832.8, 864.7, 1613.7, 2202.4)
 # Aerial: published with OmniSat. The series have no published statistics: those of SSL4EO-S12,
 # which, like these, are of all dates, clouds included.
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -83,7 +80,7 @@ class _Tiles:
         }
 
 
-class TreeSatAIDataModule(DomainDataModule):
+class TreeSatAIDataModule(_FootprintDataModule):
     """Aerial images and Sentinel series of the TreeSatAI Time Series data set.
 
     One item is one tile of 60 m (or a window of it); an epoch visits each tile once.
@@ -105,6 +102,13 @@ class TreeSatAIDataModule(DomainDataModule):
         ConfigError: An argument cannot be used.
     """
 
+    known = _MODALITIES
+    image = ImageSensor("aerial", ("NIR", "G", "B", "R"), 0.2)
+    published = _STATISTICS
+    format = "TreeSatAI Time Series"
+    sample = "treesatai"
+    label_names = GENERA
+
     def __init__(
         self,
         root: str = "sample",
@@ -124,83 +128,18 @@ class TreeSatAIDataModule(DomainDataModule):
             on_bad_sample=on_bad_sample,
             loading=loading,
         )
-        for name in modalities:
-            if name not in _MODALITIES:
-                raise ConfigError(
-                    f"data.init_args.modalities: unknown modality {name!r}, expected some of "
-                    f"{', '.join(_MODALITIES)}.{nearest(name, _MODALITIES)}"
-                )
-        if not modalities or len(set(modalities)) < len(modalities):
-            raise ConfigError(
-                f"data.init_args.modalities: got {list(modalities)}, expected one or more "
-                f"different ones of {', '.join(_MODALITIES)}."
-            )
         self.root = root
         self.footprint = footprint or Footprint()
         self.dates = dates or SeriesDates()
-        self.dates.check([name for name in modalities if name in SERIES])
         self.label_threshold = label_threshold
         self.statistics = statistics
-        self.catalogues: dict[str, TreeSatCatalogue] = {}
-        self._side_m = self.footprint.side_m(_TILE_M, _SENTINEL_M)
-        self._modalities = {name: self._modality(name) for name in modalities}
-
-    @property
-    def modalities(self) -> dict[str, Modality]:
-        """The modalities asked for; statistics as asked for."""
-        return self._modalities
-
-    @property
-    def context_size(self) -> int:
-        """Side in pixels of the finest modality; each modality's own is in its `size`."""
-        return max(modality.size[0] for modality in self._modalities.values())
-
-    def _modality(self, name: str) -> Modality:
-        mean, std = _STATISTICS[name]
-        gsd = _AERIAL_M if name == "aerial" else _SENTINEL_M
-        side = round(self._side_m / gsd)
-        if name == "aerial":
-            channels: tuple[str, ...] = ("NIR", "G", "B", "R")  # as stored
-            unit, limits = "rgb8", (0.0, 255.0)
-        elif name == "s2":
-            channels, unit, limits = _S2_BANDS, "dn", (-1000.0, 32767.0)
-        else:
-            channels, unit, limits = ("VV", "VH"), "db", (-60.0, 40.0)
-        plain = Modality(
-            name=name,
-            kind="image" if name == "aerial" else "series",
-            channels=channels,
-            value_unit=unit,
-            size=(side, side),
-            gsd_m=gsd,
-            mean=mean,
-            std=std,
-            valid_range=limits,
-            nodata=None,  # batches mark it in `valid`
-            wavelengths_nm=_S2_NM if name == "s2" else None,
-        )
-        return statistics_of(plain, self.statistics)
-
-    def prepare_data(self) -> None:
-        """Write the embedded sample, once per machine."""
-        self._root()
-
-    def _root(self) -> str:
-        if self.root != "sample":
-            return self.root
-        from domainssl.datamodules.samples.treesatai import sample_root
-
-        return str(sample_root())
+        self._describe_modalities(modalities, _TILE_M)
 
     def open_sources(self) -> dict[str, Source]:
         """Read the tables that are there; predictions are made for `test`, else held-out tiles."""
         root = self._root()
-        for split in ("train", "val", "test"):
-            found = scan_treesat(root, split, self._modalities)
-            if found is not None:
-                self.catalogues[split] = found
-                for problem in found.problems:
-                    _log.warning("%s: %s", split, problem)
+        splits = ("train", "val", "test")
+        self._keep({split: scan_treesat(root, split, self._modalities) for split in splits})
         if not self.catalogues:
             raise DataError(
                 f"data.init_args.root={root!r}: found neither train.csv nor "
@@ -214,14 +153,7 @@ class TreeSatAIDataModule(DomainDataModule):
         if len(names) > 1:
             raise DataError(f"{root}: the tables list different genera, {sorted(names)}.")
         self.label_names = names.pop()
-        sources: dict[str, Source] = {
-            split: self._source(found, is_training=split == "train")
-            for split, found in self.catalogues.items()
-            if split != "test"
-        }
-        last = list(self.catalogues.values())[-1]
-        sources["predict"] = self._source(last, is_training=False)
-        return sources
+        return self._sources_of_splits()
 
     def _source(self, catalogue: TreeSatCatalogue, *, is_training: bool) -> TileSource:
         return TileSource(
@@ -230,7 +162,7 @@ class TreeSatAIDataModule(DomainDataModule):
             _MARGIN,
             self.footprint,
             _TILE_M,
-            _SENTINEL_M,
+            SENTINEL_M,
             self.dates,
             self.seed,
             is_training,
@@ -242,30 +174,8 @@ class TreeSatAIDataModule(DomainDataModule):
         """Number of genera."""
         return len(self.label_names or GENERA)
 
-    def identity(self) -> dict[str, Any]:
-        """Return hashes of the tables, number of tiles and size of the first file."""
-        return {
-            "format": "TreeSatAI Time Series",
-            "root": self.root,
-            "splits": {split: found.identity() for split, found in self.catalogues.items()},
-        }
-
-    def describe(self) -> list[str]:
-        """Return lines that tell what was found."""
-        lines = []
-        for split, found in self.catalogues.items():
-            lines.append(
-                f"TreeSatAI Time Series, {split}: {len(found.tiles)} tiles listed by "
-                f"{found.table}, series in {found.folder}/, at {found.root}"
-            )
-            lines += [f"problem: {text}" for text in found.problems]
-        for name, modality in self._modalities.items():
-            most = self.dates.most_of(name)
-            dates = f", {f'at most {most}' if most else 'all'} dates" if name in SERIES else ""
-            lines.append(
-                f"{name}: {modality.value_unit}, {modality.num_channels} bands "
-                f"{' '.join(modality.channels)}, {modality.size[0]} px of {modality.gsd_m:g} m"
-                f"{dates}"
-            )
-        lines.append(f"labels: {', '.join(self.label_names or GENERA)}")
-        return lines + super().describe()
+    def _found(self, split: str, catalogue: TreeSatCatalogue) -> str:
+        return (
+            f"{len(catalogue.tiles)} tiles listed by {catalogue.table}, series in "
+            f"{catalogue.folder}/, at {catalogue.root}"
+        )

@@ -131,7 +131,7 @@ class KeyMask(DistanceBias):
         return len(self.key_valid), 1, 1, self.key_valid.shape[1]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """Return the bias, (B, 1, 1, K); `out` is of no use for a block this small."""
+        """Return the bias, (B, 1, 1, K), the same for all rows and in memory of its own."""
         assert self.key_valid is not None
         bias = torch.zeros(self.shape, dtype=dtype, device=self.key_valid.device)
         return bias.masked_fill(~self.key_valid[:, None, None, :], float("-inf"))

@@ -1,0 +1,197 @@
+"""What DataModules of one image and Sentinel series on a footprint share.
+
+A subclass says which sensors there are, scans its tables and reads its tiles; see `treesatai.py`
+and `pastis.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
+from domainssl.datamodules.source import Source
+from domainssl.datamodules.statistics import statistics_of
+from domainssl.errors import ConfigError, nearest
+from domainssl.modality import Modality
+
+__all__ = ["SENTINEL_M", "ImageSensor"]
+
+_log = logging.getLogger(__name__)
+
+SENTINEL_M = 10.0
+_S2_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
+_S2_NM = (492.7, 559.8, 664.6, 704.1, 740.5, 782.8, 832.8, 864.7, 1613.7, 2202.4)
+
+
+@dataclass(frozen=True)
+class ImageSensor:
+    """The sensor of the single 8-bit image, in the order in which its channels are stored."""
+
+    name: str
+    channels: tuple[str, ...]
+    gsd_m: float
+
+
+class _Catalogue(Protocol):
+    """What was found of a split."""
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """Texts for the log."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return plain data that tell these files from others."""
+
+
+class _FootprintDataModule(DomainDataModule):
+    """Base of DataModules whose tiles are one image and series of `s2`, `s1_asc`, `s1_des`.
+
+    Attributes:
+        known: All modalities, in the order of batches.
+        image: The one that is no series.
+        published: Mean and standard deviation per band, by modality.
+        format: Name of the data set.
+        sample: Module of `datamodules/samples` that makes the embedded sample.
+    """
+
+    known: ClassVar[tuple[str, ...]]
+    image: ClassVar[ImageSensor]
+    published: ClassVar[Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]]
+    format: ClassVar[str]
+    sample: ClassVar[str]
+
+    root: str
+    footprint: Footprint
+    dates: SeriesDates
+    statistics: str
+    catalogues: dict[str, Any]
+
+    def _describe_modalities(self, names: Sequence[str], tile_m: float) -> None:
+        """Check the names and build the modalities; root, footprint, dates and so on are set.
+
+        Args:
+            names: The modalities asked for.
+            tile_m: Side of a whole tile in metres.
+
+        Raises:
+            ConfigError: A name is unknown or stands twice, or a length is none of whole pixels.
+        """
+        where = "data.init_args.modalities"
+        for name in names:
+            if name not in self.known:
+                raise ConfigError(
+                    f"{where}: unknown modality {name!r}, expected some of "
+                    f"{', '.join(self.known)}.{nearest(name, self.known)}"
+                )
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"{where}: got {list(names)}, expected one or more different ones of "
+                f"{', '.join(self.known)}."
+            )
+        self.dates.check([name for name in names if name != self.image.name])
+        self.catalogues = {}
+        self._side_m = self.footprint.side_m(tile_m, SENTINEL_M)
+        self._modalities = {name: self._modality(name) for name in names}
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """The modalities asked for; statistics as asked for."""
+        return self._modalities
+
+    @property
+    def context_size(self) -> int:
+        """Side in pixels of the finest modality; each modality's own is in its `size`."""
+        return max(modality.size[0] for modality in self._modalities.values())
+
+    def _modality(self, name: str) -> Modality:
+        mean, std = self.published[name]
+        is_image = name == self.image.name
+        gsd = self.image.gsd_m if is_image else SENTINEL_M
+        side = round(self._side_m / gsd)
+        if is_image:
+            channels, unit, limits = self.image.channels, "rgb8", (0.0, 255.0)
+        elif name == "s2":
+            channels, unit, limits = _S2_BANDS, "dn", (-1000.0, 32767.0)
+        else:
+            channels, unit, limits = ("VV", "VH"), "db", (-60.0, 40.0)
+        plain = Modality(
+            name=name,
+            kind="image" if is_image else "series",
+            channels=channels,
+            value_unit=unit,
+            size=(side, side),
+            gsd_m=gsd,
+            mean=mean,
+            std=std,
+            valid_range=limits,
+            nodata=None,  # batches mark it in `valid`
+            wavelengths_nm=_S2_NM if name == "s2" else None,
+        )
+        return statistics_of(plain, self.statistics)
+
+    def prepare_data(self) -> None:
+        """Write the embedded sample, once per machine."""
+        self._root()
+
+    def _root(self) -> str:
+        if self.root != "sample":
+            return self.root
+        module = importlib.import_module(f"domainssl.datamodules.samples.{self.sample}")
+        return str(module.sample_root())
+
+    def _keep(self, found: Mapping[str, _Catalogue | None]) -> None:
+        """Remember what is there of the splits, and log its problems."""
+        self.catalogues = {split: c for split, c in found.items() if c is not None}
+        for split, catalogue in self.catalogues.items():
+            for problem in catalogue.problems:
+                _log.warning("%s: %s", split, problem)
+
+    @abstractmethod
+    def _source(self, catalogue: Any, *, is_training: bool) -> TileSource:
+        """Return the tiles of a split."""
+
+    def _sources_of_splits(self) -> dict[str, Source]:
+        """Return what is trained and validated on; predictions are made for the last split."""
+        sources: dict[str, Source] = {
+            split: self._source(found, is_training=split == "train")
+            for split, found in self.catalogues.items()
+            if split != "test"
+        }
+        last = list(self.catalogues.values())[-1]
+        sources["predict"] = self._source(last, is_training=False)
+        return sources
+
+    def identity(self) -> dict[str, Any]:
+        """Return format, root, and what tells the files of every split from others."""
+        return {
+            "format": self.format,
+            "root": self.root,
+            "splits": {split: found.identity() for split, found in self.catalogues.items()},
+        }
+
+    @abstractmethod
+    def _found(self, split: str, catalogue: Any) -> str:
+        """Return a line about a split."""
+
+    def describe(self) -> list[str]:
+        """Return lines that tell what was found."""
+        lines = []
+        for split, found in self.catalogues.items():
+            lines.append(f"{self.format}, {split}: {self._found(split, found)}")
+            lines += [f"problem: {text}" for text in found.problems]
+        for name, modality in self._modalities.items():
+            most = self.dates.most_of(name)
+            dates = f", {f'at most {most}' if most else 'all'} dates"
+            lines.append(
+                f"{name}: {modality.value_unit}, {modality.num_channels} bands "
+                f"{' '.join(modality.channels)}, {modality.size[0]} px of {modality.gsd_m:g} m"
+                + ("" if name == self.image.name else dates)
+            )
+        lines.append(f"labels: {', '.join(self.label_names or ())}")
+        return lines + super().describe()
