@@ -222,7 +222,7 @@ class SharedPool:
                 if slot is not None:
                     places[name] = _Place(
                         slot, value.dtype, tuple(value.shape), value.stride(),
-                        value.storage_offset(),
+                        int(value.storage_offset()),
                     )  # fmt: skip
         used = {place.slot for place in places.values()}
         for slot in set(self._now) - used:  # whoever refers to them goes on doing so

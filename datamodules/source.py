@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from domainssl.datamodules.memory import empty
 from domainssl.datamodules.plan import Piece
 from domainssl.errors import ConfigError, nearest

@@ -48,6 +48,18 @@ class FakeSource:
         )  # fmt: skip
 
 
+class LargeSource(FakeSource):
+    """Items large enough for memory that is kept; their values are their index."""
+
+    WIDTH = 2**16
+
+    def load(self, piece: Piece, epoch: int) -> Rows:
+        rows = super().load(piece, epoch)
+        x = empty((len(piece), self.WIDTH), torch.float32)
+        rows.data["x"] = x.copy_(torch.from_numpy(rows.data["index"])[:, None])
+        return rows
+
+
 def plan_of(source, **changes):
     options = {"seed": 0, "world_size": 1, "rank": 0, "batch_size": 5, "window_blocks": 3,
                "shuffle": True, **changes}  # fmt: skip

@@ -53,7 +53,7 @@ class Block:
     Attributes:
         values: Offset-free DN, dB or 8-bit values in the stored dtype, (n, T, C, Y, X), finite;
             of a read in parts: as stored.
-        valid: True where the pixel is a measurement, (n, T, Y, X); of a read in parts: (0, T, Y, X).
+        valid: True where the pixel is a measurement, (n, T, Y, X); n = 0 for a read in parts.
         dates: Days since 1970-01-01, 0 if unknown, int32 (n, T).
         ids: What pairs the locations over products: the location id (A), the tar key (B).
         location_ids: The location id as stored.

@@ -114,9 +114,8 @@ def _verdict(item: Array, cloud: Array | None, validity: Validity, release: str)
     product = validity.product
 
     def mask() -> Array:
-        return validity.settle(
-            item[:, :, ::4, ::4], None if cloud is None else cloud[:, ::4, ::4]
-        )[0]
+        classes = None if cloud is None else cloud[:, ::4, ::4]
+        return validity.settle(item[:, :, ::4, ::4], classes)[0]
 
     if product.name == "S2L1C":
         cirrus = item[:, product.bands.index("B10"), ::4, ::4][mask()]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -97,6 +98,15 @@ def test_epochs_follow_the_attribute_without_a_trainer():
         data.epoch = epoch
         orders.append([b["index"].tolist() for b in data.train_dataloader()])
     assert orders[0] == orders[2] != orders[1]
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(4, 3), (1, 1), (None, 1)])
+def test_cores_are_counted_where_the_system_knows_no_affinity(monkeypatch, cores, workers):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    data = FakeDataModule(num_bytes=10**9, global_batch_size=4)
+    data.setup("fit")
+    assert data.train_dataloader().loading.workers == workers
 
 
 def test_arguments_are_recorded_as_plain_data():

@@ -249,6 +249,37 @@ def test_nan_and_infinite_s1_become_invalid_and_finite(tmp_path: Path) -> None:
     assert np.isfinite(block.values).all()
 
 
+@pytest.mark.parametrize("product", ["S1GRD", "S2L2A", "S2RGB"])
+@pytest.mark.parametrize("mask_clouds", [False, True])
+def test_parts_are_what_a_whole_read_holds_there(
+    tmp_path: Path, product: str, mask_clouds: bool
+) -> None:
+    rng = np.random.default_rng(1)
+    shape = (3, DATES, {"S1GRD": 2, "S2L2A": 12, "S2RGB": 3}[product], SIDE, SIDE)
+    if product == "S1GRD":
+        values = rng.normal(-12, 4, shape).astype(np.float16)
+        values[rng.random(shape) < 0.02] = np.nan
+        values[rng.random(shape) < 0.02] = -np.inf
+    else:
+        dtype = np.uint8 if product == "S2RGB" else np.int16
+        values = rng.integers(0, 256, shape).astype(dtype)
+        values[1:] += dtype(0 if product == "S2RGB" else 1100)
+    values[:, :, :, 3:9, 5:20] = 0
+    cloud = rng.integers(0, 7, (3, DATES, SIDE, SIDE)).astype(np.uint8)
+    write_one(tmp_path, product, values, None if product == "S1GRD" else cloud)
+    whole = read_one(tmp_path, product, [2, 0], mask_clouds=mask_clouds)
+    block = read_one(tmp_path, product, [2, 0], mask_clouds=mask_clouds, in_parts=True)
+    assert block.offset.tolist() == whole.offset.tolist()
+    assert product != "S2L2A" or block.offset.tolist() == [0, 1000, 1000]
+    rows, columns = slice(2, 31), slice(7, 36)
+    for i, offset in enumerate(whole.offset):
+        found, valid = block.part(i, rows, columns)
+        expected = whole.values[i, :, :, rows, columns]
+        np.testing.assert_array_equal(valid, whole.valid[i, :, rows, columns])
+        np.testing.assert_array_equal(np.where(found == 0, found, found - offset), expected)
+        assert not valid.all() and valid.any()
+
+
 def test_labels_are_found_beside_the_data(tmp_path: Path) -> None:
     (tmp_path / "labels").mkdir()
     text = "sample,label,name,relief\n0000001,1,crops,0.5\n0000002,0,water,0.25\n"
