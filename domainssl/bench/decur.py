@@ -97,9 +97,7 @@ def _loss(z: _Projections, form: CorrelationForm) -> Tensor:
     return (first + second + (parts[0] + parts[1]) / 2) / 3
 
 
-def _check_equal(
-    z: _Projections, gram: Callable[[], Tensor], matrix: Callable[[], Tensor]
-) -> None:
+def _check_equal(z: _Projections, gram: Callable[[], Tensor], matrix: Callable[[], Tensor]) -> None:
     """Compare value and gradients, each relative to its largest entry.
 
     Raises:

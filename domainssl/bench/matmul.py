@@ -18,7 +18,7 @@ from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
 
 __all__ = ["Products", "measure"]
 
-_NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+_NAMES = ("mm", "mv", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _PREFIXES = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
 
 

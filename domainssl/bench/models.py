@@ -15,6 +15,7 @@ from torch import Tensor
 from domainssl.backbones.croma import PUBLISHED_MODALITIES
 from domainssl.bench.report import Settings
 from domainssl.modality import Batch, Modality
+from domainssl.objectives.base import Objective
 from domainssl.objectives.croma import CROMA
 
 __all__ = ["autocast", "batch_size", "croma", "forward_backward", "made_up_batch", "peak_memory"]
@@ -65,7 +66,7 @@ def autocast(settings: Settings) -> Any:
 
 
 def forward_backward(
-    model: CROMA, batch: Batch, settings: Settings, attention: Any = nullcontext
+    model: Objective, batch: Batch, settings: Settings, attention: Any = nullcontext
 ) -> Callable[..., Tensor]:
     """Return one training step without the optimiser, the same draws in every call.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from domainssl.backbones.encoders import EncoderSizes
 from domainssl.backbones.maestro_inputs import MAESTROInput
 from domainssl.bench.matmul import Products
 from domainssl.bench.models import forward_backward, modalities
@@ -22,7 +23,6 @@ from domainssl.objectives.barlow_twins import BarlowTwins
 from domainssl.objectives.base import Objective
 from domainssl.objectives.clip import CLIP
 from domainssl.objectives.decur import DeCUR
-from domainssl.objectives.encoder_sizes import EncoderSizes
 from domainssl.objectives.maestro import MAESTRO
 from domainssl.objectives.omnisat import OmniSat
 from domainssl.objectives.simclr import SimCLR
@@ -82,8 +82,9 @@ def _cases(settings: Settings) -> dict[str, _Case]:
     encoder: dict[str, Any] = {"encoder": "resnet50", "context_size": side}
     words = f"two ResNet-50, {side} px"
     if settings.quick:
-        encoder |= {"encoder": "transformer", "sizes": EncoderSizes(), "projector_width": 32}
-        encoder |= {"embedding_width": 32}
+        small = EncoderSizes(width=32, depth=1, heads=2, patch_size=8)
+        encoder |= {"encoder": "transformer", "sizes": small}
+        encoder |= {"projector_width": 32, "embedding_width": 32}
         words = f"two small transformers, {side} px"
     methods: dict[str, type[Objective]] = {
         "DeCUR": DeCUR,
@@ -131,9 +132,7 @@ def _footprint() -> dict[str, Modality]:
             size=(side, side),
             gsd_m=10.0,
         ),
-        "s1_asc": Modality(
-            "s1_asc", "series", ("VV", "VH"), "db", size=(side, side), gsd_m=10.0
-        ),
+        "s1_asc": Modality("s1_asc", "series", ("VV", "VH"), "db", size=(side, side), gsd_m=10.0),
     }
     return {
         name: replace(m, mean=(100.0,) * m.num_channels, std=(30.0,) * m.num_channels)

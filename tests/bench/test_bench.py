@@ -36,6 +36,16 @@ def test_start_up_is_measured_in_new_interpreters(tmp_path) -> None:
     assert len(rows) == 3 and all(row["median"] > 0 for row in rows)
 
 
+def test_forms_of_the_loss_that_differ_are_not_compared() -> None:
+    from domainssl.bench import decur
+
+    z = decur._projections(8, 16, "cpu")
+    gram, raw = decur._step(z, "gram", False), decur._step(z, "gram", True)
+    decur._check_equal(z, gram, decur._step(z, "matrix", False))
+    with pytest.raises(RuntimeError, match="the two forms differ by"):
+        decur._check_equal(z, gram, lambda: 2 * raw())
+
+
 def test_an_unknown_subject_is_refused_with_the_nearest_name(capsys) -> None:
     assert main(["bench", "strem", "--device=cpu"]) == 2
     said = capsys.readouterr().err

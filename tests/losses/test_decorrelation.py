@@ -235,3 +235,19 @@ def test_two_ranks_equal_one_process_in_value_and_gradient() -> None:
             assert float((x - y).abs().max()) <= bound, (name, options)
     local, exact = results[-1]
     torch.testing.assert_close(2 * local, exact)
+
+
+def test_the_gram_form_keeps_nothing_of_the_size_of_its_inputs_for_the_gradient() -> None:
+    a, b = _pair(8, 512)
+    own = {a.data_ptr(), b.data_ptr()}
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    present = torch.arange(8) != 3
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        redundancy(a, b, present=present, form="gram").weighted(0.1).backward()
+    assert {x.data_ptr() for x in kept} >= own
+    assert max(x.numel() for x in kept if x.data_ptr() not in own) <= 512
