@@ -44,10 +44,18 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
     assert cli("export", "--checkpoint", "run", "--output", "out", "--overwrite").status == 0
 
 
+def recipe_of(overlay: str) -> str:
+    """Return the recipe that an overlay is made for: a model's size names its method."""
+    methods = ("maestro", "decur", "simclr", "clip", "barlow_twins", "vicreg")
+    for method in methods if overlay.startswith("configs/model/") else ():
+        if Path(overlay).stem.startswith(f"{method}_"):
+            return f"treesat_{method}" if method == "maestro" else f"ssl4eo_{method}"
+    return "ssl4eo_croma"
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_fits_over_the_recipe(folder, overlay):
-    methods = {"maestro": "treesat_maestro", "decur": "ssl4eo_decur"}
-    recipe = next((r for method, r in methods.items() if method in overlay), "ssl4eo_croma")
+    recipe = recipe_of(overlay)
     request = prepare("fit", ["--config", f"recipes/{recipe}.yaml", "--config", overlay])
     assert request.name == recipe
 
