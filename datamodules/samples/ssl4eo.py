@@ -29,11 +29,11 @@ from domainssl.datamodules.samples.ssl4eo_scene import (
     optical,
     radar,
 )
-from domainssl.errors import require
+from domainssl.errors import ConfigError, nearest, require
 from domainssl.readers.ssl4eo_facts import L1C_BANDS, L2A_BANDS, PRODUCTS, product
 from domainssl.readers.ssl4eo_write import TileTable, write_release_a
 
-__all__ = ["LOCATIONS", "VERSION", "build", "sample_root"]
+__all__ = ["LOCATIONS", "VERSION", "Factors", "build", "factors", "sample_root"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,26 @@ def sample_root(products: Iterable[str] = ("S1GRD", "S2L2A")) -> Path:
     return locked_build(entry, VERSION, lambda folder: build(folder, names))
 
 
+@dataclass(frozen=True)
+class Factors:
+    """The numbers that the locations of a split were made from, one value per location.
+
+    Attributes:
+        ids: Names of the locations, as the batch's `id` begins.
+        label: Dominant cover, position in `COVERS`.
+        shared: What both sensors see, by name.
+        radar: What reaches the radar alone: offsets of VV and VH in dB, the same at all dates.
+        optical: What reaches the optical sensor alone: logarithms of a gain of visible and
+            short-wave light and of one of near-infrared light, the same at all dates.
+    """
+
+    ids: list[str]
+    label: Array
+    shared: dict[str, Array]
+    radar: dict[str, Array]
+    optical: dict[str, Array]
+
+
 @dataclass
 class _Item:
     """Everything the files hold of one location."""
@@ -71,13 +91,13 @@ class _Item:
     crs: int
     x0: float
     y0: float
+    own: dict[str, dict[str, float]]
 
 
 def build(folder: Path, products: Sequence[str] = tuple(PRODUCTS)) -> None:
     """Write the sample into an empty folder; the same pixels every time."""
     for split, total in LOCATIONS.items():
-        rng = np.random.default_rng([_SEED, len(split)])
-        classes = rng.permutation(np.arange(total) % len(COVERS))
+        classes = _classes(split)
         places: list[tuple[str, Location]] = []
         names = []
         make = partial(_item, split, classes, products)
@@ -95,6 +115,41 @@ def build(folder: Path, products: Sequence[str] = tuple(PRODUCTS)) -> None:
         _write_labels(folder / "labels", split, places)
 
 
+def factors(split: str = "val") -> Factors:
+    """Draw the numbers behind the locations of a split again, without writing any file.
+
+    Args:
+        split: `train` or `val`.
+
+    Raises:
+        ConfigError: There is no such split.
+    """
+    if split not in LOCATIONS:
+        raise ConfigError(
+            f"factors: no split {split!r} in the embedded sample.{nearest(split, LOCATIONS)} "
+            f"It has {', '.join(LOCATIONS)}."
+        )
+    numbers = range(LOCATIONS[split])
+    with ThreadPoolExecutor(2) as pool:
+        items = list(pool.map(partial(_item, split, _classes(split), ()), numbers))
+    return Factors(
+        ids=[_location_id(split, number) for number in numbers],
+        label=np.array([item.place.label for item in items]),
+        shared=_columns([item.place.factors for item in items]),
+        radar=_columns([item.own["radar"] for item in items]),
+        optical=_columns([item.own["optical"] for item in items]),
+    )
+
+
+def _columns(rows: Sequence[dict[str, float]]) -> dict[str, Array]:
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def _classes(split: str) -> Array:
+    rng = np.random.default_rng([_SEED, len(split)])
+    return rng.permutation(np.arange(LOCATIONS[split]) % len(COVERS))
+
+
 def _location_id(split: str, number: int) -> str:
     return f"{number + (0 if split == 'train' else 200_000):07d}"
 
@@ -108,8 +163,8 @@ def _item(split: str, classes: Array, products: Sequence[str], number: int) -> _
     radar_times = times + rng.integers(-3, 4, DATES).astype("timedelta64[D]")
     months = (times.astype("datetime64[M]").astype(int) % 12).astype(np.float32)
     place = draw_location(rng, int(classes[number]), months)
-    s1 = radar(rng, place, looks_east=bool(rng.integers(2)))
-    surface, top, mask = optical(rng, place, rng.random(DATES) < 0.2)
+    s1, radar_own = radar(rng, place, looks_east=bool(rng.integers(2)))
+    surface, top, mask, optical_own = optical(rng, place, rng.random(DATES) < 0.2)
     if rng.random() < 0.05:  # the edge of a swath
         mask[rng.integers(DATES), :, : int(rng.integers(6, 30))] = 6
     gone = mask == 6
@@ -137,6 +192,7 @@ def _item(split: str, classes: Array, products: Sequence[str], number: int) -> _
         zone,
         float(rng.integers(300_000, 700_000)) + 0.5,
         float(rng.integers(1_000_000, 7_000_000)) + 0.25,
+        {"radar": radar_own, "optical": optical_own},
     )  # fmt: skip
 
 

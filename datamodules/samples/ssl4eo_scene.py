@@ -145,14 +145,15 @@ def _boost(fields: Array, label: int, share: float) -> float:
     return float(np.quantile(others - fields[label], share))
 
 
-def radar(rng: Rng, place: Location, looks_east: bool) -> Array:
-    """Return backscatter of all dates in dB, float16 (T, 2, Y, X)."""
+def radar(rng: Rng, place: Location, looks_east: bool) -> tuple[Array, dict[str, float]]:
+    """Return backscatter in dB, float16 (T, 2, Y, X), and what of its level radar alone sees."""
     contrast = 2.5 * place.strength * np.exp(rng.normal(0, 0.05))
     slope = np.gradient(place.terrain, axis=1) * (1 if looks_east else -1)
     fixed = (contrast * place.objects).astype(np.float32) * _SENSE.T[:, place.cover]
     fixed += 6.0 * place.relief * slope
     fixed += np.array([0.7, 0.35], np.float32)[:, None, None] * place.roughness
-    level = np.array([-12.0, -19.0], np.float32) + rng.normal(0, 0.9, 2).astype(np.float32)
+    own = rng.normal(0, 0.9, 2)
+    level = np.array([-12.0, -19.0], np.float32) + own.astype(np.float32)
     out = np.empty((DATES, 2, SIDE, SIDE), np.float16)
     for date in range(DATES):
         green, wet = place.greenness[date] - 0.5, place.wetness - 0.5
@@ -161,10 +162,12 @@ def radar(rng: Rng, place: Location, looks_east: bool) -> Array:
         base = level + shift + rng.normal(0, 0.4, 2).astype(np.float32)
         values = fixed + base[:, None, None] + speckle
         out[date] = np.round(values * 2) / 2  # steps of 0.5 dB: less to store
-    return out
+    return out, {"level_vv_db": float(own[0]), "level_vh_db": float(own[1])}
 
 
-def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Array]:
+def optical(
+    rng: Rng, place: Location, cloudy: Array
+) -> tuple[Array, Array, Array, dict[str, float]]:
     """Return reflectance at the surface and at the top of the atmosphere, and the cloud mask.
 
     Args:
@@ -173,8 +176,8 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
         cloudy: Which dates have clouds, bool (T,).
 
     Returns:
-        L2A and L1C reflectance in the 13 bands of L1C, float32 (T, 13, Y, X), and the mask
-        classes, uint8 (T, Y, X).
+        L2A and L1C reflectance in the 13 bands of L1C, float32 (T, 13, Y, X), the mask classes,
+        uint8 (T, Y, X), and the tones that the optical sensor alone sees.
     """
     mixes = rng.dirichlet([12, 12, 12], len(COVERS)).astype(np.float32)
     mixes = 0.15 * mixes + 0.85 * mixes.mean(0)  # colours of the covers hardly differ
@@ -215,7 +218,7 @@ def optical(rng: Rng, place: Location, cloudy: Array) -> tuple[Array, Array, Arr
             mask[date][shade[0] > 0.5] = 5
             mask[date][thin[0] > 0.2] = 3
             mask[date][thick[0] > 0.5] = 4
-    return surface, top, mask
+    return surface, top, mask, {"tone_visible": float(tone[0]), "tone_infrared": float(tone[1])}
 
 
 def _stand_out(change: Array, step: int) -> Array:

@@ -211,7 +211,23 @@ class DeCUR(_JointEmbedding):
 
     def embed(self, features: Features) -> dict[str, Tensor]:
         """Return the common dimensions, standardised by running statistics, (B, K_c) each."""
-        return {name: self._common(z) for name, z in super().embed(features).items()}
+        return {n: parts["common"] for n, parts in self.common_and_unique(features).items()}
+
+    def common_and_unique(self, features: Features) -> dict[str, dict[str, Tensor]]:
+        """Project pooled features; what the modalities share and what each has to itself.
+
+        Args:
+            features: From `features(batch)`, of one modality or both.
+
+        Returns:
+            By modality `common` (B, K_c) and `unique` (B, K - K_c), standardised by running
+            statistics.
+        """
+        found = {}
+        for name, z in super().embed(features).items():
+            common, unique = self.split(z)
+            found[name] = {"common": common, "unique": unique}
+        return found
 
     def _common(self, z: Tensor) -> Tensor:
         return self.split(z)[0]

@@ -4,9 +4,13 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+from domainssl.backbones.encoder_files import published_modality
 from domainssl.cli import catalog
 from domainssl.cli.train import build, prepare
+from domainssl.objectives.decur import DeCUR
+from domainssl.objectives.joint_embedding import published_views
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*.yaml"))
@@ -40,9 +44,18 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
     assert cli("export", "--checkpoint", "run", "--output", "out", "--overwrite").status == 0
 
 
+def recipe_of(overlay: str) -> str:
+    """Return the recipe that an overlay is made for: a model's size names its method."""
+    methods = ("maestro", "decur", "simclr", "clip", "barlow_twins", "vicreg")
+    for method in methods if overlay.startswith("configs/model/") else ():
+        if Path(overlay).stem.startswith(f"{method}_"):
+            return f"treesat_{method}" if method == "maestro" else f"ssl4eo_{method}"
+    return "ssl4eo_croma"
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_fits_over_the_recipe(folder, overlay):
-    recipe = "treesat_maestro" if "maestro" in overlay else "ssl4eo_croma"
+    recipe = recipe_of(overlay)
     request = prepare("fit", ["--config", f"recipes/{recipe}.yaml", "--config", overlay])
     assert request.name == recipe
 
@@ -58,6 +71,32 @@ def test_published_sizes_stand_in_the_model_overlays(folder):
     )
     assert config["data"]["init_args"]["crop"]["size"] == 120
     assert config["trainer"]["max_epochs"] == 300
+
+
+# published parameters of a backbone of 2 and of 13 bands, and of the projector they share
+DECUR = {
+    "resnet50": (23_504_896, 23_539_392, 151_027_712),
+    "resnet50_rda": (23_504_896, 23_539_392, 151_027_712),
+    "vit_small": (21_567_360, 22_648_704, 137_396_224),
+}
+
+
+@pytest.mark.parametrize("size", DECUR)
+def test_published_sizes_of_decur_stand_in_its_overlays(folder, size):
+    words = ["--config", "recipes/ssl4eo_decur.yaml"]
+    words += ["--config", f"configs/model/decur_{size}.yaml"]
+    config = prepare("fit", words).config
+    arguments, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert data["crop"]["size"] == 264 and data["products"]["s2"] == "S2L1C"
+    with torch.device("meta"):
+        model = DeCUR({m.name: m for m in map(published_modality, (2, 13))}, **arguments)
+    assert (model.common, model.view_size, model.off_diagonal) == (7168, 224, 0.0051)
+    assert model.views == {n: published_views(m) for n, m in model.backbone.modalities.items()}
+    assert model.optimization.optimizer == ("lars" if size == "resnet50" else "adamw")
+    parts = [*model.backbone.encoders.values(), model.heads["shared"]]
+    counts = tuple(sum(p.numel() for p in part.parameters()) for part in parts)
+    assert counts == DECUR[size]
+    assert set(model.backbone.attention) == ({"shared"} if size.endswith("rda") else set())
 
 
 SLURM = ["--config", "recipes/ssl4eo_croma.yaml", "--config", "configs/trainer/slurm.yaml"]

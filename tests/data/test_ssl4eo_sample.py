@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from domainssl.datamodules.samples import ssl4eo as sample
 from domainssl.datamodules.samples.ssl4eo_scene import COVERS
+from domainssl.errors import ConfigError
+from domainssl.evaluation.factors import explained_variance
 from domainssl.readers.ssl4eo import labels, read, scan
 
 PAIR = {"s1": "S1GRD", "s2": "S2L2A"}
@@ -118,3 +122,33 @@ def test_band_statistics_do_not_tell_the_classes(blocks: dict, modalities) -> No
         return x.reshape(-1, x.shape[-1]), blocks[split]["label"].repeat(4)
 
     assert probe(items("train"), items("val")) < 0.35  # chance is 0.25
+
+
+@pytest.fixture(scope="module")
+def factors() -> sample.Factors:
+    return sample.factors("val")
+
+
+def test_factors_are_those_of_the_table(sample_root: Path, factors: sample.Factors) -> None:
+    with open(sample_root / "labels" / "val.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sample"] for row in rows] == factors.ids
+    assert [int(row["label"]) for row in rows] == factors.label.tolist()
+    for name, values in factors.shared.items():
+        np.testing.assert_allclose([float(row[name]) for row in rows], values, atol=1e-5)
+
+
+def test_own_factors_reach_one_sensor_alone(blocks: dict, factors: sample.Factors) -> None:
+    levels = {m: np.median(blocks["val"][m].astype(np.float32), (1, 3, 4)) for m in PAIR}
+    means = {"s1": torch.from_numpy(levels["s1"]), "s2": torch.from_numpy(levels["s2"]).log()}
+    own = {"s1": factors.radar, "s2": factors.optical}
+    for sensor, other in (("s1", "s2"), ("s2", "s1")):
+        for name, values in own[sensor].items():
+            factor = torch.from_numpy(values)
+            assert explained_variance(means[sensor], factor) > 0.1, name
+            assert explained_variance(means[other], factor) < 0.05, name
+
+
+def test_factors_of_an_unknown_split_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no split 'vall' in the embedded sample. Did you mean"):
+        sample.factors("vall")

@@ -1,0 +1,93 @@
+"""Do DeCUR's common and unique dimensions hold what their names say, on held-out locations.
+
+The embedded sample is made from known numbers: some both sensors see, some only one of them does.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import domainssl
+from domainssl.cli import main
+from domainssl.datamodules import SSL4EOS12DataModule
+from domainssl.datamodules.crops import Crop
+from domainssl.datamodules.samples import ssl4eo as sample
+from domainssl.evaluation.factors import factor_scores
+from domainssl.objectives.decur import DeCUR
+
+RECIPE = Path(domainssl.__file__).parent / "recipes" / "ssl4eo_decur.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _quiet_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Lightning's log handler keeps the stderr of the test that imported it
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The end of one run of the recipe."""
+    folder = tmp_path_factory.mktemp("decur") / "run"
+    words = ["fit", "--config", str(RECIPE), f"--run_dir={folder}", "--trainer.accelerator=cpu"]
+    assert main([*words, "--callbacks.evaluation=null"]) == 0
+    return folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def scores(checkpoint: Path, sample_root: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean explained variance by sensor, part of the embedding, and kind of factor."""
+    found = sample.factors("val")
+    numbers = {name: torch.from_numpy(values) for name, values in found.shared.items()}
+    shared = {**numbers, "cover": torch.from_numpy(found.label)}
+    own = {"s1": found.radar, "s2": found.optical}
+    model = DeCUR.load_from_checkpoint(checkpoint, weights_only=True).eval()
+    parts, ids = held_out(model)
+    assert ids == found.ids
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for sensor, dimensions in parts.items():
+        alone = {name: torch.from_numpy(values) for name, values in own[sensor].items()}
+        explained = factor_scores(dimensions, {**shared, **alone})
+        result[sensor] = {
+            part: {
+                "shared": sum(of[name] for name in shared) / len(shared),
+                "own": sum(of[name] for name in alone) / len(alone),
+            }
+            for part, of in explained.items()
+        }
+    return result
+
+
+def held_out(model: DeCUR) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
+    """Return the embeddings of the held-out locations as the recipe sees them, and their names."""
+    data = SSL4EOS12DataModule(
+        products={"s1": "S1GRD", "s2": "S2L2A"},
+        global_batch_size=64,
+        crop=Crop(min_px=64, max_px=64, size=64),
+        dates="views",
+    )
+    data.setup("validate")
+    [batch] = list(data.val_dataloader())
+    with torch.no_grad():
+        return model.common_and_unique(model.features(batch)), batch["id"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sensor", ["s1", "s2"])
+def test_common_dimensions_predict_shared_factors_better_than_unique_ones_do(scores, sensor):
+    common, unique = scores[sensor]["common"], scores[sensor]["unique"]
+    assert common["shared"] > unique["shared"] + 0.05, scores
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sensor", ["s1", "s2"])
+def test_unique_dimensions_predict_the_sensors_own_factors_better_than_common_ones_do(
+    scores, sensor
+):
+    common, unique = scores[sensor]["common"], scores[sensor]["unique"]
+    assert unique["own"] > common["own"] + 0.05, scores
