@@ -40,11 +40,41 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
     assert cli("export", "--checkpoint", "run", "--output", "out", "--overwrite").status == 0
 
 
+def recipe_of(overlay: str) -> str:
+    """Return the recipe that an overlay is made for: a model's size names its method."""
+    methods = ("maestro", "decur", "simclr", "clip", "barlow_twins", "vicreg")
+    for method in methods if overlay.startswith("configs/model/") else ():
+        if Path(overlay).stem.startswith(f"{method}_"):
+            return f"treesat_{method}" if method == "maestro" else f"ssl4eo_{method}"
+    return "ssl4eo_croma"
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_fits_over_the_recipe(folder, overlay):
-    recipe = "treesat_maestro" if "maestro" in overlay else "ssl4eo_croma"
+    recipe = recipe_of(overlay)
     request = prepare("fit", ["--config", f"recipes/{recipe}.yaml", "--config", overlay])
     assert request.name == recipe
+
+
+@pytest.mark.parametrize("method", ["simclr", "clip", "barlow_twins", "vicreg"])
+def test_the_siblings_overlays_hold_the_published_values(folder, method):
+    overlay = f"configs/model/{method}_resnet50.yaml"
+    words = ["--config", f"recipes/ssl4eo_{method}.yaml", "--config", overlay]
+    config = prepare("fit", words).config
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    rates = {name: model["optimization"][name] for name in ("optimizer", "lr", "lr_bias")}
+    assert rates == {"optimizer": "lars", "lr": 0.2, "lr_bias": 0.0048}
+    assert model["encoder"] == "resnet50" and model["normalization"] == "mean2std8"
+    wide = method in ("barlow_twins", "vicreg")
+    expected = (8192, 8192) if wide else (512, 128)
+    assert (model["projector_width"], model["embedding_width"]) == expected
+    assert model.get("temperature", 1.0) == 1.0
+    assert data["products"] == {"s1": "S1GRD", "s2": "S2L1C"}
+    assert (data["global_batch_size"], data["crop"]["size"]) == (
+        512 if method == "barlow_twins" else 256,
+        264,
+    )
+    assert model["views"] is None and data["dates"] == "all"
 
 
 def test_published_sizes_stand_in_the_model_overlays(folder):
