@@ -60,6 +60,27 @@ def test_an_overlay_fits_over_the_recipe(folder, overlay):
     assert request.name == recipe
 
 
+@pytest.mark.parametrize("method", ["simclr", "clip", "barlow_twins", "vicreg"])
+def test_the_siblings_overlays_hold_the_published_values(folder, method):
+    overlay = f"configs/model/{method}_resnet50.yaml"
+    words = ["--config", f"recipes/ssl4eo_{method}.yaml", "--config", overlay]
+    config = prepare("fit", words).config
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    rates = {name: model["optimization"][name] for name in ("optimizer", "lr", "lr_bias")}
+    assert rates == {"optimizer": "lars", "lr": 0.2, "lr_bias": 0.0048}
+    assert model["encoder"] == "resnet50" and model["normalization"] == "mean2std8"
+    wide = method in ("barlow_twins", "vicreg")
+    expected = (8192, 8192) if wide else (512, 128)
+    assert (model["projector_width"], model["embedding_width"]) == expected
+    assert model.get("temperature", 1.0) == 1.0
+    assert data["products"] == {"s1": "S1GRD", "s2": "S2L1C"}
+    assert (data["global_batch_size"], data["crop"]["size"]) == (
+        512 if method == "barlow_twins" else 256,
+        264,
+    )
+    assert model["views"] is None and data["dates"] == "all"
+
+
 def test_published_sizes_stand_in_the_model_overlays(folder):
     words = ["--config", "recipes/ssl4eo_croma.yaml", "--config", "configs/model/croma_base.yaml"]
     config = prepare("fit", words).config
