@@ -405,7 +405,7 @@ class OmniSat(Objective):
     ) -> dict[str, Any]:
         """Pictures in normalised units, hidden patches NaN in `masked`, and contrasted vectors.
 
-        A series is shown on one of its reconstructed dates.
+        A series is shown on one of its reconstructed dates, (B, 1, C, H, W).
         """
         reconstruction = {}
         for name, picture in pictures.items():
@@ -416,9 +416,13 @@ class OmniSat(Objective):
                 "predicted": picture.predicted.float() * picture.scale + picture.mean,
             }
             side = self.backbone.patch_size[name]
-            reconstruction[name] = {
+            images = {
                 kind: unpatchify(t, self.backbone.grid, side, channels_first=True).detach()
                 for kind, t in shown.items()
+            }
+            is_series = self.backbone.modalities[name].kind == "series"
+            reconstruction[name] = {
+                kind: t.unsqueeze(1) if is_series else t for kind, t in images.items()
             }
         embeddings = {name: z.detach() for name, z in self.embed(features).items()}
         return {"reconstruction": reconstruction, "embeddings": embeddings}
