@@ -35,6 +35,7 @@ SUBJECTS = {
     "stream": "the SSL4EO-S12 stream against bare decoding of the same blocks",
     "step": "CROMA's training step against materialised attention with bias tables per item",
     "matmul": "CROMA's training step against its own matrix products run back to back",
+    "omnisat": "OmniSat's token contrast against full mask matrices, time and memory",
     "distances": "distances of a large grid, and the backbone on it with its memory",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
     "startup": "import and help against importing Lightning's command line",

@@ -42,7 +42,8 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_fits_over_the_recipe(folder, overlay):
-    recipe = "treesat_maestro" if "maestro" in overlay else "ssl4eo_croma"
+    method = Path(overlay).stem.partition("_")[0]
+    recipe = {"maestro": "treesat_maestro", "omnisat": "treesat_omnisat"}.get(method, "ssl4eo_croma")
     request = prepare("fit", ["--config", f"recipes/{recipe}.yaml", "--config", overlay])
     assert request.name == recipe
 
@@ -58,6 +59,17 @@ def test_published_sizes_stand_in_the_model_overlays(folder):
     )
     assert config["data"]["init_args"]["crop"]["size"] == 120
     assert config["trainer"]["max_epochs"] == 300
+
+
+def test_published_sizes_of_omnisat_build_the_published_model(folder, sample_root):
+    words = ["--config", "recipes/treesat_omnisat.yaml"]
+    words += ["--config", "configs/model/omnisat_base.yaml"]
+    sensors = "--data.modalities=[aerial,s2,s1_asc]"
+    model = build("fit", [*words, sensors, "--trainer.accelerator=cpu"]).model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == 11_621_072  # counted in the published network for these three sensors
+    assert (model.backbone.grid, model.backbone.patch_size["aerial"]) == ((6, 6), 50)
+    assert model.backbone.series.dropout == 0.2 and model.max_frames == 50
 
 
 SLURM = ["--config", "recipes/ssl4eo_croma.yaml", "--config", "configs/trainer/slurm.yaml"]
