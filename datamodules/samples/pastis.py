@@ -30,7 +30,7 @@ __all__ = ["FOLDS", "KINDS", "PER_FOLD", "SIDE", "VERSION", "build", "sample_roo
 
 logger = logging.getLogger(__name__)
 
-VERSION = "2"
+VERSION = "3"
 FOLDS, PER_FOLD, SIDE = 5, 10, 32
 KINDS = (2, 3, 5, 7)  # soft winter wheat, corn, winter rapeseed, sunflower
 _SEED = 20261107
@@ -102,9 +102,10 @@ def _series(
 ) -> dict[str, dict[str, int]]:
     """Write the three series and return their dates."""
     shift = rng.normal(0, 5)
-    base = rng.uniform(0.0, 0.35, fields.max() + 1)[fields]
-    swing = rng.uniform(0.4, 0.65, fields.max() + 1)[fields]
+    base = rng.uniform(0.0, 0.25, fields.max() + 1)[fields]
+    swing = rng.uniform(0.5, 0.75, fields.max() + 1)[fields]
     swing[hedge] *= 0.3
+    swing *= np.clip(0.8 + 0.25 * rng.normal(size=(SIDE, SIDE)), 0.2, 1)  # growth is patchy
 
     def green(dates: Array) -> Array:
         day_of_year = (dates - dates.astype("datetime64[Y]")).astype(int) + 1

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from domainssl.errors import ConfigError
 from domainssl.nn.attention import AttentionPath
 from domainssl.nn.patching import grid_coordinates
 
@@ -22,6 +23,7 @@ __all__ = [
     "RelativeTable",
     "aligned_buckets",
     "bucket_table",
+    "check_path",
     "legacy_buckets",
     "relative_attention",
 ]
@@ -82,6 +84,24 @@ class RelativeTable(nn.Module):
         return q @ self.lookup_table_weight[0].to(q.dtype)
 
 
+def check_path(path: AttentionPath, where: str) -> None:
+    """Refuse the kind of attention that has no learned terms.
+
+    Args:
+        path: What was asked for.
+        where: Name of the setting, for the message.
+
+    Raises:
+        ConfigError: It is `flex`.
+    """
+    if path == "flex":
+        raise ConfigError(
+            f"{where}: got 'flex', which computes distance biases inside its kernel, but here "
+            "every query has learned terms per bucket of distance, which are gathered; expected "
+            "'fused' or 'math'. Set it to 'fused'."
+        )
+
+
 def relative_attention(
     q: Tensor,
     k: Tensor,
@@ -103,11 +123,15 @@ def relative_attention(
         buckets: int64 (Q, K).
         key_valid: bool (B, K); at least one key of every item must be valid.
         dropout: On the attention weights.
-        path: `math` writes the formula out in float32; otherwise scaled_dot_product_attention.
+        path: `fused` uses scaled_dot_product_attention, `math` writes the formula out in float32.
 
     Returns:
         (B, Hd, Q, d) in q's dtype.
+
+    Raises:
+        ConfigError: The path is `flex`.
     """
+    check_path(path, "attention path")
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
 

@@ -27,7 +27,6 @@ from domainssl.backbones.omnisat import (
     SeriesArchitecture,
     Traces,
     flatten_reference,
-    mean_token,
 )
 from domainssl.backbones.registry import load_backbone, read_tensors
 from domainssl.errors import ConfigError, WeightsError, nearest
@@ -39,6 +38,7 @@ from domainssl.nn.calendar import Calendar, date_sinusoids
 from domainssl.nn.filtering import filter_dates
 from domainssl.nn.masking import Masking, kept_count, mask_from_noise
 from domainssl.nn.patching import unpatchify
+from domainssl.nn.relative import check_path
 from domainssl.objectives.base import Generators, Objective, Optimization, Step
 from domainssl.objectives.execution import Execution
 from domainssl.options import as_dataclass, decide, option
@@ -197,7 +197,8 @@ class OmniSat(Objective):
         seed: Seed of all draws.
         allow_accumulation: Accept gradient accumulation, which does not enlarge the contrastive
             batch.
-        execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
+        execution: Speed and memory: gradient checkpointing, compilation, kind of attention
+            (`fused` or `math`).
         context_size: Side of what the DataModule yields, None for any.
         check_units: Look at the first batches and refuse values in another unit than the model's.
 
@@ -241,6 +242,7 @@ class OmniSat(Objective):
             context_size=context_size,
             check_units=check_units,
         )
+        check_path(self.execution.attention, "model.init_args.execution.attention")
         sizes = _sizes(size, architecture)
         self.options = decide(as_dataclass(OmniSatOptions, options), reference)
         known = as_modalities(modalities)
@@ -332,9 +334,13 @@ class OmniSat(Objective):
         )
 
     def embed(self, features: Features) -> dict[str, Tensor]:
-        """Average the normalised tokens of every sensor, the vectors that the loss compares."""
+        """Lay the normalised tokens of every sensor side by side, (B, P·E).
+
+        The loss compares patches at the same place, so the similarity of two items is the mean
+        cosine over their patches: the cosine of these vectors. Patches without data are zero.
+        """
         return {
-            name: mean_token(F.normalize(features.tokens[name].float(), dim=-1), valid)
+            name: (F.normalize(features.tokens[name].float(), dim=-1) * valid[..., None]).flatten(1)
             for name, valid in features.token_valid.items()
             if name in self.backbone.modalities
         }
@@ -405,7 +411,7 @@ class OmniSat(Objective):
     ) -> dict[str, Any]:
         """Pictures in normalised units, hidden patches NaN in `visible`, and contrasted vectors.
 
-        A series is shown on one of its reconstructed dates.
+        A series is shown on one of its reconstructed dates, (B, 1, C, H, W).
         """
         reconstruction = {}
         for name, picture in pictures.items():
@@ -416,9 +422,13 @@ class OmniSat(Objective):
                 "predicted": picture.predicted.float() * picture.scale + picture.mean,
             }
             side = self.backbone.patch_size[name]
-            reconstruction[name] = {
+            images = {
                 kind: unpatchify(t, self.backbone.grid, side, channels_first=True).detach()
                 for kind, t in shown.items()
+            }
+            is_series = self.backbone.modalities[name].kind == "series"
+            reconstruction[name] = {
+                kind: t.unsqueeze(1) if is_series else t for kind, t in images.items()
             }
         embeddings = {name: z.detach() for name, z in self.embed(features).items()}
         return {"reconstruction": reconstruction, "embeddings": embeddings}

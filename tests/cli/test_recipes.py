@@ -46,10 +46,10 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
 
 def recipe_of(overlay: str) -> str:
     """Return the recipe that an overlay is made for: a model's size names its method."""
-    methods = ("maestro", "decur", "simclr", "clip", "barlow_twins", "vicreg")
+    methods = ("maestro", "omnisat", "decur", "simclr", "clip", "barlow_twins", "vicreg")
     for method in methods if overlay.startswith("configs/model/") else ():
         if Path(overlay).stem.startswith(f"{method}_"):
-            return f"treesat_{method}" if method == "maestro" else f"ssl4eo_{method}"
+            return f"treesat_{method}" if method in ("maestro", "omnisat") else f"ssl4eo_{method}"
     return "ssl4eo_croma"
 
 
@@ -118,6 +118,17 @@ def test_published_sizes_of_decur_stand_in_its_overlays(folder, size):
     counts = tuple(sum(p.numel() for p in part.parameters()) for part in parts)
     assert counts == DECUR[size]
     assert set(model.backbone.attention) == ({"shared"} if size.endswith("rda") else set())
+
+
+def test_published_sizes_of_omnisat_build_the_published_model(folder, sample_root):
+    words = ["--config", "recipes/treesat_omnisat.yaml"]
+    words += ["--config", "configs/model/omnisat_base.yaml"]
+    sensors = "--data.modalities=[aerial,s2,s1_asc]"
+    model = build("fit", [*words, sensors, "--trainer.accelerator=cpu"]).model
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == 11_621_072  # counted in the published network for these three sensors
+    assert (model.backbone.grid, model.backbone.patch_size["aerial"]) == ((6, 6), 50)
+    assert model.backbone.series.dropout == 0.2 and model.max_frames == 50
 
 
 SLURM = ["--config", "recipes/ssl4eo_croma.yaml", "--config", "configs/trainer/slurm.yaml"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,24 @@ def test_batches_mix_lengths_and_hold_what_the_modalities_say(root: Path) -> Non
         assert (batch["s2.dates"][~padded] > 17_000).all()
     absent = torch.cat([~batch["s1_des.present"] for batch in batches])
     assert 0 < absent.sum() < 10  # some tiles were never seen on descending passes
+
+
+def test_the_dates_drawn_of_one_series_say_nothing_about_those_of_another(root: Path) -> None:
+    data = opened(root, dates=SeriesDates(most=8))
+    source = data._sources["train"]
+    ranks = []  # place of each drawn date among all of its series
+    for block in range(24):
+        drawn, whole = (
+            replace(source, dates=SeriesDates(most=most)).load(Piece(block, 0, 1), 0).data
+            for most in (8, None)
+        )
+        pair = []
+        for name in ("s1_asc", "s1_des"):
+            days = whole[f"{name}.dates"][0]
+            pair.append(torch.isin(days, drawn[f"{name}.dates"][0])[:27].numpy())
+        ranks.append(pair)
+    a, b = (np.concatenate([pair[i] for pair in ranks]) for i in range(2))
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
 
 
 def test_modality_sizes_follow_the_footprint() -> None:

@@ -18,10 +18,12 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.losses import tokens as token_losses
 from domainssl.losses.tokens import token_nce
 from domainssl.modality import Modality
+from domainssl.nn.blocks import set_attention_path
 from domainssl.nn.calendar import day_of_year
 from domainssl.nn.filtering import filter_dates
 from domainssl.nn.relative import aligned_buckets, bucket_table, legacy_buckets
 from domainssl.objectives.base import Generators
+from domainssl.objectives.execution import Execution
 from domainssl.objectives.omnisat import OmniSat, OmniSatArchitecture, OmniSatOptions
 from domainssl.options import option_table
 
@@ -245,6 +247,47 @@ def test_long_series_are_cut_to_max_frames_and_padding_is_never_taken() -> None:
     assert int(draws.frames["s2"].max()) < 5
     assert (draws.frames["s2"].diff() > 0).all()
     assert all(loss.isfinite() for loss in model(given, draws).losses.values())
+
+
+def _objective(**changes: Any) -> OmniSat:
+    torch.manual_seed(0)
+    sizes = OmniSatArchitecture(depth=1)
+    return OmniSat(
+        dict(modalities()), size="tiny", architecture=sizes, normalization="identity", **changes
+    )
+
+
+def test_pictures_have_the_layout_of_the_batch() -> None:
+    model, given = _objective(), batch()
+    generator = torch.Generator().manual_seed(0)
+    step = model(given, model.draw(given, Generators(generator, generator)), outputs=True)
+    for name, modality in model.backbone.modalities.items():
+        whole = list(given[name].shape)
+        if modality.kind == "series":
+            whole[1] = 1  # one of the dates
+        for picture in step.outputs["reconstruction"][name].values():
+            assert list(picture.shape) == whole
+
+
+def test_retrieval_compares_items_by_the_mean_cosine_of_their_patches() -> None:
+    model, given = _objective().eval(), batch()
+    given["s2.valid"] = torch.ones(2, 5, 3, 3, dtype=torch.bool)
+    given["s2.valid"][0, :, 0, 0] = False  # a patch without a measurement
+    with torch.no_grad():
+        features = model.backbone(given)
+        vectors = model.embed(features)
+    tokens = features.tokens
+    cosines = torch.nn.functional.cosine_similarity(tokens["s2"][0], tokens["s1"][1], dim=-1)
+    torch.testing.assert_close(vectors["s2"][0] @ vectors["s1"][1], cosines[1:].sum())
+
+
+def test_attention_inside_a_kernel_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"execution\.attention: got 'flex'.*'fused' or 'math'"):
+        _objective(execution=Execution(attention="flex"))
+    model = backbone()
+    set_attention_path(model, "flex")
+    with pytest.raises(ConfigError, match="got 'flex'"):
+        model(batch())
 
 
 def test_modalities_that_do_not_share_a_grid_are_refused() -> None:
