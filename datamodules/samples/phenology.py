@@ -51,9 +51,7 @@ def cloud_cover(rng: Rng, dates: int, height: int, width: int, cloudy: float = 0
     return out
 
 
-def optical_series(
-    rng: Rng, green: Array, cloud: Array, *, is_varied: bool = False
-) -> Array:
+def optical_series(rng: Rng, green: Array, cloud: Array, *, is_varied: bool = False) -> Array:
     """Return Sentinel-2 digital numbers of a place.
 
     Args:

@@ -43,7 +43,9 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_fits_over_the_recipe(folder, overlay):
     method = Path(overlay).stem.partition("_")[0]
-    recipe = {"maestro": "treesat_maestro", "omnisat": "treesat_omnisat"}.get(method, "ssl4eo_croma")
+    recipe = {"maestro": "treesat_maestro", "omnisat": "treesat_omnisat"}.get(
+        method, "ssl4eo_croma"
+    )
     request = prepare("fit", ["--config", f"recipes/{recipe}.yaml", "--config", overlay])
     assert request.name == recipe
 
