@@ -1,9 +1,9 @@
 """The embedded sample of TreeSatAI Time Series: 96 training and 96 held-out tiles in its layout.
 
 Four of the fifteen genera occur. Aerial images tell them by what crowns look like, series by when
-they are green (`phenology.py`); how dense a stand is, place by place, both see. Series have 27 to 37
-dates instead of some hundred. As in the real files, passes are stored twice where slices overlap,
-radar has zeros and NaN, and some tiles were never seen on descending passes.
+they are green (`phenology.py`); how dense a stand is, place by place, both see. Series have 27 to
+37 dates instead of some hundred. As in the real files, passes are stored twice where slices
+overlap, radar has zeros and NaN, and some tiles were never seen on descending passes.
 """
 
 from __future__ import annotations
@@ -167,11 +167,10 @@ def _write_series(path: Path, rng: Rng, year: int, shares: Array, density: Array
         density: Share of the ground that leaves can cover, (6, 6).
     """
     h5py = require("h5py", "geo")
-    cells = (
-        _CELLS,
-        _CELLS,
-    )  # what stands on a cell is drawn there: 96 tiles are soon known by heart
-    shift, base, swing = rng.normal(0, 5), rng.uniform(0, 0.3, cells), rng.uniform(0.5, 0.75, cells)
+    # what stands on a cell is drawn there: 96 tiles alone would soon be known by heart
+    cells = (_CELLS, _CELLS)
+    shift, base = rng.normal(0, 5), rng.uniform(0, 0.3, cells)
+    swing = rng.uniform(0.5, 0.75, cells)
 
     def green(days: Array) -> Array:
         curves = np.stack([greenness(k, days, shift) for k in range(len(KINDS))])  # (kinds, T)

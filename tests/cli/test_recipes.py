@@ -42,10 +42,8 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_an_overlay_fits_over_the_recipe(folder, overlay):
-    method = Path(overlay).stem.partition("_")[0]
-    recipe = {"maestro": "treesat_maestro", "omnisat": "treesat_omnisat"}.get(
-        method, "ssl4eo_croma"
-    )
+    own = {"maestro": "treesat_maestro", "omnisat": "treesat_omnisat"}
+    recipe = own.get(Path(overlay).stem.partition("_")[0], "ssl4eo_croma")
     request = prepare("fit", ["--config", f"recipes/{recipe}.yaml", "--config", overlay])
     assert request.name == recipe
 
