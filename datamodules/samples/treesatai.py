@@ -31,7 +31,7 @@ __all__ = ["KINDS", "TILES", "VERSION", "build", "sample_root"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = "5"
+VERSION = "6"
 TILES = {"train": 96, "val": 96}
 KINDS = ("Fagus", "Quercus", "Larix", "Betula")
 _SEED = 20261004
@@ -117,7 +117,7 @@ def _aerial(rng: Rng, cover: Array, density: Array) -> Array:
     size tells kinds apart.
     """
     crowns = _bumps(rng, rng.uniform(16.0, 26.0))
-    low = 0.7 * _bumps(rng, rng.uniform(6.0, 9.0))
+    low = 1.1 * _bumps(rng, rng.uniform(6.0, 9.0))
     thick = np.pad(density.repeat(_CELL_PX, 0).repeat(_CELL_PX, 1), _MARGIN, mode="edge")
     sense = _SENSE[cover][..., [0, 1, 1, 1]].transpose(2, 0, 1)  # (4, 304, 304)
     other = rng.choice([-1.0, 1.0], 2)[[0, 1, 1, 1]]
