@@ -51,9 +51,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     ours = _step(lambda: token_nce(tokens, temperature=_TEMPERATURE), tokens)
     other = _step(lambda: direct(tokens, _TEMPERATURE), tokens)
     _check_equal(ours(), other())
-    note = (
-        f"batch {count}, {_MODALITIES} sensors, {patches} patches of width {width}, with gradient"
-    )
+    note = f"batch {count}, {_MODALITIES} sensors, {patches} patches, width {width}, with gradient"
     rounds = settings.pick(5, 1, settings.rounds)
     yield ratio(
         "omnisat",
