@@ -66,6 +66,7 @@ class Factors:
         label: Dominant cover, position in `COVERS`.
         shared: What both sensors see, by name.
         radar: What reaches the radar alone: offsets of VV and VH in dB, the same at all dates.
+            Wetness and greenness move the same two bands, so no radar image tells them quite apart.
         optical: What reaches the optical sensor alone: logarithms of a gain of visible and
             short-wave light and of one of near-infrared light, the same at all dates.
     """
