@@ -107,8 +107,8 @@ def test_time_matters_in_the_sample(root: Path) -> None:
         for day in (120, 140, 275, 295)
     ]
     series = probe(train, held_out, lambda x: series_features(x, "s2"))
-    assert max(dates) < 0.45
-    assert series > max(dates) + 0.15
+    assert max(dates) < 0.5  # a tile is the mean of 36 cells, each with gains of its own
+    assert series > max(dates) + 0.3
 
 
 def test_batches_mix_lengths_and_hold_what_the_modalities_say(root: Path) -> None:
