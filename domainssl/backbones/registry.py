@@ -22,7 +22,7 @@ from domainssl.backbones.card import read_card
 from domainssl.errors import WeightsError, nearest
 from domainssl.modality import Modality
 
-__all__ = ["backbone_class", "list_backbones", "load_backbone", "read_tensors"]
+__all__ = ["backbone_class", "is_own_file", "list_backbones", "load_backbone", "read_tensors"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,23 @@ def _stubs(path: Path) -> list[Any]:
     """Return an empty class for every name that a checkpoint asks for besides tensors."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return [(type(name.rpartition(".")[2], (_Inert,), {}), name) for name in names]
+
+
+def is_own_file(path: Path) -> bool:
+    """Tell exports and checkpoints of this library from files of others.
+
+    Args:
+        path: Folder or card of an export, its tensors beside the card, a checkpoint, or weights
+            of any other origin.
+
+    Raises:
+        WeightsError: It is a checkpoint that is missing or cannot be read.
+    """
+    if path.suffix == ".ckpt":
+        return isinstance(read_tensors(path, inert_classes=True).get("backbone"), dict)
+    if path.suffix == ".safetensors":
+        return path.with_suffix(".json").exists()
+    return path.is_dir() or path.suffix == ".json"
 
 
 def load_backbone(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from domainssl.backbones.base import Features, LoadReport, common_size
 from domainssl.backbones.croma import CROMABackbone, flatten_reference
-from domainssl.backbones.registry import load_backbone, read_tensors
+from domainssl.backbones.registry import is_own_file, load_backbone, read_tensors
 from domainssl.errors import WeightsError
 from domainssl.losses.contrastive import info_nce
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
@@ -37,9 +37,9 @@ from domainssl.objectives.croma_parts import (
     per_modality,
     pretraining_name,
     sizes_of,
-    term_weights,
 )
 from domainssl.objectives.execution import Execution
+from domainssl.objectives.terms import term_weights
 from domainssl.options import as_dataclass, decide, option
 
 __all__ = ["CROMA", "CROMAArchitecture", "CROMADraws", "CROMAOptions", "pretraining_name"]
@@ -174,7 +174,7 @@ class CROMA(Objective):
         known = as_modalities(modalities)
         check_pair(known, radar, optical)
         self.mask_ratio = per_modality(mask_ratio, (radar, optical))
-        self.loss_weights = term_weights(loss_weights)
+        self.loss_weights = term_weights(loss_weights, "CROMA")
         variant: dict[str, Any] = {
             "width": sizes.width,
             "depth": sizes.depth,
@@ -365,10 +365,8 @@ def _from_weights(
 ) -> tuple[CROMABackbone, dict[str, Tensor]]:
     """Load the backbone, and the file's tensors if it is a pretraining state dict."""
     path = Path(weights)
-    is_ours = path.is_dir() or path.suffix in (".json", ".ckpt")
-    is_ours = is_ours or (path.suffix == ".safetensors" and path.with_suffix(".json").exists())
     state: dict[str, Tensor] = {}
-    if is_ours:
+    if is_own_file(path):
         loaded = load_backbone(path, modalities=known)
     else:
         loaded = load_backbone(f"croma_{size}", weights=path, modalities=known, arguments=variant)

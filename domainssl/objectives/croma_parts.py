@@ -26,7 +26,6 @@ __all__ = [
     "per_modality",
     "pretraining_name",
     "sizes_of",
-    "term_weights",
 ]
 
 Size = Literal["tiny", "base", "large"]
@@ -139,15 +138,3 @@ def per_modality(value: float | dict[str, float], names: tuple[str, ...]) -> dic
                 f"model.init_args.mask_ratio: {ratio!r} for {name!r}; expected 0 <= ratio < 1."
             )
     return {name: float(ratio) for name, ratio in ratios.items()}
-
-
-def term_weights(given: dict[str, float] | None) -> dict[str, float]:
-    """Return the weight of every loss term, 1 where none is given."""
-    known = {"contrastive": 1.0, "reconstruction": 1.0}
-    for name in given or {}:
-        if name not in known:
-            raise ConfigError(
-                f"model.init_args.loss_weights: unknown term {name!r}.{nearest(name, known)} "
-                f"CROMA has {list(known)}."
-            )
-    return {**known, **(given or {})}

@@ -20,7 +20,7 @@ from domainssl.backbones.encoders import (
     EncoderBackbone,
     EncoderSizes,
 )
-from domainssl.backbones.registry import load_backbone
+from domainssl.backbones.registry import is_own_file, load_backbone
 from domainssl.errors import ConfigError, WeightsError, nearest
 from domainssl.modality import (
     Batch,
@@ -266,9 +266,7 @@ def _from_weights(
 ) -> EncoderBackbone:
     """Load an export or checkpoint of ours, or a reference file for the chosen encoder."""
     path = Path(weights)
-    is_ours = path.is_dir() or path.suffix in (".json", ".ckpt")
-    is_ours = is_ours or (path.suffix == ".safetensors" and path.with_suffix(".json").exists())
-    if is_ours:
+    if is_own_file(path):
         loaded = load_backbone(path, modalities=known)
     else:
         name = next(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from domainssl.backbones.base import LoadReport
 from domainssl.backbones.maestro import Encoded, Fusion, MAESTROBackbone, MAESTROInput, Raster
 from domainssl.backbones.maestro_files import fit_shape, reference_name, reference_tensors
-from domainssl.backbones.registry import load_backbone, read_tensors
+from domainssl.backbones.registry import is_own_file, load_backbone, read_tensors
 from domainssl.distributed import all_reduce_sum
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.patch_groups import masked_error, patch_group_statistics
@@ -446,15 +446,11 @@ def _from_weights(
 ) -> tuple[MAESTROBackbone, dict[str, Any]]:
     """Load the backbone, and the file's content if it is a released checkpoint with decoders."""
     path = Path(weights)
-    is_ours = path.is_dir() or path.suffix == ".json"
-    is_ours = is_ours or (path.suffix == ".safetensors" and path.with_suffix(".json").exists())
     state: dict[str, Any] = {}
-    if not is_ours:
-        state = read_tensors(path, inert_classes=True)
-        is_ours = isinstance(state.get("backbone"), dict)  # a checkpoint of this library
-    if is_ours:
-        loaded, state = load_backbone(path, modalities=known), {}
+    if is_own_file(path):
+        loaded = load_backbone(path, modalities=known)
     else:
+        state = read_tensors(path, inert_classes=True)
         loaded = load_backbone(f"maestro_{size}", weights=path, modalities=known, arguments=variant)
     if not isinstance(loaded, MAESTROBackbone):
         raise WeightsError(

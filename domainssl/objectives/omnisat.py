@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from domainssl.backbones.base import Features, LoadReport
 from domainssl.backbones.omnisat import (
     OmniSatBackbone,
-    SeriesArchitecture,
     Traces,
     flatten_reference,
 )
-from domainssl.backbones.registry import load_backbone, read_tensors
-from domainssl.errors import ConfigError, WeightsError, nearest
+from domainssl.backbones.registry import is_own_file, load_backbone, read_tensors
+from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
 from domainssl.losses.tokens import token_nce
 from domainssl.modality import Batch, Modality, as_modalities, key, present_mask, valid_mask
@@ -41,51 +40,20 @@ from domainssl.nn.patching import unpatchify
 from domainssl.nn.relative import check_path
 from domainssl.objectives.base import Generators, Objective, Optimization, Step
 from domainssl.objectives.execution import Execution
+from domainssl.objectives.omnisat_parts import (
+    OmniSatArchitecture,
+    SeriesDecoder,
+    Size,
+    check_shares,
+    decoder_name,
+    patch_grid,
+    patch_sizes,
+    sizes_of,
+)
+from domainssl.objectives.terms import term_weights
 from domainssl.options import as_dataclass, decide, option
 
 __all__ = ["OmniSat", "OmniSatArchitecture", "OmniSatDraws", "OmniSatOptions"]
-
-Size = Literal["tiny", "base"]
-
-
-@dataclass(frozen=True)
-class OmniSatArchitecture:
-    """Sizes; None takes the value of the named size.
-
-    Attributes:
-        width: Token width.
-        depth: Self-attention blocks of the fusion.
-        heads: Attention heads of the fusion.
-        ffn_ratio: Width of feed-forward layers over the token width.
-        groups: Groups of the normalisations of the image encoder.
-        dropout: Of the fusion.
-        attention_dropout: Of the attention weights of the fusion.
-        drop_path: Rate of dropped branches of the last fusion block.
-        series: Sizes of the temporal encoders.
-        decoder_widths: Hidden widths of the decoders of series, none as published.
-    """
-
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    ffn_ratio: float = 4
-    groups: int = 4
-    dropout: float = 0.2
-    attention_dropout: float = 0.2
-    drop_path: float = 0.2
-    series: SeriesArchitecture | None = None
-    decoder_widths: tuple[int, ...] = ()
-
-
-_SIZES: dict[Size, OmniSatArchitecture] = {
-    "tiny": OmniSatArchitecture(
-        width=32,
-        depth=2,
-        heads=4,
-        series=SeriesArchitecture(heads=4, widths_in=(16, 32), widths_out=(32, 32)),
-    ),
-    "base": OmniSatArchitecture(width=256, depth=6, heads=16, series=SeriesArchitecture()),
-}
 
 _PUBLISHED = Optimization(lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999))  # Adam, section 4
 
@@ -154,22 +122,6 @@ class _Picture:
     predicted: Tensor
     mean: Tensor
     scale: Tensor
-
-
-class _SeriesDecoder(nn.Module):
-    """Linear layers from a fused token plus a date code to the values of a patch."""
-
-    def __init__(self, width: int, outputs: int, hidden: tuple[int, ...]) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for a, b in zip([width, *hidden], [*hidden, outputs], strict=True):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-        self.decode = nn.Sequential(*layers[:-1])
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        out: Tensor = self.decode(tokens)
-        return out
 
 
 class OmniSat(Objective):
@@ -243,22 +195,22 @@ class OmniSat(Objective):
             check_units=check_units,
         )
         check_path(self.execution.attention, "model.init_args.execution.attention")
-        sizes = _sizes(size, architecture)
+        sizes = sizes_of(size, architecture)
         self.options = decide(as_dataclass(OmniSatOptions, options), reference)
         known = as_modalities(modalities)
-        self.loss_weights = _loss_weights(loss_weights)
+        self.loss_weights = term_weights(loss_weights, "OmniSat")
         if len(known) < 2 and self.loss_weights["contrastive"]:
             raise ConfigError(
                 f"OmniSat contrasts modalities with each other and the data have only {[*known]}. "
                 "Add one, or set model.init_args.loss_weights.contrastive: 0."
             )
-        _check_shares(mask_ratio=mask_ratio, kept_dates=1 - kept_dates)
+        check_shares(mask_ratio=mask_ratio, kept_dates=1 - kept_dates)
         self.mask_ratio, self.kept_dates = mask_ratio, kept_dates
         self.temperature, self.max_frames = temperature, max_frames
-        sides = {**_patch_sizes(known, patch_m, patch_size or {}), **(patch_size or {})}
+        sides = {**patch_sizes(known, patch_m, patch_size or {}), **(patch_size or {})}
         variant: dict[str, Any] = {
             "patch_size": sides,
-            "grid": _grid(known, sides, grid),
+            "grid": patch_grid(known, sides, grid),
             **{n: v for n, v in vars(sizes).items() if n != "decoder_widths"},
             "calendar": as_dataclass(Calendar, calendar),
             "rpe_layout": self.options.rpe_layout,
@@ -282,7 +234,7 @@ class OmniSat(Objective):
         channels, side = self.backbone.modalities[name].num_channels, self.backbone.patch_size[name]
         if self.backbone.is_image(name):
             return PatchDecoder(channels, width, side)
-        return _SeriesDecoder(width, channels * side**2, tuple(hidden))
+        return SeriesDecoder(width, channels * side**2, tuple(hidden))
 
     def draw(self, batch: Batch, generators: Generators) -> OmniSatDraws:
         """Hide tokens of all modalities jointly (section 3.2), and choose dates of long series."""
@@ -443,7 +395,7 @@ class OmniSat(Objective):
             WeightsError: The file lacks a decoder, or shapes differ.
         """
         own = self.decoder.state_dict()
-        names = {n: _decoder_name(n, state) for n in own}
+        names = {n: decoder_name(n, state) for n in own}
         missing = [names[n] for n in own if names[n] not in state]
         wrong = [n for n in own if n not in missing and names[n] in state]
         wrong = [n for n in wrong if state[names[n]].shape != own[n].shape]
@@ -454,16 +406,6 @@ class OmniSat(Objective):
             )
         self.decoder.load_state_dict({n: state[names[n]] for n in own})
         return LoadReport(tuple(f"decoder.{n}" for n in own), (), ())
-
-
-def _decoder_name(own: str, state: Mapping[str, Tensor]) -> str:
-    """Translate a name of the decoders to the published pretraining network."""
-    same = f"decoder.{own}"
-    if same in state:
-        return same
-    projector, rest = own.split(".", 1)
-    name = projector.removeprefix("projector_").replace("_", "-")
-    return f"decoder.projector_{name}.{rest}"
 
 
 def _standardized(target: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -497,11 +439,8 @@ def _from_weights(
 ) -> tuple[OmniSatBackbone, dict[str, Tensor]]:
     """Load the backbone, and the file's tensors if it is a pretraining state dict."""
     path = Path(weights)
-    is_ours = path.is_dir() or path.suffix == ".json"
-    is_ours = is_ours or (path.suffix == ".safetensors" and path.with_suffix(".json").exists())
-    is_ours = is_ours or (path.suffix == ".ckpt" and "backbone" in read_tensors(path))
     state: dict[str, Tensor] = {}
-    if is_ours:
+    if is_own_file(path):
         loaded = load_backbone(path, modalities=known)
     else:
         loaded = load_backbone(f"omnisat_{size}", weights=path, modalities=known, arguments=variant)
@@ -515,78 +454,3 @@ def _from_weights(
             f"of {variant['patch_size']}. Set model.init_args.patch_size to that of the weights."
         )
     return loaded.train(), state
-
-
-def _sizes(size: Size, architecture: OmniSatArchitecture) -> OmniSatArchitecture:
-    if size not in _SIZES:
-        raise ConfigError(f"OmniSat: size {size!r} is not one of {list(_SIZES)}.")
-    given = vars(as_dataclass(OmniSatArchitecture, architecture))
-    sizes = replace(_SIZES[size], **{k: v for k, v in given.items() if v is not None})
-    series = as_dataclass(SeriesArchitecture, cast(Any, sizes.series))
-    return replace(sizes, series=series)
-
-
-def _patch_sizes(
-    known: Mapping[str, Modality], patch_m: float, given: Mapping[str, int]
-) -> dict[str, int]:
-    """Return the side of a patch in pixels, from its side on the ground."""
-    for name in given:
-        if name not in known:
-            raise ConfigError(
-                f"model.init_args.patch_size: no modality {name!r}.{nearest(name, known)} "
-                f"The data have {list(known)}."
-            )
-    sides = {}
-    for name, modality in known.items():
-        if name in given:
-            continue
-        pixels = patch_m / modality.gsd_m if modality.gsd_m else 0.0
-        if pixels < 1 - 1e-6 or abs(pixels - round(pixels)) > 1e-3:
-            raise ConfigError(
-                f"model.init_args.patch_m: {patch_m:g} m are {pixels:g} pixels of {name!r} "
-                f"({modality.gsd_m} m); expected a whole number. Set "
-                f"model.init_args.patch_size.{name}."
-            )
-        sides[name] = round(pixels)
-    return sides
-
-
-def _grid(
-    known: Mapping[str, Modality], sides: Mapping[str, int], given: tuple[int, int] | None
-) -> tuple[int, int]:
-    """Return the patch grid, the same for all modalities."""
-    if given is not None:
-        return (int(given[0]), int(given[1]))
-    grids = {
-        name: tuple(length / sides[name] for length in modality.size)
-        for name, modality in known.items()
-        if modality.size
-    }
-    found = set(grids.values())
-    whole = all(n == int(n) for grid in found for n in grid)
-    if len(found) != 1 or not whole:
-        raise ConfigError(
-            f"OmniSat needs one patch grid for all modalities; sizes and patch_size {dict(sides)} "
-            f"give {grids}. Set model.init_args.patch_size or grid, or crop in the DataModule."
-        )
-    rows, columns = next(iter(found))
-    return (int(rows), int(columns))
-
-
-def _check_shares(**shares: float) -> None:
-    for name, share in shares.items():
-        if not 0 <= share < 1:
-            raise ConfigError(
-                f"model.init_args: {name} gives a share of {share!r}; expected 0 <= share < 1."
-            )
-
-
-def _loss_weights(given: dict[str, float] | None) -> dict[str, float]:
-    known = {"contrastive": 1.0, "reconstruction": 1.0}
-    for name in given or {}:
-        if name not in known:
-            raise ConfigError(
-                f"model.init_args.loss_weights: unknown term {name!r}.{nearest(name, known)} "
-                f"OmniSat has {list(known)}."
-            )
-    return {**known, **(given or {})}
