@@ -86,7 +86,7 @@ class _Tiles:
 class TreeSatAIDataModule(DomainDataModule):
     """Aerial images and Sentinel series of the TreeSatAI Time Series data set.
 
-    One item is one tile of 60 m (or a window of it); an epoch visits each tile once.
+    One item is one tile of 60 m, or a window of it; an epoch visits each tile once.
 
     Args:
         root: `sample` (made on first use in the cache), or a folder with `aerial/`,
@@ -94,6 +94,8 @@ class TreeSatAIDataModule(DomainDataModule):
         modalities: Which of `aerial`, `s2`, `s1_asc`, `s1_des` are read.
         global_batch_size: Tiles per optimiser step, over all devices and accumulation.
         footprint: Window in metres, flips and turns, the same for all modalities.
+        windows_per_tile: Windows cut from each training tile per epoch, read from disk once;
+            held-out tiles give the one in their middle.
         dates: Choice of dates of the series.
         label_threshold: A genus is in `label_multi` if its share of the area is larger.
         on_bad_sample: `raise`, or `replace` by the next good tile.
@@ -111,6 +113,7 @@ class TreeSatAIDataModule(DomainDataModule):
         modalities: Sequence[str] = _MODALITIES,
         global_batch_size: int = 384,
         footprint: Footprint | None = None,
+        windows_per_tile: int = 1,
         dates: SeriesDates | None = None,
         label_threshold: float = 0.07,
         on_bad_sample: Literal["raise", "replace"] = "raise",
@@ -135,8 +138,13 @@ class TreeSatAIDataModule(DomainDataModule):
                 f"data.init_args.modalities: got {list(modalities)}, expected one or more "
                 f"different ones of {', '.join(_MODALITIES)}."
             )
+        if windows_per_tile < 1:
+            raise ConfigError(
+                f"data.init_args.windows_per_tile: got {windows_per_tile!r}, expected at least 1."
+            )
         self.root = root
         self.footprint = footprint or Footprint()
+        self.windows_per_tile = windows_per_tile
         self.dates = dates or SeriesDates()
         self.dates.check([name for name in modalities if name in SERIES])
         self.label_threshold = label_threshold
@@ -234,6 +242,7 @@ class TreeSatAIDataModule(DomainDataModule):
             self.dates,
             self.seed,
             is_training,
+            self.windows_per_tile if is_training else 1,
             tile_bytes=sum(_TILE_BYTES[name] for name in self._modalities),
         )
 

@@ -1,9 +1,9 @@
 """The embedded sample of TreeSatAI Time Series: 96 training and 96 held-out tiles in its layout.
 
 Four of the fifteen genera occur. Aerial images tell them by what crowns look like, series by when
-they are green (`phenology.py`); how dense a stand is, place by place, both see. Series have 22 to 40
-dates instead of some hundred. As in the real files, passes are stored twice where slices overlap,
-radar has zeros and NaN, and some tiles were never seen on descending passes.
+they are green (`phenology.py`); how dense a stand is, place by place, both see. Series have 22 to
+40 dates instead of some hundred. As in the real files, passes are stored twice where slices
+overlap, radar has zeros and NaN, and some tiles were never seen on descending passes.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _aerial(rng: Rng, cover: Array, density: Array) -> Array:
     crowns = (crowns - crowns.mean()) / crowns.std()
     thick = np.pad(density.repeat(_CELL_PX, 0).repeat(_CELL_PX, 1), _MARGIN, mode="edge")
     sense = _SENSE[cover][..., [0, 1, 1, 1]].transpose(2, 0, 1)  # (4, 304, 304)
-    contrast = _CONTRAST * np.exp(rng.normal(0, 0.15))
+    contrast = (_CONTRAST * np.exp(rng.normal(0, 0.15)))[:, None, None] * (0.4 + 0.6 * thick)
     tone = rng.normal(0, 14, 2)[[0, 1, 1, 1]]
     x = (_LEVEL + tone)[:, None, None] + contrast[:, None, None] * crowns * sense * (
         0.4 + 0.6 * thick
