@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -235,7 +236,9 @@ class TileSource:
         for name, modality in self.modalities.items():
             own = self._scaled(window, modality)
             if modality.kind == "series":
-                rng = generator(self.seed, epoch, _DATES, index)
+                # each series its own stream: equal draws would tell which two belong together
+                tag = (_DATES << 32) + crc32(name.encode())
+                rng = generator(self.seed, epoch, tag, index)
                 item |= self._series(name, modality, tile.series.get(name), own, rng)
             else:
                 item |= self._image(name, modality, tile.images.get(name), own)

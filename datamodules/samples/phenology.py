@@ -51,23 +51,25 @@ def cloud_cover(rng: Rng, dates: int, height: int, width: int, cloudy: float = 0
     return out
 
 
-def optical_series(rng: Rng, green: Array, cloud: Array) -> Array:
+def optical_series(rng: Rng, green: Array, cloud: Array, *, is_varied: bool = False) -> Array:
     """Return Sentinel-2 digital numbers of a place.
 
     Args:
         rng: Source of all draws.
         green: Share of leaves, 0..1, (T, H, W).
         cloud: Cloud in percent, (T, H, W).
+        is_varied: Draw how bright soil and leaves are for each pixel instead of for all.
 
     Returns:
         Whole numbers from 1 on, float32 (T, 10, H, W).
     """
     dates, height, width = green.shape
-    soil = _SOIL * np.exp(rng.normal(0, 0.12)) * np.exp(rng.normal(0, 0.02, 10))
-    leaf = _LEAF * np.exp(rng.normal(0, 0.08)) * np.exp(rng.normal(0, 0.02, 10))
+    cells = (height, width) if is_varied else (1, 1)
+    soil = _spectra(rng, _SOIL, 0.12, cells)
+    leaf = _spectra(rng, _LEAF, 0.08, cells)
     # dew, drought and view change how green a day looks: neighbouring dates do not tell all
     g = np.clip(green + rng.normal(0, 0.15, (dates, 1, 1)), 0, 1)[:, None]  # (T, 1, H, W)
-    x = g * leaf[:, None, None] + (1 - g) * soil[:, None, None]
+    x = g * leaf + (1 - g) * soil
     x = x * np.exp(rng.normal(0, 0.05, (dates, 1, 1, 1)))  # sun and view
     x = x + rng.gamma(1.5, 0.08, (dates, 1, 1, 1)) * _HAZE[:, None, None]
     x = x * np.exp(rng.normal(0, 0.03, (dates, 10, height, width)))
@@ -76,13 +78,20 @@ def optical_series(rng: Rng, green: Array, cloud: Array) -> Array:
     return np.clip(np.round(x * 10_000), 1, 16_000).astype(np.float32)
 
 
-def radar_series(rng: Rng, green: Array, level_db: float) -> Array:
+def _spectra(rng: Rng, bands: Array, spread: float, shape: tuple[int, int]) -> Array:
+    """Return a spectrum per pixel, of another brightness and hue than `bands`, (10, H, W)."""
+    brightness = np.exp(rng.normal(0, spread, (1, *shape)))
+    hue = np.exp(rng.normal(0, 0.02, (len(bands), *shape)))
+    return np.asarray(bands[:, None, None] * brightness * hue)
+
+
+def radar_series(rng: Rng, green: Array, level_db: float | Array) -> Array:
     """Return Sentinel-1 backscatter in dB, float32 (T, 2, H, W).
 
     Args:
         rng: Source of all draws.
         green: Share of leaves, 0..1, (T, H, W).
-        level_db: Level of the place in VV.
+        level_db: Level of the place in VV, of all pixels or each, (H, W).
     """
     dates = len(green)
     wet = rng.normal(0, 0.5, (dates, 1, 1))

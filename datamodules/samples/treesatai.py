@@ -1,8 +1,8 @@
 """The embedded sample of TreeSatAI Time Series: 96 training and 96 held-out tiles in its layout.
 
 Four of the fifteen genera occur. Aerial images tell them by what crowns look like, series by when
-they are green (`phenology.py`); how dense a stand is, place by place, both see. Series have 22 to
-40 dates instead of some hundred. As in the real files, passes are stored twice where slices
+they are green (`phenology.py`); how dense a stand is, place by place, both see. Series have 27 to
+37 dates instead of some hundred. As in the real files, passes are stored twice where slices
 overlap, radar has zeros and NaN, and some tiles were never seen on descending passes.
 """
 
@@ -31,7 +31,7 @@ __all__ = ["KINDS", "TILES", "VERSION", "build", "sample_root"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = "3"
+VERSION = "6"
 TILES = {"train": 96, "val": 96}
 KINDS = ("Fagus", "Quercus", "Larix", "Betula")
 _SEED = 20261004
@@ -111,21 +111,30 @@ def _cover(rng: Rng, kind: int) -> Array:
 
 
 def _aerial(rng: Rng, cover: Array, density: Array) -> Array:
-    """Return near infrared, green, blue, red, uint8 (4, 304, 304)."""
-    spacing = rng.uniform(16.0, 26.0)  # pixels between crowns
-    ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
-    crowns = (_smooth(rng, ring) - 0.9).clip(0, 0.8) ** 0.5
-    crowns = (crowns - crowns.mean()) / crowns.std()
+    """Return near infrared, green, blue, red, uint8 (4, 304, 304).
+
+    Undergrowth is finer than crowns and stands out as it happens to: only the texture of the right
+    size tells kinds apart.
+    """
+    crowns = _bumps(rng, rng.uniform(16.0, 26.0))
+    low = 1.1 * _bumps(rng, rng.uniform(6.0, 9.0))
     thick = np.pad(density.repeat(_CELL_PX, 0).repeat(_CELL_PX, 1), _MARGIN, mode="edge")
     sense = _SENSE[cover][..., [0, 1, 1, 1]].transpose(2, 0, 1)  # (4, 304, 304)
-    contrast = (_CONTRAST * np.exp(rng.normal(0, 0.15)))[:, None, None] * (0.4 + 0.6 * thick)
+    other = rng.choice([-1.0, 1.0], 2)[[0, 1, 1, 1]]
+    contrast = (_CONTRAST * np.exp(rng.normal(0, 0.15)))[:, None, None]
     tone = rng.normal(0, 14, 2)[[0, 1, 1, 1]]
-    x = (_LEVEL + tone)[:, None, None] + contrast[:, None, None] * crowns * sense * (
-        0.4 + 0.6 * thick
-    )
+    x = (_LEVEL + tone)[:, None, None] + contrast * crowns * sense * (0.4 + 0.6 * thick)
+    x += contrast * low * other[:, None, None]
     x += 60 * np.array([1, -0.3, -0.3, -0.5])[:, None, None] * (thick - 0.7)
     x += rng.normal(0, 3, (4, _SIDE, _SIDE))
     return np.clip(np.round(x / _STEP) * _STEP, 1, 255).astype(np.uint8)
+
+
+def _bumps(rng: Rng, spacing: float) -> Array:
+    """Return what stands out every `spacing` pixels or so, unit variance, (304, 304)."""
+    ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
+    bumps = (_smooth(rng, ring) - 0.9).clip(0, 0.8) ** 0.5
+    return np.asarray((bumps - bumps.mean()) / bumps.std())
 
 
 def _write_aerial(path: Path, values: Array, rng: Rng) -> None:
@@ -158,25 +167,28 @@ def _write_series(path: Path, rng: Rng, year: int, shares: Array, density: Array
         density: Share of the ground that leaves can cover, (6, 6).
     """
     h5py = require("h5py", "geo")
-    shift, base, swing = rng.normal(0, 5), rng.uniform(0, 0.25), rng.uniform(0.5, 0.75)
+    # what stands on a cell is drawn there: 96 tiles alone would soon be known by heart
+    cells = (_CELLS, _CELLS)
+    shift, base = rng.normal(0, 5), rng.uniform(0, 0.3, cells)
+    swing = rng.uniform(0.5, 0.75, cells)
 
     def green(days: Array) -> Array:
         curves = np.stack([greenness(k, days, shift) for k in range(len(KINDS))])  # (kinds, T)
         return np.asarray(base + swing * np.einsum("kt,khw->thw", curves, shares) * density)
 
     with h5py.File(path, "w") as file:
-        days = _days(rng, int(rng.integers(28, 41)), 5)
+        days = _days(rng, 3, 10)
         cloud = cloud_cover(rng, len(days), _CELLS, _CELLS)
         snow = np.zeros_like(cloud)
         snow[(days < 50) & (rng.random(len(days)) < 0.1)] = 40
-        file["sen-2-data"] = optical_series(rng, green(days), cloud)
+        file["sen-2-data"] = optical_series(rng, green(days), cloud, is_varied=True)
         file["sen-2-masks"] = np.stack([snow, cloud], 1)
         file["sen-2-products"] = _names("S2{}_MSIL2A_{}T104431_N0208_R008_T32UMD", year, days)
-        level = rng.normal(-9, 1.2)
-        for name, hour in (("sen-1-asc", "171656"), ("sen-1-des", "054940")):
+        level = rng.normal(-9, 0.4, cells)
+        for name, first, hour in (("sen-1-asc", 2, "171656"), ("sen-1-des", 5, "054940")):
             is_missing = name == "sen-1-des" and rng.random() < 0.03
-            days = _days(rng, 0 if is_missing else int(rng.integers(22, 31)), 6)
-            power = 10 ** (radar_series(rng, green(days), level + rng.normal(0, 0.5)) / 10)
+            days = _days(rng, first, 12)[: 0 if is_missing else None]
+            power = 10 ** (radar_series(rng, green(days), level + rng.normal(0, 0.2)) / 10)
             _damage(rng, power)
             if name == "sen-1-des" and rng.random() < 0.3:  # every pass in two slices
                 days, power = days.repeat(2), power.repeat(2, 0)
@@ -185,10 +197,14 @@ def _write_series(path: Path, rng: Rng, year: int, shares: Array, density: Array
             file[f"{name}-products"] = _names(pattern, year, days)
 
 
-def _days(rng: Rng, count: int, every: int) -> Array:
-    """Return ascending days of the year on which a satellite with that repeat cycle came by."""
-    passes = np.arange(rng.integers(1, every + 1), 366, every)
-    return np.sort(rng.choice(passes, count, replace=False))
+def _days(rng: Rng, first: int, every: int) -> Array:
+    """Return ascending days of the year on which a satellite came by, a few passes left out.
+
+    They hardly differ between tiles, or which days there are would tell tiles apart better than
+    what grows there.
+    """
+    passes = np.arange(first, 366, every)
+    return np.sort(rng.choice(passes, len(passes) - int(rng.integers(0, 5)), replace=False))
 
 
 def _names(pattern: str, year: int, days: Array) -> list[bytes]:

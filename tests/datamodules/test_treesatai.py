@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,45 @@ def test_batches_mix_lengths_and_hold_what_the_modalities_say(root: Path) -> Non
     assert 0 < absent.sum() < 10  # some tiles were never seen on descending passes
 
 
+def test_the_dates_drawn_of_one_series_say_nothing_about_those_of_another(root: Path) -> None:
+    data = opened(root, dates=SeriesDates(most=8))
+    source = data._sources["train"]
+    ranks = []  # place of each drawn date among all of its series
+    for block in range(24):
+        drawn, whole = (
+            replace(source, dates=SeriesDates(most=most)).load(Piece(block, 0, 1), 0).data
+            for most in (8, None)
+        )
+        pair = []
+        for name in ("s1_asc", "s1_des"):
+            days = whole[f"{name}.dates"][0]
+            pair.append(torch.isin(days, drawn[f"{name}.dates"][0])[:27].numpy())
+        ranks.append(pair)
+    a, b = (np.concatenate([pair[i] for pair in ranks]) for i in range(2))
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
+
+
 def test_modality_sizes_follow_the_footprint() -> None:
     data = TreeSatAIDataModule(root="no/such/folder", footprint=Footprint(40.0))
     assert {m: x.size[0] for m, x in data.modalities.items()} == {
         "aerial": 200, "s2": 4, "s1_asc": 4, "s1_des": 4,
     }  # fmt: skip
     assert data.context_size == 200
+
+
+def test_a_tile_gives_several_windows_and_is_read_once(few: Path, monkeypatch: Any) -> None:
+    data = opened(few, footprint=Footprint(20.0), windows_per_tile=3)
+    source = data._sources["train"]
+    read = []
+    own = type(source.tiles).read
+    monkeypatch.setattr(type(source.tiles), "read", lambda s, n: read.append(n) or own(s, n))
+    rows = source.load(Piece(1, 0, 3), 0)
+    assert read == [1] and rows.count == 3 and len(set(rows.data["id"])) == 3
+    corners = {(g["c"], g["f"], g["a"], g["e"]) for g in rows.data["s2.geo"]}
+    assert len(corners) > 1
+    assert data._sources["predict"].sizes == [1] * 4  # held-out tiles give their middle
+    with pytest.raises(ConfigError, match=r"windows_per_tile: got 0, expected at least 1"):
+        TreeSatAIDataModule(windows_per_tile=0)
 
 
 # Labels, layouts, errors ---------------------------------------------------------------------
