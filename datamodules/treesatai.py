@@ -83,7 +83,7 @@ class _Tiles:
 class TreeSatAIDataModule(_FootprintDataModule):
     """Aerial images and Sentinel series of the TreeSatAI Time Series data set.
 
-    One item is one tile of 60 m (or a window of it); an epoch visits each tile once.
+    One item is one tile of 60 m, or a window of it; an epoch visits each tile once.
 
     Args:
         root: `sample` (made on first use in the cache), or a folder with `aerial/`,
@@ -91,6 +91,8 @@ class TreeSatAIDataModule(_FootprintDataModule):
         modalities: Which of `aerial`, `s2`, `s1_asc`, `s1_des` are read.
         global_batch_size: Tiles per optimiser step, over all devices and accumulation.
         footprint: Window in metres, flips and turns, the same for all modalities.
+        windows_per_tile: Windows cut from each training tile per epoch, read from disk once;
+            held-out tiles give the one in their middle.
         dates: Choice of dates of the series.
         label_threshold: A genus is in `label_multi` if its share of the area is larger.
         on_bad_sample: `raise`, or `replace` by the next good tile.
@@ -115,6 +117,7 @@ class TreeSatAIDataModule(_FootprintDataModule):
         modalities: Sequence[str] = _MODALITIES,
         global_batch_size: int = 384,
         footprint: Footprint | None = None,
+        windows_per_tile: int = 1,
         dates: SeriesDates | None = None,
         label_threshold: float = 0.07,
         on_bad_sample: Literal["raise", "replace"] = "raise",
@@ -128,8 +131,13 @@ class TreeSatAIDataModule(_FootprintDataModule):
             on_bad_sample=on_bad_sample,
             loading=loading,
         )
+        if windows_per_tile < 1:
+            raise ConfigError(
+                f"data.init_args.windows_per_tile: got {windows_per_tile!r}, expected at least 1."
+            )
         self.root = root
         self.footprint = footprint or Footprint()
+        self.windows_per_tile = windows_per_tile
         self.dates = dates or SeriesDates()
         self.label_threshold = label_threshold
         self.statistics = statistics
@@ -166,6 +174,7 @@ class TreeSatAIDataModule(_FootprintDataModule):
             self.dates,
             self.seed,
             is_training,
+            self.windows_per_tile if is_training else 1,
             tile_bytes=sum(_TILE_BYTES[name] for name in self._modalities),
         )
 

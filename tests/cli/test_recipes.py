@@ -46,6 +46,8 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
 
 def recipe_of(overlay: str) -> str:
     """Return the recipe that an overlay is made for: a model's size names its method."""
+    if overlay.endswith("_pastis.yaml"):
+        return "pastis_maestro"
     methods = ("maestro", "omnisat", "decur", "simclr", "clip", "barlow_twins", "vicreg")
     for method in methods if overlay.startswith("configs/model/") else ():
         if Path(overlay).stem.startswith(f"{method}_"):
@@ -129,6 +131,31 @@ def test_published_sizes_of_omnisat_build_the_published_model(folder, sample_roo
     assert trainable == 11_621_072  # counted in the published network for these three sensors
     assert (model.backbone.grid, model.backbone.patch_size["aerial"]) == ((6, 6), 50)
     assert model.backbone.series.dropout == 0.2 and model.max_frames == 50
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overlay", "cells", "side_m"),
+    [
+        ("treesat_maestro", "maestro_base", 96, None),
+        ("pastis_maestro", "maestro_base_pastis", 256, 160),
+    ],
+)
+def test_the_maestro_overlays_restore_what_the_recipes_shrink(
+    folder, sample_root, recipe, overlay, cells, side_m
+):
+    words = ["--config", f"recipes/{recipe}.yaml", "--config", f"configs/model/{overlay}.yaml"]
+    # the published grid and fusion build; width and depth are checked as numbers
+    small = ["--model.architecture.width=64", "--model.architecture.depth=4"]
+    assert build("fit", [*words, *small, "--trainer.accelerator=cpu"]).model
+    config = prepare("fit", words).config
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    sizes = model["architecture"]
+    assert (sizes["width"], sizes["depth"], sizes["decoder_width"]) == (768, 12, 512)
+    assert (model["shared_depth"], model["masking"]["ratio"], model["loss"]) == (3, 0.75, "l1_norm")
+    assert {given["patch_size"] for n, given in model["inputs"].items() if n != "aerial"} == {2}
+    assert (model["position_cells"], data["footprint"]["size_m"]) == (cells, side_m)
+    assert data["dates"]["most"] == {"s2": 16, "s1_asc": 4, "s1_des": 4}
+    assert data["dates"]["choice"] == "typical" and data["global_batch_size"] == 128
 
 
 SLURM = ["--config", "recipes/ssl4eo_croma.yaml", "--config", "configs/trainer/slurm.yaml"]

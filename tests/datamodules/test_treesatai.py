@@ -152,6 +152,21 @@ def test_modality_sizes_follow_the_footprint() -> None:
     assert data.context_size == 200
 
 
+def test_a_tile_gives_several_windows_and_is_read_once(few: Path, monkeypatch: Any) -> None:
+    data = opened(few, footprint=Footprint(20.0), windows_per_tile=3)
+    source = data._sources["train"]
+    read = []
+    own = type(source.tiles).read
+    monkeypatch.setattr(type(source.tiles), "read", lambda s, n: read.append(n) or own(s, n))
+    rows = source.load(Piece(1, 0, 3), 0)
+    assert read == [1] and rows.count == 3 and len(set(rows.data["id"])) == 3
+    corners = {(g["c"], g["f"], g["a"], g["e"]) for g in rows.data["s2.geo"]}
+    assert len(corners) > 1
+    assert data._sources["predict"].sizes == [1] * 4  # held-out tiles give their middle
+    with pytest.raises(ConfigError, match=r"windows_per_tile: got 0, expected at least 1"):
+        TreeSatAIDataModule(windows_per_tile=0)
+
+
 # Labels, layouts, errors ---------------------------------------------------------------------
 
 
