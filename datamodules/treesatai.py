@@ -21,7 +21,7 @@ import torch
 from domainssl.datamodules.footprints import SENTINEL_M, ImageSensor, _FootprintDataModule
 from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
 from domainssl.datamodules.stream import Loading, Source
-from domainssl.errors import DataError
+from domainssl.errors import ConfigError, DataError
 from domainssl.modality import Batch
 from domainssl.readers.series import Tile
 from domainssl.readers.treesat import (
