@@ -5,6 +5,9 @@ PYTHON ?=
 OVERRIDES ?=
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.domainssl-installed
+# Tests run in two processes of one thread each; JOBS=0 runs them in one.
+JOBS   ?= 2
+PYTEST  = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=20
 FAST   := not slow and not gpu and not online and not multigpu
 SLOW   := slow and not gpu and not online and not multigpu
 
@@ -37,11 +40,11 @@ fit: $(STAMP) ## train CROMA on the embedded SSL4EO-S12 sample (OVERRIDES="--tra
 	$(PY) -m domainssl fit --config recipes/ssl4eo_croma.yaml $(OVERRIDES)
 
 test: $(STAMP) ## default tests: CPU, offline, a few minutes
-	$(PY) -m pytest -m "$(FAST)" --durations=20
+	$(PYTEST) -m "$(FAST)"
 
 # pytest ends with 5 when no test is marked slow: said, not hidden, and not an error.
 test-slow: $(STAMP) ## tests that need longer
-	@$(PY) -m pytest -m "$(SLOW)" --durations=20; code=$$?; \
+	@$(PYTEST) -m "$(SLOW)"; code=$$?; \
 	if [ $$code -eq 5 ]; then echo "test-slow: no test is marked slow, nothing was run"; exit 0; fi; \
 	exit $$code
 

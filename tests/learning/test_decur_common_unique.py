@@ -5,7 +5,6 @@ The embedded sample is made from known numbers: some both sensors see, some only
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,9 @@ from domainssl.datamodules.samples import ssl4eo as sample
 from domainssl.evaluation.factors import factor_scores
 from domainssl.objectives.decur import DeCUR
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 RECIPE = Path(domainssl.__file__).parent / "recipes" / "ssl4eo_decur.yaml"
-
-
-@pytest.fixture(autouse=True)
-def _quiet_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Lightning's log handler keeps the stderr of the test that imported it
-    monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +70,16 @@ def held_out(model: DeCUR) -> tuple[dict[str, dict[str, torch.Tensor]], list[str
         return model.common_and_unique(model.features(batch)), batch["id"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("sensor", ["s1", "s2"])
 def test_common_dimensions_predict_shared_factors_better_than_unique_ones_do(scores, sensor):
     common, unique = scores[sensor]["common"], scores[sensor]["unique"]
     assert common["shared"] > unique["shared"] + 0.03, scores
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_unique_dimensions_predict_the_optical_sensors_own_factors_better_than_common_ones_do(
-    scores,
-):
-    # not asked of the radar: its own factors are offsets of two bands that the shared wetness and
-    # greenness move as well, so what both sensors agree on holds them already
-    common, unique = scores["s2"]["common"], scores["s2"]["unique"]
-    assert unique["own"] > common["own"] + 0.05, scores
+def test_unique_dimensions_predict_the_sensors_own_factors_better_than_common_ones_do(scores):
+    common, unique = ({s: scores[s][part]["own"] for s in scores} for part in ("common", "unique"))
+    assert sum(unique.values()) / 2 > sum(common.values()) / 2 + 0.03, scores
+    assert unique["s2"] > common["s2"] + 0.05, scores
+    # A tie for the radar, not a gain: its own factors are offsets of two bands that the shared
+    # wetness and greenness move as well, so what both sensors agree on holds part of them.
+    assert unique["s1"] > common["s1"] - 0.1, scores

@@ -38,12 +38,14 @@ def test_labels_of_the_sample_are_hidden_from_band_statistics_and_untrained_back
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_recipe_learns_whatever_the_seed(sample_root, tmp_path, seed):
     assert_learned(train(tmp_path / "run", RECIPE, seed))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_shuffled_pairs_bring_no_gain(sample_root, tmp_path):
     text = RECIPE.read_text()
     assert text.count("class_path: SSL4EOS12DataModule") == 1
