@@ -75,14 +75,20 @@ def factor_scores(
     factors: Mapping[str, Tensor],
     folds: int = 8,
     seed: int = 0,
+    draws: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """Predict every factor from every part of an embedding.
+    """Predict every factor from every part of an embedding, with equally many dimensions of each.
+
+    A part with more dimensions than another would predict more by their number alone. Of larger
+    parts, random choices of as many dimensions as the smallest one has are therefore taken, and the
+    mean of their scores is returned.
 
     Args:
         parts: Groups of dimensions by name, (N, E_i) each, such as `common` and `unique`.
         factors: Factors by name, (N,) each; see `explained_variance`.
         folds: See `explained_variance`.
-        seed: See `explained_variance`.
+        seed: Of the folds and the choices of dimensions.
+        draws: Choices of dimensions; 0 takes all dimensions of all parts.
 
     Returns:
         By part and factor the explained share of its variance.
@@ -97,7 +103,16 @@ def factor_scores(
                     f"factor_scores: part {part!r} has {len(features)} items, factor {name!r} has "
                     f"{len(factor)}. Give one value per item, in the same order."
                 )
-    return {
-        part: {name: explained_variance(x, y, folds, seed) for name, y in factors.items()}
-        for part, x in parts.items()
-    }
+    fewest = min((x.shape[1] for x in parts.values()), default=0)
+    scores = {}
+    for part, features in parts.items():
+        choices = [features]
+        if draws and features.shape[1] > fewest:
+            rng = np.random.default_rng(seed)
+            orders = [rng.permutation(features.shape[1])[:fewest] for _ in range(draws)]
+            choices = [features[:, torch.from_numpy(order)] for order in orders]
+        scores[part] = {
+            name: float(np.mean([explained_variance(x, y, folds, seed) for x in choices]))
+            for name, y in factors.items()
+        }
+    return scores

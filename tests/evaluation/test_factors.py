@@ -50,11 +50,21 @@ def test_classes_are_factors_too_whatever_their_numbers():
 
 
 def test_every_part_is_scored_for_every_factor():
-    common, unique = normal(N, 4), normal(N, 3, seed=1)
+    common, unique = normal(N, 3), normal(N, 3, seed=1)
     factors = {"shared": common[:, 1] * 2, "own": unique.sum(1)}
     scores = factor_scores({"common": common, "unique": unique}, factors)
     assert scores["common"]["shared"] > 0.95 and scores["unique"]["own"] > 0.95
     assert scores["common"]["own"] < 0.2 and scores["unique"]["shared"] < 0.2
+
+
+def test_more_dimensions_are_no_advantage_in_a_comparison_of_parts():
+    small = normal(N, 2)
+    large = torch.cat([normal(N, 6, seed=1), small], dim=1)  # two of eight hold the factor
+    factors = {"factor": small.sum(1)}
+    scores = factor_scores({"large": large, "small": small}, factors)
+    assert scores["small"]["factor"] > 0.95 and scores["large"]["factor"] < 0.6
+    whole = factor_scores({"large": large, "small": small}, factors, draws=0)
+    assert whole["large"]["factor"] > 0.95
 
 
 def test_a_factor_that_does_not_vary_has_no_score():

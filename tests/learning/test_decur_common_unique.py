@@ -78,8 +78,8 @@ def test_common_dimensions_predict_shared_factors_better_than_unique_ones_do(sco
 
 def test_unique_dimensions_predict_the_sensors_own_factors_better_than_common_ones_do(scores):
     common, unique = ({s: scores[s][part]["own"] for s in scores} for part in ("common", "unique"))
-    assert sum(unique.values()) / 2 > sum(common.values()) / 2 + 0.03, scores
-    assert unique["s2"] > common["s2"] + 0.05, scores
-    # A tie for the radar, not a gain: its own factors are offsets of two bands that the shared
-    # wetness and greenness move as well, so what both sensors agree on holds part of them.
+    assert sum(unique.values()) / 2 > sum(common.values()) / 2 + 0.05, scores
+    assert unique["s2"] > common["s2"] + 0.1, scores
+    # For the radar alone it is near a tie: its own factors are offsets of two bands that the shared
+    # wetness and greenness move as well.
     assert unique["s1"] > common["s1"] - 0.1, scores
