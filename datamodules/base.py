@@ -88,9 +88,9 @@ class DomainDataModule(Recorded, LightningDataModule):
         """What batches hold, by name; known without touching the disk."""
 
     @property
-    @abstractmethod
     def context_size(self) -> int:
-        """Side in pixels (or voxels) of what is delivered."""
+        """Side in pixels (or voxels) of the finest modality; each one's own is in its `size`."""
+        return max(modality.size[0] for modality in self.modalities.values())
 
     @abstractmethod
     def open_sources(self) -> dict[str, Source]:

@@ -115,11 +115,6 @@ class SentinelCubeDataModule(DomainDataModule):
         """The layers by their keys; statistics as asked for."""
         return self._modalities
 
-    @property
-    def context_size(self) -> int:
-        """Side in pixels of what is delivered, of the layer with the smallest pixels."""
-        return max(modality.size[0] for modality in self._modalities.values())
-
     def prepare_data(self) -> None:
         """Write the embedded sample, once per machine."""
         self._root()

@@ -20,7 +20,7 @@ from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Modality
 
-__all__ = ["SENTINEL_M", "ImageSensor"]
+__all__ = ["SENTINEL_M", "ImageSensor", "check_windows"]
 
 _log = logging.getLogger(__name__)
 
@@ -103,11 +103,6 @@ class _FootprintDataModule(DomainDataModule):
     def modalities(self) -> dict[str, Modality]:
         """The modalities asked for; statistics as asked for."""
         return self._modalities
-
-    @property
-    def context_size(self) -> int:
-        """Side in pixels of the finest modality; each modality's own is in its `size`."""
-        return max(modality.size[0] for modality in self._modalities.values())
 
     def _modality(self, name: str) -> Modality:
         mean, std = self.published[name]
@@ -195,3 +190,10 @@ class _FootprintDataModule(DomainDataModule):
             )
         lines.append(f"labels: {', '.join(self.label_names or ())}")
         return lines + super().describe()
+
+
+def check_windows(**numbers: int) -> None:
+    """Refuse numbers of windows below one; called with the name of the argument."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ConfigError(f"data.init_args.{name}: got {number!r}, expected at least 1.")

@@ -17,7 +17,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from domainssl.datamodules.footprints import SENTINEL_M, ImageSensor, _FootprintDataModule
+from domainssl.datamodules.footprints import (
+    SENTINEL_M,
+    ImageSensor,
+    _FootprintDataModule,
+    check_windows,
+)
 from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
 from domainssl.datamodules.stream import Loading, Source
 from domainssl.errors import ConfigError, DataError
@@ -143,10 +148,7 @@ class PastisDataModule(_FootprintDataModule):
             "test": tuple(test_folds),
         }
         _check_folds(self.folds)
-        if windows_per_patch < 1:
-            raise ConfigError(
-                f"data.init_args.windows_per_patch: got {windows_per_patch!r}, expected at least 1."
-            )
+        check_windows(windows_per_patch=windows_per_patch)
         self.root = root
         self.footprint = footprint or Footprint(size_m=160.0)
         if self.footprint.size_m is None:

@@ -18,10 +18,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from domainssl.datamodules.footprints import SENTINEL_M, ImageSensor, _FootprintDataModule
+from domainssl.datamodules.footprints import (
+    SENTINEL_M,
+    ImageSensor,
+    _FootprintDataModule,
+    check_windows,
+)
 from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
 from domainssl.datamodules.stream import Loading, Source
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import DataError
 from domainssl.modality import Batch
 from domainssl.readers.series import Tile
 from domainssl.readers.treesat import (
@@ -131,10 +136,7 @@ class TreeSatAIDataModule(_FootprintDataModule):
             on_bad_sample=on_bad_sample,
             loading=loading,
         )
-        if windows_per_tile < 1:
-            raise ConfigError(
-                f"data.init_args.windows_per_tile: got {windows_per_tile!r}, expected at least 1."
-            )
+        check_windows(windows_per_tile=windows_per_tile)
         self.root = root
         self.footprint = footprint or Footprint()
         self.windows_per_tile = windows_per_tile

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from domainssl.errors import ConfigError, nearest
 
-__all__ = ["as_dataclass", "decide", "option", "option_table"]
+__all__ = ["as_dataclass", "decide", "named_sizes", "option", "option_table"]
 
 T = TypeVar("T")
 
@@ -29,6 +29,28 @@ def as_dataclass(cls: type[T], value: T | Mapping[str, Any]) -> T:
                 f"It has {', '.join(known)}."
             )
     return cls(**value)
+
+
+def named_sizes(
+    sizes: Mapping[Any, T], size: str, architecture: T | Mapping[str, Any], method: str
+) -> T:
+    """Return the sizes of a name with explicit ones laid over them.
+
+    Args:
+        sizes: Dataclass by name.
+        size: The name.
+        architecture: The same dataclass; fields that are None keep the named value.
+        method: Whose sizes they are, for the message.
+
+    Raises:
+        ConfigError: There is no such name.
+    """
+    if size not in sizes:
+        raise ConfigError(f"{method}: size {size!r} is not one of {list(sizes)}.")
+    named = sizes[size]
+    given = vars(as_dataclass(type(named), architecture))
+    changes = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(named, **changes)  # type: ignore[type-var]
 
 
 def option(*, ours: Any, reference: Any, text: str) -> Any:

@@ -8,7 +8,6 @@ irregular and differ between the sensors.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,14 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.cache import cache_dir, locked_build
+from domainssl.datamodules.samples import made_once
 from domainssl.datamodules.samples.cubes_scene import CROPS, FIELD, draw_field, optical, radar
 from domainssl.errors import require
 from domainssl.readers.ssl4eo_facts import L2A_BANDS
 
 __all__ = ["DATES", "SITES", "VERSION", "build", "sample_root"]
-
-logger = logging.getLogger(__name__)
 
 VERSION = "3"
 DATES = 6
@@ -37,9 +34,7 @@ Array = np.ndarray[Any, Any]
 
 def sample_root() -> Path:
     """Return the folder of the sample, made on first use in seconds."""
-    if not (cache_dir() / f"cubes-{VERSION}").is_dir():
-        logger.info("writing the embedded sample of Sentinel cubes")
-    return locked_build("cubes", VERSION, build)
+    return made_once("cubes", VERSION, "sample of Sentinel cubes", build)
 
 
 def build(folder: Path) -> None:

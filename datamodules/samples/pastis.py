@@ -8,7 +8,6 @@ rows look like. Hedges between fields are background, some pixels are void.
 from __future__ import annotations
 
 import json
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.cache import cache_dir, locked_build
+from domainssl.datamodules.samples import made_once
 from domainssl.datamodules.samples.phenology import (
     cloud_cover,
     greenness,
@@ -27,8 +26,6 @@ from domainssl.errors import require
 from domainssl.readers.pastis import SPOT_FOLDER, VOID
 
 __all__ = ["FOLDS", "KINDS", "PER_FOLD", "SIDE", "VERSION", "build", "sample_root"]
-
-logger = logging.getLogger(__name__)
 
 VERSION = "3"
 FOLDS, PER_FOLD, SIDE = 5, 10, 32
@@ -44,9 +41,7 @@ Rng = np.random.Generator
 
 def sample_root() -> Path:
     """Return the folder of the sample, made on first use in seconds."""
-    if not (cache_dir() / f"pastis-{VERSION}").is_dir():
-        logger.info("writing the embedded PASTIS sample")
-    return locked_build("pastis", VERSION, build)
+    return made_once("pastis", VERSION, "PASTIS sample", build)
 
 
 def build(folder: Path) -> None:

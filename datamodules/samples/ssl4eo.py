@@ -9,7 +9,6 @@ and the other factors, `labels/<split>_cover.npz` the cover of each pixel.
 from __future__ import annotations
 
 import csv
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.cache import cache_dir, locked_build
+from domainssl.datamodules.samples import made_once
 from domainssl.datamodules.samples.ssl4eo_scene import (
     COVERS,
     DATES,
@@ -34,8 +33,6 @@ from domainssl.readers.ssl4eo_facts import L1C_BANDS, L2A_BANDS, PRODUCTS, produ
 from domainssl.readers.ssl4eo_write import TileTable, write_release_a
 
 __all__ = ["LOCATIONS", "VERSION", "Factors", "build", "factors", "sample_root"]
-
-logger = logging.getLogger(__name__)
 
 VERSION = "7"
 LOCATIONS = {"train": 96, "val": 64}
@@ -52,9 +49,8 @@ def sample_root(products: Iterable[str] = ("S1GRD", "S2L2A")) -> Path:
     """Return the folder of the sample with these products, made on first use in seconds."""
     names = sorted({product(name).name for name in products})
     entry = "-".join(["ssl4eo-s12", *names]).lower()
-    if not (cache_dir() / f"{entry}-{VERSION}").is_dir():
-        logger.info("writing the embedded SSL4EO-S12 sample (%s)", ", ".join(names))
-    return locked_build(entry, VERSION, lambda folder: build(folder, names))
+    what = f"SSL4EO-S12 sample ({', '.join(names)})"
+    return made_once(entry, VERSION, what, lambda folder: build(folder, names))
 
 
 @dataclass(frozen=True)

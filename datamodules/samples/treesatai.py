@@ -9,7 +9,6 @@ overlap, radar has zeros and NaN, and some tiles were never seen on descending p
 from __future__ import annotations
 
 import csv
-import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.cache import cache_dir, locked_build
+from domainssl.datamodules.samples import made_once
 from domainssl.datamodules.samples.phenology import (
     cloud_cover,
     greenness,
@@ -28,8 +27,6 @@ from domainssl.errors import require
 from domainssl.readers.treesat import GENERA
 
 __all__ = ["KINDS", "TILES", "VERSION", "build", "sample_root"]
-
-logger = logging.getLogger(__name__)
 
 VERSION = "6"
 TILES = {"train": 96, "val": 96}
@@ -47,9 +44,7 @@ Rng = np.random.Generator
 
 def sample_root() -> Path:
     """Return the folder of the sample, made on first use in seconds."""
-    if not (cache_dir() / f"treesatai-ts-{VERSION}").is_dir():
-        logger.info("writing the embedded TreeSatAI sample")
-    return locked_build("treesatai-ts", VERSION, build)
+    return made_once("treesatai-ts", VERSION, "TreeSatAI sample", build)
 
 
 def build(folder: Path) -> None:

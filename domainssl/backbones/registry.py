@@ -22,7 +22,14 @@ from domainssl.backbones.card import read_card
 from domainssl.errors import WeightsError, nearest
 from domainssl.modality import Modality
 
-__all__ = ["backbone_class", "is_own_file", "list_backbones", "load_backbone", "read_tensors"]
+__all__ = [
+    "backbone_class",
+    "is_own_file",
+    "list_backbones",
+    "load_backbone",
+    "load_reference",
+    "read_tensors",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +172,37 @@ def load_backbone(
     Raises:
         WeightsError: The name is unknown, the file cannot be used, or the data do not fit.
     """
-    backbone = _load(name_or_path, weights, modalities, arguments, strict).eval()
-    backbone.watch_units()
+    return _watched(_load(name_or_path, weights, modalities, arguments, strict))
+
+
+def load_reference(
+    name: str,
+    path: str | Path,
+    *,
+    modalities: Mapping[str, Modality | Mapping[str, Any]],
+    arguments: Mapping[str, Any],
+) -> tuple[Backbone, dict[str, Any]]:
+    """Load a named backbone from a file of others, and return all that the file holds besides.
+
+    Args:
+        name: Name of `list_backbones()`.
+        path: File in a layout that the family reads.
+        modalities: See `load_backbone`.
+        arguments: See `load_backbone`.
+
+    Returns:
+        The backbone as `load_backbone` returns it, and the content of the file.
+
+    Raises:
+        WeightsError: The file cannot be used, or the data do not fit.
+    """
+    cls, variant = _variants()[name]
+    content = _read_reference(cls, path)
+    return _watched(_build(cls, {**variant, **arguments}, content, path, modalities, True)), content
+
+
+def _watched(backbone: Backbone) -> Backbone:
+    backbone.eval().watch_units()
     return backbone
 
 
@@ -219,10 +255,23 @@ def _load_variant(
         if modalities is None:
             raise WeightsError(f"{name!r} without weights needs modalities=… to be built for.")
         return cls(**{"modalities": modalities, **variant})
-    backbone, report = cls.from_reference(
-        read_tensors(Path(weights), inert_classes=cls.reference_holds_classes), variant, modalities
-    )
-    _tell(report, weights, strict)
+    return _build(cls, variant, _read_reference(cls, weights), weights, modalities, strict)
+
+
+def _read_reference(cls: type[Backbone], path: str | Path) -> dict[str, Any]:
+    return read_tensors(Path(path), inert_classes=cls.reference_holds_classes)
+
+
+def _build(
+    cls: type[Backbone],
+    variant: dict[str, Any],
+    content: dict[str, Any],
+    source: str | Path,
+    modalities: Mapping[str, Modality | Mapping[str, Any]] | None,
+    strict: bool,
+) -> Backbone:
+    backbone, report = cls.from_reference(content, variant, modalities)
+    _tell(report, source, strict)
     return backbone
 
 

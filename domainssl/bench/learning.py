@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from domainssl.bench.learning_runs import Finished, Outcome
 from domainssl.bench.report import cpu_name
 from domainssl.errors import ConfigError
 from domainssl.evaluation.criteria import GAIN, RETRIEVAL_FACTOR
+from domainssl.files import write_text
 
 __all__ = ["BEGIN", "END", "check_page", "markdown", "write_page"]
 
@@ -165,9 +165,7 @@ def write_page(path: Path, text: str) -> None:
         ConfigError: The file exists without the markers.
     """
     before, after = _around(path) if path.exists() else ("# Learning\n\n", "\n")
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    part.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-    part.replace(path)
+    write_text(path, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 def _around(path: Path) -> tuple[str, str]:

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,7 @@ from filelock import FileLock, Timeout
 from domainssl import __version__
 from domainssl.errors import ConfigError, DataError
 from domainssl.evaluation.criteria import Criterion, learning_criteria
+from domainssl.files import write_json
 
 __all__ = ["Finished", "Outcome", "Run", "read_outcome", "train_all"]
 
@@ -263,7 +263,7 @@ def _train(run: Run, folder: Path, processes: _Processes) -> Finished:
     """Train in a new process, and keep the result."""
     identity = run.identity()
     folder.mkdir(parents=True)
-    _write(folder / _RESULT, {"identity": identity})
+    write_json(folder / _RESULT, {"identity": identity})
     cost, log = folder / "cost.json", folder / "output.log"
     command = [sys.executable, "-m", "domainssl.bench.learning_child", str(cost)]
     status = processes.run([*command, *run.words(folder)], log)
@@ -281,7 +281,7 @@ def _train(run: Run, folder: Path, processes: _Processes) -> Finished:
         "cost": json.loads(cost.read_text(encoding="utf-8")),
         "surroundings": json.loads((folder / "run.json").read_text(encoding="utf-8")),
     }
-    _write(folder / _RESULT, content)
+    write_json(folder / _RESULT, content)
     return Finished(run, outcome, content["cost"], content["surroundings"])
 
 
@@ -294,10 +294,3 @@ def _environment() -> dict[str, str]:
 def _end(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join([*lines[-_LAST_LINES:], f"All of it: {log}"])
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON completely or not at all."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)

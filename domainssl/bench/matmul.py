@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from domainssl.bench.models import batch_size, croma, forward_backward, made_up_batch
 from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
 
-__all__ = ["Products", "measure"]
+__all__ = ["Products", "goal", "measure", "recorded"]
 
 _NAMES = ("mm", "mv", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _PREFIXES = ("_scaled_dot_product", "_flash_attention", "_efficient_attention")
@@ -47,23 +47,34 @@ class Products(TorchDispatchMode):
                 func(*args, **kwargs)
 
 
+def recorded(step: Callable[[], Any]) -> Products:
+    """Return the products of a step, run once before as a warm-up."""
+    step()
+    products = Products()
+    with products:
+        step()
+    return products
+
+
+def goal(settings: Settings) -> Goal:
+    """Return how much of a step its products should be."""
+    return Goal("at least", 0.5 if settings.device.startswith("cuda") else 0.75)
+
+
 def measure(settings: Settings) -> Iterator[Row]:
     """Yield the share of its matrix products in the time of a step."""
     side = 32 if settings.quick else 120
     count = batch_size(settings)
     model, batch = croma(settings, side), made_up_batch(count, side, settings.device)
     step = forward_backward(model, batch, settings)
-    step()
-    products = Products()
-    with products:
-        step()
+    products = recorded(step)
     rounds = settings.pick(5, 1, settings.rounds)
     pairs = interleaved(step, products.replay, rounds, settings.device)
     yield ratio(
         "matmul",
         "matrix products alone / forward and backward, time",
         pairs,
-        Goal("at least", 0.5 if settings.device.startswith("cuda") else 0.75),
+        goal(settings),
         f"batch {count}, {side} px, {len(products.calls)} products",
         ("step", "products"),
     )

@@ -15,9 +15,9 @@ import torch
 
 from domainssl.backbones.encoders import EncoderSizes
 from domainssl.backbones.maestro_inputs import MAESTROInput
-from domainssl.bench.matmul import Products
+from domainssl.bench.matmul import goal, recorded
 from domainssl.bench.models import forward_backward, modalities
-from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
+from domainssl.bench.report import Row, Settings, interleaved, ratio
 from domainssl.modality import Batch, Modality, key
 from domainssl.objectives.barlow_twins import BarlowTwins
 from domainssl.objectives.base import Objective
@@ -59,16 +59,13 @@ def measure(settings: Settings) -> Iterator[Row]:
         torch.manual_seed(0)
         model = case.build().to(settings.device).train()
         step = forward_backward(model, _made_up(model, count, settings.device), settings)
-        step()
-        products = Products()
-        with products:
-            step()
+        products = recorded(step)
         pairs = interleaved(step, products.replay, rounds, settings.device)
         yield ratio(
             "objectives",
             f"{name}: matrix products alone / forward and backward, time",
             pairs,
-            Goal("at least", 0.5 if is_gpu else 0.75),
+            goal(settings),
             f"{case.size}, batch {count}, {len(products.calls)} products",
             ("step", "products"),
         )

@@ -19,8 +19,8 @@ from domainssl.cli.rundir import (
     keep_earlier,
     remove_start,
     versions,
-    write_json,
 )
+from domainssl.files import write_json
 
 __all__ = ["RunRecord"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -28,7 +27,6 @@ __all__ = [
     "remove_start",
     "sole_writer",
     "versions",
-    "write_json",
 ]
 
 logger = logging.getLogger(__name__)
@@ -270,13 +268,6 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "has_local_changes": bool(status.stdout.strip())}
-
-
-def write_json(path: Path, data: object) -> None:
-    """Write JSON completely or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def command_line() -> list[str]:

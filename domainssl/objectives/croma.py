@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from domainssl.backbones.base import Features, LoadReport, common_size
 from domainssl.backbones.croma import CROMABackbone, flatten_reference
-from domainssl.backbones.registry import is_own_file, load_backbone, read_tensors
+from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
 from domainssl.errors import WeightsError
 from domainssl.losses.contrastive import info_nce
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
@@ -30,17 +30,17 @@ from domainssl.nn.masking import Masking, kept_count, mask_from_noise
 from domainssl.nn.patching import grid_of, patchify, unpatchify
 from domainssl.objectives.base import Generators, Objective, Optimization, Step
 from domainssl.objectives.croma_parts import (
+    SIZES,
     CROMAArchitecture,
     Decoder,
     Size,
     check_pair,
     per_modality,
     pretraining_name,
-    sizes_of,
 )
 from domainssl.objectives.execution import Execution
 from domainssl.objectives.terms import term_weights
-from domainssl.options import as_dataclass, decide, option
+from domainssl.options import as_dataclass, decide, named_sizes, option
 
 __all__ = ["CROMA", "CROMAArchitecture", "CROMADraws", "CROMAOptions", "pretraining_name"]
 
@@ -168,7 +168,7 @@ class CROMA(Objective):
             context_size=context_size,
             check_units=check_units,
         )
-        sizes = sizes_of(size, architecture)
+        sizes = named_sizes(SIZES, size, architecture, "CROMA")
         self.options = decide(as_dataclass(CROMAOptions, options), reference)
         self.radar, self.optical = radar, optical
         known = as_modalities(modalities)
@@ -369,8 +369,8 @@ def _from_weights(
     if is_own_file(path):
         loaded = load_backbone(path, modalities=known)
     else:
-        loaded = load_backbone(f"croma_{size}", weights=path, modalities=known, arguments=variant)
-        state = flatten_reference(read_tensors(path))
+        loaded, content = load_reference(f"croma_{size}", path, modalities=known, arguments=variant)
+        state = flatten_reference(content)
         if "decoder.mask_token" not in state:
             state = {}
     if not isinstance(loaded, CROMABackbone) or loaded.patch_size != variant["patch_size"]:

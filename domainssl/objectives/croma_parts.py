@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,16 +16,15 @@ from domainssl.nn.blocks import Transformer
 from domainssl.nn.masking import restore_tokens
 from domainssl.nn.patching import grid_coordinates
 from domainssl.nn.positions import sincos_positions
-from domainssl.options import as_dataclass
 
 __all__ = [
     "CROMAArchitecture",
     "Decoder",
+    "SIZES",
     "Size",
     "check_pair",
     "per_modality",
     "pretraining_name",
-    "sizes_of",
 ]
 
 Size = Literal["tiny", "base", "large"]
@@ -55,7 +54,7 @@ class CROMAArchitecture:
     decoder_heads: int = 8
 
 
-_SIZES: dict[Size, CROMAArchitecture] = {
+SIZES: dict[Size, CROMAArchitecture] = {
     "tiny": CROMAArchitecture(width=32, depth=2, heads=4, decoder_width=32),
     "base": CROMAArchitecture(width=768, depth=12, heads=16, decoder_width=512),
     "large": CROMAArchitecture(width=1024, depth=24, heads=16, decoder_width=512),
@@ -83,14 +82,6 @@ class Decoder(nn.Module):
         tokens = tokens + sincos_positions(coords, self.width).to(tokens.dtype)
         out: Tensor = self.head(self.transformer(tokens))
         return out
-
-
-def sizes_of(size: Size, architecture: CROMAArchitecture) -> CROMAArchitecture:
-    """Return the sizes of a name with explicit ones laid over them."""
-    if size not in _SIZES:
-        raise ConfigError(f"CROMA: size {size!r} is not one of {list(_SIZES)}.")
-    given = vars(as_dataclass(CROMAArchitecture, architecture))
-    return replace(_SIZES[size], **{k: v for k, v in given.items() if v is not None})
 
 
 def pretraining_name(own: str) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from domainssl.backbones.base import LoadReport
 from domainssl.backbones.maestro import Encoded, Fusion, MAESTROBackbone, MAESTROInput, Raster
 from domainssl.backbones.maestro_files import fit_shape, reference_name, reference_tensors
-from domainssl.backbones.registry import is_own_file, load_backbone, read_tensors
+from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
 from domainssl.distributed import all_reduce_sum
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.patch_groups import masked_error, patch_group_statistics
@@ -37,6 +37,7 @@ from domainssl.nn.structured import (
 from domainssl.objectives.base import Generators, Objective, Optimization, Step
 from domainssl.objectives.execution import Execution
 from domainssl.objectives.maestro_parts import (
+    SIZES,
     Decoder,
     MAESTROArchitecture,
     MAESTROMasking,
@@ -44,9 +45,8 @@ from domainssl.objectives.maestro_parts import (
     PixelHead,
     Size,
     check_masking,
-    sizes_of,
 )
-from domainssl.options import as_dataclass, decide, option
+from domainssl.options import as_dataclass, decide, named_sizes, option
 
 __all__ = ["MAESTRO", "MAESTROArchitecture", "MAESTRODraws", "MAESTROMasking", "MAESTROOptions"]
 
@@ -163,7 +163,7 @@ class MAESTRO(Objective):
             context_size=context_size,
             check_units=check_units,
         )
-        sizes = sizes_of(size, architecture)
+        sizes = named_sizes(SIZES, size, architecture, "MAESTRO")
         self.options = decide(as_dataclass(MAESTROOptions, options), reference)
         self.masking = check_masking(as_dataclass(MAESTROMasking, masking))
         if loss not in ("l1_norm", "l2_norm", "l1", "l2"):
@@ -450,8 +450,7 @@ def _from_weights(
     if is_own_file(path):
         loaded = load_backbone(path, modalities=known)
     else:
-        state = read_tensors(path, inert_classes=True)
-        loaded = load_backbone(f"maestro_{size}", weights=path, modalities=known, arguments=variant)
+        loaded, state = load_reference(f"maestro_{size}", path, modalities=known, arguments=variant)
     if not isinstance(loaded, MAESTROBackbone):
         raise WeightsError(
             f"model.init_args.weights: {weights!r} holds a {type(loaded).__name__}; expected "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from domainssl.errors import ConfigError
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.structured import TokenAxes
-from domainssl.options import as_dataclass
 
 __all__ = [
     "Decoder",
@@ -19,9 +18,9 @@ __all__ = [
     "MAESTROMasking",
     "MaskToken",
     "PixelHead",
+    "SIZES",
     "Size",
     "check_masking",
-    "sizes_of",
 ]
 
 Size = Literal["tiny", "small", "base", "large"]
@@ -57,7 +56,7 @@ class MAESTROArchitecture:
     decoder_ffn_ratio: float = 4
 
 
-_SIZES: dict[Size, MAESTROArchitecture] = {
+SIZES: dict[Size, MAESTROArchitecture] = {
     "tiny": MAESTROArchitecture(192, 12, 3, ffn_ratio=2, decoder_depth=1),
     "small": MAESTROArchitecture(384, 12, 6, ffn_ratio=2, decoder_depth=2),
     "base": MAESTROArchitecture(768, 12, 12, ffn_ratio=4, decoder_depth=3),
@@ -132,14 +131,6 @@ class PixelHead(nn.Module):
             for head, part in zip(self.bands, parts, strict=True)
         ]
         return torch.cat(out, dim=-1)
-
-
-def sizes_of(size: Size, architecture: MAESTROArchitecture) -> MAESTROArchitecture:
-    """Return the sizes of a name with explicit ones laid over them."""
-    if size not in _SIZES:
-        raise ConfigError(f"MAESTRO: size {size!r} is not one of {list(_SIZES)}.")
-    given = vars(as_dataclass(MAESTROArchitecture, architecture))
-    return replace(_SIZES[size], **{k: v for k, v in given.items() if v is not None})
 
 
 def check_masking(masking: MAESTROMasking) -> MAESTROMasking:

@@ -27,7 +27,7 @@ from domainssl.backbones.omnisat import (
     Traces,
     flatten_reference,
 )
-from domainssl.backbones.registry import is_own_file, load_backbone, read_tensors
+from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
 from domainssl.losses.tokens import token_nce
@@ -443,8 +443,10 @@ def _from_weights(
     if is_own_file(path):
         loaded = load_backbone(path, modalities=known)
     else:
-        loaded = load_backbone(f"omnisat_{size}", weights=path, modalities=known, arguments=variant)
-        state = flatten_reference(read_tensors(path))
+        loaded, content = load_reference(
+            f"omnisat_{size}", path, modalities=known, arguments=variant
+        )
+        state = flatten_reference(content)
         if not any(name.startswith("decoder.") for name in state):
             state = {}
     if not isinstance(loaded, OmniSatBackbone) or loaded.patch_size != variant["patch_size"]:

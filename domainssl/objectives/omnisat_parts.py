@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from domainssl.backbones.omnisat import SeriesArchitecture
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Modality
-from domainssl.options import as_dataclass
+from domainssl.options import as_dataclass, named_sizes
 
 __all__ = [
     "OmniSatArchitecture",
@@ -95,10 +95,7 @@ def decoder_name(own: str, state: Mapping[str, Tensor]) -> str:
 
 def sizes_of(size: Size, architecture: OmniSatArchitecture) -> OmniSatArchitecture:
     """Return the sizes of a name with explicit ones laid over them."""
-    if size not in _SIZES:
-        raise ConfigError(f"OmniSat: size {size!r} is not one of {list(_SIZES)}.")
-    given = vars(as_dataclass(OmniSatArchitecture, architecture))
-    sizes = replace(_SIZES[size], **{k: v for k, v in given.items() if v is not None})
+    sizes = named_sizes(_SIZES, size, architecture, "OmniSat")
     series = as_dataclass(SeriesArchitecture, cast(Any, sizes.series))
     return replace(sizes, series=series)
 

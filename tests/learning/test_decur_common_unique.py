@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipe_runs import RECIPES
 
-import domainssl
 from domainssl.cli import main
 from domainssl.datamodules import SSL4EOS12DataModule
 from domainssl.datamodules.crops import Crop
@@ -20,7 +20,7 @@ from domainssl.objectives.decur import DeCUR
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-RECIPE = Path(domainssl.__file__).parent / "recipes" / "ssl4eo_decur.yaml"
+RECIPE = RECIPES / "ssl4eo_decur.yaml"
 
 
 @pytest.fixture(scope="module")
