@@ -1,7 +1,7 @@
 """What every DataModule of the project shares: global batch, epochs, resume, description.
 
 A subclass opens its sources (`open_sources`) and states its modalities; everything about order,
-ranks, workers and position is here and in `stream.py`.
+ranks, workers and position is here and in `loading/stream.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from domainssl.arguments import Recorded
-from domainssl.datamodules.plan import ORDER_VERSION, EpochPlan
-from domainssl.datamodules.stream import BlockStream, Loading, Source
 from domainssl.errors import ConfigError, nearest
+from domainssl.loading.plan import ORDER_VERSION, EpochPlan
+from domainssl.loading.source import Loading, Source
+from domainssl.loading.stream import BlockStream
 from domainssl.modality import Batch, Modality
 
 __all__ = ["DomainDataModule"]

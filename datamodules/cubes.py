@@ -4,8 +4,8 @@
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))     # s1 (32, 2, 64, 64), s2 (32, 12, 64, 64)
 
-`cube_options.py` says what can be asked for, `cube_sites.py` finds files, `cube_blocks.py` cuts
-and splits places, `cube_source.py` reads windows.
+In `sources/`, `cube_options.py` holds the options, `cube_sites.py` finds files, `cube_blocks.py`
+cuts and splits places, `cubes.py` reads windows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ import logging
 from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule
-from domainssl.datamodules.cube_blocks import Block, blocks_of, hold_out
-from domainssl.datamodules.cube_options import (
+from domainssl.datamodules.statistics import statistics_of
+from domainssl.errors import ConfigError
+from domainssl.io.raster.bands import LayerFile, open_store
+from domainssl.io.storage.paths import list_folder
+from domainssl.loading.source import Loading, Source
+from domainssl.modality import Modality, as_modalities
+from domainssl.sources.cube_blocks import Block, blocks_of, hold_out
+from domainssl.sources.cube_options import (
     DateChoice,
     HeldOut,
     Labels,
@@ -23,14 +29,8 @@ from domainssl.datamodules.cube_options import (
     Windows,
     default_layers,
 )
-from domainssl.datamodules.cube_sites import Site, open_sites
-from domainssl.datamodules.cube_source import CubeSource
-from domainssl.datamodules.statistics import statistics_of
-from domainssl.datamodules.stream import Loading, Source
-from domainssl.errors import ConfigError
-from domainssl.modality import Modality, as_modalities
-from domainssl.readers.layers import LayerFile, open_store
-from domainssl.readers.stores import list_folder
+from domainssl.sources.cube_sites import Site, open_sites
+from domainssl.sources.cubes import CubeSource
 
 __all__ = ["SentinelCubeDataModule"]
 

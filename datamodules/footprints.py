@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from domainssl.datamodules.base import DomainDataModule
-from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
-from domainssl.datamodules.source import Source
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
+from domainssl.loading.source import Source
 from domainssl.modality import Modality
+from domainssl.sources.tiles import Footprint, SeriesDates, TileSource
 
 __all__ = ["SENTINEL_M", "ImageSensor", "check_windows"]
 

@@ -4,7 +4,7 @@
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))     # s2 (8, T, 10, 16, 16), mask (8, 16, 16)
 
-`readers/pastis.py` maps files, `series.py` cuts windows and chooses dates, `stream.py` makes
+`io/series/pastis.py` maps files, `sources/tiles.py` cuts windows, `loading/stream.py` makes
 batches of them.
 """
 
@@ -23,11 +23,8 @@ from domainssl.datamodules.footprints import (
     _FootprintDataModule,
     check_windows,
 )
-from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
-from domainssl.datamodules.stream import Loading, Source
 from domainssl.errors import ConfigError, DataError
-from domainssl.modality import Batch
-from domainssl.readers.pastis import (
+from domainssl.io.series.pastis import (
     CLASSES,
     SERIES,
     VOID,
@@ -35,7 +32,10 @@ from domainssl.readers.pastis import (
     read_pastis,
     scan_pastis,
 )
-from domainssl.readers.series import Tile
+from domainssl.io.series.tile import Tile
+from domainssl.loading.source import Loading, Source
+from domainssl.modality import Batch
+from domainssl.sources.tiles import Footprint, SeriesDates, TileSource
 
 __all__ = ["PastisDataModule"]
 

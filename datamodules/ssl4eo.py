@@ -4,7 +4,7 @@
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))     # s1 (32, 2, 120, 120), s2 (32, 12, 120, 120)
 
-`crops.py` cuts windows, `ssl4eo_source.py` reads files, `stream.py` makes batches of them.
+`sources/windows.py` cuts windows, `sources/ssl4eo.py` reads files, `loading/stream.py` batches.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import logging
 from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule
-from domainssl.datamodules.crops import Crop
-from domainssl.datamodules.ssl4eo_source import Dates, SSL4EOSource
 from domainssl.datamodules.statistics import statistics_of
-from domainssl.datamodules.stream import Loading, Source
 from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.io.ssl4eo.facts import PRODUCTS, product
+from domainssl.io.ssl4eo.labels import labels
+from domainssl.io.ssl4eo.layout import Catalogue, scan
+from domainssl.io.ssl4eo.read import read
+from domainssl.io.storage.paths import is_folder, join
+from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality
-from domainssl.readers.ssl4eo import PRODUCTS, Catalogue, labels, product, read, scan
-from domainssl.readers.stores import is_folder, join
+from domainssl.sources.ssl4eo import Dates, SSL4EOSource
+from domainssl.sources.windows import Crop
 
 __all__ = ["SSL4EOS12DataModule"]
 

@@ -4,7 +4,7 @@
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))     # aerial (16, 4, 300, 300), s2 (16, T, 10, 6, 6)
 
-`readers/treesat.py` reads files, `series.py` cuts windows and chooses dates, `stream.py` makes
+`io/series/treesatai.py` reads files, `sources/tiles.py` cuts windows, `loading/stream.py` makes
 batches of them.
 """
 
@@ -24,18 +24,18 @@ from domainssl.datamodules.footprints import (
     _FootprintDataModule,
     check_windows,
 )
-from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
-from domainssl.datamodules.stream import Loading, Source
 from domainssl.errors import DataError
-from domainssl.modality import Batch
-from domainssl.readers.series import Tile
-from domainssl.readers.treesat import (
+from domainssl.io.series.tile import Tile
+from domainssl.io.series.treesatai import (
     GENERA,
     SERIES,
     TreeSatCatalogue,
     read_treesat,
     scan_treesat,
 )
+from domainssl.loading.source import Loading, Source
+from domainssl.modality import Batch
+from domainssl.sources.tiles import Footprint, SeriesDates, TileSource
 
 __all__ = ["TreeSatAIDataModule"]
 

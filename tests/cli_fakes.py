@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from domainssl.arguments import Recorded
 from domainssl.modality import Modality
-from domainssl.objectives.guard import check_resume
+from domainssl.training.guard import check_resume
 
 __all__ = ["FakeDataModule", "FakeObjective", "UndescribedDataModule"]
 

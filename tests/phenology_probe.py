@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from domainssl.datamodules.base import DomainDataModule
-from domainssl.datamodules.plan import Piece
+from domainssl.loading.plan import Piece
 
 Item = dict[str, Any]
 Features = Callable[[Item], np.ndarray]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 
-from domainssl.readers.ssl4eo_write import TileTable, write_release_a, write_release_b
+from domainssl.io.ssl4eo.write import TileTable, write_release_a, write_release_b
 
 PLACES = ("433D_629L_3_1", "637U_59R_1_3")
 FOLDERS = {"S1GRD": "S1RTC", "S2L2A": "S2L2A", "S2L1C": "S2L1C", "S2RGB": "S2RGB"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import domainssl
-from domainssl.bench.learning_runs import Outcome, read_outcome
 from domainssl.cli import main
+from domainssl.matrix.runs import Outcome, read_outcome
 
 __all__ = ["RECIPES", "assert_learned", "train"]
 

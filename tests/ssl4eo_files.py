@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from domainssl.readers.ssl4eo_write import TileTable, write_release_a, write_release_b
+from domainssl.io.ssl4eo.write import TileTable, write_release_a, write_release_b
 
 SIDE, DATES = 40, 4
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from domainssl.datamodules.plan import EpochPlan, Piece, generator
-from domainssl.datamodules.stream import BlockStream, Loading, Rows, empty
 from domainssl.errors import DataError
+from domainssl.loading.memory import empty
+from domainssl.loading.plan import EpochPlan, Piece, generator
+from domainssl.loading.source import Loading, Rows
+from domainssl.loading.stream import BlockStream
 
 
 class FakeSource:

@@ -126,7 +126,7 @@ def test_printed_mistakes_are_what_the_command_line_says(
 def test_documented_fit_commands_have_no_mistakes(
     words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from domainssl.cli.train import prepare
+    from domainssl.cli.run.train import prepare
 
     if words in MISTAKEN:
         pytest.skip("shown for its mistakes, see the test above")

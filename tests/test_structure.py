@@ -9,38 +9,45 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "domainssl"
 
-BASE = {"errors", "arguments", "options", "modality", "units", "distributed", "cache"}
-NETWORK = BASE | {"nn", "losses"}
-# What each part may import, besides itself.
+COMMON = {
+    "modality", "sensors", "units", "errors", "arguments", "options", "files", "cache",
+    "distributed", "pieces",
+}  # fmt: skip
+NETWORK = COMMON | {"nn", "losses"}
+LEARNERS = NETWORK | {"backbones", "training"}
+# What each part may import, besides itself; HOUSE: bytes, arrays, items, batches, training, use.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "arguments": {"errors"},
     "options": {"errors"},
-    "modality": {"errors", "arguments"},
-    "units": {"errors", "modality"},
+    "files": {"errors"},
+    "sensors": {"errors"},
+    "modality": {"errors", "arguments", "sensors"},
+    "units": {"errors", "modality", "sensors"},
     "distributed": {"errors"},
-    "cache": {"errors"},
-    "strategies": {"errors"},
-    "readers": BASE,
-    "datamodules": BASE | {"readers"},
-    "nn": BASE,
-    "losses": BASE | {"nn"},
+    "cache": {"errors", "files"},
+    "pieces": {"errors", "files", "cache", "arguments"},
+    "io": COMMON,
+    "loading": COMMON,
+    "sources": COMMON | {"io", "loading"},
+    "datamodules": COMMON | {"io", "loading", "sources"},
+    "nn": COMMON,
+    "losses": COMMON | {"nn"},
     "backbones": NETWORK,
-    "objectives": NETWORK | {"backbones"},
-    "tasks": NETWORK | {"backbones"},
+    "training": NETWORK | {"backbones"},
+    "objectives": LEARNERS,
+    "tasks": LEARNERS,
     "evaluation": NETWORK | {"backbones"},
-    "checkpoints": BASE | {"backbones"},
-    "inference": BASE | {"readers", "backbones"},
-    "callbacks": NETWORK | {"backbones", "evaluation", "objectives"},
+    "callbacks": LEARNERS | {"evaluation"},
+    "inference": LEARNERS | {"io", "loading", "sources", "tasks"},
+    "inspection": COMMON | {"io", "loading", "sources", "datamodules"},
 }
-ALLOWED["bench"] = {*ALLOWED}
-EVERYTHING = {*ALLOWED, "cli"}
-ALLOWED["cli"] = EVERYTHING
+TOP = {"matrix", "bench", "cli"}  # nothing else imports these
+EVERYTHING = {*ALLOWED, *TOP}
+ALLOWED |= {"matrix": EVERYTHING - {"cli"}, "bench": EVERYTHING - {"cli"}, "cli": EVERYTHING}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = {"modality", "backbones", "errors"}
 
@@ -92,19 +99,67 @@ def test_every_part_of_the_package_has_a_rule() -> None:
     assert {part(path) for path in sources()} <= set(ALLOWED)
 
 
-@pytest.mark.parametrize("path", sources(), ids=str)
-def test_imports_point_in_the_allowed_direction(path: Path) -> None:
-    own = part(path)
+def test_imports_point_in_the_allowed_direction() -> None:
     wrong = []
-    for line, name in imports(parse(path)):
-        parts = name.split(".")
-        if parts[0] in ("datamodules", "recipes", "configs"):
-            wrong.append(f"line {line}: {name}; import domainssl.{parts[0]}")
-        if parts[0] == "domainssl" and parts[1] in EVERYTHING - ALLOWED[own] - {own}:
-            wrong.append(f"line {line}: {own} must not import {name}")
-        if name.startswith("torch.distributed") and own != "distributed" and _collective(name):
-            wrong.append(f"line {line}: {name}; only domainssl.distributed calls collectives")
-    assert not wrong, f"{path}: " + "; ".join(wrong)
+    for path in sources():
+        own = part(path)
+        for line, name in imports(parse(path)):
+            parts = name.split(".")
+            where = f"{path}:{line}: {name}"
+            if parts[0] in ("datamodules", "recipes", "configs"):
+                wrong.append(f"{where}; import domainssl.{parts[0]}")
+            if parts[0] == "domainssl" and parts[1] in EVERYTHING - ALLOWED[own] - {own}:
+                wrong.append(f"{where}; {own} must not import it")
+            if name.startswith("torch.distributed") and own != "distributed" and _collective(name):
+                wrong.append(f"{where}; only domainssl.distributed calls collectives")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Imports inside functions count too: they hide a circle, they do not open it."""
+    known = {_module(path): path for path in sources()}
+    arrows: dict[str, set[str]] = {}
+    for own, path in known.items():
+        targets = set()
+        for _, name in imports(parse(path)):
+            target = name if name in known else name.rpartition(".")[0]
+            if target in known and target != own and known[target].name != "__init__.py":
+                targets.add(target)
+        arrows[own] = targets
+    circles = [" <-> ".join(circle) for circle in _circles(arrows)]
+    assert not circles, "\n".join(circles)
+
+
+def _module(path: Path) -> str:
+    return ".".join(("domainssl", *path.with_suffix("").parts)).removesuffix(".__init__")
+
+
+def _circles(arrows: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Groups of files each of which reaches the others (Tarjan)."""
+    numbers: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[tuple[str, ...]] = []
+
+    def visit(name: str) -> None:
+        numbers[name] = lowest[name] = len(numbers)
+        stack.append(name)
+        for target in sorted(arrows[name]):
+            if target not in numbers:
+                visit(target)
+                lowest[name] = min(lowest[name], lowest[target])
+            elif target in stack:
+                lowest[name] = min(lowest[name], numbers[target])
+        if lowest[name] == numbers[name]:
+            at = stack.index(name)
+            group, stack[at:] = tuple(sorted(stack[at:])), []
+            if len(group) > 1:
+                found.append(group)
+
+    for name in sorted(arrows):
+        if name not in numbers:
+            visit(name)
+    return found
 
 
 def _collective(name: str) -> bool:
@@ -120,34 +175,38 @@ def _collective(name: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("path", sources(), ids=str)
-def test_every_file_opens_with_a_docstring_and_names_what_it_offers(path: Path) -> None:
-    tree = parse(path)
-    if not tree.body:
-        return  # an empty __init__.py
-    assert ast.get_docstring(tree), f"{path}: no module docstring"
-    if path.name in ("__init__.py", "__main__.py"):
-        return
-    names = [
-        target.id
-        for node in tree.body
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if isinstance(target, ast.Name)
-    ]
-    assert "__all__" in names, f"{path}: no __all__"
+def test_every_file_opens_with_a_docstring_and_names_what_it_offers() -> None:
+    wrong = []
+    for path in sources():
+        tree = parse(path)
+        if tree.body and not ast.get_docstring(tree):
+            wrong.append(f"{path}: no module docstring")
+        names = [
+            target.id
+            for node in tree.body
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name)
+        ]
+        if "__all__" not in names and path.name not in ("__init__.py", "__main__.py"):
+            wrong.append(f"{path}: no __all__")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", sources(), ids=str)
-def test_files_and_functions_stay_short(path: Path) -> None:
-    tree = parse(path)
-    count = _code_lines(path, tree)
-    assert count <= 400, f"{path}: {count} lines of code, wanted at most 400"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
-            assert length <= 60, f"{path}: {node.name} has {length} lines, wanted at most 60"
+def test_files_and_functions_stay_short() -> None:
+    wrong = []
+    for path in sources():
+        tree = parse(path)
+        count = _code_lines(path, tree)
+        if count > 400:
+            wrong.append(f"{path}: {count} lines of code, wanted at most 400")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+                if length > 60:
+                    wrong.append(f"{path}: {node.name} has {length} lines, wanted at most 60")
+    assert not wrong, "\n".join(wrong)
 
 
 def _code_lines(path: Path, tree: ast.Module) -> int:

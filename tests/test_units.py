@@ -15,8 +15,10 @@ from tiny import TinyBackbone, TinyData, TinyObjective, tiny_trainer
 from domainssl import export_backbone, load_backbone
 from domainssl.backbones.base import Backbone
 from domainssl.errors import DataError
+from domainssl.io.ssl4eo.facts import product
+from domainssl.io.ssl4eo.layout import scan
+from domainssl.io.ssl4eo.read import read
 from domainssl.modality import Modality
-from domainssl.readers.ssl4eo import product, read, scan
 from domainssl.units import UnitCheck, unit_of_item
 
 SIDE = 32

@@ -23,7 +23,7 @@ from domainssl.datamodules.samples.phenology import (
     radar_series,
 )
 from domainssl.errors import require
-from domainssl.readers.pastis import SPOT_FOLDER, VOID
+from domainssl.io.series.pastis import SPOT_FOLDER, VOID
 
 __all__ = ["FOLDS", "KINDS", "PER_FOLD", "SIDE", "VERSION", "build", "sample_root"]
 

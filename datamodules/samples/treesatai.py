@@ -24,7 +24,7 @@ from domainssl.datamodules.samples.phenology import (
     radar_series,
 )
 from domainssl.errors import require
-from domainssl.readers.treesat import GENERA
+from domainssl.io.series.treesatai import GENERA
 
 __all__ = ["KINDS", "TILES", "VERSION", "build", "sample_root"]
 

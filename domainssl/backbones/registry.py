@@ -33,14 +33,11 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_NOT_FAMILIES = ("base", "card", "registry")
-
 
 def _families() -> dict[str, type[Backbone]]:
     """Import every family's file and return the backbone classes by name."""
-    for module in pkgutil.iter_modules(backbones.__path__):
-        if module.name not in _NOT_FAMILIES:
-            importlib.import_module(f"{backbones.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(backbones.__path__, f"{backbones.__name__}."):
+        importlib.import_module(module.name)
 
     def below(cls: type[Backbone]) -> list[type[Backbone]]:
         return [c for child in cls.__subclasses__() for c in (child, *below(child))]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from domainssl.backbones.encoders import EncoderSizes
-from domainssl.backbones.maestro_inputs import MAESTROInput
+from domainssl.backbones.encoders.backbone import EncoderSizes
+from domainssl.backbones.maestro.inputs import MAESTROInput
 from domainssl.bench.matmul import goal, recorded
 from domainssl.bench.models import forward_backward, modalities
 from domainssl.bench.report import Row, Settings, interleaved, ratio

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio, silent
-from domainssl.datamodules.crops import Crop
 from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
-from domainssl.datamodules.stream import Loading
 from domainssl.errors import require
-from domainssl.readers.ssl4eo_facts import product
-from domainssl.readers.ssl4eo_write import TileTable, write_release_a
+from domainssl.io.ssl4eo.facts import product
+from domainssl.io.ssl4eo.write import TileTable, write_release_a
+from domainssl.loading.source import Loading
+from domainssl.sources.windows import Crop
 
 __all__ = ["measure"]
 

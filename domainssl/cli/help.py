@@ -7,8 +7,8 @@ import inspect
 import re
 from typing import Any
 
-from domainssl.cli import catalog
-from domainssl.cli.schema import Parameter, dataclasses_in, in_words, parameters
+from domainssl.cli.config import catalog
+from domainssl.cli.config.schema import Parameter, dataclasses_in, in_words, parameters
 from domainssl.errors import ConfigError, nearest
 
 __all__ = ["wanted_help"]

@@ -23,11 +23,11 @@ from domainssl.backbones.base import Backbone, Features
 from domainssl.distributed import all_reduce_sum, rank, world_size
 from domainssl.errors import ConfigError
 from domainssl.modality import Batch, Modality, as_modalities
-from domainssl.objectives.execution import Execution, apply_execution
-from domainssl.objectives.guard import FiniteGuard, check_resume, check_weights
-from domainssl.objectives.optimization import Optimization, make_optimizer
-from domainssl.objectives.presence import PresenceRecord
 from domainssl.options import as_dataclass
+from domainssl.training.execution import Execution, apply_execution
+from domainssl.training.guard import FiniteGuard, check_resume, check_weights
+from domainssl.training.optimization import Optimization, make_optimizer
+from domainssl.training.presence import PresenceRecord
 from domainssl.units import UnitCheck
 
 __all__ = ["Generators", "Objective", "Optimization", "Step"]
@@ -209,7 +209,7 @@ class Objective(Recorded, LightningModule):
     def configure_model(self) -> None:
         """Shard the model where the strategy has a device mesh (`ModelParallelStrategy`)."""
         if self.device_mesh is not None and not self._is_sharded:
-            from domainssl.objectives.sharding import shard
+            from domainssl.training.sharding import shard
 
             self._is_sharded = True
             shard(self, self.backbone, self.device_mesh["data_parallel"])

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
+from domainssl.backbones.encoders.backbone import EncoderSizes
 from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import info_nce
 from domainssl.modality import Batch, Modality
-from domainssl.objectives.base import Optimization, Step
+from domainssl.objectives.base import Step
 from domainssl.objectives.decur import published_optimization
-from domainssl.objectives.execution import Execution
 from domainssl.objectives.joint_embedding import (
-    EncoderSizes,
     ViewDraws,
     Views,
     _JointEmbedding,
@@ -26,6 +25,8 @@ from domainssl.objectives.joint_embedding import (
     with_outputs,
 )
 from domainssl.options import as_dataclass, decide, option
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
 
 __all__ = ["CLIP", "CLIPOptions"]
 

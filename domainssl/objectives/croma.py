@@ -28,7 +28,7 @@ from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
 from domainssl.modality import Batch, Modality, as_modalities, present_mask, valid_mask
 from domainssl.nn.masking import Masking, kept_count, mask_from_noise
 from domainssl.nn.patching import grid_of, patchify, unpatchify
-from domainssl.objectives.base import Generators, Objective, Optimization, Step
+from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.objectives.croma_parts import (
     SIZES,
     CROMAArchitecture,
@@ -38,9 +38,10 @@ from domainssl.objectives.croma_parts import (
     per_modality,
     pretraining_name,
 )
-from domainssl.objectives.execution import Execution
 from domainssl.objectives.terms import term_weights
 from domainssl.options import as_dataclass, decide, named_sizes, option
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
 
 __all__ = ["CROMA", "CROMAArchitecture", "CROMADraws", "CROMAOptions", "pretraining_name"]
 

@@ -22,17 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainssl.backbones.base import Features, LoadReport
-from domainssl.backbones.encoder_files import read_encoder_file
-from domainssl.backbones.encoders import DeformableAttentionUse
+from domainssl.backbones.encoders.backbone import DeformableAttentionUse, EncoderSizes
+from domainssl.backbones.encoders.files import read_encoder_file
 from domainssl.backbones.registry import read_tensors
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.decorrelation import decur_cross, local_gradient, redundancy
 from domainssl.modality import Batch, Modality
 from domainssl.nn.norm import GlobalBatchNorm
-from domainssl.objectives.base import Optimization, Step
-from domainssl.objectives.execution import Execution
+from domainssl.objectives.base import Step
 from domainssl.objectives.joint_embedding import (
-    EncoderSizes,
     ViewDraws,
     Views,
     _JointEmbedding,
@@ -40,6 +38,8 @@ from domainssl.objectives.joint_embedding import (
     with_outputs,
 )
 from domainssl.options import as_dataclass, decide, option
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
 
 __all__ = ["DeCUR", "DeCUROptions", "published_optimization"]
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from domainssl.backbones.base import Features
-from domainssl.backbones.encoder_nets import Encoder
-from domainssl.backbones.encoders import (
+from domainssl.backbones.encoders.backbone import (
     DeformableAttentionUse,
     EncoderBackbone,
     EncoderSizes,
 )
+from domainssl.backbones.encoders.nets import Encoder
 from domainssl.backbones.registry import is_own_file, load_backbone
 from domainssl.errors import ConfigError, WeightsError, nearest
 from domainssl.modality import (
@@ -34,9 +34,10 @@ from domainssl.modality import (
 from domainssl.nn.heads import ProjectionHead
 from domainssl.nn.norm import counted_rows
 from domainssl.nn.views import View, Views, draw_view, geometry, photometry
-from domainssl.objectives.base import Generators, Objective, Optimization
-from domainssl.objectives.execution import Execution
+from domainssl.objectives.base import Generators, Objective
 from domainssl.options import as_dataclass
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
 
 __all__ = ["EncoderSizes", "ViewDraws", "Views", "published_views"]
 

@@ -19,8 +19,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from domainssl.backbones.base import LoadReport
-from domainssl.backbones.maestro import Encoded, Fusion, MAESTROBackbone, MAESTROInput, Raster
-from domainssl.backbones.maestro_files import fit_shape, reference_name, reference_tensors
+from domainssl.backbones.maestro.backbone import Encoded, Fusion, MAESTROBackbone, Raster
+from domainssl.backbones.maestro.files import fit_shape, reference_name, reference_tensors
+from domainssl.backbones.maestro.inputs import MAESTROInput
 from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
 from domainssl.distributed import all_reduce_sum
 from domainssl.errors import ConfigError, WeightsError
@@ -34,8 +35,7 @@ from domainssl.nn.structured import (
     structure_shapes,
     structured_mask,
 )
-from domainssl.objectives.base import Generators, Objective, Optimization, Step
-from domainssl.objectives.execution import Execution
+from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.objectives.maestro_parts import (
     SIZES,
     Decoder,
@@ -47,6 +47,8 @@ from domainssl.objectives.maestro_parts import (
     check_masking,
 )
 from domainssl.options import as_dataclass, decide, named_sizes, option
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
 
 __all__ = ["MAESTRO", "MAESTROArchitecture", "MAESTRODraws", "MAESTROMasking", "MAESTROOptions"]
 

@@ -38,8 +38,7 @@ from domainssl.nn.filtering import filter_dates
 from domainssl.nn.masking import Masking, kept_count, mask_from_noise
 from domainssl.nn.patching import unpatchify
 from domainssl.nn.relative import check_path
-from domainssl.objectives.base import Generators, Objective, Optimization, Step
-from domainssl.objectives.execution import Execution
+from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.objectives.omnisat_parts import (
     OmniSatArchitecture,
     SeriesDecoder,
@@ -52,6 +51,8 @@ from domainssl.objectives.omnisat_parts import (
 )
 from domainssl.objectives.terms import term_weights
 from domainssl.options import as_dataclass, decide, option
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
 
 __all__ = ["OmniSat", "OmniSatArchitecture", "OmniSatDraws", "OmniSatOptions"]
 

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from domainssl.backbones.encoders.backbone import EncoderSizes
 from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import nt_xent
 from domainssl.modality import Batch, Modality
-from domainssl.objectives.base import Optimization, Step
+from domainssl.objectives.base import Step
 from domainssl.objectives.decur import published_optimization
-from domainssl.objectives.execution import Execution
 from domainssl.objectives.joint_embedding import (
-    EncoderSizes,
     ViewDraws,
     Views,
     _JointEmbedding,
     common_arguments,
     with_outputs,
 )
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
 
 __all__ = ["SimCLR"]
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from domainssl.backbones.encoders.backbone import EncoderSizes
 from domainssl.losses.decorrelation import vicreg
 from domainssl.modality import Batch, Modality
-from domainssl.objectives.base import Optimization, Step
+from domainssl.objectives.base import Step
 from domainssl.objectives.decur import published_optimization
-from domainssl.objectives.execution import Execution
 from domainssl.objectives.joint_embedding import (
-    EncoderSizes,
     ViewDraws,
     Views,
     _JointEmbedding,
@@ -22,6 +21,8 @@ from domainssl.objectives.joint_embedding import (
     with_outputs,
 )
 from domainssl.options import as_dataclass, decide, option
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
 
 __all__ = ["VICReg", "VICRegOptions"]
 

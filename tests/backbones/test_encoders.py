@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from domainssl import load_backbone
-from domainssl.backbones.encoder_files import published_modality
-from domainssl.backbones.encoders import EncoderBackbone, EncoderSizes
+from domainssl.backbones.encoders.backbone import EncoderBackbone, EncoderSizes
+from domainssl.backbones.encoders.files import published_modality
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality
 

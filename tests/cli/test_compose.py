@@ -2,7 +2,7 @@
 
 import pytest
 
-from domainssl.cli.compose import compose, spec_path
+from domainssl.cli.config.compose import compose, spec_path
 
 OVERLAY = """\
 trainer:

@@ -141,7 +141,7 @@ def test_arguments_that_a_class_passes_on_have_a_place_of_their_own(cli, recipe)
 
 
 def test_debug_shows_where_an_error_arose(cli, recipe):
-    from domainssl.cli.nodes import ConfigMistakes
+    from domainssl.cli.config.nodes import ConfigMistakes
 
     with pytest.raises(ConfigMistakes):
         cli("fit", "--config", recipe.name, "--model.mask_ratoi=1", "--debug")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from domainssl.cli.nodes import ConfigMistakes, Mistake, Where, dump, parse
+from domainssl.cli.config.nodes import ConfigMistakes, Mistake, Where, dump, parse
 
 
 def read(text):

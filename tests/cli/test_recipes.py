@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from domainssl.backbones.encoder_files import published_modality
-from domainssl.cli import catalog
-from domainssl.cli.train import build, prepare
+from domainssl.backbones.encoders.files import published_modality
+from domainssl.cli.config import catalog
+from domainssl.cli.run.train import build, prepare
 from domainssl.objectives.decur import DeCUR
 from domainssl.objectives.joint_embedding import published_views
 

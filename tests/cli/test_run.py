@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from domainssl.cli.nodes import parse
-from domainssl.cli.train import build, prepare
+from domainssl.cli.config.nodes import parse
+from domainssl.cli.run.train import build, prepare
 
 
 def only_run(folder, name="tiny"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from domainssl.readers import measure as module
+from domainssl.inspection import statistics as module
 
 
 def test_file_of_stats_becomes_the_statistics_of_the_data(cli, folder: Path, sample_root: Path):

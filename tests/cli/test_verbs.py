@@ -82,7 +82,7 @@ def test_class_help_for_an_unknown_name_names_the_nearest(cli):
 
 def test_short_names_are_found_without_importing_their_modules(spawn):
     code = (
-        "import sys\nfrom domainssl.cli.catalog import find_classes\n"
+        "import sys\nfrom domainssl.cli.config.catalog import find_classes\n"
         "assert find_classes('model')['CROMA'] == 'domainssl.objectives.croma.CROMA'\n"
         "name = 'domainssl.datamodules.ssl4eo.SSL4EOS12DataModule'\n"
         "assert find_classes('data')['SSL4EOS12DataModule'] == name\n"

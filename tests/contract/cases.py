@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from domainssl.cli.catalog import find_classes
+from domainssl.cli.config.catalog import find_classes
 from domainssl.datamodules.base import DomainDataModule
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Objective

@@ -11,8 +11,8 @@ import pytest
 from real_tiles import write_real
 
 from domainssl.cli import main
-from domainssl.datamodules.crops import Crop
 from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
+from domainssl.sources.windows import Crop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # README.md beside the real data: central 120 pixels of the two places, S2L2A with its stored offset

@@ -17,7 +17,9 @@ from domainssl.datamodules.samples import ssl4eo as sample
 from domainssl.datamodules.samples.ssl4eo_scene import COVERS
 from domainssl.errors import ConfigError
 from domainssl.evaluation.factors import explained_variance
-from domainssl.readers.ssl4eo import labels, read, scan
+from domainssl.io.ssl4eo.labels import labels
+from domainssl.io.ssl4eo.layout import scan
+from domainssl.io.ssl4eo.read import read
 
 PAIR = {"s1": "S1GRD", "s2": "S2L2A"}
 

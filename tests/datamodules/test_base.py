@@ -8,8 +8,8 @@ import torch
 from stream_fakes import FakeSource
 
 from domainssl.datamodules.base import DomainDataModule
-from domainssl.datamodules.stream import Loading
 from domainssl.errors import ConfigError
+from domainssl.loading.source import Loading
 from domainssl.modality import Modality
 
 

@@ -11,11 +11,11 @@ import torch
 from cube_files import LEFT, TIMES, TOP, coded, expected_codes, write_cube, write_geotiff
 
 from domainssl.datamodules import SentinelCubeDataModule
-from domainssl.datamodules.cube_blocks import overlapping
-from domainssl.datamodules.cube_options import DateChoice, HeldOut, Labels, Layer, Mask, Windows
-from domainssl.datamodules.stream import Loading
 from domainssl.errors import ConfigError, DataError
+from domainssl.loading.source import Loading
 from domainssl.modality import check_batch
+from domainssl.sources.cube_blocks import overlapping
+from domainssl.sources.cube_options import DateChoice, HeldOut, Labels, Layer, Mask, Windows
 
 SIDE = 96
 LAYERS = {
@@ -299,7 +299,7 @@ def test_blocks_follow_chunks_so_that_nothing_is_decoded_twice(pair, caplog):
     data = module(pair)
     edges = {b.bounds.left for blocks in data.blocks.values() for b in blocks}
     assert all((edge - LEFT) % 320 == 0 for edge in edges)
-    with caplog.at_level(logging.INFO, "domainssl.datamodules.stream"):
+    with caplog.at_level(logging.INFO, "domainssl.loading.stream"):
         stream = data.val_dataloader()
         list(stream)
     assert stream.read_amplification == 1.0

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from domainssl.datamodules import SentinelCubeDataModule
-from domainssl.datamodules.cube_options import DateChoice, HeldOut, Windows
 from domainssl.datamodules.samples import cubes
 from domainssl.datamodules.samples.cubes_scene import CROPS
-from domainssl.datamodules.stream import Loading
 from domainssl.evaluation.probes import linear_probe_accuracy
+from domainssl.loading.source import Loading
+from domainssl.sources.cube_options import DateChoice, HeldOut, Windows
 
 
 @pytest.fixture(scope="module")

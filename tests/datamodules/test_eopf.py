@@ -11,13 +11,13 @@ import pytest
 from eopf_files import L1C, L2A, S1, SHARDED, miniature
 
 from domainssl.datamodules import SentinelCubeDataModule
-from domainssl.datamodules.cube_options import DateChoice, HeldOut, Layer, Mask, Windows
-from domainssl.datamodules.stream import Loading
 from domainssl.errors import DataError
-from domainssl.readers.inspect import inspect_path, render
-from domainssl.readers.layers import open_store
-from domainssl.readers.sentinel1_grd import read_sigma0
-from domainssl.readers.ssl4eo_facts import L1C_BANDS, L2A_BANDS
+from domainssl.inspection.recognise import inspect_path, render
+from domainssl.io.raster.bands import open_store
+from domainssl.io.raster.grd import read_sigma0
+from domainssl.io.ssl4eo.facts import L1C_BANDS, L2A_BANDS
+from domainssl.loading.source import Loading
+from domainssl.sources.cube_options import DateChoice, HeldOut, Layer, Mask, Windows
 
 SHRINK = 30  # 366, 183 and 61 pixels
 LEFT, TOP = {L2A: 699960, L1C: 300000}, {L2A: 4700040, L1C: 5000040}

@@ -13,12 +13,12 @@ import torch
 from phenology_probe import date_features, items, probe, series_features
 
 from domainssl.datamodules import PastisDataModule
-from domainssl.datamodules.plan import Piece
 from domainssl.datamodules.samples import pastis as sample
-from domainssl.datamodules.series import Footprint, SeriesDates
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.series.pastis import CLASSES, SPOT_FOLDER, read_pastis, scan_pastis
+from domainssl.loading.plan import Piece
 from domainssl.modality import check_batch
-from domainssl.readers.pastis import CLASSES, SPOT_FOLDER, read_pastis, scan_pastis
+from domainssl.sources.tiles import Footprint, SeriesDates
 
 ALL = ("s2", "s1_asc", "s1_des", "spot")
 

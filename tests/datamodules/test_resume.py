@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from domainssl.datamodules import SSL4EOS12DataModule
-from domainssl.datamodules.crops import Crop
-from domainssl.datamodules.stream import Loading
 from domainssl.errors import ConfigError
+from domainssl.loading.source import Loading
+from domainssl.sources.windows import Crop
 
 STEPS, EPOCHS = 5, 3  # 22 locations in batches of 4
 

@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from domainssl.datamodules.plan import Piece
-from domainssl.datamodules.series import Footprint, SeriesDates, TileSource
 from domainssl.errors import ConfigError
-from domainssl.modality import Modality
-from domainssl.readers.series import (
+from domainssl.io.series.tile import (
     Image,
     Series,
     Tile,
@@ -22,6 +19,9 @@ from domainssl.readers.series import (
     measured,
     typical_dates,
 )
+from domainssl.loading.plan import Piece
+from domainssl.modality import Modality
+from domainssl.sources.tiles import Footprint, SeriesDates, TileSource
 
 CELLS, TIMES, MARGIN = 6, 5, 2
 S2 = Modality("s2", "series", ("A", "B"), "dn", (4, 4), gsd_m=10.0)

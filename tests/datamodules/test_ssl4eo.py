@@ -13,11 +13,11 @@ from ssl4eo_files import tile_table
 
 from domainssl.datamodules import SSL4EOS12DataModule
 from domainssl.datamodules.base import DomainDataModule
-from domainssl.datamodules.crops import Crop
-from domainssl.datamodules.stream import Loading
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.ssl4eo.write import write_release_a
+from domainssl.loading.source import Loading
 from domainssl.modality import check_batch
-from domainssl.readers.ssl4eo_write import write_release_a
+from domainssl.sources.windows import Crop
 
 FIXED = Crop(16, 16, 16)
 RESIZED = Crop(12, 30, 16)

@@ -14,13 +14,13 @@ import torch
 from phenology_probe import date_features, items, probe, series_features
 
 from domainssl.datamodules import TreeSatAIDataModule
-from domainssl.datamodules.plan import Piece
 from domainssl.datamodules.samples import treesatai as sample
-from domainssl.datamodules.series import Footprint, SeriesDates
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.series.tile import join_days, measured, typical_dates
+from domainssl.io.series.treesatai import GENERA, TreeSatCatalogue, read_treesat, scan_treesat
+from domainssl.loading.plan import Piece
 from domainssl.modality import check_batch
-from domainssl.readers.series import join_days, measured, typical_dates
-from domainssl.readers.treesat import GENERA, TreeSatCatalogue, read_treesat, scan_treesat
+from domainssl.sources.tiles import Footprint, SeriesDates
 
 ALL = ("aerial", "s2", "s1_asc", "s1_des")
 BETULA = "Betula_spec._1_15679_WEFL_NLF"
@@ -234,7 +234,7 @@ def test_unreadable_and_misshapen_files_are_named(few: Path) -> None:
 def test_a_bad_tile_is_replaced_on_request(few: Path) -> None:
     first = catalogue(few).tiles[0]
     (few / "sentinel-ts" / first.sentinel).write_bytes(b"")
-    from domainssl.datamodules.source import Loading
+    from domainssl.loading.source import Loading
 
     data = opened(few, on_bad_sample="replace", loading=Loading(workers=0, max_bad_share=0.5))
     batch = next(iter(data.train_dataloader()))

@@ -11,8 +11,8 @@ from domainssl.callbacks.evaluation import OnlineEvaluation
 from domainssl.distributed import rank, world_size
 from domainssl.errors import DomainSSLError
 from domainssl.evaluation.report import measure, measure_raw
-from domainssl.objectives.guard import FiniteGuard, NotFiniteError
-from domainssl.objectives.presence import PresenceRecord
+from domainssl.training.guard import FiniteGuard, NotFiniteError
+from domainssl.training.presence import PresenceRecord
 
 NAMES = ("s1", "s2")
 

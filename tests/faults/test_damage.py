@@ -10,7 +10,8 @@ import pytest
 from ssl4eo_files import write_split
 
 from domainssl.errors import DataError
-from domainssl.readers.ssl4eo import read, scan
+from domainssl.io.ssl4eo.layout import scan
+from domainssl.io.ssl4eo.read import read
 
 PAIR = {"s1": "S1GRD", "s2": "S2L2A"}
 

@@ -13,13 +13,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from ssl4eo_files import TRAIN, write_split
 
 from domainssl.datamodules import SSL4EOS12DataModule
-from domainssl.datamodules.crops import Crop
-from domainssl.datamodules.stream import Loading
 from domainssl.errors import ConfigError, DataError
-from domainssl.readers import remote
-from domainssl.readers.remote import Retry, StoreError
-from domainssl.readers.ssl4eo import read, scan
-from domainssl.readers.stores import (
+from domainssl.io.ssl4eo.layout import scan
+from domainssl.io.ssl4eo.read import read
+from domainssl.io.storage import remote
+from domainssl.io.storage.paths import (
     fetch_ranges,
     is_file,
     is_folder,
@@ -27,6 +25,9 @@ from domainssl.readers.stores import (
     open_file,
     size_of,
 )
+from domainssl.io.storage.remote import Retry, StoreError
+from domainssl.loading.source import Loading
+from domainssl.sources.windows import Crop
 
 PAIR = {"s1": "S1GRD", "s2": "S2L2A"}
 QUICK = {"retry": Retry(attempts=3, first_wait_s=0.0)}

@@ -14,7 +14,7 @@ from cli_runs import RECIPE
 
 from domainssl.cli import main
 from domainssl.errors import DataError
-from domainssl.readers.cubes import open_cube
+from domainssl.io.raster.zarr import open_cube
 
 
 class Evil:
@@ -104,7 +104,7 @@ def test_a_zip_member_outside_its_archive_is_refused_and_written_nowhere(folder,
 
 
 def test_a_link_in_a_tar_is_refused(folder):
-    from domainssl.readers.stores import tar_index
+    from domainssl.io.storage.archives import tar_index
 
     with tarfile.open(folder / "link.tar", "w") as tar:
         info = tarfile.TarInfo("a.zarr.zip")

@@ -11,11 +11,11 @@ import torch
 from ssl4eo_files import DATES, SIDE, pattern, tile_table
 
 from domainssl.datamodules import SSL4EOS12DataModule
-from domainssl.datamodules.crops import Crop
-from domainssl.datamodules.stream import Loading
+from domainssl.io.ssl4eo.write import write_release_a
+from domainssl.loading.source import Loading
 from domainssl.objectives.base import Generators
 from domainssl.objectives.croma import CROMA
-from domainssl.readers.ssl4eo_write import write_release_a
+from domainssl.sources.windows import Crop
 
 IDS = [0, 1, 2, 3]
 

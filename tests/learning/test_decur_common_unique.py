@@ -13,10 +13,10 @@ from recipe_runs import RECIPES
 
 from domainssl.cli import main
 from domainssl.datamodules import SSL4EOS12DataModule
-from domainssl.datamodules.crops import Crop
 from domainssl.datamodules.samples import ssl4eo as sample
 from domainssl.evaluation.factors import factor_scores
 from domainssl.objectives.decur import DeCUR
+from domainssl.sources.windows import Crop
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

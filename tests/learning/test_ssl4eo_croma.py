@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from recipe_runs import RECIPES, assert_learned, train
 
-from domainssl.bench.learning_runs import Outcome
+from domainssl.matrix.runs import Outcome
 
 RECIPE = RECIPES / "ssl4eo_croma.yaml"
 REPRESENTATIONS = ("s1", "s2", "joint")

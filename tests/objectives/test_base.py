@@ -5,7 +5,7 @@ import torch
 from tiny import TinyData, TinyObjective, tiny_modalities, tiny_trainer
 
 from domainssl.errors import ConfigError, DomainSSLError
-from domainssl.objectives.base import Optimization
+from domainssl.training.optimization import Optimization
 
 
 def make(**options):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from domainssl.backbones.encoder_files import published_modality
+from domainssl.backbones.encoders.files import published_modality
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality
 from domainssl.objectives.base import Generators

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from domainssl import load_backbone
-from domainssl.backbones.maestro import MAESTROBackbone
-from domainssl.backbones.maestro_files import reference_name
+from domainssl.backbones.maestro.backbone import MAESTROBackbone
+from domainssl.backbones.maestro.files import reference_name
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality
 from domainssl.nn.structured import hide_lowest

@@ -23,9 +23,9 @@ from domainssl.nn.calendar import day_of_year
 from domainssl.nn.filtering import filter_dates
 from domainssl.nn.relative import aligned_buckets, bucket_table, legacy_buckets
 from domainssl.objectives.base import Generators
-from domainssl.objectives.execution import Execution
 from domainssl.objectives.omnisat import OmniSat, OmniSatArchitecture, OmniSatOptions
 from domainssl.options import option_table
+from domainssl.training.execution import Execution
 
 SERIES = {"heads": 4, "widths_in": [16, 32], "widths_out": [32, 32]}
 SIZES = {"width": 32, "depth": 1, "heads": 4, "series": SERIES}

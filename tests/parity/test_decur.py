@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from domainssl.backbones.encoder_nets import ResNetEncoder, ViTEncoder, make_encoder
+from domainssl.backbones.encoders.nets import ResNetEncoder, ViTEncoder, make_encoder
 from domainssl.losses.contrastive import info_nce, nt_xent
 from domainssl.losses.decorrelation import barlow_twins, redundancy, standardize, vicreg
 from domainssl.modality import Modality
 from domainssl.nn.deformable import DeformableAttention
 from domainssl.nn.normalization import Normalizer
 from domainssl.objectives.decur import DeCUR, DeCUROptions
-from domainssl.objectives.lars import LARS
+from domainssl.training.lars import LARS
 
 IS_OURS = "DOMAINSSL_GOLDEN_DIR" not in os.environ
 GOLDEN = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))

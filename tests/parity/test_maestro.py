@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from domainssl.backbones.maestro import MAESTROBackbone, MAESTROInput, Raster
-from domainssl.backbones.maestro_files import reference_name
+from domainssl.backbones.maestro.backbone import MAESTROBackbone, Raster
+from domainssl.backbones.maestro.files import reference_name
+from domainssl.backbones.maestro.inputs import MAESTROInput
 from domainssl.losses.patch_groups import patch_group_statistics
 from domainssl.modality import Modality
 from domainssl.nn.dates import calendar, decimal_year, encode_dates

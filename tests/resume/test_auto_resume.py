@@ -12,8 +12,8 @@ import torch
 from cli_runs import RECIPE
 
 from domainssl.cli import main
-from domainssl.cli.rundir import sole_writer
-from domainssl.cli.train import prepare
+from domainssl.cli.run.rundir import sole_writer
+from domainssl.cli.run.train import prepare
 from domainssl.errors import ConfigError
 
 
@@ -151,7 +151,7 @@ def test_auto_resume_can_stand_in_a_configuration_file(folder):
 
 def test_two_processes_do_not_write_one_run(folder):
     script = (
-        "import sys, pathlib\nfrom domainssl.cli.rundir import sole_writer\n"
+        "import sys, pathlib\nfrom domainssl.cli.run.rundir import sole_writer\n"
         "with sole_writer(pathlib.Path('here')):\n    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
     )

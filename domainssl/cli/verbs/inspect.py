@@ -22,7 +22,7 @@ def run(argv: list[str]) -> int:
 
     from domainssl.arguments import plain
     from domainssl.cli.console import console
-    from domainssl.readers.inspect import inspect_path, render
+    from domainssl.inspection.recognise import inspect_path, render
 
     path = options.path
     if path == "sample":

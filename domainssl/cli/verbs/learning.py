@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from domainssl.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from domainssl.bench.learning_runs import Finished
+    from domainssl.matrix.runs import Finished
 
 __all__ = ["run"]
 
@@ -25,9 +25,9 @@ def run(argv: list[str]) -> int:
     seeds = _seeds(options.seeds)
     if options.jobs < 1:
         raise ConfigError(f"learning --jobs: got {options.jobs}, expected at least 1.")
-    from domainssl.bench.learning import check_page, markdown, write_page
-    from domainssl.bench.learning_runs import Run, train_all
     from domainssl.cli.console import console
+    from domainssl.matrix.runs import Run, train_all
+    from domainssl.matrix.tables import check_page, markdown, write_page
 
     page = Path(options.write) if options.write else None
     if page is not None:
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipes(names: list[str]) -> list[Path]:
-    from domainssl.cli import catalog
+    from domainssl.cli.config import catalog
 
     own = catalog.package_folder() / "recipes"
     if not names:
@@ -93,8 +93,8 @@ def _recipes(names: list[str]) -> list[Path]:
 
 
 def _recipe(name: str) -> Path:
-    from domainssl.cli import catalog
-    from domainssl.cli.compose import locate
+    from domainssl.cli.config import catalog
+    from domainssl.cli.config.compose import locate
 
     path = locate(name) or locate(f"recipes/{name}.yaml")
     if path is None or not path.is_file():

@@ -7,6 +7,6 @@ __all__ = ["run"]
 
 def run(argv: list[str]) -> int:
     """Run `Trainer.predict` on a composed and checked configuration."""
-    from domainssl.cli.train import run_verb
+    from domainssl.cli.run.train import run_verb
 
     return run_verb("predict", argv)

@@ -16,7 +16,7 @@ def run(argv: list[str]) -> int:
         "directory and of the installed package.",
     )
     parser.parse_args(argv)
-    from domainssl.cli import catalog
+    from domainssl.cli.config import catalog
     from domainssl.cli.console import console
 
     screen = console()

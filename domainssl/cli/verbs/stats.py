@@ -22,8 +22,8 @@ def run(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     products = _products(options.products)
     from domainssl.cli.console import console
-    from domainssl.readers.measure import Plan, measure
-    from domainssl.readers.ssl4eo import scan
+    from domainssl.inspection.statistics import Plan, measure
+    from domainssl.io.ssl4eo.layout import scan
 
     plan = Plan(
         options.workers,

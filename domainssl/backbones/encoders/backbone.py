@@ -1,0 +1,348 @@
+"""One encoder per modality: timm ResNets and ViTs, or a small transformer of our own.
+
+Methods that compare one vector per item (DeCUR, SimCLR, CLIP, Barlow Twins, VICReg) train these.
+Nothing is shared between modalities, except deformable attention where it is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from domainssl.backbones.base import Backbone, Features, LoadReport, common_size, refuse_replace
+from domainssl.backbones.encoders.files import (
+    EncoderFile,
+    plain_names,
+    published_modality,
+    read_encoder_file,
+)
+from domainssl.backbones.encoders.nets import Encoder, deformable_blocks, make_encoder
+from domainssl.errors import ConfigError, WeightsError
+from domainssl.modality import Modality, key, present_mask, valid_mask
+from domainssl.nn.norm import counted_rows
+from domainssl.nn.patching import grid_coordinates
+from domainssl.options import as_dataclass
+
+__all__ = ["DeformableAttentionUse", "EncoderBackbone", "EncoderSizes"]
+
+logger = logging.getLogger(__name__)
+
+DeformableAttentionUse = Literal["none", "shared", "per_modality"]
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """Sizes of the encoder `transformer`; timm's encoders bring their own.
+
+    Attributes:
+        width: Token width.
+        depth: Blocks.
+        heads: Attention heads.
+        patch_size: Side of a patch in pixels or voxels.
+    """
+
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    patch_size: int = 16
+
+
+class EncoderBackbone(Backbone):
+    """Encode every modality by itself; `pooled` is what the encoder says about the whole item.
+
+    ============  ==============================  =======================
+    encoder       tokens                          pooled
+    ============  ==============================  =======================
+    timm ResNet   last map                        its mean
+    timm ViT      patch tokens after the norm     class token
+    transformer   patch tokens after the norm     mean of valid tokens
+    ============  ==============================  =======================
+
+    Series are encoded date by date: tokens of all dates, pooled the mean over real dates.
+
+    Args:
+        modalities: Images or series; volumes with `transformer`.
+        encoder: `transformer`, or a timm name such as `resnet50` or `vit_small_patch16_224`; one
+            for all modalities or one per modality.
+        sizes: Sizes of `transformer`.
+        image_size: Side that position tables are made for (ViTs, deformable attention).
+        deformable_attention: Residual deformable attention behind the last two stages of
+            ResNets; `shared` is one pair of blocks for all modalities.
+        normalization: Form for all modalities, or one per modality.
+
+    Raises:
+        ConfigError: A modality or a combination cannot be used.
+    """
+
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "decur_resnet50": {"encoder": "resnet50"},
+        "decur_resnet50_rda": {
+            "encoder": "resnet50",
+            "deformable_attention": "shared",
+            "normalization": "mean2std8",
+        },
+        "decur_vit_small": {"encoder": "vit_small_patch16_224", "normalization": "mean2std8"},
+        "ssl4eo_resnet18": {"encoder": "resnet18"},
+        "ssl4eo_resnet50": {"encoder": "resnet50"},
+        "ssl4eo_vit_small": {"encoder": "vit_small_patch16_224"},
+    }
+
+    def __init__(
+        self,
+        modalities: Mapping[str, Modality | Mapping[str, Any]],
+        encoder: str | dict[str, str] = "resnet50",
+        sizes: EncoderSizes = EncoderSizes(),
+        image_size: int = 224,
+        deformable_attention: DeformableAttentionUse = "none",
+        normalization: str | dict[str, str] = "mean2std",
+    ) -> None:
+        super().__init__(modalities, normalization)
+        sizes = as_dataclass(EncoderSizes, sizes)
+        if isinstance(encoder, dict) and set(encoder) != set(self.modalities):
+            raise ConfigError(
+                f"encoder: got {sorted(encoder)}, expected one name for all modalities or one for "
+                f"each of {sorted(self.modalities)}."
+            )
+        self.encoders = nn.ModuleDict()
+        for name, modality in self.modalities.items():
+            chosen = encoder[name] if isinstance(encoder, dict) else encoder
+            self.encoders[name] = make_encoder(chosen, modality, vars(sizes), image_size)
+        self.embed_dim = {name: self._encoder(name).width for name in self.modalities}
+        self.attention = nn.ModuleDict()
+        if deformable_attention == "none":
+            return
+        owners = list(self.modalities) if deformable_attention == "per_modality" else ["shared"]
+        for owner in owners:
+            nets = [self._encoder(n) for n in self.modalities if owner in (n, "shared")]
+            self.attention[owner] = deformable_blocks(nets, image_size)
+
+    def _encoder(self, name: str) -> Encoder:
+        encoder = self.encoders[name]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def _attention(self, name: str) -> nn.ModuleDict | None:
+        owner = "shared" if "shared" in self.attention else name
+        found = dict(self.attention.items()).get(owner)
+        assert found is None or isinstance(found, nn.ModuleDict)
+        return found
+
+    def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of a modality's encoder, and of its own deformable attention."""
+        yield from self.encoders[name].parameters()
+        if name in self.attention:
+            yield from self.attention[name].parameters()
+
+    def encode(
+        self,
+        x: Mapping[str, Any],
+        keep: Mapping[str, Tensor] | None = None,
+        replace: Mapping[str, Tensor] | None = None,
+    ) -> Features:
+        """Encode the modalities that are there; see `Backbone.encode`.
+
+        Raises:
+            ConfigError: `keep` or `replace` is given: encoders here see whole images.
+        """
+        refuse_replace(replace, type(self).__name__)
+        if keep is not None:
+            raise ConfigError(
+                f"{type(self).__name__} encodes whole images and cannot leave tokens out (keep)."
+            )
+        features = Features()
+        for name in self.modalities:
+            if name in x:
+                self._encode_one(name, x, features)
+        return features
+
+    def _encode_one(self, name: str, x: Mapping[str, Any], features: Features) -> None:
+        modality = self.modalities[name]
+        values, valid = x[name], valid_mask(x, modality)
+        rows, frames = present_mask(x, name), None
+        is_masked = key(name, "present") in x
+        if modality.kind == "series":
+            frames = x.get(key(name, "frames"))
+            if frames is None:
+                frames = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+            is_masked = is_masked or key(name, "frames") in x
+            rows = (rows.unsqueeze(1) & frames).flatten()
+            values, valid = values.flatten(0, 1), valid.flatten(0, 1)
+        with counted_rows(rows if is_masked else None):
+            out = self._encoder(name)(values, valid, self._attention(name))
+        seen = out.token_valid & rows.unsqueeze(1)
+        tokens, pooled, cls, grid = out.tokens, out.pooled, out.cls, out.grid
+        if frames is not None:
+            grid = (frames.shape[1], *grid)
+            tokens, seen = (t.unflatten(0, frames.shape).flatten(1, 2) for t in (tokens, seen))
+            pooled = _mean_over_dates(pooled, frames)
+            cls = None if cls is None else _mean_over_dates(cls, frames)
+        features.tokens[name], features.pooled[name] = tokens, pooled
+        features.token_valid[name], features.grid[name] = seen, grid
+        features.coords[name] = grid_coordinates(grid, device=tokens.device)
+        if cls is not None:
+            features.cls[name] = cls
+        if key(name, "dates") in x:
+            features.dates[name] = x[key(name, "dates")]
+
+    def stages(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """Return the maps of all stages for dense heads, (B, E_i, h_i, w_i), coarser each time.
+
+        ResNets have four stages, transformers one.
+
+        Raises:
+            ConfigError: A modality is a series; choose one date.
+        """
+        x = self.normalize(batch)
+        found = {}
+        for name, modality in self.modalities.items():
+            if name not in x:
+                continue
+            if modality.kind == "series":
+                raise ConfigError(f"stages: {name!r} is a series; choose one date of it.")
+            common_size(x[name], modality)
+            found[name] = self._encoder(name).stages(
+                x[name], valid_mask(x, modality), self._attention(name)
+            )
+        return found
+
+    # -- reference files --------------------------------------------------------------------
+
+    @classmethod
+    def from_reference(
+        cls,
+        state: Mapping[str, Any],
+        variant: Mapping[str, Any],
+        modalities: Mapping[str, Modality | Mapping[str, Any]] | None = None,
+    ) -> tuple[Self, LoadReport]:
+        """Read DeCUR's joint and single files, and SSL4EO's MoCo, DINO and MAE layouts.
+
+        Bands, units and statistics are the published ones; `modalities` choose what to take from
+        a joint file, and are compared. Files of other data (3 bands) take `modalities` as given.
+        """
+        file = read_encoder_file(state)
+        chosen = _choose(file, modalities)
+        wanted = variant.get("normalization")
+        forms = {name: _published_form(m, wanted) for name, (m, _) in chosen.items()}
+        arguments = {
+            "modalities": {name: m for name, (m, _) in chosen.items()},
+            **variant,
+            "normalization": {name: form for name, form in forms.items() if form is not None},
+        }
+        backbone = cls(**arguments)
+        if modalities is not None:
+            backbone.check({n: m for n, m in modalities.items() if n in backbone.modalities})
+        renamed: dict[str, Tensor] = {}
+        for name, (_, part) in chosen.items():
+            renamed |= {f"encoders.{name}.net.{n}": t for n, t in file.encoders[part].items()}
+        renamed |= _attention_tensors(file, backbone, {n: p for n, (_, p) in chosen.items()})
+        report = backbone.load_tensors(renamed)
+        missing = tuple(n for n in report.missing if not n.startswith("normalizer."))
+        if report.unexpected:
+            raise WeightsError(
+                f"This file does not fit {variant.get('encoder', 'the encoder')!r}: "
+                f"{len(report.unexpected)} tensors have no place, such as "
+                f"{list(report.unexpected[:3])}. Choose the variant of its architecture, one of "
+                f"{', '.join(cls.variants)}."
+            )
+        return backbone, LoadReport(report.matched, missing, ())
+
+    def to_reference(self, name: str | None = None) -> dict[str, Tensor]:
+        """Return the weights in DeCUR's layout.
+
+        Args:
+            name: Modality of a backbone-only file (plain torchvision or timm keys; with
+                deformable attention `backbone.*` and `da1_*` or `da2_*`); None gives the
+                backbones of a joint file under `module.`.
+        """
+        order = list(self.modalities)
+        written: dict[str, Tensor] = {}
+        for index, own in enumerate(order, 1):
+            if name not in (None, own):
+                continue
+            net = plain_names(self.encoders[own].state_dict())
+            attention = self._attention(own)
+            blocks = {} if attention is None else attention.state_dict()
+            da = {f"da{index}_{n}": t for n, t in blocks.items()}
+            if name is None:
+                written |= {f"module.backbone_{index}.{n}": t for n, t in net.items()}
+                written |= {f"module.{n}": t for n, t in da.items()}
+            else:
+                written |= {f"backbone.{n}": t for n, t in net.items()} | da if da else net
+        return written
+
+
+def _mean_over_dates(x: Tensor, frames: Tensor) -> Tensor:
+    """(B·T, E) and bool (B, T) -> mean over real dates, (B, E)."""
+    weight = frames.to(x.dtype).unsqueeze(-1)
+    return (x.unflatten(0, frames.shape) * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _choose(
+    file: EncoderFile, modalities: Mapping[str, Modality | Mapping[str, Any]] | None
+) -> dict[str, tuple[Modality, int]]:
+    """Return the modality and the part of the file for every name that is to be loaded."""
+    bands = file.bands()
+    if modalities is None:
+        chosen = {}
+        for part, count in bands.items():
+            known = published_modality(count)
+            if known is None:
+                raise WeightsError(
+                    f"The file is for {count} bands and does not say which; pass modalities=… "
+                    "with their names, unit and statistics."
+                )
+            chosen[known.name] = (known, part)
+        return chosen
+    chosen = {}
+    for name, given in modalities.items():
+        own = given if isinstance(given, Modality) else Modality.of({"name": name, **given})
+        parts = [p for p, count in bands.items() if count == own.num_channels]
+        parts = [p for p in parts if p not in {q for _, q in chosen.values()}] or parts
+        if not parts:
+            raise WeightsError(
+                f"{name}: the file has encoders for {sorted(bands.values())} bands, the data have "
+                f"{own.num_channels}. Choose the bands that the weights were trained on."
+            )
+        known = published_modality(own.num_channels)
+        if known is None:
+            chosen[name] = (own, parts[0])
+        else:
+            chosen[name] = (Modality.of({**known.to_dict(), "name": name}), parts[0])
+    return chosen
+
+
+def _published_form(modality: Modality, wanted: object) -> str | None:
+    """Return the scaling that the released weights saw (8 bit throughout)."""
+    if modality.value_unit == "rgb8":
+        return "scale(255)"
+    if isinstance(wanted, Mapping):
+        return str(wanted[modality.name]) if modality.name in wanted else None
+    if modality.mean is None:
+        return "identity"
+    if wanted is not None:
+        return str(wanted)
+    return "window(0,10000)" if modality.value_unit == "dn" else "mean2std8"
+
+
+def _attention_tensors(
+    file: EncoderFile, backbone: EncoderBackbone, parts: Mapping[str, int]
+) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for owner in backbone.attention:
+        source = 1 if owner == "shared" else max(1, parts[owner])
+        if source not in file.attention:
+            source = next(iter(file.attention), 0)
+        if source == 2:
+            logger.warning(
+                "The blocks da2_* of DeCUR's deformable attention were never trained: pretraining "
+                "used da1_* for both modalities. Load the joint file with "
+                "deformable_attention='shared' for the trained ones."
+            )
+        blocks = file.attention.get(source, {})
+        renamed |= {f"attention.{owner}.{n}": t for n, t in blocks.items()}
+    return renamed

@@ -1,0 +1,1 @@
+"""The encoder of MAESTRO and its file layouts."""

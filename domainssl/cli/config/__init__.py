@@ -1,0 +1,1 @@
+"""Configurations: reading, merging and checking YAML."""

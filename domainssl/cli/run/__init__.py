@@ -1,0 +1,1 @@
+"""One training run: request, folder, record, execution."""

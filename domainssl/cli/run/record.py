@@ -1,0 +1,141 @@
+"""Save what is needed to repeat a run, and say at its start what will happen."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from domainssl.arguments import plain
+from domainssl.cli.config import catalog
+from domainssl.cli.config.nodes import dump
+from domainssl.cli.console import console
+from domainssl.cli.run.rundir import (
+    command_line,
+    git_revision,
+    keep_earlier,
+    remove_start,
+    versions,
+)
+from domainssl.files import write_json
+
+__all__ = ["RunRecord"]
+
+
+class RunRecord(SaveConfigCallback):
+    """Writes `config.yaml` and `run.json` into the run's folder before the first step.
+
+    Args:
+        parser: The parser that read the configuration.
+        config: The parsed configuration.
+        folder: The run's folder.
+        resolved: The configuration to save, defaults included.
+        facts: What else `run.json` holds.
+
+    Attributes:
+        has_begun: Whether a batch was trained on.
+    """
+
+    def __init__(
+        self,
+        parser: Any,
+        config: Any,
+        folder: Path,
+        resolved: dict[str, Any],
+        facts: dict[str, Any],
+    ) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
+        self.resolved = resolved
+        self.facts = facts
+        self.has_begun = False
+        self._before: set[Path] = set()
+        self._kept: dict[Path, Path] = {}
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write both files and describe data and model; runs on the first rank only."""
+        datamodule = getattr(trainer, "datamodule", None)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = "# The resolved configuration of this run; run it again with:\n"
+        text += f"# python -m domainssl fit --config {self.folder / 'config.yaml'}\n"
+        for name in ("config.yaml", "run.json"):
+            kept = keep_earlier(self.folder / name)
+            if kept is not None:
+                self._kept[kept] = self.folder / name
+        (self.folder / "config.yaml").write_text(text + dump(self.resolved), encoding="utf-8")
+        identity = getattr(datamodule, "identity", None)
+        record = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": command_line(),
+            **self.facts,
+            "versions": versions(),
+            "git": git_revision(catalog.package_folder()),
+            "world_size": trainer.world_size,
+            "precision": str(trainer.precision),
+            "device": str(pl_module.device),
+            "data": plain(identity()) if callable(identity) else None,
+        }
+        write_json(self.folder / "run.json", record)
+        _introduce(trainer, pl_module, datamodule, self.folder, stage)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that there is something to keep."""
+        self.has_begun = True
+
+    def look(self) -> None:
+        """Note what is in the folder; called before the run, with the folder's lock held."""
+        self._before = set(self.folder.rglob("*"))
+
+    def take_back(self) -> None:
+        """Leave the folder as it was, after a run that was not continued."""
+        remove_start(self.folder, self._before, self._kept)
+
+
+def _introduce(
+    trainer: Trainer, module: LightningModule, datamodule: Any, folder: Path, stage: str
+) -> None:
+    screen = console()
+    describe = getattr(datamodule, "describe", None)
+    lines = [str(line) for line in describe()] if callable(describe) else []
+    for position, line in enumerate(lines):
+        screen.print(f"[bold]{'data' if position == 0 else '':<8}[/]", line, markup=True)
+    screen.print(f"[bold]{'model':<8}[/]", _model_line(module))
+    if stage == "fit":
+        screen.print(f"[bold]{'training':<8}[/]", _training_line(trainer, datamodule))
+    screen.print(
+        f"[bold]{'run':<8}[/]", f"{folder}  (configuration, versions, metrics, checkpoints)"
+    )
+
+
+def _model_line(module: LightningModule) -> str:
+    total = sum(p.numel() for p in module.parameters())
+    line = f"{type(module).__name__}, {_millions(total)} parameters"
+    backbone = getattr(module, "backbone", None)
+    if backbone is not None:
+        kept = sum(p.numel() for p in backbone.parameters())
+        line += f", of which {_millions(kept)} are the backbone {type(backbone).__name__}"
+    return line
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 100_000 else f"{count:,}"
+
+
+def _training_line(trainer: Trainer, datamodule: Any) -> str:
+    length = []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        length.append(f"{trainer.max_epochs} epochs")
+    if trainer.max_steps > 0:
+        length.append(f"at most {trainer.max_steps} steps")
+    batch = getattr(datamodule, "global_batch_size", None)
+    if batch is not None:
+        length.append(f"{batch} samples per step")
+    device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
+    count = trainer.world_size
+    length.append(f"{count} x {device}, {trainer.precision}")
+    return ", ".join(length)

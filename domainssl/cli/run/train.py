@@ -1,0 +1,179 @@
+"""The Lightning verbs: compose, check, build, run.
+
+`build` gives the objects of a configuration to plain Python:
+
+    run = build("fit", ["--config", "recipes/ssl4eo_croma.yaml"])
+    run.trainer.fit(run.model, run.datamodule)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from domainssl.cli.config.nodes import dump
+from domainssl.cli.console import console
+from domainssl.cli.run.execute import execute
+from domainssl.cli.run.request import Request
+from domainssl.cli.run.rundir import RUN_DIR_VARIABLE, is_first_process, sole_writer
+from domainssl.errors import ConfigError, DomainSSLError
+
+__all__ = ["build", "prepare", "run_verb"]
+
+
+def prepare(verb: str, argv: list[str]) -> Request:
+    """Compose and check a configuration.
+
+    Raises:
+        ConfigMistakes: Listing every mistake with its place.
+    """
+    return Request(verb, argv)
+
+
+def build(verb: str, argv: list[str]) -> Any:
+    """Return an object with `trainer`, `model` and `datamodule` of a configuration.
+
+    Raises:
+        ConfigError: The configuration cannot be used.
+    """
+    return _instantiate(prepare(verb, argv))
+
+
+def run_verb(verb: str, argv: list[str]) -> int:
+    """Run `fit`, `validate`, `test` or `predict`; returns the exit status."""
+    from domainssl.cli.help import wanted_help
+
+    text = wanted_help(verb, argv)
+    if text is not None:
+        console().print(text, markup=False, end="")
+        return 0
+    request = prepare(verb, argv)
+    threads = _cpu_threads(request.config.get("cpu_threads"))
+    with _quiet(), _shared_run_dir(request.run_dir), threads:
+        run = _instantiate(request)
+        if "--print_config" in request.flags:
+            console().print(dump(run.resolved), end="", markup=False)
+            return 0
+        writes = verb == "fit" and is_first_process()
+        with sole_writer(request.run_dir) if writes else nullcontext():
+            execute(run, request.config.get("ckpt_path"))
+    return 0
+
+
+def _instantiate(request: Request) -> Any:
+    from jsonargparse import ArgumentError
+
+    from domainssl.cli.run.lightning_cli import DomainCLI
+
+    _refuse_slurm_elsewhere(request.config)
+    _set_matmul_precision(request.config.get("matmul_precision"))
+    try:
+        with _quiet():
+            return DomainCLI(request)
+    except DomainSSLError:
+        raise
+    except Exception as error:  # libraries wrap, or stumble over, what was raised for the user
+        ours = _cause(error)
+        if ours is not None:
+            raise ours from error
+        if isinstance(error, ArgumentError):
+            raise ConfigError(f"The configuration cannot be used: {error}") from error
+        raise
+
+
+def _refuse_slurm_elsewhere(config: dict[str, Any]) -> None:
+    plugins = (config.get("trainer") or {}).get("plugins")
+    name = plugins.get("class_path", "") if isinstance(plugins, dict) else str(plugins)
+    if name.endswith("SLURMEnvironment") and "SLURM_NODEID" not in os.environ:
+        raise ConfigError(
+            "trainer.plugins is SLURMEnvironment, but this process was not started by srun "
+            "(SLURM_NODEID is not set). Submit the run with sbatch configs/trainer/slurm.sh, or "
+            "leave configs/trainer/slurm.yaml out."
+        )
+
+
+def _cause(error: BaseException | None) -> DomainSSLError | None:
+    """Return the error of ours that a library has wrapped."""
+    while error is not None:
+        if isinstance(error, DomainSSLError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _set_matmul_precision(precision: str | None) -> None:
+    if precision is not None:
+        import torch
+
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def _cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with this many threads, and as before afterwards."""
+    if count is None:
+        yield
+        return
+    if count < 1:
+        raise ConfigError(f"cpu_threads is {count}; expected 1 or more.")
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _shared_run_dir(folder: Path) -> Iterator[None]:
+    before = os.environ.get(RUN_DIR_VARIABLE)
+    os.environ[RUN_DIR_VARIABLE] = str(folder.absolute())
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(RUN_DIR_VARIABLE, None)
+        else:
+            os.environ[RUN_DIR_VARIABLE] = before
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Lightning's notes about things that are on purpose here."""
+    talk = [logging.getLogger(name) for name in _TALKATIVE]
+    talk = [source for source in talk if _is_news not in source.filters]  # may be nested
+    for source in talk:
+        source.addFilter(_is_news)
+    with warnings.catch_warnings():
+        for text in (
+            ".*Experiment logs directory .* exists and is not empty.*",
+            ".*does not have many workers.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*`IterableDataset` has `__len__` defined.*",
+            ".*Trying to infer the `batch_size`.*",
+            ".*The dirpath has changed from.*",
+            "(?s).*(instantiate_classes|JsonargparseDeprecationWarning).*",
+            ".*isinstance.treespec, LeafSpec.*",
+        ):
+            warnings.filterwarnings("ignore", message=text)
+        try:
+            yield
+        finally:
+            for source in talk:
+                source.removeFilter(_is_news)
+
+
+_NO_NEWS = ("litlogger", "litmodels", "TPU available", "`Trainer.fit` stopped: `max_")
+_TALKATIVE = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(part in text for part in _NO_NEWS)

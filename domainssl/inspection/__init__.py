@@ -1,0 +1,1 @@
+"""Recognise, describe and measure the data at a path."""

@@ -1,0 +1,95 @@
+"""What a store holds on a map grid: bands, reference system, dates, scaling, decoded values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError
+from domainssl.inspection.files import band_rows
+from domainssl.io.raster.bands import GRD_REASON, StoredBand, stored_bands, times_of
+from domainssl.io.raster.grd import is_grd, polarisations, read_sigma0
+from domainssl.io.raster.grid import crs_of
+from domainssl.io.raster.zarr import Cube
+
+__all__ = ["inspect_layers"]
+
+_SIDE = 512  # pixels measured along each axis, from the middle
+
+
+def inspect_layers(cube: Cube) -> dict[str, Any]:
+    """Describe the bands of a store.
+
+    Returns:
+        `layers`: per pixel size the bands, size, extent, chunks, scaling, nodata, unit, dates and
+        reference system; `values`: decoded values around the middle at the first date; `notes`.
+    """
+    if is_grd(cube):
+        return _grd(cube)
+    report: dict[str, Any] = {"layers": [], "values": [], "notes": []}
+    groups: dict[tuple[Any, ...], list[StoredBand]] = {}
+    for band in stored_bands(cube):
+        folder = band.array.rpartition("/")[0]
+        facts = (folder, band.grid, band.chunk, band.scale, band.offset, band.nodata, band.unit)
+        groups.setdefault(facts, []).append(band)
+    for bands in groups.values():
+        report["layers"].append(_facts(cube, bands))
+        report["values"] += _values(cube, bands)
+    return report
+
+
+def _facts(cube: Cube, bands: list[StoredBand]) -> dict[str, Any]:
+    first = bands[0]
+    bounds = first.grid.bounds
+    facts: dict[str, Any] = {
+        "folder": first.array.rpartition("/")[0] or "/",
+        "bands": [band.name for band in bands],
+        "crs": crs_of(cube, first.array),
+        "pixel": first.grid.step,
+        "size": [first.grid.height, first.grid.width],
+        "bounds": [bounds.left, bounds.bottom, bounds.right, bounds.top],
+        "chunk": list(first.chunk),
+        "scale": first.scale,
+        "offset": first.offset,
+        "nodata": list(first.nodata),
+        "unit": first.unit,
+    }
+    try:
+        known = [t for t in times_of(cube, first) if not np.isnat(t)]
+        facts["dates"] = len(times_of(cube, first))
+        facts["first_date"] = str(min(known)) if known else None
+        facts["last_date"] = str(max(known)) if known else None
+    except DataError as error:
+        facts["dates"] = str(error)
+    return facts
+
+
+def _values(cube: Cube, bands: list[StoredBand]) -> list[dict[str, Any]]:
+    rows = []
+    for band in bands:
+        grid = band.grid
+        top, left = (max(0, (n - _SIDE) // 2) for n in (grid.height, grid.width))
+        place = {
+            "y": slice(top, top + _SIDE),
+            "x": slice(left, left + _SIDE),
+            "time": slice(0, 1),
+            "band": slice(band.index or 0, (band.index or 0) + 1),
+        }
+        stored = cube.read(band.array, [place[axis] for axis in band.axes]).reshape(1, -1)
+        valid = ~np.isin(stored[0], band.nodata)
+        rows += band_rows(stored * band.scale + band.offset, [band.name], valid)
+    return rows
+
+
+def _grd(cube: Cube) -> dict[str, Any]:
+    rows, facts = [], []
+    for name, folder in polarisations(cube).items():
+        height, width = cube.info(f"{folder}/measurements/grd").shape
+        facts.append({"folder": folder, "bands": [name], "size": [height, width], "crs": None,
+                      "unit": "amplitude"})  # fmt: skip
+        top, left = (max(0, (n - _SIDE) // 2) for n in (height, width))
+        part = (slice(top, top + _SIDE), slice(left, left + _SIDE))
+        values, valid = read_sigma0(cube, name, *part)
+        rows += band_rows(values[None], [f"{name} sigma0 dB"], valid)
+    return {"layers": facts, "values": rows, "notes": [GRD_REASON]}

@@ -1,0 +1,1 @@
+"""Rasters on a map grid: zarr, GeoTIFF, EOPF."""

@@ -1,0 +1,402 @@
+"""One sensor in one file: which stored array holds each band, how its numbers become physical.
+
+`describe_zarr` and `describe_geotiff` look; `layers_read.py` reads. A `LayerFile` holds paths and
+facts only, so it travels to worker processes.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError, nearest
+from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
+from domainssl.io.raster.time import UNKNOWN, cf_days, product_time
+from domainssl.io.raster.zarr import ArrayInfo, Cube
+from domainssl.io.ssl4eo.facts import canonical_band
+from domainssl.io.storage.archives import FolderStore
+from domainssl.io.storage.handles import HandlePool
+from domainssl.io.storage.paths import Options, is_url, stamp
+from domainssl.io.storage.paths import is_file as file_exists
+
+__all__ = [
+    "GRD_REASON",
+    "LayerFile",
+    "StoredBand",
+    "describe_zarr",
+    "is_store",
+    "open_store",
+    "parse_date",
+    "stored_bands",
+    "times_of",
+]
+
+TIME_NAMES = ("time", "t", "date", "datetime")
+BAND_NAMES = ("band", "bands", "channel", "variable", "wavelength", "polarization")
+_MARKS = ("zarr.json", ".zmetadata", ".zgroup")
+_STORES = HandlePool(limit=64)
+_PRODUCT_PARTS = ("quality", "conditions")  # of EOPF products: masks that carry band names
+GRD_REASON = (
+    "Sentinel-1 GRD in radar geometry (azimuth_time, ground_range): its pixels are not on a map "
+    "grid and terrain shifts them by up to kilometres, so they cannot be paired with Sentinel-2. "
+    "Terrain-correct the product first (for instance to RTC backscatter in the UTM grid of the "
+    "Sentinel-2 tile); `inspect` and io.raster.grd read it as it is."
+)
+
+
+@dataclass(frozen=True)
+class StoredBand:
+    """Where one band is stored and what its numbers mean.
+
+    Attributes:
+        name: Canonical name.
+        array: Path of the array in the store; empty for GeoTIFF.
+        index: Position on the band axis; None where the array is the band.
+        axes: What each axis of the array is: `time`, `band`, `y`, `x`.
+        grid: Where its pixels lie.
+        chunk: Rows and columns of a chunk.
+        scale: Factor from stored to decoded values.
+        offset: Added after scaling.
+        nodata: Stored values that mean nothing was measured.
+        limits: Lowest and highest stored value that is valid, where stated.
+        unit: What the attributes call the unit of decoded values.
+        is_integer: Stored as integers.
+    """
+
+    name: str
+    array: str
+    index: int | None
+    axes: tuple[str, ...]
+    grid: Grid
+    chunk: tuple[int, int]
+    scale: float = 1.0
+    offset: float = 0.0
+    nodata: tuple[float, ...] = ()
+    limits: tuple[float, float] | None = None
+    unit: str = ""
+    is_integer: bool = False
+
+    @property
+    def is_scaled(self) -> bool:
+        """True where stored and decoded values differ."""
+        return self.scale != 1.0 or self.offset != 0.0
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """One sensor in one file.
+
+    Attributes:
+        path: The file or store.
+        kind: `zarr` or `geotiff`.
+        bands: The bands asked for, in that order.
+        times: datetime64[s] per date; NaT where unknown.
+        crs: `EPSG:n` or WKT.
+        mask: The array that says which pixels to leave out, if asked for.
+        options: fsspec options of a URL.
+    """
+
+    path: str
+    kind: str
+    bands: tuple[StoredBand, ...]
+    times: Any
+    crs: str
+    mask: StoredBand | None = None
+    options: Mapping[str, Any] | None = None
+
+    def on(self, name: str) -> StoredBand:
+        """Return a band by its name."""
+        return next(band for band in self.bands if band.name == name)
+
+
+def is_store(path: str, options: Options | None = None) -> bool:
+    """Return whether a zarr hierarchy lies at a path or URL; nothing is listed."""
+    if path.endswith(".zip"):
+        return file_exists(path, options)
+    store = FolderStore(path, options)
+    return any(store.get(mark) is not None for mark in _MARKS)
+
+
+def open_store(path: str, options: Options | None = None) -> Cube:
+    """Open a zarr hierarchy; it stays open in this process.
+
+    Raises:
+        DataError: There is none.
+    """
+    if path.endswith(".zip"):
+        from domainssl.io.raster.zarr import open_cube
+
+        return open_cube(path, options=options)
+
+    def opener() -> Cube:
+        if not is_store(path, options):
+            raise DataError(f"{path}: no zarr hierarchy lies there")
+        return Cube(FolderStore(path, options), path, options)
+
+    key = (stamp(path), stamp(f"{path}/zarr.json" if not is_url(path) else path))
+    cube: Cube = _STORES.get(key, opener)
+    return cube
+
+
+def describe_zarr(
+    path: str,
+    bands: Sequence[str],
+    *,
+    group: str = "",
+    step_hint: float | None = None,
+    mask: str | None = None,
+    crs: str | None = None,
+    date: str = "",
+    options: Options | None = None,
+) -> LayerFile:
+    """Find the bands of one sensor in a store.
+
+    Args:
+        path: The store.
+        bands: Names wanted; `B2`, `b02` and `blue` are the same band.
+        group: Folder inside the store to look in.
+        step_hint: Pixel size wanted, in CRS units: of several arrays of a band, the one with it
+            is taken, otherwise the finest.
+        mask: Name of a mask array.
+        crs: Used where the store does not say.
+        date: Date in the file's name, used where the store has no time.
+        options: fsspec options of a URL.
+
+    Raises:
+        DataError: A band is missing, or the store does not say where or what it is.
+    """
+    cube = open_store(path, options)
+    if any("azimuth_time" in info.dims for info in cube.arrays.values()):
+        raise DataError(f"{path}: {GRD_REASON}")
+    found = _candidates(cube, group)
+    chosen = tuple(_choose(cube, found, band, step_hint, group) for band in bands)
+    known = crs_of(cube, chosen[0].array) or crs
+    if known is None:
+        raise DataError(
+            f"{path}: no coordinate reference system (spatial_ref, proj:code, proj:epsg, STAC). "
+            "Name it in data.init_args.layers.<name>.crs, such as EPSG:32632."
+        )
+    cover = _mask(cube, mask, group) if mask else None
+    times = times_of(cube, chosen[0], date)
+    if cover is not None and "time" in cover.axes:
+        size = _time_size(cube, cover)
+        if size != len(times):
+            raise DataError(f"{path}: mask {mask!r} has {size} dates, the bands {len(times)}.")
+    return LayerFile(path, "zarr", chosen, times, known, cover, options)
+
+
+def stored_bands(cube: Cube, group: str = "") -> list[StoredBand]:
+    """Return every band of a store that lies on a map grid, for looking at."""
+    found = _candidates(cube, group)
+    return [_stored(cube, name, each) for name, several in found.items() for each in several]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An array, or one position on its band axis."""
+
+    info: ArrayInfo
+    axes: tuple[str, ...]
+    index: int | None = None
+
+
+def _candidates(cube: Cube, group: str) -> dict[str, list[_Candidate]]:
+    """Return every array or slice of an array that may be a band, by canonical name."""
+    prefix = f"{group.strip('/')}/" if group.strip("/") else ""
+    names = [n for n in cube.arrays if n.startswith(prefix)]
+    measured = [n for n in names if "measurements/" in n]
+    names = measured or [n for n in names if n.split("/")[0] not in _PRODUCT_PARTS]
+    found: dict[str, list[_Candidate]] = {}
+    for name in names:
+        info = cube.arrays[name]
+        axes = _axes(info)
+        if axes is None or info.dtype.kind not in "iuf":
+            continue
+        titles = [name.rpartition("/")[2]] if "band" not in axes else _band_titles(cube, info, axes)
+        for index, title in enumerate(titles):
+            place = index if "band" in axes else None
+            found.setdefault(canonical_band(title), []).append(_Candidate(info, axes, place))
+    return found
+
+
+def _axes(info: ArrayInfo) -> tuple[str, ...] | None:
+    """Return what each axis is; None where the array is no image."""
+    tables = (("time", TIME_NAMES), ("band", BAND_NAMES), ("y", Y_NAMES), ("x", X_NAMES))
+    axes = []
+    for dim in info.dims:
+        role = next((r for r, names in tables if dim.lower() in names), None)
+        if role is None or role in axes:
+            return None
+        axes.append(role)
+    return tuple(axes) if {"y", "x"} <= set(axes) else None
+
+
+def _band_titles(cube: Cube, info: ArrayInfo, axes: tuple[str, ...]) -> list[str]:
+    at = axes.index("band")
+    dim, size = info.dims[at], info.shape[at]
+    folder = info.name.rpartition("/")[0]
+    for path in (f"{folder}/{dim}" if folder else dim, dim):
+        if path in cube.arrays and cube.arrays[path].shape == (size,):
+            return [str(v) for v in cube.read_text(path)]
+    for name in ("band_names", "bands", "long_name"):
+        stated = info.attrs.get(name)
+        if isinstance(stated, Sequence) and not isinstance(stated, str) and len(stated) == size:
+            return [str(v.get("name") if isinstance(v, Mapping) else v) for v in stated]
+    return [str(i) for i in range(1, size + 1)]
+
+
+def _grid(cube: Cube, info: ArrayInfo, axes: tuple[str, ...]) -> Grid:
+    return grid_of(cube, info.name, *(info.dims[axes.index(a)] for a in ("y", "x")))
+
+
+def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
+    """Take scale, offset, fill and limits from the attributes, each once."""
+    info, axes = candidate.info, candidate.axes
+    attrs = info.attrs
+    nodata = [attrs.get(n) for n in ("_FillValue", "missing_value", "nodata")]
+    if cube.format == 2:
+        nodata.append(info.fill)  # as xarray; in format 3 it is what absent chunks read as
+    numbers = {_number(v, info) for v in nodata if v is not None}
+    low, high = attrs.get("valid_range") or (attrs.get("valid_min"), attrs.get("valid_max"))
+    limits = None
+    if low is not None or high is not None:
+        limits = (
+            -math.inf if low is None else float(low),
+            math.inf if high is None else float(high),
+        )
+    return StoredBand(
+        name,
+        info.name,
+        candidate.index,
+        axes,
+        _grid(cube, info, axes),
+        (info.chunks[axes.index("y")], info.chunks[axes.index("x")]),
+        float(attrs.get("scale_factor", 1.0)),
+        float(attrs.get("add_offset", 0.0)),
+        tuple(sorted(n for n in numbers if not math.isnan(n))),
+        limits,
+        str(attrs.get("units", "")),
+        info.dtype.kind in "iu",
+    )
+
+
+def _number(value: Any, info: ArrayInfo) -> float:
+    """Read a fill value, also as xarray writes it into format 3: base64 of a little-endian one."""
+    if isinstance(value, list):
+        value = value[0]
+    if not isinstance(value, str):
+        return float(value)
+    try:
+        return float(value)
+    except ValueError:
+        pass
+    try:
+        raw = base64.standard_b64decode(value)
+        if info.dtype.kind == "f":
+            return float(struct.unpack("<d", raw)[0])
+        return float(np.frombuffer(raw, info.dtype.newbyteorder("<"))[0])
+    except (binascii.Error, struct.error, ValueError, IndexError) as error:
+        raise DataError(f"{info.name}: fill value {value!r} is not understood") from error
+
+
+def _choose(
+    cube: Cube,
+    found: Mapping[str, Sequence[_Candidate]],
+    band: str,
+    step_hint: float | None,
+    group: str,
+) -> StoredBand:
+    name = canonical_band(band)
+    if not found.get(name):
+        have = ", ".join(sorted(found)) or "no array with the dimensions y and x"
+        place = f"{cube.name}/{group}" if group else cube.name
+        raise DataError(f"{place}: no band {band!r}; there are: {have}.{nearest(name, found)}")
+    options = [_stored(cube, band, candidate) for candidate in found[name]]
+    exact = [b for b in options if step_hint and abs(b.grid.step - step_hint) < 1e-3 * step_hint]
+    chosen = min(exact or options, key=lambda b: b.grid.step)
+    same = [b for b in options if b.grid.step == chosen.grid.step]
+    if len(same) > 1:
+        raise DataError(
+            f"{cube.name}: band {band!r} is in several arrays: {', '.join(b.array for b in same)}. "
+            "Name the folder inside the store in data.init_args.layers.<name>.group."
+        )
+    return chosen
+
+
+def _mask(cube: Cube, name: str, group: str) -> StoredBand:
+    paths = [n for n in cube.arrays if n.rpartition("/")[2].lower() == name.lower()]
+    inside = [n for n in paths if n.startswith(group)] or paths
+    images = [n for n in inside if _axes(cube.arrays[n]) is not None]
+    if not images:
+        raise DataError(f"{cube.name}: no mask array {name!r}.{nearest(name, list(cube.arrays))}")
+    bands = []
+    for path in images:
+        info = cube.arrays[path]
+        axes = _axes(info)
+        assert axes is not None
+        grid = _grid(cube, info, axes)
+        chunk = (info.chunks[axes.index("y")], info.chunks[axes.index("x")])
+        bands.append(StoredBand(name, path, None, axes, grid, chunk, is_integer=True))
+    return min(bands, key=lambda band: band.grid.step)
+
+
+def _time_size(cube: Cube, band: StoredBand) -> int:
+    return cube.arrays[band.array].shape[band.axes.index("time")] if "time" in band.axes else 1
+
+
+def times_of(cube: Cube, band: StoredBand, date: str = "") -> Any:
+    """Return the acquisition times of an array's dates, datetime64[s]; NaT where unknown."""
+    info = cube.arrays[band.array]
+    if "time" not in band.axes:
+        return np.array([_single_time(cube, band, date)], "datetime64[s]")
+    at = band.axes.index("time")
+    dim, size = info.dims[at], info.shape[at]
+    folder = info.name.rpartition("/")[0]
+    for path in (f"{folder}/{dim}" if folder else dim, dim):
+        theirs = cube.arrays.get(path)
+        if theirs is None or theirs.shape != (size,):
+            continue
+        values = cube.read(path)
+        if values.dtype.kind == "M":
+            return values.astype("datetime64[s]")
+        if "units" not in theirs.attrs and size and abs(values).max() < 1e12:
+            raise DataError(f"{cube.name}: {path} has no CF units, such as 'days since 2020-01-01'")
+        return cf_days(values, theirs.attrs, f"{cube.name}: {path}").astype("datetime64[s]")
+    raise DataError(f"{cube.name}: no coordinate array says when the {size} dates of {dim!r} are.")
+
+
+def _single_time(cube: Cube, band: StoredBand, date: str) -> Any:
+    """Return the time of an array without a time axis: STAC, attributes, name; or unknown."""
+    item = cube.group_attrs("").get("stac_discovery")
+    properties = item.get("properties", {}) if isinstance(item, Mapping) else {}
+    texts = [properties.get("start_datetime"), properties.get("datetime")]
+    folder = band.array.rpartition("/")[0]
+    for attrs in (cube.arrays[band.array].attrs, cube.group_attrs(folder), cube.group_attrs("")):
+        texts += [attrs.get(name) for name in ("datetime", "time_coverage_start", "date")]
+    for text in texts:
+        try:
+            if text and str(text) != "null":
+                return np.datetime64(str(text)[:19].replace(" ", "T"), "s")
+        except ValueError:
+            continue
+    return parse_date(date) if date else product_time([cube.name.rpartition("/")[2]])[0]
+
+
+def parse_date(text: str) -> Any:
+    """Read `20200503`, `2020-05-03` or `20200503T101031` as datetime64[s]; NaT if it is neither."""
+    digits = text.replace("-", "").replace(":", "").replace("_", "T")
+    try:
+        day = f"{digits[:4]}-{digits[4:6]}-{digits[6:8]}"
+        clock = digits[9:15]
+        if len(clock) == 6:
+            return np.datetime64(f"{day}T{clock[:2]}:{clock[2:4]}:{clock[4:6]}", "s")
+        return np.datetime64(day, "s")
+    except ValueError:
+        return UNKNOWN

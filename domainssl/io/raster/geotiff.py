@@ -1,0 +1,127 @@
+"""GeoTIFF as a layer: where its bands lie, and windows of stored numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError, nearest, require
+from domainssl.io.raster.bands import LayerFile, StoredBand, parse_date
+from domainssl.io.raster.grid import Grid, plain_crs
+from domainssl.io.raster.time import product_time
+from domainssl.io.ssl4eo.facts import canonical_band
+from domainssl.io.storage.handles import HandlePool
+from domainssl.io.storage.paths import stamp
+
+__all__ = ["GEOTIFF_ENDINGS", "describe_geotiff", "read_geotiff"]
+
+GEOTIFF_ENDINGS = (".tif", ".tiff")
+
+_FILES = HandlePool(limit=64)
+Array = np.ndarray[Any, Any]
+
+
+def _open(path: str) -> Any:
+    rasterio = require("rasterio", "geo")
+
+    def opener() -> Any:
+        try:
+            return rasterio.open(path)
+        except rasterio.errors.RasterioError as error:
+            raise DataError(f"{path}: cannot be read as GeoTIFF ({error})") from error
+
+    return _FILES.get(stamp(path), opener)
+
+
+def describe_geotiff(
+    path: str, bands: Sequence[str], *, crs: str | None = None, date: str = ""
+) -> LayerFile:
+    """Find the bands of one sensor in a file, by their descriptions.
+
+    A file without descriptions, with as many bands as are asked for, has them in that order.
+
+    Args:
+        path: The file; also a URL that GDAL knows.
+        bands: Names wanted.
+        crs: Used where the file does not say.
+        date: Date in the file's name.
+
+    Raises:
+        DataError: A band or the coordinate reference system is missing.
+    """
+    file = _open(path)
+    known = plain_crs(file.crs.to_wkt(), path) if file.crs else crs
+    if known is None:
+        raise DataError(
+            f"{path}: no coordinate reference system. Name it in "
+            "data.init_args.layers.<name>.crs, such as EPSG:32632."
+        )
+    grid = Grid.of_transform(tuple(file.transform)[:6], file.height, file.width, path)
+    titles = [canonical_band(text) if text else "" for text in file.descriptions]
+    if not any(titles):
+        if file.count != len(bands):
+            raise DataError(
+                f"{path}: {file.count} bands without names, but {len(bands)} are wanted "
+                f"({' '.join(bands)}). Write band descriptions into the file, or ask for all of "
+                "its bands in their order."
+            )
+        titles = [canonical_band(band) for band in bands]
+    chosen = []
+    for band in bands:
+        name = canonical_band(band)
+        if name not in titles:
+            have = ", ".join(t for t in titles if t)
+            raise DataError(f"{path}: no band {band!r}; there are: {have}.{nearest(name, titles)}")
+        chosen.append(_band(file, band, titles.index(name), grid))
+    time = parse_date(date) if date else product_time([path.rpartition("/")[2]])[0]
+    return LayerFile(path, "geotiff", tuple(chosen), np.array([time], "datetime64[s]"), known)
+
+
+def _band(file: Any, name: str, index: int, grid: Grid) -> StoredBand:
+    nodata = file.nodatavals[index]
+    has_nodata = nodata is not None and not math.isnan(nodata)
+    return StoredBand(
+        name,
+        "",
+        index,
+        ("band", "y", "x"),
+        grid,
+        tuple(file.block_shapes[index]),
+        float(file.scales[index]),
+        float(file.offsets[index]),
+        (float(nodata),) if has_nodata else (),
+        None,
+        str(file.units[index] or ""),
+        np.dtype(file.dtypes[index]).kind in "iu",
+    )
+
+
+def read_geotiff(
+    path: str, indices: Sequence[int], rows: slice, columns: slice
+) -> tuple[Array, int]:
+    """Read a window of several bands as stored.
+
+    Returns:
+        Values (C, H, W), and how many bytes the blocks hold that were decoded.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    rasterio = require("rasterio", "geo")
+    file = _open(path)
+    window = rasterio.windows.Window.from_slices(rows, columns)
+    try:
+        values = file.read([i + 1 for i in indices], window=window)
+    except rasterio.errors.RasterioError as error:
+        raise DataError(f"{path}: cannot be read ({error}). Get the file again.") from error
+    bytes_decoded = 0
+    is_interleaved = str(file.interleaving).lower().endswith("pixel")
+    for index in range(file.count) if is_interleaved else indices:
+        high, wide = file.block_shapes[index]
+        down = -(-rows.stop // high) - rows.start // high
+        across = -(-columns.stop // wide) - columns.start // wide
+        bytes_decoded += down * across * high * wide * np.dtype(file.dtypes[index]).itemsize
+    return values, bytes_decoded

@@ -1,0 +1,258 @@
+"""Where a raster lies: its coordinate reference system and regular grid, read from what is there.
+
+Zarr cubes say it in several ways; the order in which they are asked is that of the functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError, require
+from domainssl.io.raster.zarr import Cube
+
+__all__ = ["METRES_PER_DEGREE", "X_NAMES", "Y_NAMES", "Bounds", "Grid", "crs_of", "grid_of",
+           "plain_crs"]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+METRES_PER_DEGREE = 111_319.49079327358  # along the equator, as most tools that make such grids
+Y_NAMES = ("y", "lat", "latitude", "north", "northing")
+X_NAMES = ("x", "lon", "longitude", "east", "easting")
+_TOLERANCE = 1e-3  # of a pixel
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A rectangle in the units of a coordinate reference system."""
+
+    left: float
+    bottom: float
+    right: float
+    top: float
+
+    @property
+    def width(self) -> float:
+        """Extent from west to east."""
+        return self.right - self.left
+
+    @property
+    def height(self) -> float:
+        """Extent from south to north."""
+        return self.top - self.bottom
+
+    def shared(self, other: Bounds) -> Bounds:
+        """Return the intersection; width or height are not positive where there is none."""
+        return Bounds(
+            max(self.left, other.left),
+            max(self.bottom, other.bottom),
+            min(self.right, other.right),
+            min(self.top, other.top),
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A regular raster of square pixels.
+
+    Attributes:
+        left: Outer edge of the westernmost column.
+        top: Outer edge of the northernmost row.
+        step: Side of a pixel in CRS units.
+        height: Rows.
+        width: Columns.
+        is_y_ascending: Row 0 lies in the south.
+    """
+
+    left: float
+    top: float
+    step: float
+    height: int
+    width: int
+    is_y_ascending: bool = False
+
+    @property
+    def bounds(self) -> Bounds:
+        """The outer edges."""
+        return Bounds(
+            self.left,
+            self.top - self.height * self.step,
+            self.left + self.width * self.step,
+            self.top,
+        )
+
+    @classmethod
+    def of_transform(cls, transform: Sequence[float], height: int, width: int, where: str) -> Grid:
+        """Return the grid of an affine map (a, b, c, d, e, f) from (column, row) outer corners.
+
+        Raises:
+            DataError: Pixels are turned, mirrored west to east, or not square.
+        """
+        a, b, c, d, e, f = (float(v) for v in transform[:6])
+        if b or d or a <= 0 or abs(abs(e) - a) > _TOLERANCE * a:
+            raise DataError(
+                f"{where}: the transform {[a, b, c, d, e, f]} is turned, mirrored or has pixels "
+                "that are not square. Resample the raster to square pixels with north up."
+            )
+        top = f if e < 0 else f + height * a
+        return cls(c, top, a, height, width, e > 0)
+
+
+def plain_crs(value: Any, where: str) -> str:
+    """Return a coordinate reference system as `EPSG:n`, or as WKT where it has no number.
+
+    Raises:
+        DataError: It is not understood.
+    """
+    text = str(value).strip()
+    found = re.fullmatch(r"(?:EPSG:)?(\d{4,6})", text, re.IGNORECASE)
+    if found:
+        return f"EPSG:{int(found.group(1))}"
+    pyproj = require("pyproj", "geo")
+    try:
+        crs = pyproj.CRS.from_user_input(value)
+    except pyproj.exceptions.CRSError as error:
+        raise DataError(
+            f"{where}: coordinate reference system {text[:80]!r} is not understood."
+        ) from error
+    number = crs.to_epsg()
+    return f"EPSG:{number}" if number else str(crs.to_wkt())
+
+
+def crs_of(cube: Cube, array: str) -> str | None:
+    """Return the CRS of an array: `spatial_ref`, GeoZarr, the array's own fields, STAC; or None."""
+    info = cube.info(array)
+    where = f"{cube.name}: {array}"
+    folder = array.rpartition("/")[0]
+    for value in (
+        *_grid_mapping(cube, folder, info.attrs),
+        *(_field(cube.group_attrs(group)) for group in _upwards(folder)),
+        _field(info.attrs),
+        _stac(cube),
+    ):
+        if value is not None:
+            return plain_crs(value, where)
+    return None
+
+
+def _upwards(folder: str) -> list[str]:
+    parts = folder.split("/") if folder else []
+    return ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def _grid_mapping(cube: Cube, folder: str, attrs: Mapping[str, Any]) -> list[Any]:
+    """Return what the grid-mapping variables beside the array and above it say."""
+    found = []
+    group = cube.group_attrs(folder)
+    name = attrs.get("grid_mapping") or group.get("grid_mapping") or "spatial_ref"
+    for above in _upwards(folder):
+        path = f"{above}/{name}" if above else str(name)
+        if path in cube.arrays:
+            theirs = cube.arrays[path].attrs
+            found += [theirs.get(n) for n in ("crs_wkt", "spatial_ref", "epsg_code")]
+    return found
+
+
+def _field(attrs: Mapping[str, Any]) -> Any:
+    for name in ("proj:code", "proj:epsg", "proj:wkt2", "crs", "crs_wkt", "epsg"):
+        if attrs.get(name):
+            return attrs[name]
+    return None
+
+
+def _stac(cube: Cube) -> Any:
+    item = cube.group_attrs("").get("stac_discovery")
+    properties = item.get("properties", {}) if isinstance(item, Mapping) else {}
+    return properties.get("proj:code") or properties.get("proj:epsg")
+
+
+def grid_of(cube: Cube, array: str, y: str, x: str) -> Grid:
+    """Return the grid of an array from its coordinate arrays, or else from its attributes.
+
+    Coordinates are centres of pixels unless a transform beside them says that they are corners.
+
+    Args:
+        cube: The store.
+        array: Path of the array.
+        y: Name of the dimension from north to south.
+        x: Name of the dimension from west to east.
+
+    Raises:
+        DataError: There is neither, or coordinates are not evenly spaced, or contradict.
+    """
+    info = cube.info(array)
+    sizes = dict(zip(info.dims, info.shape, strict=True))
+    where = f"{cube.name}: {array}"
+    folder = array.rpartition("/")[0]
+    stated = _transform(cube, folder, info.attrs)
+    centres = [_coordinate(cube, folder, name, sizes[name]) for name in (y, x)]
+    if centres[0] is None or centres[1] is None:
+        if stated is None:
+            raise DataError(
+                f"{where}: neither coordinate arrays {y!r} and {x!r} nor a transform "
+                "(proj:transform, spatial:transform, GeoTransform) say where the pixels lie."
+            )
+        return Grid.of_transform(stated, sizes[y], sizes[x], where)
+    ys, xs = centres
+    step = _spacing(xs, f"{where}: {x}") if len(xs) > 1 else None
+    down = _spacing(ys, f"{where}: {y}") if len(ys) > 1 else None
+    if step is None or down is None:
+        if stated is None:
+            raise DataError(f"{where}: one row or column needs a transform in the attributes.")
+        step = step or float(stated[0])
+        down = down or float(stated[4])
+    half = 0.5
+    if stated is not None and abs(stated[0] - step) < _TOLERANCE * step:
+        shift = (xs[0] - stated[2]) / step
+        if abs(shift) < _TOLERANCE:
+            half = 0.0  # coordinates are outer corners
+        elif abs(shift - 0.5) > _TOLERANCE:
+            logger.warning(
+                "%s: the transform %s does not fit the coordinates, which begin at %s; the "
+                "coordinates count", where, list(stated[:6]), float(xs[0]),
+            )  # fmt: skip
+    return Grid.of_transform(
+        (step, 0, xs[0] - half * step, 0, down, ys[0] - half * down), sizes[y], sizes[x], where
+    )
+
+
+def _coordinate(cube: Cube, folder: str, name: str, size: int) -> Any:
+    for above in _upwards(folder):
+        path = f"{above}/{name}" if above else name
+        info = cube.arrays.get(path)
+        if info is not None and info.shape == (size,) and info.dtype.kind in "iuf":
+            return cube.read(path).astype(np.float64)
+    return None
+
+
+def _spacing(values: np.ndarray[Any, Any], where: str) -> float:
+    step = float(values[-1] - values[0]) / (len(values) - 1)
+    uneven = np.abs(np.diff(values) - step).max()
+    if not (np.isfinite(step) and step != 0 and uneven <= 0.01 * abs(step)):
+        raise DataError(
+            f"{where}: coordinates are not evenly spaced (steps differ by {uneven:g} from "
+            f"{step:g}). Resample the cube to a regular grid."
+        )
+    return step
+
+
+def _transform(cube: Cube, folder: str, attrs: Mapping[str, Any]) -> Sequence[float] | None:
+    """Return the affine map that the attributes state, if any."""
+    for source in (attrs, cube.group_attrs(folder)):
+        for name in ("spatial:transform", "proj:transform"):
+            value = source.get(name)
+            if isinstance(value, Sequence) and len(value) >= 6 and float(value[0]) != 0:
+                return [float(v) for v in value[:6]]
+    mapping = attrs.get("grid_mapping") or cube.group_attrs(folder).get("grid_mapping")
+    for above in _upwards(folder):
+        path = f"{above}/{mapping or 'spatial_ref'}".lstrip("/")
+        text = cube.arrays[path].attrs.get("GeoTransform") if path in cube.arrays else None
+        if text:
+            c, a, b, f, d, e = (float(v) for v in str(text).split())
+            return [a, b, c, d, e, f]
+    return None

@@ -1,0 +1,372 @@
+"""Pixels of one sensor over a rectangle of the world: decoded, resampled, masked.
+
+Every band is read from its own grid. One that is coarser than asked for is repeated, one that is
+finer is averaged over its valid pixels (backscatter as power); nothing is shifted by more than
+half of a pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError
+from domainssl.io.raster.bands import LayerFile, StoredBand, open_store
+from domainssl.io.raster.geotiff import read_geotiff
+from domainssl.io.raster.grid import Bounds, Grid
+
+__all__ = ["MaskRule", "Pixels", "Target", "conversion", "read_classes", "read_pixels"]
+
+Array = np.ndarray[Any, Any]
+_DB = ("db", "decibel", "decibels")
+_ONE = ("1", "reflectance", "unitless", "linear", "power", "m2/m2")
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """Which values of a mask make a pixel invalid.
+
+    Attributes:
+        values: Class numbers, or bits.
+        is_bits: The mask holds bit flags, and any of `values` counts.
+    """
+
+    values: tuple[int, ...] = ()
+    is_bits: bool = False
+
+    def hides(self, mask: Array) -> Array:
+        """Return True where a pixel is to be left out."""
+        if self.is_bits:
+            return np.asarray((mask & mask.dtype.type(sum(self.values))) != 0)
+        return np.isin(mask, self.values)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What pixels are delivered as.
+
+    Attributes:
+        unit: `dn`, `reflectance`, `db`, or any other name for values taken as they are.
+        stored_unit: What decoded values are; see `conversion`.
+        step: Pixel size in CRS units.
+        rule: Which mask values are left out.
+    """
+
+    unit: str
+    stored_unit: str
+    step: float
+    rule: MaskRule = MaskRule()
+
+
+@dataclass
+class Pixels:
+    """A rectangle of several dates.
+
+    Attributes:
+        values: float32 (T, C, H, W), 0 where not valid.
+        valid: True where every band was measured and no mask hides it, (T, H, W).
+        bytes_decoded: What came out of the decoder.
+        bytes_needed: What was asked for, as stored.
+    """
+
+    values: Array
+    valid: Array
+    bytes_decoded: int = 0
+    bytes_needed: int = 0
+
+
+def conversion(
+    band: StoredBand, unit: str, stored_unit: str, where: str
+) -> tuple[str, float, float]:
+    """Return how decoded values become `unit`: a kind, and factor and offset on stored numbers.
+
+    Args:
+        band: Where the values come from.
+        unit: `dn` (Sentinel-2 numbers without offset), `reflectance`, `db`, or another name.
+        stored_unit: `dn`, `dn+1000`, `reflectance`, `db`, `linear`, `amplitude`, or `auto`, which
+            asks the attributes.
+        where: How errors call the file.
+
+    Returns:
+        `linear` (value = factor·stored + offset), `power` (10·log10 of that) or `amplitude`
+        (20·log10 of that).
+
+    Raises:
+        DataError: The attributes do not tell, or there is no way from one to the other.
+    """
+    source = _source_unit(band, unit, where) if stored_unit == "auto" else stored_unit
+    scale, offset = band.scale, band.offset
+    if source == "dn+1000":
+        source, offset = "dn", offset - 1000.0
+    if source == unit:
+        return "linear", scale, offset
+    if (source, unit) == ("reflectance", "dn"):
+        return "linear", _tidy(scale * 1e4), _tidy(offset * 1e4)
+    if (source, unit) == ("dn", "reflectance"):
+        return "linear", _tidy(scale / 1e4), _tidy(offset / 1e4)
+    if unit == "db" and source in ("linear", "amplitude"):
+        return ("power" if source == "linear" else "amplitude"), scale, offset
+    raise DataError(
+        f"{where}: there is no way from stored {source!r} to value_unit {unit!r}. Set "
+        "data.init_args.layers.<name>.stored_unit to what the file holds: dn, dn+1000, "
+        "reflectance, db, linear or amplitude."
+    )
+
+
+def _tidy(value: float) -> float:
+    return float(f"{value:.12g}")  # 1e-4 · 1e4 is 1
+
+
+def _source_unit(band: StoredBand, unit: str, where: str) -> str:
+    text = band.unit.strip().lower()
+    found = None
+    if unit in ("dn", "reflectance"):
+        if band.is_scaled:  # scale 1 means that only the +1000 is taken off
+            found = "dn" if band.scale == 1.0 else "reflectance"
+        elif band.is_integer:
+            found = "dn"
+        elif text in _ONE:
+            found = "reflectance"
+    elif unit == "db":
+        found = "db" if text in _DB else "linear" if text in _ONE else None
+    else:
+        found = unit
+    if found is None:
+        raise DataError(
+            f"{where}: band {band.name!r} has units {band.unit!r}, which does not say what its "
+            "numbers are. Set data.init_args.layers.<name>.stored_unit: dn, dn+1000, reflectance, "
+            "db, linear or amplitude."
+        )
+    return found
+
+
+def read_pixels(file: LayerFile, dates: Sequence[int], bounds: Bounds, target: Target) -> Pixels:
+    """Read all bands of some dates over a rectangle.
+
+    Args:
+        file: The layer.
+        dates: Positions of the dates.
+        bounds: In CRS units; its sides are multiples of the pixel size wanted.
+        target: What to deliver.
+
+    Raises:
+        DataError: Something does not decode, or the grids do not fit each other.
+    """
+    height, width = (round(side / target.step) for side in (bounds.height, bounds.width))
+    out = Pixels(
+        np.empty((len(dates), len(file.bands), height, width), np.float32),
+        np.ones((len(dates), height, width), bool),
+    )
+    for members in _together(file.bands):
+        first = file.bands[members[0]]
+        places = _Places.of(first.grid, bounds, target.step, (height, width), file.path)
+        stored = _stored(file, [file.bands[m] for m in members], dates, places, out)
+        for at, member in enumerate(members):
+            band = file.bands[member]
+            values, missing = _decode(stored[at], band, target, file.path)
+            values, missing = places.resample(values, missing, in_power=target.unit == "db")
+            values[missing] = 0
+            out.values[:, member] = values
+            out.valid &= ~missing
+    if file.mask is not None and target.rule.values:
+        places = _Places.of(file.mask.grid, bounds, target.step, (height, width), file.path)
+        mask = _stored(file, [file.mask], dates, places, out)[0]
+        hidden = target.rule.hides(mask)
+        out.valid &= ~places.any(hidden)
+    out.values *= out.valid[:, None]
+    return out
+
+
+def read_classes(file: LayerFile, bounds: Bounds, step: float) -> tuple[Array, Array]:
+    """Read the first band as whole numbers, nearest neighbour.
+
+    Returns:
+        Classes int64 (H, W), and True where there is one.
+    """
+    shape = (round(bounds.height / step), round(bounds.width / step))
+    band = file.bands[0]
+    places = _Places.of(band.grid, bounds, step, shape, file.path)
+    stored = places.nearest(_stored(file, [band], [0], places, None)[0][0])
+    return stored.astype(np.int64), ~np.isin(stored, band.nodata)
+
+
+def _together(bands: Sequence[StoredBand]) -> list[list[int]]:
+    """Group the bands that lie in one array, so that its chunks are decoded once."""
+    groups: dict[tuple[str, Grid], list[int]] = {}
+    for i, band in enumerate(bands):
+        groups.setdefault((band.array, band.grid), []).append(i)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Which rows and columns of a grid lie under the pixels of a rectangle.
+
+    Attributes:
+        rows: Contiguous rows to read, of the array.
+        columns: Contiguous columns.
+        down: Row of the read part below each delivered row's centre, north first.
+        across: The same for columns.
+        finer: Stored pixels along the side of a delivered one; 1 where nearest.
+    """
+
+    rows: slice
+    columns: slice
+    down: Array
+    across: Array
+    finer: int
+
+    @classmethod
+    def of(
+        cls, grid: Grid, bounds: Bounds, step: float, shape: tuple[int, int], where: str
+    ) -> _Places:
+        ratio = step / grid.step
+        finer = round(ratio) if ratio > 1.5 else 1
+        if finer > 1 and abs(ratio - finer) > 1e-3 * ratio:
+            raise DataError(
+                f"{where}: pixels of {grid.step:g} cannot be averaged to {step:g}, which is "
+                f"{ratio:g} times as large. Choose a gsd_m that is a multiple of theirs."
+            )
+        fine = step / finer
+        rows = _centres(grid.top - bounds.top, shape[0] * finer, fine, grid.step)
+        columns = _centres(bounds.left - grid.left, shape[1] * finer, fine, grid.step)
+        for name, places, size in (("row", rows, grid.height), ("column", columns, grid.width)):
+            if places[0] < 0 or places[-1] >= size:
+                raise DataError(
+                    f"{where}: {name}s {places[0]} to {places[-1]} are wanted of {size}; the "
+                    "rectangle leaves the raster."
+                )
+        if grid.is_y_ascending:
+            rows = grid.height - 1 - rows
+        low = int(rows.min())
+        return cls(
+            slice(low, int(rows.max()) + 1),
+            slice(int(columns[0]), int(columns[-1]) + 1),
+            rows - low,
+            columns - columns[0],
+            finer,
+        )
+
+    def nearest(self, values: Array) -> Array:
+        """Lay the read part (..., h, w) out in pixels of `finer` per delivered one."""
+        h, w = values.shape[-2:]
+        if np.array_equal(self.down, np.arange(h)) and np.array_equal(self.across, np.arange(w)):
+            return values
+        return values[..., self.down[:, None], self.across[None]]
+
+    def _blocks(self, values: Array) -> Array:
+        h, w = values.shape[-2] // self.finer, values.shape[-1] // self.finer
+        return values.reshape(*values.shape[:-2], h, self.finer, w, self.finer)
+
+    def any(self, hidden: Array) -> Array:
+        """Return True (..., H, W) where any stored pixel below is True."""
+        laid = self.nearest(hidden)
+        return np.asarray(self._blocks(laid).any((-3, -1))) if self.finer > 1 else laid
+
+    def resample(self, values: Array, missing: Array, *, in_power: bool) -> tuple[Array, Array]:
+        """Return float32 values and their mask on the delivered pixels, (..., H, W)."""
+        values, missing = self.nearest(values), self.nearest(missing)
+        if self.finer == 1:
+            return np.array(values), missing
+        if in_power:
+            values = 10.0 ** (values / 10.0)
+        kept = self._blocks(~missing)
+        count = kept.sum((-3, -1))
+        mean = (self._blocks(values) * kept).sum((-3, -1)) / np.maximum(count, 1)
+        if in_power:
+            mean = 10.0 * np.log10(np.where(count > 0, mean, 1.0))
+        return mean.astype(np.float32), count == 0
+
+
+def _centres(shift: float, count: int, step: float, stored_step: float) -> Array:
+    """Return the stored pixel below each centre; `shift` is the distance of the outer edges."""
+    centres = shift + (np.arange(count) + 0.5) * step
+    # a centre on the border of two pixels belongs to the second, whatever rounding says
+    return np.floor(centres / stored_step + 1e-6).astype(np.int64)
+
+
+def _stored(
+    file: LayerFile,
+    bands: Sequence[StoredBand],
+    dates: Sequence[int],
+    places: _Places,
+    tally: Pixels | None,
+) -> list[Array]:
+    """Read bands of one array as stored, each (T, h, w)."""
+    if file.kind == "geotiff":
+        indices = [b.index or 0 for b in bands]
+        values, decoded = read_geotiff(file.path, indices, places.rows, places.columns)
+        stored = [np.repeat(v[None], len(dates), 0) if len(dates) > 1 else v[None] for v in values]
+    else:
+        stored, decoded = _read_array(file, bands, dates, places)
+    if tally is not None:
+        tally.bytes_decoded += decoded
+        tally.bytes_needed += sum(part.nbytes for part in stored)
+    return stored
+
+
+def _read_array(
+    file: LayerFile, bands: Sequence[StoredBand], dates: Sequence[int], places: _Places
+) -> tuple[list[Array], int]:
+    cube = open_store(file.path, file.options)
+    first = bands[0]
+    indices = [band.index for band in bands if band.index is not None]
+    distinct = sorted(set(indices))
+    wanted: Mapping[str, Any] = {
+        "y": places.rows,
+        "x": places.columns,
+        "band": _run(distinct),
+        "time": slice(None),
+    }
+    parts, decoded = [], 0
+    together = _run(sorted(dates))  # dates that do not follow each other are read one by one
+    date_runs = [together] if isinstance(together, slice) else [slice(d, d + 1) for d in dates]
+    for run in date_runs if "time" in first.axes else [slice(0, 1)]:
+        selection = [run if axis == "time" else wanted[axis] for axis in first.axes]
+        values = cube.read(first.array, selection)
+        decoded += cube.decoded_bytes(first.array, selection)
+        order = [first.axes.index(a) for a in ("time", "band", "y", "x") if a in first.axes]
+        values = values.transpose(order)
+        if "band" not in first.axes:
+            values = values[..., None, :, :]
+        parts.append(values if "time" in first.axes else values[None])
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    if "time" in first.axes and len(date_runs) == 1:
+        values = values[np.asarray(dates) - min(dates)]
+    elif "time" not in first.axes and len(dates) > 1:
+        values = np.repeat(values, len(dates), 0)
+    at = [distinct.index(b.index) if b.index is not None else 0 for b in bands]
+    return [values[:, i] for i in at], decoded
+
+
+def _run(indices: Sequence[int]) -> Any:
+    """Return indices that follow each other as a slice."""
+    if not indices:
+        return slice(0, 1)
+    low, high = indices[0], indices[-1]
+    return slice(low, high + 1) if high - low + 1 == len(indices) else list(indices)
+
+
+def _decode(stored: Array, band: StoredBand, target: Target, where: str) -> tuple[Array, Array]:
+    """Return physical values in float32 and True where nothing was measured."""
+    missing = np.zeros(stored.shape, bool)
+    for number in band.nodata:
+        missing |= stored == number
+    if stored.dtype.kind == "f":
+        missing |= ~np.isfinite(stored)
+    if band.limits is not None:
+        missing |= (stored < band.limits[0]) | (stored > band.limits[1])
+    kind, factor, offset = conversion(band, target.unit, target.stored_unit, where)
+    if factor == 1.0 and offset.is_integer() and kind == "linear":  # exact in float32
+        plain = stored.astype(np.float32) + np.float32(offset)
+        plain[missing] = 0
+        return plain, missing
+    values = stored.astype(np.float64) * factor + offset
+    values[missing] = 0
+    if kind != "linear":
+        missing = missing | (values <= 0)
+        values = (10.0 if kind == "power" else 20.0) * np.log10(np.where(missing, 1.0, values))
+    return values.astype(np.float32), missing

@@ -1,0 +1,1 @@
+"""Tiles with image time series: TreeSatAI, PASTIS."""

@@ -1,0 +1,293 @@
+"""TreeSatAI Time Series on disk: tables of tiles, aerial GeoTIFFs, HDF5 files of series."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError, require
+from domainssl.io.raster.time import days, product_time
+from domainssl.io.series.tile import Array, Image, Series, Tile
+
+__all__ = ["GENERA", "SERIES", "TreeSatCatalogue", "TreeSatTile", "read_treesat", "scan_treesat"]
+
+GENERA = (
+    "Betula", "Cleared", "Quercus", "Larix", "Fraxinus", "Alnus", "Pseudotsuga", "Prunus",
+    "Fagus", "Acer", "Abies", "Pinus", "Tilia", "Picea", "Populus",
+)  # fmt: skip
+SERIES = {"s2": "sen-2", "s1_asc": "sen-1-asc", "s1_des": "sen-1-des"}  # key -> name in the files
+_BANDS = {"s2": 10, "s1_asc": 2, "s1_des": 2}
+_LABELS = "labels/TreeSatBA_v9_60m_multi_labels.json"
+_FOLDERS = ("sentinel-ts", "sentinel")
+
+
+@dataclass(frozen=True)
+class TreeSatTile:
+    """One row of a split.
+
+    Attributes:
+        aerial: File name in `aerial/`.
+        sentinel: File name in the folder of the series.
+        day: Day of the aerial image since 1970-01-01.
+        shares: Share of the area of each genus, 0..1; empty where unknown.
+    """
+
+    aerial: str
+    sentinel: str
+    day: int
+    shares: tuple[float, ...]
+
+    @property
+    def id(self) -> str:
+        """Name of the tile: that of its aerial image."""
+        return self.aerial.rsplit(".", 1)[0]
+
+
+@dataclass(frozen=True)
+class TreeSatCatalogue:
+    """The tiles of one split.
+
+    Attributes:
+        root: Folder of the data set.
+        split: `train`, `val` or `test`.
+        table: File that lists the tiles, relative to the root.
+        folder: Folder of the series, relative to the root.
+        tiles: The tiles.
+        names: Genera in the order of the shares.
+        problems: What was left out, and why.
+    """
+
+    root: str
+    split: str
+    table: str
+    folder: str
+    tiles: tuple[TreeSatTile, ...]
+    names: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this split from others: hash of its table, size of its first files."""
+        first = self.tiles[0]
+        return {
+            "table": self.table,
+            "sha256": hashlib.sha256((Path(self.root) / self.table).read_bytes()).hexdigest(),
+            "tiles": len(self.tiles),
+            "first": first.sentinel,
+            "bytes": (Path(self.root) / self.folder / first.sentinel).stat().st_size,
+        }
+
+
+def scan_treesat(root: str, split: str, modalities: Collection[str]) -> TreeSatCatalogue | None:
+    """Find the tiles of a split; None where no table lists it.
+
+    A split is listed by `<split>.csv` (file names, date and shares) or by
+    `<split>_filenames.lst` with the shares in `labels/`.
+
+    Args:
+        root: Folder with `aerial/` and `sentinel-ts/` (or, in older copies, `sentinel/`).
+        split: `train`, `val` or `test`.
+        modalities: Keys that are read; tiles that lack one of their files are left out.
+
+    Raises:
+        DataError: Folders or columns are missing, or no tile is complete.
+    """
+    base = Path(root)
+    table = base / f"{split}.csv"
+    folder = next((name for name in _FOLDERS if (base / name).is_dir()), _FOLDERS[0])
+    if table.is_file():
+        names, tiles = _rows(table)
+    elif (base / f"{split}_filenames.lst").is_file():
+        table = base / f"{split}_filenames.lst"
+        names, tiles = _listed(base, table, folder)
+    else:
+        return None
+    kept, problems = _complete(base, folder, tiles, modalities)
+    if not kept:
+        raise DataError(
+            f"{table}: none of its {len(tiles)} tiles has all its files in 'aerial/' and "
+            f"'{folder}/' ({problems[0] if problems else 'the table is empty'}). Check that the "
+            "archives are unpacked beside the table."
+        )
+    return TreeSatCatalogue(
+        str(base), split, table.name, folder, tuple(kept), names, tuple(problems)
+    )
+
+
+def _rows(table: Path) -> tuple[tuple[str, ...], list[TreeSatTile]]:
+    """Read a table with a header; genera are the columns after the first three."""
+    with open(table, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or ())
+        missing = [c for c in ("aerial_name", "sen_name", "aerial_date") if c not in columns]
+        if missing:
+            raise DataError(
+                f"{table}: no column {missing[0]!r} in {columns}; expected aerial_name, sen_name, "
+                "aerial_date and one column per genus."
+            )
+        names = tuple(columns[3:])
+        tiles = []
+        for number, row in enumerate(reader, 2):
+            try:
+                shares = tuple(float(row[name]) for name in names)
+                day = _day(row["aerial_date"])
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"{table}, line {number}: {error}; expected a date as YYYYMMDD and a share "
+                    "of the area for each genus."
+                ) from error
+            tiles.append(TreeSatTile(row["aerial_name"], row["sen_name"], day, shares))
+    return names, tiles
+
+
+def _listed(base: Path, table: Path, folder: str) -> tuple[tuple[str, ...], list[TreeSatTile]]:
+    """Read a list of aerial names; series are found by their stem, shares in the labels."""
+    labels: dict[str, Any] = {}
+    if (base / _LABELS).is_file():
+        labels = json.loads((base / _LABELS).read_text())
+    by_stem: dict[str, str] = {}
+    for name in sorted(_files(base / folder, ".h5")):
+        by_stem[re.sub(r"_\d{4}$", "", name[:-3])] = name
+    tiles = []
+    for line in table.read_text().split():
+        aerial = Path(line).name
+        sentinel = by_stem.get(aerial.rsplit(".", 1)[0], "")
+        year = re.search(r"_(\d{4})\.h5$", sentinel)
+        # the list has no dates: the middle of the year of the series
+        day = _day(f"{year.group(1)}0701") if year else 0
+        tiles.append(TreeSatTile(aerial, sentinel, day, _shares(labels.get(aerial), table)))
+    return GENERA, tiles
+
+
+def _shares(entry: Any, table: Path) -> tuple[float, ...]:
+    """Return the shares of `[[genus, share], ...]` in the order of GENERA."""
+    if entry is None:
+        return ()
+    found = {str(name): float(share) for name, share in entry}
+    unknown = sorted(set(found) - set(GENERA))
+    if unknown:
+        raise DataError(
+            f"{table.parent / _LABELS}: unknown genus {unknown[0]!r}; known are "
+            f"{', '.join(GENERA)}."
+        )
+    return tuple(found.get(name, 0.0) for name in GENERA)
+
+
+def _complete(
+    base: Path, folder: str, tiles: Sequence[TreeSatTile], modalities: Collection[str]
+) -> tuple[list[TreeSatTile], list[str]]:
+    """Leave out tiles that lack a file."""
+    aerial = _files(base / "aerial", "") if "aerial" in modalities else None
+    series = _files(base / folder, ".h5") if set(modalities) & set(SERIES) else None
+    without_aerial = [t for t in tiles if aerial is not None and t.aerial not in aerial]
+    without_series = [t for t in tiles if series is not None and t.sentinel not in series]
+    problems = []
+    for lacking, where in ((without_aerial, "aerial"), (without_series, folder)):
+        if lacking:
+            problems.append(
+                f"{len(lacking)} of {len(tiles)} tiles have no file in '{where}/', such as "
+                f"{lacking[0].id}; they are left out"
+            )
+    gone = {t.id for t in (*without_aerial, *without_series)}
+    return [t for t in tiles if t.id not in gone], problems
+
+
+def _files(folder: Path, ending: str) -> set[str]:
+    if not folder.is_dir():
+        return set()
+    return {path.name for path in folder.iterdir() if path.name.endswith(ending)}
+
+
+def _day(date: str) -> int:
+    """Return days since 1970-01-01 of YYYYMMDD."""
+    text = f"{date[:4]}-{date[4:6]}-{date[6:8]}"
+    return int(np.datetime64(text, "D").astype(np.int64))
+
+
+def read_treesat(
+    catalogue: TreeSatCatalogue, tile: TreeSatTile, modalities: Collection[str]
+) -> Tile:
+    """Read the files of one tile as they are stored.
+
+    Raises:
+        DataError: A file cannot be read or is not laid out as published.
+    """
+    base = Path(catalogue.root)
+    images: dict[str, Image] = {}
+    if "aerial" in modalities:
+        images["aerial"] = _read_aerial(base / "aerial" / tile.aerial, tile.day)
+    series: dict[str, Series] = {}
+    wanted = [name for name in SERIES if name in modalities]
+    if wanted:
+        series = _read_series(base / catalogue.folder / tile.sentinel, wanted)
+    decoded = sum(image.values.nbytes for image in images.values())
+    decoded += sum(s.values.nbytes for s in series.values())
+    return Tile(tile.id, images, series, bytes_decoded=decoded)
+
+
+def _read_aerial(path: Path, day: int) -> Image:
+    """Read near infrared, green, blue, red; the fourth band is called alpha and is none."""
+    rasterio = require("rasterio", "geo")
+    try:
+        with rasterio.open(path) as file:
+            values = file.read()
+            corner = (float(file.transform.c), float(file.transform.f))
+            crs = file.crs.to_epsg() or file.crs.to_wkt() if file.crs else ""
+    except rasterio.errors.RasterioError as error:
+        raise DataError(f"{path}: cannot be read as a GeoTIFF ({error}).") from error
+    if values.shape != (4, 304, 304) or values.dtype != np.uint8:
+        raise DataError(
+            f"{path}: got {values.dtype} of shape {values.shape}, expected uint8 (4, 304, 304)."
+        )
+    return Image(values, day, corner, crs)
+
+
+def _read_series(path: Path, wanted: Sequence[str]) -> dict[str, Series]:
+    h5py = require("h5py", "geo")
+    try:
+        with h5py.File(path, "r") as file:
+            return {
+                name: found
+                for name in wanted
+                if (found := _one_series(path, file, name)) is not None
+            }
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as HDF5 ({error}).") from error
+
+
+def _one_series(path: Path, file: Mapping[str, Any], name: str) -> Series | None:
+    """Read one sensor; None where it has no acquisition."""
+    prefix, bands = SERIES[name], _BANDS[name]
+    for part in (f"{prefix}-data", f"{prefix}-products"):
+        if part not in file:
+            raise DataError(f"{path}: no dataset {part!r}; found {', '.join(sorted(file))}.")
+    values: Array = file[f"{prefix}-data"][...]
+    products = [_text(name) for name in file[f"{prefix}-products"][...]]
+    if not len(values):
+        return None
+    if values.ndim != 4 or values.shape[:2] != (len(products), bands):
+        raise DataError(
+            f"{path}: {prefix}-data has the shape {values.shape}, expected ({len(products)}, "
+            f"{bands}, 6, 6) for its {len(products)} products."
+        )
+    found = days(product_time(products))
+    if not found.all():
+        unreadable = products[int(np.argmin(found != 0))]
+        raise DataError(f"{path}: no acquisition time in the product name {unreadable!r}.")
+    if name != "s2":
+        return Series(values, found, "linear")
+    # some files have 10 mask channels: only snow and cloud, the first two, are filled
+    masks = file["sen-2-masks"][:, :2] if "sen-2-masks" in file else None
+    cloud = None if masks is None else np.nan_to_num(masks, nan=100.0).max(1)
+    return Series(values, found, "dn", cloud)
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)

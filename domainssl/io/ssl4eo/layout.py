@@ -1,0 +1,320 @@
+"""Where the files of SSL4EO-S12 v1.1 lie: release, partner files, groups of locations.
+
+Release A is one `.zarr.zip` of 64 locations per product; release B is tars of one `.zarr.zip`
+per location. A `Group` is what both have in common: a run of locations that all products hold
+in the same order, small enough to be read as one block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from domainssl.errors import DataError, nearest
+from domainssl.io.raster.zarr import Cube
+from domainssl.io.ssl4eo.facts import product as look_up
+from domainssl.io.storage.archives import Member, ZipFileStore, tar_index
+from domainssl.io.storage.paths import (
+    fetch_ranges,
+    is_file,
+    is_folder,
+    join,
+    list_folder,
+    open_file,
+    size_of,
+)
+
+__all__ = ["Catalogue", "Group", "scan"]
+
+logger = logging.getLogger(__name__)
+
+MEMBERS_PER_GROUP = 64
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Locations that lie together in the files of every product, in the same order.
+
+    Attributes:
+        key: Unique within the catalogue, the file's name (and first member in release B).
+        release: `A` or `B`.
+        products: Product of each modality key.
+        files: File of each modality key.
+        count: Number of locations.
+        dates: Number of dates stored per location.
+        size: Rows and columns of a tile.
+        members: Release B: per modality key the (key, offset, size) of each location.
+        storage_options: fsspec options with which the files are opened.
+    """
+
+    key: str
+    release: str
+    products: Mapping[str, str]
+    files: Mapping[str, str]
+    count: int
+    dates: int
+    size: tuple[int, int]
+    members: Mapping[str, tuple[Member, ...]] = field(default_factory=dict, repr=False)
+    storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What a scan found."""
+
+    root: str
+    split: str
+    release: str
+    products: Mapping[str, str]
+    groups: tuple[Group, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of locations."""
+        return sum(group.count for group in self.groups)
+
+    @property
+    def dates(self) -> int:
+        """Dates per location, the least over all groups."""
+        return min(group.dates for group in self.groups)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of a tile, the least over all groups."""
+        sizes = [group.size for group in self.groups]
+        return min(rows for rows, _ in sizes), min(columns for _, columns in sizes)
+
+    def identity(self, hashed: int = 8) -> dict[str, Any]:
+        """Return what tells these data from others.
+
+        Args:
+            hashed: How many files per modality, evenly spread, have their head and tail hashed
+                (a zip's tail is its directory with the checksums of all members).
+
+        Returns:
+            Release, split, counts, total sizes and hashes, JSON-able.
+        """
+        out: dict[str, Any] = {
+            "release": self.release, "split": self.split, "locations": self.count, "files": {},
+        }  # fmt: skip
+        for modality, name in self.products.items():
+            files = list(dict.fromkeys(g.files[modality] for g in self.groups))
+            options = self.groups[0].storage_options
+            sizes = [size_of(path, options) for path in files]
+            digest = hashlib.sha256()
+            step = max(1, len(files) // max(1, hashed))
+            for path, size in list(zip(files, sizes, strict=True))[::step][:hashed]:
+                ends = [(0, min(size, 4096)), (max(0, size - 4096), min(size, 4096))]
+                for part in fetch_ranges(path, ends, options):
+                    digest.update(part)
+            names = [path.rsplit("/", 1)[-1] for path in files]
+            listing = "\n".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True))
+            out["files"][modality] = {
+                "product": name,
+                "count": len(files),
+                "bytes": sum(sizes),
+                "names_and_sizes": hashlib.sha256(listing.encode()).hexdigest(),
+                "headers": digest.hexdigest(),
+            }
+        return out
+
+
+def scan(
+    root: str,
+    split: str,
+    products: Mapping[str, str],
+    storage_options: Mapping[str, Any] | None = None,
+) -> Catalogue:
+    """Find the files of a split and pair them over products.
+
+    Args:
+        root: Folder or fsspec URL that holds `<split>/<product>/`, or `<product>/` directly.
+        split: `train` or `val`.
+        products: Product of each modality key, e.g. `{"s1": "S1GRD", "s2": "S2L2A"}`.
+        storage_options: fsspec options for a URL.
+
+    Raises:
+        DataError: Nothing is there, releases are mixed, a partner file is missing, tars diverge.
+    """
+    root, options = str(root), dict(storage_options or {})
+    if not products:
+        raise DataError("SSL4EO-S12: no product asked for, e.g. {'s1': 'S1GRD', 's2': 'S2L2A'}")
+    for name in products.values():
+        look_up(name)
+    folders = _folders(root, split, products, options)
+    names = {m: list_folder(folder, options) for m, folder in folders.items()}
+    release = _release(folders, names)
+    ending = ".zarr.zip" if release == "A" else ".tar"
+    names = {m: [n for n in found if n.endswith(ending)] for m, found in names.items()}
+    names = _listed(root, split, names, options) if release == "A" else names
+    paired = _partners(folders, names)
+    files = [{m: join(folders[m], name) for m in products} for name in paired]
+    find = _release_a if release == "A" else _release_b
+    with ThreadPoolExecutor(_THREADS) as pool:
+        results = list(pool.map(lambda f: find(f, dict(products), options), files))
+    groups = _assume([group for found, _ in results for group in found], results[0][1])
+    problems = tuple(problem for _, found in results for problem in found)
+    for problem in problems:
+        logger.warning("%s", problem)
+    return Catalogue(root, split, release, dict(products), groups, problems)
+
+
+def _folders(
+    root: str, split: str, products: Mapping[str, str], options: Mapping[str, Any]
+) -> dict[str, str]:
+    if not is_folder(root, options):
+        raise DataError(
+            f"data.root: no folder at {root!r}. Give the folder that holds train/ and val/ of "
+            "SSL4EO-S12 v1.1, or 'sample' for the embedded sample."
+        )
+    base = join(root, split) if is_folder(join(root, split), options) else root
+    there = list_folder(base, options)
+    missing = [name for name in products.values() if name not in there]
+    if missing:
+        raise DataError(
+            f"data.root: {base!r} has no folder {missing[0]!r}; it holds: "
+            f"{', '.join(there[:12]) or 'nothing'}. Expected <root>/{split}/<product>/ with the "
+            "files of SSL4EO-S12 v1.1; set data.root to that root, or to 'sample' for the "
+            f"embedded sample.{nearest(missing[0], there)}"
+        )
+    return {modality: join(base, name) for modality, name in products.items()}
+
+
+def _release(folders: Mapping[str, str], names: Mapping[str, Sequence[str]]) -> str:
+    kinds = {}
+    for modality, found in names.items():
+        zips = any(name.endswith(".zarr.zip") for name in found)
+        tars = any(name.endswith(".tar") for name in found)
+        if zips == tars:
+            have = "both" if zips else "neither"
+            raise DataError(
+                f"{folders[modality]}: {have} .zarr.zip files (release A) and .tar files "
+                "(release B); one kind was expected. Keep each release in a folder of its own."
+            )
+        kinds[modality] = "A" if zips else "B"
+    if len(set(kinds.values())) > 1:
+        raise DataError(
+            f"SSL4EO-S12: releases are mixed ({kinds}); their values and pairing differ. "
+            "Take all products from one release."
+        )
+    return next(iter(kinds.values()))
+
+
+def _listed(
+    root: str, split: str, names: dict[str, list[str]], options: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    path = join(root, "splits", f"ssl4eos12_{split}.txt")
+    if not is_file(path, options):
+        return names
+    with open_file(path, options) as file:
+        listed = {line.strip() for line in file.read().decode().splitlines() if line.strip()}
+    kept = {m: [name for name in found if name in listed] for m, found in names.items()}
+    for modality, found in kept.items():
+        if not found:
+            raise DataError(
+                f"{path}: none of its {len(listed)} names is among the {len(names[modality])} "
+                f"files of modality {modality!r}. Remove the list or correct it."
+            )
+    return kept
+
+
+def _partners(folders: Mapping[str, str], names: Mapping[str, Sequence[str]]) -> list[str]:
+    union = sorted(set().union(*names.values()))
+    for modality, found in names.items():
+        missing = [name for name in union if name not in set(found)]
+        if missing:
+            others = [m for m, have in names.items() if missing[0] in have]
+            raise DataError(
+                f"missing partner file: {join(folders[modality], missing[0])!r} is not there, "
+                f"but {others[0]!r} has {missing[0]!r}"
+                + (f" ({len(missing)} such files)" if len(missing) > 1 else "")
+                + ". Download it, or remove its partners."
+            )
+    return union
+
+
+def _tile_facts(cube: Cube, dims: int) -> tuple[int, ...]:
+    shape = cube.info("bands").shape
+    if len(shape) != dims:
+        raise DataError(f"{cube.name}: array 'bands' has shape {shape}, expected {dims} dimensions")
+    return shape
+
+
+def _release_a(
+    files: dict[str, str], products: dict[str, str], options: dict[str, Any]
+) -> tuple[list[Group], list[str]]:
+    problems: list[str] = []
+    key = next(iter(files.values())).rsplit("/", 1)[-1].removesuffix(".zarr.zip")
+    count, dates, rows, columns = 0, 0, 0, 0
+    for path in files.values():
+        try:  # a damaged file must not hide its good partners: reading it will name it
+            with closing(ZipFileStore(path, path, options)) as store:
+                count, dates, _, rows, columns = _tile_facts(Cube(store, path), 5)
+            break
+        except DataError as error:
+            problems.append(str(error))
+    return [Group(key, "A", products, files, count, dates, (rows, columns), {}, options)], problems
+
+
+def _assume(groups: list[Group], problems: list[str]) -> tuple[Group, ...]:
+    """Give groups of which no file can be opened the size of the others; reading names them."""
+    known = next((group for group in groups if group.count), None)
+    if known is None:
+        raise DataError(problems[0] if problems else f"{groups[0].key}: holds no location")
+    count, dates, size = known.count, known.dates, known.size
+    return tuple(
+        group if group.count else replace(group, count=count, dates=dates, size=size)
+        for group in groups
+    )
+
+
+def _release_b(
+    files: dict[str, str], products: dict[str, str], options: dict[str, Any]
+) -> tuple[list[Group], list[str]]:
+    members = {
+        m: [entry for entry in tar_index(path, options) if entry.key.endswith(".zarr.zip")]
+        for m, path in files.items()
+    }
+    first, *others = members
+    keys = [_stem(entry.key) for entry in members[first]]
+    for other in others:
+        theirs = [_stem(entry.key) for entry in members[other]]
+        if theirs != keys:
+            at = next(
+                (i for i, (a, b) in enumerate(zip(keys, theirs, strict=False)) if a != b),
+                min(len(keys), len(theirs)),
+            )
+            raise DataError(
+                f"{files[other]}: its keys diverge from {files[first]} at member {at}: "
+                f"{theirs[at] if at < len(theirs) else 'end of the tar'!r}, expected "
+                f"{keys[at] if at < len(keys) else 'end of the tar'!r}. "
+                "The shards are not from the same release, or one is incomplete."
+            )
+    if not keys:
+        raise DataError(f"{files[first]}: holds no .zarr.zip member")
+    entry = members[first][0]
+    [raw] = fetch_ranges(files[first], [(entry.offset, entry.size)], options)
+    name = f"{files[first]}:{entry.key}"
+    dates, _, rows, columns = _tile_facts(Cube(ZipFileStore(raw, name), name), 4)
+    groups = []
+    stem = files[first].rsplit("/", 1)[-1].removesuffix(".tar")
+    for low in range(0, len(keys), MEMBERS_PER_GROUP):
+        run = {m: tuple(found[low : low + MEMBERS_PER_GROUP]) for m, found in members.items()}
+        groups.append(
+            Group(
+                f"{stem}#{low}", "B", products, files, len(run[first]), dates, (rows, columns),
+                run, options,
+            )
+        )  # fmt: skip
+    return groups, []
+
+
+def _stem(member: str) -> str:
+    return member.rsplit("/", 1)[-1].removesuffix(".zarr.zip")

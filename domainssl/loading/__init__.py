@@ -1,0 +1,1 @@
+"""Items to batches: order, workers, memory, position."""

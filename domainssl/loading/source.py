@@ -1,0 +1,93 @@
+"""Where items come from, as the block stream sees it: blocks of known sizes, loaded in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from domainssl.errors import ConfigError, nearest
+from domainssl.loading.memory import empty
+from domainssl.loading.plan import Piece
+from domainssl.modality import Batch
+
+__all__ = ["Loading", "Rows", "Source", "empty"]
+
+_START_METHODS = ("fork", "spawn", "forkserver")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How data are brought in; nothing here changes what a batch contains, but `window_blocks`.
+
+    Attributes:
+        workers: Decoding processes per rank; None chooses by CPU count and size of the data.
+        start_method: `fork`, `spawn` or `forkserver`; None takes the platform's default.
+        window_blocks: Blocks whose items are shuffled together. Up to twice as many are in memory.
+        prefetch: Blocks each worker prepares ahead.
+        pin_memory: Page-locked batches; None does so when training on CUDA.
+        max_bad_share: Share of bad items, with `on_bad_sample: replace`, that ends the run.
+    """
+
+    workers: int | None = None
+    start_method: Literal["fork", "spawn", "forkserver"] | None = None
+    window_blocks: int = 8
+    prefetch: int = 2
+    pin_memory: bool | None = None
+    max_bad_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, low in (("workers", 0), ("window_blocks", 1), ("prefetch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(
+                    f"data.init_args.loading.{name}: got {value!r}, expected at least {low}."
+                )
+        if self.start_method not in (None, *_START_METHODS):
+            raise ConfigError(
+                f"data.init_args.loading.start_method: got {self.start_method!r}, expected one of "
+                f"{_START_METHODS}.{nearest(self.start_method, _START_METHODS)}"
+            )
+        if not 0 <= self.max_bad_share <= 1:
+            raise ConfigError(
+                f"data.init_args.loading.max_bad_share: got {self.max_bad_share!r}, expected a "
+                "share between 0 and 1, such as 0.01."
+            )
+
+
+@dataclass
+class Rows:
+    """Items of one piece, stacked.
+
+    Attributes:
+        data: Per batch key a tensor or array whose first axis is the item, or a list.
+        count: Number of items.
+        bytes_decoded: Bytes that came out of the decoder.
+        bytes_needed: Bytes of what was asked for.
+        bad: Position in the piece and reason of every item that could not be read.
+    """
+
+    data: Batch
+    count: int
+    bytes_decoded: int = 0
+    bytes_needed: int = 0
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Where blocks come from. It is pickled to workers, so it holds paths and options only."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Items per block."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes decoded in an epoch, roughly."""
+
+    def load(self, piece: Piece, epoch: int) -> Rows:
+        """Decode one piece and make its items; the same arguments always give the same rows.
+
+        Raises:
+            DataError: Nothing of the piece can be read.
+        """

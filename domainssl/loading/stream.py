@@ -1,0 +1,388 @@
+"""A stream of batches out of blocks: decode each block once, shuffle across blocks, resume exactly.
+
+A *source* knows how many items each block holds and turns a piece of a block into stacked arrays
+(`Source.load`). Worker processes load whole pieces in the order of the plan; the main process keeps
+one window of them, permutes its items, and writes the rows of every batch in place into freshly
+allocated (on CUDA machines: pinned) tensors. Content and order depend on the plan alone, never on
+the number of workers or their start method.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from domainssl.errors import DataError
+from domainssl.loading.memory import KeptMemory, SharedPool, empty
+from domainssl.loading.plan import EpochPlan, Piece
+from domainssl.loading.source import Loading, Rows, Source
+from domainssl.modality import Batch, collate
+
+__all__ = ["BlockStream", "Loading", "Rows", "Source", "empty"]
+
+_log = logging.getLogger(__name__)
+_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run the many small tensor operations of reading on the calling thread.
+
+    Spread over threads they gain nothing, and lose ten times their cost as soon as other
+    processes keep the cores busy, because every one of them waits for all threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Blocks(Dataset[Rows]):
+    """The source as torch's DataLoader wants it; indices are (piece, epoch)."""
+
+    def __init__(self, source: Source, pool: KeptMemory | SharedPool) -> None:
+        self.source = source
+        self.pool = pool
+
+    def __getitem__(self, task: tuple[Piece, int]) -> Any:
+        piece, epoch = task
+        try:
+            with _one_thread():
+                with self.pool.serving():
+                    rows = self.source.load(piece, epoch)
+                return self.pool.pack(rows)
+        except DataError as error:
+            return Rows({}, len(piece), bad={i: str(error) for i in range(len(piece))})
+
+
+class _Tasks(Sampler[tuple[Piece, int]]):
+    """The pieces of the coming iteration."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[Piece, int]] = []
+
+    def __iter__(self) -> Iterator[tuple[Piece, int]]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+def _as_it_is(rows: Any) -> Any:
+    return rows
+
+
+@dataclass
+class _Tally:
+    """What a stream has read so far."""
+
+    bytes_decoded: int = 0
+    bytes_needed: int = 0
+    blocks: int = 0
+    wait_s: float = 0.0
+    bad: dict[tuple[int, int], str] = field(default_factory=dict)
+
+
+class BlockStream:
+    """Iterable of batches over one epoch of one rank.
+
+    Its length is always that of the full epoch; iterating starts where `position` says.
+
+    Args:
+        source: Where blocks come from.
+        plan: Builds the plan of an epoch.
+        position: Called when the first batch is asked for; returns the epoch and the number of
+            its batches that have been processed already.
+        loading: Processes and memory.
+        split: Name for messages.
+        on_bad_sample: `raise`, or `replace` by the next good item in this rank's order.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Callable[[int], EpochPlan],
+        position: Callable[[], tuple[int, int]],
+        loading: Loading,
+        *,
+        split: str = "train",
+        on_bad_sample: Literal["raise", "replace"] = "raise",
+    ) -> None:
+        self.source = source
+        self.plan = plan
+        self.loading = loading
+        self.split = split
+        self.tally = _Tally()
+        self._position = position
+        self._on_bad_sample = on_bad_sample
+        self._loader: DataLoader[Rows] | None = None
+        self._memory = KeptMemory()  # of batches, and of pieces that are loaded in this process
+        self._pool: SharedPool | None = None
+        self._tasks = _Tasks()
+        self._iteration = 0
+        first = plan(0)
+        first.require_batches(split)
+        self._length = len(first.batch_sizes)
+        self._num_items = first.num_items
+
+    def __len__(self) -> int:
+        """Return the batches of a full epoch."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches that are left of the epoch."""
+        epoch, done = self._position()  # a generator: runs with the first next(), not with iter()
+        plan = self.plan(epoch)
+        self._iteration += 1
+        mine = self._iteration
+        window, skip = plan.locate(done)
+        if done >= len(plan.batch_sizes):
+            return
+        before = _Tally(self.tally.bytes_decoded, self.tally.bytes_needed, self.tally.blocks)
+        rows = self._rows(plan, window, skip)
+        pin = bool(self.loading.pin_memory) and torch.cuda.is_available()
+        for size in plan.batch_sizes[done:]:
+            if mine != self._iteration:
+                raise RuntimeError(
+                    f"The {self.split} stream was iterated anew while an older iterator was still "
+                    "in use; one iterator at a time shares the worker processes."
+                )
+            try:
+                items = [next(rows) for _ in range(size)]
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self._has_dead_worker(error):
+                    raise
+                raise DataError(
+                    f"A worker process of the {self.split} data died while reading ({error}). "
+                    "The usual reasons are too little memory or shared memory (/dev/shm) and a "
+                    "crash in a decoder. Lower data.init_args.loading.workers, prefetch or "
+                    "window_blocks; workers: 0 reads in the main process and shows the crash."
+                ) from error
+            with _one_thread(), self._memory.serving():
+                batch = _assemble([(piece.data, i) for piece, i in items], pin)
+            del items  # pieces that are used up make room before the next ones come
+            yield batch
+        rows.close()
+        self._log_reads(epoch, before)
+
+    # Lightning asks for these before it believes that a loader can resume. The position itself is
+    # kept by the DataModule, because Lightning drops a loader's state when it builds the loaders
+    # before it restores the checkpoint (pytorch-lightning#21765).
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the DataModule keeps the position."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Ignore `state`: the DataModule keeps the position."""
+
+    @property
+    def read_amplification(self) -> float:
+        """Bytes decoded per byte needed, so far."""
+        return self.tally.bytes_decoded / max(1, self.tally.bytes_needed)
+
+    def close(self) -> None:
+        """End the worker processes; an iterator in use cannot go on."""
+        self._iteration += 1
+        loader, self._loader = self._loader, None
+        iterator = getattr(loader, "_iterator", None)
+        if iterator is not None:
+            # Left to the garbage collector, an iterator in a reference cycle loses its queues
+            # before it can tell the workers, and waits 5 s for each of them.
+            iterator._shutdown_workers()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        self._memory.clear()
+
+    def _has_dead_worker(self, error: Exception) -> bool:
+        """Tell whether `error` comes from the death of a worker, and end the others if so.
+
+        What is raised depends on where the death is noticed: by torch, or, before the process
+        is gone for the system, by a pipe or a shared tensor that nobody serves any more.
+        """
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is None:
+            return False
+        try:
+            is_dead = any(text in str(error) for text in _DEAD_WORKER)
+            if not is_dead and isinstance(error, OSError | EOFError):
+                is_dead = bool(wait([w.sentinel for w in iterator._workers], timeout=2.0))
+        except RuntimeError:  # torch's handler of SIGCHLD, which also raises right here
+            is_dead = True
+        if is_dead:
+            with suppress(RuntimeError):
+                self.close()
+        return is_dead
+
+    def _open(self) -> DataLoader[Rows]:
+        """Return the loader of pieces; its workers live as long as the stream."""
+        if self._loader is None:
+            workers = self.loading.workers or 0
+            options: dict[str, Any] = {}
+            if workers:
+                self._pool = SharedPool(workers)
+                options = {
+                    "multiprocessing_context": self.loading.start_method,
+                    "persistent_workers": True,
+                    "prefetch_factor": self.loading.prefetch,
+                }
+            # A generator of its own: otherwise every new iterator would draw its base seed from
+            # torch's global one, and a resumed run would differ from an uninterrupted one.
+            self._loader = DataLoader(
+                _Blocks(self.source, self._pool or self._memory),
+                sampler=self._tasks,
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=_as_it_is,
+                generator=torch.Generator().manual_seed(0),
+                **options,
+            )
+        return self._loader
+
+    def _feed(self, plan: EpochPlan, window: int) -> Iterator[Rows]:
+        """Yield the loaded pieces of this and all later windows, in order."""
+        first = plan.windows[window].start
+        pieces = plan.pieces[first:]
+        loader = self._open()
+        self._tasks.tasks = [(piece, plan.epoch) for piece in pieces]
+        iterator = iter(loader)
+        for piece in pieces:
+            start = time.perf_counter()
+            rows = next(iterator)
+            self.tally.wait_s += time.perf_counter() - start
+            self.tally.blocks += 1
+            self.tally.bytes_decoded += rows.bytes_decoded
+            self.tally.bytes_needed += rows.bytes_needed
+            if rows.bad:
+                self._count_bad(piece, rows)
+            yield rows
+
+    def _rows(
+        self, plan: EpochPlan, window: int, skip: int
+    ) -> Generator[tuple[Rows, int], None, None]:
+        """Yield (piece, row) for every item from `skip` of `window` to the end of the epoch."""
+        feed = self._feed(plan, window)
+        ahead: deque[Rows] = deque()
+        for number in range(window, len(plan.windows)):
+            size = len(plan.windows[number])
+            while len(ahead) < size:
+                ahead.append(next(feed))
+            current = [ahead.popleft() for _ in range(size)]
+            items = [(rows, i) for rows in current for i in range(rows.count)]
+            if any(rows.bad for rows in current):
+                items = self._replace(items, ahead, feed)
+            order = plan.window_order(number)
+            later = len(plan.windows[number + 1]) if number + 1 < len(plan.windows) else 0
+            for taken in range(skip, len(order)):
+                # Receive the next window in step with handing out this one.
+                while len(ahead) < later * taken // len(order):
+                    ahead.append(next(feed))
+                rows, i = items[order[taken]]
+                yield rows, i
+            skip = 0
+
+    def _replace(
+        self, items: list[tuple[Rows, int]], ahead: deque[Rows], feed: Iterator[Rows]
+    ) -> list[tuple[Rows, int]]:
+        """Put good items in the place of bad ones: the next ones in order, each in its turn."""
+        good = [(rows, i) for rows, i in items if i not in rows.bad]
+        sources: list[int | None] = []  # per item its place in `good`, None where it is good itself
+        passed = run = 0
+        for rows, i in items:
+            bad = i in rows.bad
+            sources.append(passed + run if bad else None)
+            passed, run = passed + (not bad), run + 1 if bad else 0
+        needed = max(place for place in sources if place is not None) + 1
+        good += [(rows, i) for rows in ahead for i in range(rows.count) if i not in rows.bad]
+        while len(good) < needed and (more := next(feed, None)) is not None:
+            ahead.append(more)
+            good += [(more, i) for i in range(more.count) if i not in more.bad]
+        if not good:
+            raise DataError(
+                f"No readable {self.split} item is left to replace the bad ones with:\n"
+                + self._bad_list()
+            )
+        return [
+            item if place is None else good[place % len(good)]
+            for item, place in zip(items, sources)
+        ]
+
+    def _count_bad(self, piece: Piece, rows: Rows) -> None:
+        """Remember bad items; end the run when they are not wanted, or too many."""
+        if self._on_bad_sample == "raise":
+            raise DataError(
+                f"{next(iter(rows.bad.values()))} Set data.init_args.on_bad_sample: replace to "
+                "train on the next good sample instead."
+            )
+        new = {(piece.block, piece.start + i): why for i, why in rows.bad.items()}
+        new = {place: why for place, why in new.items() if place not in self.tally.bad}
+        self.tally.bad.update(new)
+        if new:
+            _log.warning(
+                "%d bad %s item(s) replaced (%d so far): %s",
+                len(new), self.split, len(self.tally.bad), next(iter(new.values())),
+            )  # fmt: skip
+        if len(self.tally.bad) > self.loading.max_bad_share * self._num_items:
+            raise DataError(
+                f"{len(self.tally.bad)} of {self._num_items} {self.split} items of this process "
+                f"are bad, more than data.init_args.loading.max_bad_share="
+                f"{self.loading.max_bad_share:g} allows:\n{self._bad_list()}"
+            )
+
+    def _bad_list(self) -> str:
+        reasons: dict[str, int] = {}
+        for why in self.tally.bad.values():
+            reasons[why] = reasons.get(why, 0) + 1
+        return "\n".join(f"  {count} item(s): {why}" for why, count in reasons.items())
+
+    def _log_reads(self, epoch: int, before: _Tally) -> None:
+        decoded = self.tally.bytes_decoded - before.bytes_decoded
+        needed = self.tally.bytes_needed - before.bytes_needed
+        _log.info(
+            "%s epoch %d: %d blocks decoded, %.1f MB for %.1f MB needed (read amplification %.2f)",
+            self.split, epoch, self.tally.blocks - before.blocks,
+            decoded / 1e6, needed / 1e6, decoded / max(1, needed),
+        )  # fmt: skip
+
+
+def _assemble(items: list[tuple[Batch, int]], pin: bool) -> Batch:
+    """Write the rows of a batch into one new tensor per key."""
+    first = items[0][0]
+    blocks = {id(data): data for data, _ in items}.values()
+    if any(data.keys() != first.keys() or _shapes(data) != _shapes(first) for data in blocks):
+        return collate([{k: v[i] for k, v in data.items()} for data, i in items])
+    batch: Batch = {}
+    for name, example in first.items():
+        if isinstance(example, Tensor):
+            shape = (len(items), *example.shape[1:])
+            out = (
+                torch.empty(shape, dtype=example.dtype, pin_memory=True)
+                if pin
+                else empty(shape, example.dtype)
+            )
+            for target, (data, i) in zip(out.unbind(), items):
+                target.copy_(data[name][i])
+            batch[name] = out
+        elif isinstance(example, np.ndarray):
+            batch[name] = torch.from_numpy(np.stack([data[name][i] for data, i in items]))
+        else:
+            batch[name] = [data[name][i] for data, i in items]
+    return batch
+
+
+def _shapes(data: Batch) -> dict[str, tuple[int, ...]]:
+    """Shapes per item of everything that is stacked."""
+    return {k: tuple(v.shape[1:]) for k, v in data.items() if not isinstance(v, list)}

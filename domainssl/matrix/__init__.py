@@ -1,0 +1,1 @@
+"""Train recipes over seeds and judge what they learned."""

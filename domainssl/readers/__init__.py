@@ -1,1 +1,0 @@
-"""Readers: open, window, georeference and write what is on disk."""

@@ -1,0 +1,1 @@
+"""Arrays to items: which window, which dates, which companions."""

@@ -1,0 +1,187 @@
+"""Blocks of sites, and which of them are held out.
+
+A block is a rectangle whose edges lie on borders of the largest chunks; it is what one read
+decodes. Its windows never leave it, so training and held-out windows share no pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import ConfigError, DataError, nearest, require
+from domainssl.io.raster.bands import StoredBand
+from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
+from domainssl.sources.cube_options import HeldOut, Layer, Windows
+from domainssl.sources.cube_sites import Site
+
+__all__ = ["Block", "blocks_of", "hold_out", "overlapping"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a site and the windows in it.
+
+    Attributes:
+        site: Number of the site.
+        bounds: The rectangle, in CRS units.
+        across: Windows from west to east.
+        down: Windows from north to south.
+    """
+
+    site: int
+    bounds: Bounds
+    across: int
+    down: int
+
+    @property
+    def count(self) -> int:
+        """Number of windows."""
+        return self.across * self.down
+
+
+def blocks_of(
+    number: int, site: Site, layers: Mapping[str, Layer], windows: Windows
+) -> list[Block]:
+    """Cut a site into blocks along the borders of its largest chunks."""
+    side = windows.side_m / site.metres
+    snap = max(layer.gsd_m for layer in layers.values()) / site.metres
+    bands = [b for layer in site.layers.values() for b in layer.files[0].bands]
+    wide = max(bands, key=lambda b: b.chunk[1] * b.grid.step)
+    high = max(bands, key=lambda b: b.chunk[0] * b.grid.step)
+    xs = _edges(
+        site.bounds.left, site.bounds.right, wide.grid.left, wide.chunk[1] * wide.grid.step,
+        side, snap, windows.per_block,
+    )  # fmt: skip
+    # from north to south: coordinates with their sign turned grow like columns do
+    ys = _edges(
+        -site.bounds.top, -site.bounds.bottom, -_first_chunk_edge(high),
+        high.chunk[0] * high.grid.step, side, snap, windows.per_block,
+    )  # fmt: skip
+    return [
+        Block(
+            number,
+            Bounds(x0, -y1, x1, -y0),
+            int((x1 - x0) / side + 1e-6),
+            int((y1 - y0) / side + 1e-6),
+        )
+        for y0, y1 in pairwise(ys)
+        for x0, x1 in pairwise(xs)
+    ]
+
+
+def _first_chunk_edge(band: StoredBand) -> float:
+    """Return the northing of a border between chunks."""
+    grid = band.grid
+    return grid.bounds.bottom if grid.is_y_ascending else grid.top
+
+
+def _edges(
+    low: float, high: float, origin: float, chunk: float, side: float, snap: float, most: int
+) -> list[float]:
+    """Return the edges of blocks along one axis, ascending; no block is narrower than a window."""
+    low = origin + math.ceil((low - origin) / snap - 1e-6) * snap
+    high = origin + math.floor((high - origin) / snap + 1e-6) * snap
+    length = chunk * max(1, math.ceil(2 * side / chunk - 1e-6))
+    length /= math.ceil(length / (most * side) - 1e-6)
+    first = math.floor((low - origin) / length + 1e-6) + 1
+    inner = []
+    for k in range(first, math.ceil((high - origin) / length - 1e-6)):
+        inner.append(origin + math.floor(k * length / snap + 1e-6) * snap)
+    edges = [low]
+    for edge in inner:
+        if edge - edges[-1] >= side * (1 - 1e-6):
+            edges.append(edge)
+    if len(edges) > 1 and high - edges[-1] < side * (1 - 1e-6):
+        edges.pop()
+    return [*edges, high]
+
+
+def hold_out(
+    sites: Sequence[Site], blocks: Sequence[Block], rule: HeldOut
+) -> tuple[list[Block], list[Block], int]:
+    """Deal blocks to training and validation, and keep them apart.
+
+    Returns:
+        Training blocks, held-out blocks, and how many training blocks were left out because they
+        overlap a held-out one (of another site, say a neighbouring tile) or come too near.
+
+    Raises:
+        ConfigError: A site is not known, or nothing would be left to train on.
+    """
+    names = [site.name for site in sites]
+    for name in rule.sites:
+        if name not in names:
+            raise ConfigError(
+                f"data.init_args.held_out.sites: no site {name!r}; there are "
+                f"{', '.join(names[:12])}.{nearest(name, names)}"
+            )
+    if rule.sites:
+        held = np.array([names[b.site] in rule.sites for b in blocks])
+    else:
+        count = round(rule.share * len(blocks))
+        count = max(count, 1) if rule.share and len(blocks) > 1 else count
+        held = np.zeros(len(blocks), bool)
+        order = np.random.default_rng([rule.seed, len(blocks)]).permutation(len(blocks))
+        held[order[:count]] = True
+    val = [b for b, h in zip(blocks, held, strict=True) if h]
+    rest = [b for b, h in zip(blocks, held, strict=True) if not h]
+    near = overlapping(sites, rest, val, rule.gap_m)
+    train = [b for b, n in zip(rest, near, strict=True) if not n]
+    if not train:
+        raise ConfigError(
+            f"data.init_args.held_out: {len(val)} of {len(blocks)} blocks are held out and no "
+            "other is left for training. Lower share or gap_m."
+        )
+    if overlapping(sites, train, val, rule.gap_m).any():
+        raise DataError("training and held-out blocks overlap")
+    return train, val, int(near.sum())
+
+
+def overlapping(
+    sites: Sequence[Site], blocks: Sequence[Block], others: Sequence[Block], gap_m: float = 0.0
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return which blocks overlap one of the others, or come nearer than the gap."""
+    hit = np.zeros(len(blocks), bool)
+    ours, theirs = _by_crs(sites, blocks), _by_crs(sites, others)
+    for crs, rows in ours.items():
+        mine = _rectangles(blocks, rows)
+        for crs2, rows2 in theirs.items():
+            metres = sites[blocks[rows[0]].site].metres
+            if crs == crs2:
+                left, right, gap = mine, _rectangles(others, rows2), gap_m / metres
+            else:  # compared in degrees, by rectangles that contain the blocks
+                left = _degrees(mine, crs)
+                right = _degrees(_rectangles(others, rows2), crs2)
+                gap = gap_m / METRES_PER_DEGREE
+            slack = gap - 1e-6 * (left[0, 2] - left[0, 0])
+            for a, b, c, d in right:
+                hit[rows] |= (
+                    (left[:, 0] < c + slack)
+                    & (left[:, 2] > a - slack)
+                    & (left[:, 1] < d + slack)
+                    & (left[:, 3] > b - slack)
+                )
+    return hit
+
+
+def _by_crs(sites: Sequence[Site], blocks: Sequence[Block]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for i, block in enumerate(blocks):
+        groups.setdefault(sites[block.site].crs, []).append(i)
+    return groups
+
+
+def _rectangles(blocks: Sequence[Block], rows: Sequence[int]) -> np.ndarray[Any, Any]:
+    every = (blocks[i].bounds for i in rows)
+    return np.array([(b.left, b.bottom, b.right, b.top) for b in every])
+
+
+def _degrees(rectangles: np.ndarray[Any, Any], crs: str) -> np.ndarray[Any, Any]:
+    transformer = require("pyproj", "geo").Transformer.from_crs(crs, 4326, always_xy=True)
+    return np.array([transformer.transform_bounds(*row) for row in rectangles])

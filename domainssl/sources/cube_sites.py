@@ -1,0 +1,260 @@
+"""Sites: places with one file or more per layer, opened, checked against each other, and dated."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError, require
+from domainssl.io.raster.bands import LayerFile, describe_zarr
+from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
+from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
+from domainssl.io.raster.read import conversion
+from domainssl.io.raster.sites import Found, find_files
+from domainssl.io.storage.paths import Options
+from domainssl.sources.cube_options import DateChoice, Layer, Windows
+
+__all__ = ["Site", "SiteLayer", "anchors", "open_sites"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SiteLayer:
+    """One layer of a site: its files, and its dates in order.
+
+    Attributes:
+        files: The files.
+        places: File and position in it of each date.
+        times: datetime64[s] per date, ascending.
+    """
+
+    files: tuple[LayerFile, ...]
+    places: tuple[tuple[int, int], ...]
+    times: Any
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place with one file or more per layer, all in one coordinate reference system.
+
+    Attributes:
+        name: What the files are called.
+        layers: The layers by name.
+        labels: The map of classes, if there is one.
+        crs: Coordinate reference system.
+        bounds: What all layers cover.
+        metres: Metres per unit of the coordinate reference system.
+    """
+
+    name: str
+    layers: dict[str, SiteLayer]
+    labels: LayerFile | None
+    crs: str
+    bounds: Bounds
+    metres: float
+
+    def digest(self) -> str:
+        """Return a hash of what the headers say."""
+        facts = [
+            (name, f.path, f.bands, [str(t) for t in f.times])
+            for name, layer in self.layers.items()
+            for f in layer.files
+        ]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def open_sites(
+    root: str,
+    layers: Mapping[str, Layer],
+    dates: DateChoice,
+    windows: Windows,
+    labels: Layer | None,
+    options: Options | None = None,
+) -> tuple[list[Site], list[str]]:
+    """Find and describe the sites that every layer has.
+
+    Returns:
+        The sites by name, and what is wrong with those that are left out.
+
+    Raises:
+        DataError: No site is left, or a file contradicts its partners.
+    """
+    found = {
+        name: find_files(root, layer.path or name, layer.group, options)
+        for name, layer in layers.items()
+    }
+    _share_single_names(found)
+    names = sorted(set.intersection(*(set(files) for files in found.values())))
+    problems = [
+        f"layer {layer}: {len(lonely)} sites without a partner in every layer, such as "
+        + ", ".join(lonely[:_SHOWN])
+        for layer, files in found.items()
+        if (lonely := sorted(set(files) - set(names)))
+    ]
+    if not names:
+        shown = "; ".join(f"{n}: {', '.join(sorted(f)[:_SHOWN])}" for n, f in found.items())
+        raise DataError(
+            f"{root}: no site has all layers. Sites found: {shown}. Names must be equal, or be "
+            "told apart by a pattern such as path: '{site}_S2.tif'."
+        )
+    maps = find_files(root, labels.path, labels.group, options) if labels else {}
+    if len(maps) == len(names) == 1:
+        maps = {names[0]: next(iter(maps.values()))}
+    sites = []
+    for name in names:
+        parts = {n: found[n][name] for n in layers}
+        site = _site(name, layers, parts, labels, maps.get(name, []), options)
+        reason = _reason_against(site, windows, dates)
+        if reason:
+            problems.append(f"site {name}: {reason}")
+        else:
+            sites.append(site)
+    if not sites:
+        raise DataError(f"{root}: no site can be used: {'; '.join(problems[:_SHOWN])}")
+    return sites, problems
+
+
+def _share_single_names(found: dict[str, dict[str, list[Found]]]) -> None:
+    """Call the only site of each layer the same, whatever their stores are called."""
+    if all(len(files) == 1 for files in found.values()):
+        first = next(iter(next(iter(found.values()))))
+        for layer, files in found.items():
+            found[layer] = {first: next(iter(files.values()))}
+
+
+def _site(
+    name: str,
+    layers: Mapping[str, Layer],
+    parts: Mapping[str, list[Found]],
+    labels: Layer | None,
+    maps: list[Found],
+    options: Options | None,
+) -> Site:
+    opened = {n: _layer(n, layer, parts[n], options) for n, layer in layers.items()}
+    files = {n: layer.files[0] for n, layer in opened.items()}
+    crs = next(iter(files.values())).crs
+    for layer, file in files.items():
+        if file.crs != crs:
+            first = next(iter(files))
+            raise DataError(
+                f"site {name}: layer {first!r} is in {crs[:60]}, layer {layer!r} in "
+                f"{file.crs[:60]} ({file.path}). Reproject one of them: windows are cut, not "
+                "warped."
+            )
+    bounds = None
+    for part in opened.values():
+        for file in part.files:
+            for band in file.bands:
+                theirs = band.grid.bounds
+                bounds = theirs if bounds is None else bounds.shared(theirs)
+    assert bounds is not None
+    cover = None
+    if labels is not None and maps:
+        cover = _describe(labels, maps[0], options)
+        bounds = bounds.shared(cover.bands[0].grid.bounds)
+    return Site(name, opened, cover, crs, bounds, _metres(crs))
+
+
+def _metres(crs: str) -> float:
+    """Return the metres of a unit; degrees count as at the equator."""
+    if crs.startswith(("EPSG:326", "EPSG:327")):
+        return 1.0
+    pyproj = require("pyproj", "geo")
+    known = pyproj.CRS.from_user_input(crs)
+    if known.is_geographic:
+        return METRES_PER_DEGREE
+    return float(known.axis_info[0].unit_conversion_factor) if known.axis_info else 1.0
+
+
+def _layer(name: str, layer: Layer, found: list[Found], options: Options | None) -> SiteLayer:
+    files = tuple(_describe(layer, each, options) for each in found)
+    first = files[0]
+    for file in files[1:]:
+        if file.crs != first.crs:
+            raise DataError(
+                f"{file.path} is in {file.crs[:60]}, {first.path} in {first.crs[:60]}; files of "
+                f"layer {name!r} of one site have one reference system. Check the pattern's "
+                "{site}."
+            )
+    for file in files:
+        for band in file.bands:
+            conversion(band, layer.value_unit, layer.stored_unit, file.path)
+    pairs = [(t, f, d) for f, file in enumerate(files) for d, t in enumerate(file.times)]
+    times = np.array([t for t, _, _ in pairs], "datetime64[s]")
+    order = np.argsort(times, kind="stable")  # unknown dates last
+    return SiteLayer(files, tuple(pairs[i][1:] for i in order), times[order])
+
+
+def _describe(layer: Layer, found: Found, options: Options | None) -> LayerFile:
+    if found.path.lower().endswith(GEOTIFF_ENDINGS):
+        if layer.mask is not None:
+            raise DataError(f"{found.path}: masks are read from zarr stores only; set mask: null.")
+        return describe_geotiff(found.path, layer.bands, crs=layer.crs, date=found.date)
+    return describe_zarr(
+        found.path,
+        layer.bands,
+        group=found.group,
+        step_hint=layer.gsd_m,
+        mask=layer.mask.variable if layer.mask else None,
+        crs=layer.crs,
+        date=found.date,
+        options=options,
+    )
+
+
+def _reason_against(site: Site, windows: Windows, dates: DateChoice) -> str:
+    side = windows.side_m / site.metres
+    low = min(site.bounds.width, site.bounds.height)
+    if low < side * (1 - 1e-6):
+        return (
+            f"the layers share {max(low, 0) * site.metres:g} m, less than the windows' "
+            f"{windows.side_m:g} m (data.init_args.windows.side_m)"
+        )
+    for name, layer in site.layers.items():
+        usable = len(dates.usable(layer.times))
+        if usable < max(1, dates.views):
+            return (
+                f"layer {name} has {usable} dates in the period, {max(1, dates.views)} are needed"
+            )
+    if not dates.is_series and not len(anchors(site, dates)):
+        return f"no two dates of its layers lie within {dates.max_gap_days} days"
+    return ""
+
+
+def anchors(site: Site, dates: DateChoice) -> list[dict[str, int]]:
+    """Return each date of the layer with the fewest, with the nearest one of every other layer.
+
+    Combinations that are further apart than `max_gap_days` are left out; unknown dates fit all.
+    """
+    usable = {n: dates.usable(layer.times) for n, layer in site.layers.items()}
+    timed = [n for n, layer in site.layers.items() if not np.isnat(layer.times[usable[n]]).all()]
+    if not timed:
+        first = min(usable, key=lambda n: len(usable[n]))
+        return [
+            {n: int(places[min(i, len(places) - 1)]) for n, places in usable.items()}
+            for i in range(len(usable[first]))
+        ]
+    anchor = min(timed, key=lambda n: len(usable[n]))
+    combinations = []
+    for place in usable[anchor]:
+        time = site.layers[anchor].times[place]
+        chosen = {anchor: int(place)}
+        for name, places in usable.items():
+            if name == anchor:
+                continue
+            times = site.layers[name].times[places]
+            if name not in timed:
+                chosen[name] = int(places[0])
+                continue
+            gaps = np.where(np.isnat(times), np.iinfo(np.int64).max, abs(times - time).astype(int))
+            best = int(gaps.argmin())
+            if gaps[best] <= dates.max_gap_days * 86_400:
+                chosen[name] = int(places[best])
+        if len(chosen) == len(usable):
+            combinations.append(chosen)
+    return combinations

@@ -1,0 +1,279 @@
+"""SSL4EO-S12 locations as a source of the block stream: one block is one file and its dates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from domainssl.errors import ConfigError, DataError
+from domainssl.io.ssl4eo.facts import product
+from domainssl.io.ssl4eo.labels import Labels
+from domainssl.io.ssl4eo.layout import Catalogue, Group
+from domainssl.io.ssl4eo.read import Block, check_same, read
+from domainssl.io.storage.scratch import Scratch
+from domainssl.loading.memory import empty
+from domainssl.loading.plan import Piece, generator
+from domainssl.loading.source import Rows
+from domainssl.modality import key
+from domainssl.sources.windows import Crop, Window
+
+__all__ = ["Dates", "SSL4EOSource"]
+
+_DATES, _WINDOW = 11, 12  # tags that keep the streams of random numbers apart
+_STEP_M = 10.0
+_STORED = {"dn": torch.int16, "rgb8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class Dates:
+    """Which of the dates of a location are read.
+
+    Attributes:
+        drawn: How many are drawn per file and epoch; 0 where they are fixed.
+        fixed: Fixed positions; empty and nothing drawn means all.
+        is_series: True where batches have a time axis.
+    """
+
+    drawn: int
+    fixed: tuple[int, ...]
+    is_series: bool
+
+    @classmethod
+    def of(cls, value: str | int | Sequence[int]) -> Dates:
+        """Read the argument `dates`.
+
+        Raises:
+            ConfigError: It has none of the accepted forms.
+        """
+        if value == "one":
+            return cls(1, (), False)
+        if value == "all":
+            return cls(0, (), True)
+        if isinstance(value, str):
+            found = re.fullmatch(r"views(?::(\d+))?", value)
+            if found and int(found.group(1) or 2) > 0:
+                return cls(int(found.group(1) or 2), (), True)
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return cls(0, (value,), False)
+        elif isinstance(value, Sequence) and value:
+            places = tuple(v for v in value if isinstance(v, int) and v >= 0)
+            if len(set(places)) == len(value):
+                return cls(0, places, True)
+        raise ConfigError(
+            f"data.init_args.dates: got {value!r}, expected 'one' (drawn per file and epoch), "
+            "'views' or 'views:3' (several drawn, as a series), 'all' (as a series), a position "
+            "such as 0, or a list of different positions such as [0, 2]."
+        )
+
+    def check(self, available: int) -> None:
+        """Refuse dates that the files do not have.
+
+        Raises:
+            ConfigError: Names both numbers.
+        """
+        most = max((self.drawn, *(place + 1 for place in self.fixed)))
+        if most > available:
+            raise ConfigError(
+                f"data.init_args.dates: {most} dates are needed, the files hold {available}; "
+                f"positions are 0 to {available - 1}."
+            )
+
+    def choose(self, rng: np.random.Generator, available: int) -> list[int]:
+        """Return the positions of one file in one epoch, ascending where drawn."""
+        if self.drawn:
+            return sorted(int(d) for d in rng.choice(available, self.drawn, replace=False))
+        return list(self.fixed) or list(range(available))
+
+
+@dataclass
+class SSL4EOSource:
+    """Reads groups of co-registered locations and cuts the same window out of every product.
+
+    Attributes:
+        catalogue: The files.
+        crop: Windows.
+        dates: Dates.
+        seed: Seed of windows and dates.
+        is_training: Draw windows; otherwise the centre, with the dates of epoch 0.
+        labels: Labels by location, if there are any.
+        mask_clouds: Clouds and their shadows are not valid.
+        dn_offset: What the stored Sentinel-2 values carry.
+    """
+
+    catalogue: Catalogue
+    crop: Crop
+    dates: Dates
+    seed: int
+    is_training: bool
+    labels: Labels | None = None
+    mask_clouds: bool = False
+    dn_offset: Literal[0, 1000, "auto"] = "auto"
+    _first: list[int] = field(init=False, repr=False)
+    _scratch: Scratch = field(init=False, repr=False, default_factory=Scratch)
+
+    def __post_init__(self) -> None:
+        self.dates.check(self.catalogue.dates)
+        if self.is_training:
+            self.crop.check(*self.catalogue.size, f"{self.catalogue.root} ({self.catalogue.split})")
+        self._first = np.cumsum([0, *self.sizes]).tolist()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Locations per group."""
+        return [group.count for group in self.catalogue.groups]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes decoded in an epoch, roughly."""
+        height, width = self.catalogue.size
+        per_pixel = 0
+        for name in self.catalogue.products.values():
+            item = 1 if product(name).value_unit == "rgb8" else 2
+            per_pixel += item * len(product(name).bands)
+        dates = self.dates.drawn or len(self.dates.fixed) or self.catalogue.dates
+        return self.catalogue.count * height * width * dates * per_pixel
+
+    def load(self, piece: Piece, epoch: int) -> Rows:
+        """Decode the chosen dates of one group and cut a window out of each location."""
+        group = self.catalogue.groups[piece.block]
+        dates = self.dates.choose(generator(self.seed, epoch, _DATES, piece.block), group.dates)
+        writer = _Writer(self, piece, dates, epoch)
+        try:
+            writer.write(self._read(group, dates, piece.start, piece.stop), 0)
+        except DataError:
+            if group.release == "A":
+                raise  # a chunk holds all locations: they are lost together
+            writer.reset()
+            for i in range(len(piece)):
+                at = piece.start + i
+                try:
+                    writer.write(self._read(group, dates, at, at + 1), i)
+                except DataError as error:
+                    writer.rows.bad[i] = str(error)
+        return writer.finish()
+
+    def _read(self, group: Group, dates: list[int], start: int, stop: int) -> dict[str, Block]:
+        """Read all products of some locations, and check that they belong together."""
+        blocks = {
+            name: read(
+                group,
+                name,
+                dates,
+                slice(start, stop),
+                mask_clouds=self.mask_clouds,
+                dn_offset=self.dn_offset,
+                in_parts=True,  # only windows are checked and freed of the offset
+                scratch=self._scratch,
+            )
+            for name in group.products
+        }
+        check_same(blocks)
+        for block in blocks.values():
+            if block.values.shape[-2:] != group.size:
+                raise DataError(
+                    f"{block.file}: array 'bands' has {block.values.shape[-2:]} pixels, its "
+                    f"partner {group.size}. Co-registered products have one grid."
+                )
+        return blocks
+
+    def window(self, epoch: int, index: int, size: tuple[int, int]) -> Window:
+        """Return the window of one location, the same for all its products."""
+        if not self.is_training:
+            return self.crop.centre(*size)
+        return self.crop.draw(generator(self.seed, epoch, _WINDOW, index), *size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of delivered values: the stored one unless windows are resized."""
+        resized = (
+            not self.crop.is_fixed
+            if self.is_training
+            else min(self.catalogue.size) < self.crop.size
+        )
+        if resized:
+            return torch.float32
+        unit = product(self.catalogue.products[name]).value_unit
+        radar = torch.float16 if self.catalogue.release == "A" else torch.float32
+        return _STORED.get(unit, radar)  # release B stores dB as float16 or float32
+
+
+class _Writer:
+    """Fills the arrays of one piece."""
+
+    def __init__(self, source: SSL4EOSource, piece: Piece, dates: list[int], epoch: int) -> None:
+        self.source, self.dates, self.epoch = source, dates, epoch
+        self.first = source._first[piece.block] + piece.start
+        n, size = len(piece), source.crop.size
+        time = (len(dates),) if source.dates.is_series else ()
+        self.rows = Rows({}, n)
+        self.out: dict[str, tuple[Tensor, Tensor]] = {}
+        data = self.rows.data
+        for name, product_name in source.catalogue.products.items():
+            bands = len(product(product_name).bands)
+            data[name] = empty((n, *time, bands, size, size), source.dtype(name))
+            data[key(name, "valid")] = empty((n, *time, size, size), torch.bool)
+            data[key(name, "present")] = np.ones(n, bool)
+            data[key(name, "dates")] = np.zeros((n, *time), np.int32)
+            if time:
+                data[key(name, "frames")] = np.ones((n, *time), bool)
+            data[key(name, "geo")] = [None] * n
+            values, valid = data[name], data[key(name, "valid")]
+            self.out[name] = (values, valid) if time else (values[:, None], valid[:, None])
+        data["index"] = np.arange(self.first, self.first + n)
+        data["id"] = [""] * n
+        if source.labels is not None:
+            data["label"] = np.full(n, -1, np.int64)
+
+    def write(self, blocks: dict[str, Block], at: int) -> None:
+        """Write read locations to the rows from `at` on."""
+        source, data = self.source, self.rows.data
+        some = next(iter(blocks.values()))
+        count = len(some.ids)
+        most = max(block.values[0].size for block in blocks.values())
+        scratch = source._scratch.empty("/resize", (most,), np.dtype(np.float32))
+        windows = [
+            source.window(self.epoch, self.first + at + i, some.values.shape[-2:])
+            for i in range(count)
+        ]
+        for name, block in blocks.items():
+            values, valid = self.out[name]
+            days: Any = data[key(name, "dates")]
+            days[at : at + count] = block.dates if source.dates.is_series else block.dates[:, 0]
+            for i, window in enumerate(windows):
+                pixels, mask = block.part(i, window.rows, window.columns)
+                part = window.of_part()
+                part.write(pixels, values[at + i], int(block.offset[i]), scratch)
+                part.write_valid(mask, valid[at + i])
+                data[key(name, "geo")][at + i] = {
+                    "crs": int(block.crs[i]),
+                    "lat": float(block.lat[i]),
+                    "lon": float(block.lon[i]),
+                    **window.geo(float(block.x0[i]), float(block.y0[i]), _STEP_M),
+                }
+            self.rows.bytes_decoded += block.bytes_decoded
+            self.rows.bytes_needed += block.bytes_needed
+        self._write_names(some, at)
+
+    def _write_names(self, block: Block, at: int) -> None:
+        data, source = self.rows.data, self.source
+        names = block.location_ids
+        data["id"][at : at + len(names)] = (
+            names if source.dates.is_series else [f"{name}_{self.dates[0]}" for name in names]
+        )
+        if source.labels is not None:
+            data["label"][at : at + len(names)] = source.labels.of(names)
+
+    def reset(self) -> None:
+        """Forget the cost of an attempt that failed."""
+        self.rows.bytes_decoded = self.rows.bytes_needed = 0
+
+    def finish(self) -> Rows:
+        """Return the rows; if none is good, without arrays."""
+        if len(self.rows.bad) == self.rows.count:
+            self.rows.data = {}
+        return self.rows

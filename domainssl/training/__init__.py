@@ -1,0 +1,1 @@
+"""Shared by objectives and tasks: optimiser, guard, sharding, resume checks."""
