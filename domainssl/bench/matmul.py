@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from domainssl.bench.models import batch_size, croma, forward_backward, made_up_batch
 from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
@@ -78,6 +79,8 @@ def measure(settings: Settings) -> Iterator[Row]:
         f"batch {count}, {side} px, {len(products.calls)} products",
         ("step", "products"),
     )
+    if settings.device.startswith("cuda"):
+        yield _fraction_of_peak(step, settings, rounds, f"batch {count}, {side} px")
     optimizer = torch.optim.AdamW(model.parameters())
 
     def whole() -> None:
@@ -92,4 +95,24 @@ def measure(settings: Settings) -> Iterator[Row]:
         None,
         f"batch {count}; AdamW does not depend on the batch",
         ("step", "products"),
+    )
+
+
+def _fraction_of_peak(step: Callable[[], Any], settings: Settings, rounds: int, note: str) -> Row:
+    """Return the step's operations per second over those of one large product, in one run.
+
+    The operations are counted, not estimated: matrix products and attention of both passes.
+    """
+    with FlopCounterMode(display=False) as counter:
+        step()
+    side = 1024 if settings.quick else 8192
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=settings.device, dtype=dtype) for _ in range(2))
+    pairs = interleaved(step, lambda: [a @ b for _ in range(10)], rounds, settings.device)
+    own, peak = counter.get_total_flops(), 10 * 2 * side**3
+    return Row(
+        "matmul",
+        f"operations per second of the step / of a {side} x {side} product",
+        tuple((own / ours) / (peak / theirs) for ours, theirs in pairs),
+        note=f"{note}; {own / 1e12:.2f} TFLOP a step, {dtype}",
     )

@@ -40,6 +40,7 @@ SUBJECTS = {
     "decur": "DeCUR's loss from Gram matrices against the one from correlation matrices",
     "omnisat": "OmniSat's token contrast against full mask matrices, time and memory",
     "distances": "distances of a large grid, and the backbone on it with its memory",
+    "wait": "time that training from files spends waiting for data",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
     "startup": "import and help against importing Lightning's command line",
 }

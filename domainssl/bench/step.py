@@ -26,8 +26,11 @@ from domainssl.bench.models import (
     peak_memory,
 )
 from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
+from domainssl.modality import Batch
 from domainssl.nn.alibi import DistanceBias, pairwise_distance
+from domainssl.nn.blocks import set_attention_path
 from domainssl.nn.patching import grid_coordinates
+from domainssl.objectives.croma import CROMA
 
 __all__ = ["materialised", "measure"]
 
@@ -56,11 +59,32 @@ def measure(settings: Settings) -> Iterator[Row]:
         note,
         ("ours", "materialised"),
     )
+    if settings.attention == "flex":
+        yield _flex_against_fused(model, batch, settings, ours, rounds, note)
     yield from _memory(
         {"ours": ours, "materialised": other, "unbiased": plain, "no attention": free},
         settings,
         note,
     )
+
+
+def _flex_against_fused(
+    model: CROMA, batch: Batch, settings: Settings, flex: Any, rounds: int, note: str
+) -> Row:
+    """Return the time of the plain path over that of FlexAttention, in one run."""
+
+    @contextmanager
+    def fused() -> Iterator[None]:
+        set_attention_path(model.backbone, "fused")
+        try:
+            yield
+        finally:
+            set_attention_path(model.backbone, "flex")
+
+    pairs = interleaved(
+        flex, forward_backward(model, batch, settings, fused), rounds, settings.device
+    )
+    return ratio("step", "fused / flex, time", pairs, None, note, ("flex", "fused"))
 
 
 def _memory(runs: dict[str, Any], settings: Settings, note: str) -> Iterator[Row]:
