@@ -58,6 +58,7 @@ class Settings:
         precision: `32`, `bf16` (autocast), or None: bf16 on CUDA, 32 elsewhere.
         attention: Path of our side (see `nn.attention`).
         workers: Loading processes of `stream`; None measures 0 and 2.
+        compile: Compile the transformer blocks of our side of `step`.
     """
 
     device: str = "auto"
@@ -67,6 +68,7 @@ class Settings:
     precision: Literal["32", "bf16"] | None = None
     attention: Literal["fused", "flex"] = "fused"
     workers: int | None = None
+    compile: bool = False
 
     def resolved(self) -> Settings:
         """Return the settings with device and precision decided.

@@ -28,7 +28,7 @@ from domainssl.bench.models import (
 from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
 from domainssl.modality import Batch
 from domainssl.nn.alibi import DistanceBias, pairwise_distance
-from domainssl.nn.blocks import set_attention_path
+from domainssl.nn.blocks import compile_blocks, set_attention_path
 from domainssl.nn.patching import grid_coordinates
 from domainssl.objectives.croma import CROMA
 
@@ -42,14 +42,19 @@ def measure(settings: Settings) -> Iterator[Row]:
     side = 32 if settings.quick else _SIDE
     count = batch_size(settings)
     model, batch = croma(settings, side), made_up_batch(count, side, settings.device)
-    ours = forward_backward(model, batch, settings)
     other = forward_backward(model, batch, settings, lambda: materialised(side // _PATCH))
+    if settings.compile:  # the other sides stay as they are, on a model of equal weights
+        compiled = croma(settings, side)
+        compile_blocks(compiled)
+        ours = forward_backward(compiled, batch, settings)
+    else:
+        ours = forward_backward(model, batch, settings)
     free = forward_backward(model, batch, settings, lambda: _with(_values))
     plain = forward_backward(model, batch, settings, lambda: _with(_unbiased))
     _check_equal(ours(), other(), settings)
     rounds = settings.pick(5, 1, settings.rounds)
     pairs = interleaved(ours, other, rounds, settings.device)
-    note = f"batch {count}, {side} px, forward and backward"
+    note = f"batch {count}, {side} px, forward and backward{', compiled' * settings.compile}"
     is_gpu = settings.device.startswith("cuda")
     yield ratio(
         "step",

@@ -30,6 +30,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, help="items per step")
     parser.add_argument("--precision", choices=("32", "bf16"), help="default: bf16 on CUDA only")
     parser.add_argument("--attention", choices=("fused", "flex"), default="fused")
+    parser.add_argument("--compile", action="store_true", help="compile our side of `step`")
     parser.add_argument("--workers", type=int, help="loading processes of `stream`")
     given = vars(parser.parse_args(argv))
     names, path = given.pop("subjects") or list(SUBJECTS), given.pop("json")
