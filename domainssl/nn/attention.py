@@ -67,10 +67,14 @@ def _attention_math(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None) 
 
 @cache
 def _flex() -> Callable[..., Tensor]:
-    """Return FlexAttention, compiled once per process."""
+    """Return FlexAttention, compiled once per process.
+
+    Sizes become dynamic when a second one appears: compiled anew for each, it would reach
+    torch's limit of recompilations and fall back to scores in memory.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
     return compiled
 
 
