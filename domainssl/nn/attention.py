@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ AttentionPath = Literal["fused", "math", "flex"]
 # Bias entries held at once. Above it the queries are taken in blocks of rows; 2^24 float32
 # entries are 64 MiB, which a block of a 64x64 grid with 16 heads still fits.
 _MAX_BIAS_ELEMENTS = 2**24
+_FLEX_VARIANTS = 64
 
 
 def attention(
@@ -69,12 +70,12 @@ def _attention_math(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None) 
 def _flex() -> Callable[..., Tensor]:
     """Return FlexAttention, compiled once per process.
 
-    Sizes become dynamic when a second one appears: compiled anew for each, it would reach
-    torch's limit of recompilations and fall back to scores in memory.
+    `fullgraph` makes torch's limit of recompilations an error: past it, FlexAttention would fall
+    back to scores in memory.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Callable[..., Tensor] = torch.compile(flex_attention)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, fullgraph=True)
     return compiled
 
 
@@ -93,8 +94,12 @@ def _attention_flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> Tens
         s = s - slopes[h] * sum(squares[1:], squares[0]).sqrt()
         return s if valid is None else torch.where(valid[b, j], s, float("-inf"))
 
-    run = cast(Callable[..., Any], _flex() if q.is_cuda else flex_attention)
-    out = run(q, k, v, score_mod=score)
+    if q.is_cuda:
+        # widths, shared or own coordinates, masks, gradients: more variants than the default of 8
+        with torch._dynamo.config.patch(recompile_limit=_FLEX_VARIANTS):  # type: ignore[no-untyped-call]
+            out = _flex()(q, k, v, score_mod=score)
+    else:
+        out = flex_attention(q, k, v, score_mod=score)
     assert isinstance(out, Tensor)
     return out
 
