@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ledger import Ledger
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SLOW_TIMEOUT_S = 1200
 ONE_THREAD = ("callbacks", "evaluation", "objectives")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give slow tests a longer time limit, unless they bring their own."""
-    for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+def pytest_configure(config: pytest.Config) -> None:
+    """Count what the tests cost."""
+    config.pluginmanager.register(Ledger(config))
+
+
+def pytest_unconfigure() -> None:
+    """End the ranks of tests with several processes."""
+    if "ranks" in sys.modules:
+        sys.modules["ranks"].close_ranks()
 
 
 @pytest.fixture(scope="session", autouse=True)

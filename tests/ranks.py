@@ -1,33 +1,120 @@
-"""Run a function on several gloo ranks and return what each of them returned."""
+"""Run functions on several gloo ranks and return what each of them returned.
+
+The ranks are started once per test process and receive one job after another: starting them costs
+more than most jobs. A job that fails or hangs ends them; the next one starts new ones.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import ledger
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-__all__ = ["run_ranks"]
+__all__ = ["RankError", "close_ranks", "run_ranks"]
+
+HANG_S = 1200.0  # ends a job that waits for ever, on a busy machine too
 
 
-def _work(rank: int, world: int, folder: str, function: Callable[..., Any], args: Any) -> None:
+class RankError(RuntimeError):
+    """A job failed; the message holds the traceback of the rank that failed first."""
+
+
+def _serve(rank: int, world: int, folder: str, jobs: Connection) -> None:
+    """Join the group, then answer jobs until the other end is closed."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    output = os.open(f"{folder}/output_{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
-    try:
-        torch.save(function(*args), Path(folder) / f"rank_{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
+        timeout=timedelta(seconds=2 * HANG_S),
+    )  # fmt: skip
+    booked = 0.0
+    while True:
+        try:
+            function, args = jobs.recv()
+        except (EOFError, OSError):  # the test process has ended
+            break
+        error = None
+        try:
+            torch.manual_seed(0)
+            torch.save(function(*args), f"{folder}/result_{rank}.pt")
+        except BaseException:
+            error = traceback.format_exc()
+        spent = sum(os.times()[:4])
+        jobs.send((error, spent - booked))
+        booked = spent
+    dist.destroy_process_group()
+
+
+class _Ranks:
+    """Processes that form one gloo group."""
+
+    def __init__(self, world: int) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        context = mp.get_context("spawn")
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, self.folder.name, theirs))
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        waiting = dict(enumerate(self.pipes))
+        while waiting:
+            answered = wait(list(waiting.values()), HANG_S)
+            if not answered:
+                raise RankError(f"ranks {[*waiting]} did not answer in {HANG_S} s{self.output()}")
+            for rank in [rank for rank, pipe in waiting.items() if pipe in answered]:
+                try:
+                    error, seconds = waiting.pop(rank).recv()
+                except EOFError:
+                    self.processes[rank].join()
+                    status = self.processes[rank].exitcode
+                    raise RankError(f"rank {rank} ended with {status}{self.output()}") from None
+                ledger.add(seconds)
+                if error:
+                    raise RankError(f"rank {rank} failed:\n{error}{self.output()}")
+        paths = [Path(self.folder.name, f"result_{rank}.pt") for rank in range(len(self.pipes))]
+        return [torch.load(path, weights_only=True) for path in paths]
+
+    def output(self) -> str:
+        """The last lines that every rank has printed."""
+        found = sorted(Path(self.folder.name).glob("output_*.txt"))
+        return "".join(f"\n--- {path.name}\n{path.read_text()[-3000:]}" for path in found)
+
+    def close(self, kill: bool = False) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            if kill:
+                process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+_running: dict[int, _Ranks] = {}
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
-    """Call `function(*args)` on every rank of a fresh gloo group.
+    """Call `function(*args)` on every rank of a gloo group.
 
     Args:
         function: Importable function; it returns plain data and tensors.
@@ -35,11 +122,21 @@ def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2) -> list[
         world: Number of processes.
 
     Returns:
-        The results in rank order. An exception on any rank is raised here.
+        The results in rank order.
+
+    Raises:
+        RankError: A rank raised, ended or did not answer.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_work, args=(world, folder, function, args), nprocs=world, join=True)
-        return [
-            torch.load(Path(folder) / f"rank_{rank}.pt", weights_only=True) for rank in range(world)
-        ]
+    if world not in _running:
+        _running[world] = _Ranks(world)
+    try:
+        return _running[world].run(function, args)
+    except BaseException:  # the ranks may wait for each other
+        _running.pop(world).close(kill=True)
+        raise
+
+
+def close_ranks() -> None:
+    """End all ranks."""
+    while _running:
+        _running.popitem()[1].close()

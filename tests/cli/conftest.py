@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cli_runs import REPOSITORY, TRAINING
+from cli_runs import HANG_S, REPOSITORY, TRAINING
 
 from domainssl.cli import main
 
@@ -78,7 +78,7 @@ def spawn() -> Callable[..., subprocess.CompletedProcess[str]]:
             cwd=cwd or REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG_S,
             check=False,
         )
 

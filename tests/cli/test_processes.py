@@ -16,7 +16,7 @@ def test_two_processes_share_one_run_folder_and_one_voice(recipe, folder, reposi
         [sys.executable, "-m", "domainssl", "fit", "--config", recipe.name, *words],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=False,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import Tensor
 
 from domainssl.distributed import rank, world_size
 from domainssl.nn.masking import Masking, mask_from_noise
 from domainssl.objectives.croma import CROMA, CROMADraws, CROMAOptions
-from tests.ranks import run_ranks
 
 # Items of each rank, whether keys carry gradients, which items lack s2.
 CASES: dict[str, dict[str, Any]] = {

@@ -35,7 +35,7 @@ def _fit(folder: Path, trainer_config: str) -> Path:
     command += [f"--{key}={value}" for key, value in OVERRIDES.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=600, check=False
+        command, capture_output=True, text=True, env=environment, timeout=1200, check=False
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "12 items on each of 2 rank(s) = 24 per optimiser step" in result.stdout

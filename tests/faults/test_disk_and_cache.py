@@ -48,7 +48,7 @@ def fit(
 
     return subprocess.run(
         [sys.executable, "-m", "domainssl", "fit", *TINY, *more], cwd=folder, text=True,
-        capture_output=True, timeout=120, check=False, preexec_fn=bounded,
+        capture_output=True, timeout=1200, check=False, preexec_fn=bounded,
         env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path, repository, sample_roo
         done = subprocess.run(
             [sys.executable, "-m", "domainssl", "fit", *words], stdout=output, stderr=output,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-            timeout=1000, check=False,
+            timeout=2000, check=False,
         )  # fmt: skip
     assert done.returncode == 0, (tmp_path / "output.txt").read_text()
     lines = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]

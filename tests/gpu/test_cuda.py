@@ -22,7 +22,6 @@ from domainssl.objectives.croma import CROMA, CROMAArchitecture
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.timeout(600),  # FlexAttention is compiled
 ]
 DEVICE = "cuda"
 

@@ -103,9 +103,9 @@ def test_processes_read_after_the_parent_has(catalogue: Catalogue, method: str) 
     workers = [context.Process(target=_sum, args=(group, queue)) for _ in range(2)]
     for worker in workers:
         worker.start()
-    results = [queue.get(timeout=60) for _ in workers]
+    results = [queue.get(timeout=600) for _ in workers]
     for worker in workers:
-        worker.join(60)
+        worker.join(600)
     assert results == [expected, expected]
 
 

@@ -7,6 +7,5 @@ from recipe_runs import RECIPES, assert_learned, train
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_recipe_on_cubes_learns_from_one_date_at_a_time(tmp_path):
     assert_learned(train(tmp_path / "run", RECIPES / "cube_croma.yaml"))

@@ -18,7 +18,7 @@ from domainssl.evaluation.factors import factor_scores
 from domainssl.objectives.decur import DeCUR
 from domainssl.sources.windows import Crop
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 RECIPE = RECIPES / "ssl4eo_decur.yaml"
 

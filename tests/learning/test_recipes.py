@@ -19,7 +19,6 @@ def test_recipes_are_found_and_those_tested_elsewhere_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "recipe", [p for p in FOUND if p.stem not in COVERED], ids=lambda p: p.stem
 )

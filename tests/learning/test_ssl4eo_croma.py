@@ -24,7 +24,6 @@ def trained(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Outc
     return train(tmp_path_factory.mktemp("learning") / "run", RECIPE)
 
 
-@pytest.mark.timeout(600)
 def test_the_recipe_learns_what_neither_the_untrained_backbone_nor_band_statistics_know(trained):
     assert trained.items == 64 and trained.contrastive
     assert len(trained.criteria()) == 2 * len(REPRESENTATIONS) + len(DIRECTIONS)
@@ -38,14 +37,12 @@ def test_labels_of_the_sample_are_hidden_from_band_statistics_and_untrained_back
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_recipe_learns_whatever_the_seed(sample_root, tmp_path, seed):
     assert_learned(train(tmp_path / "run", RECIPE, seed))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_shuffled_pairs_bring_no_gain(sample_root, tmp_path):
     text = RECIPE.read_text()
     assert text.count("class_path: SSL4EOS12DataModule") == 1
