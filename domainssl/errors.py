@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 __all__ = [
@@ -14,8 +17,16 @@ __all__ = [
     "MissingExtraError",
     "WeightsError",
     "nearest",
+    "parsing",
     "require",
 ]
+
+# what parsers of files raise on content that they were not written for
+_DAMAGE: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError,
+    RuntimeError, TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
+_LONGEST = 300  # characters of a library's own message
 
 
 class DomainSSLError(Exception):
@@ -36,6 +47,37 @@ class WeightsError(DomainSSLError, ValueError):
 
 class MissingExtraError(DomainSSLError, ImportError):
     """An optional library is needed and not installed."""
+
+
+@contextmanager
+def parsing(
+    what: str,
+    *,
+    kind: type[DomainSSLError] = DataError,
+    advice: str = "The file is damaged or not of this format; get it again from its publisher.",
+    also: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
+    """Turn what a parser raises on damaged or odd content into an error that names the file.
+
+    Wrap the calls that take content of a file apart, and nothing else.
+
+    Args:
+        what: The file and what was read from it: `'a.tif: the header'`.
+        kind: The error to raise.
+        advice: What to do about it.
+        also: Exceptions of the parser's own that derive from none of the usual ones.
+
+    Raises:
+        DomainSSLError: An error of `kind`; errors of ours pass unchanged.
+    """
+    try:
+        yield
+    except DomainSSLError:
+        raise
+    except (*_DAMAGE, *also) as error:
+        words = " ".join(str(error).split())[:_LONGEST]
+        reason = f"{type(error).__name__}: {words}" if words else type(error).__name__
+        raise kind(f"{what} cannot be read ({reason}). {advice}") from error
 
 
 def nearest(name: object, options: Iterable[object]) -> str:

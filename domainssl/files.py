@@ -1,12 +1,65 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and small ones that are read whole."""
 
 from __future__ import annotations
 
 import json
+import os
+import stat
 import uuid
 from pathlib import Path
+from typing import Any, BinaryIO
 
-__all__ = ["write_json", "write_text"]
+from domainssl.errors import DataError, DomainSSLError, parsing
+
+__all__ = ["open_regular", "read_json", "read_small", "write_json", "write_text"]
+
+_SMALL = 2**26  # bytes of a table, a card or any other file that is read whole
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a local file for reading; pipes, devices and sockets would wait or never end.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file.
+    """
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(21, "is a folder", str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(22, "is a pipe, a device or a socket and no regular file", str(path))
+    return open(path, "rb")
+
+
+def read_small(
+    path: str | os.PathLike[str], *, limit: int = _SMALL, kind: type[DomainSSLError] = DataError
+) -> str:
+    """Return the text of a small file in UTF-8.
+
+    Args:
+        path: The file.
+        limit: Most bytes that it may have.
+        kind: The error to raise.
+
+    Raises:
+        DomainSSLError: An error of `kind`: no such file, larger than `limit`, or not UTF-8.
+    """
+    with parsing(f"{path}:", kind=kind, advice="Check the path, its permissions and encoding."):
+        with open_regular(path) as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise kind(f"{path}: more than {limit / 1e6:.0f} MB, which no file of its kind has.")
+        return content.decode("utf-8-sig")
+
+
+def read_json(path: str | os.PathLike[str], *, kind: type[DomainSSLError] = DataError) -> Any:
+    """Return what a small JSON file holds.
+
+    Raises:
+        DomainSSLError: An error of `kind`: it cannot be read, or is no JSON.
+    """
+    text = read_small(path, kind=kind)
+    with parsing(f"{path}: no JSON file, it", kind=kind, advice="Get the file again."):
+        return json.loads(text)
 
 
 def write_text(path: Path, text: str) -> None:

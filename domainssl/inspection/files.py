@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, require
+from domainssl.errors import DataError
+from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.zarr import Cube, open_cube
 from domainssl.io.ssl4eo.facts import L1C_BANDS
@@ -26,6 +28,10 @@ __all__ = [
 
 _MEASURED_FILES = 16
 _MEASURED_PIXELS = 1024  # larger rasters are read in steps
+_MEASURED_VALUES = 2**26  # of a cube
+_MEASURED_BYTES = 2**30  # still larger ones in squares
+_MEASURED_BANDS = 1000
+_SQUARE = 128  # pixels
 Array = np.ndarray[Any, Any]
 
 
@@ -78,37 +84,61 @@ def inspect_geotiffs(paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _geotiff(path: str) -> dict[str, Any]:
-    rasterio = require("rasterio", "geo")
-    try:
-        with rasterio.open(path) as file:
-            step = max(1, -(-max(file.height, file.width) // _MEASURED_PIXELS))
-            shape = (file.count, -(-file.height // step), -(-file.width // step))
-            data = file.read(out_shape=shape)
-            names = [name or f"{i}" for i, name in enumerate(file.descriptions or (), 1)] or [
-                str(i) for i in range(1, file.count + 1)
-            ]
-            valid = np.ones(shape[1:], bool)
-            if file.nodata is not None and not np.isnan(file.nodata):
-                valid = (data != file.nodata).any(axis=0)
-            nan = float(np.isnan(data).mean()) if data.dtype.kind == "f" else 0.0
-            return {
-                "path": path,
-                "shape": [file.count, file.height, file.width],
-                "dtype": str(data.dtype),
-                "chunks": list(file.block_shapes[0]),
-                "codec": str(file.compression.value).lower() if file.compression else "none",
-                "crs": file.crs.to_string() if file.crs else None,
-                "transform": list(file.transform)[:6],
-                "nodata": None if file.nodata is None else float(file.nodata),
-                "overviews": list(file.overviews(1)),
-                "read_step": step,
-                "nan_share": nan,
-                "valid_share": float(valid.mean()),
-                "offset": _offset(data, valid),
-                "values": band_rows(data, names, valid),
-            }
-    except rasterio.errors.RasterioError as error:
-        raise DataError(f"{path}: cannot be read as GeoTIFF ({error})") from error
+    with open_raster(path) as file, reading(path):
+        step, data = _sampled(file)
+        names = [name or f"{i}" for i, name in enumerate(file.descriptions or (), 1)] or [
+            str(i) for i in range(1, file.count + 1)
+        ]
+        valid = np.ones(data.shape[1:], bool)
+        if file.nodata is not None and not np.isnan(file.nodata):
+            valid = (data != file.nodata).any(axis=0)
+        nan = float(np.isnan(data).mean()) if data.dtype.kind == "f" else 0.0
+        return {
+            "path": path,
+            "shape": [file.count, file.height, file.width],
+            "dtype": str(data.dtype),
+            "chunks": list(file.block_shapes[0]),
+            "codec": str(file.compression.value).lower() if file.compression else "none",
+            "crs": file.crs.to_string() if file.crs else None,
+            "transform": list(file.transform)[:6],
+            "nodata": None if file.nodata is None else float(file.nodata),
+            "overviews": list(file.overviews(1)),
+            "read_step": step,
+            "nan_share": nan,
+            "valid_share": float(valid.mean()),
+            "offset": _offset(data, valid),
+            "values": band_rows(data, names, valid),
+        }
+
+
+def _sampled(file: Any) -> tuple[int, Array]:
+    """Read the whole raster in steps, or squares spread over one that is too large for that.
+
+    Returns:
+        The step in pixels, or the distance of the squares, and values (C, H, W).
+    """
+    if file.count > _MEASURED_BANDS:
+        raise DataError(f"{file.name}: {file.count} bands, expected at most {_MEASURED_BANDS}.")
+    high, wide = file.height, file.width
+    step = max(1, -(-max(high, wide) // _MEASURED_PIXELS))
+    if file.count * high * wide * np.dtype(file.dtypes[0]).itemsize <= _MEASURED_BYTES:
+        return step, file.read(out_shape=(file.count, -(-high // step), -(-wide // step)))
+    rows, columns = (sorted({(n - _SQUARE) * i // 3 for i in range(4)} if n > _SQUARE else {0})
+                     for n in (high, wide))  # fmt: skip
+    size = min(high, _SQUARE), min(wide, _SQUARE)
+    parts = [[_square(file, y, x, *size) for x in columns] for y in rows]
+    return max(high, wide) // 4, np.concatenate([np.concatenate(row, 2) for row in parts], 1)
+
+
+def _square(file: Any, y: int, x: int, high: int, wide: int) -> Array:
+    block = max(math.prod(shape) for shape in file.block_shapes) * np.dtype(file.dtypes[0]).itemsize
+    if block > _MEASURED_BYTES:
+        raise DataError(
+            f"{file.name}: blocks of {block / 1e9:.3g} GB; write it in tiles: gdal_translate "
+            "-co TILED=YES."
+        )
+    values: Array = file.read(window=((y, y + high), (x, x + wide)))
+    return values
 
 
 def _offset(data: Array, valid: Array) -> dict[str, Any] | None:
@@ -159,6 +189,8 @@ def _describe(cube: Cube) -> dict[str, Any]:
         )
         if name == "bands" and missing:
             problems.append(f"{cube.name}: array 'bands' lacks {missing} chunks (read as fill)")
+    if not arrays:
+        problems.append(f"{cube.name}: the zarr hierarchy holds no array")
     report: dict[str, Any] = {"format": cube.format, "arrays": arrays, "values": []}
     if "bands" in cube.arrays:
         try:
@@ -174,11 +206,15 @@ def _band_values(cube: Cube) -> Mapping[str, Any]:
     if ndim not in (4, 5) or info.dtype.kind not in "iuf":
         return {}
     axis = ndim - 3
-    first = [slice(None)] * (axis - 1) + [slice(0, 1)]
+    lengths = [1 if i == axis - 1 else n for i, n in enumerate(info.shape)]
+    for i in (0, ndim - 2, ndim - 1, axis):  # samples, rows and columns, bands
+        rest = math.prod(lengths) // max(1, lengths[i])
+        lengths[i] = max(1, min(lengths[i], _MEASURED_VALUES // max(1, rest)))
+    first = [slice(0, n) for n in lengths]
     data = np.moveaxis(cube.read("bands", first), axis, 0)
     names = [str(i) for i in range(len(data))]
     if "band" in cube.arrays:
-        names = [str(name) for name in cube.read("band").reshape(-1)]
+        names = cube.read_text("band")
     if len(names) != len(data):
         raise DataError(f"{cube.name}: {len(names)} band names for {len(data)} bands")
     nan = float(np.isnan(data).mean()) if data.dtype.kind == "f" else 0.0

@@ -223,11 +223,11 @@ def test_unreadable_and_misshapen_files_are_named(few: Path) -> None:
     with pytest.raises(DataError, match=rf"{path.name}: sen-2-data has the shape"):
         read_treesat(found, found.tiles[0], ALL)
     path.write_bytes(b"not hdf5")
-    with pytest.raises(DataError, match=rf"{path.name}: cannot be read as HDF5"):
+    with pytest.raises(DataError, match=rf"{path.name}: the HDF5 cannot be read"):
         read_treesat(found, found.tiles[0], ALL)
     image = few / "aerial" / found.tiles[0].aerial
     image.write_bytes(b"not a tif")
-    with pytest.raises(DataError, match=rf"{image.name}: cannot be read as a GeoTIFF"):
+    with pytest.raises(DataError, match=rf"{image.name}: not recognized as GeoTIFF"):
         read_treesat(found, found.tiles[0], ALL)
 
 

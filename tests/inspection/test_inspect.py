@@ -154,7 +154,7 @@ def test_geotiff_values_leave_out_no_data(tmp_path: Path) -> None:
 def test_geotiff_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(b"II*\0nonsense")
     [problem] = inspect_path(str(tmp_path))["problems"]
-    assert "a.tif: cannot be read as GeoTIFF" in problem
+    assert "a.tif: the GeoTIFF cannot be read" in problem
 
 
 def test_path_that_is_not_there_names_the_sample(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from domainssl.errors import DataError, nearest, require
 from domainssl.io.raster.bands import LayerFile, StoredBand, parse_date
+from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.grid import Grid, plain_crs
 from domainssl.io.raster.time import product_time
 from domainssl.io.ssl4eo.facts import canonical_band
@@ -25,15 +26,7 @@ Array = np.ndarray[Any, Any]
 
 
 def _open(path: str) -> Any:
-    rasterio = require("rasterio", "geo")
-
-    def opener() -> Any:
-        try:
-            return rasterio.open(path)
-        except rasterio.errors.RasterioError as error:
-            raise DataError(f"{path}: cannot be read as GeoTIFF ({error})") from error
-
-    return _FILES.get(stamp(path), opener)
+    return _FILES.get(stamp(path), lambda: open_raster(path))
 
 
 def describe_geotiff(
@@ -113,10 +106,8 @@ def read_geotiff(
     rasterio = require("rasterio", "geo")
     file = _open(path)
     window = rasterio.windows.Window.from_slices(rows, columns)
-    try:
+    with reading(path):
         values = file.read([i + 1 for i in indices], window=window)
-    except rasterio.errors.RasterioError as error:
-        raise DataError(f"{path}: cannot be read ({error}). Get the file again.") from error
     bytes_decoded = 0
     is_interleaved = str(file.interleaving).lower().endswith("pixel")
     for index in range(file.count) if is_interleaved else indices:

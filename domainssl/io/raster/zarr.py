@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, nearest, require
-from domainssl.io.storage.archives import FolderStore, Store, ZipFileStore
+from domainssl.errors import DataError, nearest, parsing, require
+from domainssl.io.raster.zarr3 import open_v3, v3_members
+from domainssl.io.storage.archives import FolderStore, Store, ZipFileStore, check_member
+from domainssl.io.storage.bounded import (
+    CHUNK_LIMIT,
+    TEXT_LIMIT,
+    check_blosc,
+    packed_limit,
+    unpack,
+)
 from domainssl.io.storage.handles import HandlePool
-from domainssl.io.storage.paths import Options, is_file, is_folder, is_url, open_file, stamp
+from domainssl.io.storage.paths import Options, is_file, is_folder, open_file, stamp
 
 __all__ = ["ArrayInfo", "Cube", "open_cube"]
 
@@ -67,15 +76,28 @@ class Cube:
     def _metadata(self) -> dict[str, Any]:
         raw = self.store.get(".zmetadata")
         if raw is not None:
-            return dict(self._json(".zmetadata", raw)["metadata"])
-        keys = [k for k in self.store.names() if k.rsplit("/", 1)[-1] in _METADATA]
-        return {key: self._json(key, self.store.get(key) or b"") for key in keys}
+            found = self._json(".zmetadata", raw).get("metadata")
+            if not isinstance(found, dict):
+                raise DataError(f"{self.name}: '.zmetadata' has no mapping 'metadata'")
+        else:
+            keys = [k for k in self.store.names() if k.rsplit("/", 1)[-1] in _METADATA]
+            found = {key: self._json(key, self.store.get(key) or b"") for key in keys}
+        for key, facts in found.items():
+            check_member(key, self.name)
+            if not isinstance(facts, dict):
+                raise DataError(
+                    f"{self.name}: metadata {key!r} is a {type(facts).__name__}, expected a mapping"
+                )
+        return found
 
-    def _json(self, key: str, raw: bytes) -> Any:
-        try:
-            return json.loads(raw)
-        except ValueError as error:
-            raise DataError(f"{self.name}: metadata {key!r} is not JSON ({error})") from error
+    def _json(self, key: str, raw: bytes) -> dict[str, Any]:
+        with parsing(f"{self.name}: metadata {key!r} is not JSON; it"):
+            found = json.loads(raw)
+        if not isinstance(found, dict):
+            raise DataError(
+                f"{self.name}: metadata {key!r} is a {type(found).__name__}, expected a mapping"
+            )
+        return found
 
     @cached_property
     def format(self) -> int:
@@ -90,7 +112,8 @@ class Cube:
     def arrays(self) -> dict[str, ArrayInfo]:
         """The arrays by name."""
         if self.format == 3:
-            return _v3_arrays(self._v3_members)
+            with parsing(f"{self.name}: the metadata of its arrays"):
+                return _v3_arrays(self._v3_members)
         names = [k[: -len("/.zarray")] for k in self._metadata if k.endswith("/.zarray")]
         return {name: self._info(name) for name in sorted(names)}
 
@@ -113,34 +136,36 @@ class Cube:
     def _info(self, name: str) -> ArrayInfo:
         meta = self._metadata[f"{name}/.zarray"]
         attrs = self._metadata.get(f"{name}/.zattrs", {})
-        codecs = [meta.get("compressor"), *(meta.get("filters") or ())]
-        if any(isinstance(c, dict) and c.get("id") == "pickle" for c in codecs):  # may run code
-            raise DataError(f"{self.name}: array {name!r} is pickled, which is refused")
-        try:
-            dtype = np.dtype(
-                [tuple(d) for d in meta["dtype"]]
-                if isinstance(meta["dtype"], list)
-                else meta["dtype"]
-            )
-            compressor = meta["compressor"]
+        with parsing(f"{self.name}: metadata of array {name!r} cannot be understood; they"):
+            filters, compressor = meta.get("filters") or (), meta["compressor"]
+            codecs = [dict(codec) for codec in (*filters, *([compressor] if compressor else []))]
+            if any(codec["id"] == "pickle" for codec in codecs):  # may run code
+                raise DataError(f"{self.name}: array {name!r} is pickled, which is refused")
+            stored = meta["dtype"]
+            dtype = np.dtype([tuple(d) for d in stored] if isinstance(stored, list) else stored)
+            if dtype.hasobject and not filters:
+                raise ValueError("objects without a filter that encodes them")
+            shape, chunks = _sizes(meta["shape"], 0), _sizes(meta["chunks"], 1)
+            dims = attrs.get("_ARRAY_DIMENSIONS", [])
+            order, separator = meta.get("order", "C"), meta.get("dimension_separator", ".")
+            if len(shape) != len(chunks) or order not in ("C", "F") or separator not in (".", "/"):
+                raise ValueError(f"shape {shape}, chunks {chunks}, {order=}, {separator=}")
+            if not isinstance(dims, list) or not all(isinstance(dim, str) for dim in dims):
+                raise ValueError(f"_ARRAY_DIMENSIONS {dims!r} are no list of names")
             return ArrayInfo(
                 name,
-                tuple(meta["shape"]),
-                tuple(meta["chunks"]),
+                shape,
+                chunks,
                 dtype,
-                tuple(attrs.get("_ARRAY_DIMENSIONS", ())),
+                tuple(dims),
                 attrs,
                 _codec_name(compressor),
                 _fill(meta.get("fill_value"), dtype),
-                meta.get("order", "C"),
-                meta.get("dimension_separator", "."),
+                order,
+                separator,
                 compressor,
-                tuple(meta.get("filters") or ()),
+                tuple(filters),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{self.name}: metadata of array {name!r} cannot be understood ({error!r})"
-            ) from error
 
     def info(self, name: str) -> ArrayInfo:
         """Return the facts about one array.
@@ -173,15 +198,24 @@ class Cube:
             DataError: An index is out of range, or a chunk does not decode.
         """
         info = self.info(name)
-        axes = self._axes(info, selection or ())
-        shape = tuple(n for n, _ in axes)
+        wanted = self._wanted(info, selection or ())
+        shape = tuple(map(len, wanted))
+        size = math.prod(shape) * info.dtype.itemsize
+        for what, found, most in (("chunk", info.chunk_bytes, CHUNK_LIMIT),
+                                  ("read", size if out is None else 0, _READ_LIMIT)):  # fmt: skip
+            if found > most:
+                raise DataError(
+                    f"{self.name}: array {name!r} of shape {info.shape}, chunks {info.chunks}: one "
+                    f"{what} would take up {found / 1e9:.4g} GB, expected at most "
+                    f"{most / 1e9:.3g} GB. If the array is not that large, its metadata are wrong."
+                )
         if out is None:
             out = np.empty(shape, info.dtype.newbyteorder("="))
         elif out.shape != shape:
             raise DataError(f"{self.name}: {name!r} read into {out.shape}, expected {shape}")
         if self.format == 3:
             return self._read_v3(info, selection or (), out)
-        for pieces in itertools.product(*(pieces for _, pieces in axes)):
+        for pieces in itertools.product(*map(_pieces, wanted, info.chunks)):
             number = tuple(piece[0] for piece in pieces)
             inner = tuple(piece[1] for piece in pieces)
             outer = tuple(piece[2] for piece in pieces)
@@ -190,17 +224,20 @@ class Cube:
 
     def read_text(self, name: str) -> list[str]:
         """Read an array of names, whichever of zarr's text types it has."""
-        if self.format == 3:
-            return [str(value) for value in np.asarray(self._v3_members[name][...]).reshape(-1)]
-        return [
-            value.decode() if isinstance(value, bytes) else str(value)
-            for value in self.read(name).reshape(-1)
-        ]
+        with parsing(f"{self.name}: the names in array {name!r}"):
+            if self.format == 3:
+                self._wanted(self.info(name), ())
+                return [str(text) for text in np.asarray(self._v3_members[name][...]).reshape(-1)]
+            return [
+                value.decode() if isinstance(value, bytes) else str(value)
+                for value in self.read(name).reshape(-1)
+            ]
 
     def decoded_bytes(self, name: str, selection: Selection | None = None) -> int:
         """Return how many bytes the chunks hold that a read of `selection` decodes."""
         info = self.info(name)
-        touched = (len(pieces) for _, pieces in self._axes(info, selection or ()))
+        wanted = self._wanted(info, selection or ())
+        touched = (len(_pieces(w, chunk)) for w, chunk in zip(wanted, info.chunks, strict=True))
         return math.prod(touched) * info.chunk_bytes
 
     def missing_chunks(self, name: str) -> int:
@@ -211,13 +248,13 @@ class Cube:
         there = [k for k in self.store.names() if k.startswith(prefix)]
         return total - len({k for k in there if k[len(prefix) :][:1].isdigit()})
 
-    def _axes(self, info: ArrayInfo, selection: Selection) -> list[tuple[int, list[Any]]]:
+    def _wanted(self, info: ArrayInfo, selection: Selection) -> list[Sequence[int]]:
         if len(selection) > len(info.shape):
             raise DataError(
                 f"{self.name}: {len(selection)} indices for {info.name!r} of shape {info.shape}"
             )
         chosen = [*selection, *[slice(None)] * (len(info.shape) - len(selection))]
-        axes = []
+        found = []
         for axis, (index, length, chunk) in enumerate(
             zip(chosen, info.shape, info.chunks, strict=True)
         ):
@@ -231,14 +268,21 @@ class Cube:
                         f"{self.name}: {info.name!r} has {length} entries on axis {axis}, "
                         f"index {list(wanted)} is out of range"
                     )
-            axes.append((len(wanted), _pieces(wanted, chunk)))
-        return axes
+            if len(wanted) // chunk > _PIECES:
+                raise DataError(
+                    f"{self.name}: {len(wanted)} entries of {info.name!r} on axis {axis} in chunks "
+                    f"of {chunk} are more than {_PIECES} chunks for one read. Read it in parts; if "
+                    "it is not that large, its metadata are damaged."
+                )
+            found.append(wanted)
+        return found
 
     def _place_chunk(
         self, info: ArrayInfo, number: Any, inner: Any, outer: Any, out: np.ndarray[Any, Any]
     ) -> None:
         key = f"{info.name}/" + info.separator.join(map(str, number or (0,)))
-        raw = getattr(self.store, "borrow", self.store.get)(key)
+        decoded = TEXT_LIMIT if info.dtype.hasobject else info.chunk_bytes
+        raw = getattr(self.store, "borrow", self.store.get)(key, packed_limit(decoded))
         if raw is None:
             # without a fill value zarr-python leaves out chunks of zeros and reads them as such
             out[outer] = np.zeros((), info.dtype)[()] if info.fill is None else info.fill
@@ -265,15 +309,19 @@ class Cube:
     ) -> np.ndarray[Any, Any]:
         numcodecs = require("numcodecs", "geo")
         try:
-            if info.codec.startswith("blosc"):
-                _check_blosc(raw, info.chunk_bytes if not info.filters else None)
+            if target is not None:  # Blosc, whose header was compared with the chunk
+                check_blosc(raw, info.chunk_bytes)
+                numcodecs.get_codec(dict(info.compressor or {})).decode(raw, out=target)
+                return target
             data: Any = raw
             if info.compressor is not None:
-                codec = numcodecs.get_codec(dict(info.compressor))
-                data = codec.decode(raw) if target is None else codec.decode(raw, out=target)
-            if target is not None:
-                return target
+                # filters change the width of numbers, to 16 bytes at most
+                wide = math.prod(info.chunks) * 16 if info.filters else info.chunk_bytes
+                limit = TEXT_LIMIT if info.dtype.hasobject else packed_limit(wide)
+                data = unpack(info.compressor, raw, limit)
             for config in reversed(info.filters):
+                if config["id"] not in _FILTERS:
+                    raise ValueError(f"filter {config['id']!r} is not read")
                 data = numcodecs.get_codec(dict(config)).decode(data)
             if isinstance(data, np.ndarray) and info.dtype.kind == "O":
                 flat: np.ndarray[Any, Any] = data.reshape(-1)
@@ -282,7 +330,7 @@ class Cube:
             if info.order == "F":
                 return flat.reshape(info.chunks[::-1]).T
             return flat.reshape(info.chunks)
-        except (ValueError, RuntimeError, TypeError, OSError, EOFError, struct.error) as error:
+        except _DAMAGE as error:
             raise DataError(
                 f"{self.name}: array {info.name!r}, chunk {key!r} does not decode "
                 f"({error or type(error).__name__}). The file is damaged; get it again."
@@ -290,24 +338,11 @@ class Cube:
 
     @cached_property
     def _v3_members(self) -> dict[str, Any]:
-        """Everything in the store, opened once: opening an array anew asks for its metadata."""
-        return dict(self._v3.members(max_depth=None))
+        return v3_members(self._v3, self.name)
 
     @cached_property
     def _v3(self) -> Any:
-        zarr = require("zarr", "geo")
-        from zarr.core.buffer import default_buffer_prototype
-        from zarr.storage import FsspecStore, LocalStore, MemoryStore
-
-        if isinstance(self.store, FolderStore):  # asks for the byte ranges of inner chunks alone
-            found: Any = LocalStore(self.name)
-            if is_url(self.name):
-                theirs = {k: v for k, v in self.options.items() if k != "retry"}  # ours
-                found = FsspecStore.from_url(self.name, read_only=True, storage_options=theirs)
-            return zarr.open_group(found, mode="r", zarr_format=3)
-        make = default_buffer_prototype().buffer.from_bytes
-        content = {key: make(self.store.get(key) or b"") for key in self.store.names()}
-        return zarr.open_group(MemoryStore(content), mode="r", zarr_format=3)
+        return open_v3(self.store, self.name)
 
     def _read_v3(
         self, info: ArrayInfo, selection: Selection, out: np.ndarray[Any, Any]
@@ -315,16 +350,23 @@ class Cube:
         index = tuple(s if isinstance(s, slice) else list(s) for s in selection)
         array = self._v3_members[info.name]
         is_plain = all(isinstance(s, slice) for s in index)
-        try:
+        with parsing(f"{self.name}: array {info.name!r} does not decode; it"):
             out[...] = (array if is_plain else array.oindex)[index if index else ...]
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
-            raise DataError(
-                f"{self.name}: array {info.name!r} does not decode ({error})"
-            ) from error
         return out
 
 
 _METADATA = (".zarray", ".zattrs", ".zgroup")
+_PIECES = 2**20  # chunks along one axis of one read
+_READ_LIMIT = 2**33  # bytes of one read into new memory
+_FILTERS = (
+    "adler32", "astype", "bitround", "categorize", "crc32", "crc32c", "delta", "fixedscaleoffset",
+    "fletcher32", "jenkins_lookup3", "json2", "msgpack2", "packbits", "quantize", "shuffle",
+    "vlen-array", "vlen-bytes", "vlen-utf8",
+)  # fmt: skip
+_DAMAGE = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    TypeError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
 _CUBES = HandlePool(limit=64)
 
 
@@ -378,14 +420,14 @@ def _as_slice(indices: list[int]) -> slice | list[int]:
     return slice(low, low + len(indices)) if run else indices
 
 
-def _check_blosc(raw: bytes | memoryview, expected: int | None) -> None:
-    if len(raw) < 16:
-        raise ValueError("shorter than a Blosc header")
-    size, _, packed = struct.unpack("<III", raw[4:16])
-    if packed != len(raw):
-        raise ValueError(f"Blosc header says {packed} bytes, there are {len(raw)}")
-    if expected is not None and size != expected:
-        raise ValueError(f"Blosc header says {size} decoded bytes, the chunk needs {expected}")
+def _sizes(values: Any, least: int) -> tuple[int, ...]:
+    """Return lengths of axes, if they are whole numbers of at least `least`."""
+    if not isinstance(values, list) or len(values) > 32:
+        raise ValueError(f"expected a list of lengths, got {values!r:.100}")
+    for value in values:
+        if type(value) is not int or not least <= value < 2**63:
+            raise ValueError(f"expected whole lengths of at least {least}, got {values!r:.100}")
+    return tuple(values)
 
 
 def _codec_name(compressor: Mapping[str, Any] | None) -> str:
@@ -406,6 +448,8 @@ def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
         return np.frombuffer(padded, dtype)[0]
     if dtype.kind == "U":
         return str(value)
+    if isinstance(value, list | dict):
+        raise ValueError(f"fill_value {value!r:.100} is no single value")
     if dtype.kind == "O":
         return value
     return np.array(value if not isinstance(value, str) else float(value)).astype(dtype)[()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, require
+from domainssl.errors import DataError, parsing
+from domainssl.files import open_regular, read_json
+from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.series.tile import Array, Image, Series, Tile, Unit
 
 __all__ = ["CLASSES", "SERIES", "VOID", "Patch", "PastisCatalogue", "read_pastis", "scan_pastis"]
@@ -92,14 +95,10 @@ def scan_pastis(
             f"data.init_args.root={root!r}: there is no metadata.geojson; expected the folder of "
             "PASTIS with DATA_S2/ and ANNOTATIONS/. 'sample' is the embedded sample."
         )
-    try:
-        features = json.loads(table.read_text(encoding="utf-8"))["features"]
-        patches = [_patch(feature) for feature in features]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{table}: not laid out as published ({type(error).__name__}: {error}); expected a "
-            "feature per patch with ID_PATCH, Fold, dates-S2, ..."
-        ) from error
+    advice = "Expected a feature per patch with ID_PATCH, Fold, dates-S2, ..."
+    content = read_json(table)
+    with parsing(f"{table}: not laid out as published; it", advice=advice):
+        patches = [_patch(feature) for feature in content["features"]]
     patches = [patch for patch in patches if patch.fold in folds]
     if not patches:
         return None
@@ -131,7 +130,10 @@ def _patch(feature: Mapping[str, Any]) -> Patch:
             dates = json.loads(dates)
         ordered = [dates[place] for place in sorted(dates, key=int)]
         days[name] = tuple(_day(int(date)) for date in ordered)
-    return Patch(str(facts["ID_PATCH"]), int(facts["Fold"]), days)
+    name = str(facts["ID_PATCH"])
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"ID_PATCH {name!r} is no part of a file name")
+    return Patch(name, int(facts["Fold"]), days)
 
 
 def _day(date: int) -> int:
@@ -163,10 +165,11 @@ def _side(base: Path, patch: Patch) -> int:
 
 
 def _mapped(path: Path) -> Array:
-    try:
-        found: Array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as an array ({error}).") from error
+    with parsing(f"{path}: the array"):
+        open_regular(path).close()  # mapping a pipe would wait
+        found: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(found, np.memmap) or found.dtype.kind not in "iuf" or not found.ndim:
+            raise ValueError("not one array of numbers in the .npy format")
     return found
 
 
@@ -196,20 +199,24 @@ def read_pastis(catalogue: PastisCatalogue, patch: Patch, modalities: Collection
         images["spot"] = _read_spot(base.joinpath(*_path("spot", patch.id)), side)
         decoded = images["spot"].values.nbytes
     target = base.joinpath(*_path("classes", patch.id))
-    classes = _mapped(target)[0] if target.is_file() else None
+    classes = _classes(target, side) if target.is_file() else None
     return Tile(patch.id, images, series, classes, decoded)
 
 
+def _classes(path: Path, side: int) -> Array:
+    values = _mapped(path)
+    if values.ndim != 3 or values.shape[1:] != (side, side) or not len(values):
+        raise DataError(f"{path}: got the shape {values.shape}, expected (n, {side}, {side}).")
+    classes: Array = values[0]
+    return classes
+
+
 def _read_spot(path: Path, side: int) -> Image:
-    rasterio = require("rasterio", "geo")
-    try:
-        with rasterio.open(path) as file:
-            values = file.read()
-    except rasterio.errors.RasterioError as error:
-        raise DataError(f"{path}: cannot be read as a GeoTIFF ({error}).") from error
-    if values.shape != (3, 10 * side, 10 * side) or values.dtype != np.uint8:
-        raise DataError(
-            f"{path}: got {values.dtype} of shape {values.shape}, expected uint8 "
-            f"(3, {10 * side}, {10 * side}), 1 m where the series have 10 m."
-        )
-    return Image(values, SPOT_DAY)
+    expected = (3, 10 * side, 10 * side)
+    with open_raster(path) as file, reading(path):
+        if (file.count, file.height, file.width) != expected or set(file.dtypes) != {"uint8"}:
+            raise DataError(
+                f"{path}: got {file.dtypes[0]} of shape {(file.count, file.height, file.width)}, "
+                f"expected uint8 {expected}, 1 m where the series have 10 m."
+            )
+        return Image(file.read(), SPOT_DAY)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
+import io
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, require
+from domainssl.errors import DataError, parsing
+from domainssl.files import read_json, read_small
+from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.time import days, product_time
+from domainssl.io.series.hdf5 import dataset, open_hdf5
 from domainssl.io.series.tile import Array, Image, Series, Tile
 
 __all__ = ["GENERA", "SERIES", "TreeSatCatalogue", "TreeSatTile", "read_treesat", "scan_treesat"]
@@ -123,8 +127,8 @@ def scan_treesat(root: str, split: str, modalities: Collection[str]) -> TreeSatC
 
 def _rows(table: Path) -> tuple[tuple[str, ...], list[TreeSatTile]]:
     """Read a table with a header; genera are the columns after the first three."""
-    with open(table, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+    with parsing(f"{table}: the table"):
+        reader = csv.DictReader(io.StringIO(read_small(table), newline=""))
         columns = list(reader.fieldnames or ())
         missing = [c for c in ("aerial_name", "sen_name", "aerial_date") if c not in columns]
         if missing:
@@ -143,20 +147,30 @@ def _rows(table: Path) -> tuple[tuple[str, ...], list[TreeSatTile]]:
                     f"{table}, line {number}: {error}; expected a date as YYYYMMDD and a share "
                     "of the area for each genus."
                 ) from error
-            tiles.append(TreeSatTile(row["aerial_name"], row["sen_name"], day, shares))
+            names_of = [_inside(row[column], table) for column in ("aerial_name", "sen_name")]
+            tiles.append(TreeSatTile(names_of[0], names_of[1], day, shares))
     return names, tiles
+
+
+def _inside(name: Any, table: Path) -> str:
+    """Return a file name of a table if it is one: the files lie in the folders of the data set."""
+    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+        raise DataError(f"{table}: {name!r} is no file name; paths are not followed.")
+    return name
 
 
 def _listed(base: Path, table: Path, folder: str) -> tuple[tuple[str, ...], list[TreeSatTile]]:
     """Read a list of aerial names; series are found by their stem, shares in the labels."""
     labels: dict[str, Any] = {}
     if (base / _LABELS).is_file():
-        labels = json.loads((base / _LABELS).read_text())
+        labels = read_json(base / _LABELS)
+        if not isinstance(labels, dict):
+            raise DataError(f"{base / _LABELS}: a {type(labels).__name__}, expected a mapping.")
     by_stem: dict[str, str] = {}
     for name in sorted(_files(base / folder, ".h5")):
         by_stem[re.sub(r"_\d{4}$", "", name[:-3])] = name
     tiles = []
-    for line in table.read_text().split():
+    for line in read_small(table).split():
         aerial = Path(line).name
         sentinel = by_stem.get(aerial.rsplit(".", 1)[0], "")
         year = re.search(r"_(\d{4})\.h5$", sentinel)
@@ -170,7 +184,8 @@ def _shares(entry: Any, table: Path) -> tuple[float, ...]:
     """Return the shares of `[[genus, share], ...]` in the order of GENERA."""
     if entry is None:
         return ()
-    found = {str(name): float(share) for name, share in entry}
+    with parsing(f"{table.parent / _LABELS}: an entry, expected [[genus, share], ...];"):
+        found = {str(name): float(share) for name, share in entry}
     unknown = sorted(set(found) - set(GENERA))
     if unknown:
         raise DataError(
@@ -234,49 +249,38 @@ def read_treesat(
 
 def _read_aerial(path: Path, day: int) -> Image:
     """Read near infrared, green, blue, red; the fourth band is called alpha and is none."""
-    rasterio = require("rasterio", "geo")
-    try:
-        with rasterio.open(path) as file:
-            values = file.read()
-            corner = (float(file.transform.c), float(file.transform.f))
-            crs = file.crs.to_epsg() or file.crs.to_wkt() if file.crs else ""
-    except rasterio.errors.RasterioError as error:
-        raise DataError(f"{path}: cannot be read as a GeoTIFF ({error}).") from error
-    if values.shape != (4, 304, 304) or values.dtype != np.uint8:
-        raise DataError(
-            f"{path}: got {values.dtype} of shape {values.shape}, expected uint8 (4, 304, 304)."
-        )
-    return Image(values, day, corner, crs)
+    with open_raster(path) as file, reading(path):
+        if (file.count, *file.shape) != (4, 304, 304) or set(file.dtypes) != {"uint8"}:
+            raise DataError(
+                f"{path}: got {file.dtypes[0]} of shape {(file.count, *file.shape)}, expected "
+                "uint8 (4, 304, 304)."
+            )
+        corner = (float(file.transform.c), float(file.transform.f))
+        crs = file.crs.to_epsg() or file.crs.to_wkt() if file.crs else ""
+        return Image(file.read(), day, corner, crs)
 
 
 def _read_series(path: Path, wanted: Sequence[str]) -> dict[str, Series]:
-    h5py = require("h5py", "geo")
-    try:
-        with h5py.File(path, "r") as file:
-            return {
-                name: found
-                for name in wanted
-                if (found := _one_series(path, file, name)) is not None
-            }
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read as HDF5 ({error}).") from error
+    with open_hdf5(path) as file, parsing(f"{path}: the HDF5"):
+        return {
+            name: found for name in wanted if (found := _one_series(path, file, name)) is not None
+        }
 
 
-def _one_series(path: Path, file: Mapping[str, Any], name: str) -> Series | None:
+def _one_series(path: Path, file: Any, name: str) -> Series | None:
     """Read one sensor; None where it has no acquisition."""
     prefix, bands = SERIES[name], _BANDS[name]
-    for part in (f"{prefix}-data", f"{prefix}-products"):
-        if part not in file:
-            raise DataError(f"{path}: no dataset {part!r}; found {', '.join(sorted(file))}.")
-    values: Array = file[f"{prefix}-data"][...]
-    products = [_text(name) for name in file[f"{prefix}-products"][...]]
-    if not len(values):
+    stored = dataset(path, file, f"{prefix}-data", dims=4, kinds="iuf")
+    if not len(stored):
         return None
-    if values.ndim != 4 or values.shape[:2] != (len(products), bands):
+    named = dataset(path, file, f"{prefix}-products", dims=1, kinds="OSU")
+    products = [_text(product) for product in named[...]]
+    if stored.shape[:2] != (len(products), bands):
         raise DataError(
-            f"{path}: {prefix}-data has the shape {values.shape}, expected ({len(products)}, "
+            f"{path}: {prefix}-data has the shape {stored.shape}, expected ({len(products)}, "
             f"{bands}, 6, 6) for its {len(products)} products."
         )
+    values: Array = stored[...]
     found = days(product_time(products))
     if not found.all():
         unreadable = products[int(np.argmin(found != 0))]
@@ -284,8 +288,15 @@ def _one_series(path: Path, file: Mapping[str, Any], name: str) -> Series | None
     if name != "s2":
         return Series(values, found, "linear")
     # some files have 10 mask channels: only snow and cloud, the first two, are filled
-    masks = file["sen-2-masks"][:, :2] if "sen-2-masks" in file else None
-    cloud = None if masks is None else np.nan_to_num(masks, nan=100.0).max(1)
+    if "sen-2-masks" not in file:
+        return Series(values, found, "dn")
+    masks = dataset(path, file, "sen-2-masks", dims=4, kinds="iuf")
+    if masks.shape[0] != len(values) or masks.shape[2:] != values.shape[2:] or not masks.shape[1]:
+        raise DataError(
+            f"{path}: sen-2-masks has the shape {masks.shape}, expected that of sen-2-data, "
+            f"{values.shape}, with 2 or 10 channels."
+        )
+    cloud = np.nan_to_num(masks[:, :2], nan=100.0).max(1)
     return Series(values, found, "dn", cloud)
 
 

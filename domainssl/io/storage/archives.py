@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
-from domainssl.errors import DataError
+from domainssl.errors import DataError, parsing
+from domainssl.files import open_regular
+from domainssl.io.storage.bounded import METADATA_LIMIT
 from domainssl.io.storage.handles import HandlePool
-from domainssl.io.storage.paths import Options, is_url, join, open_file, stamp
+from domainssl.io.storage.paths import Options, is_url, join, open_file, size_of, stamp
 from domainssl.io.storage.remote import Remote
 from domainssl.io.storage.scratch import stored_member
 
@@ -30,8 +33,8 @@ class Member(NamedTuple):
 class Store(Protocol):
     """Bytes by key: what a zarr hierarchy is read from."""
 
-    def get(self, key: str) -> bytes | None:
-        """Return the bytes of `key`, or None when there is no such key."""
+    def get(self, key: str, limit: int = METADATA_LIMIT) -> bytes | None:
+        """Return the bytes of `key`, at most `limit`, or None when there is no such key."""
 
     def names(self) -> Sequence[str]:
         """Return every key."""
@@ -50,6 +53,13 @@ def check_member(name: str, archive: str) -> str:
             "Such a file is damaged or hostile; get it again from its publisher."
         )
     return name
+
+
+def _too_large(what: str, size: int, limit: int) -> DataError:
+    return DataError(
+        f"{what}: {size / 1e6:.1f} MB, where at most {limit / 1e6:.1f} MB belong by its metadata. "
+        "The file is damaged or hostile; get it again from its publisher."
+    )
 
 
 class ZipFileStore:
@@ -74,7 +84,8 @@ class ZipFileStore:
         except DataError:  # the store did not answer; the zip may be whole
             file.close()
             raise
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, OSError, ValueError, EOFError, struct.error, MemoryError,
+                NotImplementedError) as error:  # fmt: skip
             file.close()
             raise DataError(
                 f"{name}: not a complete zip ({error}). The file is truncated or was still being "
@@ -83,23 +94,36 @@ class ZipFileStore:
         self._file = file
         self._members = {check_member(info.filename, name): info for info in self._zip.infolist()}
 
-    def get(self, key: str) -> bytes | None:
-        """Return a member's bytes with its checksum verified, None when there is none."""
+    def get(self, key: str, limit: int = METADATA_LIMIT) -> bytes | None:
+        """Return a member's bytes with its checksum verified, None when there is none.
+
+        Raises:
+            DataError: It is damaged, or unfolds to more than `limit` bytes.
+        """
+        info = self._member(key, limit)
+        if info is None:
+            return None
+        with parsing(f"{self.name}: member {key!r} is damaged; it", also=(zipfile.BadZipFile,)):
+            return self._zip.read(info)
+
+    def borrow(self, key: str, limit: int = METADATA_LIMIT) -> bytes | memoryview | None:
+        """Return the same as `get`, in memory that the thread's next `borrow` may overwrite."""
+        info = self._member(key, limit)
+        large = stored_member(info, self._file) if info is not None else None
+        return self.get(key, limit) if large is None else large
+
+    def _member(self, key: str, limit: int) -> zipfile.ZipInfo | None:
         info = self._members.get(key)
         if info is None:
             return None
-        try:
-            return self._zip.read(info)
-        except DataError:
-            raise
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
-            raise DataError(f"{self.name}: member {key!r} is damaged ({error})") from error
-
-    def borrow(self, key: str) -> bytes | memoryview | None:
-        """Return the same as `get`, in memory that the thread's next `borrow` may overwrite."""
-        info = self._members.get(key)
-        large = stored_member(info, self._file) if info is not None else None
-        return self.get(key) if large is None else large
+        if info.file_size > limit:
+            raise _too_large(f"{self.name}: member {key!r}", info.file_size, limit)
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(
+                f"{self.name}: member {key!r} is compressed with method {info.compress_type} of "
+                "zip, which may unfold to any size; expected stored (0) or deflated (8) members."
+            )
+        return info
 
     def close(self) -> None:
         """Close the file."""
@@ -121,17 +145,45 @@ class FolderStore:
         self.name = str(root)
         self._options = options
 
-    def get(self, key: str) -> bytes | None:
-        """Return a file's bytes, None when there is no such file."""
+    def get(self, key: str, limit: int = METADATA_LIMIT) -> bytes | None:
+        """Return a file's bytes, None when there is no such file.
+
+        Raises:
+            DataError: It cannot be read, or is larger than `limit`.
+        """
         path = join(self.name, check_member(key, self.name))
         try:
             if is_url(path):
-                return Remote(path, self._options).content()
-            return Path(path).read_bytes()
-        except (FileNotFoundError, IsADirectoryError):
+                content = Remote(path, self._options).content()
+            else:
+                with open_regular(path) as file:
+                    content = file.read(limit + 1)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
+        if len(content) > limit:
+            raise _too_large(path, len(content), limit)
+        return content
+
+    def part(self, key: str, offset: int, size: int) -> bytes | None:
+        """Return `size` bytes of a file from `offset` on, None when there is no such file.
+
+        A negative offset counts from the end.
+        """
+        path = join(self.name, check_member(key, self.name))
+        try:
+            if offset < 0:
+                offset += size_of(path, self._options)
+            if is_url(path):
+                return Remote(path, self._options).part(offset, size)
+            with open_regular(path) as file:
+                file.seek(offset)
+                return file.read(size)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read at offset {offset} ({error})") from error
 
     def names(self) -> Sequence[str]:
         """Return the relative paths of all files."""
@@ -161,12 +213,14 @@ def _scan_tar(path: str, options: Options | None) -> tuple[Member, ...]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
-                    if info.isfile():
+                    if info.isfile() and info.sparse is None:
                         name = check_member(info.name, path)
                         members.append(Member(name, info.offset_data, info.size))
                     elif not info.isdir():
                         raise DataError(f"{path}: member {info.name!r} is neither file nor folder")
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(
                 f"{path}: not a complete tar, {len(members)} members found ({error}). "
                 "The file is truncated or was still being written; download it again."

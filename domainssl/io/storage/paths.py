@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from domainssl.errors import DataError
+from domainssl.files import open_regular
 from domainssl.io.storage.remote import Remote
 
 __all__ = [
@@ -79,11 +80,13 @@ def open_file(path: str | os.PathLike[str], options: Options | None = None) -> B
     """Open a file for reading; behind a URL, only the byte ranges that are read are fetched."""
     try:
         if not is_url(path):
-            return open(path, "rb")
+            return open_regular(path)
         return Remote(str(path), options).open()
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: cannot be opened ({error})") from error
 
 

@@ -1,0 +1,78 @@
+"""GDAL, kept to GeoTIFF: a file can be named .tif and be anything that GDAL opens.
+
+Virtual rasters, service descriptions and the like name other files and servers. Only the GeoTIFF
+driver is let near a file of the user, and what lies beside it under GDAL's own names (`.ovr`,
+`.msk`) must be TIFF as well; overviews that the file says are elsewhere are refused.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from domainssl.errors import DataError, parsing, require
+from domainssl.files import open_regular
+
+__all__ = ["open_raster", "reading"]
+
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_BESIDE = (".ovr", ".msk", ".msk.ovr", ".ovr.msk", ".msk.msk", ".ovr.ovr")
+_SIDECAR = 2**26  # bytes of .aux.xml, which GDAL reads whole
+
+
+def reading(path: object) -> Any:
+    """Return a context in which failures of GDAL are errors that name the file."""
+    rasterio = require("rasterio", "geo")
+    return parsing(
+        f"{path}: the GeoTIFF",
+        also=(rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError),
+    )
+
+
+def open_raster(path: str | os.PathLike[str]) -> Any:
+    """Open a GeoTIFF for reading, and nothing else.
+
+    Args:
+        path: The file; also a URL that GDAL knows.
+
+    Raises:
+        DataError: It is missing, no regular file, no GeoTIFF, or takes pixels from elsewhere.
+    """
+    rasterio = require("rasterio", "geo")
+    is_local = "://" not in str(path)
+    if is_local:
+        try:
+            _check(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    with reading(path):
+        # a local file of any name is that file: no /vsi prefix, no `zip+s3` scheme
+        file = rasterio.open(os.path.abspath(path) if is_local else path, driver="GTiff")
+        named = file.tags(ns="OVERVIEWS").get("OVERVIEW_FILE")
+        if named is not None:
+            file.close()
+            raise DataError(
+                f"{path}: takes its overviews from {named!r}, which is refused: nothing is read "
+                "that was not named by you. Remove the tag OVERVIEW_FILE, or the .aux.xml with it."
+            )
+        return file
+
+
+def _check(path: str | os.PathLike[str]) -> None:
+    with open_regular(path) as file:
+        if file.read(4) not in _TIFF:
+            raise DataError(
+                f"{path}: not recognized as GeoTIFF: it does not begin as a TIFF file. VRT, WMS "
+                "and other formats are not read under this name; convert it with gdal_translate."
+            )
+    folder, name = os.path.split(os.path.abspath(path))
+    beside = {entry.lower(): entry for entry in os.listdir(folder) if entry.startswith(name)}
+    for ending in _BESIDE:
+        found = beside.get((name + ending).lower())
+        if found is not None:
+            with open_regular(os.path.join(folder, found)) as file:
+                if file.read(4) not in _TIFF:
+                    raise DataError(f"{path}: {found!r} beside it is no TIFF; remove or mend it.")
+    sidecar = beside.get(f"{name}.aux.xml".lower())
+    if sidecar is not None and os.stat(os.path.join(folder, sidecar)).st_size > _SIDECAR:
+        raise DataError(f"{path}: {sidecar!r} beside it has more than {_SIDECAR / 1e6:.0f} MB.")

@@ -1,0 +1,197 @@
+"""Zarr format 3 through zarr-python, which sees our stores and codecs that cannot unfold.
+
+Keys that leave the store are refused, whoever names them; a store that fails is an error and no
+missing chunk; gzip, Zstandard and Blosc chunks are at most what their metadata say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from domainssl.errors import DataError, parsing, require
+from domainssl.io.storage.archives import FolderStore, Store, check_member
+from domainssl.io.storage.bounded import (
+    CHUNK_LIMIT,
+    METADATA_LIMIT,
+    TEXT_LIMIT,
+    packed_limit,
+    unpack,
+)
+
+__all__ = ["open_v3", "v3_members"]
+
+_BOUNDED = {"gzip": "GzipCodec", "zstd": "ZstdCodec", "blosc": "BloscCodec"}
+_TRUSTED = ("bytes", "transpose", "crc32c", "sharding_indexed", "vlen-utf8", "vlen-bytes")
+
+
+def _load(store: Store, key: str, wanted: Any) -> bytes | None:
+    """Return a value, or the byte range of it that zarr asks for."""
+    from zarr.abc.store import OffsetByteRequest, RangeByteRequest
+
+    is_range = isinstance(wanted, RangeByteRequest)
+    if isinstance(store, FolderStore):
+        if is_range:
+            return store.part(key, wanted.start, wanted.end - wanted.start)
+        if hasattr(wanted, "suffix"):
+            return store.part(key, -wanted.suffix, wanted.suffix)
+    is_metadata = key.rsplit("/", 1)[-1].startswith((".z", "zarr.json"))
+    limit = METADATA_LIMIT if is_metadata else packed_limit(CHUNK_LIMIT)
+    found = store.get(check_member(key, str(getattr(store, "name", ""))), limit)
+    if found is None or wanted is None:
+        return found
+    if is_range:
+        return found[wanted.start : wanted.end]
+    return (
+        found[wanted.offset :] if isinstance(wanted, OffsetByteRequest) else found[-wanted.suffix :]
+    )
+
+
+@cache
+def _store_class() -> type[Any]:
+    """Build the adapter on first use: zarr is an optional library."""
+    require("zarr", "geo")
+    from zarr.abc.store import Store as ZarrStore
+
+    class ReadOnlyStore(ZarrStore):
+        """One of our stores, as zarr-python asks for it."""
+
+        supports_writes = supports_deletes = False
+        supports_listing = True
+
+        def __init__(self, store: Store) -> None:
+            super().__init__(read_only=True)
+            self.store = store
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, ReadOnlyStore) and other.store is self.store
+
+        async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Any:
+            from zarr.core.buffer import default_buffer_prototype
+
+            found = await asyncio.to_thread(_load, self.store, key, byte_range)
+            make = (prototype or default_buffer_prototype()).buffer.from_bytes
+            return None if found is None else make(found)
+
+        async def get_partial_values(self, prototype: Any, key_ranges: Iterable[Any]) -> list[Any]:
+            asked = [self.get(key, prototype, wanted) for key, wanted in key_ranges]
+            return list(await asyncio.gather(*asked))
+
+        async def exists(self, key: str) -> bool:
+            return await self.get(key) is not None
+
+        async def set(self, key: str, value: Any) -> None:
+            raise NotImplementedError("read only")
+
+        async def delete(self, key: str) -> None:
+            raise NotImplementedError("read only")
+
+        async def list(self) -> AsyncIterator[str]:
+            for key in await asyncio.to_thread(self.store.names):
+                yield key
+
+        async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+            async for key in self.list():
+                if key.startswith(prefix):
+                    yield key
+
+        async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+            inner = f"{prefix.rstrip('/')}/" if prefix else ""
+            found: dict[str, None] = {}
+            async for key in self.list_prefix(inner):
+                found[key[len(inner) :].partition("/")[0]] = None
+            for name in found:
+                yield name
+
+    return ReadOnlyStore
+
+
+def _limit_of(spec: Any) -> int:
+    """Return how many bytes a decoded chunk has by its metadata."""
+    dtype = spec.dtype.to_native_dtype() if hasattr(spec.dtype, "to_native_dtype") else spec.dtype
+    if dtype.kind in "OT":  # texts
+        return TEXT_LIMIT
+    # codecs between ours and the numbers add a checksum, or the index of a shard
+    return packed_limit(math.prod(spec.shape) * int(dtype.itemsize))
+
+
+@cache
+def _codecs() -> dict[str, str]:
+    """Register codecs that stop at the limit, and return their names by codec."""
+    from zarr import codecs
+    from zarr.core.buffer.cpu import as_numpy_array_wrapper
+    from zarr.registry import fully_qualified_name, register_codec
+
+    def bounded(name: str, base: type[Any]) -> type[Any]:
+        class Bounded(base):
+            def _decode_sync(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+                def decode(raw: Any) -> Any:
+                    return unpack({"id": name}, raw, min(CHUNK_LIMIT, _limit_of(chunk_spec)))
+
+                return as_numpy_array_wrapper(decode, chunk_bytes, chunk_spec.prototype)
+
+            async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
+                return await asyncio.to_thread(self._decode_sync, chunk_bytes, chunk_spec)
+
+        Bounded.__qualname__ = Bounded.__name__ = f"Bounded{base.__name__}"
+        return Bounded
+
+    names = {}
+    for name, base in _BOUNDED.items():
+        made = bounded(name, getattr(codecs, base))
+        register_codec(name, made)
+        names[f"codecs.{name}"] = fully_qualified_name(made)
+    return names
+
+
+def open_v3(store: Store, name: str) -> Any:
+    """Open a group of format 3.
+
+    Raises:
+        DataError: The metadata cannot be understood, or name something outside the store.
+    """
+    zarr = require("zarr", "geo")
+    raw = store.get("zarr.json") or b""
+    with parsing(f"{name}: the metadata in zarr.json"):
+        facts = json.loads(raw)
+        inline = (facts.get("consolidated_metadata") or {}).get("metadata") or {}
+        for key in inline:
+            check_member(str(key), name)
+    if facts.get("node_type") == "array":
+        raise DataError(
+            f"{name}: an array at the root, expected a group with named arrays. Give the folder "
+            "above it, or write it into a group."
+        )
+    with parsing(f"{name}: the metadata of format 3"), zarr.config.set(_codecs()):
+        return zarr.open_group(_store_class()(store), mode="r", zarr_format=3)
+
+
+def v3_members(group: Any, name: str) -> dict[str, Any]:
+    """Return everything in a group, opened once: opening an array anew asks for its metadata.
+
+    Raises:
+        DataError: The metadata of a member cannot be understood, or a codec is not known.
+    """
+    zarr = require("zarr", "geo")
+    with parsing(f"{name}: the metadata of format 3"), zarr.config.set(_codecs()):
+        found = dict(group.members(max_depth=None))
+        for key, item in found.items():
+            check_member(key, name)
+            if hasattr(item, "shape"):
+                _check_codecs(item.metadata.to_dict().get("codecs", ()), f"{name}: array {key!r}")
+    return found
+
+
+def _check_codecs(codecs: Iterable[Mapping[str, Any]], where: str) -> None:
+    for codec in codecs:
+        known = (*_TRUSTED, *_BOUNDED)
+        if codec["name"] not in known:
+            raise DataError(
+                f"{where}: codec {codec['name']!r} is not read; known are {', '.join(known)}."
+            )
+        inner = codec.get("configuration") or {}
+        _check_codecs([*inner.get("codecs", ()), *inner.get("index_codecs", ())], where)
