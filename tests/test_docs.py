@@ -171,40 +171,40 @@ def test_every_recipe_uses_classes_of_the_api_page() -> None:
             assert name and re.search(rf"members: \[.*\b{name[1]}\b", page), recipe.name
 
 
-def printed_options(page: Path, heading: str) -> dict[str, tuple[str, str]]:
-    """Rows `option | default | reference | ...` of the table below a heading."""
-    section = page.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [
-        [cell.strip().strip("`") for cell in line.strip().strip("|").split("|")]
-        for line in section.splitlines()
-        if line.startswith("| `")
-    ]
-    return {row[0]: (row[1], row[2]) for row in rows}
+def printed_options() -> dict[str, dict[str, list[str]]]:
+    """Return the rows of every table of options below docs/objectives, by objective and option."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for page in sorted((REPOSITORY / "docs" / "objectives").glob("*.md")):
+        for section in page.read_text(encoding="utf-8").split("\n## ")[1:]:
+            rows = [
+                [cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+                for line in section.splitlines()
+                if line.startswith("|")
+            ]
+            if rows and rows[0][:3] == ["option", "default", "reference"]:
+                heading = section.splitlines()[0]
+                owner = heading.removeprefix("Options of ") if " of " in heading else page.stem
+                found[owner.lower()] = {row[0]: row[1:] for row in rows[2:]}
+    return found
 
 
-@pytest.mark.parametrize(
-    ("page", "heading", "options"),
-    [
-        ("croma", "Options", "croma.CROMAOptions"),
-        ("decur", "Options", "decur.DeCUROptions"),
-        ("omnisat", "Options", "omnisat.OmniSatOptions"),
-        ("joint_embedding", "Options of CLIP", "clip.CLIPOptions"),
-        ("joint_embedding", "Options of BarlowTwins", "barlow_twins.BarlowTwinsOptions"),
-        ("joint_embedding", "Options of VICReg", "vicreg.VICRegOptions"),
-    ],
-)
-def test_printed_option_tables_are_what_the_code_does(
-    page: str, heading: str, options: str
-) -> None:
+def test_printed_option_tables_are_what_the_code_does() -> None:
+    from domainssl.cli.config.catalog import find_classes
+    from domainssl.cli.config.schema import dataclasses_in, parameters
     from domainssl.options import option_table
 
-    module, name = options.split(".")
-    cls = getattr(importlib.import_module(f"domainssl.objectives.{module}"), name)
-    printed = printed_options(REPOSITORY / "docs" / "objectives" / f"{page}.md", heading)
-    coded = {
-        name: (_text(ours), _text(reference)) for name, ours, reference, _ in option_table(cls)
-    }
-    assert printed == coded
+    coded = {}
+    for name, path in find_classes("model").items():
+        module, _, cls = path.rpartition(".")
+        for parameter in parameters(getattr(importlib.import_module(module), cls)).values():
+            tables = [option_table(c) for c in dataclasses_in(parameter.hint)]
+            for table in filter(None, tables):
+                assert all(text for *_, text in table), f"{path}: an option without a text"
+                coded[name.lower()] = {n: [_text(a), _text(b)] for n, a, b, _ in table}
+    assert len(coded) >= 6
+    printed = printed_options()
+    assert {n: {o: row[:2] for o, row in rows.items()} for n, rows in printed.items()} == coded
+    assert all(row[2] for rows in printed.values() for row in rows.values())
 
 
 def _text(value: object) -> str:

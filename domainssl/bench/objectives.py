@@ -81,7 +81,7 @@ def _cases(settings: Settings) -> dict[str, _Case]:
     if settings.quick:
         small = EncoderSizes(width=32, depth=1, heads=2, patch_size=8)
         encoder |= {"encoder": "transformer", "sizes": small}
-        encoder |= {"projector_width": 32, "embedding_width": 32}
+        encoder |= {"projector": (32, 32)}
         words = f"two small transformers, {side} px"
     methods: dict[str, type[Objective]] = {
         "DeCUR": DeCUR,

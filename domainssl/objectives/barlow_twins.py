@@ -51,8 +51,7 @@ class BarlowTwins(_JointEmbedding):
         modalities: Two modalities by name; linked from the DataModule by the CLI.
         encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
         sizes: Sizes of the encoder `transformer`.
-        projector_width: Width of the projector's two hidden layers.
-        embedding_width: Number of embedding dimensions.
+        projector: Widths of the projector's linear layers; the last is the embedding's.
         off_diagonal: Weight lambda of correlations off the diagonal.
         views: How views are drawn, per modality; None takes the published pipelines.
         context_size: Side of the window that the DataModule yields.
@@ -76,8 +75,7 @@ class BarlowTwins(_JointEmbedding):
         modalities: dict[str, Modality | dict[str, Any]],
         encoder: str | dict[str, str] = "resnet50",
         sizes: EncoderSizes = EncoderSizes(),
-        projector_width: int = 8192,
-        embedding_width: int = 8192,
+        projector: tuple[int, ...] = (8192, 8192, 8192),
         off_diagonal: float = 0.0051,
         views: dict[str, Views] | None = None,
         context_size: int = 224,
@@ -97,7 +95,7 @@ class BarlowTwins(_JointEmbedding):
         self.options = decide(as_dataclass(BarlowTwinsOptions, options), reference)
         self.off_diagonal = off_diagonal
         shared = bool(self.options.shared_projector)
-        self.make_heads(projector_width, embedding_width, shared=shared)
+        self.make_heads(projector, shared=shared)
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute the loss; items that lack a modality do not count."""

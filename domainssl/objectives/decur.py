@@ -102,8 +102,7 @@ class DeCUR(_JointEmbedding):
         encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
         sizes: Sizes of the encoder `transformer`.
         deformable_attention: Residual deformable attention in ResNets (section 3.3).
-        projector_width: Width of the projector's two hidden layers.
-        embedding_width: Number of embedding dimensions K.
+        projector: Widths of the projector's linear layers; the last is the embedding's, K.
         common_ratio: Share of the dimensions that both modalities have in common.
         off_diagonal: Weight lambda of correlations off the diagonal.
         views: How views are drawn, per modality; None takes the published pipelines.
@@ -129,8 +128,7 @@ class DeCUR(_JointEmbedding):
         encoder: str | dict[str, str] = "resnet50",
         sizes: EncoderSizes = EncoderSizes(),
         deformable_attention: bool = False,
-        projector_width: int = 8192,
-        embedding_width: int = 8192,
+        projector: tuple[int, ...] = (8192, 8192, 8192),
         common_ratio: float = 0.875,
         off_diagonal: float = 0.0051,
         views: dict[str, Views] | None = None,
@@ -157,10 +155,10 @@ class DeCUR(_JointEmbedding):
             raise ConfigError(
                 f"model.init_args.common_ratio: got {common_ratio!r}, expected a share in [0, 1]."
             )
-        self.common = round(common_ratio * embedding_width)
         self.off_diagonal = off_diagonal
-        self.make_heads(projector_width, embedding_width, shared=bool(chosen.shared_projector))
-        self.norm = GlobalBatchNorm(embedding_width, affine=False)
+        self.make_heads(projector, shared=bool(chosen.shared_projector))
+        self.common = round(common_ratio * projector[-1])
+        self.norm = GlobalBatchNorm(projector[-1], affine=False)
         if weights is not None:
             self._load_published_head(weights)
 
@@ -272,6 +270,13 @@ class DeCUR(_JointEmbedding):
                         f"projector1.{own} and projector2.{own} of the file differ; set "
                         "model.init_args.options.shared_projector: false."
                     )
+            start, known = f"projector{index}.", self.heads[owner].state_dict()
+            more = [n for n in head if n.startswith(start) and n.removeprefix(start) not in known]
+            if more:
+                raise WeightsError(
+                    f"The joint file's projector has more layers, {sorted(more)[:3]}. "
+                    "Set model.init_args.projector to the widths of all of them."
+                )
         renamed |= {f"norm.{own}": _need(head, f"bn.{own}") for own in self.norm.state_dict()}
         own_state = self.state_dict()
         wrong = [n for n, t in renamed.items() if t.shape != own_state[n].shape]
@@ -279,8 +284,8 @@ class DeCUR(_JointEmbedding):
             raise WeightsError(
                 f"Projector of another size: {wrong[:3]} have "
                 f"{[tuple(renamed[n].shape) for n in wrong[:3]]}, expected "
-                f"{[tuple(own_state[n].shape) for n in wrong[:3]]}. Set projector_width and "
-                "embedding_width to those of the file."
+                f"{[tuple(own_state[n].shape) for n in wrong[:3]]}. Set projector to the "
+                "widths of the file."
             )
         self.load_state_dict(renamed, strict=False)
         return LoadReport(tuple(renamed), (), ())
@@ -301,7 +306,7 @@ def _float(z: Tensor) -> Tensor:
 def _need(head: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in head:
         raise WeightsError(
-            f"The joint file has no {name!r}; it has {sorted(head)[:5]}. Its projector has other "
-            "layers than Linear, norm, ReLU three times."
+            f"The joint file has no {name!r}; it has {sorted(head)[:5]}. Set "
+            "model.init_args.projector to the widths of the file's linear layers."
         )
     return head[name]

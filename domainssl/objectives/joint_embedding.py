@@ -6,7 +6,7 @@ and, for series, its own date. Nothing has to stay aligned, because one vector p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -219,26 +219,21 @@ class _JointEmbedding(Objective):
 
     # -- projections ------------------------------------------------------------------------
 
-    def make_heads(self, hidden: int, outputs: int, *, shared: bool, **options: Any) -> None:
+    def make_heads(self, widths: Sequence[int], *, shared: bool, last_norm: bool = False) -> None:
         """Build the projections: `heads.shared`, or one per modality.
 
         Raises:
             ConfigError: A shared projection is wanted for encoders of different width.
         """
-        widths = self.backbone.embed_dim
-        if shared and len(set(widths.values())) > 1:
+        inputs = self.backbone.embed_dim
+        if shared and len(set(inputs.values())) > 1:
             raise ConfigError(
                 f"{type(self).__name__}: one projection for both modalities needs encoders of one "
-                f"width, got {widths}. Set options.shared_projector: false."
+                f"width, got {inputs}. Set options.shared_projector: false."
             )
-        names = ["shared"] if shared else list(widths)
+        owners = {"shared": inputs[self.first]} if shared else inputs
         self.heads = nn.ModuleDict(
-            {
-                name: ProjectionHead(
-                    widths[self.first if shared else name], hidden, outputs, **options
-                )
-                for name in names
-            }
+            {n: ProjectionHead(width, widths, last_norm=last_norm) for n, width in owners.items()}
         )
 
     def project(self, vector: Tensor, name: str, rows: Tensor | None = None) -> Tensor:

@@ -19,7 +19,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from domainssl.backbones.base import LoadReport
-from domainssl.backbones.maestro.backbone import Encoded, Fusion, MAESTROBackbone, Raster
+from domainssl.backbones.maestro.backbone import (
+    Encoded,
+    Fusion,
+    Layout,
+    MAESTROBackbone,
+    Raster,
+)
 from domainssl.backbones.maestro.files import fit_shape, reference_name, reference_tensors
 from domainssl.backbones.maestro.inputs import MAESTROInput
 from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
@@ -249,7 +255,7 @@ class MAESTRO(Objective):
 
     def draw(self, batch: Batch, generators: Generators) -> MAESTRODraws:
         """Hide tokens of every sequence: structures first, then single ones."""
-        rasters, generator = self.backbone.prepare(batch), generators.local
+        rasters, generator = self.backbone.layouts(batch), generators.local
         valid = {n: r.token_valid for n, r in rasters.items()}
         structure = self._draw_structure(rasters, generator)
         sequences = self.backbone.sequences(list(rasters))
@@ -273,7 +279,7 @@ class MAESTRO(Objective):
         return MAESTRODraws(self.backbone.split(hidden, rasters), kept)
 
     def _draw_structure(
-        self, rasters: Mapping[str, Raster], generator: torch.Generator
+        self, rasters: Mapping[str, Layout], generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return several structured maskings per modality, bool (R, B, N)."""
         masks = {}
@@ -281,7 +287,7 @@ class MAESTRO(Objective):
             for name in names:
                 axes = rasters[name].axes
                 rates = self.rates(name, axes, len(names) == 1)
-                shapes, device = structure_shapes(axes), rasters[name].values.device
+                shapes, device = structure_shapes(axes), rasters[name].token_valid.device
                 draws = {
                     kind: torch.rand(_PASSES, *shapes[kind], generator=generator, device=device)
                     for kind in rates

@@ -140,7 +140,7 @@ class OmniSat(Objective):
         kept_dates: Share of the dates of a series that is reconstructed.
         temperature: Of the contrast.
         max_frames: Dates taken at random from longer series.
-        calendar: How days are counted.
+        calendar: How days are counted, one for all or one per series.
         normalization: Form for all modalities, or one per modality.
         weights: Start from an export, a checkpoint, or a checkpoint of the published code.
         reference: Follow the released code where it differs from ours.
@@ -174,7 +174,7 @@ class OmniSat(Objective):
         kept_dates: float = 0.25,
         temperature: float = 0.1,
         max_frames: int = 50,
-        calendar: Calendar = Calendar(),
+        calendar: Calendar | dict[str, Calendar] = Calendar(),
         normalization: str | dict[str, str] = "zscore",
         weights: str | None = None,
         reference: bool = False,
@@ -213,7 +213,7 @@ class OmniSat(Objective):
             "patch_size": sides,
             "grid": patch_grid(known, sides, grid),
             **{n: v for n, v in vars(sizes).items() if n != "decoder_widths"},
-            "calendar": as_dataclass(Calendar, calendar),
+            "calendar": calendar,
             "rpe_layout": self.options.rpe_layout,
             "attend_to_padding": self.options.attend_to_padding,
             "pool": self.options.pool,

@@ -33,8 +33,7 @@ class SimCLR(_JointEmbedding):
         modalities: Two modalities by name; linked from the DataModule by the CLI.
         encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
         sizes: Sizes of the encoder `transformer`.
-        projector_width: Width of the hidden layer of each projection.
-        embedding_width: Width of the compared vectors.
+        projector: Widths of the projector's linear layers; the last is the embedding's.
         temperature: Divides the cosines; 1 as in the published baseline, 0.1 is more usual.
         views: How views are drawn, per modality; None takes the published pipelines.
         context_size: Side of the window that the DataModule yields.
@@ -56,8 +55,7 @@ class SimCLR(_JointEmbedding):
         modalities: dict[str, Modality | dict[str, Any]],
         encoder: str | dict[str, str] = "resnet50",
         sizes: EncoderSizes = EncoderSizes(),
-        projector_width: int = 512,
-        embedding_width: int = 128,
+        projector: tuple[int, ...] = (512, 128),
         temperature: float = 1.0,
         views: dict[str, Views] | None = None,
         context_size: int = 224,
@@ -75,7 +73,7 @@ class SimCLR(_JointEmbedding):
         if temperature <= 0:
             raise ConfigError(f"model.init_args.temperature: got {temperature}, expected > 0.")
         self.temperature = temperature
-        self.make_heads(projector_width, embedding_width, shared=False, layers=2, last_norm=True)
+        self.make_heads(projector, shared=False, last_norm=True)
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute NT-Xent; items that lack a modality do not count."""

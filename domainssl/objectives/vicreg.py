@@ -51,8 +51,7 @@ class VICReg(_JointEmbedding):
         modalities: Two modalities by name; linked from the DataModule by the CLI.
         encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
         sizes: Sizes of the encoder `transformer`.
-        projector_width: Width of the projector's two hidden layers.
-        embedding_width: Number of embedding dimensions.
+        projector: Widths of the projector's linear layers; the last is the embedding's.
         invariance: Weight of the squared difference.
         variance: Weight of the hinge on the standard deviation.
         covariance: Weight of the squared covariances.
@@ -78,8 +77,7 @@ class VICReg(_JointEmbedding):
         modalities: dict[str, Modality | dict[str, Any]],
         encoder: str | dict[str, str] = "resnet50",
         sizes: EncoderSizes = EncoderSizes(),
-        projector_width: int = 8192,
-        embedding_width: int = 8192,
+        projector: tuple[int, ...] = (8192, 8192, 8192),
         invariance: float = 25.0,
         variance: float = 25.0,
         covariance: float = 1.0,
@@ -101,7 +99,7 @@ class VICReg(_JointEmbedding):
         self.options = decide(as_dataclass(VICRegOptions, options), reference)
         self.weights_of_terms = (invariance, variance, covariance)
         shared = bool(self.options.shared_projector)
-        self.make_heads(projector_width, embedding_width, shared=shared)
+        self.make_heads(projector, shared=shared)
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute the three terms; items that lack a modality do not count."""

@@ -92,14 +92,18 @@ def test_a_second_recipe_is_refused(recipe, folder):
     assert "'two.yaml' is a second recipe after 'tiny.yaml'" in str(mistakes[0])
 
 
-def test_lists_in_overlays_are_refused_with_their_line(recipe, folder):
-    text = "model:\n  init_args:\n    optimization:\n      betas: [0.9, 0.95]\n"
-    (folder / "over.yaml").write_text(text)
-    mistakes = compose(["--config", recipe.name, "--config", "over.yaml"]).mistakes
-    assert len(mistakes) == 1
-    assert str(mistakes[0]).startswith(
-        "Overlays hold no lists: 'model.init_args.optimization.betas' (over.yaml, line 4)."
-    )
+def test_a_list_in_an_overlay_replaces_the_whole_list(recipe, folder):
+    for name, text in {"over": "[0.9, 0.95]", "last": "[0.8]"}.items():
+        rest = f"model:\n  init_args:\n    optimization:\n      betas: {text}\n"
+        (folder / f"{name}.yaml").write_text(rest)
+    words = [
+        word for name in (recipe.name, "over.yaml", "last.yaml") for word in ("--config", name)
+    ]
+    for count, expected in ((4, [0.9, 0.95]), (6, [0.8])):
+        composition = compose(words[:count])
+        assert composition.mistakes == []
+        found = composition.tree.get("model", "init_args", "optimization", "betas")
+        assert found.plain() == expected
 
 
 def test_an_overlay_alone_is_told_to_go_over_a_recipe(cli, folder):

@@ -25,8 +25,7 @@ def build(**options: Any) -> DeCUR:
     torch.manual_seed(0)
     arguments: dict[str, Any] = {
         "encoder": "resnet18",
-        "projector_width": 16,
-        "embedding_width": 8,
+        "projector": [16, 16, 8],
         "context_size": 32,
         **options,
     }
@@ -41,8 +40,7 @@ def test_a_joint_file_that_is_written_and_read_gives_the_same_model(tmp_path: Pa
     loaded = DeCUR(
         modalities(2, 13),
         encoder="resnet18",
-        projector_width=16,
-        embedding_width=8,
+        projector=(16, 16, 8),
         context_size=32,
         weights=str(path),
     )
@@ -98,3 +96,18 @@ def test_exactly_two_modalities_are_compared() -> None:
     extra = Modality("dem", "image", ("height",), "arbitrary")
     with pytest.raises(ConfigError, match="SimCLR compares two modalities"):
         SimCLR({**modalities(2, 13), "dem": extra}, encoder="resnet18")
+
+
+def test_a_projector_has_any_number_of_layers() -> None:
+    model = build(projector=[24, 16, 12, 8])
+    layers = [m for m in model.heads["shared"] if isinstance(m, torch.nn.Linear)]
+    assert [m.out_features for m in layers] == [24, 16, 12, 8]
+    assert model.common == 7
+    head = {n.removeprefix("module."): t for n, t in model.to_reference().items()}
+    for widths in ([24, 16, 12], [24, 16, 12, 8, 8]):
+        with pytest.raises(WeightsError, match=r"model.init_args.projector"):
+            build(projector=widths).load_pretraining_parts(head)
+    report = build(projector=[24, 16, 12, 8]).load_pretraining_parts(head)
+    assert len([n for n in report.matched if n.startswith("heads.shared.9")]) == 1
+    with pytest.raises(ConfigError, match=r"model.init_args.projector: got \[\]"):
+        build(projector=[])

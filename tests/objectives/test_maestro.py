@@ -18,8 +18,7 @@ from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality
 from domainssl.nn.structured import hide_lowest
 from domainssl.objectives.base import Generators
-from domainssl.objectives.maestro import MAESTRO, MAESTROArchitecture, MAESTROOptions
-from domainssl.options import option_table
+from domainssl.objectives.maestro import MAESTRO, MAESTROArchitecture
 
 SIZES = MAESTROArchitecture(
     width=16, depth=2, heads=2, head_dim=8, ffn_ratio=2, decoder_width=16, decoder_depth=1,
@@ -102,6 +101,36 @@ def test_padded_dates_are_never_hidden_and_their_filler_never_counts(fusion: str
     for name, loss in a.items():
         assert loss.isfinite()
         assert torch.equal(loss, b[name]), name
+
+
+def test_masks_are_drawn_without_preparing_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = build(), batch()
+    expected = {n: r.token_valid for n, r in model.backbone.prepare(given).items()}
+    monkeypatch.setattr(MAESTROBackbone, "prepare", None)
+    for name, layout in model.backbone.layouts(given).items():
+        assert torch.equal(layout.token_valid, expected[name])
+    generator = torch.Generator().manual_seed(0)
+    model.draw(given, Generators(generator, generator))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_images_are_resized_before_elevation_becomes_depth(mode: Any) -> None:
+    dem = Modality("dem", "image", ("surface", "ground"), "arbitrary", size=(6, 6))
+    inputs = {"dem": {"patch_size": 2, "image_size": 4, "interpolation": mode, "is_elevation": 1}}
+    backbone = MAESTROBackbone({"dem": dem}, inputs, width=16, depth=1, heads=1, shared_depth=0)
+    x = torch.rand(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(1, 6, 6, dtype=torch.bool)
+    valid[0, 0, 1] = False
+    raster = backbone.prepare({"dem": x, "dem.valid": valid})["dem"]
+    small = torch.nn.functional.interpolate(x, (4, 4), mode=mode)[0]
+    # rows and columns of the result stand at 0.25, 1.75, 3.25 and 4.75 of the six
+    hit = [(0, 0), (0, 1)] if mode == "bilinear" else [(0, 1)]
+    assert (~raster.valid[0, 0]).nonzero().tolist() == [list(place) for place in hit]
+    expected = torch.stack([small[0], 30 * (small[0] - small[1])])
+    expected[:, ~raster.valid[0, 0]] = 0
+    torch.testing.assert_close(raster.values[0, 0], expected)
+    with pytest.raises(ConfigError, match=r"inputs.dem.interpolation: got 'cubic'"):
+        MAESTROBackbone({"dem": dem}, {"dem": {"patch_size": 2, "interpolation": "cubic"}})
 
 
 def test_an_absent_modality_changes_no_feature_of_the_others() -> None:
@@ -234,18 +263,3 @@ def test_published_sizes_have_the_published_number_of_parameters() -> None:
     model = MAESTRO(dict(found), inputs, size="tiny")
     head = 192 + 4 * 192 + 2 * 192 * 192 + 15 * 192 + 15
     assert sum(p.numel() for p in model.parameters()) == 15_960_455 - head
-
-
-def test_the_printed_options_are_what_the_code_does() -> None:
-    page = Path(__file__).parents[2] / "docs" / "objectives" / "maestro.md"
-    section = page.read_text(encoding="utf-8").split("\n## Options\n")[1].split("\n## ")[0]
-    rows = [
-        [cell.strip().strip("`") for cell in line.strip("|").split("|")][:3]
-        for line in section.splitlines()
-        if line.startswith("| `")
-    ]
-
-    def text(value: object) -> str:
-        return str(value).lower() if isinstance(value, bool) else str(value)
-
-    assert rows == [[n, text(a), text(b)] for n, a, b, _ in option_table(MAESTROOptions)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from datetime import date, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +21,7 @@ from domainssl.nn.calendar import day_of_year
 from domainssl.nn.filtering import filter_dates
 from domainssl.nn.relative import aligned_buckets, bucket_table, legacy_buckets
 from domainssl.objectives.base import Generators
-from domainssl.objectives.omnisat import OmniSat, OmniSatArchitecture, OmniSatOptions
-from domainssl.options import option_table
+from domainssl.objectives.omnisat import OmniSat, OmniSatArchitecture
 from domainssl.training.execution import Execution
 
 SERIES = {"heads": 4, "widths_in": [16, 32], "widths_out": [32, 32]}
@@ -305,14 +302,3 @@ def test_another_footprint_and_missing_dates_are_refused() -> None:
         model({"s2": given["s2"]})
     with pytest.raises(ConfigError, match="pass `replace`"):
         model.encode(given, keep={"s2": torch.zeros(2, 1, dtype=torch.long)})
-
-
-def test_the_printed_option_table_is_what_the_code_does() -> None:
-    page = Path(__file__).parents[2] / "docs" / "objectives" / "omnisat.md"
-    section = page.read_text(encoding="utf-8").split("\n## Options\n")[1].split("\n## ")[0]
-    rows = [re.findall(r"`([^`]+)`", line)[:3] for line in section.splitlines() if "| `" in line]
-    coded = [
-        [name, *(str(v).lower() if isinstance(v, bool) else v for v in (ours, reference))]
-        for name, ours, reference, _ in option_table(OmniSatOptions)
-    ]
-    assert rows == coded

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from domainssl.backbones.base import Backbone, Features, LoadReport, refuse_replace
 from domainssl.backbones.maestro.files import read_reference
 from domainssl.backbones.maestro.inputs import (
+    Interpolation,
     MAESTROInput,
     band_order,
     check_depth,
@@ -36,42 +37,48 @@ from domainssl.nn.masking import take_tokens
 from domainssl.nn.metric_positions import metric_positions
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction
 
-__all__ = ["Encoded", "Fusion", "MAESTROBackbone", "MAESTROInput", "Raster"]
+__all__ = ["Encoded", "Fusion", "Layout", "MAESTROBackbone", "MAESTROInput", "Raster"]
 
 Fusion = Literal["shared", "monotemp", "mod", "group"]
 
 
-@dataclass(frozen=True)
-class Raster:
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The tokens of one modality of a batch, without their values.
+
+    Attributes:
+        grid: Patches (h, w).
+        dates: Number of dates, D.
+        band_groups: Number of tokens per patch and date, G.
+        token_valid: bool (B, G * D * h * w), band group slowest; False where nothing was measured.
+    """
+
+    grid: tuple[int, int]
+    dates: int
+    band_groups: int
+    token_valid: Tensor
+
+    @property
+    def axes(self) -> tuple[int, int, int, int]:
+        """(B, G, D, h * w)."""
+        return len(self.token_valid), self.band_groups, self.dates, math.prod(self.grid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raster(Layout):
     """One modality of a batch, ready to be cut into tokens.
 
     Attributes:
         values: Resized and reordered, float32 (B, D, C, H, W); zero where not valid.
         valid: bool (B, D, H, W).
-        grid: Patches (h, w).
         cells: Cells of the fine position grid over the same footprint.
-        band_groups: Number of tokens per patch and date, G.
         date_code: float32 (B, D, 8), zero without dates.
-        token_valid: bool (B, G * D * h * w), band group slowest; False where nothing was measured.
     """
 
     values: Tensor
     valid: Tensor
-    grid: tuple[int, int]
     cells: tuple[int, int]
-    band_groups: int
     date_code: Tensor
-    token_valid: Tensor
-
-    @property
-    def dates(self) -> int:
-        """Number of dates, D."""
-        return self.values.shape[1]
-
-    @property
-    def axes(self) -> tuple[int, int, int, int]:
-        """(B, G, D, h * w)."""
-        return len(self.values), self.band_groups, self.dates, math.prod(self.grid)
 
 
 @dataclass(frozen=True)
@@ -245,6 +252,10 @@ class MAESTROBackbone(Backbone):
 
     # -- before the network -----------------------------------------------------------------
 
+    def layouts(self, x: Mapping[str, Any]) -> dict[str, Layout]:
+        """Return the tokens that every modality of a batch gives, without preparing values."""
+        return {n: self._layout(n, self._valid(x, n)) for n in self.modalities if n in x}
+
     def prepare(self, x: Mapping[str, Any]) -> dict[str, Raster]:
         """Resize, reorder and date every modality of a normalised batch."""
         names = [name for name in self.modalities if name in x]
@@ -252,46 +263,53 @@ class MAESTROBackbone(Backbone):
         return {name: self._raster(x, name, reference) for name in names}
 
     def _raster(self, x: Mapping[str, Any], name: str, reference: Tensor | None) -> Raster:
-        given = self.inputs[name]
-        values, valid = self._frames(x, name)
-        channels = self.modalities[name].channels
+        given, modality, valid = self.inputs[name], self.modalities[name], self._valid(x, name)
+        values: Tensor = x[name].float()
+        if modality.kind == "image":
+            values = values.unsqueeze(1)
+        channels = modality.channels
         order = [channels.index(band) for group in self.bands[name] for band in group]
         if order != list(range(len(channels))):
             values = values[:, :, order]
-        values, valid = _resize(values, valid, given.image_size)
+        values = _resize(values, given.image_size, given.interpolation)
         if given.is_elevation:
             below = 30 * (values[:, :, :1] - values[:, :, 1:])
             values = torch.cat([values[:, :, :1], below], dim=2)
-        values = torch.where(valid.unsqueeze(2), values, 0.0)
-        grid = cast(
-            "tuple[int, int]", grid_of(values.shape[-2:], given.patch_size, f"batch.{name}")
-        )
-        items, dates = values.shape[:2]
-        seen = patch_fraction(valid.flatten(0, 1), given.patch_size) > 0
-        groups = len(self.bands[name])
-        token_valid = seen.unflatten(0, (items, 1, dates)).expand(-1, groups, -1, -1).flatten(1)
+        layout = self._layout(name, valid)
         return Raster(
-            values,
-            valid,
-            grid,
-            self._cells(name, grid),
-            groups,
-            self._date_code(x, name, items, dates, reference),
-            token_valid,
+            **vars(layout),
+            values=torch.where(valid.unsqueeze(2), values, 0.0),
+            valid=valid,
+            cells=self._cells(name, layout.grid),
+            date_code=self._date_code(x, name, len(valid), layout.dates, reference),
         )
 
-    def _frames(self, x: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
-        """Return values (B, D, C, H, W) and where they count (B, D, H, W); images have D = 1."""
-        modality = self.modalities[name]
-        values: Tensor = x[name].float()
-        valid = valid_mask(x, modality)
-        if modality.kind == "image":
-            values, valid = values.unsqueeze(1), valid.unsqueeze(1)
+    def _layout(self, name: str, valid: Tensor) -> Layout:
+        """Cut where values count, bool (B, D, H, W), into tokens."""
+        (items, dates), side = valid.shape[:2], self.inputs[name].patch_size
+        grid = cast("tuple[int, int]", grid_of(valid.shape[-2:], side, f"batch.{name}"))
+        seen = (patch_fraction(valid.flatten(0, 1), side) > 0).unflatten(0, (items, 1, dates))
+        groups = len(self.bands[name])
+        return Layout(
+            grid=grid,
+            dates=dates,
+            band_groups=groups,
+            token_valid=seen.expand(-1, groups, -1, -1).flatten(1),
+        )
+
+    def _valid(self, x: Mapping[str, Any], name: str) -> Tensor:
+        """Where resized values count, bool (B, D, H, W): all pixels they are made of do."""
+        given, valid = self.inputs[name], valid_mask(x, self.modalities[name])
+        if self.modalities[name].kind == "image":
+            valid = valid.unsqueeze(1)
         valid = valid & present_mask(x, name).view(-1, 1, 1, 1)
         frames = x.get(key(name, "frames"))
         if frames is not None:
             valid = valid & frames[:, :, None, None]
-        return values, valid
+        side = given.image_size
+        if side is None or tuple(valid.shape[-2:]) == (side, side):
+            return valid
+        return _resize(valid.unsqueeze(2).float(), side, given.interpolation)[:, :, 0] > 1 - 1e-4
 
     def _cells(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
         """Return the fine grid: fixed over the nominal footprint, in proportion over others."""
@@ -364,7 +382,7 @@ class MAESTROBackbone(Backbone):
 
     # -- sequences --------------------------------------------------------------------------
 
-    def join(self, parts: Mapping[str, Tensor], rasters: Mapping[str, Raster]) -> dict[str, Tensor]:
+    def join(self, parts: Mapping[str, Tensor], rasters: Mapping[str, Layout]) -> dict[str, Tensor]:
         """Lay (B, N, ...) of every modality into its sequence; dates apart where not fused."""
         joined = {}
         for sequence, names in self.sequences(list(rasters)).items():
@@ -375,14 +393,14 @@ class MAESTROBackbone(Backbone):
         return joined
 
     def split(
-        self, sequences: Mapping[str, Tensor], rasters: Mapping[str, Raster]
+        self, sequences: Mapping[str, Tensor], rasters: Mapping[str, Layout]
     ) -> dict[str, Tensor]:
         """Undo `join`."""
         parts: dict[str, Tensor] = {}
         for sequence, names in self.sequences(list(rasters)).items():
             x = sequences[sequence]
             if self.fusion in ("shared", "monotemp"):
-                x = x.unflatten(0, (len(rasters[names[0]].values), -1)).flatten(1, 2)
+                x = x.unflatten(0, (len(rasters[names[0]].token_valid), -1)).flatten(1, 2)
             lengths = [math.prod(rasters[name].axes[1:]) for name in names]
             parts |= zip(names, x.split(lengths, dim=1), strict=True)
         return {name: parts[name] for name in rasters}
@@ -507,13 +525,13 @@ def _masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:
     return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def _resize(values: Tensor, valid: Tensor, side: int | None) -> tuple[Tensor, Tensor]:
-    """Resize to (side, side) with nearest neighbours, validity alike."""
+def _resize(values: Tensor, side: int | None, mode: Interpolation) -> Tensor:
+    """Resize (B, D, C, H, W) to (side, side); None keeps the size."""
     if side is None or tuple(values.shape[-2:]) == (side, side):
-        return values, valid
-    items = len(values)
-    values = F.interpolate(values.flatten(0, 1), (side, side)).unflatten(0, (items, -1))
-    return values, F.interpolate(valid.float(), (side, side)) > 0.5
+        return values
+    return F.interpolate(values.flatten(0, 1), (side, side), mode=mode).unflatten(
+        0, values.shape[:2]
+    )
 
 
 def _check_shared(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.modality import Modality
@@ -12,6 +12,7 @@ from domainssl.nn.patching import grid_of
 from domainssl.options import as_dataclass
 
 __all__ = [
+    "Interpolation",
     "MAESTROInput",
     "band_order",
     "check_depth",
@@ -19,6 +20,9 @@ __all__ = [
     "date_reference_of",
     "nominal_grid",
 ]
+
+
+Interpolation = Literal["nearest", "bilinear"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,10 @@ class MAESTROInput:
         target_bands: Sizes of the groups of consecutive bands that targets are standardised in,
             in the order of `token_bands`; None takes the token groups.
         image_size: Side that images are resized to; None keeps them.
-        is_elevation: Channel 0 is a surface model: the others become 30 times their depth below
-            it, in normalised units.
+        interpolation: How they are resized, `nearest` or `bilinear` (without antialiasing); a
+            pixel made of invalid ones is invalid.
+        is_elevation: Channel 0 is a surface model: after resizing the others become 30 times their
+            depth below it, in normalised units.
     """
 
     patch_size: int
@@ -44,6 +50,7 @@ class MAESTROInput:
     token_bands: list[list[str]] | None = None
     target_bands: list[int] | None = None
     image_size: int | None = None
+    interpolation: Interpolation = "nearest"
     is_elevation: bool = False
 
 
@@ -77,6 +84,11 @@ def check_inputs(
             raise ConfigError(
                 f"model.init_args.inputs.{name}.patch_size: got {chosen[name].patch_size}, "
                 "expected one or more."
+            )
+        if chosen[name].interpolation not in get_args(Interpolation):
+            raise ConfigError(
+                f"model.init_args.inputs.{name}.interpolation: got {chosen[name].interpolation!r}, "
+                f"expected one of {', '.join(get_args(Interpolation))}."
             )
     return chosen
 

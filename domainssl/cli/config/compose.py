@@ -218,19 +218,6 @@ def _check_order(loaded: list[tuple[str, Node]], result: Composition) -> None:
                 found = f"The overlay {before!r} stands before the recipe {name!r}"
                 result.mistakes.append(Mistake(found, Where(_COMMAND_LINE), advice))
             recipe = recipe or name
-        else:
-            _refuse_lists(tree, "", result)
-
-
-def _refuse_lists(node: Node, path: str, result: Composition) -> None:
-    if node.is_list:
-        advice = (
-            "A list of an overlay would replace the recipe's without a word. Put it into the "
-            f"recipe, or on the command line: --{path}=…"
-        )
-        result.mistakes.append(Mistake(f"Overlays hold no lists: {path!r}", node.where, advice))
-    for key, child in node.children.items():
-        _refuse_lists(child, f"{path}.{key}".lstrip("."), result)
 
 
 def _override(result: Composition, key: str, text: str) -> None:
