@@ -7,7 +7,6 @@ ranks, workers and position is here and in `loading/stream.py`.
 from __future__ import annotations
 
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from domainssl.loading.plan import ORDER_VERSION, EpochPlan
 from domainssl.loading.source import Loading, Source
 from domainssl.loading.stream import BlockStream
 from domainssl.modality import Batch, Modality
+from domainssl.pieces import cores
 
 __all__ = ["DomainDataModule"]
 
@@ -295,18 +295,11 @@ class DomainDataModule(Recorded, LightningDataModule):
         workers = loading.workers
         if workers is None:
             processes = trainer.num_devices if trainer is not None else 1
-            cores = max(1, _cores() // processes - 1)
+            own = max(1, cores() // processes - 1)
             pieces = -(-len(source.sizes) // self._world_size)
             small = source.num_bytes / self._world_size < _SMALL_BYTES
-            workers = 0 if small else min(cores, pieces, _MOST_WORKERS)
+            workers = 0 if small else min(own, pieces, _MOST_WORKERS)
         return replace(loading, workers=workers, pin_memory=pin and torch.cuda.is_available())
-
-
-def _cores() -> int:
-    """Return how many cores this process may use; where the system does not tell, all there are."""
-    if hasattr(os, "sched_getaffinity"):  # Linux only
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _from_the_start() -> tuple[int, int]:

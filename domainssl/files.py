@@ -6,12 +6,26 @@ import json
 import os
 import stat
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from domainssl.errors import DataError, DomainSSLError, parsing
 
-__all__ = ["open_regular", "read_json", "read_small", "write_json", "write_text"]
+__all__ = [
+    "PART",
+    "new_file",
+    "open_regular",
+    "read_json",
+    "read_small",
+    "sync_folder",
+    "write_json",
+    "write_text",
+    "write_whole",
+]
+
+PART = ".part-"  # in the names of files that are being written: `.<name>.part-<number>`
 
 _SMALL = 2**26  # bytes of a table, a card or any other file that is read whole
 
@@ -62,11 +76,50 @@ def read_json(path: str | os.PathLike[str], *, kind: type[DomainSSLError] = Data
         return json.loads(text)
 
 
+@contextmanager
+def new_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """Open a hidden file beside `path` that takes its name when the block ends without an error.
+
+    Args:
+        path: Final name; replaced in one step.
+        durable: Wait until content and name are on the disk, so that a power failure cannot
+            leave an empty file under the final name.
+    """
+    hidden = path.with_name(f".{path.name}{PART}{uuid.uuid4().hex}")
+    try:
+        with hidden.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        hidden.replace(path)
+        if durable:
+            sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            hidden.unlink()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_whole(path: Path, content: bytes | memoryview, *, durable: bool = False) -> None:
+    """Write bytes completely or not at all."""
+    with new_file(path, durable=durable) as file:
+        file.write(content)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text under a hidden name first, in UTF-8, and replace the file when it is whole."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    """Write a text in UTF-8, completely or not at all."""
+    write_whole(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, data: object) -> None:

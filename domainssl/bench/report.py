@@ -17,6 +17,7 @@ from io import StringIO
 from typing import Any, Literal
 
 from domainssl.errors import ConfigError, nearest
+from domainssl.pieces import cores
 
 __all__ = [
     "SUBJECTS",
@@ -34,6 +35,7 @@ __all__ = [
 
 SUBJECTS = {
     "stream": "the SSL4EO-S12 stream against bare decoding of the same blocks",
+    "stats": "statistics of a data set against NumPy's mean and std of the same chunks",
     "step": "CROMA's training step against materialised attention with bias tables per item",
     "matmul": "CROMA's training step against its own matrix products run back to back",
     "objectives": "the step of each other objective against its own matrix products",
@@ -234,10 +236,9 @@ def environment(settings: Settings) -> dict[str, Any]:
     device = settings.device
     if device.startswith("cuda"):
         device = f"{device} ({torch.cuda.get_device_name(device)})"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": device,
-        "cpu": f"{cpu_name()}, {cores} cores",
+        "cpu": f"{cpu_name()}, {cores()} cores",
         "threads": torch.get_num_threads(),
         "precision": settings.precision,
         "load": [round(value, 1) for value in os.getloadavg()],

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -16,41 +15,15 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from domainssl.errors import DomainSSLError
+from domainssl.files import PART, new_file, sync_folder
 
 __all__ = ["AtomicCheckpoint", "AtomicCheckpointIO", "CheckpointError"]
 
 logger = logging.getLogger(__name__)
-_PART = ".part-"
 
 
 class CheckpointError(DomainSSLError, OSError):
     """A checkpoint could not be written."""
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes its name only once its content is on the disk."""
-    part = path.with_name(f".{path.name}{_PART}{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync_folder(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # not every file system lets a folder be synchronised
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -74,7 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _whole_file(target) as file:
+            with new_file(target, durable=True) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(_failed(target, error)) from error
@@ -144,7 +117,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.is_global_zero:
-            for part in Path(str(self.dirpath)).glob(f".*{_PART}*"):
+            for part in Path(str(self.dirpath)).glob(f".*{PART}*"):
                 part.unlink(missing_ok=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,12 +153,12 @@ class AtomicCheckpoint(ModelCheckpoint):
         """Give the newest checkpoint its second name in one step."""
         if trainer.is_global_zero:
             target, link = Path(filepath), Path(linkpath)
-            part = link.with_name(f".{link.name}{_PART}{os.getpid()}")
+            part = link.with_name(f".{link.name}{PART}{os.getpid()}")
             _name_again(target, part)
             if link.is_dir() and not link.is_symlink():
                 shutil.rmtree(link)
             part.replace(link)
-            _sync_folder(link.parent)
+            sync_folder(link.parent)
         trainer.strategy.barrier()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from domainssl.callbacks._common import first_items, observing, run_folder
 from domainssl.callbacks._picture import panel
+from domainssl.files import new_file
 from domainssl.modality import Modality, key
 
 __all__ = ["ReconstructionPanels"]
@@ -98,9 +99,8 @@ class ReconstructionPanels(Callback):
         folder = run_folder(trainer) / "panels"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"step_{trainer.global_step:07d}_{name}.png"
-        part = path.with_name(f".{path.name}")
-        Image.fromarray(picture).save(part, format="PNG")
-        part.replace(path)
+        with new_file(path) as file:
+            Image.fromarray(picture).save(file, format="PNG")
         for target in trainer.loggers:
             add_image = getattr(getattr(target, "experiment", None), "add_image", None)
             if add_image is not None:

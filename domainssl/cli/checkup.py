@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import os
 import platform
 import re
 import shutil
@@ -158,8 +157,9 @@ def _extras() -> list[Row]:
 def _devices() -> list[Row]:
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows = [Row("ok", "CPU", f"{cores} cores, {torch.get_num_threads()} threads in torch")]
+    from domainssl.pieces import cores
+
+    rows = [Row("ok", "CPU", f"{cores()} cores, {torch.get_num_threads()} threads in torch")]
     if not torch.cuda.is_available():
         built = torch.version.cuda
         remedy = "Fine for the sample; to train on a GPU check the driver with nvidia-smi."

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Grid", "Moments"]
+__all__ = ["Classes", "Counts", "Grid", "Moments", "Relative"]
 
 Array = np.ndarray[Any, Any]
+
+
+_BITS = 14  # of a float32 that `Relative` drops: 9 of 23 digits of the fraction are left
+_CHUNK = 1 << 19  # values that are counted or copied at a time
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,51 @@ class Grid:
         """Number of classes."""
         return round((self.high - self.low) / self.step) + 1
 
+    @property
+    def centres(self) -> Array:
+        """Centres of the classes, (count,)."""
+        return self.low + self.step * np.arange(self.count)
+
+    def classes(self, x: Array) -> Array:
+        """Return the class of each float64 value, -1 below and `count` above the grid."""
+        found = np.rint((x - self.low) / self.step)
+        return np.clip(found, -1, self.count, out=found).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Relative:
+    """Classes for values of any size, as wide as 1/512 of the power of two below them.
+
+    A class holds the float32 numbers with equal sign, exponent and first 9 digits of the fraction.
+    """
+
+    count: int = 1 << (32 - _BITS)
+    step: str = "1/512 of the value"
+
+    @property
+    def centres(self) -> Array:
+        """Middles of the classes, (count,); those of NaN and infinity are never used."""
+        codes = (np.arange(self.count, dtype=np.uint32) << _BITS) | (1 << (_BITS - 1))
+        bits = np.where(codes >> 31, codes ^ 0x80000000, ~codes).astype(np.uint32)
+        with np.errstate(invalid="ignore"):
+            return bits.view(np.float32).astype(np.float64)
+
+    def classes(self, x: Array) -> Array:
+        """Return the class of each finite value, ascending with the value."""
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        codes = np.where(bits >> 31, ~bits, bits | 0x80000000)
+        return (codes >> _BITS).astype(np.int64)
+
+
+Classes = Grid | Relative
+
 
 class Moments:
     """What is known about the bands of one product so far.
 
     Two of them merge into that of both parts together (Chan, Golub and LeVeque 1979). The result
-    depends on the order of merging in the last digits only, and not at all if it is the same.
+    depends on the order of merging in the last digits only, and not at all if it is the same. The
+    `row` of every piece and the sum of the histograms are therefore kept, and merged at the end.
 
     Args:
         bands: Number of bands C.
@@ -54,7 +97,7 @@ class Moments:
         histogram: int64 (C, classes + 2); the first and last class hold what is outside.
     """
 
-    def __init__(self, bands: int, grid: Grid) -> None:
+    def __init__(self, bands: int, grid: Classes) -> None:
         self.grid = grid
         self.count = 0
         self.total = 0
@@ -65,15 +108,24 @@ class Moments:
         self.histogram = np.zeros((bands, grid.count + 2), np.int64)
 
     @classmethod
-    def measure(cls, values: Array, valid: Array, grid: Grid) -> Moments:
-        """Measure one part.
+    def measure(cls, values: Array, valid: Array, grid: Classes) -> Moments:
+        """Measure one array; 8 and 16 bit numbers are counted, which is exact and faster.
 
         Args:
             values: Physical values of any real type, (C, ...).
             valid: True where a pixel counts, (...).
             grid: Classes of the histogram.
         """
+        if values.dtype.itemsize <= 2 and values[0].size >= _CHUNK:
+            counts = Counts(len(values), values.dtype)
+            counts.add(values, valid)
+            return counts.moments(grid)
         out = cls(len(values), grid)
+        if valid.size > _CHUNK and len(valid) > 1:  # float64 copies of all at once would be large
+            half = len(valid) // 2
+            for part in (slice(half), slice(half, None)):
+                out.merge(cls.measure(values[:, part], valid[part], grid))
+            return out
         out.total = valid.size
         out.count = int(np.count_nonzero(valid))
         if not out.count:
@@ -83,14 +135,14 @@ class Moments:
             x = (plane.reshape(-1) if is_whole else plane[valid]).astype(np.float64)
             out.mean[band] = mean = x.mean()
             out.low[band], out.high[band] = x.min(), x.max()
-            classes = np.rint((x - grid.low) / grid.step)
-            np.clip(classes, -1, grid.count, out=classes)
-            out.histogram[band] = np.bincount(
-                classes.astype(np.int64) + 1, minlength=grid.count + 2
-            )
+            out._count(band, grid.classes(x))
             x -= mean
             out.squares[band] = np.dot(x, x)
         return out
+
+    def _count(self, band: int, classes: Array, times: Array | None = None) -> None:
+        found = np.bincount(classes + 1, times, minlength=self.grid.count + 2)
+        self.histogram[band] += found.astype(np.int64)
 
     def merge(self, other: Moments) -> None:
         """Take in another part."""
@@ -118,7 +170,7 @@ class Moments:
 
         They are centres of classes; outside of the grid, the smallest and the largest value.
         """
-        centres = self.grid.low + self.grid.step * np.arange(self.grid.count)
+        centres = self.grid.centres
         up_to = np.cumsum(self.histogram, axis=1)
         out = np.empty((len(percents), len(self.mean)))
         for row, percent in enumerate(percents):
@@ -131,28 +183,84 @@ class Moments:
                 out[row, band] = min(max(value, self.low[band]), self.high[band])
         return out
 
-    def arrays(self, prefix: str) -> dict[str, Array]:
-        """Return the state as arrays, their names begun with `prefix`."""
-        return {
-            f"{prefix}counts": np.array([self.count, self.total]),
-            f"{prefix}mean": self.mean,
-            f"{prefix}squares": self.squares,
-            f"{prefix}low": self.low,
-            f"{prefix}high": self.high,
-            f"{prefix}histogram": self.histogram,
-        }
+    @property
+    def row(self) -> Array:
+        """Everything but the histogram: count, total, mean, squares, low, high; (2 + 4 C,)."""
+        counts = np.array([self.count, self.total], np.float64)
+        return np.concatenate([counts, self.mean, self.squares, self.low, self.high])
 
     @classmethod
-    def restore(cls, arrays: Mapping[str, Array], prefix: str, grid: Grid) -> Moments:
-        """Return what `arrays` described.
+    def of_rows(cls, rows: Array, histogram: Array, grid: Classes) -> Moments:
+        """Merge pieces in the order of their rows (P, 2 + 4 C), whose histograms are summed up."""
+        out, part = (cls(len(histogram), Grid(0, 0, 1)) for _ in range(2))
+        for row in rows:
+            part.count, part.total = int(row[0]), int(row[1])
+            part.mean, part.squares, part.low, part.high = row[2:].reshape(4, -1)
+            out.merge(part)
+        out.grid, out.histogram = grid, histogram
+        return out
 
-        Raises:
-            KeyError: An array is missing.
-        """
-        mean = arrays[f"{prefix}mean"]
-        out = cls(len(mean), grid)
-        out.count, out.total = (int(n) for n in arrays[f"{prefix}counts"])
-        out.mean, out.squares = mean, arrays[f"{prefix}squares"]
-        out.low, out.high = arrays[f"{prefix}low"], arrays[f"{prefix}high"]
-        out.histogram = arrays[f"{prefix}histogram"]
+    def __getstate__(self) -> dict[str, Any]:
+        """Send a histogram as its used classes: of most bands they are few."""
+        places = np.flatnonzero(self.histogram)
+        sparse = (places, self.histogram.reshape(-1)[places], self.histogram.shape)
+        return {**self.__dict__, "histogram": sparse}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the used classes."""
+        places, times, shape = state["histogram"]
+        histogram = np.zeros(shape, np.int64)
+        histogram.reshape(-1)[places] = times
+        self.__dict__.update(state, histogram=histogram)
+
+
+class Counts:
+    """How often each number of an 8 or 16 bit type occurs, per band.
+
+    Mean, spread, extremes and classes follow from the counts, without another look at the values.
+
+    Args:
+        bands: Number of bands C.
+        dtype: Integers, or float16.
+    """
+
+    def __init__(self, bands: int, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype.newbyteorder("=")
+        self.codes = np.dtype(f"u{dtype.itemsize}")
+        self.counts = np.zeros((bands, 1 << 8 * dtype.itemsize), np.int64)
+        self.total = 0
+
+    def add(self, values: Array, valid: Array) -> None:
+        """Count the valid ones of `values` (C, ...), with `valid` (...)."""
+        self.total += valid.size
+        step = max(1, _CHUNK // max(1, valid[0].size))
+        for start in range(0, len(valid), step):
+            mask = valid[start : start + step]
+            bad = ~mask
+            few = int(np.count_nonzero(bad))
+            for counts, plane in zip(self.counts, values, strict=True):
+                part = plane[start : start + step].astype(self.dtype, copy=False).view(self.codes)
+                if 2 * few > bad.size:
+                    counts += self._count(part[mask])
+                    continue
+                counts += self._count(part.reshape(-1))
+                if few:  # what does not count is taken back, because it is less
+                    counts -= self._count(part[bad])
+
+    def _count(self, codes: Array) -> Array:
+        return np.bincount(codes, minlength=self.counts.shape[1])
+
+    def moments(self, grid: Classes) -> Moments:
+        """Return what the counts say."""
+        out = Moments(len(self.counts), grid)
+        out.total = self.total
+        out.count = int(self.counts[0].sum())
+        numbers = np.arange(self.counts.shape[1], dtype=self.codes).view(self.dtype)
+        for band, counts in enumerate(self.counts if out.count else ()):
+            (used,) = np.nonzero(counts)
+            x, times = numbers[used].astype(np.float64), counts[used]
+            out.mean[band] = mean = np.dot(x, times) / out.count
+            out.low[band], out.high[band] = x.min(), x.max()
+            out.squares[band] = np.dot((x - mean) ** 2, times)
+            out._count(band, grid.classes(x), times)
         return out

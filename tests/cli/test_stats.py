@@ -13,7 +13,7 @@ from domainssl.inspection import statistics as module
 def test_file_of_stats_becomes_the_statistics_of_the_data(cli, folder: Path, sample_root: Path):
     from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
 
-    result = cli("stats", "sample", "--split", "val", "--workers", "0")
+    result = cli("stats", "sample", "--split", "val", "--jobs", "0")
     assert result.status == 0, result.text
     assert "64 locations, 4 dates, in 2 blocks" in result.out
     assert "99 %" in result.out and "s2: S2L2A (dn)" in result.out
@@ -29,20 +29,20 @@ def test_file_of_stats_becomes_the_statistics_of_the_data(cli, folder: Path, sam
 
 def test_interrupted_stats_say_how_to_go_on(cli, folder: Path, sample_root: Path, monkeypatch):
     measured = []
-    original = module._measure_block
+    original = module._measure_piece
 
-    def second_is_interrupted(group, plan):
+    def second_is_interrupted(subject, number):
         if measured:
             raise KeyboardInterrupt
-        measured.append(group.key)
-        return original(group, plan)
+        measured.append(number)
+        return original(subject, number)
 
-    monkeypatch.setattr(module, "_measure_block", second_is_interrupted)
-    stopped = cli("stats", sample_root, "--split", "val", "--workers", "0", "--output", "a.yaml")
+    monkeypatch.setattr(module, "_measure_piece", second_is_interrupted)
+    stopped = cli("stats", sample_root, "--split", "val", "--jobs", "0", "--output", "a.yaml")
     assert stopped.status == 130
     assert "Stopped after 1 of 2 blocks; they are kept in a.yaml.partial" in stopped.out
-    monkeypatch.setattr(module, "_measure_block", original)
-    again = cli("stats", sample_root, "--split", "val", "--workers", "0", "--output", "a.yaml")
+    monkeypatch.setattr(module, "_measure_piece", original)
+    again = cli("stats", sample_root, "--split", "val", "--jobs", "0", "--output", "a.yaml")
     assert again.status == 0
     assert "1 blocks were measured by an earlier call" in again.out
 

@@ -17,10 +17,12 @@ from ssl4eo_files import DATES, SIDE, write_split
 
 from domainssl.errors import ConfigError, DataError
 from domainssl.inspection import statistics as module
-from domainssl.inspection.moments import Grid, Moments
+from domainssl.inspection.moments import Counts, Grid, Moments, Relative
 from domainssl.inspection.statistics import PERCENTS, Plan, measure
+from domainssl.inspection.subjects import OfCatalogue
 from domainssl.io.ssl4eo.layout import scan
 from domainssl.io.ssl4eo.read import read
+from domainssl.pieces import Shard
 
 PRODUCTS = {"s1": "S1GRD", "s2": "S2L2A"}
 FILES = [[0, 1], [2, 3, 4], [5], [6, 7]]
@@ -66,14 +68,14 @@ def check_against_numpy(catalogue, path: Path) -> None:
 
 def test_figures_of_the_sample_equal_numpy(sample_root: Path, tmp_path: Path) -> None:
     catalogue = scan(str(sample_root), "val", PRODUCTS)
-    measure(catalogue, tmp_path / "stats.yaml", Plan(workers=0))
+    measure(OfCatalogue(catalogue), tmp_path / "stats.yaml", Plan(jobs=0))
     check_against_numpy(catalogue, tmp_path / "stats.yaml")
 
 
 def test_figures_do_not_depend_on_the_number_of_processes(catalogue, tmp_path: Path) -> None:
     texts = set()
     for workers in (0, 2, 3):
-        measure(catalogue, tmp_path / "stats.yaml", Plan(workers=workers))
+        measure(OfCatalogue(catalogue), tmp_path / "stats.yaml", Plan(jobs=workers))
         texts.add((tmp_path / "stats.yaml").read_bytes())
     assert len(texts) == 1
     assert os.listdir(tmp_path) == ["stats.yaml"]
@@ -82,7 +84,7 @@ def test_figures_do_not_depend_on_the_number_of_processes(catalogue, tmp_path: P
 def test_interrupted_measurement_goes_on_and_ends_with_the_same_file(
     catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure(catalogue, tmp_path / "whole.yaml", Plan(workers=0))
+    measure(OfCatalogue(catalogue), tmp_path / "whole.yaml", Plan(jobs=0))
     output = tmp_path / "stats.yaml"
     seen: list[str] = []
 
@@ -91,26 +93,82 @@ def test_interrupted_measurement_goes_on_and_ends_with_the_same_file(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(catalogue, output, Plan(workers=2), interrupt)
+        measure(OfCatalogue(catalogue), output, Plan(jobs=2), interrupt)
     assert not output.exists() and (tmp_path / "stats.yaml.partial").is_file()
-    original = module._measure_block
+    original = module._measure_piece
     monkeypatch.setattr(
         module,
-        "_measure_block",
-        lambda group, plan: seen.append(group.key) or original(group, plan),
+        "_measure_piece",
+        lambda subject, number: seen.append(subject.keys[number]) or original(subject, number),
     )
     steps: list[tuple[int, int]] = []
-    found = measure(catalogue, output, Plan(workers=0), lambda *done: steps.append(done))
+    found = measure(OfCatalogue(catalogue), output, Plan(jobs=0), lambda *done: steps.append(done))
     assert (found.resumed, found.blocks) == (2, 4) and steps == [(2, 4), (3, 4), (4, 4)]
     assert seen == [group.key for group in catalogue.groups[2:]]
     assert output.read_bytes() == (tmp_path / "whole.yaml").read_bytes()
     assert not (tmp_path / "stats.yaml.partial").exists()
 
 
+def test_shards_give_the_file_of_one_call_whoever_is_last(catalogue, tmp_path: Path) -> None:
+    subject, output = OfCatalogue(catalogue), tmp_path / "stats.yaml"
+    measure(subject, tmp_path / "whole.yaml", Plan(jobs=0))
+    for number, missing in ((3, ["1/3", "2/3"]), (1, ["2/3"]), (2, [])):
+        assert not output.exists()
+        found = measure(subject, output, Plan(jobs=0, shard=Shard(number, 3)))
+        assert found.missing == missing
+    assert output.read_bytes() == (tmp_path / "whole.yaml").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["stats.yaml", "whole.yaml"]
+
+
+def test_more_shards_than_pieces_end_too(catalogue, tmp_path: Path) -> None:
+    shards = [Shard(i, 6) for i in (5, 6, 1, 2, 3, 4)]
+    for shard in shards:
+        measure(OfCatalogue(catalogue), tmp_path / "stats.yaml", Plan(jobs=0, shard=shard))
+    check_against_numpy(catalogue, tmp_path / "stats.yaml")
+
+
+def test_counted_numbers_equal_numpy_to_the_last_bit_of_float64() -> None:
+    rng = np.random.default_rng(1)
+    whole = rng.integers(-2000, 30_000, (2, 3, 500, 400)).astype(np.int16)
+    decibels = rng.normal(-12, 5, (2, 3, 500, 400)).astype(np.float16)
+    few = rng.random((3, 500, 400)) < 0.1
+    for values, grid in ((whole, Grid(-1000, 32767, 1)), (decibels, Grid(-60, 40, 0.01))):
+        for valid in (np.ones_like(few), few, ~few):
+            counts = Counts(2, values.dtype)
+            counts.add(values, valid)
+            found, kept = counts.moments(grid), values[:, valid].astype(np.float64)
+            assert (found.count, found.total) == (kept.shape[1], valid.size)
+            np.testing.assert_allclose(found.mean, kept.mean(1), rtol=1e-14)
+            np.testing.assert_allclose(found.std, kept.std(1), rtol=1e-13)
+            assert found.low.tolist() == kept.min(1).tolist()
+            assert found.high.tolist() == kept.max(1).tolist()
+            plain = Moments.measure(values.astype(np.float32), valid, grid)
+            assert (found.histogram == plain.histogram).all()
+
+
+def test_values_of_any_size_have_percentiles_to_one_part_in_a_thousand() -> None:
+    rng = np.random.default_rng(2)
+    values = np.concatenate([rng.normal(300, 20, 5000), -rng.lognormal(0, 9, 5000)])[None]
+    found = Moments.measure(values, np.ones(10_000, bool), Relative())
+    exact = np.percentile(values, [1, 30, 50, 75, 99], axis=1, method="inverted_cdf")
+    np.testing.assert_allclose(found.percentiles([1, 30, 50, 75, 99]), exact, rtol=1.01e-3)
+
+
+def test_two_calls_at_once_are_refused(catalogue, tmp_path: Path) -> None:
+    output = tmp_path / "stats.yaml"
+
+    def again(done: int, total: int) -> None:
+        measure(OfCatalogue(catalogue), output, Plan(jobs=0))
+
+    with pytest.raises(ConfigError, match=r"stats.yaml.partial: another process is at work"):
+        measure(OfCatalogue(catalogue), output, Plan(jobs=0), again)
+
+
 KILLED = """
 import os, signal, sys
 import psutil
 from domainssl.inspection.statistics import Plan, measure
+from domainssl.inspection.subjects import OfCatalogue
 from domainssl.io.ssl4eo.layout import scan
 
 def die(done, total):
@@ -120,7 +178,7 @@ def die(done, total):
 
 if __name__ == "__main__":
     catalogue = scan(sys.argv[1], "train", {"s1": "S1GRD", "s2": "S2L2A"})
-    measure(catalogue, sys.argv[2], Plan(workers=2), die)
+    measure(OfCatalogue(catalogue), sys.argv[2], Plan(jobs=2), die)
 """
 
 
@@ -137,7 +195,7 @@ def test_killed_measurement_leaves_no_process_and_goes_on(catalogue, tmp_path: P
     assert len(done.stdout.split()) >= 2
     _, alive = psutil.wait_procs(left, timeout=600)
     assert not alive
-    found = measure(catalogue, output, Plan(workers=0))
+    found = measure(OfCatalogue(catalogue), output, Plan(jobs=0))
     assert (found.resumed, found.blocks) == (2, 4)
     check_against_numpy(catalogue, output)
 
@@ -148,15 +206,15 @@ def stop_after_one(catalogue, output: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure(catalogue, output, Plan(workers=0), interrupt)
+        measure(OfCatalogue(catalogue), output, Plan(jobs=0), interrupt)
 
 
 def test_partial_file_of_another_call_is_refused_until_restart(catalogue, tmp_path: Path) -> None:
     output = tmp_path / "stats.yaml"
     stop_after_one(catalogue, output)
     with pytest.raises(ConfigError, match=r"mask_clouds differ.*--restart"):
-        measure(catalogue, output, Plan(workers=0, mask_clouds=True))
-    found = measure(catalogue, output, Plan(workers=0, mask_clouds=True, restart=True))
+        measure(OfCatalogue(catalogue, mask_clouds=True), output, Plan(jobs=0))
+    found = measure(OfCatalogue(catalogue, True), output, Plan(jobs=0, restart=True))
     assert (found.resumed, found.blocks) == (0, 4)
 
 
@@ -166,7 +224,7 @@ def test_damaged_partial_file_is_named(catalogue, tmp_path: Path) -> None:
     partial = tmp_path / "stats.yaml.partial"
     partial.write_bytes(partial.read_bytes()[:500])
     with pytest.raises(ConfigError, match=r"stats.yaml.partial: not a partial file.*--restart"):
-        measure(catalogue, output, Plan(workers=0))
+        measure(OfCatalogue(catalogue), output, Plan(jobs=0))
 
 
 def test_full_disk_is_an_error_and_leaves_the_last_state(
@@ -176,12 +234,12 @@ def test_full_disk_is_an_error_and_leaves_the_last_state(
     stop_after_one(catalogue, output)
     before = (tmp_path / "stats.yaml.partial").read_bytes()
 
-    def full(self: Path, content: object) -> int:
+    def full(self: Path, target: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(DataError, match=r"No space left on device.*another --output"):
-        measure(catalogue, output, Plan(workers=0))
+        measure(OfCatalogue(catalogue), output, Plan(jobs=0))
     assert (tmp_path / "stats.yaml.partial").read_bytes() == before
     assert os.listdir(tmp_path) == ["stats.yaml.partial"]
 
@@ -197,8 +255,8 @@ def test_unreadable_block_ends_it_or_is_listed(tmp_path: Path) -> None:
     catalogue = scan(str(tmp_path / "data"), "train", PRODUCTS)
     output = tmp_path / "stats.yaml"
     with pytest.raises(DataError, match=r"000002.zarr.zip.*--skip_bad"):
-        measure(catalogue, output, Plan(workers=0))
-    found = measure(catalogue, output, Plan(workers=2, skip_bad=True))
+        measure(OfCatalogue(catalogue), output, Plan(jobs=0))
+    found = measure(OfCatalogue(catalogue), output, Plan(jobs=2, skip_bad=True))
     assert found.resumed == 1  # the choice to skip may be made on the way
     report = yaml.safe_load(output.read_text())
     assert list(report["data"]["skipped"]) == ["ssl4eos12_train_seasonal_data_000002"]
@@ -206,7 +264,7 @@ def test_unreadable_block_ends_it_or_is_listed(tmp_path: Path) -> None:
 
 
 def test_limit_spreads_blocks_over_the_data_set(catalogue, tmp_path: Path) -> None:
-    found = measure(catalogue, tmp_path / "stats.yaml", Plan(workers=0, limit=2))
+    found = measure(OfCatalogue(catalogue), tmp_path / "stats.yaml", Plan(jobs=0, limit=2))
     assert found.blocks == 2
     assert found.moments["s1"].total == (2 + 1) * DATES * SIDE * SIDE  # the first and third file
     with pytest.raises(ConfigError, match="limit: got 0, expected at least 1"):
@@ -215,7 +273,8 @@ def test_limit_spreads_blocks_over_the_data_set(catalogue, tmp_path: Path) -> No
 
 def test_release_b_gives_the_figures_of_release_a(catalogue, tmp_path: Path) -> None:
     write_split(tmp_path / "b", "train", FILES, release="B")
-    measure(scan(str(tmp_path / "b"), "train", PRODUCTS), tmp_path / "b.yaml", Plan(workers=0))
+    other = OfCatalogue(scan(str(tmp_path / "b"), "train", PRODUCTS))
+    measure(other, tmp_path / "b.yaml", Plan(jobs=0))
     check_against_numpy(catalogue, tmp_path / "b.yaml")
 
 
@@ -247,9 +306,10 @@ def test_parts_without_valid_pixels_change_nothing_but_the_total() -> None:
 def test_data_without_a_valid_pixel_are_refused(
     catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = {n: Moments(c, Grid(0, 10, 1)) for n, c in (("s1", 2), ("s2", 12))}
+    facts = OfCatalogue(catalogue).modalities
+    nothing = {n: Moments(len(f.channels), f.classes) for n, f in facts.items()}
     for moments in nothing.values():
         moments.total = 9
-    monkeypatch.setattr(module, "_measure_block", lambda group, plan: nothing)
+    monkeypatch.setattr(module, "_measure_piece", lambda subject, number: nothing)
     with pytest.raises(DataError, match="'s1' has no valid pixel in 4 block"):
-        measure(catalogue, tmp_path / "stats.yaml", Plan(workers=0))
+        measure(OfCatalogue(catalogue), tmp_path / "stats.yaml", Plan(jobs=0))

@@ -23,15 +23,16 @@ def run(argv: list[str]) -> int:
     products = _products(options.products)
     from domainssl.cli.console import console
     from domainssl.inspection.statistics import Plan, measure
+    from domainssl.inspection.subjects import OfCatalogue
     from domainssl.io.ssl4eo.layout import scan
+    from domainssl.pieces import Shard
 
     plan = Plan(
-        options.workers,
+        options.jobs,
         options.limit,
-        options.mask_clouds,
-        options.dn_offset if options.dn_offset == "auto" else int(options.dn_offset),  # type: ignore[arg-type]
         options.skip_bad,
         options.restart,
+        Shard.parse(options.shard),
     )
     screen = console()
     root = options.path
@@ -40,6 +41,8 @@ def run(argv: list[str]) -> int:
 
         root = str(sample_root(products.values()))
     catalogue = scan(root, options.split, products)
+    offset = options.dn_offset if options.dn_offset == "auto" else int(options.dn_offset)
+    subject = OfCatalogue(catalogue, options.mask_clouds, offset)  # type: ignore[arg-type]
     blocks = len(catalogue.groups)
     screen.print(
         f"{catalogue.count} locations, {catalogue.dates} dates, in {blocks} blocks at {root}",
@@ -47,7 +50,7 @@ def run(argv: list[str]) -> int:
     )
     try:
         with _Progress() as shown:
-            found = measure(catalogue, options.output, plan, shown)
+            found = measure(subject, options.output, plan, shown)
     except KeyboardInterrupt:
         screen.print(
             f"Stopped after {shown.done} of {shown.total} blocks; they are kept in "
@@ -57,7 +60,10 @@ def run(argv: list[str]) -> int:
         raise
     if found.resumed:
         screen.print(f"{found.resumed} blocks were measured by an earlier call")
-    _show(screen, found.report(catalogue, plan))
+    if found.missing:
+        screen.print(f"shard {plan.shard} is done; missing: {', '.join(found.missing)}")
+        return 0
+    _show(screen, found.report)
     screen.print(
         f"written to {options.output}; use it with  --data.statistics={options.output}",
         markup=False,
@@ -79,7 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         help="products by modality key (default s1=S1GRD s2=S2L2A)")  # fmt: skip
     add("--split", default="train", help="part of the data (default train)")
     add("--output", default="stats.yaml", help="file to write (default stats.yaml)")
-    add("--workers", type=int, help="processes; 0 for this one alone (default: one per core)")
+    add("--jobs", "--workers", type=int,
+        help="processes; 0 for this one alone (default: one per core)")  # fmt: skip
+    add("--shard", default="1/1", metavar="I/N",
+        help="measure the I-th of N parts; the last call to finish writes OUTPUT")  # fmt: skip
     add("--limit", type=int, help="measure so many blocks only, evenly spread")
     add("--mask_clouds", action="store_true", help="leave out clouds and their shadow too")
     add("--dn_offset", choices=["auto", "0", "1000"], default="auto",

@@ -1,0 +1,251 @@
+"""Work in pieces: who does which, in which order results come back, and what survives a kill.
+
+    with Ledger(path, request, restart=False) as ledger:        # claimed: one process at a time
+        todo = keys[len(ledger.state["done"]):]
+        for key, result in in_order(work, todo, jobs=4):         # results in the order of `todo`
+            ...
+            ledger.save(state, arrays)                          # complete or not there
+
+A `Shard` is the i-th of n parts of the keys, for machines that share nothing but a folder. Neither
+it nor the number of processes changes what is done, only who does it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from domainssl.errors import ConfigError, DataError
+from domainssl.files import write_whole
+
+__all__ = ["Ledger", "Shard", "cores", "in_order", "spread"]
+
+_AHEAD = 2  # pieces under way per process
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def cores() -> int:
+    """Return how many cores this process may use; where the system does not tell, all there are."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """Return `limit` of the items, evenly spread over all; all if None."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The `number`-th of `count` parts of some work, counted from 1."""
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read `2/8`.
+
+        Raises:
+            ConfigError: It is something else.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+        number, count = map(int, found.groups()) if found else (0, 0)
+        if not 1 <= number <= count:
+            raise ConfigError(
+                f"shard: got {text!r}, expected I/N with I from 1 to N, such as 1/4 to 4/4."
+            )
+        return cls(number, count)
+
+    def __str__(self) -> str:
+        """Return the form that `parse` reads."""
+        return f"{self.number}/{self.count}"
+
+    def mine(self, items: Sequence[T]) -> list[T]:
+        """Return every `count`-th item, from the `number`-th on."""
+        return list(items[self.number - 1 :: self.count])
+
+    def all(self) -> list[Shard]:
+        """Return the shards of the same work."""
+        return [Shard(i, self.count) for i in range(1, self.count + 1)]
+
+
+def in_order(
+    work: Callable[[T], R], items: Sequence[T], jobs: int | None
+) -> Generator[tuple[T, R], None, None]:
+    """Yield every item with its result, in the order of the items.
+
+    Args:
+        work: Picklable where there are processes; its errors end the generator.
+        items: What is worked on.
+        jobs: Processes; 0 works in this one, None takes one per core.
+
+    Raises:
+        DataError: A process died.
+    """
+    jobs = min(cores() if jobs is None else jobs, len(items))
+    if jobs <= 1:
+        for item in items:
+            yield item, work(item)
+        return
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(jobs, context, initializer=_follow_the_parent)
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    ahead = deque(items)
+    try:
+        while ahead or waiting:
+            while ahead and len(waiting) < _AHEAD * jobs:
+                waiting.append((ahead[0], pool.submit(work, ahead.popleft())))
+            item, future = waiting.popleft()
+            try:
+                result = future.result()
+            except BrokenProcessPool as error:
+                raise DataError(
+                    f"A process died at or near {item}, most likely for want of memory. What is "
+                    "done so far is kept: call the same again with fewer --jobs; 0 works in this "
+                    "process and shows a crash."
+                ) from error
+            yield item, result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _follow_the_parent() -> None:
+    """Leave interrupts to the parent, and end when it is killed: nobody else would tell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Ledger:
+    """What is done so far, in a file that is replaced as a whole after every piece.
+
+    As a context manager it claims the file: a second process that opens it is refused.
+
+    Args:
+        path: The file.
+        request: Plain data that a file must have been made from to go on with it.
+        restart: Forget what is there.
+
+    Attributes:
+        facts: Plain data last saved, None if nothing is.
+        arrays: Arrays last saved, by name.
+
+    Raises:
+        ConfigError: The file is damaged, made from another request, or in use.
+    """
+
+    def __init__(self, path: Path, request: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.path, self.request = path, dict(request)
+        self.facts: dict[str, Any] | None = None
+        self.arrays: dict[str, np.ndarray[Any, Any]] = {}
+        self._lock = FileLock(f"{path}.lock", timeout=0)
+        self._restart = restart
+
+    def __enter__(self) -> Ledger:
+        """Claim the file and read it."""
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"{self.path}: another process is at work on it. Wait for its end, or choose "
+                "another --output or --shard."
+            ) from error
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        try:
+            if not self._restart:
+                self.load()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the file free."""
+        with suppress(OSError):
+            Path(self._lock.lock_file).unlink()
+        self._lock.release()
+
+    def load(self) -> bool:
+        """Read the file; return False if there is none."""
+        if not self.path.is_file():
+            return False
+        try:
+            with np.load(self.path, allow_pickle=False) as stored:
+                content = json.loads(bytes(stored["facts"]))
+                request, facts = content["request"], content["facts"]
+                arrays = {name: stored[name] for name in stored.files if name != "facts"}
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigError(
+                f"{self.path}: not a partial file of this version ({error}). Delete it, or add "
+                "--restart."
+            ) from error
+        if request != self.request:
+            differing = [k for k in self.request if request.get(k) != self.request[k]]
+            raise ConfigError(
+                f"{self.path}: an earlier call stopped here, but it worked on something else "
+                f"({', '.join(differing)} differ). Call it as before to go on, choose another "
+                "--output, or add --restart to forget it."
+            )
+        self.facts, self.arrays = facts, arrays
+        return True
+
+    def save(self, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Replace the file.
+
+        Raises:
+            DataError: It cannot be written; the last state is still there.
+        """
+        text = json.dumps({"request": self.request, "facts": facts})
+        content = io.BytesIO()
+        np.savez(content, facts=np.frombuffer(text.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+        replace(self.path, content.getbuffer())
+        self.facts, self.arrays = dict(facts), dict(arrays)
+
+
+def replace(path: Path, content: bytes | memoryview) -> None:
+    """Write a result completely or not at all.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> DataError:
+    return DataError(
+        f"{path}: cannot be written ({error.strerror or error}). Choose another --output."
+    )
