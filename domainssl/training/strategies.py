@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+
+from domainssl.training.sharded_folder import check_sharded_folder
 
 __all__ = ["FSDP2Strategy"]
 
@@ -40,3 +43,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Put all devices of all nodes into the data-parallel group."""
         self._data_parallel_size: Any = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint; a folder is looked through before torch unpickles its metadata."""
+        if Path(checkpoint_path).is_dir():
+            check_sharded_folder(Path(checkpoint_path))
+        return super().load_checkpoint(checkpoint_path, weights_only)

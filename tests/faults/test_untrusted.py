@@ -15,6 +15,7 @@ from cli_runs import RECIPE
 from domainssl.cli import main
 from domainssl.errors import DataError
 from domainssl.io.raster.zarr import open_cube
+from domainssl.training.sharded_folder import check_sharded_folder
 
 
 class Evil:
@@ -60,6 +61,52 @@ def test_a_pickled_checkpoint_is_not_exported(folder, capsys, kind):
     assert main(["export", f"--checkpoint={path}", "--output=out"]) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert not (folder / "touched").exists() and not (folder / "out").exists()
+
+
+@pytest.fixture
+def sharded(folder: Path) -> Path:
+    """Return a checkpoint in a folder as torch writes it, with plain values besides tensors."""
+    import torch.distributed.checkpoint as dcp
+
+    path = folder / "here" / "checkpoints" / "last.ckpt"
+    state = {"state_dict": {"a": torch.zeros(3, dtype=torch.bfloat16)}, "optimizer_0": {"lr": 0.1}}
+    dcp.save(state, checkpoint_id=path, no_dist=True)
+    torch.save({"epoch": 1}, path / "meta.pt")
+    return path
+
+
+def test_a_sharded_checkpoint_that_torch_has_written_passes(sharded):
+    check_sharded_folder(sharded)
+
+
+@pytest.mark.parametrize("place", ["metadata", "value", "meta.pt", "outside", "cut", "missing"])
+def test_a_sharded_checkpoint_that_brings_code_is_refused(folder, sharded, capsys, place):
+    evil = Evil(folder / "touched")
+    metadata = pickle.loads((sharded / ".metadata").read_bytes())
+    if place == "metadata":
+        metadata.planner_data = evil
+    elif place == "value":
+        index = next(i for i in metadata.storage_data if i.fqn == "optimizer_0.lr")
+        content = io.BytesIO()
+        torch.save(evil, content)
+        (sharded / "__1_0.distcp").write_bytes(content.getvalue())
+        place_of = metadata.storage_data[index]
+        place_of.relative_path, place_of.offset = "__1_0.distcp", 0
+        place_of.length = len(content.getvalue())
+    elif place == "outside":
+        next(iter(metadata.storage_data.values())).relative_path = "../../outside"
+    elif place == "meta.pt":
+        torch.save(evil, sharded / "meta.pt")
+    (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
+    if place == "cut":
+        (sharded / ".metadata").write_bytes((sharded / ".metadata").read_bytes()[:-40])
+    elif place == "missing":
+        (sharded / ".metadata").unlink()
+    for words in ([f"--ckpt_path={sharded}"], ["--run_dir=here", "--auto_resume"]):
+        assert main(["fit", "--config=tiny.yaml", *words]) == 2
+        error = capsys.readouterr().err
+        assert "last.ckpt" in error and "Traceback" not in error
+    assert not (folder / "touched").exists()
 
 
 @pytest.mark.parametrize(

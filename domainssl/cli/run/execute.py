@@ -57,6 +57,10 @@ def _finished(trainer: Any, path: object) -> str:
 def _execute(run: Any, path: object) -> None:
     from domainssl.distributed import RankError, is_lost_connection
 
+    if path and Path(str(path)).is_dir():  # whatever strategy reads it
+        from domainssl.training.sharded_folder import check_sharded_folder
+
+        check_sharded_folder(Path(str(path)))
     try:
         run.execute()
     except pickle.UnpicklingError as error:
@@ -73,6 +77,15 @@ def _execute(run: Any, path: object) -> None:
                 "killed it, most often for want of memory. Resume with --auto_resume."
             ) from error
         raise
+    except BaseException as error:
+        if path and _is_of_shards(error):
+            raise WeightsError(_incomplete(path)) from error
+        raise
+
+
+def _is_of_shards(error: BaseException) -> bool:
+    """Return whether torch could not read a checkpoint in a folder: no `Exception` of its own."""
+    return type(error).__name__ == "CheckpointException"
 
 
 def _end_ranks(trainer: Any) -> None:
