@@ -160,6 +160,8 @@ class FolderStore:
                     content = file.read(limit + 1)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
+        except DataError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
         if len(content) > limit:
@@ -182,6 +184,8 @@ class FolderStore:
                 return file.read(size)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
+        except DataError:
+            raise
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read at offset {offset} ({error})") from error
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, BinaryIO, TypeVar, cast
 
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, DataError, nearest
 
 __all__ = ["Remote", "Retry", "StoreError"]
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _BUFFER = 2**16
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_ABSENT = (404, 410)
 _STATUS = (408, 425, 429)  # of the 4xx, those that may pass; of the others all 5xx
 _CLIENTS = ("aiohttp", "botocore", "gcsfs", "urllib3", "requests", "azure")
 
@@ -39,18 +41,26 @@ class Retry:
         first_wait_s: Pause after the first failure.
         factor: How much longer every further pause is.
         longest_wait_s: Limit of a pause.
+        timeout_s: How long one request may go without an answer; clients of asynchronous file
+            systems (HTTP, S3, Google, Azure) are ended then.
     """
 
     attempts: int = 5
     first_wait_s: float = 0.5
     factor: float = 2.0
     longest_wait_s: float = 30.0
+    timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.first_wait_s < 0 or self.factor < 1 or self.longest_wait_s < 0:
+        numbers = [getattr(self, field.name) for field in fields(self)]
+        is_number = all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        if not is_number or not isinstance(self.attempts, int) or self.attempts < 1 or (
+            self.first_wait_s < 0 or self.factor < 1 or self.longest_wait_s < 0
+            or self.timeout_s <= 0
+        ):  # fmt: skip
             raise ConfigError(
                 f"data.init_args.storage_options.retry: got {self}, expected attempts >= 1, "
-                "factor >= 1 and pauses of at least 0 seconds."
+                "factor >= 1, pauses of at least 0 seconds and a time-out above 0."
             )
 
     @classmethod
@@ -58,6 +68,13 @@ class Retry:
         """Return a policy from its arguments; None means the usual one."""
         if isinstance(value, Retry):
             return value
+        names = [field.name for field in fields(cls)]
+        for name in value or {}:
+            if not isinstance(value, Mapping) or name not in names:
+                raise ConfigError(
+                    f"data.init_args.storage_options.retry: unknown entry {name!r}, known are "
+                    f"{', '.join(names)}.{nearest(name, names)}"
+                )
         return cls(**dict(value or {}))
 
     def waits(self) -> Iterator[float]:
@@ -85,9 +102,12 @@ class Retry:
         for attempt in range(1, self.attempts + 1):
             try:
                 return action()
-            except (FileNotFoundError, IsADirectoryError):
+            except IsADirectoryError:
                 raise
-            except Exception as error:
+            except Exception as failure:
+                error = _reason(failure)
+                if isinstance(error, FileNotFoundError):
+                    raise
                 if not _is_of_the_store(error):
                     raise
                 if not _may_pass(error):
@@ -119,6 +139,22 @@ def _status(error: BaseException) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def _reason(error: Exception) -> Exception:
+    """Return why a request failed: file systems call any failure a missing file.
+
+    The answer of the server is then the cause of the error; only 404 and 410 say that there is no
+    such file.
+    """
+    if not isinstance(error, FileNotFoundError):
+        return error
+    cause = error.__cause__
+    while isinstance(cause, FileNotFoundError):
+        cause = cause.__cause__
+    if not isinstance(cause, Exception) or _status(cause) in _ABSENT:
+        return error
+    return cause if _is_of_the_store(cause) else error
 
 
 def _is_of_the_store(error: Exception) -> bool:
@@ -161,31 +197,50 @@ class Remote:
                 raise
             raise DataError(f"{url}: no file system for this kind of URL ({error})") from error
         self._path = str(inner)
+        names = self._fs.protocol
+        self._is_http = "http" in ((names,) if isinstance(names, str) else names)
 
-    def _is(self, kind: str, ask: Callable[[str], bool]) -> bool:
+    def _ask(self, name: str, *arguments: Any, **more: Any) -> Any:
+        """Call a method of the file system, for `timeout_s` seconds where it can be ended."""
+        from fsspec.asyn import AsyncFileSystem, sync
+
+        method = getattr(self._fs, f"_{name}", None)
+        if isinstance(self._fs, AsyncFileSystem) and method is not None:
+            limit = self.retry.timeout_s
+            return sync(self._fs.loop, method, *arguments, timeout=limit, **more)
+        return getattr(self._fs, name)(*arguments, **more)
+
+    def _is(self, kind: str) -> bool:
         def asked() -> bool:
-            if ask(self._path):
-                return True
-            try:  # file systems answer "no" when they could not ask; `info` tells the difference
-                return bool(self._fs.info(self._path)["type"] == kind)
-            except FileNotFoundError:
-                return False
+            try:
+                facts = self._ask("info", self._path)
+            except FileNotFoundError as error:
+                if _reason(error) is not error:
+                    raise
+                # a prefix of an object store may have no entry of its own
+                return kind == "directory" and not self._is_http and self._ask("isdir", self._path)
+            if not self._is_http:
+                return bool(facts["type"] == kind)
+            # over HTTP everything is a file, and a listing is a page of links
+            is_page = facts.get("mimetype") == "text/html"
+            is_listing = is_page and self._ask("isdir", self._path)
+            return bool(is_listing) == (kind == "directory")
 
         return self.retry.call(asked, self.url)
 
     def is_folder(self) -> bool:
         """Return whether a folder lies there."""
-        return self._is("directory", self._fs.isdir)
+        return self._is("directory")
 
     def is_file(self) -> bool:
         """Return whether a file lies there."""
-        return self._is("file", self._fs.isfile)
+        return self._is("file")
 
     def size(self) -> int:
         """Return the size of the file in bytes."""
 
         def asked() -> int:
-            size = self._fs.size(self._path)
+            size = self._ask("info", self._path).get("size")
             if size is None:
                 raise DataError(f"{self.url}: the store does not say how large the file is")
             return int(size)
@@ -194,25 +249,25 @@ class Remote:
 
     def names(self) -> list[str]:
         """Return the sorted names in the folder."""
-        found = self.retry.call(lambda: self._fs.ls(self._path, detail=False), self.url)
+        found = self.retry.call(lambda: self._ask("ls", self._path, detail=False), self.url)
         names = (str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found)
         return sorted(name for name in names if name)
 
     def find(self) -> list[str]:
         """Return the relative paths of all files below the folder."""
         inner = self._path.rstrip("/")
-        found = self.retry.call(lambda: self._fs.find(inner), self.url)
+        found = self.retry.call(lambda: self._ask("find", inner), self.url)
         return [str(path)[len(inner) :].lstrip("/") for path in found]
 
     def content(self) -> bytes:
         """Return the whole file."""
-        return self.retry.call(lambda: cast(bytes, self._fs.cat_file(self._path)), self.url)
+        return self.retry.call(lambda: cast(bytes, self._ask("cat_file", self._path)), self.url)
 
     def part(self, offset: int, size: int) -> bytes:
         """Return exactly `size` bytes from `offset` on."""
 
         def asked() -> bytes:
-            data = bytes(self._fs.cat_file(self._path, start=offset, end=offset + size))
+            data = bytes(self._ask("cat_file", self._path, start=offset, end=offset + size))
             return self._complete(data, offset, size)
 
         return self.retry.call(asked, self.url)
@@ -227,7 +282,7 @@ class Remote:
             ends = [sum(ranges[i]) for i in open_]
             paths = [self._path] * len(open_)
             failed: list[Exception] = []
-            answers = self._fs.cat_ranges(paths, starts, ends, on_error="return")
+            answers = self._ask("cat_ranges", paths, starts, ends, on_error="return")
             for i, answer in zip(open_, answers, strict=True):
                 try:
                     if isinstance(answer, Exception):
@@ -245,7 +300,13 @@ class Remote:
         if len(data) == size:
             return data
         text = f"{len(data)} bytes at offset {offset} where {size} belong"
-        whole = self._fs.size(self._path)
+        whole = self._ask("info", self._path).get("size")
+        if self._is_http and len(data) > size:
+            raise DataError(
+                f"{self.url}: the server sends the whole file where a part is asked for (it does "
+                f"not support Range requests): {text}. Copy the files to a local disk, or serve "
+                "them with a server that does."
+            )
         if whole is not None and offset + size > whole:
             raise DataError(f"{self.url}: truncated, {text}; the file has {whole} bytes in all")
         raise _ShortAnswerError(text)
