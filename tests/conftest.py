@@ -31,7 +31,11 @@ def pytest_unconfigure() -> None:
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Point DOMAINSSL_CACHE, here and in child processes, to a folder of this session."""
     before = os.environ.get("DOMAINSSL_CACHE")
-    folder = tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers build a sample once, as processes of users
+        base = base.parent
+    folder = base / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ["DOMAINSSL_CACHE"] = str(folder)
     yield folder
     if before is None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+FIRST = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+PAGES = [*FIRST, *sorted((REPOSITORY / "docs").rglob("*.md"))]
 # The line before a block of Python that needs what is not here (data, a GPU, a finished run).
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 

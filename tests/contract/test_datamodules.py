@@ -101,12 +101,12 @@ def test_epochs_and_seeds_differ_and_can_be_repeated(
     recipe: str, data: DomainDataModule, epoch: list[dict[str, Any]]
 ) -> None:
     data.epoch = 1
-    assert not _equal(list(data.train_dataloader()), epoch)
+    assert not _equal([next(iter(data.train_dataloader()))], epoch[:1])
     data.epoch = 0
     assert _equal(list(data.train_dataloader()), epoch)
     seed = build_data(recipe, loading={"workers": 0}, seed=data.seed + 1)
     seed.setup("fit")
-    assert not _equal(list(seed.train_dataloader()), epoch)
+    assert not _equal([next(iter(seed.train_dataloader()))], epoch[:1])
 
 
 def test_held_out_items_are_the_same_every_time_and_not_trained_on(
@@ -171,7 +171,14 @@ def uninterrupted(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> list
     return steps
 
 
-@pytest.mark.parametrize(("workers", "stop"), [(0, 2), (0, 6), (2, 4)])
+@pytest.mark.parametrize(
+    ("workers", "stop"),
+    [
+        pytest.param(0, 2, marks=pytest.mark.slow),
+        pytest.param(0, 6, marks=pytest.mark.slow),
+        (2, 4),
+    ],
+)
 def test_a_resumed_run_goes_on_bit_for_bit(
     recipe: str, uninterrupted: list[Any], tmp_path: Path, workers: int, stop: int
 ) -> None:

@@ -50,6 +50,7 @@ def stop(finished: Finished) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_call_that_was_stopped_is_taken_up_and_writes_the_page(folder, capsys):
     (folder / "hold_1").touch()
     both = [Run(folder / "tiny.yaml", seed) for seed in (0, 1)]
