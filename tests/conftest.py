@@ -32,7 +32,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Point DOMAINSSL_CACHE, here and in child processes, to a folder of this session."""
     before = os.environ.get("DOMAINSSL_CACHE")
     base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers build a sample once, as processes of users
+    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers together build a sample once
         base = base.parent
     folder = base / "cache"
     folder.mkdir(exist_ok=True)

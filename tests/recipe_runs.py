@@ -20,11 +20,11 @@ def _holds(criterion: Criterion) -> bool:
     return criterion.found >= bound
 
 
-def train(folder: Path, recipe: Path, seed: int = 0) -> Outcome:
-    """Run a recipe on the CPU and return what its evaluation found at the end."""
+def train(folder: Path, recipe: Path, seed: int = 0, *more: str) -> Outcome:
+    """Run a recipe on the CPU and return what its evaluation found at the end; `more` overrides."""
     words = ["fit", "--config", str(recipe), f"--run_dir={folder}", "--trainer.accelerator=cpu"]
     words += [f"--seed_everything={seed}", f"--model.seed={seed}", f"--data.seed={seed}"]
-    assert main(words) == 0
+    assert main([*words, *more]) == 0
     return read_outcome(folder)
 
 
@@ -32,9 +32,9 @@ def assert_learned(outcome: Outcome) -> None:
     """Assert every criterion of learning with room for a bad seed, and list those that are missed.
 
     The page `docs/learning.md` judges by the bounds themselves. Over its seeds, R@1 of some recipes
-    spreads by half of what it exceeds the bound by, and rounding that differs between processors
-    acts like another seed. A test therefore asks for half of the bound of retrieval, 5 times chance,
-    and takes 3 points off that of a probe.
+    spreads by as much as it exceeds the bound by, and rounding that differs between processors acts
+    like another seed. A test therefore asks for half of the bound of retrieval, which is 5 times
+    chance, and takes 3 points off that of a probe.
     """
     criteria = outcome.criteria()
     missed = [str(criterion) for criterion in criteria if not _holds(criterion)]

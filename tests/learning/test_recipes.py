@@ -18,6 +18,17 @@ def test_recipes_are_found_and_those_tested_elsewhere_exist():
     assert all((here / f"test_{name}.py").is_file() for name in COVERED)
 
 
+def test_the_recipe_that_learns_soonest_has_learned_after_two_thirds_of_it(tmp_path):
+    short = ["--trainer.max_epochs=40", "--trainer.check_val_every_n_epoch=40"]
+    quiet = ["--callbacks.panels=null", "--callbacks.evaluation.every_n_epochs=40"]
+    outcome = train(tmp_path / "run", RECIPES / "ssl4eo_simclr.yaml", 0, *short, *quiet)
+    assert outcome.items == 64 and outcome.contrastive and len(outcome.criteria()) == 8
+    assert_learned(outcome)
+    for name in ("s1", "s2", "joint"):  # labels are hidden from band statistics and random weights
+        assert outcome.metrics[f"val/raw/probe/{name}"] <= 0.5
+        assert outcome.metrics[f"val/untrained/probe/{name}"] <= 0.65
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", [p for p in FOUND if p.stem not in COVERED], ids=lambda p: p.stem

@@ -14,6 +14,7 @@ from recipe_runs import RECIPES, assert_learned, train
 from domainssl.matrix.runs import Outcome
 
 RECIPE = RECIPES / "ssl4eo_croma.yaml"
+pytestmark = pytest.mark.slow  # the fast suite trains the recipe that learns soonest
 REPRESENTATIONS = ("s1", "s2", "joint")
 DIRECTIONS = ("s12s2", "s22s1")
 
@@ -36,13 +37,11 @@ def test_labels_of_the_sample_are_hidden_from_band_statistics_and_untrained_back
         assert trained.metrics[f"val/untrained/probe/{name}"] <= 0.65
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_recipe_learns_whatever_the_seed(sample_root, tmp_path, seed):
     assert_learned(train(tmp_path / "run", RECIPE, seed))
 
 
-@pytest.mark.slow
 def test_shuffled_pairs_bring_no_gain(sample_root, tmp_path):
     text = RECIPE.read_text()
     assert text.count("class_path: SSL4EOS12DataModule") == 1
