@@ -9,16 +9,29 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from domainssl.api import build, list_datamodules, list_objectives
     from domainssl.backbones.card import export_backbone
     from domainssl.backbones.registry import list_backbones, load_backbone
     from domainssl.modality import Modality
 
-__all__ = ["Modality", "__version__", "export_backbone", "list_backbones", "load_backbone"]
+__all__ = [
+    "Modality",
+    "__version__",
+    "build",
+    "export_backbone",
+    "list_backbones",
+    "list_datamodules",
+    "list_objectives",
+    "load_backbone",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Modality": "domainssl.modality",
+    "build": "domainssl.api",
+    "list_datamodules": "domainssl.api",
+    "list_objectives": "domainssl.api",
     "export_backbone": "domainssl.backbones.card",
     "list_backbones": "domainssl.backbones.registry",
     "load_backbone": "domainssl.backbones.registry",

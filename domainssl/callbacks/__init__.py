@@ -1,1 +1,13 @@
-"""What watches a run: progress, speed, checkpoints, pictures, evaluation and a summary."""
+"""Callbacks of training runs: `from domainssl.callbacks import OnlineEvaluation`."""
+
+from __future__ import annotations
+
+from domainssl.lazy import exported, lazily
+
+
+def __getattr__(name: str) -> object:
+    return lazily(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(exported(__name__))

@@ -1,1 +1,13 @@
 """Pure functions that judge features: neighbours, probes, retrieval, spread."""
+
+from __future__ import annotations
+
+from domainssl.lazy import exported, lazily
+
+
+def __getattr__(name: str) -> object:
+    return lazily(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(exported(__name__))

@@ -1,1 +1,13 @@
-"""Losses: pure functions on tensors, in float32 under any autocast."""
+"""Losses: pure functions on tensors, `from domainssl.losses import info_nce`."""
+
+from __future__ import annotations
+
+from domainssl.lazy import exported, lazily
+
+
+def __getattr__(name: str) -> object:
+    return lazily(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(exported(__name__))

@@ -1,1 +1,13 @@
-"""Pretraining methods, one file each; `base.py` holds what they share."""
+"""The pretraining methods, one file each: `from domainssl.objectives import CROMA`."""
+
+from __future__ import annotations
+
+from domainssl.lazy import exported, lazily
+
+
+def __getattr__(name: str) -> object:
+    return lazily(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(exported(__name__))
