@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,6 +50,16 @@ class FakeSource:
             bytes_needed=len(piece),
             bad={i: f"item {v} is damaged." for i, v in enumerate(index) if v in self.bad_items},
         )  # fmt: skip
+
+
+class SleepingSource(FakeSource):
+    """Prints the process that reads, and never comes back."""
+
+    def load(self, piece: Piece, epoch: int) -> Rows:
+        sys.stdout.write(f"{os.getpid()}\n")
+        sys.stdout.flush()
+        threading.Event().wait()
+        raise AssertionError
 
 
 class LargeSource(FakeSource):

@@ -74,6 +74,9 @@ def _write_pair(contents: dict[Path, bytes]) -> None:
     card, is taken away for the moment in which the others change.
     """
     hidden = {path: path.with_name(f".{path.name}.{uuid4().hex}.tmp") for path in contents}
+    for path in contents:  # what a killed export has left
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):
+            stale.unlink(missing_ok=True)
     try:
         for path, content in contents.items():
             with hidden[path].open("wb") as file:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from domainssl.errors import DomainSSLError
+from domainssl.errors import ConfigError, DomainSSLError
 from domainssl.files import PART, new_file, sync_folder
+from domainssl.training._lightning import is_last_batch, validation_follows
 
 __all__ = ["AtomicCheckpoint", "AtomicCheckpointIO", "CheckpointError"]
 
@@ -24,6 +27,16 @@ logger = logging.getLogger(__name__)
 
 class CheckpointError(DomainSSLError, OSError):
     """A checkpoint could not be written."""
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(_failed(target, error)) from error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,23 +58,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        try:
+        with _explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(target, durable=True) as file:
+            with new_file(target, durable=True) as file, _explained(target):
                 torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(_failed(target, error)) from error
+                file.flush()  # what fails is told with the space that the half file leaves
+                os.fsync(file.fileno())
 
 
 def _failed(path: Path, error: BaseException) -> str:
+    reason = _of_the_system(error)
     with suppress(OSError):
         free = shutil.disk_usage(path.parent).free / 1e6
         return (
-            f"Checkpoint {str(path)!r} was not written: {error}. {free:.0f} MB are free there. "
+            f"Checkpoint {str(path)!r} was not written: {reason}. {free:.0f} MB were free there. "
             "Nothing is left of it and earlier checkpoints are untouched; make room (or point "
             "run_dir elsewhere) and resume with --ckpt_path last."
         )
-    return f"Checkpoint {str(path)!r} was not written: {error}. Its folder cannot be used."
+    return f"Checkpoint {str(path)!r} was not written: {reason}. Its folder cannot be used."
+
+
+def _of_the_system(error: BaseException) -> str:
+    """Return what the system said: torch puts a position in its archive in the place of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
 
 
 class AtomicCheckpoint(ModelCheckpoint):
@@ -87,10 +111,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         keep: int = 2,
         save_on_exception: bool = False,
     ) -> None:
-        if keep == 0 or keep < -1:
-            raise ValueError(
-                f"AtomicCheckpoint.keep: got {keep}, expected 1 or more, or -1 for all."
-            )
+        _check_counts(keep, every_n_epochs, every_n_train_steps)
         super().__init__(
             dirpath=dirpath,
             filename="step_{step:07d}",
@@ -105,6 +126,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         )
         self.keep = keep
         self._epochs_between = every_n_epochs
+        self._is_overdue = False  # a checkpoint that waits for the end of a validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder, make writing atomic and clear what a crash left."""
@@ -120,25 +142,55 @@ class AtomicCheckpoint(ModelCheckpoint):
             for part in Path(str(self.dirpath)).glob(f".*{PART}*"):
                 part.unlink(missing_ok=True)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save after every n-th step, and what SIGTERM leaves the time for.
+
+        Where a validation follows, the checkpoint waits for its end: a run that goes on with one
+        from before would take the validation for done.
+        """
+        every = self._every_n_train_steps
+        is_due = every > 0 and trainer.global_step % every == 0
+        if validation_follows(trainer):
+            self._is_overdue |= is_due
+        elif is_due or _is_terminated(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what has waited for a validation within an epoch."""
+        if (self._is_overdue or _is_terminated(trainer)) and not is_last_batch(trainer):
+            self._save(trainer)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the end of an epoch, besides the interval in steps."""
         every = self._epochs_between
-        if (
-            every < 1
-            or (trainer.current_epoch + 1) % every
-            or self._should_skip_saving_checkpoint(trainer)
-        ):
-            return
-        candidates = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
+        is_due = every > 0 and (trainer.current_epoch + 1) % every == 0
+        if is_due or self._is_overdue or _is_terminated(trainer):
+            self._save(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save on an interruption; after an error of ours the state is not worth saving."""
-        if not isinstance(exception, DomainSSLError):
+        """Save on an interruption; after an error of ours the state is not worth saving.
+
+        SIGTERM in a validation leaves the checkpoint before it, from which it is done anew.
+        """
+        if isinstance(exception, SIGTERMException):
+            if trainer.world_size == 1 and not trainer.validating:
+                self._save(trainer)
+        elif not isinstance(exception, DomainSSLError):
             super().on_exception(trainer, pl_module, exception)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        self._is_overdue = False
+        for target in trainer.loggers:  # what was logged before belongs to the checkpoint
+            target.save()
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -160,6 +212,25 @@ class AtomicCheckpoint(ModelCheckpoint):
             part.replace(link)
             sync_folder(link.parent)
         trainer.strategy.barrier()
+
+
+def _check_counts(keep: int, every_n_epochs: int, every_n_train_steps: int) -> None:
+    """Refuse what is no number of files or no interval."""
+    if keep == 0 or keep < -1:
+        raise ConfigError(f"AtomicCheckpoint.keep: got {keep}, expected 1 or more, or -1 for all.")
+    for name, every in (
+        ("every_n_epochs", every_n_epochs),
+        ("every_n_train_steps", every_n_train_steps),
+    ):
+        if every < 0:
+            raise ConfigError(
+                f"AtomicCheckpoint.{name}: got {every}, expected 1 or more, or 0 for never."
+            )
+
+
+def _is_terminated(trainer: Trainer) -> bool:
+    """Tell whether SIGTERM came; other ranks may not know yet, and saving takes all of them."""
+    return trainer.received_sigterm and trainer.world_size == 1
 
 
 def _name_again(target: Path, name: Path) -> None:

@@ -65,7 +65,6 @@ class OnlineEvaluation(Callback):
         self.stop_on_collapse = stop_on_collapse
         self.baseline: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
-        self._items = self._classes = 0
         self._evaluated_at = -1
         self._parts: list[tuple[list[str], dict[str, Tensor]]] = []
         self._count = 0
@@ -74,12 +73,18 @@ class OnlineEvaluation(Callback):
     # -- before training ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Keep the baseline: a resumed run has no untrained backbone to measure."""
-        return {"baseline": dict(self.baseline)}
+        """Keep the baseline, which a resumed run cannot measure, and the values for the table."""
+        return {
+            "baseline": dict(self.baseline),
+            "metrics": dict(self.metrics),
+            "evaluated_at": self._evaluated_at,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the baseline."""
+        """Restore the baseline and the last values."""
         self.baseline = dict(state_dict["baseline"])
+        self.metrics = dict(state_dict.get("metrics", {}))
+        self._evaluated_at = int(state_dict.get("evaluated_at", -1))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the backbone before training, and the raw statistics."""
@@ -236,11 +241,11 @@ class OnlineEvaluation(Callback):
             return
         names = tuple(module.backbone.modalities)
         self.metrics = _on_first_rank(lambda: measure(found, names, "val/", self.per_class))
-        self._items = len(next(iter(found.present.values())))
-        self._classes = 0
+        items = len(next(iter(found.present.values())))
+        classes = 0
         if has_classes(found.labels):
             assert found.labels is not None
-            self._classes = len(torch.unique(found.labels))
+            classes = len(torch.unique(found.labels))
         elif not self._has_noted and trainer.is_global_zero:
             self._has_noted = True
             console_of(trainer).print(
@@ -248,7 +253,7 @@ class OnlineEvaluation(Callback):
                 "out, retrieval, spread and rank are reported"
             )
         # chance of retrieval and of the probe is one over these
-        self.metrics |= {"val/items": float(self._items), "val/classes": float(self._classes)}
+        self.metrics |= {"val/items": float(items), "val/classes": float(classes)}
         self._evaluated_at = trainer.global_step
         self._warn_of_collapse(trainer)
 
@@ -279,7 +284,8 @@ class OnlineEvaluation(Callback):
             return
         console = console_of(trainer)
         both = {**self.metrics, **self.baseline}
-        console.print(table(both, self._items, self._classes, self.per_class))
+        items, classes = (int(self.metrics[f"val/{what}"]) for what in ("items", "classes"))
+        console.print(table(both, items, classes, self.per_class))
         console.print(verdict(both), markup=False)
 
 

@@ -42,14 +42,14 @@ class ExportBackbone(Callback):
         module.check_finite()
         backbone = _gathered(module.backbone)
         if trainer.is_global_zero:
-            self.written = self.target(trainer)
-            export_backbone(
+            card = export_backbone(
                 backbone,
-                self.written,
+                self.target(trainer),
                 licence=self.licence,
                 provenance=_provenance(trainer, module),
                 overwrite=True,
             )
+            self.written = card.parent
         trainer.strategy.barrier("export")
 
 

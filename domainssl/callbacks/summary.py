@@ -9,6 +9,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.markup import escape
 
 from domainssl.arguments import class_of
@@ -17,6 +18,9 @@ from domainssl.callbacks.export import ExportBackbone
 from domainssl.callbacks.progress import describe_metrics
 
 __all__ = ["Summary"]
+
+
+_CAUSES = {SIGTERMException: "SIGTERM", KeyboardInterrupt: "interrupt"}
 
 
 class Summary(Callback):
@@ -42,7 +46,8 @@ class Summary(Callback):
         """Say where an interrupted run can go on."""
         if not trainer.is_global_zero or not self._began:
             return
-        lines = [("stopped", f"{type(exception).__name__} after step {trainer.global_step}")]
+        cause = _CAUSES.get(type(exception), type(exception).__name__)
+        lines = [("stopped", f"{cause} after step {trainer.global_step}")]
         last = _last_checkpoint(trainer)
         if last is not None:
             lines.append(("resume", f"the same command with --ckpt_path {_short(last)}"))
@@ -83,7 +88,8 @@ def summarize(
     metrics = describe_metrics(trainer.callback_metrics)
     if metrics:
         lines.append(("result", metrics))
-    lines.append(("run", _short(run_folder(trainer))))
+    if run_folder(trainer).exists():
+        lines.append(("run", _short(run_folder(trainer))))
     last = _last_checkpoint(trainer)
     if last is not None:
         lines.append(("", f"checkpoint {_short(last)}  (resume with --ckpt_path)"))
@@ -93,10 +99,10 @@ def summarize(
 
 def _how_to_load(trainer: Trainer) -> list[tuple[str, str]]:
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    exports = [c for c in callbacks if isinstance(c, ExportBackbone) and c.written]
-    if not exports or exports[0].written is None:
+    written = [c.written for c in callbacks if isinstance(c, ExportBackbone) and c.written]
+    if not written or not written[0].exists():
         return []
-    folder = _short(exports[0].written)
+    folder = _short(written[0])
     return [
         ("backbone", f"{folder}  (backbone.safetensors, backbone.json)"),
         ("load it", "import torch"),
@@ -118,9 +124,11 @@ def _last_checkpoint(trainer: Trainer) -> Path | None:
 
 def _logger_line(logger: Logger) -> str:
     folder = logger.log_dir if hasattr(logger, "log_dir") else logger.save_dir
-    if type(logger).__name__ == "TensorBoardLogger" and folder:
+    if not folder or not Path(folder).exists():
+        return ""
+    if type(logger).__name__ == "TensorBoardLogger":
         return f"curves     tensorboard --logdir {_short(Path(folder))}"
-    if type(logger).__name__ == "CSVLogger" and folder:
+    if type(logger).__name__ == "CSVLogger" and (Path(folder) / "metrics.csv").exists():
         return f"metrics    {_short(Path(folder) / 'metrics.csv')}"
     return ""
 

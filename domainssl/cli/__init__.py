@@ -10,6 +10,7 @@ import ast
 import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = ["main", "verb_table"]
 
 _ORDER = ("fit", "validate", "test", "predict", "recipes", "inspect", "stats", "export", "doctor")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_TERMINATED = 128 + signal.SIGTERM
 _FOLDER = Path(__file__).parent / "verbs"
 
 
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0 on success, 2 when something has to be corrected by the user, 1 for any other
-        failure, 130 after an interrupt.
+        failure, 130 after an interrupt, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -81,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
         _complain("Interrupted.")
         return 130
     except SystemExit as stop:  # argparse and jsonargparse leave this way after --help
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, without a status of its own
+            _complain("Terminated by SIGTERM.")
+            return _TERMINATED
         return stop.code if isinstance(stop.code, int) else 2 if stop.code else 0
     except Exception as error:
         if debug:

@@ -10,6 +10,9 @@ the number of workers or their start method.
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -29,10 +32,50 @@ from domainssl.loading.plan import EpochPlan, Piece
 from domainssl.loading.source import Loading, Rows, Source
 from domainssl.modality import Batch, collate
 
-__all__ = ["BlockStream", "Loading", "Rows", "Source", "empty"]
+__all__ = ["BlockStream", "Loading", "Rows", "Source", "dead_worker", "empty"]
 
 _log = logging.getLogger(__name__)
 _DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
+_LOOK_AGAIN_S = 1.0  # for the case that another process holds the pipe of the main one open
+
+
+def dead_worker(error: BaseException, split: str | None = None) -> DataError | None:
+    """Return what the death of a data worker means, None for an error of another kind.
+
+    Under `fork` and `spawn` torch's handler of SIGCHLD raises it in whatever the main process
+    happens to do, outside the stream as well.
+
+    Args:
+        error: What was raised.
+        split: The data of the worker, where that is known.
+    """
+    if split is None and not any(text in str(error) for text in _DEAD_WORKER):
+        return None
+    return DataError(
+        f"A worker process of the {split + ' ' if split else ''}data died while reading ({error}). "
+        "The usual reasons are too little memory or shared memory (/dev/shm) and a "
+        "crash in a decoder. Lower data.init_args.loading.workers, prefetch or "
+        "window_blocks; workers: 0 reads in the main process and shows the crash."
+    )
+
+
+def _end_with_main_process(worker: int) -> None:
+    """Watch the main process from a worker, and end as soon as it is gone.
+
+    torch looks for its parent every five seconds while a worker has nothing to do; under
+    `forkserver` that parent is another process.
+    """
+    main = multiprocessing.parent_process()
+    if main is None:
+        return
+    parent, sentinel = os.getppid(), main.sentinel
+
+    def watch() -> None:
+        while not wait([sentinel], timeout=_LOOK_AGAIN_S) and os.getppid() == parent:
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-main-process", daemon=True).start()
 
 
 @contextmanager
@@ -165,12 +208,9 @@ class BlockStream:
             except (RuntimeError, OSError, EOFError) as error:
                 if not self._has_dead_worker(error):
                     raise
-                raise DataError(
-                    f"A worker process of the {self.split} data died while reading ({error}). "
-                    "The usual reasons are too little memory or shared memory (/dev/shm) and a "
-                    "crash in a decoder. Lower data.init_args.loading.workers, prefetch or "
-                    "window_blocks; workers: 0 reads in the main process and shows the crash."
-                ) from error
+                found = dead_worker(error, self.split)
+                assert found is not None
+                raise found from error
             with _one_thread(), self._memory.serving():
                 batch = _assemble([(piece.data, i) for piece, i in items], pin)
             del items  # pieces that are used up make room before the next ones come
@@ -238,6 +278,7 @@ class BlockStream:
                     "multiprocessing_context": self.loading.start_method,
                     "persistent_workers": True,
                     "prefetch_factor": self.loading.prefetch,
+                    "worker_init_fn": _end_with_main_process,
                 }
             # A generator of its own: otherwise every new iterator would draw its base seed from
             # torch's global one, and a resumed run would differ from an uninterrupted one.

@@ -29,6 +29,7 @@ def execute(run: Any, path: object) -> None:
     Raises:
         WeightsError: The checkpoint holds pickled objects, or is cut off.
         RankError: Another rank is gone or silent.
+        DataError: A data worker died while something else was computed.
     """
     record = run.record if run.verb == "fit" and path and run.trainer.is_global_zero else None
     if record is None:
@@ -41,21 +42,25 @@ def execute(run: Any, path: object) -> None:
         if not record.has_begun:
             record.take_back()
     if not record.has_begun:
-        console().print(f"[bold]{'finished':<8}[/]", _finished(run.trainer, path))
+        console().print(f"[bold]{'finished':<8}[/]", _finished(run.trainer, path, record.completed))
 
 
-def _finished(trainer: Any, path: object) -> str:
+def _finished(trainer: Any, path: object, completed: Path | None) -> str:
     ends = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+    written = "nothing was written"
+    if completed is not None:
+        written = f"the backbone, which the run had not got to, was exported to {completed}"
     given = [f"trainer.{name}={end}" for name, end in ends.items() if end and end > 0]
     return (
         f"{path} stands at epoch {trainer.current_epoch}, step {trainer.global_step}, and the run "
-        f"ends there ({', '.join(given) or 'no training batches'}): nothing was trained, nothing "
-        "was written. To go on, repeat the command with a larger number."
+        f"ends there ({', '.join(given) or 'no training batches'}): nothing was trained, "
+        f"{written}. To go on, repeat the command with a larger number."
     )
 
 
 def _execute(run: Any, path: object) -> None:
     from domainssl.distributed import RankError, is_lost_connection
+    from domainssl.loading.stream import dead_worker
 
     if path and Path(str(path)).is_dir():  # whatever strategy reads it
         from domainssl.training.sharded_folder import check_sharded_folder
@@ -63,11 +68,18 @@ def _execute(run: Any, path: object) -> None:
         check_sharded_folder(Path(str(path)))
     try:
         run.execute()
+    except SystemExit as stop:  # Lightning leaves with 1 after an interrupt
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
     except pickle.UnpicklingError as error:
         raise WeightsError(_pickled(path)) from error
     except (RuntimeError, EOFError) as error:
         if path and (isinstance(error, EOFError) or "PytorchStreamReader" in str(error)):
             raise WeightsError(_incomplete(path)) from error
+        found = dead_worker(error)
+        if found is not None:
+            raise found from error
         if run.trainer.world_size > 1 and is_lost_connection(error):
             atexit.register(_end_ranks, run.trainer)  # after the message: they may have theirs
             raise RankError(

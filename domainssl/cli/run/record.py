@@ -10,6 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from domainssl.arguments import plain
+from domainssl.backbones.card import CARD_NAME
+from domainssl.callbacks.evaluation import OnlineEvaluation
+from domainssl.callbacks.export import ExportBackbone
 from domainssl.cli.config import catalog
 from domainssl.cli.config.nodes import dump
 from domainssl.cli.console import console
@@ -37,6 +40,7 @@ class RunRecord(SaveConfigCallback):
 
     Attributes:
         has_begun: Whether a batch was trained on.
+        completed: Folder of the export that a run which was at its end had not got to.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class RunRecord(SaveConfigCallback):
         self.resolved = resolved
         self.facts = facts
         self.has_begun = False
+        self.completed: Path | None = None
         self._before: set[Path] = set()
         self._kept: dict[Path, Path] = {}
 
@@ -86,6 +91,19 @@ class RunRecord(SaveConfigCallback):
     ) -> None:
         """Note that there is something to keep."""
         self.has_begun = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what a run was killed before, between its last checkpoint and its end."""
+        callbacks: list[Any] = getattr(trainer, "callbacks", [])
+        exports = [c for c in callbacks if isinstance(c, ExportBackbone)]
+        if self.has_begun or not trainer.ckpt_path or not exports:
+            return
+        is_missing = not (exports[0].target(trainer) / CARD_NAME).exists()
+        if trainer.strategy.broadcast(is_missing):
+            for callback in callbacks:
+                if isinstance(callback, OnlineEvaluation | ExportBackbone):
+                    callback.on_train_end(trainer, pl_module)
+            self.completed = exports[0].written
 
     def look(self) -> None:
         """Note what is in the folder; called before the run, with the folder's lock held."""
