@@ -8,9 +8,11 @@ import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.inspection.files import band_rows
-from domainssl.io.raster.bands import GRD_REASON, StoredBand, stored_bands, times_of
+from domainssl.io.raster.bands import GRD_REASON, StoredBand, stored_bands, time_dim
 from domainssl.io.raster.grd import is_grd, polarisations, read_sigma0
 from domainssl.io.raster.grid import crs_of
+from domainssl.io.raster.read import missing_of
+from domainssl.io.raster.time import times_of
 from domainssl.io.raster.zarr import Cube
 
 __all__ = ["inspect_layers"]
@@ -56,8 +58,9 @@ def _facts(cube: Cube, bands: list[StoredBand]) -> dict[str, Any]:
         "unit": first.unit,
     }
     try:
-        known = [t for t in times_of(cube, first) if not np.isnat(t)]
-        facts["dates"] = len(times_of(cube, first))
+        times = times_of(cube, first.array, time_dim(cube, first))
+        known = [t for t in times if not np.isnat(t)]
+        facts["dates"] = len(times)
         facts["first_date"] = str(min(known)) if known else None
         facts["last_date"] = str(max(known)) if known else None
     except DataError as error:
@@ -77,7 +80,7 @@ def _values(cube: Cube, bands: list[StoredBand]) -> list[dict[str, Any]]:
             "band": slice(band.index or 0, (band.index or 0) + 1),
         }
         stored = cube.read(band.array, [place[axis] for axis in band.axes]).reshape(1, -1)
-        valid = ~np.isin(stored[0], band.nodata)
+        valid = ~missing_of(stored[0], band)
         rows += band_rows(stored * band.scale + band.offset, [band.name], valid)
     return rows
 

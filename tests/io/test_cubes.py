@@ -13,7 +13,7 @@ import zarr
 from zarr.storage import LocalStore, ZipStore
 
 from domainssl.errors import DataError
-from domainssl.io.raster.time import cf_days, days, product_time
+from domainssl.io.raster.time import days, decode_times, product_time, times_of
 from domainssl.io.raster.zarr import open_cube
 from domainssl.io.storage.handles import HandlePool, SharedFile, window
 
@@ -148,18 +148,62 @@ def test_window_sees_its_range_only(tmp_path: Path) -> None:
         (3, "days since 2019-12-30", "2020-01-02"),
         (36, "hours since 2020-01-01 12:00:00", "2020-01-03"),
         (90061, "seconds since 2020-01-01T00:00:00", "2020-01-02"),
+        (121, "days since 2020-1-1", "2020-05-01"),
+        (121, "Days since 2020-01-01 00:00:00 UTC", "2020-05-01"),
+        (12, "hours since 2020-12-30 12:00", "2020-12-31"),
     ],
 )
 def test_cf_times_become_days(value: int, units: str, expected: str) -> None:
-    found = days(cf_days(np.array([value, value]), {"units": units}, "time"))
+    found = days(decode_times(np.array([value, value]), {"units": units}, "time"))
     assert found.dtype == np.int32
     assert [str(np.datetime64(int(day), "D")) for day in found] == [expected] * 2
 
 
 def test_times_before_1970_are_unknown_and_odd_units_refused() -> None:
-    assert days(cf_days(np.array([0, -5]), {}, "time")).tolist() == [0, 0]
+    assert days(decode_times(np.array([0, -5]), {}, "time")).tolist() == [0, 0]
     with pytest.raises(DataError, match=r"time units 'fortnights since 1970-01-01'"):
-        cf_days(np.array([1]), {"units": "fortnights since 1970-01-01"}, "file, array 'time'")
+        decode_times(np.array([1]), {"units": "fortnights since 1970-01-01"}, "file, array 'time'")
+
+
+def test_missing_times_are_unknown() -> None:
+    attrs = {"units": "days since 2020-01-01", "_FillValue": -9999, "missing_value": -1}
+    found = decode_times(np.array([-9999, 31, -1]), attrs, "time")
+    assert [str(t)[:10] for t in found] == ["NaT", "2020-02-01", "NaT"]
+
+
+@pytest.mark.parametrize("calendar", ["360_day", "nonsense"])
+def test_calendar_that_is_not_understood_is_named(calendar: str) -> None:
+    attrs = {"units": "days since 2018-01-01", "calendar": calendar}
+    with pytest.raises(DataError, match=f"file: time: time units .* with calendar '{calendar}'"):
+        decode_times(np.array([59.0]), attrs, "file: time")
+
+
+@pytest.mark.parametrize("kind", ["U", "S", "O", "T"])
+def test_times_may_be_text(kind: str) -> None:
+    texts = ["2020-02-29", "20200501", "2020-05-01T10:11:12+02:00", ""]
+    values = np.array(texts, np.dtypes.StringDType() if kind == "T" else kind)
+    assert [str(t) for t in decode_times(values, {}, "time")] == [
+        "2020-02-29T00:00:00", "2020-05-01T00:00:00", "2020-05-01T08:11:12", "NaT",
+    ]  # fmt: skip
+    with pytest.raises(DataError, match=r"file: time: times \['soon'\] are not understood"):
+        decode_times(np.array(["soon"]), {}, "file: time")
+
+
+@pytest.mark.parametrize(("zarr_format", "kind"), [(2, "S10"), (3, "U10"), (3, "S10")])
+def test_a_store_tells_its_times_as_text(tmp_path: Path, zarr_format: int, kind: str) -> None:
+    import zarr
+
+    group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w", zarr_format=zarr_format)
+    dates = np.array(["2020-02-29", "2020-05-01"])
+    for name, values, dims in (("b", np.zeros((2, 4, 4)), ["t", "y", "x"]), ("when", dates, ["t"])):
+        values = values.astype(kind) if name == "when" else values
+        names = {"dimension_names": dims} if zarr_format == 3 else {}
+        array = group.create_array(name, shape=values.shape, dtype=values.dtype, **names)
+        array[...] = values
+        array.attrs["_ARRAY_DIMENSIONS"] = dims
+        array.attrs["standard_name"] = "time" if name == "when" else name
+    found = times_of(open_cube(str(tmp_path / "a.zarr")), "b", "t")
+    assert [str(t)[:10] for t in found] == dates.tolist()
 
 
 def test_dates_are_found_in_product_names() -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import math
+import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ import numpy as np
 
 from domainssl.errors import DataError, nearest
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
-from domainssl.io.raster.time import UNKNOWN, cf_days, product_time
+from domainssl.io.raster.time import TIME_NAMES, times_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
 from domainssl.io.ssl4eo.facts import canonical_band
 from domainssl.io.storage.archives import FolderStore
@@ -33,14 +36,18 @@ __all__ = [
     "describe_zarr",
     "is_store",
     "open_store",
-    "parse_date",
     "stored_bands",
-    "times_of",
+    "titles_or_none",
+    "without_names",
+    "time_dim",
 ]
 
-TIME_NAMES = ("time", "t", "date", "datetime")
+_log = logging.getLogger(__name__)
+
 BAND_NAMES = ("band", "bands", "channel", "variable", "wavelength", "polarization")
 _MARKS = ("zarr.json", ".zmetadata", ".zgroup")
+_IS_ARRAY = re.compile(rb'"node_type"\s*:\s*"array"')
+_NODATA_NAMES = ("_FillValue", "missing_value", "nodata", "_nodata", "nodata_value", "no_data")
 _STORES = HandlePool(limit=64)
 _PRODUCT_PARTS = ("quality", "conditions")  # of EOPF products: masks that carry band names
 GRD_REASON = (
@@ -68,6 +75,8 @@ class StoredBand:
         limits: Lowest and highest stored value that is valid, where stated.
         unit: What the attributes call the unit of decoded values.
         is_integer: Stored as integers.
+        has_mask: The file marks missing pixels apart from the values: by a mask band, a `.msk`
+            file or an alpha band (GeoTIFF).
     """
 
     name: str
@@ -82,6 +91,7 @@ class StoredBand:
     limits: tuple[float, float] | None = None
     unit: str = ""
     is_integer: bool = False
+    has_mask: bool = False
 
     @property
     def is_scaled(self) -> bool:
@@ -116,12 +126,50 @@ class LayerFile:
         return next(band for band in self.bands if band.name == name)
 
 
+_SILENT = re.compile(
+    r"(band|bands|layer|channel|image|lyr|variable|sample)?[\s_\-#.]*\d*|values?|data|array|"
+    r"gr[ae]y|undefined|unknown|none|nan|__xarray_dataarray_variable__",
+    re.IGNORECASE,
+)
+
+
+def titles_or_none(titles: Sequence[str | None]) -> list[str] | None:
+    """Return the names of bands; None where they repeat, or say nothing as `Band 1` does."""
+    plain = [str(title or "").strip() for title in titles]
+    said = [title for title in plain if not _SILENT.fullmatch(title)]
+    if not said or (len(plain) > 1 and len(set(said)) < len(said)):
+        return None
+    return [canonical_band(title) if title in said else "" for title in plain]
+
+
+def without_names(where: str, count: int, bands: Sequence[str]) -> list[str]:
+    """Return the names asked for, for bands in that order that have none of their own.
+
+    Raises:
+        DataError: There are more or fewer of them.
+    """
+    if count != len(bands):
+        raise DataError(
+            f"{where}: {count} bands without names of their own, but {len(bands)} are wanted "
+            f"({' '.join(bands)}). Write band names into the file, or ask for all of its bands in "
+            "their order."
+        )
+    if count > 1:
+        _log.info("%s: bands have no names; taken in the order %s", where, " ".join(bands))
+    return [canonical_band(band) for band in bands]
+
+
 def is_store(path: str, options: Options | None = None) -> bool:
     """Return whether a zarr hierarchy lies at a path or URL; nothing is listed."""
     if path.endswith(".zip"):
         return file_exists(path, options)
+    if not is_url(path) and not os.path.isdir(path):
+        return False
     store = FolderStore(path, options)
-    return any(store.get(mark) is not None for mark in _MARKS)
+    for mark in _MARKS:
+        if (raw := store.get(mark)) is not None:
+            return mark != "zarr.json" or not _IS_ARRAY.search(raw)
+    return False
 
 
 def open_store(path: str, options: Options | None = None) -> Cube:
@@ -176,6 +224,8 @@ def describe_zarr(
     if any("azimuth_time" in info.dims for info in cube.arrays.values()):
         raise DataError(f"{path}: {GRD_REASON}")
     found = _candidates(cube, group)
+    if not any(canonical_band(band) in found for band in bands):
+        found = _named_in_order(cube, found, bands)
     chosen = tuple(_choose(cube, found, band, step_hint, group) for band in bands)
     known = crs_of(cube, chosen[0].array) or crs
     if known is None:
@@ -184,7 +234,7 @@ def describe_zarr(
             "Name it in data.init_args.layers.<name>.crs, such as EPSG:32632."
         )
     cover = _mask(cube, mask, group) if mask else None
-    times = times_of(cube, chosen[0], date)
+    times = times_of(cube, chosen[0].array, time_dim(cube, chosen[0]), date)
     if cover is not None and "time" in cover.axes:
         size = _time_size(cube, cover)
         if size != len(times):
@@ -196,6 +246,18 @@ def stored_bands(cube: Cube, group: str = "") -> list[StoredBand]:
     """Return every band of a store that lies on a map grid, for looking at."""
     found = _candidates(cube, group)
     return [_stored(cube, name, each) for name, several in found.items() for each in several]
+
+
+def _named_in_order(
+    cube: Cube, found: dict[str, list[_Candidate]], bands: Sequence[str]
+) -> dict[str, list[_Candidate]]:
+    """Give the bands of the only array of a store, if they have no names, those asked for."""
+    every = [candidate for several in found.values() for candidate in several]
+    if len({c.info.name for c in every}) != 1 or titles_or_none(list(found)) is not None:
+        return found
+    every.sort(key=lambda candidate: candidate.index or 0)
+    names = without_names(f"{cube.name}: {every[0].info.name}", len(every), bands)
+    return {name: [candidate] for name, candidate in zip(names, every, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -210,7 +272,7 @@ class _Candidate:
 def _candidates(cube: Cube, group: str) -> dict[str, list[_Candidate]]:
     """Return every array or slice of an array that may be a band, by canonical name."""
     prefix = f"{group.strip('/')}/" if group.strip("/") else ""
-    names = [n for n in cube.arrays if n.startswith(prefix)]
+    names = [n for n in cube.arrays if n.startswith(prefix) or n == prefix[:-1]]
     measured = [n for n in names if "measurements/" in n]
     names = measured or [n for n in names if n.split("/")[0] not in _PRODUCT_PARTS]
     found: dict[str, list[_Candidate]] = {}
@@ -260,11 +322,14 @@ def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
     """Take scale, offset, fill and limits from the attributes, each once."""
     info, axes = candidate.info, candidate.axes
     attrs = info.attrs
-    nodata = [attrs.get(n) for n in ("_FillValue", "missing_value", "nodata")]
+    nodata = [v for n in _NODATA_NAMES for v in _list(attrs.get(n))]
+    nodata += _list(_of_band(attrs.get("nodatavals"), candidate))
     if cube.format == 2:
         nodata.append(info.fill)  # as xarray; in format 3 it is what absent chunks read as
     numbers = {_number(v, info) for v in nodata if v is not None}
     low, high = attrs.get("valid_range") or (attrs.get("valid_min"), attrs.get("valid_max"))
+    scale = attrs.get("scale_factor", _of_band(attrs.get("scales"), candidate))
+    offset = attrs.get("add_offset", _of_band(attrs.get("offsets"), candidate))
     limits = None
     if low is not None or high is not None:
         limits = (
@@ -278,8 +343,8 @@ def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
         axes,
         _grid(cube, info, axes),
         (info.chunks[axes.index("y")], info.chunks[axes.index("x")]),
-        float(attrs.get("scale_factor", 1.0)),
-        float(attrs.get("add_offset", 0.0)),
+        1.0 if scale is None else _number(scale, info),
+        0.0 if offset is None else _number(offset, info),
         tuple(sorted(n for n in numbers if not math.isnan(n))),
         limits,
         str(attrs.get("units", "")),
@@ -287,12 +352,26 @@ def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
     )
 
 
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _of_band(values: Any, candidate: _Candidate) -> Any:
+    """Return what a list with an entry per band, as rasterio leaves it, says of one; or all."""
+    if isinstance(values, list) and len(values) == 1:
+        return values[0]
+    if isinstance(values, list) and candidate.index is not None and len(values) > candidate.index:
+        return values[candidate.index]
+    return None
+
+
 def _number(value: Any, info: ArrayInfo) -> float:
     """Read a fill value, also as xarray writes it into format 3: base64 of a little-endian one."""
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         value = value[0]
-    if not isinstance(value, str):
+    if isinstance(value, int | float | np.generic):
         return float(value)
+    value = str(value)
     try:
         return float(value)
     except ValueError:
@@ -303,7 +382,9 @@ def _number(value: Any, info: ArrayInfo) -> float:
             return float(struct.unpack("<d", raw)[0])
         return float(np.frombuffer(raw, info.dtype.newbyteorder("<"))[0])
     except (binascii.Error, struct.error, ValueError, IndexError) as error:
-        raise DataError(f"{info.name}: fill value {value!r} is not understood") from error
+        raise DataError(
+            f"{info.name}: {value!r} is no number, as fill value, scale and offset must be"
+        ) from error
 
 
 def _choose(
@@ -347,56 +428,12 @@ def _mask(cube: Cube, name: str, group: str) -> StoredBand:
     return min(bands, key=lambda band: band.grid.step)
 
 
+def time_dim(cube: Cube, band: StoredBand) -> str | None:
+    """Return the dimension of dates of a band's array; None where it has none."""
+    if "time" not in band.axes:
+        return None
+    return cube.arrays[band.array].dims[band.axes.index("time")]
+
+
 def _time_size(cube: Cube, band: StoredBand) -> int:
     return cube.arrays[band.array].shape[band.axes.index("time")] if "time" in band.axes else 1
-
-
-def times_of(cube: Cube, band: StoredBand, date: str = "") -> Any:
-    """Return the acquisition times of an array's dates, datetime64[s]; NaT where unknown."""
-    info = cube.arrays[band.array]
-    if "time" not in band.axes:
-        return np.array([_single_time(cube, band, date)], "datetime64[s]")
-    at = band.axes.index("time")
-    dim, size = info.dims[at], info.shape[at]
-    folder = info.name.rpartition("/")[0]
-    for path in (f"{folder}/{dim}" if folder else dim, dim):
-        theirs = cube.arrays.get(path)
-        if theirs is None or theirs.shape != (size,):
-            continue
-        values = cube.read(path)
-        if values.dtype.kind == "M":
-            return values.astype("datetime64[s]")
-        if "units" not in theirs.attrs and size and abs(values).max() < 1e12:
-            raise DataError(f"{cube.name}: {path} has no CF units, such as 'days since 2020-01-01'")
-        return cf_days(values, theirs.attrs, f"{cube.name}: {path}").astype("datetime64[s]")
-    raise DataError(f"{cube.name}: no coordinate array says when the {size} dates of {dim!r} are.")
-
-
-def _single_time(cube: Cube, band: StoredBand, date: str) -> Any:
-    """Return the time of an array without a time axis: STAC, attributes, name; or unknown."""
-    item = cube.group_attrs("").get("stac_discovery")
-    properties = item.get("properties", {}) if isinstance(item, Mapping) else {}
-    texts = [properties.get("start_datetime"), properties.get("datetime")]
-    folder = band.array.rpartition("/")[0]
-    for attrs in (cube.arrays[band.array].attrs, cube.group_attrs(folder), cube.group_attrs("")):
-        texts += [attrs.get(name) for name in ("datetime", "time_coverage_start", "date")]
-    for text in texts:
-        try:
-            if text and str(text) != "null":
-                return np.datetime64(str(text)[:19].replace(" ", "T"), "s")
-        except ValueError:
-            continue
-    return parse_date(date) if date else product_time([cube.name.rpartition("/")[2]])[0]
-
-
-def parse_date(text: str) -> Any:
-    """Read `20200503`, `2020-05-03` or `20200503T101031` as datetime64[s]; NaT if it is neither."""
-    digits = text.replace("-", "").replace(":", "").replace("_", "T")
-    try:
-        day = f"{digits[:4]}-{digits[4:6]}-{digits[6:8]}"
-        clock = digits[9:15]
-        if len(clock) == 6:
-            return np.datetime64(f"{day}T{clock[:2]}:{clock[2:4]}:{clock[4:6]}", "s")
-        return np.datetime64(day, "s")
-    except ValueError:
-        return UNKNOWN

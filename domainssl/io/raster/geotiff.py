@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, nearest, require
-from domainssl.io.raster.bands import LayerFile, StoredBand, parse_date
+from domainssl.io.raster.bands import LayerFile, StoredBand, titles_or_none, without_names
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.grid import Grid, plain_crs
-from domainssl.io.raster.time import product_time
+from domainssl.io.raster.time import parse_date, product_time
 from domainssl.io.ssl4eo.facts import canonical_band
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import stamp
@@ -53,15 +53,12 @@ def describe_geotiff(
             "data.init_args.layers.<name>.crs, such as EPSG:32632."
         )
     grid = Grid.of_transform(tuple(file.transform)[:6], file.height, file.width, path)
-    titles = [canonical_band(text) if text else "" for text in file.descriptions]
-    if not any(titles):
-        if file.count != len(bands):
-            raise DataError(
-                f"{path}: {file.count} bands without names, but {len(bands)} are wanted "
-                f"({' '.join(bands)}). Write band descriptions into the file, or ask for all of "
-                "its bands in their order."
-            )
-        titles = [canonical_band(band) for band in bands]
+    alpha = _alpha(file)
+    titles = titles_or_none([t for i, t in enumerate(file.descriptions) if i != alpha])
+    if titles is None:
+        titles = without_names(path, file.count - (alpha is not None), bands)
+    if alpha is not None:
+        titles.insert(alpha, "")
     chosen = []
     for band in bands:
         name = canonical_band(band)
@@ -71,6 +68,12 @@ def describe_geotiff(
         chosen.append(_band(file, band, titles.index(name), grid))
     time = parse_date(date) if date else product_time([path.rpartition("/")[2]])[0]
     return LayerFile(path, "geotiff", tuple(chosen), np.array([time], "datetime64[s]"), known)
+
+
+def _alpha(file: Any) -> int | None:
+    """Return the position of the band that says how opaque the others are."""
+    names = [color.name for color in file.colorinterp]
+    return names.index("alpha") if "alpha" in names else None
 
 
 def _band(file: Any, name: str, index: int, grid: Grid) -> StoredBand:
@@ -89,16 +92,26 @@ def _band(file: Any, name: str, index: int, grid: Grid) -> StoredBand:
         None,
         str(file.units[index] or ""),
         np.dtype(file.dtypes[index]).kind in "iu",
+        any(flag.name == "per_dataset" for flag in file.mask_flag_enums[index])
+        or _alpha(file) is not None,
     )
 
 
 def read_geotiff(
-    path: str, indices: Sequence[int], rows: slice, columns: slice
-) -> tuple[Array, int]:
+    path: str, indices: Sequence[int], rows: slice, columns: slice, *, has_mask: bool = False
+) -> tuple[Array, Array | None, int]:
     """Read a window of several bands as stored.
 
+    Args:
+        path: The file.
+        indices: Positions of the bands.
+        rows: Rows of the window.
+        columns: Columns of the window.
+        has_mask: Read the mask too: of a mask band, a `.msk` file or an alpha band.
+
     Returns:
-        Values (C, H, W), and how many bytes the blocks hold that were decoded.
+        Values (C, H, W); True where the mask hides a pixel, (C, H, W), or None without one; and
+        how many bytes the blocks hold that were decoded.
 
     Raises:
         DataError: The file is damaged.
@@ -106,8 +119,14 @@ def read_geotiff(
     rasterio = require("rasterio", "geo")
     file = _open(path)
     window = rasterio.windows.Window.from_slices(rows, columns)
+    numbers = [i + 1 for i in indices]
+    hidden = None
     with reading(path):
-        values = file.read([i + 1 for i in indices], window=window)
+        values = file.read(numbers, window=window)
+        if has_mask:
+            hidden = file.read_masks(numbers, window=window) == 0
+            if (alpha := _alpha(file)) is not None:
+                hidden |= file.read(alpha + 1, window=window) == 0
     bytes_decoded = 0
     is_interleaved = str(file.interleaving).lower().endswith("pixel")
     for index in range(file.count) if is_interleaved else indices:
@@ -115,4 +134,4 @@ def read_geotiff(
         down = -(-rows.stop // high) - rows.start // high
         across = -(-columns.stop // wide) - columns.start // wide
         bytes_decoded += down * across * high * wide * np.dtype(file.dtypes[index]).itemsize
-    return values, bytes_decoded
+    return values, hidden, bytes_decoded

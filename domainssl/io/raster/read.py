@@ -18,9 +18,18 @@ from domainssl.io.raster.bands import LayerFile, StoredBand, open_store
 from domainssl.io.raster.geotiff import read_geotiff
 from domainssl.io.raster.grid import Bounds, Grid
 
-__all__ = ["MaskRule", "Pixels", "Target", "conversion", "read_classes", "read_pixels"]
+__all__ = [
+    "MaskRule",
+    "Pixels",
+    "Target",
+    "conversion",
+    "missing_of",
+    "read_classes",
+    "read_pixels",
+]
 
 Array = np.ndarray[Any, Any]
+_WHOLE = 2**24  # up to there float32 holds every whole number
 _DB = ("db", "decibel", "decibels")
 _ONE = ("1", "reflectance", "unitless", "linear", "power", "m2/m2")
 
@@ -163,19 +172,18 @@ def read_pixels(file: LayerFile, dates: Sequence[int], bounds: Bounds, target: T
     for members in _together(file.bands):
         first = file.bands[members[0]]
         places = _Places.of(first.grid, bounds, target.step, (height, width), file.path)
-        stored = _stored(file, [file.bands[m] for m in members], dates, places, out)
+        stored, hidden = _stored(file, [file.bands[m] for m in members], dates, places, out)
         for at, member in enumerate(members):
             band = file.bands[member]
-            values, missing = _decode(stored[at], band, target, file.path)
+            values, missing = _decode(stored[at], hidden[at], band, target, file.path)
             values, missing = places.resample(values, missing, in_power=target.unit == "db")
             values[missing] = 0
             out.values[:, member] = values
             out.valid &= ~missing
     if file.mask is not None and target.rule.values:
         places = _Places.of(file.mask.grid, bounds, target.step, (height, width), file.path)
-        mask = _stored(file, [file.mask], dates, places, out)[0]
-        hidden = target.rule.hides(mask)
-        out.valid &= ~places.any(hidden)
+        [mask], _ = _stored(file, [file.mask], dates, places, out)
+        out.valid &= ~places.any(target.rule.hides(mask))
     out.values *= out.valid[:, None]
     return out
 
@@ -189,8 +197,10 @@ def read_classes(file: LayerFile, bounds: Bounds, step: float) -> tuple[Array, A
     shape = (round(bounds.height / step), round(bounds.width / step))
     band = file.bands[0]
     places = _Places.of(band.grid, bounds, step, shape, file.path)
-    stored = places.nearest(_stored(file, [band], [0], places, None)[0][0])
-    return stored.astype(np.int64), ~np.isin(stored, band.nodata)
+    [stored], [hidden] = _stored(file, [band], [0], places, None)
+    missing = places.nearest(missing_of(stored, band) | hidden)[0]
+    classes = np.where(missing, 0, places.nearest(stored)[0])
+    return classes.astype(np.int64), ~missing
 
 
 def _together(bands: Sequence[StoredBand]) -> list[list[int]]:
@@ -294,18 +304,26 @@ def _stored(
     dates: Sequence[int],
     places: _Places,
     tally: Pixels | None,
-) -> list[Array]:
-    """Read bands of one array as stored, each (T, h, w)."""
+) -> tuple[list[Array], list[Any]]:
+    """Read bands of one array as stored, and True where a pixel is hidden, each (T, h, w)."""
+    hidden: list[Any] = [False] * len(bands)
     if file.kind == "geotiff":
-        indices = [b.index or 0 for b in bands]
-        values, decoded = read_geotiff(file.path, indices, places.rows, places.columns)
+        values, masks, decoded = read_geotiff(
+            file.path,
+            [b.index or 0 for b in bands],
+            places.rows,
+            places.columns,
+            has_mask=any(b.has_mask for b in bands),
+        )
         stored = [np.repeat(v[None], len(dates), 0) if len(dates) > 1 else v[None] for v in values]
+        if masks is not None:
+            hidden = [mask[None] for mask in masks]
     else:
         stored, decoded = _read_array(file, bands, dates, places)
     if tally is not None:
         tally.bytes_decoded += decoded
         tally.bytes_needed += sum(part.nbytes for part in stored)
-    return stored
+    return stored, hidden
 
 
 def _read_array(
@@ -350,8 +368,8 @@ def _run(indices: Sequence[int]) -> Any:
     return slice(low, high + 1) if high - low + 1 == len(indices) else list(indices)
 
 
-def _decode(stored: Array, band: StoredBand, target: Target, where: str) -> tuple[Array, Array]:
-    """Return physical values in float32 and True where nothing was measured."""
+def missing_of(stored: Array, band: StoredBand) -> Array:
+    """Return True where stored numbers mean that nothing was measured, for looking at too."""
     missing = np.zeros(stored.shape, bool)
     for number in band.nodata:
         missing |= stored == number
@@ -359,9 +377,25 @@ def _decode(stored: Array, band: StoredBand, target: Target, where: str) -> tupl
         missing |= ~np.isfinite(stored)
     if band.limits is not None:
         missing |= (stored < band.limits[0]) | (stored > band.limits[1])
+    return missing
+
+
+def _decode(
+    stored: Array, hidden: Any, band: StoredBand, target: Target, where: str
+) -> tuple[Array, Array]:
+    """Return physical values in float32 and True where nothing was measured.
+
+    Values that float32 cannot hold are missing: whole numbers beyond 2 ** 24, numbers beyond 3e38.
+    """
+    missing = missing_of(stored, band) | hidden
     kind, factor, offset = conversion(band, target.unit, target.stored_unit, where)
     if factor == 1.0 and offset.is_integer() and kind == "linear":  # exact in float32
-        plain = stored.astype(np.float32) + np.float32(offset)
+        if stored.dtype.kind in "iu" and stored.dtype.itemsize > 2:
+            missing |= (stored > _WHOLE) | (stored < -_WHOLE)
+        with np.errstate(over="ignore", invalid="ignore"):
+            plain = stored.astype(np.float32) + np.float32(offset)
+        if stored.dtype.itemsize > 4:
+            missing |= ~np.isfinite(plain)
         plain[missing] = 0
         return plain, missing
     values = stored.astype(np.float64) * factor + offset
@@ -369,4 +403,9 @@ def _decode(stored: Array, band: StoredBand, target: Target, where: str) -> tupl
     if kind != "linear":
         missing = missing | (values <= 0)
         values = (10.0 if kind == "power" else 20.0) * np.log10(np.where(missing, 1.0, values))
-    return values.astype(np.float32), missing
+    with np.errstate(over="ignore"):
+        plain = values.astype(np.float32)
+    if stored.dtype.kind == "f":
+        missing = missing | ~np.isfinite(plain)
+        plain[missing] = 0
+    return plain, missing

@@ -6,17 +6,33 @@ are partners.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from domainssl.errors import DataError, nearest
-from domainssl.io.raster.bands import is_store
+from domainssl.io.raster.bands import is_store, open_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.storage.paths import Options, is_file, join, list_folder
 
 __all__ = ["Found", "find_files"]
 
 _ENDINGS = (".zarr.zip", ".zarr", *GEOTIFF_ENDINGS)
+_OTHERS = {  # formats that lie in such folders, and are not read
+    ".nc": "netCDF", ".nc4": "netCDF", ".h5": "HDF5", ".hdf5": "HDF5", ".he5": "HDF5",
+    ".hdf": "HDF", ".jp2": "JPEG 2000", ".j2k": "JPEG 2000", ".vrt": "VRT", ".img": "ERDAS",
+    ".grib": "GRIB", ".grb": "GRIB", ".grib2": "GRIB", ".png": "PNG", ".jpg": "JPEG",
+    ".jpeg": "JPEG", ".bil": "ESRI BIL", ".asc": "ESRI ASCII grid", ".dat": "ENVI",
+    ".dim": "BEAM-DIMAP", ".safe": "SAFE", ".npy": "NumPy", ".npz": "NumPy", ".tar": "tar",
+    ".tgz": "tar", ".gz": "gzip", ".zip": "zip other than .zarr.zip", ".gpkg": "GeoPackage",
+    ".kea": "KEA", ".ecw": "ECW", ".sid": "MrSID", ".nitf": "NITF", ".json": "JSON",
+    ".parquet": "Parquet",
+}  # fmt: skip
+_SIDECARS = (".xml", ".ovr", ".msk", ".aux", ".tfw", ".prj", ".txt", ".md", ".csv", ".lock")
+_READ = "Zarr stores (.zarr, .zarr.zip) and GeoTIFF (.tif, .tiff) are read"
+_log = logging.getLogger(__name__)
 _DATE = r"\d{4}-?\d{2}-?\d{2}(?:T\d{6})?"
 
 
@@ -51,6 +67,7 @@ def find_files(
     if any(sign in path for sign in "{*?"):
         found = _match(root, path, group, options)
         if not found:
+            _refuse_others(list(_matches(root, path, options)), root)
             top = ", ".join(list_folder(root, options)[:8]) or "nothing"
             raise DataError(
                 f"{root}: no file fits the pattern {path!r}. {root} holds: {top}. "
@@ -61,12 +78,21 @@ def find_files(
     single = _single(full, options)
     if single:
         return {_stem(full): [Found(full, "", group)]}
-    names = list_folder(full, options)
+    names = _visible(list_folder(full, options))
     inside = [n for n in names if n.lower().endswith(_ENDINGS) and _single(join(full, n), options)]
+    broken = [n for n in names if _is_dangling(join(full, n))]
+    if broken:
+        raise DataError(
+            f"{join(full, broken[0])}: a link to {os.readlink(join(full, broken[0]))!r}, which "
+            "does not exist. Remove the link, or bring back what it points to."
+        )
     if inside:
         return {_stem(n): [Found(join(full, n), "", group)] for n in inside}
     if _single(root, options):  # the layers are folders or variables of one store
-        return {_stem(root): [Found(root, "", group or path)]}
+        arrays = open_store(root, options).arrays
+        is_inside = any(name == path or name.startswith(f"{path}/") for name in arrays)
+        return {_stem(root): [Found(root, "", group or (path if is_inside else ""))]}
+    _refuse_others([join(full, n) for n in names] or [full], root)
     have = list_folder(root, options)
     raise DataError(
         f"{full}: no zarr store (.zarr, .zarr.zip), GeoTIFF, or folder of them. {root} holds: "
@@ -74,6 +100,31 @@ def find_files(
         "<name>.path to a store, a folder, or a pattern such as '{site}/s2_{date}.tif'; root "
         "'sample' makes the embedded sample."
     )
+
+
+def _visible(names: Sequence[str]) -> list[str]:
+    """Leave out hidden files, such as the `._` files of macOS."""
+    return [name for name in names if not name.startswith(".")]
+
+
+def _is_dangling(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def _refuse_others(paths: Sequence[str], root: str) -> None:
+    """Say which formats are read where files of another were named.
+
+    Raises:
+        DataError: One of them has such an ending.
+    """
+    for path in paths:
+        kind = _OTHERS.get(os.path.splitext(path.lower())[1])
+        if kind is not None:
+            raise DataError(
+                f"{path}: {kind} is not read. {_READ}; convert it, for instance with "
+                f"`gdal_translate -of COG` or xarray's `to_zarr`. {root} holds no other raster of "
+                "this layer."
+            )
 
 
 def _single(path: str, options: Options | None) -> bool:
@@ -89,23 +140,41 @@ def _stem(path: str) -> str:
 
 
 def _match(root: str, path: str, group: str, options: Options | None) -> dict[str, list[Found]]:
-    """Walk the parts of a pattern, folder by folder."""
+    """Return the rasters that fit a pattern, by site; anything else that fits is passed over."""
+    found: dict[str, list[Found]] = {}
+    passed = []
+    for full, known in _matches(root, path, options).items():
+        if _is_dangling(full):
+            raise DataError(f"{full}: a link to {os.readlink(full)!r}, which does not exist.")
+        if full.lower().endswith(_ENDINGS) or (
+            os.path.splitext(full)[1].lower() not in (*_OTHERS, *_SIDECARS)
+            and _single(full, options)
+        ):
+            site = known.get("site", _stem(root))
+            found.setdefault(site, []).append(Found(full, known.get("date", ""), group))
+        else:
+            passed.append(full)
+    if found and passed:
+        _log.info(
+            "%s: %d files that fit %r are no rasters that are read, such as %s",
+            root, len(passed), path, passed[0],
+        )  # fmt: skip
+    return found
+
+
+def _matches(root: str, path: str, options: Options | None) -> dict[str, dict[str, str]]:
+    """Walk the parts of a pattern, folder by folder; what fits, with its site and date."""
     open_: list[tuple[str, dict[str, str]]] = [(root, {})]
     for part in path.strip("/").split("/"):
         further = []
         for folder, known in open_:
             pattern = re.compile(_expression(part, known))
-            for name in list_folder(folder, options):
+            for name in _visible(list_folder(folder, options)):
                 fit = pattern.fullmatch(name)
                 if fit:
                     further.append((join(folder, name), {**known, **fit.groupdict()}))
         open_ = further
-    found: dict[str, list[Found]] = {}
-    for full, known in open_:
-        if full.lower().endswith(_ENDINGS) or _single(full, options):
-            site = known.get("site", _stem(root))
-            found.setdefault(site, []).append(Found(full, known.get("date", ""), group))
-    return found
+    return dict(open_)
 
 
 def _expression(part: str, known: dict[str, str]) -> str:

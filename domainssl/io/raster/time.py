@@ -1,53 +1,99 @@
-"""Acquisition dates: CF time variables, dates in Sentinel product names, days since 1970."""
+"""Acquisition dates: time variables, dates in Sentinel product names, days since 1970."""
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError
+from domainssl.errors import DataError, require
+from domainssl.io.raster.zarr import ArrayInfo, Cube
 
-__all__ = ["UNKNOWN", "cf_days", "days", "product_time"]
+__all__ = [
+    "TIME_NAMES",
+    "UNKNOWN",
+    "days",
+    "decode_times",
+    "parse_date",
+    "product_time",
+    "times_of",
+]
 
+TIME_NAMES = ("time", "t", "date", "datetime")
 UNKNOWN = np.datetime64("NaT", "s")
-_SECONDS = {
-    "nanosecond": 1e-9, "microsecond": 1e-6, "millisecond": 1e-3, "second": 1.0, "minute": 60.0,
-    "hour": 3600.0, "day": 86400.0, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0,
-}  # fmt: skip
+_NANOSECONDS = "nanoseconds since 1970-01-01"
 _STAMP = re.compile(r"(?<!\d)(\d{4})(\d{2})(\d{2})T(\d{2})(\d{2})(\d{2})(?!\d)")
 
 
-def cf_days(values: np.ndarray[Any, Any], attrs: Mapping[str, Any], where: str) -> Any:
-    """Convert a CF time variable to seconds-precise datetimes.
+def decode_times(values: np.ndarray[Any, Any], attrs: Mapping[str, Any], where: str) -> Any:
+    """Decode a time variable as CF and xarray do, or as text, to seconds-precise datetimes.
 
     Args:
-        values: Stored numbers, any shape.
-        attrs: The variable's attributes; `units` such as `days since 2019-12-15`. Without
-            units, nanoseconds since 1970 are assumed.
+        values: Stored numbers, datetimes or texts (ISO 8601), any shape.
+        attrs: The variable's attributes: `units` such as `days since 2019-12-15`, `calendar`,
+            `_FillValue`, `missing_value`. Without units, nanoseconds since 1970 are assumed.
         where: How errors call the variable.
 
     Returns:
-        datetime64[s], same shape; NaT where the stored value is not after 1970-01-01.
+        datetime64[s], same shape; NaT where the time is missing or not after 1970-01-01.
+
+    Raises:
+        DataError: The units, the calendar or a text are not understood.
     """
-    units = str(attrs.get("units", "nanoseconds since 1970-01-01"))
-    found = re.fullmatch(r"\s*(\w+?)s?\s+since\s+(\S+?)(?:[ T](\S+))?\s*", units)
-    scale = _SECONDS.get(found.group(1).lower()) if found else None
-    if found is None or scale is None:
-        raise DataError(
-            f"{where}: time units {units!r} are not understood, expected e.g. "
-            "'nanoseconds since 1970-01-01'"
-        )
-    clock = re.match(r"\d{2}:\d{2}:\d{2}", found.group(3) or "")
-    start = np.datetime64(f"{found.group(2)}T{clock.group() if clock else '00:00:00'}", "s")
-    if scale == 1e-9:  # whole division: float64 cannot hold nanoseconds of 2020
-        steps = (values // 1_000_000_000).astype("timedelta64[s]")
+    if values.dtype.kind in "USTO":
+        times = _text_times(values, where)
+    elif values.dtype.kind == "M":
+        times = values
     else:
-        steps = np.floor(values * scale).astype("int64").astype("timedelta64[s]")
-    times = start + steps
+        times = _cf_times(values, attrs, where)
+    times = times.astype("datetime64[s]")
     return np.where(times > np.datetime64("1970-01-01", "s"), times, UNKNOWN)
+
+
+def _cf_times(values: np.ndarray[Any, Any], attrs: Mapping[str, Any], where: str) -> Any:
+    names = ("units", "calendar", "_FillValue", "missing_value", "scale_factor", "add_offset")
+    stated = {"units": _NANOSECONDS, **{n: attrs[n] for n in names if attrs.get(n) is not None}}
+    if stated == {"units": _NANOSECONDS} and values.dtype.kind in "iu":
+        return values.astype("datetime64[ns]")  # most files; spares the import of xarray
+    xarray = require("xarray", "geo")
+    variable = xarray.Variable([f"axis{i}" for i in range(values.ndim)], values, stated)
+    found = f"{where}: time units {stated['units']!r}"
+    if "calendar" in stated:
+        found += f" with calendar {stated['calendar']!r}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fill values and calendars; decoded all the same
+            decoded = xarray.conventions.decode_cf_variable("time", variable).values
+        if decoded.dtype.kind == "O":  # cftime, of calendars that NumPy does not have
+            flat = [np.datetime64(t.isoformat()[:19], "s") for t in decoded.reshape(-1)]
+            decoded = np.array(flat, "datetime64[s]").reshape(decoded.shape)
+    except (ValueError, TypeError, OverflowError, AttributeError, ImportError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise DataError(
+            f"{found} are not understood ({reason}). Expected e.g. 'days since 1970-01-01' in the "
+            "standard calendar; others need the package cftime, and dates that the standard one "
+            "has too."
+        ) from error
+    if decoded.dtype.kind != "M":
+        raise DataError(f"{found} are not understood, expected e.g. 'days since 1970-01-01'")
+    return decoded
+
+
+def _text_times(values: np.ndarray[Any, Any], where: str) -> Any:
+    pandas = require("pandas", "geo")
+    texts = [v.decode() if isinstance(v, bytes) else str(v) for v in values.reshape(-1)]
+    try:
+        found = pandas.to_datetime(texts, format="ISO8601", utc=True).tz_localize(None)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: times {texts[:3]} are not understood, expected e.g. '2020-02-29', "
+            "'20200229' or '2020-02-29T10:11:12Z'"
+        ) from error
+    return found.values.reshape(values.shape)
 
 
 def product_time(names: Sequence[str]) -> Any:
@@ -74,3 +120,98 @@ def days(times: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int32]]:
     known = ~np.isnat(times)
     whole = np.where(known, times, np.datetime64(0, "s")).astype("datetime64[D]").astype(np.int64)
     return np.where(known, whole, 0).astype(np.int32)
+
+
+def times_of(cube: Cube, array: str, dim: str | None, date: str = "") -> Any:
+    """Return the acquisition times of an array's dates, datetime64[s]; NaT where unknown.
+
+    Args:
+        cube: The store.
+        array: Path of the array.
+        dim: Its dimension of dates; None where it has none.
+        date: Date in the file's name, used where the store says nothing.
+
+    Raises:
+        DataError: No coordinate says when the dates are, or it is not understood.
+    """
+    if dim is None:
+        return np.array([_single_time(cube, array, date)], "datetime64[s]")
+    info = cube.arrays[array]
+    size = info.shape[info.dims.index(dim)]
+    for theirs in _time_arrays(cube, array, dim):
+        if theirs.shape == (size,):
+            return _stored_times(cube, theirs)
+    raise DataError(f"{cube.name}: no coordinate array says when the {size} dates of {dim!r} are.")
+
+
+def _time_arrays(cube: Cube, array: str, dim: str | None) -> list[ArrayInfo]:
+    """Return the arrays beside an array and above it that may say when it was measured."""
+    parts = array.split("/")[:-1]
+    dims = () if dim is None else (dim,)
+    found = []
+    for depth in range(len(parts), -1, -1):
+        prefix = "/".join(parts[:depth])
+        inside = {
+            name.rpartition("/")[2]: info
+            for name, info in cube.arrays.items()
+            if name.rpartition("/")[0] == prefix
+        }
+        found += [inside[n] for n in (dim, *TIME_NAMES) if n in inside and n is not None]
+        found += [
+            info
+            for info in inside.values()
+            if info.dims == dims
+            and (info.attrs.get("standard_name") == "time" or " since " in _units(info))
+        ]
+    return found
+
+
+def _units(info: ArrayInfo) -> str:
+    return str(info.attrs.get("units", ""))
+
+
+def _stored_times(cube: Cube, info: ArrayInfo) -> Any:
+    where = f"{cube.name}: {info.name}"
+    if info.dtype.kind in "USTO":
+        return decode_times(np.array(cube.read_text(info.name)), info.attrs, where)
+    values = cube.read(info.name)
+    if info.dtype.kind in "iuf" and "units" not in info.attrs and values.size:
+        known = abs(values[np.isfinite(values)].astype(np.float64))
+        if known.size and known.max() < 1e17:  # nanoseconds of 1973
+            raise DataError(f"{where} has no CF units, such as 'days since 2020-01-01'")
+    return decode_times(values, info.attrs, where)
+
+
+def _single_time(cube: Cube, array: str, date: str) -> Any:
+    """Return the time of an array without a time axis: coordinate, STAC, attributes, name."""
+    for theirs in _time_arrays(cube, array, None):
+        if math.prod(theirs.shape) == 1:
+            [time] = _stored_times(cube, theirs).reshape(-1)
+            if not np.isnat(time):
+                return time
+    item = cube.group_attrs("").get("stac_discovery")
+    properties = item.get("properties", {}) if isinstance(item, Mapping) else {}
+    texts = [properties.get("start_datetime"), properties.get("datetime")]
+    folder = array.rpartition("/")[0]
+    for attrs in (cube.arrays[array].attrs, cube.group_attrs(folder), cube.group_attrs("")):
+        texts += [attrs.get(name) for name in ("datetime", "time_coverage_start", "date")]
+    for text in texts:
+        try:
+            if text and str(text) != "null":
+                return np.datetime64(str(text)[:19].replace(" ", "T"), "s")
+        except ValueError:
+            continue
+    return parse_date(date) if date else product_time([cube.name.rpartition("/")[2]])[0]
+
+
+def parse_date(text: str) -> Any:
+    """Read `20200503`, `2020-05-03` or `20200503T101031` as datetime64[s]; NaT if it is neither."""
+    digits = text.replace("-", "").replace(":", "").replace("_", "T")
+    try:
+        day = f"{digits[:4]}-{digits[4:6]}-{digits[6:8]}"
+        clock = digits[9:15]
+        if len(clock) == 6:
+            return np.datetime64(f"{day}T{clock[:2]}:{clock[2:4]}:{clock[4:6]}", "s")
+        return np.datetime64(day, "s")
+    except ValueError:
+        return UNKNOWN

@@ -227,11 +227,10 @@ class Cube:
         with parsing(f"{self.name}: the names in array {name!r}"):
             if self.format == 3:
                 self._wanted(self.info(name), ())
-                return [str(text) for text in np.asarray(self._v3_members[name][...]).reshape(-1)]
-            return [
-                value.decode() if isinstance(value, bytes) else str(value)
-                for value in self.read(name).reshape(-1)
-            ]
+                values = np.asarray(self._v3_members[name][...])
+            else:
+                values = self.read(name)
+            return [v.decode() if isinstance(v, bytes) else str(v) for v in values.reshape(-1)]
 
     def decoded_bytes(self, name: str, selection: Selection | None = None) -> int:
         """Return how many bytes the chunks hold that a read of `selection` decodes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,15 @@ _CENTRES_NM = {
     "B07": 782.8, "B08": 832.8, "B8A": 864.7, "B09": 945.1, "B10": 1373.5, "B11": 1613.7,
     "B12": 2202.4,
 }  # fmt: skip
-_NAMES = {"blue": "B02", "green": "B03", "red": "B04", "nir": "B08", "vv": "VV", "vh": "VH"}
+_NAMES = {  # of STAC and its catalogues, without blanks, hyphens and underscores
+    "coastal": "B01", "aerosol": "B01", "coastalaerosol": "B01", "blue": "B02", "green": "B03",
+    "red": "B04", "rededge": "B05", "rededge1": "B05", "rededge2": "B06", "rededge3": "B07",
+    "rededge071": "B05", "rededge075": "B06", "rededge078": "B07", "nir": "B08", "nir08": "B8A",
+    "nirnarrow": "B8A", "b08a": "B8A", "nir09": "B09", "watervapor": "B09", "watervapour": "B09",
+    "cirrus": "B10", "swir1": "B11", "swir16": "B11", "swir2": "B12", "swir22": "B12",
+    "vv": "VV", "vh": "VH",
+}  # fmt: skip
+_SEPARATORS = re.compile(r"[\s_\-]+")
 
 
 @dataclass(frozen=True)
@@ -116,8 +125,9 @@ def product(name: str) -> Product:
 def canonical_band(name: str) -> str:
     """Return the canonical spelling of a band: `b2`, `B02`, `blue` -> `B02`; `vv` -> `VV`."""
     text = str(name).strip()
-    if text.lower() in _NAMES:
-        return _NAMES[text.lower()]
+    plain = _SEPARATORS.sub("", text.lower())
+    if plain in _NAMES:
+        return _NAMES[plain]
     text = text.upper()
     if text.startswith("B") and text[1:].isdigit():
         return f"B{int(text[1:]):02d}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.io.raster.time import UNKNOWN, cf_days, product_time
+from domainssl.io.raster.time import UNKNOWN, decode_times, product_time
 from domainssl.io.raster.zarr import Cube
 
 __all__ = ["TileFacts", "chosen_times", "date_order", "facts_a", "facts_b", "joined"]
@@ -45,7 +45,7 @@ def facts_a(cube: Cube, rows: slice) -> TileFacts:
     times = np.full((len(ids), shape[1]), UNKNOWN)
     if "time_" in cube.arrays:
         attrs = cube.info("time_").attrs
-        times = cf_days(cube.read("time_", [rows]), attrs, f"{cube.name}, array 'time_'")
+        times = decode_times(cube.read("time_", [rows]), attrs, f"{cube.name}, array 'time_'")
     products = np.full((len(ids), shape[1]), UNKNOWN)
     if "file_id" in cube.arrays:
         products = np.stack([product_time(row) for row in cube.read("file_id", [rows])])
@@ -72,7 +72,7 @@ def facts_b(cube: Cube, key: str) -> TileFacts:
     times = np.full((1, count), UNKNOWN)
     if "time" in cube.arrays:
         attrs = cube.info("time").attrs
-        times = cf_days(cube.read("time"), attrs, f"{cube.name}, array 'time'").reshape(1, -1)
+        times = decode_times(cube.read("time"), attrs, f"{cube.name}, array 'time'").reshape(1, -1)
     products = np.full((1, count), UNKNOWN)
     if "file_id" in cube.arrays:
         products = product_time(list(cube.read("file_id").reshape(-1))).reshape(1, -1)
