@@ -58,14 +58,14 @@ def deal(sizes: Sequence[int], world_size: int, order: Sequence[int]) -> list[li
     blocks = [b for b in order if sizes[b] > 0]
     total = sum(sizes[b] for b in blocks)
     targets = [total // world_size + (r < total % world_size) for r in range(world_size)]
-    whole = len(blocks) - len(blocks) % world_size
-    while True:
-        shards = [[Piece(b, 0, sizes[b]) for b in blocks[r:whole:world_size]]
-                  for r in range(world_size)]  # fmt: skip
-        lacking = [t - sum(map(len, shard)) for t, shard in zip(targets, shards)]
-        if min(lacking) >= 0:
-            break
-        whole -= world_size
+    rows = len(blocks) // world_size
+    dealt = np.array([sizes[b] for b in blocks[: rows * world_size]], np.int64)
+    given = dealt.reshape(rows, world_size).cumsum(0)  # items of each rank after each round
+    whole = int((given <= targets).all(1).sum()) * world_size
+    shards = [
+        [Piece(b, 0, sizes[b]) for b in blocks[r:whole:world_size]] for r in range(world_size)
+    ]
+    lacking = [t - sum(map(len, shard)) for t, shard in zip(targets, shards)]
     rank = 0
     for b in blocks[whole:]:
         start = 0

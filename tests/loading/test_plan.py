@@ -85,3 +85,12 @@ def test_too_few_items_are_refused_with_the_remedy():
 
 def test_pieces_know_their_length():
     assert len(Piece(0, 3, 8)) == 5
+
+
+def test_unequal_blocks_are_dealt_as_long_as_no_rank_gets_more_than_its_part():
+    # after two rounds rank 0 would hold 9 of its 8 items: the third and fourth block are split
+    shards = deal((5, 1, 4, 6), 2, range(4))
+    assert shards == [
+        [Piece(0, 0, 5), Piece(2, 0, 3)],
+        [Piece(1, 0, 1), Piece(2, 3, 4), Piece(3, 0, 6)],
+    ]

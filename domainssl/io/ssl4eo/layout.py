@@ -228,7 +228,8 @@ def _listed(
 def _partners(folders: Mapping[str, str], names: Mapping[str, Sequence[str]]) -> list[str]:
     union = sorted(set().union(*names.values()))
     for modality, found in names.items():
-        missing = [name for name in union if name not in set(found)]
+        there = set(found)
+        missing = [name for name in union if name not in there]
         if missing:
             others = [m for m, have in names.items() if missing[0] in have]
             raise DataError(
