@@ -89,9 +89,10 @@ class DomainDataModule(Recorded, LightningDataModule):
         """What batches hold, by name; known without touching the disk."""
 
     @property
-    def context_size(self) -> int:
-        """Side in pixels (or voxels) of the finest modality; each one's own is in its `size`."""
-        return max(modality.size[0] for modality in self.modalities.values())
+    def context_size(self) -> int | tuple[int, ...]:
+        """Pixels (or voxels) of the finest modality, one number where all axes are equal."""
+        size = max(modality.size for modality in self.modalities.values())
+        return size[0] if len(set(size)) == 1 else size
 
     @abstractmethod
     def open_sources(self) -> dict[str, Source]:
@@ -104,6 +105,20 @@ class DomainDataModule(Recorded, LightningDataModule):
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return plain data that tell these files from others: names, sizes, header hashes."""
+
+    def source(self, split: str) -> Source:
+        """Return where the items of a split come from; known after setup.
+
+        Raises:
+            ConfigError: There is no such split.
+        """
+        if split not in self._sources:
+            raise ConfigError(
+                f"There is no {split!r} split; call setup() first."
+                if not self._sources
+                else f"There is no {split!r} split here, only {sorted(self._sources)}."
+            )
+        return self._sources[split]
 
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""
@@ -255,13 +270,7 @@ class DomainDataModule(Recorded, LightningDataModule):
         return self.global_batch_size // (self._world_size * self._accumulate)
 
     def _stream(self, split: str, *, shuffle: bool) -> BlockStream:
-        if split not in self._sources:
-            raise ConfigError(
-                f"There is no {split!r} split; call setup() first."
-                if not self._sources
-                else f"There is no {split!r} split here, only {sorted(self._sources)}."
-            )
-        source = self._sources[split]
+        source = self.source(split)
 
         def plan(epoch: int) -> EpochPlan:
             return EpochPlan(

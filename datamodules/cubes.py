@@ -21,20 +21,18 @@ from domainssl.io.storage.paths import list_folder
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.cube_blocks import Block, blocks_of, hold_out
-from domainssl.sources.cube_options import (
-    DateChoice,
-    HeldOut,
-    Labels,
-    Layer,
-    Windows,
-    default_layers,
-)
+from domainssl.sources.cube_options import Labels, Layer, default_layers, finest_m, snap_m
 from domainssl.sources.cube_sites import Site, open_sites
 from domainssl.sources.cubes import CubeSource
+from domainssl.sources.dates import Dates
+from domainssl.sources.held_out import HeldOut
+from domainssl.sources.windows import Window
 
 __all__ = ["SentinelCubeDataModule"]
 
 _log = logging.getLogger(__name__)
+_WINDOW = Window(size=1200.0, unit="m")
+_USED_DATES = ("max_dates", "start", "end", "span_days", "max_gap_days", "min_valid_fraction")
 
 
 class SentinelCubeDataModule(DomainDataModule):
@@ -45,11 +43,11 @@ class SentinelCubeDataModule(DomainDataModule):
 
     Args:
         root: `sample` (made on first use in the cache), a folder, a store, or an fsspec URL.
-        layers: The sensors by modality key; None means Sentinel-1 in `s1` and the 12 bands of
+        modalities: The sensors by modality key; None means Sentinel-1 in `s1` and the 12 bands of
             Sentinel-2 L2A in `s2`.
         global_batch_size: Windows per optimiser step, over all devices and accumulation.
-        windows: Their size in metres, and how they are drawn.
-        dates: Which dates are read.
+        window: Their size, 1200 m by default, and how they are drawn.
+        dates: Dates, drawn per block and epoch; `one` by default.
         held_out: Which part is held out.
         labels: A map of classes beside the data; `auto` takes the folder `labels` if there is
             one; None.
@@ -67,10 +65,10 @@ class SentinelCubeDataModule(DomainDataModule):
     def __init__(
         self,
         root: str = "sample",
-        layers: dict[str, Layer] | None = None,
+        modalities: dict[str, Layer] | None = None,
         global_batch_size: int = 128,
-        windows: Windows | None = None,
-        dates: DateChoice | None = None,
+        window: Window | None = None,
+        dates: Dates | None = None,
         held_out: HeldOut | None = None,
         labels: Labels | str | None = "auto",
         on_bad_sample: Literal["raise", "replace"] = "raise",
@@ -91,9 +89,13 @@ class SentinelCubeDataModule(DomainDataModule):
                 "path, variable and names."
             )
         self.root = root
-        self.layers = dict(layers or default_layers())
-        self.windows = windows or Windows()
-        self.dates = dates or DateChoice()
+        self.layers = dict(modalities or default_layers())
+        self._asked = (window or Window()).sized(_WINDOW)
+        self._asked.must_not_resize()
+        self.window = self._on_grid(snap_m(self.layers), "pixels of the coarsest modality")
+        self.dates = (dates or Dates()).of(
+            ("one", "views", "all"), _USED_DATES, min_valid_fraction=0.1
+        )
         self.held_out = held_out or HeldOut()
         self.labels = labels
         self.statistics = statistics
@@ -105,8 +107,11 @@ class SentinelCubeDataModule(DomainDataModule):
             {name: self._modality(name, layer) for name, layer in self.layers.items()}
         )
 
+    def _on_grid(self, cell_m: float, name: str) -> Window:
+        return self._asked.on_grid(cell_m, px_m=finest_m(self.layers), name=name)
+
     def _modality(self, name: str, layer: Layer) -> Modality:
-        size = self.windows.pixels(layer.gsd_m, name)
+        size = self._on_grid(layer.gsd_m, f"pixels of {name!r}").shape
         facts = layer.modality(name, size, is_series=self.dates.is_series)
         return statistics_of(facts, self.statistics)
 
@@ -131,14 +136,14 @@ class SentinelCubeDataModule(DomainDataModule):
         root = self._root()
         labels = self._label_layer(root)
         self.sites, self._problems = open_sites(
-            root, self.layers, self.dates, self.windows, labels, self.storage_options
+            root, self.layers, self.dates, self.window, labels, self.storage_options
         )
         for problem in self._problems:
             _log.warning("%s: %s", root, problem)
         blocks = [
             block
             for number, site in enumerate(self.sites)
-            for block in blocks_of(number, site, self.layers, self.windows)
+            for block in blocks_of(number, site, self.layers, self.window)
         ]
         train, val, left_out = hold_out(self.sites, blocks, self.held_out)
         self.blocks = {"train": train, "val": val} if val else {"train": train}
@@ -162,7 +167,7 @@ class SentinelCubeDataModule(DomainDataModule):
             self.sites,
             blocks,
             self.layers,
-            self.windows,
+            self.window,
             self.dates,
             self.seed,
             is_training,

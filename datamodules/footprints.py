@@ -18,13 +18,18 @@ from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
 from domainssl.loading.source import Source
 from domainssl.modality import Modality
-from domainssl.sources.tiles import Footprint, SeriesDates, TileSource
+from domainssl.sources.dates import Dates
+from domainssl.sources.tiles import TileSource
+from domainssl.sources.windows import Window
 
 __all__ = ["SENTINEL_M", "ImageSensor", "check_windows"]
 
 _log = logging.getLogger(__name__)
 
 SENTINEL_M = 10.0
+_USED_DATES = (
+    "max_dates", "min_valid_fraction", "choice", "cloud_percent", "mask_clouds", "join_days",
+)  # fmt: skip
 _S2_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 _S2_NM = (492.7, 559.8, 664.6, 704.1, 740.5, 782.8, 832.8, 864.7, 1613.7, 2202.4)
 
@@ -67,48 +72,57 @@ class _FootprintDataModule(DomainDataModule):
     sample: ClassVar[str]
 
     root: str
-    footprint: Footprint
-    dates: SeriesDates
+    window: Window  # in pixels of the series
+    dates: Dates
+    reads: dict[str, str]
     statistics: str
     catalogues: dict[str, Any]
 
-    def _describe_modalities(self, names: Sequence[str], tile_m: float) -> None:
-        """Check the names and build the modalities; root, footprint, dates and so on are set.
+    def _describe_modalities(
+        self, reads: Mapping[str, str], window: Window, dates: Dates | None, tile_m: float
+    ) -> None:
+        """Check the arguments and build the modalities; root and statistics are set.
 
         Args:
-            names: The modalities asked for.
+            reads: Published name of each modality key.
+            window: As asked for, sizes filled in.
+            dates: As asked for.
             tile_m: Side of a whole tile in metres.
 
         Raises:
-            ConfigError: A name is unknown or stands twice, or a length is none of whole pixels.
+            ConfigError: A name is unknown, or a length is none of whole pixels.
         """
         where = "data.init_args.modalities"
-        for name in names:
+        for key, name in reads.items():
             if name not in self.known:
                 raise ConfigError(
-                    f"{where}: unknown modality {name!r}, expected some of "
+                    f"{where}.{key}: unknown modality {name!r}, expected one of "
                     f"{', '.join(self.known)}.{nearest(name, self.known)}"
                 )
-        if not names or len(set(names)) < len(names):
-            raise ConfigError(
-                f"{where}: got {list(names)}, expected one or more different ones of "
-                f"{', '.join(self.known)}."
-            )
-        self.dates.check([name for name in names if name != self.image.name])
+        if not reads:
+            raise ConfigError(f"{where}: empty, expected some of {', '.join(self.known)}.")
+        self.reads = dict(reads)
+        self.dates = (dates or Dates()).of(("all",), _USED_DATES, min_valid_fraction=0.0)
+        self.dates.check([key for key, name in reads.items() if name != self.image.name])
         self.catalogues = {}
-        self._side_m = self.footprint.side_m(tile_m, SENTINEL_M)
-        self._modalities = {name: self._modality(name) for name in names}
+        window.must_not_resize()
+        names = set(reads.values())
+        finest = self.image.gsd_m if self.image.name in names else SENTINEL_M
+        whole = (round(tile_m / SENTINEL_M),) * 2
+        self.window = window.on_grid(SENTINEL_M, px_m=finest, whole=whole, name="10 m pixels")
+        self.window.check(whole, "tiles")
+        self._modalities = {key: self._modality(key, name) for key, name in reads.items()}
 
     @property
     def modalities(self) -> dict[str, Modality]:
         """The modalities asked for; statistics as asked for."""
         return self._modalities
 
-    def _modality(self, name: str) -> Modality:
+    def _modality(self, key: str, name: str) -> Modality:
         mean, std = self.published[name]
         is_image = name == self.image.name
         gsd = self.image.gsd_m if is_image else SENTINEL_M
-        side = round(self._side_m / gsd)
+        times = round(SENTINEL_M / gsd)
         if is_image:
             channels, unit, limits = self.image.channels, "rgb8", (0.0, 255.0)
         elif name == "s2":
@@ -116,11 +130,11 @@ class _FootprintDataModule(DomainDataModule):
         else:
             channels, unit, limits = ("VV", "VH"), "db", (-60.0, 40.0)
         plain = Modality(
-            name=name,
+            name=key,
             kind="image" if is_image else "series",
             channels=channels,
             value_unit=unit,
-            size=(side, side),
+            size=tuple(cells * times for cells in self.window.shape),
             gsd_m=gsd,
             mean=mean,
             std=std,
@@ -128,7 +142,7 @@ class _FootprintDataModule(DomainDataModule):
             nodata=None,  # batches mark it in `valid`
             wavelengths_nm=_S2_NM if name == "s2" else None,
         )
-        return statistics_of(plain, self.statistics)
+        return statistics_of(plain, self.statistics, alias=name)
 
     def prepare_data(self) -> None:
         """Write the embedded sample, once per machine."""
@@ -181,12 +195,12 @@ class _FootprintDataModule(DomainDataModule):
             lines.append(f"{self.format}, {split}: {self._found(split, found)}")
             lines += [f"problem: {text}" for text in found.problems]
         for name, modality in self._modalities.items():
-            most = self.dates.most_of(name)
+            most = self.dates.most(name)
             dates = f", {f'at most {most}' if most else 'all'} dates"
             lines.append(
                 f"{name}: {modality.value_unit}, {modality.num_channels} bands "
                 f"{' '.join(modality.channels)}, {modality.size[0]} px of {modality.gsd_m:g} m"
-                + ("" if name == self.image.name else dates)
+                + (dates if modality.kind == "series" else "")
             )
         lines.append(f"labels: {', '.join(self.label_names or ())}")
         return lines + super().describe()

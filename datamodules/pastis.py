@@ -35,7 +35,9 @@ from domainssl.io.series.pastis import (
 from domainssl.io.series.tile import Tile
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Batch
-from domainssl.sources.tiles import Footprint, SeriesDates, TileSource
+from domainssl.sources.dates import Dates
+from domainssl.sources.tiles import TileSource
+from domainssl.sources.windows import Window
 
 __all__ = ["PastisDataModule"]
 
@@ -54,6 +56,8 @@ _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "spot": ((127.5, 127.5, 127.5), (64.0, 64.0, 64.0)),
 }  # fmt: skip
 _MODALITIES = (*SERIES, "spot")
+_PATCH_M = 1280.0
+_WINDOW = Window(size=160.0, unit="m")
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,11 @@ class PastisDataModule(_FootprintDataModule):
 
     Args:
         root: `sample` (made on first use in the cache), or the folder with `metadata.geojson`.
-        modalities: Which of `s2`, `s1_asc`, `s1_des`, `spot` are read.
+        modalities: What each key reads: `s2`, `s1_asc`, `s1_des` or `spot`; the series by default.
         global_batch_size: Windows per optimiser step, over all devices and accumulation.
-        footprint: Window in metres, flips and turns, the same for all modalities.
+        window: Their size, 160 m by default, flips and turns.
         windows_per_patch: Windows per patch and epoch; held-out ones lie on a regular grid.
-        dates: Choice of dates of the series. There are no cloud masks.
+        dates: Dates of the series; `all` is the only mode. There are no cloud masks.
         train_folds: Folds to train on, 1 to 5.
         val_folds: Folds held out for validation.
         test_folds: Folds to predict.
@@ -123,11 +127,11 @@ class PastisDataModule(_FootprintDataModule):
     def __init__(
         self,
         root: str = "sample",
-        modalities: Sequence[str] = tuple(SERIES),
+        modalities: dict[str, str] | None = None,
         global_batch_size: int = 8,
-        footprint: Footprint | None = None,
+        window: Window | None = None,
         windows_per_patch: int = 1,
-        dates: SeriesDates | None = None,
+        dates: Dates | None = None,
         train_folds: Sequence[int] = (1, 2, 3),
         val_folds: Sequence[int] = (4,),
         test_folds: Sequence[int] = (5,),
@@ -150,22 +154,16 @@ class PastisDataModule(_FootprintDataModule):
         _check_folds(self.folds)
         check_windows(windows_per_patch=windows_per_patch)
         self.root = root
-        self.footprint = footprint or Footprint(size_m=160.0)
-        if self.footprint.size_m is None:
-            raise ConfigError(
-                "data.init_args.footprint.size_m: null, expected the side of a window in metres, "
-                "such as 160, or 1280 for whole patches."
-            )
         self.windows_per_patch = windows_per_patch
-        self.dates = dates or SeriesDates()
         self.statistics = statistics
-        self._describe_modalities(modalities, self.footprint.size_m)
+        reads = modalities or {name: name for name in SERIES}
+        self._describe_modalities(reads, (window or Window()).sized(_WINDOW), dates, _PATCH_M)
 
     def open_sources(self) -> dict[str, Source]:
         """Read the table; predictions are made for the test folds, else for held-out ones."""
         root = self._root()
         folds = self.folds.items()
-        self._keep({split: scan_pastis(root, own, self._modalities) for split, own in folds})
+        self._keep({split: scan_pastis(root, own, self.reads.values()) for split, own in folds})
         if not self.catalogues:
             raise DataError(f"{root}: metadata.geojson lists no patch of the folds {self.folds}.")
         return self._sources_of_splits()
@@ -173,17 +171,18 @@ class PastisDataModule(_FootprintDataModule):
     def _source(self, catalogue: PastisCatalogue, *, is_training: bool) -> TileSource:
         tile_m = catalogue.side * SENTINEL_M
         return TileSource(
-            _Tiles(catalogue, tuple(self._modalities)),
+            _Tiles(catalogue, tuple(self.reads.values())),
             self._modalities,
+            self.reads,
             {},
-            self.footprint,
+            self.window,
             tile_m,
             SENTINEL_M,
             self.dates,
             self.seed,
             is_training,
             self.windows_per_patch,
-            tile_bytes=sum(_TILE_BYTES[name] for name in self._modalities)
+            tile_bytes=sum(_TILE_BYTES[name] for name in self.reads.values())
             * catalogue.side**2
             // 128**2,
         )

@@ -22,12 +22,15 @@ from domainssl.io.ssl4eo.read import read
 from domainssl.io.storage.paths import is_folder, join
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality
-from domainssl.sources.ssl4eo import Dates, SSL4EOSource
-from domainssl.sources.windows import Crop
+from domainssl.sources.dates import Dates
+from domainssl.sources.ssl4eo import SSL4EOSource
+from domainssl.sources.windows import Window
 
 __all__ = ["SSL4EOS12DataModule"]
 
 _log = logging.getLogger(__name__)
+_GSD_M = 10.0
+_WINDOW = Window(size=120, min_size=60, max_size=180)
 
 
 class SSL4EOS12DataModule(DomainDataModule):
@@ -39,13 +42,12 @@ class SSL4EOS12DataModule(DomainDataModule):
     Args:
         root: `sample` (made on first use in the cache), a folder, or an fsspec URL, that holds
             `train/<product>/` and `val/<product>/`.
-        products: Product of each modality key: S1GRD, S2L1C, S2L2A or S2RGB.
+        modalities: Product of each modality key: S1GRD, S2L1C, S2L2A or S2RGB.
         global_batch_size: Locations per optimiser step, over all devices and accumulation.
-        crop: Training windows. Held-out items are the central `crop.size` pixels.
-        dates: `one` (drawn per file and epoch), `views` or `views:3` (several drawn, a series),
-            `all` (a series), a position, or a list of positions (a series).
+        window: Training windows, 60 to 180 pixels resized to 120 unless `size` is given. Held-out
+            items are the central `size` pixels.
+        dates: Dates, drawn per file and epoch; `one` by default.
         labels: `auto` (those beside the data, if any), the path of a table, or None.
-        mask_clouds: Clouds and cloud shadow count as not valid.
         dn_offset: What stored Sentinel-2 values carry: 0, 1000, or `auto`.
         on_bad_sample: `raise`, or `replace` by the next good location.
         statistics: `published`, a YAML or JSON file, or `card` (those of the model's weights).
@@ -61,12 +63,11 @@ class SSL4EOS12DataModule(DomainDataModule):
     def __init__(
         self,
         root: str = "sample",
-        products: dict[str, str] | None = None,
+        modalities: dict[str, str] | None = None,
         global_batch_size: int = 128,
-        crop: Crop | None = None,
-        dates: int | list[int] | str = "one",
+        window: Window | None = None,
+        dates: Dates | None = None,
         labels: str | None = "auto",
-        mask_clouds: bool = False,
         dn_offset: Literal[0, 1000, "auto"] = "auto",
         on_bad_sample: Literal["raise", "replace"] = "raise",
         statistics: str = "published",
@@ -82,21 +83,23 @@ class SSL4EOS12DataModule(DomainDataModule):
         )
         self.root = root
         self.storage_options = dict(storage_options or {})
-        self.products = dict(products or {"s1": "S1GRD", "s2": "S2L2A"})
+        self.products = dict(modalities or {"s1": "S1GRD", "s2": "S2L2A"})
         for name, value in self.products.items():
             if value not in PRODUCTS:
                 raise ConfigError(
-                    f"data.init_args.products.{name}: unknown product {value!r}, expected one of "
+                    f"data.init_args.modalities.{name}: unknown product {value!r}, expected one of "
                     f"{', '.join(PRODUCTS)}.{nearest(value, PRODUCTS)}"
                 )
         if dn_offset not in (0, 1000, "auto"):
             raise ConfigError(
                 f"data.init_args.dn_offset: got {dn_offset!r}, expected 0, 1000 or 'auto'."
             )
-        self.crop = crop or Crop()
-        self.dates = Dates.of(dates)
+        self.window = (window or Window()).sized(_WINDOW).on_grid(_GSD_M)
+        self.dates = (dates or Dates()).of(
+            ("one", "views", "all", "fixed"), ("max_dates", "positions", "mask_clouds")
+        )
+        self.dates.check(())
         self.labels = labels
-        self.mask_clouds = mask_clouds
         self.dn_offset = dn_offset
         self.statistics = statistics
         self.catalogues: dict[str, Catalogue] = {}
@@ -109,11 +112,6 @@ class SSL4EOS12DataModule(DomainDataModule):
             self._modalities = {m: self._modality(m, p) for m, p in self.products.items()}
         return self._modalities
 
-    @property
-    def context_size(self) -> int:
-        """Side in pixels of what is delivered."""
-        return self.crop.size
-
     def _modality(self, name: str, product_name: str) -> Modality:
         facts = product(product_name)
         plain = Modality(
@@ -121,8 +119,8 @@ class SSL4EOS12DataModule(DomainDataModule):
             kind="series" if self.dates.is_series else "image",
             channels=facts.bands,
             value_unit=facts.value_unit,
-            size=(self.crop.size, self.crop.size),
-            gsd_m=10.0,
+            size=self.window.shape,
+            gsd_m=_GSD_M,
             mean=facts.mean,
             std=facts.std,
             valid_range=facts.valid_range,
@@ -173,21 +171,20 @@ class SSL4EOS12DataModule(DomainDataModule):
             self.label_names = found.names
         return SSL4EOSource(
             catalogue,
-            self.crop,
+            self.window,
             self.dates,
             self.seed,
             is_training,
             found,
-            self.mask_clouds,
             self.dn_offset,
         )
 
     def _log_clipping(self, catalogue: Catalogue) -> None:
-        side = min(catalogue.size)
-        if self.crop.max_px > side:
+        window, side = self.window, self.window.fitting(catalogue.size)
+        if window.most > side:
             _log.info(
                 "Scenes have %d x %d px: training windows are %d to %d px instead of %d to %d",
-                *catalogue.size, self.crop.min_px, side, self.crop.min_px, self.crop.max_px,
+                *catalogue.size, window.least, side, window.least, window.most,
             )  # fmt: skip
 
     @property

@@ -11,7 +11,6 @@ batches of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,7 +34,9 @@ from domainssl.io.series.treesatai import (
 )
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Batch
-from domainssl.sources.tiles import Footprint, SeriesDates, TileSource
+from domainssl.sources.dates import Dates
+from domainssl.sources.tiles import TileSource
+from domainssl.sources.windows import Window
 
 __all__ = ["TreeSatAIDataModule"]
 
@@ -93,12 +94,12 @@ class TreeSatAIDataModule(_FootprintDataModule):
     Args:
         root: `sample` (made on first use in the cache), or a folder with `aerial/`,
             `sentinel-ts/` and tables of the splits.
-        modalities: Which of `aerial`, `s2`, `s1_asc`, `s1_des` are read.
+        modalities: What each key reads: `aerial`, `s2`, `s1_asc` or `s1_des`; all by default.
         global_batch_size: Tiles per optimiser step, over all devices and accumulation.
-        footprint: Window in metres, flips and turns, the same for all modalities.
+        window: Their size, whole tiles by default, flips and turns.
         windows_per_tile: Windows cut from each training tile per epoch, read from disk once;
             held-out tiles give the one in their middle.
-        dates: Choice of dates of the series.
+        dates: Dates of the series; `all` is the only mode.
         label_threshold: A genus is in `label_multi` if its share of the area is larger.
         on_bad_sample: `raise`, or `replace` by the next good tile.
         statistics: `published`, a YAML or JSON file, or `card` (those of the model's weights).
@@ -119,11 +120,11 @@ class TreeSatAIDataModule(_FootprintDataModule):
     def __init__(
         self,
         root: str = "sample",
-        modalities: Sequence[str] = _MODALITIES,
+        modalities: dict[str, str] | None = None,
         global_batch_size: int = 384,
-        footprint: Footprint | None = None,
+        window: Window | None = None,
         windows_per_tile: int = 1,
-        dates: SeriesDates | None = None,
+        dates: Dates | None = None,
         label_threshold: float = 0.07,
         on_bad_sample: Literal["raise", "replace"] = "raise",
         statistics: str = "published",
@@ -138,18 +139,17 @@ class TreeSatAIDataModule(_FootprintDataModule):
         )
         check_windows(windows_per_tile=windows_per_tile)
         self.root = root
-        self.footprint = footprint or Footprint()
         self.windows_per_tile = windows_per_tile
-        self.dates = dates or SeriesDates()
         self.label_threshold = label_threshold
         self.statistics = statistics
-        self._describe_modalities(modalities, _TILE_M)
+        reads = modalities or {name: name for name in _MODALITIES}
+        self._describe_modalities(reads, window or Window(), dates, _TILE_M)
 
     def open_sources(self) -> dict[str, Source]:
         """Read the tables that are there; predictions are made for `test`, else held-out tiles."""
         root = self._root()
         splits = ("train", "val", "test")
-        self._keep({split: scan_treesat(root, split, self._modalities) for split in splits})
+        self._keep({split: scan_treesat(root, split, self.reads.values()) for split in splits})
         if not self.catalogues:
             raise DataError(
                 f"data.init_args.root={root!r}: found neither train.csv nor "
@@ -167,17 +167,18 @@ class TreeSatAIDataModule(_FootprintDataModule):
 
     def _source(self, catalogue: TreeSatCatalogue, *, is_training: bool) -> TileSource:
         return TileSource(
-            _Tiles(catalogue, tuple(self._modalities), self.label_threshold),
+            _Tiles(catalogue, tuple(self.reads.values()), self.label_threshold),
             self._modalities,
+            self.reads,
             _MARGIN,
-            self.footprint,
+            self.window,
             _TILE_M,
             SENTINEL_M,
             self.dates,
             self.seed,
             is_training,
             self.windows_per_tile if is_training else 1,
-            tile_bytes=sum(_TILE_BYTES[name] for name in self._modalities),
+            tile_bytes=sum(_TILE_BYTES[name] for name in self.reads.values()),
         )
 
     @property

@@ -24,7 +24,7 @@ from domainssl.errors import require
 from domainssl.io.ssl4eo.facts import product
 from domainssl.io.ssl4eo.write import TileTable, write_release_a
 from domainssl.loading.source import Loading
-from domainssl.sources.windows import Crop
+from domainssl.sources.windows import Window
 
 __all__ = ["measure"]
 
@@ -49,13 +49,13 @@ def measure(settings: Settings) -> Iterator[Row]:
 
 def _compare(settings: Settings, folder: str, paths: list[Path], kind: str, workers: int) -> Row:
     size = settings.pick(120, 16)
-    fixed = Crop(min_px=size, max_px=size, size=size)
-    free = Crop(min_px=size // 2, max_px=size * 3 // 2, size=size)
+    fixed = Window(size=size)
+    free = Window(size=size, min_size=size // 2, max_size=size * 3 // 2)
     count = settings.pick(64, 4, settings.batch)
     data = SSL4EOS12DataModule(
         root=folder,
         global_batch_size=count,
-        crop=fixed if kind == "fixed crop" else free,
+        window=fixed if kind == "fixed crop" else free,
         labels=None,
         loading=Loading(workers=workers),
     )

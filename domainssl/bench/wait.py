@@ -20,7 +20,7 @@ from domainssl.bench.stream import write_files
 from domainssl.callbacks.throughput import Throughput
 from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
 from domainssl.loading.source import Loading
-from domainssl.sources.windows import Crop
+from domainssl.sources.windows import Window
 
 __all__ = ["measure"]
 
@@ -57,7 +57,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         data = SSL4EOS12DataModule(
             root=folder,
             global_batch_size=count,
-            crop=Crop(min_px=side // 2, max_px=side * 3 // 2, size=side),
+            window=Window(size=side, min_size=side // 2, max_size=side * 3 // 2),
             labels=None,
             loading=Loading(workers=settings.workers),
         )

@@ -99,7 +99,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         dirpath: Folder; the run's folder `checkpoints` by default.
         every_n_epochs: Save at the end of every n-th epoch; 0 for never.
         every_n_train_steps: Save after every n-th optimiser step too; 0 for never.
-        keep: How many of the newest files stay; -1 for all.
+        keep_last: How many of the newest files stay; -1 for all.
         save_on_exception: Save when the run is interrupted, too.
     """
 
@@ -108,10 +108,10 @@ class AtomicCheckpoint(ModelCheckpoint):
         dirpath: str | None = None,
         every_n_epochs: int = 1,
         every_n_train_steps: int = 0,
-        keep: int = 2,
+        keep_last: int = 2,
         save_on_exception: bool = False,
     ) -> None:
-        _check_counts(keep, every_n_epochs, every_n_train_steps)
+        _check_counts(keep_last, every_n_epochs, every_n_train_steps)
         super().__init__(
             dirpath=dirpath,
             filename="step_{step:07d}",
@@ -124,7 +124,7 @@ class AtomicCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
-        self.keep = keep
+        self.keep_last = keep_last
         self._epochs_between = every_n_epochs
         self._is_overdue = False  # a checkpoint that waits for the end of a validation
 
@@ -194,10 +194,10 @@ class AtomicCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        if trainer.is_global_zero and self.keep > 0:
+        if trainer.is_global_zero and self.keep_last > 0:
             found = Path(str(self.dirpath)).glob("step_*.ckpt")
             paths = sorted(found, key=lambda path: path.stat().st_mtime_ns)
-            for path in paths[: -self.keep]:
+            for path in paths[: -self.keep_last]:
                 _remove(path)
 
     @staticmethod
@@ -214,10 +214,12 @@ class AtomicCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
 
-def _check_counts(keep: int, every_n_epochs: int, every_n_train_steps: int) -> None:
+def _check_counts(keep_last: int, every_n_epochs: int, every_n_train_steps: int) -> None:
     """Refuse what is no number of files or no interval."""
-    if keep == 0 or keep < -1:
-        raise ConfigError(f"AtomicCheckpoint.keep: got {keep}, expected 1 or more, or -1 for all.")
+    if keep_last == 0 or keep_last < -1:
+        raise ConfigError(
+            f"AtomicCheckpoint.keep_last: got {keep_last}, expected 1 or more, or -1 for all."
+        )
     for name, every in (
         ("every_n_epochs", every_n_epochs),
         ("every_n_train_steps", every_n_train_steps),

@@ -26,7 +26,7 @@ class Loading:
         window_blocks: Blocks whose items are shuffled together. Up to twice as many are in memory.
         prefetch: Blocks each worker prepares ahead.
         pin_memory: Page-locked batches; None does so when training on CUDA.
-        max_bad_share: Share of bad items, with `on_bad_sample: replace`, that ends the run.
+        max_bad_fraction: Fraction of bad items, with `on_bad_sample: replace`, that ends the run.
     """
 
     workers: int | None = None
@@ -34,7 +34,7 @@ class Loading:
     window_blocks: int = 8
     prefetch: int = 2
     pin_memory: bool | None = None
-    max_bad_share: float = 0.01
+    max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
         for name, low in (("workers", 0), ("window_blocks", 1), ("prefetch", 1)):
@@ -48,10 +48,10 @@ class Loading:
                 f"data.init_args.loading.start_method: got {self.start_method!r}, expected one of "
                 f"{_START_METHODS}.{nearest(self.start_method, _START_METHODS)}"
             )
-        if not 0 <= self.max_bad_share <= 1:
+        if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(
-                f"data.init_args.loading.max_bad_share: got {self.max_bad_share!r}, expected a "
-                "share between 0 and 1, such as 0.01."
+                f"data.init_args.loading.max_bad_fraction: got {self.max_bad_fraction!r}, expected "
+                "a fraction between 0 and 1, such as 0.01."
             )
 
 

@@ -376,11 +376,11 @@ class BlockStream:
                 "%d bad %s item(s) replaced (%d so far): %s",
                 len(new), self.split, len(self.tally.bad), next(iter(new.values())),
             )  # fmt: skip
-        if len(self.tally.bad) > self.loading.max_bad_share * self._num_items:
+        if len(self.tally.bad) > self.loading.max_bad_fraction * self._num_items:
             raise DataError(
                 f"{len(self.tally.bad)} of {self._num_items} {self.split} items of this process "
-                f"are bad, more than data.init_args.loading.max_bad_share="
-                f"{self.loading.max_bad_share:g} allows:\n{self._bad_list()}"
+                f"are bad, more than data.init_args.loading.max_bad_fraction="
+                f"{self.loading.max_bad_fraction:g} allows:\n{self._bad_list()}"
             )
 
     def _bad_list(self) -> str:

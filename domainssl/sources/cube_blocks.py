@@ -17,8 +17,10 @@ import numpy as np
 from domainssl.errors import ConfigError, DataError, nearest, require
 from domainssl.io.raster.bands import StoredBand
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
-from domainssl.sources.cube_options import HeldOut, Layer, Windows
+from domainssl.sources.cube_options import Layer, snap_m
 from domainssl.sources.cube_sites import Site
+from domainssl.sources.held_out import HeldOut
+from domainssl.sources.windows import Window
 
 __all__ = ["Block", "blocks_of", "hold_out", "overlapping"]
 
@@ -45,30 +47,28 @@ class Block:
         return self.across * self.down
 
 
-def blocks_of(
-    number: int, site: Site, layers: Mapping[str, Layer], windows: Windows
-) -> list[Block]:
+def blocks_of(number: int, site: Site, layers: Mapping[str, Layer], window: Window) -> list[Block]:
     """Cut a site into blocks along the borders of its largest chunks."""
-    side = windows.side_m / site.metres
-    snap = max(layer.gsd_m for layer in layers.values()) / site.metres
+    snap = snap_m(layers) / site.metres
+    height, width = (cells * snap for cells in window.shape)
     bands = [b for layer in site.layers.values() for b in layer.files[0].bands]
     wide = max(bands, key=lambda b: b.chunk[1] * b.grid.step)
     high = max(bands, key=lambda b: b.chunk[0] * b.grid.step)
     xs = _edges(
         site.bounds.left, site.bounds.right, wide.grid.left, wide.chunk[1] * wide.grid.step,
-        side, snap, windows.per_block,
+        width, snap, window.per_block,
     )  # fmt: skip
     # from north to south: coordinates with their sign turned grow like columns do
     ys = _edges(
         -site.bounds.top, -site.bounds.bottom, -_first_chunk_edge(high),
-        high.chunk[0] * high.grid.step, side, snap, windows.per_block,
+        high.chunk[0] * high.grid.step, height, snap, window.per_block,
     )  # fmt: skip
     return [
         Block(
             number,
             Bounds(x0, -y1, x1, -y0),
-            int((x1 - x0) / side + 1e-6),
-            int((y1 - y0) / side + 1e-6),
+            int((x1 - x0) / width + 1e-6),
+            int((y1 - y0) / height + 1e-6),
         )
         for y0, y1 in pairwise(ys)
         for x0, x1 in pairwise(xs)
@@ -124,21 +124,21 @@ def hold_out(
     if rule.sites:
         held = np.array([names[b.site] in rule.sites for b in blocks])
     else:
-        count = round(rule.share * len(blocks))
-        count = max(count, 1) if rule.share and len(blocks) > 1 else count
+        count = round(rule.val_fraction * len(blocks))
+        count = max(count, 1) if rule.val_fraction and len(blocks) > 1 else count
         held = np.zeros(len(blocks), bool)
         order = np.random.default_rng([rule.seed, len(blocks)]).permutation(len(blocks))
         held[order[:count]] = True
     val = [b for b, h in zip(blocks, held, strict=True) if h]
     rest = [b for b, h in zip(blocks, held, strict=True) if not h]
-    near = overlapping(sites, rest, val, rule.gap_m)
+    near = overlapping(sites, rest, val, rule.gap)
     train = [b for b, n in zip(rest, near, strict=True) if not n]
     if not train:
         raise ConfigError(
             f"data.init_args.held_out: {len(val)} of {len(blocks)} blocks are held out and no "
-            "other is left for training. Lower share or gap_m."
+            "other is left for training. Lower val_fraction or gap."
         )
-    if overlapping(sites, train, val, rule.gap_m).any():
+    if overlapping(sites, train, val, rule.gap).any():
         raise DataError("training and held-out blocks overlap")
     return train, val, int(near.sum())
 

@@ -1,19 +1,17 @@
-"""What a user says about cubes: layers, windows, dates, held-out blocks, labels."""
+"""What a user says about cubes: layers, masks, labels."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from domainssl.errors import ConfigError, nearest
 from domainssl.io.raster.read import MaskRule
 from domainssl.io.ssl4eo.facts import PRODUCTS, canonical_band
 from domainssl.modality import Modality
 
-__all__ = ["DateChoice", "HeldOut", "Labels", "Layer", "Mask", "Windows", "default_layers"]
+__all__ = ["Labels", "Layer", "Mask", "default_layers", "finest_m", "snap_m"]
 
 _UNITS = ("auto", "dn", "dn+1000", "reflectance", "db", "linear", "amplitude", "arbitrary")
 # scene classification of L2A: no data, saturated, cloud shadow, clouds, thin cirrus
@@ -75,17 +73,19 @@ class Layer:
 
     def __post_init__(self) -> None:
         if not self.bands:
-            raise ConfigError("data.init_args.layers: a layer needs 'bands', such as [VV, VH].")
+            raise ConfigError("data.init_args.modalities: a layer needs 'bands', such as [VV, VH].")
         object.__setattr__(self, "bands", tuple(self.bands))
         if self.stored_unit not in _UNITS:
             raise ConfigError(
-                f"data.init_args.layers: stored_unit {self.stored_unit!r} is not one of "
+                f"data.init_args.modalities: stored_unit {self.stored_unit!r} is not one of "
                 f"{', '.join(_UNITS)}.{nearest(self.stored_unit, _UNITS)}"
             )
         if self.gsd_m <= 0:
-            raise ConfigError(f"data.init_args.layers: gsd_m is {self.gsd_m!r}, expected above 0.")
+            raise ConfigError(
+                f"data.init_args.modalities: gsd_m is {self.gsd_m!r}, expected above 0."
+            )
 
-    def modality(self, name: str, size: int, *, is_series: bool) -> Modality:
+    def modality(self, name: str, size: tuple[int, ...], *, is_series: bool) -> Modality:
         """Return the facts that a backbone is built from, without looking at the files."""
         mean, std, low_high = self._statistics()
         bands = tuple(canonical_band(band) for band in self.bands)
@@ -97,7 +97,7 @@ class Layer:
             kind="series" if is_series and not self.is_static else "image",
             channels=bands,
             value_unit=self.value_unit,
-            size=(size, size),
+            size=size,
             gsd_m=self.gsd_m,
             mean=self.mean or mean,
             std=self.std or std,
@@ -130,143 +130,14 @@ def default_layers() -> dict[str, Layer]:
     }
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Windows in world coordinates, the same for every layer.
-
-    Attributes:
-        side_m: Side in metres; a multiple of every layer's `gsd_m`.
-        jitter: Training windows are shifted at random by up to half their side, inside their
-            block; otherwise they lie side by side.
-        flips: Mirror at random along both axes.
-        quarter_turns: Turn at random by 0, 90, 180 or 270 degrees.
-        per_block: Most windows along the side of a block; a larger chunk is read several times.
-    """
-
-    side_m: float = 1200.0
-    jitter: bool = True
-    flips: bool = True
-    quarter_turns: bool = True
-    per_block: int = 8
-
-    def __post_init__(self) -> None:
-        if self.side_m <= 0 or self.per_block < 1:
-            raise ConfigError(
-                f"data.init_args.windows: got side_m={self.side_m!r}, per_block="
-                f"{self.per_block!r}; expected side_m > 0 and per_block >= 1."
-            )
-
-    def pixels(self, gsd_m: float, name: str) -> int:
-        """Return the side in pixels of a layer.
-
-        Raises:
-            ConfigError: It is not a whole number.
-        """
-        count = self.side_m / gsd_m
-        if abs(count - round(count)) > 1e-6 or round(count) < 1:
-            raise ConfigError(
-                f"data.init_args.windows.side_m={self.side_m:g} is not a multiple of "
-                f"data.init_args.layers.{name}.gsd_m={gsd_m:g}; use "
-                f"{max(1, round(count)) * gsd_m:g}."
-            )
-        return round(count)
+def snap_m(layers: Mapping[str, Layer]) -> float:
+    """Return the pixel of the coarsest layer in metres, to which windows are aligned."""
+    return max(layer.gsd_m for layer in layers.values())
 
 
-@dataclass(frozen=True)
-class DateChoice:
-    """Which dates are read; drawn per block and epoch.
-
-    Attributes:
-        take: `one` (drawn; every other layer gives its nearest date), `views:3` (several drawn
-            from each layer, as a series) or `all` (as a series).
-        start: First day used, such as `2020-03-01`.
-        end: Last day used.
-        span_days: Length of a temporal window drawn inside them; None uses all of it.
-        max_gap_days: Most days between the dates of different layers, with `one`.
-        most: Most dates of a series; more are thinned evenly.
-        least_valid: With `one`, a date on which a layer has a smaller share of valid pixels in the
-            block is passed over for the next drawn one, if there is one.
-    """
-
-    take: str = "one"
-    start: str | None = None
-    end: str | None = None
-    span_days: int | None = None
-    max_gap_days: int = 30
-    most: int | None = None
-    least_valid: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"one|all|views(:[1-9]\d*)?", self.take):
-            raise ConfigError(
-                f"data.init_args.dates.take: got {self.take!r}, expected 'one', 'all', 'views' or "
-                f"'views:3'.{nearest(self.take, ('one', 'all', 'views'))}"
-            )
-        for name in ("start", "end"):
-            self._day(name)
-        for name in ("span_days", "most"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(
-                    f"data.init_args.dates.{name}: got {value!r}, expected 1 or more."
-                )
-
-    @property
-    def is_series(self) -> bool:
-        """True where batches have a time axis."""
-        return self.take != "one"
-
-    @property
-    def views(self) -> int:
-        """How many dates of each layer are drawn; 0 where all are taken."""
-        return int(self.take.partition(":")[2] or 2) if self.take.startswith("views") else 0
-
-    def _day(self, name: str) -> Any:
-        text = getattr(self, name)
-        if text is None:
-            return None
-        try:
-            return np.datetime64(text, "D")
-        except ValueError as error:
-            raise ConfigError(
-                f"data.init_args.dates.{name}: {text!r} is not a day such as '2020-03-01'."
-            ) from error
-
-    def usable(self, times: Any) -> np.ndarray[Any, Any]:
-        """Return the positions of dates between `start` and `end`; unknown ones always count."""
-        days = times.astype("datetime64[D]")
-        unknown = np.isnat(days)
-        keep = np.ones(len(days), bool)
-        start, end = self._day("start"), self._day("end")
-        if start is not None:
-            keep &= unknown | (days >= start)
-        if end is not None:
-            keep &= unknown | (days <= end)
-        return np.flatnonzero(keep)
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Which part is held out for validation.
-
-    Attributes:
-        share: Share of the blocks, drawn once; neighbours of the same site may be in both parts.
-        sites: Names of sites held out as a whole; `share` then does not count.
-        gap_m: Training blocks nearer than this to a held-out one are left out.
-        seed: Seed of the draw, apart from the data's seed.
-    """
-
-    share: float = 0.1
-    sites: tuple[str, ...] = ()
-    gap_m: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share < 1 or self.gap_m < 0:
-            raise ConfigError(
-                f"data.init_args.held_out: got share={self.share!r}, gap_m={self.gap_m!r}; "
-                "expected 0 <= share < 1 and gap_m >= 0."
-            )
+def finest_m(layers: Mapping[str, Layer]) -> float:
+    """Return the pixel of the finest layer in metres, in which windows of `px` count."""
+    return min(layer.gsd_m for layer in layers.values())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.io.raster.read import conversion
 from domainssl.io.raster.sites import Found, find_files
 from domainssl.io.storage.paths import Options
-from domainssl.sources.cube_options import DateChoice, Layer, Windows
+from domainssl.sources.cube_options import Layer, snap_m
+from domainssl.sources.dates import Dates
+from domainssl.sources.windows import Window
 
 __all__ = ["Site", "SiteLayer", "anchors", "open_sites"]
 
@@ -71,8 +73,8 @@ class Site:
 def open_sites(
     root: str,
     layers: Mapping[str, Layer],
-    dates: DateChoice,
-    windows: Windows,
+    dates: Dates,
+    window: Window,
     labels: Layer | None,
     options: Options | None = None,
 ) -> tuple[list[Site], list[str]]:
@@ -105,11 +107,12 @@ def open_sites(
     maps = find_files(root, labels.path, labels.group, options) if labels else {}
     if len(maps) == len(names) == 1:
         maps = {names[0]: next(iter(maps.values()))}
+    sides = [cells * snap_m(layers) for cells in window.shape]
     sites = []
     for name in names:
         parts = {n: found[n][name] for n in layers}
         site = _site(name, layers, parts, labels, maps.get(name, []), options)
-        reason = _reason_against(site, windows, dates)
+        reason = _reason_against(site, sides, dates)
         if reason:
             problems.append(f"site {name}: {reason}")
         else:
@@ -207,26 +210,24 @@ def _describe(layer: Layer, found: Found, options: Options | None) -> LayerFile:
     )
 
 
-def _reason_against(site: Site, windows: Windows, dates: DateChoice) -> str:
-    side = windows.side_m / site.metres
-    low = min(site.bounds.width, site.bounds.height)
-    if low < side * (1 - 1e-6):
-        return (
-            f"the layers share {max(low, 0) * site.metres:g} m, less than the windows' "
-            f"{windows.side_m:g} m (data.init_args.windows.side_m)"
-        )
-    for name, layer in site.layers.items():
-        usable = len(dates.usable(layer.times))
-        if usable < max(1, dates.views):
+def _reason_against(site: Site, sides: Sequence[float], dates: Dates) -> str:
+    shared = site.bounds.height * site.metres, site.bounds.width * site.metres
+    for has, needs in zip(shared, sides, strict=True):
+        if has < needs * (1 - 1e-6):
             return (
-                f"layer {name} has {usable} dates in the period, {max(1, dates.views)} are needed"
+                f"the layers share {max(has, 0):g} m, less than the windows' {needs:g} m "
+                "(data.init_args.window.size)"
             )
+    for name, layer in site.layers.items():
+        usable, needed = len(dates.usable(layer.times)), max(1, dates.drawn(name))
+        if usable < needed:
+            return f"layer {name} has {usable} dates in the period, {needed} are needed"
     if not dates.is_series and not len(anchors(site, dates)):
         return f"no two dates of its layers lie within {dates.max_gap_days} days"
     return ""
 
 
-def anchors(site: Site, dates: DateChoice) -> list[dict[str, int]]:
+def anchors(site: Site, dates: Dates) -> list[dict[str, int]]:
     """Return each date of the layer with the fewest, with the nearest one of every other layer.
 
     Combinations that are further apart than `max_gap_days` are left out; unknown dates fit all.

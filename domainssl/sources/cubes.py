@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from domainssl.errors import DataError
 from domainssl.io.raster.grid import Bounds
@@ -19,9 +18,10 @@ from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import key
 from domainssl.sources.cube_blocks import Block
-from domainssl.sources.cube_options import DateChoice, Layer, Windows
+from domainssl.sources.cube_options import Layer, snap_m
 from domainssl.sources.cube_sites import Site, anchors
-from domainssl.sources.windows import Window
+from domainssl.sources.dates import Dates
+from domainssl.sources.windows import Cut, Window
 
 __all__ = ["CubeSource"]
 
@@ -38,7 +38,7 @@ class CubeSource:
         sites: The sites.
         blocks: What is read, in order.
         layers: The layers by name.
-        windows: Windows.
+        window: Windows, in pixels of the coarsest layer.
         dates: Dates.
         seed: Seed of windows and dates.
         is_training: Draw windows and dates anew in every epoch.
@@ -48,8 +48,8 @@ class CubeSource:
     sites: Sequence[Site]
     blocks: Sequence[Block]
     layers: Mapping[str, Layer]
-    windows: Windows
-    dates: DateChoice
+    window: Window
+    dates: Dates
     seed: int
     is_training: bool
     labels: bool = False
@@ -70,8 +70,8 @@ class CubeSource:
         for block in self.blocks:
             site = self.sites[block.site]
             area = block.bounds.width * block.bounds.height
-            for layer in site.layers.values():
-                count = len(layer.times) if self.dates.take == "all" else max(1, self.dates.views)
+            for name, layer in site.layers.items():
+                count = self.dates.drawn(name) or len(layer.times)
                 bands = layer.files[0].bands
                 total += count * sum(2 * area / band.grid.step**2 for band in bands)
         return int(total)
@@ -83,10 +83,11 @@ class CubeSource:
         epoch = epoch if self.is_training else 0
         numbers = range(piece.start, piece.stop)
         drawn = [self._draw(piece.block, block, site, i, epoch) for i in numbers]
+        height, width = (cells * self._snap(site) for cells in self.window.shape)
         around = Bounds(
             min(left for left, _, _ in drawn),
-            min(top for _, top, _ in drawn) - self._side(site),
-            max(left for left, _, _ in drawn) + self._side(site),
+            min(top for _, top, _ in drawn) - height,
+            max(left for left, _, _ in drawn) + width,
             max(top for _, top, _ in drawn),
         )
         rng = generator(self.seed, epoch, _DATES, piece.block)
@@ -102,41 +103,26 @@ class CubeSource:
             rows.data["label"] = self._label(site, around, drawn)
         return rows
 
-    def _side(self, site: Site) -> float:
-        return self.windows.side_m / site.metres
-
     def _snap(self, site: Site) -> float:
-        return max(layer.gsd_m for layer in self.layers.values()) / site.metres
+        return snap_m(self.layers) / site.metres
 
-    def _corner(self, site: Site, block: Block, number: int) -> tuple[float, float]:
-        """Return left and top of a window without jitter."""
+    def _home(self, block: Block, number: int) -> tuple[int, int]:
+        """Return the first row and column of a window without jitter, in its block."""
         down, across = divmod(number, block.across)
-        side = self._side(site)
-        return block.bounds.left + across * side, block.bounds.top - down * side
+        rows, columns = self.window.shape
+        return down * rows, across * columns
 
     def _draw(
         self, at: int, block: Block, site: Site, number: int, epoch: int
-    ) -> tuple[float, float, Window]:
-        """Return left and top of a window, and how it is laid down (place and size unused)."""
-        left, top = self._corner(site, block, number)
-        if not self.is_training:
-            return left, top, Window(0, 0, 1, 1)
-        rng = generator(self.seed, epoch, _WINDOW, self._first[at] + number)
-        side, snap = self._side(site), self._snap(site)
-        reach = int(side / snap / 2 + 1e-6)
-        shifts = rng.integers(-reach, reach + 1, 2)  # drawn even if unused
-        flips, turns = rng.integers(0, 2, 2), int(rng.integers(0, 4))
-        if self.windows.jitter:
-            left = _moved(left, int(shifts[0]), snap, block.bounds.left, block.bounds.right - side)
-            top = _moved(top, int(shifts[1]), snap, block.bounds.bottom + side, block.bounds.top)
-        windows = self.windows
-        laid = Window(
-            0, 0, 1, 1,
-            bool(flips[0]) and windows.flips,
-            bool(flips[1]) and windows.flips,
-            turns if windows.quarter_turns else 0,
-        )  # fmt: skip
-        return left, top, laid
+    ) -> tuple[float, float, Cut]:
+        """Return left and top of a window, and its cut in the block."""
+        snap, bounds, home = self._snap(site), block.bounds, self._home(block, number)
+        cut = Cut(home, self.window.shape, self.window.shape)
+        if self.is_training:
+            rng = generator(self.seed, epoch, _WINDOW, self._first[at] + number)
+            room = int(bounds.height / snap + 1e-6), int(bounds.width / snap + 1e-6)
+            cut = self.window.draw(rng, room, home)
+        return bounds.left + cut.begin[1] * snap, bounds.top - cut.begin[0] * snap, cut
 
     # Dates ----------------------------------------------------------------------------------
 
@@ -152,10 +138,10 @@ class CubeSource:
         for chosen in self._choices(site, rng):
             pixels = {n: self._pixels(site, n, chosen[n], around) for n in self.layers}
             decoded += sum(p.bytes_decoded for p in pixels.values())
-            share = min(float(p.valid.mean()) for p in pixels.values())
-            if best is None or share > best[0]:
-                best = (share, chosen, pixels)
-            if share >= self.dates.least_valid or self.dates.is_series:
+            fraction = min(float(p.valid.mean()) for p in pixels.values())
+            if best is None or fraction > best[0]:
+                best = (fraction, chosen, pixels)
+            if fraction >= (self.dates.min_valid_fraction or 0) or self.dates.is_series:
                 break
         assert best is not None  # sites without a usable date were left out
         return best[1], best[2], decoded
@@ -175,13 +161,7 @@ class CubeSource:
             if self.layers[name].is_static:
                 chosen[name] = [places[0]]
                 continue
-            if self.dates.views:
-                drawn = rng.choice(len(places), self.dates.views, replace=False)
-                places = [places[i] for i in sorted(drawn)]
-            if self.dates.most and len(places) > self.dates.most:
-                at = np.linspace(0, len(places) - 1, self.dates.most).round().astype(int)
-                places = [places[i] for i in at]
-            chosen[name] = places
+            chosen[name] = [places[i] for i in self.dates.choose(rng, len(places), name)]
         return [chosen]
 
     def _in_span(self, site: Site, rng: np.random.Generator) -> Chosen:
@@ -193,19 +173,22 @@ class CubeSource:
         known = [t[~np.isnat(t)] for t in known]
         starts = np.concatenate([t for t in known if len(t)] or [np.empty(0, "datetime64[s]")])
         span = np.timedelta64(self.dates.span_days, "D")
-        least = max(1, self.dates.views)
         for start in starts[rng.permutation(len(starts))]:
             kept = {}
             for name, places in usable.items():
                 times = site.layers[name].times[places]
                 inside = np.isnat(times) | ((times >= start) & (times < start + span))
                 kept[name] = places[inside].tolist()
-            if all(len(p) >= (1 if self.layers[n].is_static else least) for n, p in kept.items()):
+            if all(len(p) >= self._needed(n) for n, p in kept.items()):
                 return kept
         raise DataError(
-            f"site {site.name}: no {self.dates.span_days} days hold {least} dates of every layer. "
-            "Raise data.init_args.dates.span_days."
+            f"site {site.name}: no {self.dates.span_days} days hold "
+            f"{max(map(self._needed, usable))} dates of every layer. Raise "
+            "data.init_args.dates.span_days."
         )
+
+    def _needed(self, name: str) -> int:
+        return 1 if self.layers[name].is_static else max(1, self.dates.drawn(name))
 
     def _pixels(self, site: Site, name: str, dates: Sequence[int], around: Bounds) -> Pixels:
         layer, options = site.layers[name], self.layers[name]
@@ -239,31 +222,27 @@ class CubeSource:
         pixels: Pixels,
         dates: Sequence[int],
         around: Bounds,
-        drawn: Sequence[tuple[float, float, Window]],
+        drawn: Sequence[tuple[float, float, Cut]],
         rows: Rows,
     ) -> None:
         """Write the windows of one layer and its companions."""
         options, layer = self.layers[name], site.layers[name]
         is_series = self.dates.is_series and not options.is_static
-        size = self.windows.pixels(options.gsd_m, name)
+        times = snap_m(self.layers) / options.gsd_m
+        size = tuple(round(cells * times) for cells in self.window.shape)
         step = options.gsd_m / site.metres
         n, bands = len(drawn), pixels.values.shape[1]
         time = (len(dates),) if is_series else ()
-        values = empty((n, *time, bands, size, size), torch.float32)
-        valid = empty((n, *time, size, size), torch.bool)
+        values = empty((n, *time, bands, *size), torch.float32)
+        valid = empty((n, *time, *size), torch.bool)
         geo = []
-        for i, (left, top, laid) in enumerate(drawn):
-            window = Window(
-                round((around.top - top) / step),
-                round((left - around.left) / step),
-                size,
-                size,
-                laid.is_flipped_y,
-                laid.is_flipped_x,
-                laid.turns,
-            )
-            _write(window, pixels, values[i], valid[i], is_series)
-            geo.append({"crs": site.crs, **window.geo(around.left, around.top, step)})
+        dated = slice(None) if is_series else 0
+        for i, (left, top, drawn_cut) in enumerate(drawn):
+            begin = round((around.top - top) / step), round((left - around.left) / step)
+            cut = replace(drawn_cut, begin=begin, extent=size, size=size)
+            cut.write(pixels.values[dated], values[i])
+            cut.write_valid(pixels.valid[dated], valid[i])
+            geo.append({"crs": site.crs, **cut.geo(around.left, around.top, step)})
         stamps = days(layer.times[list(dates)])
         data = rows.data
         data[name], data[key(name, "valid")] = values, valid
@@ -276,7 +255,8 @@ class CubeSource:
         data[key(name, "geo")] = geo
 
     def _name(self, site: Site, block: Block, number: int, chosen: Chosen) -> str:
-        left, top = self._corner(site, block, number)
+        row, column = (cells * self._snap(site) for cells in self._home(block, number))
+        left, top = block.bounds.left + column, block.bounds.top - row
         digits = 0 if site.metres == 1.0 else 5
         name = f"{site.name}_{left:.{digits}f}_{top:.{digits}f}"
         if self.dates.is_series:
@@ -286,32 +266,20 @@ class CubeSource:
         return f"{name}_{min(known).astype('datetime64[D]')}" if known else name
 
     def _label(
-        self, site: Site, around: Bounds, drawn: Sequence[tuple[float, float, Window]]
+        self, site: Site, around: Bounds, drawn: Sequence[tuple[float, float, Cut]]
     ) -> np.ndarray[Any, Any]:
         """Return the most frequent class of each window, -1 where there is none."""
         found = np.full(len(drawn), -1, np.int64)
         if site.labels is None:
             return found
         step = site.labels.bands[0].grid.step
-        side = round(self._side(site) / step)
+        height, width = (round(c * self._snap(site) / step) for c in self.window.shape)
         classes, known = read_classes(site.labels, around, step)
         for i, (left, top, _) in enumerate(drawn):
             row, column = round((around.top - top) / step), round((left - around.left) / step)
-            part = (slice(row, row + side), slice(column, column + side))
+            part = (slice(row, row + height), slice(column, column + width))
             inside = classes[part][known[part]]
             inside = inside[inside >= 0]
             if inside.size:
                 found[i] = np.bincount(inside).argmax()
         return found
-
-
-def _moved(place: float, steps: int, snap: float, low: float, high: float) -> float:
-    """Shift a place by whole steps, as far as the limits allow."""
-    least = -int((place - low) / snap + 1e-6)
-    most = int((high - place) / snap + 1e-6)
-    return place + min(max(steps, least), most) * snap
-
-
-def _write(window: Window, pixels: Pixels, values: Tensor, valid: Tensor, is_series: bool) -> None:
-    window.write(pixels.values if is_series else pixels.values[0], values)
-    window.write_valid(pixels.valid if is_series else pixels.valid[0], valid)

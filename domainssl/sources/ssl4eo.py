@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,74 +19,14 @@ from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import key
-from domainssl.sources.windows import Crop, Window
+from domainssl.sources.dates import Dates
+from domainssl.sources.windows import Cut, Window
 
-__all__ = ["Dates", "SSL4EOSource"]
+__all__ = ["SSL4EOSource"]
 
 _DATES, _WINDOW = 11, 12  # tags that keep the streams of random numbers apart
 _STEP_M = 10.0
 _STORED = {"dn": torch.int16, "rgb8": torch.uint8}
-
-
-@dataclass(frozen=True)
-class Dates:
-    """Which of the dates of a location are read.
-
-    Attributes:
-        drawn: How many are drawn per file and epoch; 0 where they are fixed.
-        fixed: Fixed positions; empty and nothing drawn means all.
-        is_series: True where batches have a time axis.
-    """
-
-    drawn: int
-    fixed: tuple[int, ...]
-    is_series: bool
-
-    @classmethod
-    def of(cls, value: str | int | Sequence[int]) -> Dates:
-        """Read the argument `dates`.
-
-        Raises:
-            ConfigError: It has none of the accepted forms.
-        """
-        if value == "one":
-            return cls(1, (), False)
-        if value == "all":
-            return cls(0, (), True)
-        if isinstance(value, str):
-            found = re.fullmatch(r"views(?::(\d+))?", value)
-            if found and int(found.group(1) or 2) > 0:
-                return cls(int(found.group(1) or 2), (), True)
-        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            return cls(0, (value,), False)
-        elif isinstance(value, Sequence) and value:
-            places = tuple(v for v in value if isinstance(v, int) and v >= 0)
-            if len(set(places)) == len(value):
-                return cls(0, places, True)
-        raise ConfigError(
-            f"data.init_args.dates: got {value!r}, expected 'one' (drawn per file and epoch), "
-            "'views' or 'views:3' (several drawn, as a series), 'all' (as a series), a position "
-            "such as 0, or a list of different positions such as [0, 2]."
-        )
-
-    def check(self, available: int) -> None:
-        """Refuse dates that the files do not have.
-
-        Raises:
-            ConfigError: Names both numbers.
-        """
-        most = max((self.drawn, *(place + 1 for place in self.fixed)))
-        if most > available:
-            raise ConfigError(
-                f"data.init_args.dates: {most} dates are needed, the files hold {available}; "
-                f"positions are 0 to {available - 1}."
-            )
-
-    def choose(self, rng: np.random.Generator, available: int) -> list[int]:
-        """Return the positions of one file in one epoch, ascending where drawn."""
-        if self.drawn:
-            return sorted(int(d) for d in rng.choice(available, self.drawn, replace=False))
-        return list(self.fixed) or list(range(available))
 
 
 @dataclass
@@ -97,31 +35,39 @@ class SSL4EOSource:
 
     Attributes:
         catalogue: The files.
-        crop: Windows.
+        window: Windows, in pixels.
         dates: Dates.
         seed: Seed of windows and dates.
         is_training: Draw windows; otherwise the centre, with the dates of epoch 0.
         labels: Labels by location, if there are any.
-        mask_clouds: Clouds and their shadows are not valid.
         dn_offset: What the stored Sentinel-2 values carry.
     """
 
     catalogue: Catalogue
-    crop: Crop
+    window: Window
     dates: Dates
     seed: int
     is_training: bool
     labels: Labels | None = None
-    mask_clouds: bool = False
     dn_offset: Literal[0, 1000, "auto"] = "auto"
     _first: list[int] = field(init=False, repr=False)
     _scratch: Scratch = field(init=False, repr=False, default_factory=Scratch)
 
     def __post_init__(self) -> None:
-        self.dates.check(self.catalogue.dates)
+        self._check_dates(self.catalogue.dates)
         if self.is_training:
-            self.crop.check(*self.catalogue.size, f"{self.catalogue.root} ({self.catalogue.split})")
+            where = f"{self.catalogue.root} ({self.catalogue.split})"
+            self.window.check(self.catalogue.size, where)
         self._first = np.cumsum([0, *self.sizes]).tolist()
+
+    def _check_dates(self, available: int) -> None:
+        """Refuse dates that the files do not have."""
+        most = max((self.dates.drawn(), *(place + 1 for place in self.dates.places)))
+        if most > available:
+            raise ConfigError(
+                f"data.init_args.dates: {most} dates are needed, the files hold {available}; "
+                f"positions are 0 to {available - 1}."
+            )
 
     @property
     def sizes(self) -> list[int]:
@@ -136,7 +82,7 @@ class SSL4EOSource:
         for name in self.catalogue.products.values():
             item = 1 if product(name).value_unit == "rgb8" else 2
             per_pixel += item * len(product(name).bands)
-        dates = self.dates.drawn or len(self.dates.fixed) or self.catalogue.dates
+        dates = self.dates.drawn() or len(self.dates.places) or self.catalogue.dates
         return self.catalogue.count * height * width * dates * per_pixel
 
     def load(self, piece: Piece, epoch: int) -> Rows:
@@ -166,7 +112,7 @@ class SSL4EOSource:
                 name,
                 dates,
                 slice(start, stop),
-                mask_clouds=self.mask_clouds,
+                mask_clouds=self.dates.mask_clouds,
                 dn_offset=self.dn_offset,
                 in_parts=True,  # only windows are checked and freed of the offset
                 scratch=self._scratch,
@@ -182,20 +128,19 @@ class SSL4EOSource:
                 )
         return blocks
 
-    def window(self, epoch: int, index: int, size: tuple[int, int]) -> Window:
-        """Return the window of one location, the same for all its products."""
+    def cut(self, epoch: int, index: int, size: tuple[int, int]) -> Cut:
+        """Return the cut of one location, the same for all its products."""
         if not self.is_training:
-            return self.crop.centre(*size)
-        return self.crop.draw(generator(self.seed, epoch, _WINDOW, index), *size)
+            return self.window.middle(size)
+        return self.window.draw(generator(self.seed, epoch, _WINDOW, index), size)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of delivered values: the stored one unless windows are resized."""
-        resized = (
-            not self.crop.is_fixed
-            if self.is_training
-            else min(self.catalogue.size) < self.crop.size
-        )
-        if resized:
+        if self.is_training:
+            is_resized = not self.window.is_fixed
+        else:
+            is_resized = self.window.middle(self.catalogue.size).is_resized
+        if is_resized:
             return torch.float32
         unit = product(self.catalogue.products[name]).value_unit
         radar = torch.float16 if self.catalogue.release == "A" else torch.float32
@@ -208,15 +153,15 @@ class _Writer:
     def __init__(self, source: SSL4EOSource, piece: Piece, dates: list[int], epoch: int) -> None:
         self.source, self.dates, self.epoch = source, dates, epoch
         self.first = source._first[piece.block] + piece.start
-        n, size = len(piece), source.crop.size
+        n, size = len(piece), source.window.shape
         time = (len(dates),) if source.dates.is_series else ()
         self.rows = Rows({}, n)
         self.out: dict[str, tuple[Tensor, Tensor]] = {}
         data = self.rows.data
         for name, product_name in source.catalogue.products.items():
             bands = len(product(product_name).bands)
-            data[name] = empty((n, *time, bands, size, size), source.dtype(name))
-            data[key(name, "valid")] = empty((n, *time, size, size), torch.bool)
+            data[name] = empty((n, *time, bands, *size), source.dtype(name))
+            data[key(name, "valid")] = empty((n, *time, *size), torch.bool)
             data[key(name, "present")] = np.ones(n, bool)
             data[key(name, "dates")] = np.zeros((n, *time), np.int32)
             if time:
@@ -236,24 +181,24 @@ class _Writer:
         count = len(some.ids)
         most = max(block.values[0].size for block in blocks.values())
         scratch = source._scratch.empty("/resize", (most,), np.dtype(np.float32))
-        windows = [
-            source.window(self.epoch, self.first + at + i, some.values.shape[-2:])
+        cuts = [
+            source.cut(self.epoch, self.first + at + i, some.values.shape[-2:])
             for i in range(count)
         ]
         for name, block in blocks.items():
             values, valid = self.out[name]
             days: Any = data[key(name, "dates")]
             days[at : at + count] = block.dates if source.dates.is_series else block.dates[:, 0]
-            for i, window in enumerate(windows):
-                pixels, mask = block.part(i, window.rows, window.columns)
-                part = window.of_part()
+            for i, cut in enumerate(cuts):
+                pixels, mask = block.part(i, *cut.slices)
+                part = cut.of_part()
                 part.write(pixels, values[at + i], int(block.offset[i]), scratch)
                 part.write_valid(mask, valid[at + i])
                 data[key(name, "geo")][at + i] = {
                     "crs": int(block.crs[i]),
                     "lat": float(block.lat[i]),
                     "lon": float(block.lon[i]),
-                    **window.geo(float(block.x0[i]), float(block.y0[i]), _STEP_M),
+                    **cut.geo(float(block.x0[i]), float(block.y0[i]), _STEP_M),
                 }
             self.rows.bytes_decoded += block.bytes_decoded
             self.rows.bytes_needed += block.bytes_needed

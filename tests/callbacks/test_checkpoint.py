@@ -21,7 +21,7 @@ def names(folder):
 
 
 def test_the_newest_files_stay_and_last_is_the_newest(tmp_path):
-    run(tmp_path, AtomicCheckpoint(keep=2), max_epochs=4)
+    run(tmp_path, AtomicCheckpoint(keep_last=2), max_epochs=4)
     assert names(tmp_path) == ["last.ckpt", "step_0000012.ckpt", "step_0000016.ckpt"]
     folder = tmp_path / "checkpoints"
     assert os.path.samefile(folder / "last.ckpt", folder / "step_0000016.ckpt")
@@ -29,7 +29,7 @@ def test_the_newest_files_stay_and_last_is_the_newest(tmp_path):
 
 
 def test_saving_in_steps_also_saves_the_end_of_each_epoch(tmp_path):
-    run(tmp_path, AtomicCheckpoint(every_n_train_steps=3, keep=-1), max_epochs=2)
+    run(tmp_path, AtomicCheckpoint(every_n_train_steps=3, keep_last=-1), max_epochs=2)
     steps = [n for n in names(tmp_path) if n != "last.ckpt"]
     assert steps == [f"step_000000{n}.ckpt" for n in (3, 4, 6, 8)]
 
@@ -92,7 +92,7 @@ def test_no_file_appears_once_a_loss_was_not_finite(tmp_path):
                 step.losses["contrast"] = step.losses["contrast"] * float("nan")
             return step
 
-    callback = AtomicCheckpoint(every_n_train_steps=1, keep=-1, save_on_exception=True)
+    callback = AtomicCheckpoint(every_n_train_steps=1, keep_last=-1, save_on_exception=True)
     trainer = tiny_trainer(
         tmp_path, enable_checkpointing=True, callbacks=[callback], log_every_n_steps=100
     )
@@ -102,5 +102,5 @@ def test_no_file_appears_once_a_loss_was_not_finite(tmp_path):
 
 
 def test_keeping_no_checkpoint_is_refused():
-    with pytest.raises(ValueError, match="keep: got 0"):
-        AtomicCheckpoint(keep=0)
+    with pytest.raises(ValueError, match="keep_last: got 0"):
+        AtomicCheckpoint(keep_last=0)

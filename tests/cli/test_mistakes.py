@@ -151,3 +151,67 @@ def test_ckpt_path_last_without_an_earlier_run_is_refused(cli, recipe):
     result = cli("fit", "--config", recipe.name, "--ckpt_path=last")
     assert result.status == 2
     assert "--ckpt_path last: no checkpoints/last.ckpt in 'runs/tiny'" in result.err
+
+
+RENAMED = """\
+data:
+  class_path: SSL4EOS12DataModule
+  init_args:
+    products: {s2: S2L2A}
+    crop:
+      min_px: 64
+    dates: views:3
+    loading:
+      max_bad_share: 0.1
+callbacks:
+  checkpoint:
+    init_args:
+      keep: 2
+"""
+MORE_RENAMED = """\
+data:
+  class_path: SentinelCubeDataModule
+  init_args:
+    layers: {}
+    windows: {side_m: 640}
+    dates: {take: one, most: 2, least_valid: 0.1}
+    held_out: {share: 0.1, gap_m: 20}
+    window: {size_m: 3}
+"""
+
+
+def test_old_keys_are_answered_with_their_new_names(cli, folder):
+    (folder / "old.yaml").write_text(RENAMED)
+    result = cli("fit", "--config", "recipes/ssl4eo_croma.yaml", "--config", "old.yaml")
+    assert result.status == 2 and "Traceback" not in result.text
+    expected = [
+        (4, "data.init_args.products", "'products' is now 'modalities'."),
+        (5, "data.init_args.crop", "'crop' is now 'window' (with `size`, `min_size`, `max_size`"),
+        (7, "data.init_args.dates", "'dates' is now a mapping: {mode: views, max_dates: 3}."),
+        (9, "data.init_args.loading.max_bad_share", "'max_bad_share' is now 'max_bad_fraction'."),
+        (13, "callbacks.checkpoint.init_args.keep", "'keep' is now 'keep_last'."),
+    ]
+    blocks = result.err.split("\n- ")[1:]
+    assert len(blocks) == len(expected)
+    for block, (line, key, advice) in zip(blocks, expected, strict=True):
+        assert f"'{key}'" in block and f"(old.yaml, line {line})" in block and advice in block
+
+
+def test_old_keys_of_cubes_and_tiles_are_answered_too(cli, folder):
+    (folder / "old.yaml").write_text(MORE_RENAMED)
+    result = cli("fit", "--config", "recipes/cube_croma.yaml", "--config", "old.yaml")
+    for old, new in (
+        ("layers", "modalities"), ("windows", "window"), ("take", "mode"), ("most", "max_dates"),
+        ("least_valid", "min_valid_fraction"), ("share", "val_fraction"), ("gap_m", "gap"),
+        ("size_m", "size"),
+    ):  # fmt: skip
+        assert f"'{old}' is now '{new}'" in result.err
+    words = ["--data.footprint.size_m=10", "--data.modalities=[s2, aerial]", "--data.dates.most=3"]
+    result = cli("fit", "--config", "recipes/treesat_omnisat.yaml", *words)
+    assert "'footprint' is now 'window' (with `size` and `unit: m` instead of `size_m`)." in (
+        result.err
+    )
+    assert "'modalities' is now a mapping of keys to what they read: {s2: s2, aerial: aerial}." in (
+        result.err
+    )
+    assert "(command line, --data.dates.most)" in result.err

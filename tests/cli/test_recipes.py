@@ -79,12 +79,12 @@ def test_the_siblings_overlays_hold_the_published_values(folder, method):
     wide = method in ("barlow_twins", "vicreg")
     assert list(model["projector"]) == ([8192, 8192, 8192] if wide else [512, 128])
     assert model.get("temperature", 1.0) == 1.0
-    assert data["products"] == {"s1": "S1GRD", "s2": "S2L1C"}
-    assert (data["global_batch_size"], data["crop"]["size"]) == (
+    assert data["modalities"] == {"s1": "S1GRD", "s2": "S2L1C"}
+    assert (data["global_batch_size"], data["window"]["size"]) == (
         512 if method == "barlow_twins" else 256,
         264,
     )
-    assert model["views"] is None and data["dates"] == "all"
+    assert model["views"] is None and data["dates"] == {"mode": "all", "max_dates": None}
 
 
 def test_published_sizes_stand_in_the_model_overlays(folder):
@@ -96,7 +96,7 @@ def test_published_sizes_stand_in_the_model_overlays(folder):
         8,
         0.75,
     )
-    assert config["data"]["init_args"]["crop"]["size"] == 120
+    assert config["data"]["init_args"]["window"]["size"] == 120
     assert config["trainer"]["max_epochs"] == 300
 
 
@@ -114,7 +114,7 @@ def test_published_sizes_of_decur_stand_in_its_overlays(folder, size):
     words += ["--config", f"configs/model/decur_{size}.yaml"]
     config = prepare("fit", words).config
     arguments, data = config["model"]["init_args"], config["data"]["init_args"]
-    assert data["crop"]["size"] == 264 and data["products"]["s2"] == "S2L1C"
+    assert data["window"]["size"] == 264 and data["modalities"]["s2"] == "S2L1C"
     with torch.device("meta"):
         model = DeCUR({m.name: m for m in map(published_modality, (2, 13))}, **arguments)
     assert (model.common, model.view_size, model.off_diagonal) == (7168, 224, 0.0051)
@@ -129,7 +129,7 @@ def test_published_sizes_of_decur_stand_in_its_overlays(folder, size):
 def test_published_sizes_of_omnisat_build_the_published_model(folder, sample_root):
     words = ["--config", "recipes/treesat_omnisat.yaml"]
     words += ["--config", "configs/model/omnisat_base.yaml"]
-    sensors = "--data.modalities=[aerial,s2,s1_asc]"
+    sensors = "--data.modalities.s1_des=null"
     model = build("fit", [*words, sensors, "--trainer.accelerator=cpu"]).model
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == 11_621_072  # counted in the published network for these three sensors
@@ -138,14 +138,14 @@ def test_published_sizes_of_omnisat_build_the_published_model(folder, sample_roo
 
 
 @pytest.mark.parametrize(
-    ("recipe", "overlay", "cells", "side_m"),
+    ("recipe", "overlay", "cells", "size"),
     [
         ("treesat_maestro", "maestro_base", 96, None),
         ("pastis_maestro", "maestro_base_pastis", 256, 160),
     ],
 )
 def test_the_maestro_overlays_restore_what_the_recipes_shrink(
-    folder, sample_root, recipe, overlay, cells, side_m
+    folder, sample_root, recipe, overlay, cells, size
 ):
     words = ["--config", f"recipes/{recipe}.yaml", "--config", f"configs/model/{overlay}.yaml"]
     # the published grid and fusion build; width and depth are checked as numbers
@@ -157,8 +157,8 @@ def test_the_maestro_overlays_restore_what_the_recipes_shrink(
     assert (sizes["width"], sizes["depth"], sizes["decoder_width"]) == (768, 12, 512)
     assert (model["shared_depth"], model["masking"]["ratio"], model["loss"]) == (3, 0.75, "l1_norm")
     assert {given["patch_size"] for n, given in model["inputs"].items() if n != "aerial"} == {2}
-    assert (model["position_cells"], data["footprint"]["size_m"]) == (cells, side_m)
-    assert data["dates"]["most"] == {"s2": 16, "s1_asc": 4, "s1_des": 4}
+    assert (model["position_cells"], data["window"]["size"]) == (cells, size)
+    assert data["dates"]["max_dates"] == {"s2": 16, "s1_asc": 4, "s1_des": 4}
     assert data["dates"]["choice"] == "typical" and data["global_batch_size"] == 128
 
 

@@ -23,7 +23,7 @@ def test_file_of_stats_becomes_the_statistics_of_the_data(cli, folder: Path, sam
     for name, modality in data.modalities.items():
         assert modality.mean == tuple(written[name]["mean"])
         assert modality.std == tuple(written[name]["std"])
-    other = SSL4EOS12DataModule(products={"radar": "S1GRD"}, statistics="stats.yaml")
+    other = SSL4EOS12DataModule(modalities={"radar": "S1GRD"}, statistics="stats.yaml")
     assert other.modalities["radar"].mean == tuple(written["s1"]["mean"])
 
 

@@ -12,7 +12,7 @@ from real_tiles import write_real
 
 from domainssl.cli import main
 from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
-from domainssl.sources.windows import Crop
+from domainssl.sources.dates import Dates
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # README.md beside the real data: central 120 pixels of the two places, S2L2A with its stored offset
@@ -30,7 +30,8 @@ def root(
 
 
 def test_held_out_items_are_the_central_crops_with_their_published_means(root: Path) -> None:
-    data = SSL4EOS12DataModule(root=str(root), global_batch_size=4, crop=Crop(size=120), dates=0)
+    dates = Dates(mode="fixed", positions=0)
+    data = SSL4EOS12DataModule(root=str(root), global_batch_size=4, dates=dates)
     data.setup("validate")
     batch = next(iter(data.val_dataloader()))
     assert batch["s2"].shape == (4, 12, 120, 120) and batch["s2.valid"].all()

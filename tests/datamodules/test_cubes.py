@@ -15,23 +15,29 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.loading.source import Loading
 from domainssl.modality import check_batch
 from domainssl.sources.cube_blocks import overlapping
-from domainssl.sources.cube_options import DateChoice, HeldOut, Labels, Layer, Mask, Windows
+from domainssl.sources.cube_options import Labels, Layer, Mask
+from domainssl.sources.dates import Dates
+from domainssl.sources.held_out import HeldOut
+from domainssl.sources.windows import Window
+
+STILL: dict[str, Any] = {"jitter": False, "flips": False, "quarter_turns": False}
+NOTHING_HELD = HeldOut(val_fraction=0)
 
 SIDE = 96
 LAYERS = {
     "s1": Layer(("VV", "VH"), value_unit="db", stored_unit="db"),
     "s2": Layer(("B02", "B03", "B04"), value_unit="dn"),
 }
-WINDOWS = Windows(side_m=160)
+WINDOWS = Window(size=160, unit="m")
 S2_TIMES = TIMES + np.timedelta64(2, "D")
 
 
 def module(root: Any, **changes: Any) -> SentinelCubeDataModule:
     options: dict[str, Any] = {
-        "layers": LAYERS,
+        "modalities": LAYERS,
         "global_batch_size": 4,
-        "windows": WINDOWS,
-        "held_out": HeldOut(share=0.2),
+        "window": WINDOWS,
+        "held_out": HeldOut(val_fraction=0.2),
         "loading": Loading(workers=0),
         **changes,
     }
@@ -119,7 +125,7 @@ def test_windows_cover_the_same_ground_at_different_resolutions(pair, tmp_path):
     write_cube(tmp_path / "s2" / "here.zarr", coarse.astype(np.uint16),
                ("B02", "B03", "B04"), times=S2_TIMES, step=20.0)  # fmt: skip
     layers = {**LAYERS, "s2": Layer(LAYERS["s2"].bands, gsd_m=20.0)}
-    data = module(tmp_path, layers=layers)
+    data = module(tmp_path, modalities=layers)
     batch = batches(data)[0]
     assert batch["s1"].shape[-1] == 16 and batch["s2"].shape[-1] == 8
     for fine, wide in zip(batch["s1.geo"], batch["s2.geo"], strict=True):
@@ -134,8 +140,8 @@ def test_coarser_bands_are_repeated_and_finer_ones_averaged(tmp_path):
     for gsd, expected in ((10.0, fine[0, 0]), (20.0, _mean2(fine[0, 0])),
                           (5.0, fine[0, 0].repeat(2, 0).repeat(2, 1))):  # fmt: skip
         layers = {"x": Layer(("B05",), "a.zarr", "arbitrary", gsd_m=gsd)}
-        data = module(tmp_path, layers=layers, windows=Windows(480, False, False, False),
-                      held_out=HeldOut(share=0), global_batch_size=1)  # fmt: skip
+        data = module(tmp_path, modalities=layers, window=Window(size=480, unit="m", **STILL),
+                      held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
         assert np.allclose(batches(data)[0]["x"][0, 0].numpy(), expected)
 
 
@@ -150,8 +156,8 @@ def test_scale_offset_and_fill_count_once(tmp_path):
     write_cube(tmp_path / "x.zarr", stored, ("B02",), times=None, attrs=attrs)
     for unit, ones in (("reflectance", 1.0), ("dn", 10_000.0)):
         layers = {"s2": Layer(("B02",), "x.zarr", unit)}
-        data = module(tmp_path, layers=layers, windows=Windows(320, False, False, False),
-                      held_out=HeldOut(share=0), global_batch_size=1)  # fmt: skip
+        data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
+                      held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
         batch = batches(data)[0]
         assert batch["s2"][0, 0, 0, :3].tolist() == [0.0, 0.0, ones]
         assert batch["s2.valid"][0, 0, :3].tolist() == [False, True, True]
@@ -166,8 +172,8 @@ def test_nodata_nan_mask_and_range_make_pixels_invalid(tmp_path):
     attrs = {"nodata": -9999.0, "_FillValue": "AAAAAAAA+H8=", "valid_max": 65535}
     write_cube(tmp_path / "x.zarr", stored, ("B02",), times=None, attrs=attrs, mask=scl)
     layers = {"s2": Layer(("B02",), "x.zarr", "dn", "dn", mask=Mask("scl", (8, 9)))}
-    data = module(tmp_path, layers=layers, windows=Windows(320, False, False, False),
-                  held_out=HeldOut(share=0), global_batch_size=1)  # fmt: skip
+    data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
+                  held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
     batch = batches(data)[0]
     valid = batch["s2.valid"][0]
     assert not valid[0, :4].any() and not valid[1, 0] and valid.sum() == 32 * 32 - 5
@@ -182,8 +188,8 @@ def test_backscatter_is_delivered_in_db(tmp_path, stored_unit, value):
     stored[0, 0, 0, 0] = np.nan if stored_unit == "db" else 0.0
     write_cube(tmp_path / "x.zarr", stored, ("VV",), times=None)
     layers = {"s1": Layer(("VV",), "x.zarr", "db", stored_unit)}
-    data = module(tmp_path, layers=layers, windows=Windows(320, False, False, False),
-                  held_out=HeldOut(share=0), global_batch_size=1)  # fmt: skip
+    data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
+                  held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
     batch = batches(data)[0]
     assert torch.allclose(batch["s1"][0, 0, 1:], torch.tensor(-20.0), atol=1e-5)
     assert not batch["s1.valid"][0, 0, 0] and batch["s1"][0, 0, 0, 0] == 0
@@ -192,7 +198,7 @@ def test_backscatter_is_delivered_in_db(tmp_path, stored_unit, value):
 def test_numbers_without_a_unit_are_refused(tmp_path):
     write_cube(tmp_path / "x.zarr", np.ones((1, 1, 32, 32), np.float32), ("VV",), times=None)
     with pytest.raises(DataError, match="does not say what its numbers are.*stored_unit"):
-        module(tmp_path, layers={"s1": Layer(("VV",), "x.zarr", "db")})
+        module(tmp_path, modalities={"s1": Layer(("VV",), "x.zarr", "db")})
 
 
 # ------------------------------------------------------------------------ GeoTIFF
@@ -217,7 +223,7 @@ TIFF_LAYERS = {
 
 
 def test_geotiff_pairs_are_a_training_source(tiffs):
-    data = module(tiffs, layers=TIFF_LAYERS)
+    data = module(tiffs, modalities=TIFF_LAYERS)
     found = batches(data)
     assert [site.name for site in data.sites] == ["north", "south"]
     seen = 0
@@ -242,7 +248,7 @@ def test_dates_in_file_names_make_a_time_axis(tmp_path):
         "s1": Layer(("VV", "VH"), "{site}/s1_{date}.tif", "db", "db"),
         "s2": Layer(("B02", "B03", "B04"), "{site}/s2_{date}.tif", "dn", "dn"),
     }
-    data = module(tmp_path, layers=layers, dates=DateChoice("all"), held_out=HeldOut(share=0))
+    data = module(tmp_path, modalities=layers, dates=Dates(mode="all"), held_out=NOTHING_HELD)
     batch = batches(data)[0]
     days = TIMES.astype("datetime64[D]").astype(int).tolist()
     assert batch["s2.dates"].tolist() == [days] * 4 and batch["s2"].shape == (4, 4, 3, 16, 16)
@@ -255,7 +261,7 @@ def test_dates_in_file_names_make_a_time_axis(tmp_path):
 
 
 def test_one_date_is_drawn_with_the_nearest_partner(pair):
-    data = module(pair, dates=DateChoice("one", max_gap_days=3))
+    data = module(pair, dates=Dates(mode="one", max_gap_days=3))
     seen = set()
     for epoch in range(6):
         for batch in batches(data, epoch):
@@ -266,15 +272,15 @@ def test_one_date_is_drawn_with_the_nearest_partner(pair):
 
 def test_dates_too_far_apart_are_refused(pair):
     with pytest.raises(DataError, match="no two dates of its layers lie within 1 days"):
-        module(pair, dates=DateChoice("one", max_gap_days=1))
+        module(pair, dates=Dates(mode="one", max_gap_days=1))
 
 
 def test_series_views_and_temporal_windows(pair):
-    every = batches(module(pair, dates=DateChoice("all")))[0]
+    every = batches(module(pair, dates=Dates(mode="all")))[0]
     assert every["s1"].shape == (4, 4, 2, 16, 16) and every["s1.frames"].all()
-    drawn = batches(module(pair, dates=DateChoice("views:2")))[0]["s2.dates"]
+    drawn = batches(module(pair, dates=Dates(mode="views", max_dates=2)))[0]["s2.dates"]
     assert drawn.shape == (4, 2) and (drawn.diff(dim=1) > 0).all()
-    data = module(pair, dates=DateChoice("all", span_days=40, end="2021-06-30"))
+    data = module(pair, dates=Dates(mode="all", span_days=40, end="2021-06-30"))
     for batch in batches(data):
         days = batch["s1.dates"][batch["s1.frames"]]
         assert days.max() < np.datetime64("2021-07-01").astype(int)
@@ -288,7 +294,7 @@ def test_dates_that_show_nothing_are_passed_over(tmp_path):
     values[:3] = 0
     write_cube(tmp_path / "s2.zarr", values, ("B02", "B03", "B04"), attrs={"_FillValue": 0})
     layers = {"s2": Layer(("B02", "B03", "B04"), "s2.zarr")}
-    for batch in batches(module(tmp_path, layers=layers)):
+    for batch in batches(module(tmp_path, modalities=layers)):
         assert batch["s2.valid"].all()
 
 
@@ -334,14 +340,14 @@ def test_overlapping_tiles_do_not_leak(tmp_path):
         values = coded(1, 1, SIDE, left=LEFT + shift).astype(np.uint16)
         write_cube(tmp_path / "s2" / f"{site}.zarr", values, ("B02",), times=None,
                    left=LEFT + shift)  # fmt: skip
-    data = module(tmp_path, layers={"s2": Layer(("B02",))}, held_out=HeldOut(sites=("a",)),
+    data = module(tmp_path, modalities={"s2": Layer(("B02",))}, held_out=HeldOut(sites=("a",)),
                   global_batch_size=1)  # fmt: skip
     assert {b.site for b in data.blocks["val"]} == {0}
     assert all(b.bounds.left >= LEFT + SIDE * 10 for b in data.blocks["train"])
 
 
 def test_a_gap_keeps_training_away_from_held_out_blocks(pair):
-    data = module(pair, held_out=HeldOut(share=0.1, gap_m=100.0))
+    data = module(pair, held_out=HeldOut(val_fraction=0.1, gap=100.0))
     [held] = data.blocks["val"]
     for block in data.blocks["train"]:
         assert (
@@ -355,8 +361,8 @@ def test_a_gap_keeps_training_away_from_held_out_blocks(pair):
 def test_large_chunks_are_cut_into_smaller_blocks(tmp_path):
     write_cube(tmp_path / "s2.zarr", coded(1, 1, SIDE).astype(np.uint16), ("B02",), times=None,
                chunk=SIDE)  # fmt: skip
-    data = module(tmp_path, layers={"s2": Layer(("B02",), "s2.zarr")}, global_batch_size=1,
-                  windows=Windows(side_m=160, per_block=2))  # fmt: skip
+    data = module(tmp_path, modalities={"s2": Layer(("B02",), "s2.zarr")}, global_batch_size=1,
+                  window=Window(size=160, unit="m", per_block=2))  # fmt: skip
     assert sum(len(blocks) for blocks in data.blocks.values()) == 9
     stream = data.val_dataloader()
     list(stream)
@@ -384,8 +390,9 @@ def test_labels_are_the_most_frequent_class_of_a_window(tmp_path):
     attrs = {"flag_values": [0, 2], "flag_meanings": "water crops", "_FillValue": 255}
     write_cube(tmp_path / "labels" / "a.zarr", classes, ("label",), times=None,
                as_variables=True, attrs=attrs)  # fmt: skip
-    data = module(tmp_path, layers={"s2": Layer(("B02",))}, held_out=HeldOut(share=0),
-                  windows=Windows(160, jitter=False), global_batch_size=16)  # fmt: skip
+    still = Window(size=160, unit="m", jitter=False)
+    data = module(tmp_path, modalities={"s2": Layer(("B02",))}, held_out=NOTHING_HELD,
+                  window=still, global_batch_size=16)  # fmt: skip
     assert data.label_names == ("water", "class 1", "crops") and data.num_classes == 3
     [batch] = batches(data)
     for geo, label in zip(batch["s2.geo"], batch["label"].tolist(), strict=True):
@@ -403,47 +410,47 @@ def test_different_reference_systems_are_refused(tmp_path):
         "s2": Layer(("B02", "B03", "B04"), "s2.zarr"),
     }
     with pytest.raises(DataError, match=r"EPSG:32632.*EPSG:32633.*Reproject"):
-        module(tmp_path, layers=layers)
+        module(tmp_path, modalities=layers)
 
 
 def test_mistakes_name_what_is_there(pair, tmp_path):
     with pytest.raises(DataError, match=r"no band 'B08'; there are: B02, B03, B04"):
-        module(pair, layers={"s2": Layer(("B08",))})
+        module(pair, modalities={"s2": Layer(("B08",))})
     with pytest.raises(DataError, match=r"s3: no zarr store.*holds: s1, s2.*path"):
-        module(pair, layers={"s3": Layer(("B02",))})
+        module(pair, modalities={"s3": Layer(("B02",))})
     with pytest.raises(DataError, match="no file fits the pattern"):
-        module(pair, layers={"s2": Layer(("B02",), "{site}/x.tif")})
-    with pytest.raises(ConfigError, match=r"side_m=165 is not a multiple.*use 160"):
-        module(pair, windows=Windows(side_m=165))
+        module(pair, modalities={"s2": Layer(("B02",), "{site}/x.tif")})
+    with pytest.raises(ConfigError, match=r"165 m is no multiple of 10 m.*use 160"):
+        module(pair, window=Window(size=165, unit="m"))
     with pytest.raises(ConfigError, match="no site 'here2'.*Did you mean 'here'"):
         module(pair, held_out=HeldOut(sites=("here2",)))
     with pytest.raises(DataError, match="less than the windows' 2000 m"):
-        module(pair, windows=Windows(side_m=2000))
-    with pytest.raises(ConfigError, match="take: got 'al'.*Did you mean 'all'"):
-        DateChoice("al")
+        module(pair, window=Window(size=2000, unit="m"))
+    with pytest.raises(ConfigError, match="mode: got 'al'.*Did you mean 'all'"):
+        Dates(mode="al")
     write_cube(tmp_path / "s2.zarr", coded(1, 1, 64).astype(np.uint16), ("B02",), times=None,
                crs="")  # fmt: skip
     with pytest.raises(DataError, match="no coordinate reference system"):
-        module(tmp_path, layers={"s2": Layer(("B02",), "s2.zarr")})
+        module(tmp_path, modalities={"s2": Layer(("B02",), "s2.zarr")})
     layer = Layer(("B02",), "s2.zarr", crs="EPSG:32632")
-    assert module(tmp_path, layers={"s2": layer}, global_batch_size=1).sites
+    assert module(tmp_path, modalities={"s2": layer}, global_batch_size=1).sites
     with pytest.raises(ConfigError, match="expected 'auto', null"):
         SentinelCubeDataModule(labels="some")
     assert Labels().variable == "label"
 
 
 def test_modalities_are_known_without_the_files():
-    data = SentinelCubeDataModule(root="/nowhere", windows=Windows(side_m=640))
+    data = SentinelCubeDataModule(root="/nowhere", window=Window(size=640, unit="m"))
     assert data.context_size == 64
     assert data.modalities["s1"].mean == (-12.577, -20.265)
     assert data.modalities["s2"].channels[:3] == ("B01", "B02", "B03")
     assert data.modalities["s2"].wavelengths_nm is not None
-    series = SentinelCubeDataModule(dates=DateChoice("all")).modalities
+    series = SentinelCubeDataModule(dates=Dates(mode="all")).modalities
     assert {m.kind for m in series.values()} == {"series"}
 
 
 def test_the_identity_changes_with_the_headers(pair, tmp_path):
     a, b = module(pair).identity(), module(pair).identity()
     assert a == b and a["sites"]["here"]["crs"] == "EPSG:32632"
-    c = module(pair, layers={"s2": Layer(("B02",))}).identity()
+    c = module(pair, modalities={"s2": Layer(("B02",))}).identity()
     assert c["sites"]["here"]["headers"] != a["sites"]["here"]["headers"]

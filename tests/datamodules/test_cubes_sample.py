@@ -15,7 +15,12 @@ from domainssl.datamodules.samples import cubes
 from domainssl.datamodules.samples.cubes_scene import CROPS
 from domainssl.evaluation.probes import linear_probe_accuracy
 from domainssl.loading.source import Loading
-from domainssl.sources.cube_options import DateChoice, HeldOut, Windows
+from domainssl.sources.dates import Dates
+from domainssl.sources.held_out import HeldOut
+from domainssl.sources.windows import Window
+
+STILL: dict[str, Any] = {"jitter": False, "flips": False, "quarter_turns": False}
+NOTHING_HELD = HeldOut(val_fraction=0)
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +31,9 @@ def sample(cache_folder: Path) -> Path:
 def held_out(dates: str) -> dict[str, Any]:
     """Return the held-out windows of the recipe, at one date or as a series."""
     data = SentinelCubeDataModule(
-        windows=Windows(640, jitter=False),
-        dates=DateChoice(dates),
-        held_out=HeldOut(share=0.4),
+        window=Window(size=640, unit="m", jitter=False),
+        dates=Dates(mode=dates),
+        held_out=HeldOut(val_fraction=0.4),
         global_batch_size=64,
         loading=Loading(workers=0),
     )
@@ -74,8 +79,8 @@ def test_xarray_reads_the_same_values(sample):
     with xarray.open_zarr(store, consolidated=False, chunks=None) as cube:
         assert list(cube.band.values[:2]) == ["B01", "B02"]
         data = SentinelCubeDataModule(
-            windows=Windows(640, False, False, False), held_out=HeldOut(share=0),
-            dates=DateChoice("all"), global_batch_size=1, loading=Loading(workers=0),
+            window=Window(size=640, unit="m", **STILL), held_out=NOTHING_HELD,
+            dates=Dates(mode="all"), global_batch_size=1, loading=Loading(workers=0),
         )  # fmt: skip
         data.setup("fit")
         batch = next(b for b in data.predict_dataloader() if "fields_a" in b["id"][0])

@@ -17,7 +17,13 @@ from domainssl.io.raster.bands import open_store
 from domainssl.io.raster.grd import read_sigma0
 from domainssl.io.ssl4eo.facts import L1C_BANDS, L2A_BANDS
 from domainssl.loading.source import Loading
-from domainssl.sources.cube_options import DateChoice, HeldOut, Layer, Mask, Windows
+from domainssl.sources.cube_options import Layer, Mask
+from domainssl.sources.dates import Dates
+from domainssl.sources.held_out import HeldOut
+from domainssl.sources.windows import Window
+
+STILL: dict[str, Any] = {"jitter": False, "flips": False, "quarter_turns": False}
+NOTHING_HELD = HeldOut(val_fraction=0)
 
 SHRINK = 30  # 366, 183 and 61 pixels
 LEFT, TOP = {L2A: 699960, L1C: 300000}, {L2A: 4700040, L1C: 5000040}
@@ -63,10 +69,10 @@ def _number(leaf: str) -> int:
 
 
 def module(root: Path, layers: dict[str, Layer], **changes: Any) -> SentinelCubeDataModule:
-    options = {"windows": Windows(960, jitter=False, flips=False, quarter_turns=False),
-               "held_out": HeldOut(share=0), "global_batch_size": 1,
+    options = {"window": Window(size=960, unit="m", **STILL),
+               "held_out": NOTHING_HELD, "global_batch_size": 1,
                "loading": Loading(workers=0), **changes}  # fmt: skip
-    data = SentinelCubeDataModule(root=str(root), layers=layers, **options)
+    data = SentinelCubeDataModule(root=str(root), modalities=layers, **options)
     data.setup("fit")
     return data
 
@@ -127,7 +133,7 @@ def test_products_of_one_tile_are_the_dates_of_a_site(products, tmp_path):
         name = L2A.replace("20251008T100041", date)
         (tmp_path / f"{name}.zarr").symlink_to(products / f"{L2A}.zarr")
     layer = Layer(("B02", "B03", "B04"), "S2?_MSIL2A_{date}_N*_R*_{site}_*.zarr")
-    data = module(tmp_path, {"s2": layer}, dates=DateChoice("all"))
+    data = module(tmp_path, {"s2": layer}, dates=Dates(mode="all"))
     assert [site.name for site in data.sites] == ["T32TQM"]
     batch = next(iter(data.train_dataloader()))
     assert batch["s2"].shape == (1, 2, 3, 96, 96)

@@ -18,9 +18,10 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.io.series.pastis import CLASSES, SPOT_FOLDER, read_pastis, scan_pastis
 from domainssl.loading.plan import Piece
 from domainssl.modality import check_batch
-from domainssl.sources.tiles import Footprint, SeriesDates
+from domainssl.sources.dates import Dates
+from domainssl.sources.windows import Window
 
-ALL = ("s2", "s1_asc", "s1_des", "spot")
+ALL = {name: name for name in ("s2", "s1_asc", "s1_des", "spot")}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_sample_is_small_and_laid_out_as_published(root: Path) -> None:
 
 
 def test_time_matters_in_the_sample(root: Path) -> None:
-    data = opened(root, modalities=["s1_asc"], windows_per_patch=4)
+    data = opened(root, modalities={"s1_asc": "s1_asc"}, windows_per_patch=4)
     train, held_out = items(data, "train"), items(data, "val")
     dates = [
         probe(train, held_out, lambda x, day=day: date_features(x, "s1_asc", day))
@@ -97,7 +98,7 @@ def test_batches_hold_windows_of_all_sensors_and_their_classes(root: Path) -> No
 
 
 def test_the_label_is_the_crop_that_covers_most_of_the_window(few: Path) -> None:
-    data = opened(few, footprint=Footprint(320.0), global_batch_size=1)
+    data = opened(few, window=Window(size=320.0, unit="m"), global_batch_size=1)
     for number, patch in enumerate(data.catalogues["train"].patches):
         target = np.load(few / "ANNOTATIONS" / f"TARGET_{patch.id}.npy")[0]
         rows = data._sources["train"].load(Piece(number, 0, 1), 0).data
@@ -138,7 +139,7 @@ def test_days_and_most_dates(few: Path) -> None:
     whole = opened(few, global_batch_size=1)
     patch = whole.catalogues["train"].patches[0]
     assert patch.days["s2"][0] > 17_700 and list(patch.days["s2"]) == sorted(patch.days["s2"])
-    data = opened(few, dates=SeriesDates(most={"s2": 5}), global_batch_size=1)
+    data = opened(few, dates=Dates(max_dates={"s2": 5}), global_batch_size=1)
     rows = data._sources["train"].load(Piece(0, 0, 1), 0).data
     assert rows["s2.dates"].shape == (1, 5) and set(rows["s2.dates"][0].tolist()) <= set(
         patch.days["s2"]
@@ -154,8 +155,8 @@ def test_folds_are_kept_apart() -> None:
 
 
 def test_windows_larger_than_a_patch_are_refused(few: Path) -> None:
-    with pytest.raises(ConfigError, match=r"size_m: got 640, .* up to 320 m"):
-        opened(few, footprint=Footprint(640.0))
+    with pytest.raises(ConfigError, match=r"32 x 32 px.*takes 64"):
+        opened(few, window=Window(size=640.0, unit="m"))
 
 
 def test_patches_that_lack_a_file_are_left_out_and_counted(few: Path) -> None:

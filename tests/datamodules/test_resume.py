@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from domainssl.datamodules import SSL4EOS12DataModule
 from domainssl.errors import ConfigError
 from domainssl.loading.source import Loading
-from domainssl.sources.windows import Crop
+from domainssl.sources.windows import Window
 
 STEPS, EPOCHS = 5, 3  # 22 locations in batches of 4
 
@@ -42,7 +42,7 @@ class Recorder(pl.LightningModule):
 
 
 def data_of(root, workers=0, **changes):
-    options = {"global_batch_size": 4, "crop": Crop(16, 16, 16),
+    options = {"global_batch_size": 4, "window": Window(size=16),
                "loading": Loading(workers=workers, window_blocks=2), **changes}  # fmt: skip
     return SSL4EOS12DataModule(root=str(root), **options)
 

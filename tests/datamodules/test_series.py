@@ -21,7 +21,9 @@ from domainssl.io.series.tile import (
 )
 from domainssl.loading.plan import Piece
 from domainssl.modality import Modality
-from domainssl.sources.tiles import Footprint, SeriesDates, TileSource
+from domainssl.sources.dates import Dates
+from domainssl.sources.tiles import TileSource
+from domainssl.sources.windows import Window
 
 CELLS, TIMES, MARGIN = 6, 5, 2
 S2 = Modality("s2", "series", ("A", "B"), "dn", (4, 4), gsd_m=10.0)
@@ -57,14 +59,17 @@ def source(tiles: _Fake | None = None, **changes: Any) -> TileSource:
     given: dict[str, Any] = {
         "modalities": {"s2": S2, "aerial": FINE},
         "margins": {"aerial": MARGIN},
-        "footprint": Footprint(40.0),
+        "window": Window(size=40.0, unit="m"),
         "tile_m": 60.0,
         "step_m": 10.0,
-        "dates": SeriesDates(),
+        "dates": Dates(),
         "seed": 3,
         "is_training": True,
     }
-    return TileSource(tiles or _Fake(), **{**given, **changes})
+    given |= changes
+    given["window"] = given["window"].on_grid(10.0, whole=(6, 6), name="pixels of the series")
+    given["reads"] = {name: name for name in given["modalities"]}
+    return TileSource(tiles or _Fake(), **given)
 
 
 def item(tiles: TileSource, block: int = 0, epoch: int = 0) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def test_held_out_windows_lie_in_the_middle_as_they_are() -> None:
 
 
 def test_several_held_out_windows_lie_on_a_grid() -> None:
-    tiles = source(is_training=False, windows=4, footprint=Footprint(30.0),
+    tiles = source(is_training=False, windows=4, window=Window(size=30.0, unit="m"),
                    modalities={"s2": S2})  # fmt: skip
     rows = tiles.load(Piece(2, 0, 4), 0)
     assert rows.data["s2"][:, 0, 0, 0, 0].tolist() == [1, 4, 19, 22]
@@ -117,18 +122,18 @@ def test_several_held_out_windows_lie_on_a_grid() -> None:
 
 
 def test_drawn_dates_depend_on_seed_epoch_and_item_alone_and_ascend() -> None:
-    tiles = source(dates=SeriesDates(most=7))
+    tiles = source(dates=Dates(max_dates=7))
     first = item(tiles)["s2.dates"]
     assert len(first) == 7 and (first.diff() > 0).all()
     assert torch.equal(item(tiles)["s2.dates"], first)
     assert torch.equal(item(tiles)["s2"][:, 1, 0, 0].int(), first)  # values follow their dates
-    others = [item(tiles, epoch=1), item(tiles, block=1), item(source(dates=SeriesDates(most=7),
+    others = [item(tiles, epoch=1), item(tiles, block=1), item(source(dates=Dates(max_dates=7),
                                                                       seed=4))]  # fmt: skip
     assert all(not torch.equal(other["s2.dates"], first) for other in others)
 
 
 def test_held_out_dates_are_spread_evenly() -> None:
-    found = item(source(dates=SeriesDates(most=3), is_training=False), epoch=9)
+    found = item(source(dates=Dates(max_dates=3), is_training=False), epoch=9)
     assert found["s2.dates"].tolist() == [1, 15, 30]
     assert even_dates(5, 9).tolist() == [0, 1, 2, 3, 4]
     assert even_dates(5, 1).tolist() == [2]
@@ -145,15 +150,15 @@ def test_cloudy_dates_are_kept_masked_or_left_out_as_asked() -> None:
     cloud = np.zeros((3, CELLS, CELLS), np.float32)
     cloud[1], cloud[2, :3] = 80, 30
     tiles = _Fake({"s2": dated([10, 20, 30], cloud)})
-    whole = {"footprint": Footprint(None, flips=False, quarter_turns=False)}
+    whole = {"window": Window(size=None, unit="m", flips=False, quarter_turns=False)}
     kept = item(source(tiles, **whole))
     assert kept["s2.dates"].tolist() == [10, 20, 30] and kept["s2.valid"].all()
-    masked = item(source(tiles, dates=SeriesDates(mask_clouds=True), **whole))
+    masked = item(source(tiles, dates=Dates(mask_clouds=True), **whole))
     assert masked["s2.valid"].float().mean((1, 2)).tolist() == [1, 0, 0.5]
     assert not masked["s2"][1].any()
-    left = item(source(tiles, dates=SeriesDates(min_clear=0.5), **whole))
+    left = item(source(tiles, dates=Dates(min_valid_fraction=0.5), **whole))
     assert left["s2.dates"].tolist() == [10, 30]
-    lenient = item(source(tiles, dates=SeriesDates(min_clear=0.6, cloud_percent=50), **whole))
+    lenient = item(source(tiles, dates=Dates(min_valid_fraction=0.6, cloud_percent=50), **whole))
     assert lenient["s2.dates"].tolist() == [10, 30] and lenient["s2.valid"].all()
 
 
@@ -197,12 +202,12 @@ def test_the_typical_date_is_the_clear_one_nearest_to_the_median() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: SeriesDates(choice="typicl"), "Did you mean 'typical'"),  # type: ignore[arg-type]
-        (lambda: SeriesDates(most={"s2": 0}), r"dates\.most\.s2: got 0"),
-        (lambda: SeriesDates(min_clear=2), "between 0 and 1"),
-        (lambda: SeriesDates(most={"s1_as": 4}).check(["s1_asc"]), "Did you mean 's1_asc'"),
-        (lambda: source(footprint=Footprint(45.0)), "multiple of 10 m"),
-        (lambda: source(footprint=Footprint(70.0)), "up to 60 m"),
+        (lambda: Dates(choice="typicl"), "Did you mean 'typical'"),  # type: ignore[arg-type]
+        (lambda: Dates(max_dates={"s2": 0}), r"dates\.max_dates\.s2: got 0"),
+        (lambda: Dates(min_valid_fraction=2), "between 0 and 1"),
+        (lambda: Dates(max_dates={"s1_as": 4}).check(["s1_asc"]), "Did you mean 's1_asc'"),
+        (lambda: source(window=Window(size=45.0, unit="m")), "no multiple of 10 m"),
+        (lambda: source(window=Window(size=70.0, unit="m")), "6 x 6 px.*takes 7"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(make: Any, text: str) -> None:

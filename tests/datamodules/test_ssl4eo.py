@@ -17,15 +17,16 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.io.ssl4eo.write import write_release_a
 from domainssl.loading.source import Loading
 from domainssl.modality import check_batch
-from domainssl.sources.windows import Crop
+from domainssl.sources.dates import Dates
+from domainssl.sources.windows import Window
 
-FIXED = Crop(16, 16, 16)
-RESIZED = Crop(12, 30, 16)
+FIXED = Window(size=16)
+RESIZED = Window(size=16, min_size=12, max_size=30)
 SIDE = 40
 
 
 def module(root, stage="fit", **changes):
-    options = {"global_batch_size": 4, "crop": FIXED, "loading": Loading(workers=0), **changes}
+    options = {"global_batch_size": 4, "window": FIXED, "loading": Loading(workers=0), **changes}
     data = SSL4EOS12DataModule(root=str(root), **options)
     data.setup(stage)
     return data
@@ -61,7 +62,7 @@ def test_every_pixel_is_the_offset_free_value_of_its_place_and_date(release, req
 
 
 def test_products_share_window_flips_and_turns_when_resized(release_a):
-    for batch in train(module(release_a, crop=RESIZED)):
+    for batch in train(module(release_a, window=RESIZED)):
         for s1, s2 in zip(batch["s1"], batch["s2"], strict=True):
             assert torch.allclose(s1[0] * 4, s2[0], rtol=1e-3)
         assert batch["s1.geo"] == batch["s2.geo"]
@@ -109,7 +110,14 @@ def test_one_date_is_drawn_per_file_and_epoch_and_only_its_block_decoded(release
 
 
 @pytest.mark.parametrize(
-    ("dates", "count"), [("all", 4), ("views", 2), ("views:3", 3), ([0, 3], 2)]
+    ("dates", "count"),
+    [
+        (Dates(mode="all"), 4),
+        (Dates(mode="views"), 2),
+        (Dates(mode="views", max_dates=3), 3),
+        (Dates(mode="all", max_dates=2), 2),
+        (Dates(mode="fixed", positions=(0, 3)), 2),
+    ],
 )
 def test_several_dates_come_as_a_series(release_a, dates, count):
     data = module(release_a, dates=dates)
@@ -121,13 +129,13 @@ def test_several_dates_come_as_a_series(release_a, dates, count):
     assert batch["s2.frames"].all() and batch["s2.frames"].shape == (4, count)
     days = batch["s2.dates"]
     assert days.dtype == torch.int32 and (days.diff(dim=1) > 0).all()
-    if dates == [0, 3]:
+    if dates.places or (dates.mode, count) == ("all", 2):
         assert (days[:, 1] - days[:, 0] == 240).all()
     assert torch.allclose(batch["s1"][:, :, 0].float() * 4, batch["s2"][:, :, 0].float())
 
 
 def test_a_fixed_date_is_an_image_of_that_date(release_a):
-    data = module(release_a, dates=2)
+    data = module(release_a, dates=Dates(mode="fixed", positions=2))
     batch = train(data)[0]
     assert data.modalities["s2"].kind == "image"
     assert all(name.endswith("_2") for name in batch["id"])
@@ -136,9 +144,14 @@ def test_a_fixed_date_is_an_image_of_that_date(release_a):
 
 def test_dates_that_do_not_exist_are_refused(release_a):
     with pytest.raises(ConfigError, match="5 dates are needed, the files hold 4"):
-        module(release_a, dates=4)
-    with pytest.raises(ConfigError, match="expected 'one'"):
-        module(release_a, dates="ones")
+        module(release_a, dates=Dates(mode="fixed", positions=4))
+    with pytest.raises(ConfigError, match="Did you mean 'one'"):
+        Dates(mode="ones")
+    with pytest.raises(ConfigError, match="dates.span_days: got 30.*no use for it.*positions"):
+        module(release_a, dates=Dates(span_days=30))
+    for places in (None, (), (0, 0), -1):
+        with pytest.raises(ConfigError, match="mode 'fixed' needs a position"):
+            Dates(mode="fixed", positions=places)
 
 
 def test_held_out_items_are_central_complete_and_the_same_each_time(release_a):
@@ -179,7 +192,7 @@ def test_a_truncated_file_is_named(copy_of_a):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_truncated_file_is_replaced_by_good_locations_when_asked(copy_of_a, workers):
     truncate(next((copy_of_a / "train/S2L2A").glob("*2.zarr.zip")))
-    loading = Loading(workers=workers, max_bad_share=0.5)
+    loading = Loading(workers=workers, max_bad_fraction=0.5)
     data = module(copy_of_a, on_bad_sample="replace", loading=loading)
     batches = train(data)
     data.teardown()
@@ -196,14 +209,15 @@ def test_one_damaged_location_of_a_tar_costs_that_location_only(release_b, tmp_p
     where = content.find(b"bands/0.0.0.0", len(content) // 4)
     content[where + 20 : where + 60] = bytes(40)
     tar.write_bytes(bytes(content))
-    loading = Loading(workers=0, max_bad_share=0.5)
-    data = module(root, on_bad_sample="replace", loading=loading, dates=0, global_batch_size=12)
+    loading = Loading(workers=0, max_bad_fraction=0.5)
+    first = Dates(mode="fixed", positions=0)
+    data = module(root, on_bad_sample="replace", loading=loading, dates=first, global_batch_size=12)
     stream = data.train_dataloader()
     [batch] = list(stream)
     assert len(stream.tally.bad) == 1
     assert len(set(batch["index"].tolist())) == 11
     with pytest.raises(DataError, match="000001.tar"):
-        train(module(root, dates=0))
+        train(module(root, dates=first))
 
 
 def test_invalid_pixels_are_marked_and_finite(tmp_path):
@@ -224,9 +238,10 @@ def test_invalid_pixels_are_marked_and_finite(tmp_path):
     for name, places in (("s1", {(8, 8), (9, 8)}), ("s2", {(6, 6)})):
         assert batch[name].isfinite().all()
         assert {tuple(p) for p in (~batch[f"{name}.valid"][0]).nonzero().tolist()} == places
-    [batch] = list(module(root, mask_clouds=True).val_dataloader())
+    [batch] = list(module(root, dates=Dates(mask_clouds=True)).val_dataloader())
     assert not batch["s2.valid"][0, 10, 10]
-    [batch] = train(module(root, crop=Crop(40, 40, 20), global_batch_size=2))
+    resized = Window(size=20, min_size=40, max_size=40)
+    [batch] = train(module(root, window=resized, global_batch_size=2))
     assert batch["s1"].isfinite().all()
     assert (batch["s1"][batch["s1.valid"][:, None].expand(-1, 2, -1, -1)] == -10).all()
     assert 0 < (~batch["s1.valid"][0]).sum() <= 16
@@ -234,8 +249,8 @@ def test_invalid_pixels_are_marked_and_finite(tmp_path):
 
 @pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
 def test_workers_of_any_start_method_read_the_same(release_a, method, workers):
-    alone = train(module(release_a, crop=RESIZED))
-    data = module(release_a, crop=RESIZED, loading=Loading(workers=workers, start_method=method))
+    alone = train(module(release_a, window=RESIZED))
+    data = module(release_a, window=RESIZED, loading=Loading(workers=workers, start_method=method))
     together = train(data)
     data.teardown()
     for a, b in zip(alone, together, strict=True):
@@ -244,7 +259,7 @@ def test_workers_of_any_start_method_read_the_same(release_a, method, workers):
 
 
 def test_modalities_are_known_without_the_disk(tmp_path):
-    data = SSL4EOS12DataModule(root=str(tmp_path / "nothing"), products={"rgb": "S2RGB"})
+    data = SSL4EOS12DataModule(root=str(tmp_path / "nothing"), modalities={"rgb": "S2RGB"})
     assert data.context_size == 120
     rgb = data.modalities["rgb"]
     assert (rgb.channels, rgb.value_unit, rgb.size) == (("B04", "B03", "B02"), "rgb8", (120, 120))
@@ -272,7 +287,7 @@ def test_statistics_come_from_a_file_or_are_left_to_the_card(tmp_path):
     path.write_text(json.dumps({"s1": {"mean": [-11, -19], "std": [4, 5]}}))
 
     def s1(statistics):
-        data = SSL4EOS12DataModule(products={"s1": "S1GRD"}, statistics=str(statistics))
+        data = SSL4EOS12DataModule(modalities={"s1": "S1GRD"}, statistics=str(statistics))
         return data.modalities["s1"]
 
     assert s1(path).mean == (-11.0, -19.0) and s1(path).std == (4.0, 5.0)
@@ -287,7 +302,7 @@ def test_statistics_come_from_a_file_or_are_left_to_the_card(tmp_path):
 
 def test_mistakes_are_refused_with_the_nearest_name(release_a):
     with pytest.raises(ConfigError, match="Did you mean 'S2L2A'"):
-        SSL4EOS12DataModule(products={"s2": "S2L2B"})
+        SSL4EOS12DataModule(modalities={"s2": "S2L2B"})
     with pytest.raises(ConfigError, match="on_bad_sample: got 'skip'"):
         SSL4EOS12DataModule(on_bad_sample="skip")
     with pytest.raises(ConfigError, match="global_batch_size to at most 22"):
@@ -296,7 +311,7 @@ def test_mistakes_are_refused_with_the_nearest_name(release_a):
 
 def test_describe_and_identity_tell_the_files_apart(release_a, release_b, caplog):
     with caplog.at_level(logging.INFO):
-        data = module(release_a, crop=RESIZED)
+        data = module(release_a, window=RESIZED)
         list(data.train_dataloader())
     assert "read amplification 1.00" in caplog.text
     text = "\n".join(data.describe())
@@ -309,22 +324,27 @@ def test_describe_and_identity_tell_the_files_apart(release_a, release_b, caplog
 
 def test_windows_larger_than_the_scene_are_clipped_and_said(release_a, caplog):
     with caplog.at_level(logging.INFO):
-        data = module(release_a, crop=Crop(12, 180, 16))
+        data = module(release_a, window=Window(size=16, min_size=12, max_size=180))
     assert "training windows are 12 to 40 px instead of 12 to 180" in caplog.text
     assert len(train(data)) == 5
 
 
 @pytest.mark.parametrize(
-    ("text", "drawn", "fixed"), [("one", 1, ()), ("2", 0, (2,)), ("[0,2]", 0, (0, 2))]
+    ("text", "drawn", "fixed"),
+    [
+        ("{mode: one}", 1, ()),
+        ("{mode: fixed, positions: 2}", 0, (2,)),
+        ("{mode: fixed, positions: [0, 2]}", 0, (0, 2)),
+    ],
 )
 def test_the_command_line_reads_dates_and_parts_of_groups(text, drawn, fixed):
     parser = ArgumentParser()
     parser.add_subclass_arguments(DomainDataModule, "data")
-    arguments = ["--data=SSL4EOS12DataModule", f"--data.dates={text}", "--data.crop.size=32",
-                 "--data.loading.workers=1"]  # fmt: skip
+    arguments = ["--data=SSL4EOS12DataModule", f"--data.dates={text}", "--data.window.size=32",
+                 "--data.window.min_size=20", "--data.loading.workers=1"]  # fmt: skip
     config = parser.parse_args(arguments)
     data = parser.instantiate(config).data
-    assert (data.dates.drawn, data.dates.fixed) == (drawn, fixed)
-    assert (data.crop.size, data.crop.min_px, data.loading.workers) == (32, 60, 1)
+    assert (data.dates.drawn(), data.dates.places) == (drawn, fixed)
+    assert (data.window.shape, data.window.least, data.loading.workers) == ((32, 32), 20, 1)
     again = parser.instantiate(parser.parse_string(parser.dump(config))).data
     assert again.arguments == data.arguments

@@ -20,7 +20,8 @@ from domainssl.io.series.tile import join_days, measured, typical_dates
 from domainssl.io.series.treesatai import GENERA, TreeSatCatalogue, read_treesat, scan_treesat
 from domainssl.loading.plan import Piece
 from domainssl.modality import check_batch
-from domainssl.sources.tiles import Footprint, SeriesDates
+from domainssl.sources.dates import Dates
+from domainssl.sources.windows import Window
 
 ALL = ("aerial", "s2", "s1_asc", "s1_des")
 BETULA = "Betula_spec._1_15679_WEFL_NLF"
@@ -100,7 +101,7 @@ def test_sample_is_the_same_every_time(root: Path, tmp_path: Path) -> None:
 
 
 def test_time_matters_in_the_sample(root: Path) -> None:
-    data = opened(root, modalities=["s2"], dates=SeriesDates(min_clear=0.9))
+    data = opened(root, modalities={"s2": "s2"}, dates=Dates(min_valid_fraction=0.9))
     train, held_out = items(data, "train"), items(data, "val")
     dates = [
         probe(train, held_out, lambda x, day=day: date_features(x, "s2", day))
@@ -127,12 +128,12 @@ def test_batches_mix_lengths_and_hold_what_the_modalities_say(root: Path) -> Non
 
 
 def test_the_dates_drawn_of_one_series_say_nothing_about_those_of_another(root: Path) -> None:
-    data = opened(root, dates=SeriesDates(most=8))
+    data = opened(root, dates=Dates(max_dates=8))
     source = data._sources["train"]
     ranks = []  # place of each drawn date among all of its series
     for block in range(24):
         drawn, whole = (
-            replace(source, dates=SeriesDates(most=most)).load(Piece(block, 0, 1), 0).data
+            replace(source, dates=Dates(max_dates=most)).load(Piece(block, 0, 1), 0).data
             for most in (8, None)
         )
         pair = []
@@ -145,7 +146,7 @@ def test_the_dates_drawn_of_one_series_say_nothing_about_those_of_another(root: 
 
 
 def test_modality_sizes_follow_the_footprint() -> None:
-    data = TreeSatAIDataModule(root="no/such/folder", footprint=Footprint(40.0))
+    data = TreeSatAIDataModule(root="no/such/folder", window=Window(size=40.0, unit="m"))
     assert {m: x.size[0] for m, x in data.modalities.items()} == {
         "aerial": 200, "s2": 4, "s1_asc": 4, "s1_des": 4,
     }  # fmt: skip
@@ -153,7 +154,7 @@ def test_modality_sizes_follow_the_footprint() -> None:
 
 
 def test_a_tile_gives_several_windows_and_is_read_once(few: Path, monkeypatch: Any) -> None:
-    data = opened(few, footprint=Footprint(20.0), windows_per_tile=3)
+    data = opened(few, window=Window(size=20.0, unit="m"), windows_per_tile=3)
     source = data._sources["train"]
     read = []
     own = type(source.tiles).read
@@ -202,7 +203,7 @@ def test_tiles_that_lack_a_file_are_left_out_and_counted(few: Path) -> None:
     data = opened(few, global_batch_size=3)
     assert len(data.catalogues["train"].tiles) == 3
     assert any("1 of 4 tiles" in line and gone.id in line for line in data.describe())
-    assert len(opened(few, modalities=["aerial"]).catalogues["train"].tiles) == 4
+    assert len(opened(few, modalities={"aerial": "aerial"}).catalogues["train"].tiles) == 4
 
 
 def test_a_folder_without_any_complete_tile_is_refused(few: Path) -> None:
@@ -236,16 +237,25 @@ def test_a_bad_tile_is_replaced_on_request(few: Path) -> None:
     (few / "sentinel-ts" / first.sentinel).write_bytes(b"")
     from domainssl.loading.source import Loading
 
-    data = opened(few, on_bad_sample="replace", loading=Loading(workers=0, max_bad_share=0.5))
+    data = opened(few, on_bad_sample="replace", loading=Loading(workers=0, max_bad_fraction=0.5))
     batch = next(iter(data.train_dataloader()))
     assert len(batch["id"]) == 4 and first.id not in batch["id"]
 
 
 def test_misspelled_modalities_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="'s1_dec'.*Did you mean 's1_des'"):
-        TreeSatAIDataModule(modalities=["s2", "s1_dec"])
-    with pytest.raises(ConfigError, match="different ones"):
-        TreeSatAIDataModule(modalities=["s2", "s2"])
+        TreeSatAIDataModule(modalities={"s2": "s2", "s1_des": "s1_dec"})
+
+
+def test_a_modality_keeps_its_content_under_another_key(few: Path) -> None:
+    given = {"global_batch_size": 2, "dates": Dates(max_dates={"optical": 4})}
+    renamed = opened(few, modalities={"optical": "s2", "photo": "aerial"}, **given)
+    given["dates"] = Dates(max_dates={"s2": 4})
+    plain = opened(few, modalities={"s2": "s2", "aerial": "aerial"}, **given)
+    ours, theirs = (next(iter(data.train_dataloader())) for data in (renamed, plain))
+    assert torch.equal(ours["optical"], theirs["s2"]) and ours["optical"].shape[1] == 4
+    assert torch.equal(ours["photo"], theirs["aerial"])
+    assert renamed.modalities["photo"].gsd_m == 0.2
 
 
 # The real tile -------------------------------------------------------------------------------
@@ -335,7 +345,7 @@ def test_typical_dates_of_the_real_tile_are_those_of_the_reference(real: Path) -
 
 
 def test_real_tile_aligns_aerial_and_series(real: Path) -> None:
-    data = opened(real, global_batch_size=1, footprint=Footprint(30.0))
+    data = opened(real, global_batch_size=1, window=Window(size=30.0, unit="m"))
     rows = data._sources["train"].load(Piece(0, 0, 1), 2).data
     fine, coarse = rows["aerial.geo"][0], rows["s2.geo"][0]
     assert fine["c"] == pytest.approx(coarse["c"]) and fine["f"] == pytest.approx(coarse["f"])

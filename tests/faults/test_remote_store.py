@@ -27,7 +27,7 @@ from domainssl.io.storage.paths import (
 )
 from domainssl.io.storage.remote import Retry, StoreError
 from domainssl.loading.source import Loading
-from domainssl.sources.windows import Crop
+from domainssl.sources.windows import Window
 
 PAIR = {"s1": "S1GRD", "s2": "S2L2A"}
 QUICK = {"retry": Retry(attempts=3, first_wait_s=0.0)}
@@ -247,7 +247,7 @@ def test_an_epoch_over_a_flaky_store_equals_one_over_the_disk(flaky, tmp_path):
 
     def epoch(root: str) -> list[Any]:
         data = SSL4EOS12DataModule(
-            root=root, products=PAIR, global_batch_size=5, crop=Crop(16, 16, 16),
+            root=root, modalities=PAIR, global_batch_size=5, window=Window(size=16),
             loading=Loading(workers=0),
             storage_options={"retry": {"attempts": 3, "first_wait_s": 0}},
         )  # fmt: skip

@@ -15,7 +15,7 @@ from domainssl.io.ssl4eo.write import write_release_a
 from domainssl.loading.source import Loading
 from domainssl.objectives.base import Generators
 from domainssl.objectives.croma import CROMA
-from domainssl.sources.windows import Crop
+from domainssl.sources.windows import Window
 
 IDS = [0, 1, 2, 3]
 
@@ -40,7 +40,7 @@ def write(root: Path, spoil_s1: Any, spoil_s2: Any, which: list[int]) -> None:
 def step(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], CROMA]:
     """Return losses, batch and model after a backward pass over all four locations."""
     data = SSL4EOS12DataModule(
-        root=str(root), global_batch_size=4, crop=Crop(24, 24, 24), loading=Loading(workers=0)
+        root=str(root), global_batch_size=4, window=Window(size=24), loading=Loading(workers=0)
     )
     data.setup("fit")
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)

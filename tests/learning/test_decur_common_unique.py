@@ -16,7 +16,8 @@ from domainssl.datamodules import SSL4EOS12DataModule
 from domainssl.datamodules.samples import ssl4eo as sample
 from domainssl.evaluation.factors import factor_scores
 from domainssl.objectives.decur import DeCUR
-from domainssl.sources.windows import Crop
+from domainssl.sources.dates import Dates
+from domainssl.sources.windows import Window
 
 pytestmark = pytest.mark.slow
 
@@ -59,10 +60,10 @@ def scores(checkpoint: Path, sample_root: Path) -> dict[str, dict[str, dict[str,
 def held_out(model: DeCUR) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """Return the embeddings of the held-out locations as the recipe sees them, and their names."""
     data = SSL4EOS12DataModule(
-        products={"s1": "S1GRD", "s2": "S2L2A"},
+        modalities={"s1": "S1GRD", "s2": "S2L2A"},
         global_batch_size=64,
-        crop=Crop(min_px=64, max_px=64, size=64),
-        dates="views",
+        window=Window(size=64),
+        dates=Dates(mode="views"),
     )
     data.setup("validate")
     [batch] = list(data.val_dataloader())

@@ -111,7 +111,7 @@ def test_bad_items_are_replaced_by_the_next_good_ones_in_order(workers):
     source = FakeSource((4, 4, 4), bad_items=[1, 2, 7])
     stream = stream_of(
         source, policy="replace", window_blocks=1, shuffle=False, batch_size=4,
-        loading=Loading(workers=workers, max_bad_share=0.5),
+        loading=Loading(workers=workers, max_bad_fraction=0.5),
     )  # fmt: skip
     assert ids(stream) == [[0, 3, 4, 3], [4, 5, 6, 8], [8, 9, 10, 11]]
     assert len(stream.tally.bad) == 3
@@ -120,7 +120,7 @@ def test_bad_items_are_replaced_by_the_next_good_ones_in_order(workers):
 
 def test_a_bad_block_is_replaced_by_different_items_of_the_next_one():
     source = FakeSource((4, 4, 4), bad_blocks=[0])
-    loading = Loading(workers=0, max_bad_share=0.5)
+    loading = Loading(workers=0, max_bad_fraction=0.5)
     stream = stream_of(source, policy="replace", window_blocks=1, shuffle=False, batch_size=4,
                        loading=loading)  # fmt: skip
     assert ids(stream)[0] == [4, 5, 6, 7]
@@ -128,14 +128,14 @@ def test_a_bad_block_is_replaced_by_different_items_of_the_next_one():
 
 def test_a_bad_last_block_is_replaced_by_what_came_before_it_in_its_window():
     source = FakeSource((4, 4), bad_blocks=[1])
-    loading = Loading(workers=0, max_bad_share=0.5)
+    loading = Loading(workers=0, max_bad_fraction=0.5)
     stream = stream_of(source, policy="replace", window_blocks=2, shuffle=False, batch_size=4,
                        loading=loading)  # fmt: skip
     assert ids(stream)[1] == [0, 1, 2, 3]
 
 
 def test_replacement_is_the_same_after_a_resume():
-    loading = Loading(workers=0, max_bad_share=0.5)
+    loading = Loading(workers=0, max_bad_fraction=0.5)
     source = FakeSource(SIZES, bad_blocks=[3], bad_items=[0, 1])
     whole = ids(stream_of(source, policy="replace", loading=loading))
     rest = ids(stream_of(source, policy="replace", loading=loading, position=(0, 5)))

@@ -11,6 +11,7 @@ from typing import Any
 from domainssl.cli.config import catalog
 from domainssl.cli.config.compose import CLASS_SECTIONS, NAMED_SECTIONS, Composition
 from domainssl.cli.config.nodes import Mistake, Node, Where
+from domainssl.cli.config.renamed import new_name, new_value
 from domainssl.cli.config.schema import (
     Parameter,
     alternatives,
@@ -162,7 +163,12 @@ class Checker:
     def _unknown_key(
         self, path: str, where: Where, owner: str, accepted: list[str], more: str = ""
     ) -> None:
-        close = nearest(path.rpartition(".")[2], accepted)
+        key = path.rpartition(".")[2]
+        renamed = new_name(owner, key)
+        if renamed:
+            self.add(f"Unknown config key {path!r}", where, renamed)
+            return
+        close = nearest(key, accepted)
         listed = ", ".join(accepted) or "no arguments"
         self.add(f"Unknown config key {path!r}", where, f"{close} {owner} accepts: {listed}{more}")
 
@@ -253,7 +259,8 @@ class Checker:
         plain = node.plain()
         if rejects(hint, plain):
             close = nearest(plain, choices(hint)) if isinstance(plain, str) else ""
-            advice = f"{close} Accepted: {in_words(hint)}."
+            moved = new_value(path.rpartition(".")[2], plain)
+            advice = moved or f"{close} Accepted: {in_words(hint)}."
             self.add(f"{path!r} is {plain!r}, which is not accepted", node.where, advice)
 
     def _import(

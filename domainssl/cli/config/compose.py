@@ -193,11 +193,13 @@ def _changes_class(base: Node, top: Node) -> bool:
 
 
 def _drop_removed(tree: Node) -> None:
-    for section in NAMED_SECTIONS:
-        group = tree.children.get(section)
+    groups = [tree.children.get(section) for section in NAMED_SECTIONS]
+    for group in (*groups, tree.get("data", "init_args", "modalities")):
         if group is not None and group.is_mapping:
             group.children = {
-                name: node for name, node in group.children.items() if node.value is not None
+                name: node
+                for name, node in group.children.items()
+                if node.value is not None or node.is_mapping
             }
 
 

@@ -231,7 +231,7 @@ def describe_zarr(
     if known is None:
         raise DataError(
             f"{path}: no coordinate reference system (spatial_ref, proj:code, proj:epsg, STAC). "
-            "Name it in data.init_args.layers.<name>.crs, such as EPSG:32632."
+            "Name it in data.init_args.modalities.<name>.crs, such as EPSG:32632."
         )
     cover = _mask(cube, mask, group) if mask else None
     times = times_of(cube, chosen[0].array, time_dim(cube, chosen[0]), date)
@@ -406,7 +406,7 @@ def _choose(
     if len(same) > 1:
         raise DataError(
             f"{cube.name}: band {band!r} is in several arrays: {', '.join(b.array for b in same)}. "
-            "Name the folder inside the store in data.init_args.layers.<name>.group."
+            "Name the folder inside the store in data.init_args.modalities.<name>.group."
         )
     return chosen
 

@@ -50,7 +50,7 @@ def describe_geotiff(
     if known is None:
         raise DataError(
             f"{path}: no coordinate reference system. Name it in "
-            "data.init_args.layers.<name>.crs, such as EPSG:32632."
+            "data.init_args.modalities.<name>.crs, such as EPSG:32632."
         )
     grid = Grid.of_transform(tuple(file.transform)[:6], file.height, file.width, path)
     alpha = _alpha(file)

@@ -120,7 +120,7 @@ def conversion(
         return ("power" if source == "linear" else "amplitude"), scale, offset
     raise DataError(
         f"{where}: there is no way from stored {source!r} to value_unit {unit!r}. Set "
-        "data.init_args.layers.<name>.stored_unit to what the file holds: dn, dn+1000, "
+        "data.init_args.modalities.<name>.stored_unit to what the file holds: dn, dn+1000, "
         "reflectance, db, linear or amplitude."
     )
 
@@ -146,8 +146,8 @@ def _source_unit(band: StoredBand, unit: str, where: str) -> str:
     if found is None:
         raise DataError(
             f"{where}: band {band.name!r} has units {band.unit!r}, which does not say what its "
-            "numbers are. Set data.init_args.layers.<name>.stored_unit: dn, dn+1000, reflectance, "
-            "db, linear or amplitude."
+            "numbers are. Set data.init_args.modalities.<name>.stored_unit: dn, dn+1000, "
+            "reflectance, db, linear or amplitude."
         )
     return found
 

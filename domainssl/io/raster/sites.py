@@ -96,7 +96,7 @@ def find_files(
     have = list_folder(root, options)
     raise DataError(
         f"{full}: no zarr store (.zarr, .zarr.zip), GeoTIFF, or folder of them. {root} holds: "
-        f"{', '.join(have[:12]) or 'nothing'}.{nearest(path, have)} Set data.init_args.layers."
+        f"{', '.join(have[:12]) or 'nothing'}.{nearest(path, have)} Set data.init_args.modalities."
         "<name>.path to a store, a folder, or a pattern such as '{site}/s2_{date}.tif'; root "
         "'sample' makes the embedded sample."
     )
