@@ -175,7 +175,7 @@ def inspect_tar(path: str, options: Options | None = None) -> dict[str, Any]:
 def _describe(cube: Cube) -> dict[str, Any]:
     problems, arrays = [], []
     for name, info in cube.arrays.items():
-        missing = cube.missing_chunks(name) if cube.format == 2 else 0
+        missing = cube.missing_chunks(name)
         arrays.append(
             {
                 "name": name,
@@ -187,8 +187,8 @@ def _describe(cube: Cube) -> dict[str, Any]:
                 "missing_chunks": missing,
             }
         )
-        if name == "bands" and missing:
-            problems.append(f"{cube.name}: array 'bands' lacks {missing} chunks (read as fill)")
+        if missing and len(info.shape) > 1:
+            problems.append(f"{cube.name}: array {name!r} lacks {missing} chunks (read as fill)")
     if not arrays:
         problems.append(f"{cube.name}: the zarr hierarchy holds no array")
     report: dict[str, Any] = {"format": cube.format, "arrays": arrays, "values": []}

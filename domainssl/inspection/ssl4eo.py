@@ -177,7 +177,7 @@ def _product(
 
 def _storage(cube: Cube, problems: list[str]) -> dict[str, Any]:
     info = cube.info("bands")
-    missing = cube.missing_chunks("bands") if cube.format == 2 else 0
+    missing = cube.missing_chunks("bands")
     if missing:
         problems.append(f"{cube.name}: array 'bands' lacks {missing} chunks (read as no data)")
     return {

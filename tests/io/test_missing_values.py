@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
-from cube_files import LEFT, TOP, write_geotiff
+from cube_files import LEFT, TOP, write_cube, write_geotiff
 
 from domainssl.io.raster.bands import describe_zarr
 from domainssl.io.raster.geotiff import describe_geotiff
 from domainssl.io.raster.grid import Bounds
 from domainssl.io.raster.read import Target, read_pixels
+from domainssl.io.ssl4eo.facts import product
+from domainssl.io.ssl4eo.values import Validity, remove_offset
 
 SIDE = 16
 AROUND = Bounds(LEFT, TOP - SIDE * 10, LEFT + SIDE * 10, TOP)
@@ -150,3 +152,78 @@ def test_values_arrive_exactly_or_not_at_all(
     assert bool(found.valid[0, 2, 3]) is is_valid
     assert found.values[0, 0, 2, 3] == (np.float32(value) if is_valid else 0)
     assert np.isfinite(found.values).all() and found.valid.sum() == SIDE * SIDE - (not is_valid)
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.parametrize("fill", [0, None])
+def test_chunks_that_were_never_written_are_missing(tmp_path: Path, zarr_format, fill) -> None:
+    from domainssl.io.raster.zarr import open_cube
+
+    path = write_cube(
+        tmp_path / "a.zarr", _values("uint16")[None], ["VV", "VH"], times=None, chunk=8,
+        zarr_format=zarr_format, as_variables=True,
+    )  # fmt: skip
+    for name in ("VV", "VH"):
+        (path / name / ("c/1/0" if zarr_format == 3 else "1.0")).unlink()
+    if fill is None and zarr_format == 2:
+        for name in ("VV", "VH"):
+            meta = (path / name / ".zarray").read_text()
+            meta = meta.replace('"fill_value": 0', '"fill_value": null')
+            (path / name / ".zarray").write_text(meta)
+    found = _pixels(describe_zarr(str(path), ["VV", "VH"]))
+    expected = np.ones((SIDE, SIDE), bool)
+    expected[8:, :8] = False
+    assert np.array_equal(found.valid[0], expected)
+    assert np.array_equal(found.values[0], _values()[:2] * expected)
+    assert open_cube(str(path)).missing_chunks("VV") == 1
+
+
+@pytest.mark.parametrize("edge", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("order", ["affine", "gdal"])
+def test_coordinates_of_corners_are_told_by_the_transform(tmp_path: Path, edge, order) -> None:
+    found = _placed(tmp_path, LEFT + (np.arange(SIDE) + edge) * 10,
+                    TOP - (np.arange(SIDE) + edge) * 10, order)  # fmt: skip
+    assert (found.left, found.top, found.step) == (LEFT, TOP, 10.0)
+
+
+def test_float32_coordinates_are_as_exact_as_they_can_be(tmp_path: Path) -> None:
+    x, y = LEFT + 3 + (np.arange(SIDE) + 0.5) * 2, 5_300_001.5 - (np.arange(SIDE) + 0.5) * 2
+    exact = _placed(tmp_path, x.astype("float32"), y.astype("float32"), [2, 0, LEFT + 3, 0, -2,
+                                                                         5_300_001.5])  # fmt: skip
+    assert (exact.left, exact.top, exact.step) == (LEFT + 3, 5_300_001.5, 2.0)
+    alone = _placed(tmp_path, x.astype("float32"), y.astype("float32"), None)
+    assert alone.step == 2.0
+    assert abs(alone.left - LEFT - 3) < 0.1 and abs(alone.top - 5_300_001.5) < 0.6
+
+
+def test_a_transform_that_does_not_fit_is_told(tmp_path: Path, caplog) -> None:
+    x, y = LEFT + (np.arange(SIDE) + 0.5) * 10, TOP - (np.arange(SIDE) + 0.5) * 10
+    found = _placed(tmp_path, x, y, [10, 0, LEFT + 70, 0, -10, TOP])
+    assert found.left == LEFT and "does not fit the coordinates" in caplog.text
+
+
+def _placed(path: Path, x: Any, y: Any, transform: Any) -> Any:
+    import zarr
+
+    named = {"affine": [10, 0, LEFT, 0, -10, TOP, 0, 0, 1], "gdal": [LEFT, 10, 0, TOP, 0, -10]}
+    if isinstance(transform, str):
+        transform = named[transform]
+    attrs = {"crs": "EPSG:32632", **({"transform": transform} if transform else {})}
+    group = zarr.open_group(str(path / f"{transform is None}.zarr"), mode="w", zarr_format=3)
+    for name, part, dims, more in (
+        ("x", x, ["x"], {}), ("y", y, ["y"], {}), ("VV", np.ones((SIDE, SIDE)), ["y", "x"], attrs),
+    ):  # fmt: skip
+        array = group.create_array(
+            name, shape=part.shape, dtype=part.dtype, dimension_names=dims, attributes=more
+        )
+        array[...] = part
+    return describe_zarr(str(path / f"{transform is None}.zarr"), ["VV"]).bands[0].grid
+
+
+def test_marks_far_below_digital_numbers_are_not_wrapped() -> None:
+    values = np.full((1, 12, 2, 2), 1500, np.int16)
+    values[0, 3, 0, 1] = -32768
+    valid, _ = Validity(product("S2L2A")).settle(values, None)
+    assert valid[0].tolist() == [[True, False], [True, True]]
+    remove_offset(values[None], np.array([1000], np.int16))
+    assert values.min() == 0 and values.max() == 500

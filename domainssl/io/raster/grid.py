@@ -174,7 +174,8 @@ def _stac(cube: Cube) -> Any:
 def grid_of(cube: Cube, array: str, y: str, x: str) -> Grid:
     """Return the grid of an array from its coordinate arrays, or else from its attributes.
 
-    Coordinates are centres of pixels unless a transform beside them says that they are corners.
+    Coordinates are centres of pixels unless a transform beside them says that they are edges, as
+    stackstac writes them. A transform that fits is taken, since coordinates may be rounded.
 
     Args:
         cube: The store.
@@ -199,26 +200,30 @@ def grid_of(cube: Cube, array: str, y: str, x: str) -> Grid:
             )
         return Grid.of_transform(stated, sizes[y], sizes[x], where)
     ys, xs = centres
-    step = _spacing(xs, f"{where}: {x}") if len(xs) > 1 else None
-    down = _spacing(ys, f"{where}: {y}") if len(ys) > 1 else None
-    if step is None or down is None:
-        if stated is None:
-            raise DataError(f"{where}: one row or column needs a transform in the attributes.")
-        step = step or float(stated[0])
-        down = down or float(stated[4])
-    half = 0.5
-    if stated is not None and abs(stated[0] - step) < _TOLERANCE * step:
-        shift = (xs[0] - stated[2]) / step
-        if abs(shift) < _TOLERANCE:
-            half = 0.0  # coordinates are outer corners
-        elif abs(shift - 0.5) > _TOLERANCE:
-            logger.warning(
-                "%s: the transform %s does not fit the coordinates, which begin at %s; the "
-                "coordinates count", where, list(stated[:6]), float(xs[0]),
-            )  # fmt: skip
-    return Grid.of_transform(
-        (step, 0, xs[0] - half * step, 0, down, ys[0] - half * down), sizes[y], sizes[x], where
-    )
+    lines = [_line(values, f"{where}: {name}") for values, name in ((xs, x), (ys, y))]
+    places = []
+    for (first, step, slack), at in zip(lines, (0, 4), strict=True):
+        if step is None:
+            if stated is None:
+                raise DataError(f"{where}: one row or column needs a transform in the attributes.")
+            step = float(stated[at])
+        if stated is not None:
+            edge = float(stated[2 if at == 0 else 5])
+            shift = (first - edge) / step
+            tolerance = _TOLERANCE + slack / abs(step)
+            fits = abs(stated[at] - step) < tolerance * abs(step)
+            # coordinates are centres, or edges that the transform tells apart
+            if fits and any(abs(shift - s) < tolerance for s in (0.0, 0.5, 1.0)):
+                places.append((edge, float(stated[at])))
+                continue
+            if fits or at == 4 or abs(stated[0]) > 0:
+                logger.warning(
+                    "%s: the transform %s does not fit the coordinates, which begin at %s; the "
+                    "coordinates count", where, list(stated[:6]), first,
+                )  # fmt: skip
+        places.append((first - 0.5 * step, step))
+    (left, across), (top, down) = places
+    return Grid.of_transform((across, 0, left, 0, down, top), sizes[y], sizes[x], where)
 
 
 def _coordinate(cube: Cube, folder: str, name: str, size: int) -> Any:
@@ -226,28 +231,55 @@ def _coordinate(cube: Cube, folder: str, name: str, size: int) -> Any:
         path = f"{above}/{name}" if above else name
         info = cube.arrays.get(path)
         if info is not None and info.shape == (size,) and info.dtype.kind in "iuf":
-            return cube.read(path).astype(np.float64)
+            return cube.read(path)
     return None
 
 
-def _spacing(values: np.ndarray[Any, Any], where: str) -> float:
-    step = float(values[-1] - values[0]) / (len(values) - 1)
-    uneven = np.abs(np.diff(values) - step).max()
-    if not (np.isfinite(step) and step != 0 and uneven <= 0.01 * abs(step)):
+def _line(values: np.ndarray[Any, Any], where: str) -> tuple[float, float | None, float]:
+    """Return the first coordinate, the step (None of a single one), and how exact they are.
+
+    Coordinates stored in float32 are rounded to half a metre in northings: both are taken as the
+    plainest numbers within that rounding.
+    """
+    exact = values.astype(np.float64)
+    if not np.isfinite(exact).all():
+        raise DataError(f"{where}: coordinates are missing (NaN). Write them, or a transform.")
+    slack = 0.0
+    if values.dtype.kind == "f" and values.dtype.itemsize < 8:
+        slack = float(np.finfo(values.dtype).eps * np.abs(exact).max())
+    first = _plainest(float(exact[0]), slack)
+    if len(exact) == 1:
+        return first, None, slack
+    step = _plainest(float(exact[-1] - exact[0]) / (len(exact) - 1), 2 * slack / (len(exact) - 1))
+    uneven = np.abs(np.diff(exact) - step).max()
+    if not (np.isfinite(step) and step != 0 and uneven <= 0.01 * abs(step) + 2 * slack):
         raise DataError(
             f"{where}: coordinates are not evenly spaced (steps differ by {uneven:g} from "
             f"{step:g}). Resample the cube to a regular grid."
         )
-    return step
+    return first, step, slack
+
+
+def _plainest(value: float, slack: float) -> float:
+    """Return the number with the fewest decimal places within `slack` of a value."""
+    if not slack:
+        return value
+    rounded = (round(value, digits) for digits in range(16))
+    return next((number for number in rounded if abs(number - value) <= slack), value)
 
 
 def _transform(cube: Cube, folder: str, attrs: Mapping[str, Any]) -> Sequence[float] | None:
     """Return the affine map that the attributes state, if any."""
     for source in (attrs, cube.group_attrs(folder)):
-        for name in ("spatial:transform", "proj:transform"):
+        for name in ("spatial:transform", "proj:transform", "transform"):
             value = source.get(name)
-            if isinstance(value, Sequence) and len(value) >= 6 and float(value[0]) != 0:
-                return [float(v) for v in value[:6]]
+            if not isinstance(value, Sequence) or isinstance(value, str) or len(value) < 6:
+                continue
+            a, b, c, d, e, f = (float(v) for v in value[:6])
+            if a and e:
+                return [a, b, c, d, e, f]
+            if b and f:  # in GDAL's order
+                return [b, c, a, e, f, d]
     mapping = attrs.get("grid_mapping") or cube.group_attrs(folder).get("grid_mapping")
     for above in _upwards(folder):
         path = f"{above}/{mapping or 'spatial_ref'}".lstrip("/")

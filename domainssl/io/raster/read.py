@@ -182,7 +182,7 @@ def read_pixels(file: LayerFile, dates: Sequence[int], bounds: Bounds, target: T
             out.valid &= ~missing
     if file.mask is not None and target.rule.values:
         places = _Places.of(file.mask.grid, bounds, target.step, (height, width), file.path)
-        [mask], _ = _stored(file, [file.mask], dates, places, out)
+        [mask], _ = _stored(file, [file.mask], dates, places, out, is_map=True)
         out.valid &= ~places.any(target.rule.hides(mask))
     out.values *= out.valid[:, None]
     return out
@@ -197,7 +197,7 @@ def read_classes(file: LayerFile, bounds: Bounds, step: float) -> tuple[Array, A
     shape = (round(bounds.height / step), round(bounds.width / step))
     band = file.bands[0]
     places = _Places.of(band.grid, bounds, step, shape, file.path)
-    [stored], [hidden] = _stored(file, [band], [0], places, None)
+    [stored], [hidden] = _stored(file, [band], [0], places, None, is_map=True)
     missing = places.nearest(missing_of(stored, band) | hidden)[0]
     classes = np.where(missing, 0, places.nearest(stored)[0])
     return classes.astype(np.int64), ~missing
@@ -304,6 +304,7 @@ def _stored(
     dates: Sequence[int],
     places: _Places,
     tally: Pixels | None,
+    is_map: bool = False,
 ) -> tuple[list[Array], list[Any]]:
     """Read bands of one array as stored, and True where a pixel is hidden, each (T, h, w)."""
     hidden: list[Any] = [False] * len(bands)
@@ -319,7 +320,7 @@ def _stored(
         if masks is not None:
             hidden = [mask[None] for mask in masks]
     else:
-        stored, decoded = _read_array(file, bands, dates, places)
+        stored, hidden, decoded = _read_array(file, bands, dates, places, is_map)
     if tally is not None:
         tally.bytes_decoded += decoded
         tally.bytes_needed += sum(part.nbytes for part in stored)
@@ -327,8 +328,16 @@ def _stored(
 
 
 def _read_array(
-    file: LayerFile, bands: Sequence[StoredBand], dates: Sequence[int], places: _Places
-) -> tuple[list[Array], int]:
+    file: LayerFile,
+    bands: Sequence[StoredBand],
+    dates: Sequence[int],
+    places: _Places,
+    is_map: bool,
+) -> tuple[list[Array], list[Any], int]:
+    """Return bands of one array, True where chunks were never written, and the bytes decoded.
+
+    A map of classes (`is_map`) may leave out chunks of its class 0.
+    """
     cube = open_store(file.path, file.options)
     first = bands[0]
     indices = [band.index for band in bands if band.index is not None]
@@ -339,25 +348,41 @@ def _read_array(
         "band": _run(distinct),
         "time": slice(None),
     }
-    parts, decoded = [], 0
+    parts, gaps, decoded = [], [], 0
+    fill = cube.info(first.array).fill or 0
+    marks_nothing = not is_map and fill not in first.nodata  # else decoding finds them
     together = _run(sorted(dates))  # dates that do not follow each other are read one by one
     date_runs = [together] if isinstance(together, slice) else [slice(d, d + 1) for d in dates]
     for run in date_runs if "time" in first.axes else [slice(0, 1)]:
         selection = [run if axis == "time" else wanted[axis] for axis in first.axes]
         values = cube.read(first.array, selection)
         decoded += cube.decoded_bytes(first.array, selection)
-        order = [first.axes.index(a) for a in ("time", "band", "y", "x") if a in first.axes]
-        values = values.transpose(order)
-        if "band" not in first.axes:
-            values = values[..., None, :, :]
-        parts.append(values if "time" in first.axes else values[None])
-    values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if "time" in first.axes and len(date_runs) == 1:
-        values = values[np.asarray(dates) - min(dates)]
-    elif "time" not in first.axes and len(dates) > 1:
-        values = np.repeat(values, len(dates), 0)
-    at = [distinct.index(b.index) if b.index is not None else 0 for b in bands]
-    return [values[:, i] for i in at], decoded
+        absent = cube.unwritten(first.array, selection, values) if marks_nothing else None
+        parts.append(_by_name(first.axes, values))
+        gaps.append(None if absent is None else _by_name(first.axes, absent))
+
+    def laid_out(parts: list[Array]) -> list[Array]:
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if "time" in first.axes and len(date_runs) == 1:
+            whole = whole[np.asarray(dates) - min(dates)]
+        elif "time" not in first.axes and len(dates) > 1:
+            whole = np.repeat(whole, len(dates), 0)
+        at = [distinct.index(b.index) if b.index is not None else 0 for b in bands]
+        return [whole[:, i] for i in at]
+
+    hidden: list[Any] = [False] * len(bands)
+    if any(gap is not None for gap in gaps):
+        full = [np.zeros(p.shape, bool) if g is None else g for p, g in zip(parts, gaps)]
+        hidden = laid_out(full)
+    return laid_out(parts), hidden, decoded
+
+
+def _by_name(axes: Sequence[str], values: Array) -> Array:
+    """Order the axes of what was read as (T, C, h, w)."""
+    values = values.transpose([axes.index(a) for a in ("time", "band", "y", "x") if a in axes])
+    if "band" not in axes:
+        values = values[..., None, :, :]
+    return values if "time" in axes else values[None]
 
 
 def _run(indices: Sequence[int]) -> Any:

@@ -30,7 +30,7 @@ from domainssl.io.storage.bounded import (
     unpack,
 )
 from domainssl.io.storage.handles import HandlePool
-from domainssl.io.storage.paths import Options, is_file, is_folder, open_file, stamp
+from domainssl.io.storage.paths import Options, is_file, is_folder, join, open_file, stamp
 
 __all__ = ["ArrayInfo", "Cube", "open_cube"]
 
@@ -242,10 +242,51 @@ class Cube:
     def missing_chunks(self, name: str) -> int:
         """Return how many chunks of an array are not stored, so that they read as its fill."""
         info = self.info(name)
-        total = math.prod(-(-s // c) for s, c in zip(info.shape, info.chunks, strict=True))
-        prefix = f"{name}/"
-        there = [k for k in self.store.names() if k.startswith(prefix)]
-        return total - len({k for k in there if k[len(prefix) :][:1].isdigit()})
+        total = math.prod(-(-s // c) for s, c in zip(info.shape, self._stored(info), strict=True))
+        there = [k for k in self.store.names() if k.startswith(f"{name}/")]
+        return total - len(
+            [k for k in there if not k.rsplit("/", 1)[-1].startswith((".z", "zarr."))]
+        )
+
+    def _stored(self, info: ArrayInfo) -> tuple[int, ...]:
+        """Return the shape of what is stored as one object: a chunk, or a shard of them."""
+        shards = self._v3_members[info.name].shards if self.format == 3 else None
+        return tuple(shards or info.chunks)
+
+    def unwritten(
+        self, name: str, selection: Selection, values: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any] | None:
+        """Return True where values that were read stand for chunks that are not stored.
+
+        Args:
+            name: Name of the array.
+            selection: What was read.
+            values: What reading gave: the fill value where nothing is stored.
+
+        Returns:
+            The mask, of the values' shape; None where everything is stored.
+        """
+        info, mask = self.info(name), None
+        fill = 0 if info.fill is None else info.fill
+        wanted = self._wanted(info, selection)
+        axes = [_pieces(w, c) for w, c in zip(wanted, self._stored(info), strict=True)]
+        for pieces in itertools.product(*axes):
+            part = values[tuple(piece[2] for piece in pieces)]
+            if not part.size or part.flat[0] != fill or (part != fill).any():
+                continue
+            if not self._is_written(info, tuple(piece[0] for piece in pieces)):
+                mask = np.zeros(values.shape, bool) if mask is None else mask
+                mask[tuple(piece[2] for piece in pieces)] = True
+        return mask
+
+    def _is_written(self, info: ArrayInfo, number: tuple[int, ...]) -> bool:
+        if self.format == 3:
+            key = f"{info.name}/{self._v3_members[info.name].metadata.encode_chunk_key(number)}"
+        else:
+            key = f"{info.name}/{info.separator.join(map(str, number))}"
+        if isinstance(self.store, FolderStore):
+            return is_file(join(self.name, key), self.options)
+        return key in self.store.names()
 
     def _wanted(self, info: ArrayInfo, selection: Selection) -> list[Sequence[int]]:
         if len(selection) > len(info.shape):

@@ -146,6 +146,7 @@ def read(
     raw = load(group, modality, product, list(dates), chosen, repair, scratch)
     meta, values = raw.meta, raw.values
     validity = Validity(product, mask_clouds)
+    _check_range(values, product, group.release, group.files[modality])
     if product.has_offset and values.dtype.kind == "u":
         values = values.astype(np.int32)
     offset = np.zeros(len(chosen), np.int16)
@@ -163,6 +164,27 @@ def read(
         (raw.order != np.asarray(dates)).any(axis=1), share, raw.decoded, needed,
         group.files[modality], raw.cloud, validity,
     )  # fmt: skip
+
+
+def _check_range(values: Array, product: Product, release: str, file: str) -> None:
+    """Refuse values that the type in which the product is delivered cannot hold.
+
+    Raises:
+        DataError: Names the file, both types and the value.
+    """
+    radar = np.float16 if release == "A" else np.float32
+    delivered = np.dtype({"dn": np.int16, "rgb8": np.uint8}.get(product.value_unit, radar))
+    if np.can_cast(values.dtype, delivered) or not values.size:
+        return
+    most = np.finfo(delivered).max if delivered.kind == "f" else np.iinfo(delivered).max
+    finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+    largest = finite.flat[np.abs(finite.astype(np.float64)).argmax()] if finite.size else 0
+    if abs(float(largest)) > most:
+        raise DataError(
+            f"{file}: array 'bands' of {values.dtype} holds {largest}, but {product.name} is "
+            f"delivered as {delivered}, up to {most}. SSL4EO-S12 has no such values: get the file "
+            "again, or read it with SentinelCubeDataModule, where nodata can be declared."
+        )
 
 
 def _settled(

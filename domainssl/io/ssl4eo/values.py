@@ -18,6 +18,7 @@ Array = np.ndarray[Any, Any]
 _OFFSET = 1000
 _CIRRUS_LIMIT = 800  # cirrus is 0..100 DN without the offset
 _DARK_LIMIT = 500  # with the offset, 1 % of a tile this dark would be reflectances below -0.05
+_LEAST_DN = -30_000  # below lie marks such as -32768, which taking the offset away would wrap
 _EXPONENTS = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}
 
 
@@ -52,6 +53,10 @@ class Validity:
                 count = int(bad.sum())
                 values[bad] = 0
                 valid &= ~bad.any(axis=1)
+        elif self.product.has_offset and values.min(initial=0) < _LEAST_DN:
+            bad = values < _LEAST_DN
+            values[bad] = 0
+            valid &= ~bad.any(axis=1)
         if cloud is not None:
             valid &= cloud != NO_DATA_CLASS
             if self.mask_clouds:
