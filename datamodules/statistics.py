@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import yaml
 
 from domainssl.errors import ConfigError, nearest
+from domainssl.files import read_small
 from domainssl.modality import Modality
 
 __all__ = ["statistics_of"]
+
+_LIMIT = 10_000_000  # bytes of a file of statistics
 
 
 def statistics_of(modality: Modality, choice: str, alias: str = "") -> Modality:
@@ -42,8 +46,13 @@ def statistics_of(modality: Modality, choice: str, alias: str = "") -> Modality:
             + nearest(choice, ("published", "card"))
         )
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = read_small(path, limit=_LIMIT, kind=ConfigError)
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ConfigError(f"{where}: aliases (*name) are not read in statistics.")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{where}: not readable as YAML or JSON ({error}).") from error
     entry = _entry(content, modality.name, alias, where)
     for name, own in (("channels", modality.channels), ("value_unit", modality.value_unit)):
@@ -59,8 +68,9 @@ def statistics_of(modality: Modality, choice: str, alias: str = "") -> Modality:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}: {modality.name!r} needs 'mean' and 'std' with {modality.num_channels} "
-            f"numbers each, in the order {' '.join(modality.channels)}, and no 'std' of 0; got "
-            f"mean {entry.get('mean')!r}, std {entry.get('std')!r}."
+            f"numbers each, in the order {' '.join(modality.channels)}, "
+            f"all finite and no 'std' of 0; got mean {entry.get('mean')!r}, "
+            f"std {entry.get('std')!r}."
         ) from error
 
 
@@ -78,4 +88,7 @@ def _entry(content: Any, name: str, alias: str, where: str) -> Mapping[str, Any]
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    return tuple(float(v) for v in values)
+    found = tuple(float(v) for v in values)
+    if not all(map(math.isfinite, found)):
+        raise ValueError("not finite")
+    return found

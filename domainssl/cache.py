@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from domainssl.errors import DataError
+from domainssl.files import read_json
 
 __all__ = ["CacheEntry", "cache_dir", "clear", "entries", "locked_build"]
 
@@ -118,10 +119,14 @@ def entries() -> list[CacheEntry]:
     """List what the cache holds, by name."""
     found = []
     for mark in sorted(cache_dir().glob(f"*/{_MARK}")):
-        facts = json.loads(mark.read_text())
+        try:
+            facts = read_json(mark)
+            name, version = str(facts["name"]), str(facts["version"])
+        except (DataError, KeyError, TypeError):  # damaged: still there to be listed and cleared
+            name, version = mark.parent.name, "?"
         size = sum(f.stat().st_size for f in mark.parent.rglob("*") if f.is_file())
         built = mark.stat().st_mtime
-        found.append(CacheEntry(facts["name"], facts["version"], mark.parent, size / 1e6, built))
+        found.append(CacheEntry(name, version, mark.parent, size / 1e6, built))
     return found
 
 

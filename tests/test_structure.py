@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "domainssl"
 
 COMMON = {
-    "modality", "sensors", "units", "errors", "arguments", "options", "files", "cache",
+    "modality", "sensors", "units", "errors", "arguments", "options", "files", "screen", "cache",
     "distributed", "pieces", "lazy",
 }  # fmt: skip
 NETWORK = COMMON | {"nn", "losses"}
@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "arguments": {"errors"},
     "options": {"errors"},
     "files": {"errors"},
+    "screen": set(),
     "sensors": {"errors"},
     "modality": {"errors", "arguments", "sensors"},
     "units": {"errors", "modality", "sensors"},

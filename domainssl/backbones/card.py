@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +16,8 @@ from safetensors.torch import save
 
 from domainssl.arguments import class_of, plain
 from domainssl.backbones.base import Backbone
-from domainssl.errors import DomainSSLError, WeightsError
+from domainssl.errors import DomainSSLError, WeightsError, parsing
+from domainssl.files import open_regular, read_json
 
 __all__ = ["Card", "ExportError", "export_backbone", "read_card"]
 
@@ -171,21 +172,37 @@ def read_card(path: Path) -> tuple[Card, bytes]:
                 f"{needed} does not exist; an exported backbone is the pair {CARD_NAME} and "
                 f"{TENSORS_NAME}. Copy both files, or export again."
             )
-    try:
-        facts = json.loads(card_path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{card_path} is no JSON file: {error}.") from error
+    facts = read_json(card_path, kind=WeightsError)
     names = {f.name for f in fields(Card)}
     if not isinstance(facts, dict) or facts.get("format") != FORMAT or not names >= set(facts):
         raise WeightsError(
             f"{card_path} is no card of this version: expected 'format': {FORMAT!r}, found "
             f"{facts.get('format') if isinstance(facts, dict) else type(facts).__name__!r}."
         )
-    content = tensors_path.read_bytes()
+    card = _card(facts, card_path)
+    with parsing(f"{tensors_path}:", kind=WeightsError, advice="Check its permissions."):
+        with open_regular(tensors_path) as file:
+            content = file.read()
     digest = hashlib.sha256(content).hexdigest()
-    if digest != facts["sha256"]:
+    if digest != card.sha256:
         raise WeightsError(
             f"{tensors_path} has sha256 {digest[:16]}…, but {card_path.name} belongs to "
-            f"{facts['sha256'][:16]}…: the file is damaged or of another export. Copy both again."
+            f"{card.sha256[:16]}…: the file is damaged or of another export. Copy both again."
         )
-    return Card(**facts), content
+    return card, content
+
+
+def _card(facts: dict[str, Any], path: Path) -> Card:
+    """Return a card whose fields are there and of their types."""
+    for entry in fields(Card):
+        if entry.name not in facts:
+            if entry.default is MISSING and entry.default_factory is MISSING:
+                raise WeightsError(f"{path} has no field {entry.name!r}; export or copy it again.")
+            continue
+        value, wanted = facts[entry.name], str if str(entry.type) == "str" else dict
+        if not isinstance(value, wanted):
+            raise WeightsError(
+                f"{path}: {entry.name!r} is a {type(value).__name__}, expected a "
+                f"{wanted.__name__}; the card was changed or is damaged. Export or copy it again."
+            )
+    return Card(**facts)

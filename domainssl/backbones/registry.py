@@ -6,6 +6,7 @@ import importlib
 import logging
 import pickle
 import pkgutil
+import struct
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from domainssl import backbones
 from domainssl.backbones.base import Backbone, LoadReport
 from domainssl.backbones.card import read_card
-from domainssl.errors import WeightsError, nearest
+from domainssl.errors import WeightsError, nearest, parsing
 from domainssl.modality import Modality
 
 __all__ = [
@@ -102,7 +103,8 @@ def read_tensors(path: Path, *, inert_classes: bool = False) -> dict[str, Any]:
             "runs code of its author. Save its state_dict as safetensors where you trust it. "
             f"({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, SafetensorError, ValueError) as error:
+    except (RuntimeError, EOFError, SafetensorError, ValueError, LookupError, TypeError,
+            AttributeError, OSError, AssertionError, struct.error) as error:  # fmt: skip
         raise WeightsError(f"{path} cannot be read as weights: {error}.") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, expected a dict of tensors.")
@@ -283,12 +285,16 @@ def _tell(report: LoadReport, source: object, strict: bool) -> None:
 
 def _load_export(path: Path) -> Backbone:
     card, content = read_card(path)
-    try:
+    cls = backbone_class(card.name)
+    with parsing(
+        f"{path}: card and tensors do not fit this version; the backbone",
+        kind=WeightsError,
+        advice="Export it again, or install the version that its card names under provenance.",
+        also=(SafetensorError,),
+    ):
         tensors = load_safetensors_bytes(content)
-        backbone = backbone_class(card.name)(**card.arguments)
+        backbone = cls(**card.arguments)
         backbone.load_state_dict(tensors, strict=True)
-    except (SafetensorError, TypeError, RuntimeError) as error:
-        raise WeightsError(f"{path}: card and tensors do not fit this version: {error}.") from error
     return backbone
 
 
@@ -300,12 +306,20 @@ def _load_checkpoint(path: Path) -> Backbone:
             f"{path} is no checkpoint of an objective of this library (it has no 'backbone' "
             "entry). For reference files pass the name: load_backbone('croma_base', weights=path)."
         )
-    backbone = backbone_class(facts["name"])(**facts["arguments"])
+    if not isinstance(facts.get("name"), str) or not isinstance(facts.get("arguments"), dict):
+        raise WeightsError(f"{path}: its 'backbone' entry has no 'name' and 'arguments'.")
+    cls = backbone_class(facts["name"])
     prefix = "backbone."
-    state = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in content["state_dict"].items()
-        if name.startswith(prefix)
-    }
-    backbone.load_state_dict(state, strict=True)
+    with parsing(
+        f"{path}: does not fit this version; the backbone",
+        kind=WeightsError,
+        advice="Use the version that wrote the checkpoint, or another checkpoint.",
+    ):
+        backbone = cls(**facts["arguments"])
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in content["state_dict"].items()
+            if name.startswith(prefix)
+        }
+        backbone.load_state_dict(state, strict=True)
     return backbone

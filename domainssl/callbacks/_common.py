@@ -12,6 +12,8 @@ from lightning import LightningModule, Trainer
 from rich.console import Console
 from torch import Tensor, nn
 
+from domainssl.screen import screen
+
 __all__ = ["console_of", "first_items", "is_logging_step", "item_count", "observing", "run_folder"]
 
 
@@ -28,7 +30,7 @@ def is_logging_step(trainer: Trainer) -> bool:
 def console_of(trainer: Trainer) -> Console:
     """Return the console to print to; that of a live progress bar, so that lines go above it."""
     found = getattr(trainer.progress_bar_callback, "console", None)
-    return found if isinstance(found, Console) else Console(highlight=False, soft_wrap=True)
+    return found if isinstance(found, Console) else screen()
 
 
 def item_count(batch: Mapping[str, Any]) -> int:

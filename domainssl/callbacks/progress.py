@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from domainssl.callbacks._common import is_logging_step
+from domainssl.screen import screen
 
 __all__ = ["ProgressBar"]
 
@@ -51,7 +52,7 @@ class ProgressBar(_ProgressBar):
         """The console of the bar; lines printed to it appear above a live bar."""
         if self._bar is not None:
             return self._bar.console
-        return self._console or Console(highlight=False, soft_wrap=True)
+        return self._console or screen()
 
     def disable(self) -> None:
         """Draw nothing; Lightning calls it on every rank but the first."""

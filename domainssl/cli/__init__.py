@@ -16,12 +16,17 @@ import traceback
 from pathlib import Path
 
 from domainssl.errors import ConfigError, DomainSSLError, nearest
+from domainssl.screen import printable
 
 __all__ = ["main", "verb_table"]
 
 _ORDER = ("fit", "validate", "test", "predict", "recipes", "inspect", "stats", "export", "doctor")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _TERMINATED = 128 + signal.SIGTERM
+_PLACE = (
+    errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.ENOTEMPTY, errno.EBUSY, errno.EIO, errno.ESTALE,
+)  # fmt: skip
 _FOLDER = Path(__file__).parent / "verbs"
 
 
@@ -77,8 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in verb_table():
         _complain(_unknown_verb(verb))
         return 2
+    from domainssl.cli.console import printable_logs
+
     try:
-        return int(importlib.import_module(f"domainssl.cli.verbs.{verb}").run(rest))
+        with printable_logs():
+            return int(importlib.import_module(f"domainssl.cli.verbs.{verb}").run(rest))
     except KeyboardInterrupt:
         _complain("Interrupted.")
         return 130
@@ -97,7 +105,10 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in _DISK:
             _complain(_disk(error), everywhere=True)
             return 2
-        traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in _PLACE and error.filename is not None:
+            _complain(_place(error), everywhere=True)
+            return 2
+        sys.stderr.write(printable(traceback.format_exc()))
         _complain(f"{verb} failed: {type(error).__name__}: {error}")
         return 1
 
@@ -118,6 +129,17 @@ def _disk(error: OSError) -> str:
         f"Nothing can be written{place}: {error.strerror}. Make room, or choose another place "
         "with run_dir (for the cache: DOMAINSSL_CACHE); an interrupted run goes on with "
         "--auto_resume."
+    )
+
+
+def _place(error: OSError) -> str:
+    """Say what a file or folder that cannot be used means."""
+    shown = str(error.filename)
+    shown = shown if len(shown) <= 300 else f"{shown[:150]}…{shown[-100:]}"
+    return (
+        f"{shown!r} cannot be used: {error.strerror}. Check that the name is right, that it is "
+        "the kind of thing expected there, and who may read and write it; run_dir and "
+        "DOMAINSSL_CACHE choose other places. --debug shows what was being done."
     )
 
 

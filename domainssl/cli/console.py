@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from domainssl.screen import printable, screen
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "error_console"]
+__all__ = ["console", "error_console", "printable_logs"]
 
 _PIPE_WIDTH = 140
 
 
 def console() -> Console:
     """Return a console on the current stdout."""
-    from rich.console import Console
-
-    screen = Console(highlight=False, soft_wrap=True)
-    if not screen.is_terminal:  # files and pipes have no width of their own
-        screen = Console(highlight=False, soft_wrap=True, width=_PIPE_WIDTH)
-    return screen
+    found = screen()
+    # files and pipes have no width of their own
+    return found if found.is_terminal else screen(width=_PIPE_WIDTH)
 
 
 def error_console() -> Console:
     """Return a console on the current stderr."""
-    from rich.console import Console
+    return screen(stderr=True)
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+@contextmanager
+def printable_logs() -> Iterator[None]:
+    """Write control characters in log records and warnings out, for as long as a verb runs."""
+    make, show = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*arguments: Any, **more: Any) -> logging.LogRecord:
+        found = make(*arguments, **more)
+        text = found.getMessage()
+        if printable(text) != text:
+            found.msg, found.args = printable(text), ()
+        return found
+
+    def warning(*arguments: Any, **more: Any) -> str:
+        return printable(show(*arguments, **more))
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = warning
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
+        warnings.formatwarning = show

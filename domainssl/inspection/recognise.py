@@ -160,10 +160,18 @@ def _headline(report: Mapping[str, Any]) -> str:
     return f"zarr format {report['format']}{count}"
 
 
+def _row(table: Table, *cells: str) -> None:
+    """Add a row of texts as they are: names out of files are no markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
+
+
 def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold")
     return table
@@ -173,7 +181,7 @@ def _values(title: str, rows: list[dict[str, Any]]) -> Table:
     table = _table(title, "band", "min", "mean", "max", "std")
     for row in rows:
         cells = (row[key] for key in ("min", "mean", "max", "std"))
-        table.add_row(row["band"], *("-" if v is None else f"{v:.4f}" for v in cells))
+        _row(table, row["band"], *("-" if v is None else f"{v:.4f}" for v in cells))
     return table
 
 
@@ -181,7 +189,7 @@ def _facts(title: str, facts: Mapping[str, Any]) -> Table:
     table = _table(title, "what", "found")
     for name, value in facts.items():
         if value is not None and value != {} and value != []:
-            table.add_row(name.replace("_", " "), _text(value))
+            _row(table, name.replace("_", " "), _text(value))
     return table
 
 
@@ -229,7 +237,7 @@ def _notes(report: Mapping[str, Any]) -> list[Any]:
 def _cube(report: Mapping[str, Any]) -> list[Any]:
     table = _table("arrays", "name", "dims", "shape", "dtype", "chunks", "codec")
     for array in report["arrays"]:
-        table.add_row(
+        _row(table,
             array["name"], *(_text(array[key]) for key in ("dims", "shape")), array["dtype"],
             _text(array["chunks"]), array["codec"],
         )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from domainssl.cli.config import catalog
-from domainssl.cli.config.nodes import Mistake, Node, Where, mapping, parse
+from domainssl.cli.config.nodes import MAX_TEXT, Mistake, Node, Where, mapping, parse
 from domainssl.errors import nearest
 
 __all__ = ["CLASS_SECTIONS", "DEFAULT_LOGGERS", "NAMED_SECTIONS", "Composition", "compose"]
@@ -134,7 +134,8 @@ def _load(name: str, result: Composition) -> Node | None:
         return None
     before = len(result.mistakes)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         result.complete = False
         result.mistakes.append(Mistake(f"{name!r} cannot be read: {error}", Where(_COMMAND_LINE)))

@@ -15,9 +15,13 @@ import yaml
 
 from domainssl.errors import ConfigError
 
-__all__ = ["ConfigMistakes", "Mistake", "Node", "Where", "dump", "parse"]
+__all__ = ["MAX_TEXT", "ConfigMistakes", "Mistake", "Node", "Where", "dump", "parse"]
 
 _MAX_NODES = 100_000
+_MAX_DEPTH = 50
+MAX_TEXT = 10_000_000  # characters
+_DEEP = f"The YAML is nested more than {_MAX_DEPTH} levels deep"
+_FLATTEN = "Check the brackets and the indentation; no section is that deep."
 _BOOL, _FLOAT, _INT, _NULL, _STR = (
     f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "int", "null", "str")
 )
@@ -144,8 +148,15 @@ def parse(text: str, file: str, mistakes: list[Mistake], numbered: bool = True) 
     Returns:
         The tree, or None when the text is no YAML or is empty.
     """
+    if len(text) > MAX_TEXT:
+        found = f"A configuration of {len(text) / 1e6:.0f} million characters is not read"
+        mistakes.append(Mistake(found, Where(file), f"At most {MAX_TEXT / 1e6:.0f} million are."))
+        return None
     try:
         root = yaml.compose(text, Loader=_Loader)
+    except RecursionError:
+        mistakes.append(Mistake(_DEEP, Where(file), _FLATTEN))
+        return None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None and numbered else None
@@ -177,6 +188,9 @@ class _Converter:
             if self.count <= _MAX_NODES or self.count == _MAX_NODES + 1:
                 found = "An alias contains itself or unfolds to an enormous tree"
                 self.mistakes.append(Mistake(found, where, "Write the values out."))
+            return Node(None, where)
+        if len(self.open) >= _MAX_DEPTH:
+            self.mistakes.append(Mistake(_DEEP, where, _FLATTEN))
             return Node(None, where)
         self.open.add(id(node))
         try:

@@ -47,6 +47,7 @@ def _show(screen: Console, found: list[CacheEntry]) -> None:
     if not found:
         screen.print("empty")
         return
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -59,7 +60,7 @@ def _show(screen: Console, found: list[CacheEntry]) -> None:
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     for entry in found:
         age = _age(time.time() - entry.built_s)
-        table.add_row(entry.name, entry.version, f"{entry.size_mb:.1f}", age)
+        table.add_row(escape(entry.name), escape(entry.version), f"{entry.size_mb:.1f}", age)
     total = sum(entry.size_mb for entry in found)
     table.add_row("total", "", f"{total:.1f}", "", style="bold")
     screen.print(table, soft_wrap=False)

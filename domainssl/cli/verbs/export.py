@@ -29,6 +29,8 @@ def run(argv: list[str]) -> int:
     output = Path(options.output).expanduser()
     _check_target(output, options.overwrite)
 
+    from rich.markup import escape
+
     from domainssl import export_backbone, load_backbone
     from domainssl.cli.console import console
 
@@ -43,11 +45,15 @@ def run(argv: list[str]) -> int:
     )
     size = (output / "backbone.safetensors").stat().st_size / 1e6
     screen = console()
-    screen.print(f"[bold]exported[/] {type(backbone).__name__} ({size:.1f} MB) to {output}")
+    screen.print(
+        f"[bold]exported[/] {type(backbone).__name__} ({size:.1f} MB) to {escape(str(output))}"
+    )
     for name, modality in backbone.modalities.items():
         bands = " ".join(modality.channels)
-        screen.print(f"  {name}: {modality.num_channels} bands {bands} ({modality.value_unit})")
-    screen.print(f"  card: {card}")
+        screen.print(
+            f"  {name}: {modality.num_channels} bands {bands} ({modality.value_unit})", markup=False
+        )
+    screen.print(f"  card: {card}", markup=False)
     screen.print(f"load it with  domainssl.load_backbone({str(output)!r})", markup=False)
     return 0
 

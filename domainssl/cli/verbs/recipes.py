@@ -16,6 +16,8 @@ def run(argv: list[str]) -> int:
         "directory and of the installed package.",
     )
     parser.parse_args(argv)
+    from rich.markup import escape
+
     from domainssl.cli.config import catalog
     from domainssl.cli.console import console
 
@@ -30,9 +32,9 @@ def run(argv: list[str]) -> int:
         screen.print(f"[bold]{titles[group]}[/]")
         for name, path in entries.items():
             about, needs = _comments(path)
-            screen.print(f"  [cyan]{name:<{width}}[/]  {about}")
+            screen.print(f"  [cyan]{escape(name):<{width}}[/]  {escape(about)}")
             if needs:
-                screen.print(f"  {'':<{width}}  [dim]needs: {needs}[/]")
+                screen.print(f"  {'':<{width}}  [dim]needs: {escape(needs)}[/]")
         if not entries:
             screen.print("  none found")
         screen.print()

@@ -61,7 +61,9 @@ def run(argv: list[str]) -> int:
     if found.resumed:
         screen.print(f"{found.resumed} blocks were measured by an earlier call")
     if found.missing:
-        screen.print(f"shard {plan.shard} is done; missing: {', '.join(found.missing)}")
+        screen.print(
+            f"shard {plan.shard} is done; missing: {', '.join(found.missing)}", markup=False
+        )
         return 0
     _show(screen, found.report)
     screen.print(

@@ -127,7 +127,7 @@ def scan_treesat(root: str, split: str, modalities: Collection[str]) -> TreeSatC
 
 def _rows(table: Path) -> tuple[tuple[str, ...], list[TreeSatTile]]:
     """Read a table with a header; genera are the columns after the first three."""
-    with parsing(f"{table}: the table"):
+    with parsing(f"{table}: the table", also=(csv.Error,)):
         reader = csv.DictReader(io.StringIO(read_small(table), newline=""))
         columns = list(reader.fieldnames or ())
         missing = [c for c in ("aerial_name", "sen_name", "aerial_date") if c not in columns]

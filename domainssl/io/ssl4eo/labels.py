@@ -6,14 +6,17 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from domainssl.errors import DataError
+from domainssl.errors import DataError, parsing
 from domainssl.io.storage.paths import is_file, join, open_file
 
 __all__ = ["Labels", "labels"]
+
+_LIMIT = 2**28  # bytes
+_MOST = 100_000  # classes
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,13 @@ class Labels:
     def of(self, ids: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the label of each location, -1 where there is none, int64 (n,)."""
         return np.array([self.label.get(name, -1) for name in ids], np.int64)
+
+
+def _text(handle: BinaryIO, file: str) -> str:
+    content = handle.read(_LIMIT + 1)
+    if len(content) > _LIMIT:
+        raise DataError(f"{file}: more than {_LIMIT / 1e6:.0f} MB, which no table of labels has.")
+    return content.decode("utf-8-sig")
 
 
 def labels(
@@ -63,9 +73,11 @@ def labels(
             raise DataError(f"labels: no file at {path!r}")
         return None
     with open_file(file, storage_options) as handle:
-        reader = csv.DictReader(io.StringIO(handle.read().decode()))
-        rows = list(reader)
-    columns = list(reader.fieldnames or [])
+        advice = "It must be CSV in UTF-8 with a header."
+        with parsing(f"{file}: the table", advice=advice, also=(csv.Error,)):
+            reader = csv.DictReader(io.StringIO(_text(handle, file), newline=""))
+            rows = list(reader)
+            columns = list(reader.fieldnames or [])
     if not {"sample", "label"} <= set(columns):
         raise DataError(f"{file}: columns {columns}, expected 'sample', 'label' and others")
     label: dict[str, int] = {}
@@ -82,7 +94,8 @@ def labels(
                 column[key] = float(row[name])
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{file}, line {number}: cannot be read ({error}): {row}") from error
-    if min(label.values(), default=0) < 0:
-        raise DataError(f"{file}: labels must be 0, 1, …, found {min(label.values())}")
+    odd = [value for value in label.values() if not 0 <= value < _MOST]
+    if odd:
+        raise DataError(f"{file}: labels must be 0, 1, … below {_MOST}, found {odd[0]}")
     count = max(names, default=-1) + 1
     return Labels(tuple(names.get(i, str(i)) for i in range(count)), label, factors, file)
