@@ -173,16 +173,16 @@ def _check_range(values: Array, product: Product, release: str, file: str) -> No
         DataError: Names the file, both types and the value.
     """
     radar = np.float16 if release == "A" else np.float32
-    delivered = np.dtype({"dn": np.int16, "rgb8": np.uint8}.get(product.value_unit, radar))
+    delivered: Any = np.dtype({"dn": np.int16, "rgb8": np.uint8}.get(product.value_unit, radar))
     if np.can_cast(values.dtype, delivered) or not values.size:
         return
-    most = np.finfo(delivered).max if delivered.kind == "f" else np.iinfo(delivered).max
+    most = float((np.finfo if delivered.kind == "f" else np.iinfo)(delivered).max)
     finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
     largest = finite.flat[np.abs(finite.astype(np.float64)).argmax()] if finite.size else 0
     if abs(float(largest)) > most:
         raise DataError(
             f"{file}: array 'bands' of {values.dtype} holds {largest}, but {product.name} is "
-            f"delivered as {delivered}, up to {most}. SSL4EO-S12 has no such values: get the file "
+            f"delivered as {delivered}, up to {most:g}. SSL4EO-S12 has no such values: get the file "
             "again, or read it with SentinelCubeDataModule, where nodata can be declared."
         )
 
