@@ -182,8 +182,8 @@ def _check_range(values: Array, product: Product, release: str, file: str) -> No
     if abs(float(largest)) > most:
         raise DataError(
             f"{file}: array 'bands' of {values.dtype} holds {largest}, but {product.name} is "
-            f"delivered as {delivered}, up to {most:g}. SSL4EO-S12 has no such values: get the file "
-            "again, or read it with SentinelCubeDataModule, where nodata can be declared."
+            f"delivered as {delivered}, up to {most:g}. SSL4EO-S12 has no such values: get "
+            "the file again, or read it with SentinelCubeDataModule, where nodata can be declared."
         )
 
 
