@@ -311,7 +311,7 @@ class Objective(Recorded, LightningModule):
         if modalities:
             self.check(as_modalities(modalities))
         found = getattr(datamodule, "context_size", None)
-        if None not in (found, self.context_size) and _sides(found) != _sides(self.context_size):
+        if None not in (found, self.context_size) and not _is_same(found, self.context_size):
             raise ConfigError(
                 f"data yields windows of {found} pixels, but model.init_args.context_size is "
                 f"{self.context_size}. Set both to the same value."
@@ -410,5 +410,10 @@ def _seeds(*parts: int) -> tuple[int, int]:
     return int(words[0] >> np.uint64(1)), int(words[1] >> np.uint64(1))
 
 
-def _sides(size: Any) -> set[int]:
-    return {int(size)} if isinstance(size, int) else {int(side) for side in size}
+def _is_same(size: Any, other: Any) -> bool:
+    """Compare sizes axis by axis, in order; a number stands for all axes."""
+    if isinstance(size, int):
+        size, other = other, size
+    if isinstance(other, int):
+        return size == other if isinstance(size, int) else set(size) == {other}
+    return tuple(size) == tuple(other)

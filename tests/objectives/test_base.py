@@ -1,4 +1,5 @@
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -173,6 +174,26 @@ def test_a_run_of_unknown_length_is_refused(tmp_path):
 def test_another_context_size_than_the_data_have_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="context_size is 96"):
         tiny_trainer(tmp_path).fit(make(context_size=96), datamodule=TinyData())
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "is_same"),
+    [
+        ((96, 96, 32), (96, 96, 32), True),
+        ((96, 96, 32), [96, 96, 32], True),
+        ((96, 96, 32), (32, 32, 96), False),
+        ((96, 96, 32), (96, 96), False),
+        ((64, 64), 64, True),
+        (64, (64, 64, 64), True),
+        ((64, 32), 64, False),
+    ],
+)
+def test_sizes_are_compared_axis_by_axis_in_order(tmp_path, found, asked, is_same):
+    data = TinyData()
+    data.context_size = found
+    outcome = nullcontext() if is_same else pytest.raises(ConfigError, match="context_size is")
+    with outcome:
+        tiny_trainer(tmp_path).fit(make(context_size=asked), datamodule=data)
 
 
 def test_modalities_that_differ_from_the_data_are_refused(tmp_path):
