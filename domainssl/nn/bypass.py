@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,8 +50,10 @@ def unpool(x: Tensor, pooled: Pooled) -> Tensor:
 
     Windows do not overlap, so no position is written twice and the result is deterministic.
     """
-    empty = x.new_zeros((*x.shape[:2], pooled.side**2))
-    full = empty.scatter(2, pooled.indices.flatten(2), x.flatten(2))
+    # channels last in memory, which the convolutions after it take without a copy
+    places, values = (t.flatten(2).transpose(1, 2) for t in (pooled.indices, x))
+    empty = x.new_zeros((len(x), pooled.side**2, x.shape[1]))
+    full = empty.scatter(1, places, values).transpose(1, 2)
     return full.unflatten(2, (pooled.side, pooled.side))
 
 
@@ -100,6 +103,8 @@ class PatchEncoder(nn.Module):
             Tokens (N, D), and the poolings from the last (1 × 1 output) to the first.
         """
         poolings: list[Pooled] = []
+        # channels last in memory: convolutions and poolings make no copies
+        x = x.contiguous(memory_format=torch.channels_last)
         for i, layer in enumerate(self.proj):
             if isinstance(layer, nn.Conv2d):
                 x = linear_before_norm(x, layer, self.proj[i + 1])

@@ -175,10 +175,7 @@ def _layers(layers: nn.ModuleList, x: Tensor, rows: Tensor) -> Tensor:
         if isinstance(layer, nn.Linear):
             x = linear_before_norm(x, layer, layers[i + 1])
         elif isinstance(layer, GlobalBatchNorm):
-            # In training in float64: float32 statistics of these few rows, one normalisation behind
-            # the other, make gradients differ by 1e-4 between numbers of ranks.
-            exact = layer.training and x.device.type != "mps"
-            x = layer(x.double(), rows).float() if exact else layer(x, rows)
+            x = layer(x, rows)
         else:
             x = cast(Tensor, layer(x))
     return x

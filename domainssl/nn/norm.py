@@ -57,41 +57,64 @@ def _per_channel(values: Tensor, ndim: int) -> Tensor:
     return values.view(1, -1, *[1] * (ndim - 2))
 
 
-class _Standardize(torch.autograd.Function):
-    """`(x - mean) / sqrt(var + eps)` over the counted rows of all ranks."""
+def _statistics(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance per channel over the counted rows of all ranks, and their number.
+
+    Every row is measured by itself, which reads `x` once, and rows are put together in float64: the
+    result does not depend on how rows are dealt to ranks.
+    """
+    exact = x.dtype if x.device.type == "mps" else torch.float64
+    size, weight, spread = 1, rows.to(exact), x.new_zeros(())
+    if x.ndim > 2:
+        size = x[0, 0].numel() if len(x) else 1
+        spread, x = torch.var_mean(x.flatten(2), 2, correction=0)
+    x = x.to(exact)
+    sums = all_reduce_sum(torch.cat([weight @ x, weight.sum().view(1)]))
+    count = sums[-1].clamp(min=1)
+    mean = sums[:-1] / count
+    var = all_reduce_sum(weight @ ((x - mean).square() + spread)) / count
+    return mean, var, sums[-1] * size
+
+
+class _BatchNorm(torch.autograd.Function):
+    """`(x - mean) / sqrt(var + eps) * scale + shift` over the counted rows of all ranks."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: Tensor, eps: float
+        ctx: Any, x: Tensor, rows: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        axes = [0, *range(2, x.ndim)]
         values = x if x.dtype == torch.float64 else x.float()
-        weight = rows.to(values.dtype).view(-1, *[1] * (x.ndim - 1))
-        per_row = values[0, 0].numel() if len(values) else 1
-        sums = torch.cat([(values * weight).sum(axes), weight.sum().view(1) * per_row])
-        sums = all_reduce_sum(sums)
-        count = sums[-1]
-        mean = sums[:-1] / count.clamp(min=1)
-        centred = values - _per_channel(mean, x.ndim)
-        var = all_reduce_sum((centred.square() * weight).sum(axes)) / count.clamp(min=1)
+        mean, var, count = (t.to(values.dtype) for t in _statistics(values, rows))
         # without any row a scale of 1, so that a deep network stays finite
-        inverse = torch.where(count > 0, (var + eps).rsqrt(), 1.0)
-        ctx.save_for_backward(x, rows, mean, inverse, count)
+        divisor = torch.where(count > 0, var + eps, 1.0)
+        scale, shift = (None if p is None else p.to(values.dtype) for p in (scale, shift))
+        out = F.batch_norm(values, mean, divisor, scale, shift, eps=0.0)
+        ctx.save_for_backward(x, rows, mean, divisor, count, scale)
         ctx.mark_non_differentiable(mean, var, count)
-        return (centred * _per_channel(inverse, x.ndim)).to(x.dtype), mean, var, count
+        return out.to(x.dtype), mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, rows, mean, inverse, count = ctx.saved_tensors
-        axes = [0, *range(2, x.ndim)]
-        grad = grads[0].to(mean.dtype)
-        unit = (x.to(mean.dtype) - _per_channel(mean, x.ndim)) * _per_channel(inverse, x.ndim)
-        sums = torch.stack([grad.sum(axes), (grad * unit).sum(axes)])
-        sums = all_reduce_sum(sums) / count.clamp(min=1)
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
+        x, rows, mean, divisor, count, scale = ctx.saved_tensors
+        values, grad = x.to(mean.dtype), grads[0].to(mean.dtype)
+        # torch's kernel with fixed statistics: `grad * scale / sqrt(divisor)` and both sums
+        fixed, by_unit, total = torch.ops.aten.native_batch_norm_backward(
+            grad, values, torch.ones_like(mean) if scale is None else scale, mean, divisor,
+            None, None, False, 0.0, [True, True, True],
+        )  # fmt: skip
+        sums = all_reduce_sum(torch.stack([total, by_unit])) / count.clamp(min=1)
+        inverse = divisor.rsqrt()
+        factor = inverse if scale is None else inverse * scale
+        slope = -factor * sums[1] * inverse
+        start = -factor * sums[0] - slope * mean
+        through = torch.addcmul(_per_channel(start, x.ndim), values, _per_channel(slope, x.ndim))
         weight = rows.to(mean.dtype).view(-1, *[1] * (x.ndim - 1))
-        shift = _per_channel(sums[0], x.ndim) + unit * _per_channel(sums[1], x.ndim)
-        out = (grad - weight * shift) * _per_channel(inverse, x.ndim)
-        return out.to(x.dtype), None, None
+        out = torch.addcmul(fixed, through, weight).to(x.dtype)
+        if scale is None:
+            return out, None, None, None, None
+        return out, None, by_unit.to(scale.dtype), total.to(scale.dtype), None
 
 
 class GlobalBatchNorm(nn.Module):
@@ -103,7 +126,8 @@ class GlobalBatchNorm(nn.Module):
         momentum: Weight of a batch in the running statistics.
         affine: Scale and shift afterwards.
 
-    With a single process and without `counted_rows` it is torch's own kernel.
+    With a single process and without `counted_rows` it is torch's own kernel, on a CPU also for
+    maps whose rows all count.
     """
 
     running_mean: Tensor
@@ -136,19 +160,20 @@ class GlobalBatchNorm(nn.Module):
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         rows = _rows.get() if rows is None else rows
+        if not is_distributed() and x.numel() > x.shape[1]:
+            # whether all rows of a map count is looked up on a CPU only, where nobody waits for it
+            is_map = x.ndim > 2 and x.device.type == "cpu"
+            if rows is None or (is_map and bool(rows.all())):
+                return self._native(x)
         if rows is None:
             rows = torch.ones(len(x), dtype=torch.bool, device=x.device)
-            if not is_distributed() and x.numel() > x.shape[1]:
-                return self._native(x)
         with torch.autocast(x.device.type, enabled=False):
             out, mean, var, count = cast(
-                tuple[Tensor, Tensor, Tensor, Tensor], _Standardize.apply(x, rows, self.eps)
+                tuple[Tensor, Tensor, Tensor, Tensor],
+                _BatchNorm.apply(x, rows, self.weight, self.bias, self.eps),
             )
             self._update(mean, var, count)
-            if self.weight is None or self.bias is None:
-                return out
-            scale, shift = (_per_channel(p, x.ndim).to(out.dtype) for p in (self.weight, self.bias))
-            return out * scale + shift
+            return out
 
     def _native(self, x: Tensor) -> Tensor:
         is_first = not _is_recomputing.get()
