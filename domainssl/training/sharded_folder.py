@@ -19,9 +19,11 @@ from domainssl.errors import WeightsError, parsing
 __all__ = ["check_sharded_folder"]
 
 _LIMIT = 2**28  # bytes of `.metadata`
+_PATHS = {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}
 _NAMES = {
     "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,  # where Python 3.13 has them
     "torch": {"Size"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": {
