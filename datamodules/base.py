@@ -132,6 +132,11 @@ class DomainDataModule(Recorded, LightningDataModule):
         )
         return lines
 
+    @property
+    def problems(self) -> list[str]:
+        """What was left out or is odd, known after setup; `inspect` lists it."""
+        return []
+
     # Lightning's hooks ----------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:

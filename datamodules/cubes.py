@@ -224,6 +224,11 @@ class SentinelCubeDataModule(DomainDataModule):
             "blocks": {split: len(blocks) for split, blocks in self.blocks.items()},
         }  # fmt: skip
 
+    @property
+    def problems(self) -> list[str]:
+        """Sites that were left out, and why."""
+        return list(self._problems)
+
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""
         lines = [f"{len(self.sites)} sites in {self.root}"]

@@ -188,6 +188,11 @@ class _FootprintDataModule(DomainDataModule):
     def _found(self, split: str, catalogue: Any) -> str:
         """Return a line about a split."""
 
+    @property
+    def problems(self) -> list[str]:
+        """What was left out of the splits, and why."""
+        return [text for found in self.catalogues.values() for text in found.problems]
+
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""
         lines = []

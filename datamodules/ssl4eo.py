@@ -200,6 +200,11 @@ class SSL4EOS12DataModule(DomainDataModule):
             "splits": {split: found.identity() for split, found in self.catalogues.items()},
         }
 
+    @property
+    def problems(self) -> list[str]:
+        """What was left out of the splits, and why."""
+        return [text for found in self.catalogues.values() for text in found.problems]
+
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""
         lines = []

@@ -6,7 +6,9 @@ print(report["problems"])
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from domainssl.errors import DataError
@@ -28,71 +30,259 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["inspect_path", "render"]
+    from domainssl.datamodules.base import DomainDataModule
+
+__all__ = ["FORMATS", "Format", "Place", "inspect_path", "recognise", "render"]
+
+_ARCHIVES = (".zarr.zip", ".zarr", ".tar")
 
 _CUBE_MARKS = (".zgroup", ".zmetadata", ".zattrs", "zarr.json")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A path that is looked at.
+
+    Attributes:
+        path: File, folder or URL.
+        options: fsspec options.
+        names: What a folder holds; None for a file.
+    """
+
+    path: str
+    options: dict[str, Any]
+    names: tuple[str, ...] | None
+
+    def ends(self, *endings: str) -> bool:
+        """Whether it is a file of that name, or a folder that holds such names."""
+        names = (self.path,) if self.names is None else self.names
+        return any(name.lower().endswith(endings) for name in names)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of data: how it is recognised, described, and opened for statistics.
+
+    Attributes:
+        name: What it is called.
+        recognise: Whether a place holds it.
+        describe: Returns a report.
+        open: Returns the DataModule that trains on it, None where its choices have to be made in
+            a configuration.
+    """
+
+    name: str
+    recognise: Callable[[Place], bool]
+    describe: Callable[[Place], dict[str, Any]]
+    open: Callable[[Place], DomainDataModule] | None = None
+
+
+def recognise(
+    path: str, *, storage_options: Mapping[str, Any] | None = None
+) -> tuple[Format, Place]:
+    """Return the format of what lies at a path: the first of `FORMATS` that recognises it.
+
+    Raises:
+        DataError: Nothing lies there, or nothing that is understood.
+    """
+    path, options = str(path), dict(storage_options or {})
+    if (path.lower().endswith(GEOTIFF_ENDINGS) and is_url(path)) or is_file(
+        path, options
+    ):  # GDAL opens it, not fsspec
+        place = Place(path, options, None)
+    elif is_folder(path, options):
+        place = Place(path, options, tuple(list_folder(path, options)))
+    else:
+        raise DataError(
+            f"{path}: nothing lies there. Give a folder, a file or a URL, or 'sample' for the "
+            "embedded sample."
+        )
+    for form in FORMATS:
+        if form.recognise(place):
+            return form, place
+    if place.names is None:
+        raise DataError(
+            f"{path}: this kind of file is not understood, expected .zarr.zip, .tar or .tif"
+        )
+    raise DataError(
+        f"{path}: neither SSL4EO-S12 products (train/S2L2A/…), TreeSatAI or PASTIS, nor zarr "
+        f"cubes, nor GeoTIFF. It holds: {', '.join(place.names[:12]) or 'nothing'}."
+        + "".join(f" {text}" for text in _other_format(path, options))
+    )
 
 
 def inspect_path(path: str, *, storage_options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Describe what lies at a path.
 
     Args:
-        path: An SSL4EO-S12 folder (root, split or product), a zarr cube (`.zarr.zip` or folder;
-            EOPF products and GeoZarr too) or a folder of them,
-            a tar of cubes, a GeoTIFF or a folder of them; fsspec URLs except for GeoTIFF.
+        path: An SSL4EO-S12 folder (root, split or product), the root of TreeSatAI, PASTIS or of
+            cubes with a folder per sensor, a zarr cube (`.zarr.zip` or folder; EOPF products and
+            GeoZarr too) or a folder of them, a tar of cubes, a GeoTIFF or a folder of them;
+            fsspec URLs except for GeoTIFF, TreeSatAI and PASTIS.
         storage_options: fsspec options for a URL.
 
     Returns:
-        Plain data: `path`, `kind` (`ssl4eo`, `cube`, `tar` or `geotiff`), `problems` (texts), and
-        what the kind has: `release` and `splits`, `arrays` and `values`, or `files`.
+        Plain data: `path`, `kind` (`ssl4eo`, `data`, `layers`, `cube`, `tar` or `geotiff`),
+        `problems` (texts), and what the kind has: `release` and `splits`, `arrays` and `values`,
+        or `files`.
 
     Raises:
         DataError: Nothing lies there, or nothing that is understood.
     """
-    path, options = str(path), dict(storage_options or {})
-    return {"path": path, **_dispatch(path, options)}
+    form, place = recognise(path, storage_options=storage_options)
+    return {"path": str(path), **form.describe(place)}
 
 
-def _dispatch(path: str, options: dict[str, Any]) -> dict[str, Any]:
-    lowered = path.lower()
-    if lowered.endswith(GEOTIFF_ENDINGS) and (is_url(path) or is_file(path)):
-        return inspect_geotiffs([path])
-    if is_file(path, options):
-        if lowered.endswith(".tar"):
-            return inspect_tar(path, options)
-        if lowered.endswith(".zip"):
-            return _cube_report(path, options)
-        raise DataError(
-            f"{path}: this kind of file is not understood, expected .zarr.zip, .tar or .tif"
-        )
-    if not is_folder(path, options):
-        raise DataError(
-            f"{path}: nothing lies there. Give a folder, a file or a URL, or 'sample' for the "
-            "embedded sample."
-        )
-    splits = splits_at(path, options)
+def _split_product(place: Place) -> tuple[str, dict[str, list[str]]] | None:
+    """Return folder and products per split of SSL4EO-S12, None where it is something else."""
+    if place.names is None:
+        return None
+    splits = splits_at(place.path, place.options)
     if splits:
-        return inspect_ssl4eo(path, splits, options)
-    product = product_at(path, options)
-    if product is not None:
-        folder, split, name = product
-        return inspect_ssl4eo(folder, {split: [name]}, options)
-    names = list_folder(path, options)
-    if any(name in _CUBE_MARKS for name in names):
-        return _cube_report(path, options)
-    archives = [name for name in names if name.endswith((".zarr.zip", ".zarr", ".tar"))]
-    if archives:  # one product's folder: its first file speaks for the others
-        return {**_dispatch(join(path, archives[0]), options), "count": len(archives)}
-    if not is_url(path):
-        rasters = find_geotiffs(path)
-        if rasters:
-            report = inspect_geotiffs(rasters)
-            return {**report, "notes": _other_format(path, options)}
-    raise DataError(
-        f"{path}: neither SSL4EO-S12 products (train/S2L2A/…), nor a zarr cube, nor GeoTIFF. It "
-        f"holds: {', '.join(names[:12]) or 'nothing'}."
-        + "".join(f" {text}" for text in _other_format(path, options))
-    )
+        return place.path, splits
+    product = product_at(place.path, place.options)
+    return None if product is None else (product[0], {product[1]: [product[2]]})
+
+
+def _describe_ssl4eo(place: Place) -> dict[str, Any]:
+    found = _split_product(place)
+    assert found is not None
+    return inspect_ssl4eo(*found, place.options)
+
+
+def _open_ssl4eo(place: Place) -> DomainDataModule:
+    from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
+
+    return SSL4EOS12DataModule(root=place.path, storage_options=place.options)
+
+
+def _open_treesat(place: Place) -> DomainDataModule:
+    from domainssl.datamodules.treesatai import TreeSatAIDataModule
+
+    return TreeSatAIDataModule(root=place.path)
+
+
+def _open_pastis(place: Place) -> DomainDataModule:
+    from domainssl.datamodules.pastis import PastisDataModule
+
+    return PastisDataModule(root=place.path)
+
+
+def _open_cubes(place: Place) -> DomainDataModule:
+    from domainssl.datamodules.cubes import SentinelCubeDataModule
+
+    return SentinelCubeDataModule(root=place.path, storage_options=place.options)
+
+
+def _by_datamodule(open_it: Callable[[Place], DomainDataModule]) -> Callable[[Place], Any]:
+    def describe(place: Place) -> dict[str, Any]:
+        from domainssl.inspection.data import inspect_data
+
+        return inspect_data(open_it(place))
+
+    return describe
+
+
+def _is_treesat(place: Place) -> bool:
+    tables = {f"{s}{end}" for s in ("train", "val", "test") for end in (".csv", "_filenames.lst")}
+    names = set(place.names or ())
+    return bool(tables & names) and bool({"aerial", "sentinel-ts", "sentinel"} & names)
+
+
+def _is_pastis(place: Place) -> bool:
+    names = place.names or ()
+    return "metadata.geojson" in names and any(name.startswith("DATA_") for name in names)
+
+
+def _layers_at(place: Place) -> dict[str, list[str]]:
+    """Return the stores or GeoTIFF in each folder of a root, {} where it is something else."""
+    if place.names is None or any(name in _CUBE_MARKS for name in place.names):
+        return {}
+    if place.ends(*_ARCHIVES, *GEOTIFF_ENDINGS):
+        return {}
+    found = {}
+    for name in place.names:
+        folder = join(place.path, name)
+        if is_folder(folder, place.options):
+            inside = list_folder(folder, place.options)
+            files = [n for n in inside if n.lower().endswith((".zarr", ".zarr.zip"))]
+            files = files or [n for n in inside if n.lower().endswith(GEOTIFF_ENDINGS)]
+            if files:
+                found[name] = sorted(files)
+    return found if len(found) > 1 else {}
+
+
+def _is_default_cubes(place: Place) -> bool:
+    return {"s1", "s2"} <= set(_layers_at(place))
+
+
+def _describe_layers(place: Place) -> dict[str, Any]:
+    """Describe a folder per sensor: the sites of each, those without a partner, the first file."""
+    layers = {n: files for n, files in _layers_at(place).items() if n != "labels"}
+    sites = {n: {_site(file) for file in files} for n, files in layers.items()}
+    shared = set.intersection(*sites.values())
+    report: dict[str, Any] = {"kind": "layers", "layers": {}, "notes": [], "problems": []}
+    for name, files in layers.items():
+        first = inspect_path(join(place.path, name, files[0]), storage_options=place.options)
+        report["layers"][name] = {"sites": len(files), "first": first}
+        report["problems"] += [f"{name}: {text}" for text in first["problems"]]
+        lonely = sorted(sites[name] - shared)
+        if shared and lonely:
+            report["problems"].append(
+                f"{name}: {len(lonely)} sites without a partner in every other folder, such as "
+                + ", ".join(lonely[:5])
+            )
+    if not shared:
+        report["notes"].append(
+            "no file has the same name in all folders: give each layer a pattern such as "
+            "path: 's2/{site}_s2.tif'"
+        )
+    return report
+
+
+def _site(name: str) -> str:
+    return re.sub(r"\.(zarr\.zip|zarr|tiff?)$", "", name, flags=re.IGNORECASE)
+
+
+def _describe_archives(place: Place) -> dict[str, Any]:
+    """Describe the folder of one product or sensor: its first file speaks for the others."""
+    archives = [name for name in place.names or () if name.endswith(_ARCHIVES)]
+    first = inspect_path(join(place.path, archives[0]), storage_options=place.options)
+    return {**first, "count": len(archives)}
+
+
+def _is_geotiff(place: Place) -> bool:
+    if place.names is None:
+        return place.ends(*GEOTIFF_ENDINGS)
+    return not is_url(place.path) and bool(find_geotiffs(place.path))
+
+
+def _describe_geotiffs(place: Place) -> dict[str, Any]:
+    if place.names is None:
+        return inspect_geotiffs([place.path])
+    report = inspect_geotiffs(find_geotiffs(place.path))
+    return {**report, "notes": _other_format(place.path, place.options)}
+
+
+FORMATS = (
+    Format("ssl4eo", lambda p: _split_product(p) is not None, _describe_ssl4eo, _open_ssl4eo),
+    Format("treesatai", _is_treesat, _by_datamodule(_open_treesat), _open_treesat),
+    Format("pastis", _is_pastis, _by_datamodule(_open_pastis), _open_pastis),
+    Format("cubes", _is_default_cubes, _by_datamodule(_open_cubes), _open_cubes),
+    Format("layers", lambda p: bool(_layers_at(p)), _describe_layers),
+    Format(
+        "tar",
+        lambda p: p.names is None and p.ends(".tar"),
+        lambda p: inspect_tar(p.path, p.options),
+    ),
+    Format(
+        "cube",
+        lambda p: p.ends(".zip") if p.names is None else any(n in _CUBE_MARKS for n in p.names),
+        lambda p: _cube_report(p.path, p.options),
+    ),
+    Format("archives", lambda p: bool(p.names) and p.ends(*_ARCHIVES), _describe_archives),
+    Format("geotiff", _is_geotiff, _describe_geotiffs),
+)
 
 
 def _other_format(path: str, options: dict[str, Any]) -> list[str]:
@@ -139,7 +329,8 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     from rich.text import Text
 
     parts: list[Any] = [Text(f"{report['path']}: {_headline(report)}", style="bold")]
-    parts += {"ssl4eo": _ssl4eo, "geotiff": _geotiff}.get(report["kind"], _cube)(report)
+    tables = {"ssl4eo": _ssl4eo, "geotiff": _geotiff, "data": _data, "layers": _layers}
+    parts += tables.get(report["kind"], _cube)(report)
     problems = report["problems"]
     if problems:
         parts.append(Text(f"{len(problems)} problem{'s' * (len(problems) > 1)}", style="bold red"))
@@ -154,6 +345,10 @@ def _headline(report: Mapping[str, Any]) -> str:
         release = report["release"]
         found = f"release {release}" if release else "whose release cannot be told, see below"
         return f"SSL4EO-S12 v1.1, {found}"
+    if report["kind"] == "data":
+        return f"as {report['data']} reads it"
+    if report["kind"] == "layers":
+        return f"{len(report['layers'])} folders, the first file of each shown"
     if report["kind"] == "geotiff":
         return f"{report['count']} GeoTIFF, {report['measured']} measured, CRS {report['crs']}"
     count = f", {report['count']} files or members, first shown" if "count" in report else ""
@@ -226,6 +421,30 @@ def _geotiff(report: Mapping[str, Any]) -> list[Any]:
         facts = {key: value for key, value in file.items() if key not in ("values", "path")}
         parts += [_facts(file["path"], facts), _values("values", file["values"])]
     return [*parts, *_notes(report)]
+
+
+def _data(report: Mapping[str, Any]) -> list[Any]:
+    parts: list[Any] = _notes(report)
+    for split, entry in report["splits"].items():
+        parts.append(_facts(split, {k: v for k, v in entry.items() if k != "modalities"}))
+        for name, found in entry["modalities"].items():
+            facts = {k: v for k, v in found.items() if k != "values"}
+            parts.append(_facts(f"{split} {name}", facts))
+            if found.get("values"):
+                title = (
+                    f"{split} {name}, {found['value_unit']}, valid pixels of the items looked at"
+                )
+                parts.append(_values(title, found["values"]))
+    return parts
+
+
+def _layers(report: Mapping[str, Any]) -> list[Any]:
+    parts: list[Any] = _notes(report)
+    for name, layer in report["layers"].items():
+        first = layer["first"]
+        parts.append(_facts(name, {"sites": layer["sites"], "first": first["path"]}))
+        parts += {"geotiff": _geotiff}.get(first["kind"], _cube)(first)
+    return parts
 
 
 def _notes(report: Mapping[str, Any]) -> list[Any]:

@@ -52,3 +52,31 @@ def test_products_without_a_key_of_their_own_are_refused(cli, words):
     result = cli("stats", "sample", "--products", *words)
     assert result.status == 2
     assert "expected KEY=PRODUCT" in result.err
+
+
+def test_items_of_a_configuration_are_measured_and_used(cli, folder: Path):
+    words = ["--config", "recipes/cube_croma.yaml", "--split", "val", "--jobs", "0"]
+    result = cli("stats", *words)
+    assert result.status == 0, result.text
+    assert "as SentinelCubeDataModule" in result.out
+    written = yaml.safe_load((folder / "stats.yaml").read_text())["modalities"]
+    assert list(written) == ["s1", "s2"] and written["s2"]["valid_share"] > 0.9
+    from domainssl.datamodules.cubes import SentinelCubeDataModule
+
+    data = SentinelCubeDataModule(statistics="stats.yaml")
+    assert data.modalities["s2"].mean == tuple(written["s2"]["mean"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sample", "--config", "recipes/cube_croma.yaml"], "but not both"),
+        ([], "Give a path, or --config"),
+        (["sample:treesat"], "Did you mean 'treesatai'"),
+        (["sample", "--limt", "3"], "'--limt' is not understood"),
+    ],
+)
+def test_words_that_name_no_data_are_refused(cli, words, said):
+    for verb in ("stats", "inspect"):
+        result = cli(verb, *words)
+        assert result.status == 2 and said in result.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,12 @@ class Checker:
         self.mistakes = list(composition.mistakes)
         self.classes: dict[str, type] = {}
 
-    def run(self) -> list[Mistake]:
-        """Return all mistakes, file by file and line by line, then those of the command line."""
+    def run(self, needed: Sequence[str] = CLASS_SECTIONS) -> list[Mistake]:
+        """Return all mistakes, file by file and line by line, then those of the command line.
+
+        Args:
+            needed: Sections that must name a class.
+        """
         accepted = OWN_KEYS | VERB_KEYS[self.verb]
         sections = ("trainer", *CLASS_SECTIONS, *NAMED_SECTIONS)
         for key, node in self.tree.children.items():
@@ -91,7 +96,7 @@ class Checker:
                 for name, member in node.children.items():
                     self.spec(member, f"{key}.{name}", key)
         self._missing_checkpoint()
-        self._missing_sections()
+        self._missing_sections(needed)
         files = self.composition.files
         return sorted(self.mistakes, key=lambda mistake: _position(mistake.where, files))
 
@@ -110,10 +115,10 @@ class Checker:
             advice = "Runs keep theirs in runs/NAME/DATE_TIME/checkpoints; `last` is the newest."
             self.add(f"'ckpt_path' is {path!r}, which does not exist", node.where, advice)
 
-    def _missing_sections(self) -> None:
+    def _missing_sections(self, needed: Sequence[str]) -> None:
         if not self.composition.complete:
             return
-        for section in CLASS_SECTIONS:
+        for section in needed:
             if self.tree.get(section, "class_path") is None:
                 names = sorted(catalog.find_classes(section))
                 advice = f"Start from a recipe: --config {_some_recipe()}"

@@ -16,14 +16,16 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from domainssl.cli.config.nodes import dump
+from domainssl.cli.config.check import Checker
+from domainssl.cli.config.compose import compose
+from domainssl.cli.config.nodes import ConfigMistakes, dump
 from domainssl.cli.console import console
 from domainssl.cli.run.execute import execute
 from domainssl.cli.run.request import Request
 from domainssl.cli.run.rundir import RUN_DIR_VARIABLE, is_first_process, sole_writer
 from domainssl.errors import ConfigError, DomainSSLError
 
-__all__ = ["build", "prepare", "run_verb"]
+__all__ = ["build", "build_data", "prepare", "run_verb"]
 
 
 def prepare(verb: str, argv: list[str]) -> Request:
@@ -65,19 +67,54 @@ def run_verb(verb: str, argv: list[str]) -> int:
     return 0
 
 
-def _instantiate(request: Request) -> Any:
-    from jsonargparse import ArgumentError
+def build_data(argv: list[str]) -> Any:
+    """Return the DataModule of a configuration, of which nothing else has to be there.
 
+    Raises:
+        ConfigError: The configuration cannot be used.
+    """
+    from lightning.pytorch import LightningDataModule
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    from domainssl.datamodules.base import DomainDataModule
+
+    composition = compose(argv)
+    mistakes = Checker(composition, "fit").run(needed=("data",))
+    if mistakes:
+        raise ConfigMistakes(mistakes)
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    spec = composition.tree.plain()["data"]
+    with _said_plainly():
+        data = parser.instantiate_classes(parser.parse_object({"data": spec})).data
+    if not isinstance(data, DomainDataModule):
+        raise ConfigError(
+            f"data: {type(data).__name__} is not one of this project's DataModules, whose items "
+            "can be looked at one by one. Derive it from DomainDataModule (datamodules/base.py)."
+        )
+    return data
+
+
+def _instantiate(request: Request) -> Any:
     from domainssl.cli.run.lightning_cli import DomainCLI
 
     _refuse_slurm_elsewhere(request.config)
     _set_matmul_precision(request.config.get("matmul_precision"))
+    with _said_plainly():
+        return DomainCLI(request)
+
+
+@contextmanager
+def _said_plainly() -> Iterator[None]:
+    """Raise what was raised for the user, which libraries wrap or stumble over."""
+    from jsonargparse import ArgumentError
+
     try:
         with _quiet():
-            return DomainCLI(request)
+            yield
     except DomainSSLError:
         raise
-    except Exception as error:  # libraries wrap, or stumble over, what was raised for the user
+    except Exception as error:
         ours = _cause(error)
         if ours is not None:
             raise ours from error

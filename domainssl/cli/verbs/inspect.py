@@ -15,21 +15,36 @@ def run(argv: list[str]) -> int:
         "behind an fsspec URL. Values are measured on a part of the data. Exit status 1 when "
         "problems were found, 2 when nothing could be read.",
     )
-    parser.add_argument("path", help="file, folder or URL; `sample` for the embedded sample")
+    parser.add_argument(
+        "path",
+        nargs="?",
+        help="file, folder or URL; `sample` for the embedded sample of SSL4EO-S12, "
+        "`sample:cubes`, `sample:treesatai`, `sample:pastis` for the others",
+    )
+    parser.add_argument("--config", action="append", default=[], metavar="FILE",
+                        help="look at the data of a recipe instead; --data.KEY=VALUE "
+                        "changes it")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    options = parser.parse_args(argv)
+    options, more = parser.parse_known_args(argv)
     import json
 
     from domainssl.arguments import plain
     from domainssl.cli.console import console
+    from domainssl.cli.run.looking import data_at
     from domainssl.inspection.recognise import inspect_path, render
 
-    path = options.path
-    if path == "sample":
-        from domainssl.datamodules.samples.ssl4eo import sample_root
+    data = data_at(options.path, options.config, more, "inspect")
+    if data is not None:
+        from domainssl.inspection.data import inspect_data
 
-        path = str(sample_root())
-    report = inspect_path(path)
+        report = {"path": str(getattr(data, "root", "")), **inspect_data(data)}
+    else:
+        path = options.path
+        if path == "sample":
+            from domainssl.datamodules.samples.ssl4eo import sample_root
+
+            path = str(sample_root())
+        report = inspect_path(path)
     if options.json:
         print(json.dumps(plain(report), indent=2))
     else:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from domainssl.inspection.subjects import Subject
+
 __all__ = ["run"]
 
 _KEYS = {"S1GRD": "s1", "S2L2A": "s2", "S2L1C": "s2_l1c", "S2RGB": "rgb"}
@@ -19,12 +21,9 @@ _KEYS = {"S1GRD": "s1", "S2L2A": "s2", "S2L1C": "s2_l1c", "S2RGB": "rgb"}
 
 def run(argv: list[str]) -> int:
     """Measure a data set and write the file that `data.statistics` takes."""
-    options = _parser().parse_args(argv)
-    products = _products(options.products)
+    options, more = _parser().parse_known_args(argv)
     from domainssl.cli.console import console
     from domainssl.inspection.statistics import Plan, measure
-    from domainssl.inspection.subjects import OfCatalogue
-    from domainssl.io.ssl4eo.layout import scan
     from domainssl.pieces import Shard
 
     plan = Plan(
@@ -35,19 +34,8 @@ def run(argv: list[str]) -> int:
         Shard.parse(options.shard),
     )
     screen = console()
-    root = options.path
-    if root == "sample":
-        from domainssl.datamodules.samples.ssl4eo import sample_root
-
-        root = str(sample_root(products.values()))
-    catalogue = scan(root, options.split, products)
-    offset = options.dn_offset if options.dn_offset == "auto" else int(options.dn_offset)
-    subject = OfCatalogue(catalogue, options.mask_clouds, offset)  # type: ignore[arg-type]
-    blocks = len(catalogue.groups)
-    screen.print(
-        f"{catalogue.count} locations, {catalogue.dates} dates, in {blocks} blocks at {root}",
-        markup=False,
-    )
+    subject, found_there = _subject(options, more)
+    screen.print(found_there, markup=False)
     try:
         with _Progress() as shown:
             found = measure(subject, options.output, plan, shown)
@@ -73,6 +61,52 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _subject(options: argparse.Namespace, more: list[str]) -> tuple[Subject, str]:
+    """Return what is measured, and a line about it."""
+    from domainssl.cli.run.looking import data_at
+    from domainssl.inspection.recognise import recognise
+
+    path = options.path
+    data = data_at(path, options.config, more, "stats")
+    if data is None:
+        form = None if path == "sample" else recognise(path)[0]
+        if form is None or form.name == "ssl4eo":
+            return _of_files(options)
+        if form.open is None:
+            raise ConfigError(
+                f"{path}: a path alone does not say which bands of it are trained on, in which "
+                "unit. Say so in the data section of a configuration, and call "
+                "stats --config FILE."
+            )
+        data = form.open(recognise(path)[1])
+    from domainssl.inspection.data import subject_of
+
+    data.prepare_data()
+    data.setup("fit")
+    source = data.source(options.split)
+    what = f"{sum(source.sizes)} items in {len(source.sizes)} blocks"
+    return subject_of(data, options.split), f"{what} of {options.split}, as {type(data).__name__}"
+
+
+def _of_files(options: argparse.Namespace) -> tuple[Subject, str]:
+    """Return all locations and dates of SSL4EO-S12, whatever a recipe would draw from them."""
+    from domainssl.inspection.subjects import OfCatalogue
+    from domainssl.io.ssl4eo.layout import scan
+
+    products = _products(options.products)
+    root = options.path
+    if root == "sample":
+        from domainssl.datamodules.samples.ssl4eo import sample_root
+
+        root = str(sample_root(products.values()))
+    catalogue = scan(root, options.split, products)
+    offset = options.dn_offset if options.dn_offset == "auto" else int(options.dn_offset)
+    return OfCatalogue(catalogue, options.mask_clouds, offset), (  # type: ignore[arg-type]
+        f"{catalogue.count} locations, {catalogue.dates} dates, in {len(catalogue.groups)} blocks "
+        f"at {root}"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m domainssl stats",
@@ -82,7 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         "same command goes on from there. Train with --data.statistics=OUTPUT.",
     )
     add = parser.add_argument
-    add("path", help="root of SSL4EO-S12: a folder or URL; `sample` for the embedded sample")
+    add("path", nargs="?", help="a folder or URL of SSL4EO-S12, of which all places and dates "
+        "are measured, or of TreeSatAI, PASTIS or cubes; `sample`, `sample:pastis`...")  # fmt: skip
+    add("--config", action="append", default=[], metavar="FILE",
+        help="measure the items of a recipe's data instead, once as training would read them; "
+        "--data.KEY=VALUE changes it")  # fmt: skip
     add("--products", nargs="+", default=["s1=S1GRD", "s2=S2L2A"], metavar="KEY=PRODUCT",
         help="products by modality key (default s1=S1GRD s2=S2L2A)")  # fmt: skip
     add("--split", default="train", help="part of the data (default train)")
@@ -148,7 +186,8 @@ def _show(screen: Console, report: dict[str, Any]) -> None:
     for name, entry in report["modalities"].items():
         unit = entry["value_unit"]
         table = Table(
-            title=f"{name}: {entry['product']} ({unit}), {100 * entry['valid_share']:.2f} % of "
+            title=f"{name}: {entry.get('product', 'items')} ({unit}), "
+            f"{100 * entry['valid_share']:.2f} % of "
             f"{entry['pixels']:,} pixels valid",
             title_justify="left",
             box=None,

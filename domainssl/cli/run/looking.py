@@ -1,0 +1,46 @@
+"""Which data `stats` and `inspect` look at: those of a configuration, a sample, or a path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from domainssl.errors import ConfigError, nearest
+
+__all__ = ["data_at"]
+
+_SAMPLES = {
+    "ssl4eo": "ssl4eo.SSL4EOS12DataModule",
+    "cubes": "cubes.SentinelCubeDataModule",
+    "treesatai": "treesatai.TreeSatAIDataModule",
+    "pastis": "pastis.PastisDataModule",
+}
+
+
+def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> Any:
+    """Return the DataModule of `--config FILE ...` or of `sample:NAME`, None for other paths.
+
+    Raises:
+        ConfigError: Neither or both are given, or they cannot be used.
+    """
+    if config:
+        from domainssl.cli.run.train import build_data
+
+        if path is not None:
+            raise ConfigError(f"{verb}: give a path, or --config, but not both.")
+        return build_data([*(f"--config={file}" for file in config), *more])
+    if more:
+        raise ConfigError(f"{verb}: {more[0]!r} is not understood. Look at {verb} --help.")
+    if path is None:
+        raise ConfigError(f"{verb}: what shall be looked at? Give a path, or --config RECIPE.")
+    kind, colon, name = path.partition(":")
+    if kind != "sample" or not colon:
+        return None
+    if name not in _SAMPLES:
+        raise ConfigError(
+            f"{verb} {path}: there is no sample {name!r}, only {', '.join(_SAMPLES)}."
+            f"{nearest(name, _SAMPLES)}"
+        )
+    from importlib import import_module
+
+    module, _, title = _SAMPLES[name].partition(".")
+    return getattr(import_module(f"domainssl.datamodules.{module}"), title)(root="sample")
