@@ -503,7 +503,8 @@ def _v3_arrays(members: Mapping[str, Any]) -> dict[str, ArrayInfo]:
         names = ", ".join(type(c).__name__ for c in meta.codecs)
         dims = tuple(meta.dimension_names or array.attrs.get("_ARRAY_DIMENSIONS", ()))
         found[name] = ArrayInfo(
-            name, tuple(array.shape), tuple(array.chunks), np.dtype(array.dtype), dims,
+            name, _sizes(list(array.shape), 0), _sizes(list(array.chunks), 1),
+            np.dtype(array.dtype), dims,
             dict(array.attrs), names, array.fill_value,
         )  # fmt: skip
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tokenize
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,8 @@ def _side(base: Path, patch: Patch) -> int:
 
 
 def _mapped(path: Path) -> Array:
-    with parsing(f"{path}: the array"):
+    # numpy takes the header apart as Python source, without running it
+    with parsing(f"{path}: the array", also=(SyntaxError, tokenize.TokenError)):
         open_regular(path).close()  # mapping a pipe would wait
         found: Array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(found, np.memmap) or found.dtype.kind not in "iuf" or not found.ndim:
