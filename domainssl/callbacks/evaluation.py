@@ -14,6 +14,7 @@ from torch import Tensor
 
 from domainssl.callbacks._common import console_of, observing
 from domainssl.distributed import all_gather_objects, gather, is_distributed, rank, world_size
+from domainssl.errors import ConfigError
 from domainssl.evaluation.raw import band_statistics
 from domainssl.evaluation.report import (
     Collected,
@@ -58,6 +59,9 @@ class OnlineEvaluation(Callback):
         collapse_rank: float = 1.5,
         stop_on_collapse: bool = False,
     ) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("per_class", per_class)):
+            if value < 1:
+                raise ConfigError(f"OnlineEvaluation.{name}: got {value}, expected 1 or more.")
         self.every_n_epochs = every_n_epochs
         self.per_class = per_class
         self.max_items = max_items

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from domainssl.callbacks._common import first_items, observing, run_folder
 from domainssl.callbacks._picture import panel
+from domainssl.errors import ConfigError
 from domainssl.files import new_file
 from domainssl.modality import Modality, key
 
@@ -39,6 +40,9 @@ class ReconstructionPanels(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 10, items: int = 4) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("items", items)):
+            if value < 1:
+                raise ConfigError(f"{type(self).__name__}.{name}: got {value}, expected 1 or more.")
         self.every_n_epochs = every_n_epochs
         self.items = items
         self._batch: dict[str, Any] | None = None

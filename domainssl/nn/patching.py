@@ -18,8 +18,10 @@ def grid_of(size: Sequence[int], patch_size: int, name: str = "input") -> tuple[
     """Return the number of patches along each axis.
 
     Raises:
-        DataError: A side is not a multiple of the patch size.
+        DataError: A side is not a multiple of the patch size, or that is no size.
     """
+    if patch_size < 1:
+        raise DataError(f"patch_size: got {patch_size}, expected 1 or more.")
     if any(side % patch_size or side == 0 for side in size):
         raise DataError(
             f"{name}: spatial size {tuple(size)} is not a multiple of the patch size "

@@ -215,3 +215,80 @@ def test_old_keys_of_cubes_and_tiles_are_answered_too(cli, folder):
         result.err
     )
     assert "(command line, --data.dates.most)" in result.err
+
+
+REFUSED = """\
+seed_everything: -5
+trainer:
+  max_epochs: 0
+  accelerator: gpuu
+  limit_train_batches: 0
+  gradient_clip_val: .nan
+callbacks:
+  checkpoint:
+    class_path: AtomicCheckpoint
+    init_args:
+      keep_last: 0
+      every_n_epochs: -3
+model:
+  class_path: cli_fakes.FakeObjective
+  init_args:
+    mask_ratio: {class_path: os.getcwd}
+    context_size: '64'
+data:
+  class_path: cli_fakes.FakeDataModule
+  init_args:
+    root: ""
+    window: 999999999999999999999999
+"""
+
+
+def test_values_that_cannot_be_meant_are_reported_with_lines(cli, folder):
+    from inspect import signature
+
+    from domainssl.callbacks.checkpoint import AtomicCheckpoint
+
+    text = REFUSED
+    if "keep_last" not in signature(AtomicCheckpoint).parameters:
+        text = text.replace("keep_last", "keep")
+    (folder / "refused.yaml").write_text(text)
+    result = cli("fit", "--config", "refused.yaml")
+    assert result.status == 2 and "Traceback" not in result.text
+    for line, words in (
+        (1, "'seed_everything' is -5"),
+        (3, "'trainer.max_epochs' is 0"),
+        (5, "'trainer.limit_train_batches' is 0"),
+        (4, "invalid accelerator name"),
+        (6, "'trainer.gradient_clip_val' is nan"),
+        (11, "AtomicCheckpoint.keep"),
+        (12, "every_n_epochs: got -3, expected 1 or more, or 0 for never"),
+        (16, "'model.init_args.mask_ratio.class_path' names a class, 'os.getcwd'"),
+        (17, "'model.init_args.context_size' is '64'"),
+        (21, "'data.init_args.root' is ''"),
+        (22, "'data.init_args.window' is 999999999999999999999999"),
+    ):
+        block = next(b for b in result.err.split("\n- ") if words in b)
+        assert f"(refused.yaml, line {line})" in block
+    assert result.err.startswith("error: 11 mistakes")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--trainer.accelerator=gpuu"], "invalid accelerator name: `accelerator='gpuu'`"),
+        (["--trainer.strategy=ddpp"], "invalid strategy name: `strategy='ddpp'`"),
+        (["--trainer.devices=two"], "`devices` selected with `CPUAccelerator`"),
+        (["--trainer=[1,2]"], "'trainer' holds [1, 2], not a mapping"),
+        (["--callbacks=[Timer]"], "'callbacks' holds ['Timer'], not a mapping"),
+        (["--data.root="], "'data.init_args.root' is None"),
+        (["--model.mask_ratio=" + "[" * 5000], "nested more than"),
+        (["--model.mask_ratio=" + "[" * 80 + "]" * 80], "nested more than 50 levels"),
+        (["--run_dir=tiny.yaml"], "'run_dir' is 'tiny.yaml', which is no folder"),
+    ],
+)
+def test_refused_values_of_the_command_line_name_their_option(cli, recipe, words, found):
+    result = cli("fit", "--config", recipe.name, *words)
+    assert result.status == 2 and "Traceback" not in result.text
+    assert found in result.err
+    assert "(command line, --" in result.err
+    assert len(result.err) < 2000

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from domainssl.cli.config import catalog
 from domainssl.cli.config.compose import CLASS_SECTIONS, NAMED_SECTIONS, Composition
-from domainssl.cli.config.nodes import Mistake, Node, Where
+from domainssl.cli.config.construct import refusals
+from domainssl.cli.config.nodes import Mistake, Node, Where, shown
 from domainssl.cli.config.renamed import new_name, new_value
 from domainssl.cli.config.schema import (
     Parameter,
@@ -24,9 +27,10 @@ from domainssl.cli.config.schema import (
     rejects,
     takes_more,
 )
+from domainssl.cli.config.values import misplaced_classes, trainer_refusal, value_refusal
 from domainssl.errors import nearest
 
-__all__ = ["LINKED", "Checker"]
+__all__ = ["LINKED", "Checker", "trainer_refusals"]
 
 OWN_KEYS: dict[str, Any] = {
     "seed_everything": bool | int,
@@ -87,7 +91,7 @@ class Checker:
             elif key not in sections:
                 self._unknown_top_level(key, node, [*sections, *accepted])
             elif not node.is_mapping:
-                self.add(f"'{key}' holds {node.value!r}, not a mapping", node.where)
+                self.add(f"'{key}' holds {shown(node.plain())}, not a mapping", node.where)
             elif key == "trainer":
                 self._trainer(node)
             elif key in CLASS_SECTIONS:
@@ -96,9 +100,23 @@ class Checker:
                 for name, member in node.children.items():
                     self.spec(member, f"{key}.{name}", key)
         self._missing_checkpoint()
+        self._occupied_folder()
         self._missing_sections(needed)
+        self._refusals()
         files = self.composition.files
         return sorted(self.mistakes, key=lambda mistake: _position(mistake.where, files))
+
+    def _refusals(self) -> None:
+        """Add what constructors refuse, of parts that are cheap to build and free of mistakes."""
+        before = [mistake.found for mistake in self.mistakes]
+        for path, cls in self.classes.items():
+            if not _is_cheap(path) or any(path in found for found in before):
+                continue
+            node = self.tree.get(*path.split("."), "init_args")
+            if node is not None and node.is_mapping:
+                self.mistakes += refusals(node, f"{path}.init_args", cls, node.plain())
+        named = {name for found in before for name in re.findall(r"trainer\.(\w+)", found)}
+        self.mistakes += trainer_refusals(self.tree, hardware=False, without=named)
 
     def add(self, found: str, where: Where | None, advice: str = "") -> None:
         """Record one mistake."""
@@ -114,6 +132,16 @@ class Checker:
         if not Path(path).expanduser().exists():
             advice = "Runs keep theirs in runs/NAME/DATE_TIME/checkpoints; `last` is the newest."
             self.add(f"'ckpt_path' is {path!r}, which does not exist", node.where, advice)
+
+    def _occupied_folder(self) -> None:
+        node = self.tree.get("run_dir")
+        if node is None or not isinstance(node.value, str):
+            return
+        path = Path(node.value).expanduser()
+        taken = [p for p in (path, *path.parents) if p.exists() and not p.is_dir()]
+        if taken:
+            advice = f"{str(taken[0])!r} is a file; give a folder."
+            self.add(f"'run_dir' is {node.value!r}, which is no folder", node.where, advice)
 
     def _missing_sections(self, needed: Sequence[str]) -> None:
         if not self.composition.complete:
@@ -164,6 +192,10 @@ class Checker:
                 self._unknown_key(f"trainer.{key}", child.where, "Trainer", list(known))
             else:
                 self.value(child, f"trainer.{key}", known[key].hint)
+                accepted = trainer_refusal(key, child.value, self.verb)
+                if accepted is not None:
+                    found = f"'trainer.{key}' is {shown(child.value)}, which is not accepted"
+                    self.add(found, child.where, accepted)
 
     def _unknown_key(
         self, path: str, where: Where, owner: str, accepted: list[str], more: str = ""
@@ -181,7 +213,7 @@ class Checker:
         """Check `{class_path: …, init_args: {…}}`."""
         if not node.is_mapping:
             advice = "Write the name of a class, or a mapping with class_path and init_args."
-            self.add(f"{path!r} holds {node.value!r}, not a class", node.where, advice)
+            self.add(f"{path!r} holds {shown(node.plain())}, not a class", node.where, advice)
             return
         named = node.get("class_path")
         cls = self._import(named, path, kind, hint) if named is not None else None
@@ -207,7 +239,7 @@ class Checker:
             node.children["init_args"] = arguments = Node({}, arguments.where)
         if arguments is not None and not arguments.is_mapping:
             self.add(
-                f"'{path}.init_args' holds {arguments.value!r}",
+                f"'{path}.init_args' holds {shown(arguments.plain())}",
                 arguments.where,
                 "It is a mapping of argument names to values.",
             )
@@ -243,6 +275,10 @@ class Checker:
 
     def value(self, node: Node, path: str, hint: Any) -> None:
         """Check one value against an annotation, inside dataclasses and classes too."""
+        for child, place in misplaced_classes(node, path, hint):
+            advice = "Plain values belong there; nothing is built from them."
+            self.add(f"{place!r} names a class, {shown(child.value)}", child.where, advice)
+            return
         if node.is_mapping:
             inner = dataclasses_in(hint)
             if "class_path" in node.children:
@@ -262,11 +298,15 @@ class Checker:
                     self.value(child, f"{path}.{key}", values)
                 return
         plain = node.plain()
-        if rejects(hint, plain):
+        why = value_refusal(path, plain, hint)
+        if why is not None:
+            advice = f"It is not accepted: {why}. Accepted: {in_words(hint)}."
+            self.add(f"{path!r} is {shown(plain)}", node.where, advice)
+        elif rejects(hint, plain):
             close = nearest(plain, choices(hint)) if isinstance(plain, str) else ""
             moved = new_value(path.rpartition(".")[2], plain)
             advice = moved or f"{close} Accepted: {in_words(hint)}."
-            self.add(f"{path!r} is {plain!r}, which is not accepted", node.where, advice)
+            self.add(f"{path!r} is {shown(plain)}, which is not accepted", node.where, advice)
 
     def _import(
         self, node: Node, path: str, kind: str, hint: Any = None, quiet: bool = False
@@ -335,6 +375,34 @@ def _near_class(name: str, kind: str) -> str:
 
 def _some_recipe() -> str:
     return next(iter(catalog.recipes()), "recipes/NAME.yaml")
+
+
+def _is_cheap(path: str) -> bool:
+    """Tell whether a part is built without reading or computing anything."""
+    return path == "data" or (path.count(".") == 1 and path.startswith("callbacks."))
+
+
+def trainer_refusals(
+    tree: Node, *, hardware: bool = True, without: Collection[str] = ()
+) -> list[Mistake]:
+    """Return what Lightning's Trainer refuses.
+
+    Args:
+        tree: The configuration.
+        hardware: Whether the devices it asks for have to be here. A job of SLURM is left out
+            either way: what its environment says belongs to no line.
+        without: Arguments that are known to be wrong.
+    """
+    node = tree.get("trainer")
+    if node is None or not node.is_mapping or any(key.startswith("SLURM_") for key in os.environ):
+        return []
+    arguments = {key: child.plain() for key, child in node.children.items() if key not in without}
+    if "SLURM" in str(arguments.get("plugins")):
+        return []
+    if not hardware and arguments.get("accelerator") in ("gpu", "cuda", "mps", "tpu"):
+        return []
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return refusals(node, "trainer", _trainer_class(), arguments | quiet)
 
 
 def _trainer_class() -> type:

@@ -15,11 +15,12 @@ import yaml
 
 from domainssl.errors import ConfigError
 
-__all__ = ["MAX_TEXT", "ConfigMistakes", "Mistake", "Node", "Where", "dump", "parse"]
+__all__ = ["MAX_TEXT", "ConfigMistakes", "Mistake", "Node", "Where", "dump", "parse", "shown"]
 
 _MAX_NODES = 100_000
 _MAX_DEPTH = 50
 MAX_TEXT = 10_000_000  # characters
+_MAX_SHOWN = 120  # characters of a value in a message
 _DEEP = f"The YAML is nested more than {_MAX_DEPTH} levels deep"
 _FLATTEN = "Check the brackets and the indentation; no section is that deep."
 _BOOL, _FLOAT, _INT, _NULL, _STR = (
@@ -124,6 +125,14 @@ class Node:
         if self.is_list:
             return [item.plain() for item in self.value]
         return self.value
+
+
+def shown(value: object) -> str:
+    """Return a value as messages show it: its beginning, where it is long."""
+    if isinstance(value, int) and value.bit_length() > 4 * _MAX_SHOWN:
+        return f"a whole number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def mapping(where: Where, children: dict[str, Node] | None = None) -> Node:
@@ -253,7 +262,7 @@ class _Converter:
             if node.tag == _FLOAT:
                 return float(text.replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
         except ValueError:
-            self.mistakes.append(Mistake(f"{text!r} is not a number", where))
+            self.mistakes.append(Mistake(f"{shown(text)} is not a number", where))
             return None
         self._check_tag(node, _STR, where)
         return None

@@ -44,6 +44,8 @@ def parameters(cls: type) -> dict[str, Parameter]:
             elif item.kind is not inspect.Parameter.VAR_POSITIONAL:
                 required = item.default is inspect.Parameter.empty and owner is first
                 hint = hints.get(item.name, Any)
+                if item.default is None and hint is not Any:
+                    hint = Union[hint, None]  # noqa: UP007  # not all annotations know `|`
                 found.setdefault(item.name, Parameter(item.name, hint, required))
         if not passes_on:
             return found

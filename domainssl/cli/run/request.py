@@ -46,6 +46,7 @@ class Request:
         if mistakes:
             raise ConfigMistakes(mistakes)
         self.verb = verb
+        self.tree = composition.tree
         self.config: dict[str, Any] = composition.tree.plain()
         self.classes = checker.classes
         self.files = composition.files

@@ -16,9 +16,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from domainssl.cli.config.check import Checker
+from domainssl.cli.config.check import Checker, trainer_refusals
 from domainssl.cli.config.compose import compose
-from domainssl.cli.config.nodes import ConfigMistakes, dump
+from domainssl.cli.config.construct import placed, said_for_the_user
+from domainssl.cli.config.nodes import ConfigMistakes, Node, dump
 from domainssl.cli.console import console
 from domainssl.cli.run.execute import execute
 from domainssl.cli.run.request import Request
@@ -63,7 +64,12 @@ def run_verb(verb: str, argv: list[str]) -> int:
             return 0
         writes = verb == "fit" and is_first_process()
         with sole_writer(request.run_dir) if writes else nullcontext():
-            execute(run, request.config.get("ckpt_path"))
+            try:
+                execute(run, request.config.get("ckpt_path"))
+            except ConfigError as error:
+                if run.record is not None and run.record.has_begun:
+                    raise
+                raise _with_place(request.tree, error) from error
     return 0
 
 
@@ -100,27 +106,38 @@ def _instantiate(request: Request) -> Any:
 
     _refuse_slurm_elsewhere(request.config)
     _set_matmul_precision(request.config.get("matmul_precision"))
-    with _said_plainly():
+    mistakes = trainer_refusals(request.tree)
+    if mistakes:
+        raise ConfigMistakes(mistakes)
+    with _said_plainly(request.tree):
         return DomainCLI(request)
 
 
 @contextmanager
-def _said_plainly() -> Iterator[None]:
+def _said_plainly(tree: Node | None = None) -> Iterator[None]:
     """Raise what was raised for the user, which libraries wrap or stumble over."""
     from jsonargparse import ArgumentError
 
     try:
         with _quiet():
             yield
-    except DomainSSLError:
-        raise
     except Exception as error:
-        ours = _cause(error)
-        if ours is not None:
-            raise ours from error
-        if isinstance(error, ArgumentError):
+        said = said_for_the_user(error)
+        if said is None and isinstance(error, ArgumentError):
             raise ConfigError(f"The configuration cannot be used: {error}") from error
-        raise
+        if said is None:
+            raise
+        raise _with_place(tree, said) from error
+
+
+def _with_place(tree: Node | None, error: Exception) -> Exception:
+    """Return an error that names a key as a mistake of the configuration, with its place."""
+    mistake = placed(tree, error) if tree is not None else None
+    if mistake is not None:
+        return ConfigMistakes([mistake])
+    if isinstance(error, DomainSSLError):
+        return error
+    return ConfigError(f"The configuration cannot be used: {error}")
 
 
 def _refuse_slurm_elsewhere(config: dict[str, Any]) -> None:
@@ -132,15 +149,6 @@ def _refuse_slurm_elsewhere(config: dict[str, Any]) -> None:
             "(SLURM_NODEID is not set). Submit the run with sbatch configs/trainer/slurm.sh, or "
             "leave configs/trainer/slurm.yaml out."
         )
-
-
-def _cause(error: BaseException | None) -> DomainSSLError | None:
-    """Return the error of ours that a library has wrapped."""
-    while error is not None:
-        if isinstance(error, DomainSSLError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _set_matmul_precision(precision: str | None) -> None:
