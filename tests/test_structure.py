@@ -14,7 +14,7 @@ PACKAGE = REPOSITORY / "domainssl"
 
 COMMON = {
     "modality", "sensors", "units", "errors", "arguments", "options", "files", "screen", "cache",
-    "distributed", "pieces", "lazy",
+    "distributed", "pieces", "lazy", "_torch",
 }  # fmt: skip
 NETWORK = COMMON | {"nn", "losses"}
 LEARNERS = NETWORK | {"backbones", "training"}
@@ -22,6 +22,7 @@ LEARNERS = NETWORK | {"backbones", "training"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "lazy": set(),
+    "_torch": set(),
     "arguments": {"errors"},
     "options": {"errors"},
     "files": {"errors"},

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
+from domainssl._torch import register_container
 from domainssl.arguments import Recorded
 from domainssl.errors import ConfigError, DataError, WeightsError, nearest
 from domainssl.modality import Modality, as_modalities, check_batch
@@ -51,11 +51,11 @@ def _flatten(features: Features) -> tuple[list[Any], tuple[str, ...]]:
     return [getattr(features, name) for name in names], names
 
 
-_pytree.register_pytree_node(
+register_container(
     Features,
     _flatten,
     lambda values, names: Features(**dict(zip(names, values, strict=True))),
-    serialized_type_name="domainssl.Features",
+    "domainssl.Features",
 )
 
 

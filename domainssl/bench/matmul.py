@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from domainssl._torch import TorchDispatchMode
 from domainssl.bench.models import batch_size, croma, forward_backward, made_up_batch
 from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
 

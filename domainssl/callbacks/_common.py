@@ -14,17 +14,12 @@ from torch import Tensor, nn
 
 from domainssl.screen import screen
 
-__all__ = ["console_of", "first_items", "is_logging_step", "item_count", "observing", "run_folder"]
+__all__ = ["console_of", "first_items", "item_count", "observing", "run_folder"]
 
 
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder of the run."""
     return Path(trainer.default_root_dir)
-
-
-def is_logging_step(trainer: Trainer) -> bool:
-    """True while the current training step is one whose metrics go to the loggers."""
-    return bool(trainer._logger_connector.should_update_logs)
 
 
 def console_of(trainer: Trainer) -> Console:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from domainssl.errors import ConfigError, DomainSSLError
 from domainssl.files import PART, new_file, sync_folder
-from domainssl.training._lightning import is_last_batch, validation_follows
+from domainssl.training._lightning import CheckpointHooks, is_last_batch, validation_follows
 
 __all__ = ["AtomicCheckpoint", "AtomicCheckpointIO", "CheckpointError"]
 
@@ -88,7 +87,7 @@ def _of_the_system(error: BaseException) -> str:
     return str(error)
 
 
-class AtomicCheckpoint(ModelCheckpoint):
+class AtomicCheckpoint(CheckpointHooks):
     """Saves `step_<n>.ckpt` and `last.ckpt`, atomically, and keeps the newest few.
 
     `last.ckpt` is a second name (hard link) of the newest file, so it never points to nothing.
@@ -125,7 +124,7 @@ class AtomicCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.keep_last = keep_last
-        self._epochs_between = every_n_epochs
+        self._epochs_between, self._steps_between = every_n_epochs, every_n_train_steps
         self._is_overdue = False  # a checkpoint that waits for the end of a validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -150,7 +149,7 @@ class AtomicCheckpoint(ModelCheckpoint):
         Where a validation follows, the checkpoint waits for its end: a run that goes on with one
         from before would take the validation for done.
         """
-        every = self._every_n_train_steps
+        every = self._steps_between
         is_due = every > 0 and trainer.global_step % every == 0
         if validation_follows(trainer):
             self._is_overdue |= is_due
@@ -183,34 +182,32 @@ class AtomicCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
 
     def _save(self, trainer: Trainer) -> None:
-        if self._should_skip_saving_checkpoint(trainer):
+        if not self.can_save(trainer):
             return
         self._is_overdue = False
         for target in trainer.loggers:  # what was logged before belongs to the checkpoint
             target.save()
-        candidates = self._monitor_candidates(trainer)
-        self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
+        self.save_now(trainer)
 
-    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
+    def after_save(self, trainer: Trainer, path: str) -> None:
+        """Remove the oldest files beyond `keep_last`."""
         if trainer.is_global_zero and self.keep_last > 0:
             found = Path(str(self.dirpath)).glob("step_*.ckpt")
-            paths = sorted(found, key=lambda path: path.stat().st_mtime_ns)
-            for path in paths[: -self.keep_last]:
-                _remove(path)
+            paths = sorted(found, key=lambda file: file.stat().st_mtime_ns)
+            for old in paths[: -self.keep_last]:
+                _remove(old)
 
     @staticmethod
-    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+    def link_last(trainer: Trainer, path: str, link: str) -> None:
         """Give the newest checkpoint its second name in one step."""
         if trainer.is_global_zero:
-            target, link = Path(filepath), Path(linkpath)
-            part = link.with_name(f".{link.name}{PART}{os.getpid()}")
-            _name_again(target, part)
-            if link.is_dir() and not link.is_symlink():
-                shutil.rmtree(link)
-            part.replace(link)
-            sync_folder(link.parent)
+            last = Path(link)
+            part = last.with_name(f".{last.name}{PART}{os.getpid()}")
+            _name_again(Path(path), part)
+            if last.is_dir() and not last.is_symlink():
+                shutil.rmtree(last)
+            part.replace(last)
+            sync_folder(last.parent)
         trainer.strategy.barrier()
 
 

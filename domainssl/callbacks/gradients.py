@@ -6,7 +6,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from domainssl.callbacks._common import is_logging_step
+from domainssl.training._lightning import is_logging_step
 
 __all__ = ["GradientNorm"]
 

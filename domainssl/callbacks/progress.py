@@ -19,8 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from domainssl.callbacks._common import is_logging_step
 from domainssl.screen import screen
+from domainssl.training._lightning import is_logging_step
 
 __all__ = ["ProgressBar"]
 

@@ -9,8 +9,14 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from domainssl.callbacks._common import is_logging_step, item_count
+from domainssl.callbacks._common import item_count
 from domainssl.distributed import all_reduce_sum, world_size
+from domainssl.training._lightning import (
+    is_accumulating,
+    is_logging_step,
+    unwatch_fetches,
+    watch_fetches,
+)
 
 __all__ = ["Throughput"]
 
@@ -31,24 +37,19 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time every fetch of a batch, where the training loop would profile it."""
-        loop: Any = trainer.fit_loop.epoch_loop
-        before, after = loop._on_before_fetch, loop._on_after_fetch
 
         def begin() -> None:
-            before()
             self._fetch_began = time.perf_counter()
 
         def end() -> None:
             self._waited += time.perf_counter() - self._fetch_began
-            after()
 
-        loop._on_before_fetch, loop._on_after_fetch = begin, end
+        watch_fetches(trainer, begin, end)
         self._since = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the loop its own functions back."""
-        for name in ("_on_before_fetch", "_on_after_fetch"):
-            trainer.fit_loop.epoch_loop.__dict__.pop(name, None)
+        unwatch_fetches(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,7 +60,7 @@ class Throughput(Callback):
             self._restart(now)
             return
         self._samples += item_count(batch)
-        if not is_logging_step(trainer) or trainer.fit_loop._should_accumulate():
+        if not is_logging_step(trainer) or is_accumulating(trainer):
             return
         elapsed = max(now - self._since, 1e-9)
         local = torch.tensor(

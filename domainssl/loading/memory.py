@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from domainssl._torch import shared_bytes
+
 __all__ = ["KeptMemory", "SharedPool", "empty"]
 
 _LARGE = 2**20  # bytes from which on memory is kept
@@ -42,7 +44,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if _serving.pool is not None and size >= _LARGE:
         memory = _serving.pool.take(size)
     elif get_worker_info() is not None:
-        memory = _shared(size)
+        memory = shared_bytes(size)
     else:
         return torch.empty(tuple(shape), dtype=dtype)
     return memory[:size].view(dtype).view(tuple(shape))
@@ -111,12 +113,6 @@ class KeptMemory:
         self._free.clear()
         self._used.clear()
         self._in_use = self._most = 0
-
-
-def _shared(size: int) -> Tensor:
-    like = torch.empty(0, dtype=torch.uint8)
-    storage = like._typed_storage()._new_shared(size, device="cpu")  # as torch's own collate
-    return like.new(storage)
 
 
 class _Place(NamedTuple):
@@ -194,7 +190,7 @@ class SharedPool:
         if fitting:
             slot = min(fitting, key=lambda i: len(self._known(i)))
         elif not free and len(self._buffers) == _MOST_BUFFERS:
-            return _shared(size)
+            return shared_bytes(size)
         else:
             if free:
                 slot = free[0]
@@ -202,7 +198,7 @@ class SharedPool:
             else:
                 slot = len(self._buffers)
                 self._buffers.append(None)
-            self._buffers[slot] = _shared(-(-size // _ALIGNED) * _ALIGNED)
+            self._buffers[slot] = shared_bytes(-(-size // _ALIGNED) * _ALIGNED)
             self._unsent.add(slot)
         flags[slot] = True
         self._now.append(slot)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from domainssl._torch import end_workers, has_ended_worker, has_workers
 from domainssl.errors import DataError
 from domainssl.loading.memory import KeptMemory, SharedPool, empty
 from domainssl.loading.plan import EpochPlan, Piece
@@ -237,11 +238,7 @@ class BlockStream:
         """End the worker processes; an iterator in use cannot go on."""
         self._iteration += 1
         loader, self._loader = self._loader, None
-        iterator = getattr(loader, "_iterator", None)
-        if iterator is not None:
-            # Left to the garbage collector, an iterator in a reference cycle loses its queues
-            # before it can tell the workers, and waits 5 s for each of them.
-            iterator._shutdown_workers()
+        end_workers(loader)
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -253,13 +250,12 @@ class BlockStream:
         What is raised depends on where the death is noticed: by torch, or, before the process
         is gone for the system, by a pipe or a shared tensor that nobody serves any more.
         """
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is None:
+        if not has_workers(self._loader):
             return False
         try:
             is_dead = any(text in str(error) for text in _DEAD_WORKER)
             if not is_dead and isinstance(error, OSError | EOFError):
-                is_dead = bool(wait([w.sentinel for w in iterator._workers], timeout=2.0))
+                is_dead = has_ended_worker(self._loader, timeout_s=2.0)
         except RuntimeError:  # torch's handler of SIGCHLD, which also raises right here
             is_dead = True
         if is_dead:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from domainssl._torch import compile_variants
 from domainssl.nn.alibi import DistanceBias, KeyMask
 
 __all__ = ["AttentionPath", "attention"]
@@ -96,7 +97,7 @@ def _attention_flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> Tens
 
     if q.is_cuda:
         # widths, shared or own coordinates, masks, gradients: more variants than the default of 8
-        with torch._dynamo.config.patch(recompile_limit=_FLEX_VARIANTS):  # type: ignore[no-untyped-call]
+        with compile_variants(_FLEX_VARIANTS):
             out = _flex()(q, k, v, score_mod=score)
     else:
         out = flex_attention(q, k, v, score_mod=score)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainssl._torch import conv_with_bias
 from domainssl.errors import ConfigError
 from domainssl.nn.calendar import date_sinusoids
 from domainssl.nn.norm import GlobalBatchNorm
@@ -32,7 +33,7 @@ def linear_before_norm(x: Tensor, layer: nn.Linear | nn.Conv2d, norm: nn.Module)
         bias = bias.detach() + 0 * bias
     if isinstance(layer, nn.Linear):
         return F.linear(x, layer.weight, bias)
-    return layer._conv_forward(x, layer.weight, bias)
+    return conv_with_bias(layer, x, bias)
 
 
 def masked_group_norm(x: Tensor, counts: Tensor, layer: nn.GroupNorm) -> Tensor:

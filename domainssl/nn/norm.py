@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainssl._torch import BatchNormBase
 from domainssl.distributed import all_reduce_sum, is_distributed
 
 __all__ = ["GlobalBatchNorm", "convert_batch_norm", "counted_rows", "current_rows", "recomputing"]
@@ -212,7 +213,7 @@ def convert_batch_norm(module: nn.Module) -> int:
     count = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.modules.batchnorm._BatchNorm):
+            if not isinstance(child, BatchNormBase):
                 continue
             if type(child) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
                 raise TypeError(f"{name}: {type(child).__name__} is no plain batch normalisation.")

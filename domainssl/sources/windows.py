@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from domainssl._torch import resize_into
 from domainssl.errors import ConfigError, nearest
 
 __all__ = ["Cut", "Window"]
@@ -380,5 +381,4 @@ def _resize(values: np.ndarray[Any, Any], out: Tensor, axes: int) -> None:
     if axes == 3:
         out.copy_(torch.nn.functional.interpolate(x, size, mode="trilinear"))
     else:
-        # What F.interpolate(mode="bilinear", antialias=True) calls, but into memory that is there.
-        torch.ops.aten._upsample_bilinear2d_aa.out(x, size, False, None, None, out=out)
+        resize_into(x, out)

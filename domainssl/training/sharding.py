@@ -1,7 +1,8 @@
-"""Fully sharded training (FSDP2) of an objective, on GPUs and on gloo CPU processes."""
+"""Fully sharded training (FSDP2) of a training module, on GPUs and on gloo CPU processes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -14,25 +15,28 @@ from domainssl.nn.blocks import TransformerBlock
 __all__ = ["shard"]
 
 
-def shard(objective: nn.Module, backbone: Backbone, mesh: DeviceMesh) -> None:
-    """Shard every transformer block, the backbone, and the rest of the objective.
+def shard(
+    module: nn.Module, backbone: Backbone, mesh: DeviceMesh, forward_methods: Sequence[str]
+) -> None:
+    """Shard every transformer block, the backbone, and the rest of the module.
 
-    Calls must enter through the objective (`forward`, `validation_step`, `features`, …): it is
+    Calls must enter through the module (`forward`, `validation_step`, `features`, …): it is
     the root that gathers what belongs to no block. The backbone's own entry points, which a
-    method calls instead of `forward`, are registered as forward methods.
+    module calls instead of `forward`, are registered as forward methods.
 
     Args:
-        objective: The root module.
+        module: The root.
         backbone: Its backbone.
         mesh: One-dimensional mesh of the data-parallel ranks.
+        forward_methods: The module's own entry points besides `forward`.
     """
     options: dict[str, Any] = {"mesh": mesh}
-    for module in objective.modules():
-        if isinstance(module, TransformerBlock):
-            fully_shard(module, **options)
+    for block in module.modules():
+        if isinstance(block, TransformerBlock):
+            fully_shard(block, **options)
     fully_shard(backbone, **options)
     for name in backbone.forward_methods:
         register_fsdp_forward_method(backbone, name)
-    fully_shard(objective, **options)
-    for name in ("features", "embed"):
-        register_fsdp_forward_method(objective, name)
+    fully_shard(module, **options)
+    for name in forward_methods:
+        register_fsdp_forward_method(module, name)

@@ -6,18 +6,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import ModelParallelStrategy
-
+from domainssl.training._lightning import OneGroupStrategy
 from domainssl.training.sharded_folder import check_sharded_folder
 
 __all__ = ["FSDP2Strategy"]
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(OneGroupStrategy):
     """Share parameters, gradients and optimiser states over all devices (FSDP2).
 
-    Lightning's own strategy takes one data-parallel group per node when its sizes are `auto`;
-    here every device of the run belongs to the one group.
+    Every device of the run, on all nodes, belongs to one data-parallel group.
 
     Args:
         save_distributed_checkpoint: Write one folder with a file per rank instead of one file.
@@ -38,11 +36,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timedelta(seconds=timeout_s),
         )
-
-    def setup_environment(self) -> None:
-        """Put all devices of all nodes into the data-parallel group."""
-        self._data_parallel_size: Any = self.num_nodes * self.num_processes
-        super().setup_environment()
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None

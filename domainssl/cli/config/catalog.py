@@ -16,9 +16,9 @@ _FOLDERS = {
     "loggers": (),
 }
 _ROOTS = {
-    "model": {"Objective", "Task", "LightningModule"},
+    "model": {"Objective", "Task", "TrainingModule", "LightningModule"},
     "data": {"DomainDataModule", "LightningDataModule"},
-    "callbacks": {"Callback"},
+    "callbacks": {"Callback", "CheckpointHooks"},
     "loggers": set(),
 }
 

@@ -14,13 +14,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from domainssl.cli.run.record import RunRecord
 from domainssl.cli.run.request import Request, linked_from_data
+from domainssl.training._lightning import CLIHooks
 
 __all__ = ["DomainCLI"]
 
 _METHOD_SKIP = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
 
 
-class DomainCLI(LightningCLI):
+class DomainCLI(CLIHooks, LightningCLI):
     """Builds trainer, model and data of a request; `execute` runs its verb.
 
     LightningCLI's injection of hyperparameters is off: an objective records its own, as plain
@@ -55,9 +56,6 @@ class DomainCLI(LightningCLI):
         """Parse the request; sys.argv, which may be that of a test runner, plays no part."""
         self.config = parser.parse_object(args)
 
-    def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: the objective compares it with the checkpoint."""
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data decide what nobody should have to write twice."""
         for name, read in linked_from_data(self.request).items():
@@ -87,9 +85,6 @@ class DomainCLI(LightningCLI):
             dumped["model"]["init_args"].pop(name, None)
         self.config_dump = dumped
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Wait for `execute`."""
-
     @property
     def record(self) -> RunRecord | None:
         """The callback that records the run, None where nothing is recorded."""
@@ -98,7 +93,7 @@ class DomainCLI(LightningCLI):
 
     def execute(self) -> None:
         """Run the verb."""
-        super()._run_subcommand(self.verb)
+        self.run_verb(self.verb)
 
 
 def _values(value: Any) -> Any:
