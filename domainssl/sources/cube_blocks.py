@@ -22,6 +22,8 @@ from domainssl.sources.cube_sites import Site
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.windows import Window
 
+_EDGE_POINTS = 5  # looked at along each edge of a rectangle that is turned into degrees
+
 __all__ = ["Block", "blocks_of", "hold_out", "overlapping"]
 
 
@@ -146,28 +148,48 @@ def hold_out(
 def overlapping(
     sites: Sequence[Site], blocks: Sequence[Block], others: Sequence[Block], gap_m: float = 0.0
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return which blocks overlap one of the others, or come nearer than the gap."""
+    """Return which blocks overlap one of the others, or come nearer than the gap.
+
+    Blocks of one reference system are compared in it, those of different ones in degrees, by
+    rectangles that contain them.
+    """
     hit = np.zeros(len(blocks), bool)
     ours, theirs = _by_crs(sites, blocks), _by_crs(sites, others)
-    for crs, rows in ours.items():
-        mine = _rectangles(blocks, rows)
-        for crs2, rows2 in theirs.items():
-            metres = sites[blocks[rows[0]].site].metres
-            if crs == crs2:
-                left, right, gap = mine, _rectangles(others, rows2), gap_m / metres
-            else:  # compared in degrees, by rectangles that contain the blocks
-                left = _degrees(mine, crs)
-                right = _degrees(_rectangles(others, rows2), crs2)
-                gap = gap_m / METRES_PER_DEGREE
-            slack = gap - 1e-6 * (left[0, 2] - left[0, 0])
-            for a, b, c, d in right:
-                hit[rows] |= (
-                    (left[:, 0] < c + slack)
-                    & (left[:, 2] > a - slack)
-                    & (left[:, 1] < d + slack)
-                    & (left[:, 3] > b - slack)
-                )
+    for crs in ours.keys() & theirs.keys():
+        rows = ours[crs]
+        gap = gap_m / sites[blocks[rows[0]].site].metres
+        left, right = _rectangles(blocks, rows), _rectangles(others, theirs[crs])
+        hit[np.array(rows)[_meeting(left, right, gap)[0]]] = True
+    if len(ours.keys() | theirs.keys()) == 1 or not blocks or not others:
+        return hit
+    left, right = (_all_degrees(b, groups) for b, groups in ((blocks, ours), (others, theirs)))
+    numbers = {crs: number for number, crs in enumerate(ours | theirs)}
+    mine, foreign = (
+        np.array([numbers[sites[block.site].crs] for block in every]) for every in (blocks, others)
+    )
+    for turn in (-360.0, 0.0, 360.0):  # rectangles across the date line go on beyond 180 degrees
+        shifted = left + np.array([turn, 0, turn, 0])
+        a, b = _meeting(shifted, right, gap_m / METRES_PER_DEGREE)
+        hit[a[mine[a] != foreign[b]]] = True
     return hit
+
+
+def _meeting(
+    left: np.ndarray[Any, Any], right: np.ndarray[Any, Any], gap: float
+) -> np.ndarray[Any, Any]:
+    """Return the pairs of rectangles (left, bottom, right, top) that overlap or come too near.
+
+    Touching is no overlap.
+
+    Returns:
+        Positions in `left` and in `right`, (2, pairs).
+    """
+    shapely = require("shapely", "geo")
+    slack = gap - 1e-6 * (left[0, 2] - left[0, 0])
+    tree = shapely.STRtree(shapely.box(*right.T))
+    grown = left + slack * np.array([-1, -1, 1, 1])
+    found: np.ndarray[Any, Any] = tree.query(shapely.box(*grown.T), predicate="intersects")
+    return found
 
 
 def _by_crs(sites: Sequence[Site], blocks: Sequence[Block]) -> dict[str, list[int]]:
@@ -182,6 +204,26 @@ def _rectangles(blocks: Sequence[Block], rows: Sequence[int]) -> np.ndarray[Any,
     return np.array([(b.left, b.bottom, b.right, b.top) for b in every])
 
 
+def _all_degrees(
+    blocks: Sequence[Block], groups: Mapping[str, Sequence[int]]
+) -> np.ndarray[Any, Any]:
+    """Return the rectangles in degrees that contain the blocks, (blocks, 4)."""
+    out = np.empty((len(blocks), 4))
+    for crs, rows in groups.items():
+        out[rows] = _degrees(_rectangles(blocks, rows), crs)
+    return out
+
+
 def _degrees(rectangles: np.ndarray[Any, Any], crs: str) -> np.ndarray[Any, Any]:
+    """Return rectangles in degrees that contain those of a reference system, (n, 4)."""
     transformer = require("pyproj", "geo").Transformer.from_crs(crs, 4326, always_xy=True)
-    return np.array([transformer.transform_bounds(*row) for row in rectangles])
+    steps = np.linspace(0, 1, _EDGE_POINTS)
+    left, bottom, right, top = (side[:, None] for side in rectangles.T)
+    across, along = left + (right - left) * steps, bottom + (top - bottom) * steps
+    ones = np.ones(_EDGE_POINTS)
+    x = np.concatenate([across, across, left * ones, right * ones], axis=1)
+    y = np.concatenate([bottom * ones, top * ones, along, along], axis=1)
+    lon, lat = transformer.transform(x, y)
+    is_cut = np.ptp(lon, axis=1) > 180  # it lies across the date line
+    lon[is_cut] %= 360
+    return np.stack([lon.min(1), lat.min(1), lon.max(1), lat.max(1)], axis=1)

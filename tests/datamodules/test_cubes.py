@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyproj
 import pytest
 import torch
 from cube_files import LEFT, TIMES, TOP, coded, expected_codes, write_cube, write_geotiff
 
 from domainssl.datamodules import SentinelCubeDataModule
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.raster.grid import Bounds
 from domainssl.loading.source import Loading
 from domainssl.modality import check_batch
-from domainssl.sources.cube_blocks import overlapping
+from domainssl.sources.cube_blocks import Block, overlapping
 from domainssl.sources.cube_options import Labels, Layer, Mask
 from domainssl.sources.dates import Dates
 from domainssl.sources.held_out import HeldOut
@@ -454,3 +457,20 @@ def test_the_identity_changes_with_the_headers(pair, tmp_path):
     assert a == b and a["sites"]["here"]["crs"] == "EPSG:32632"
     c = module(pair, modalities={"s2": Layer(("B02",))}).identity()
     assert c["sites"]["here"]["headers"] != a["sites"]["here"]["headers"]
+
+
+def test_blocks_of_other_zones_and_across_the_date_line_are_kept_apart():
+    def block(site, lon, lat, side=5000.0):
+        to_crs = pyproj.Transformer.from_crs(4326, sites[site].crs, always_xy=True)
+        x, y = to_crs.transform(lon, lat)
+        return Block(site, Bounds(x, y, x + side, y + side), 1, 1)
+
+    sites = [
+        SimpleNamespace(crs=f"EPSG:{code}", metres=1.0) for code in (32632, 32633, 32660, 32601)
+    ]
+    ours = [block(0, 12.0, 45.0), block(0, 11.5, 45.0), block(2, 179.99, 10.0)]
+    others = [block(1, 12.01, 45.01), block(3, -179.99, 10.01)]
+    assert overlapping(sites, ours, others).tolist() == [True, False, True]
+    assert overlapping(sites, ours, others, gap_m=60_000).tolist() == [True, True, True]
+    assert overlapping(sites, ours[:1], ours[1:2]).tolist() == [False]
+    assert overlapping(sites, ours, []).tolist() == [False] * 3
