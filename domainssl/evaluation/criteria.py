@@ -54,7 +54,7 @@ def learning_criteria(
 
     Args:
         metrics: `val/probe/<m>`, `val/untrained/probe/<m>`, `val/raw/probe/<m>` and, for
-            contrastive methods, `val/retrieval/<a>2<b>/R@1`, as shares.
+            contrastive methods, `val/retrieval/<a>-<b>/R@1`, as shares.
         items: Number of held-out items; chance is one over it.
         contrastive: Whether the method compares items across modalities, which is what
             `Objective.contrastive` says.
@@ -91,7 +91,7 @@ def _retrieval(metrics: Mapping[str, float], items: int) -> list[Criterion]:
     keys = [key for key in metrics if key.startswith(prefix) and key.endswith(suffix)]
     if not keys:
         raise DataError(
-            "learning criteria: a contrastive method logs no val/retrieval/<a>2<b>/R@1. Its "
+            "learning criteria: a contrastive method logs no val/retrieval/<a>-<b>/R@1. Its "
             "`embed` has to return vectors of one width for at least two modalities."
         )
     return [

@@ -100,7 +100,7 @@ def measure(
         rows = found.rows((a, b))
         pair = found.embeddings[a][rows], found.embeddings[b][rows]
         if pair[0].shape == pair[1].shape and all(torch.isfinite(x).all() for x in pair):
-            metrics[f"{prefix}retrieval/{a}2{b}/R@1"] = recall_at_1(*pair)
+            metrics[f"{prefix}retrieval/{a}-{b}/R@1"] = recall_at_1(*pair)
     return metrics
 
 
@@ -173,7 +173,7 @@ def table(metrics: Mapping[str, float], items: int, classes: int, per_class: int
                 grid.add_row(label, text, *cells, chance, end_section=kind == "rankme")
                 label = ""
     names = [n.removeprefix("val/rankme/") for n in metrics if n.startswith("val/rankme/")]
-    pairs = {f"{a}2{b}": f"{a} → {b}" for a in names for b in names}
+    pairs = {f"{a}-{b}": f"{a} → {b}" for a in names for b in names}
     for key in [n for n in metrics if n.startswith("val/retrieval/")]:
         cells = _cells(metrics, key.removeprefix("val/"), 100)
         pair = key.removeprefix("val/retrieval/").removesuffix("/R@1")

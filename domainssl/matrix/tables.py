@@ -102,11 +102,11 @@ def _retrievals(name: str, group: Sequence[Outcome]) -> Iterator[tuple[str, ...]
     ]
     for a in modalities:
         for b in modalities:
-            key = f"retrieval/{a}2{b}/R@1"
+            key = f"retrieval/{a}-{b}/R@1"
             if f"val/{key}" not in metrics:
                 continue
             values = [_spread(group, f"val/{source}{key}") for source in ("untrained/", "")]
-            met = _met(group, f"R@1 of {a}2{b} ")
+            met = _met(group, f"R@1 of {a}-{b} ")
             yield f"`{name}`", a, b, f"{100 / group[0].items:.1f}", *values, met
 
 

@@ -17,7 +17,7 @@ def metrics(**changes: float) -> dict[str, float]:
         found[f"val/probe/{name}"] = 0.55
         found[f"val/untrained/probe/{name}"] = 0.5
         found[f"val/raw/probe/{name}"] = 0.54
-    found |= {f"val/retrieval/{pair}/R@1": 10 / 64 for pair in ("s12s2", "s22s1")}
+    found |= {f"val/retrieval/{pair}/R@1": 10 / 64 for pair in ("s1-s2", "s2-s1")}
     return found | changes
 
 
@@ -37,8 +37,8 @@ def test_a_run_on_the_bounds_meets_them_all():
         ({"val/probe/s1": 0.549}, "probe of s1 over untrained + 0.05"),
         ({"val/untrained/probe/joint": 0.51}, "probe of joint over untrained + 0.05"),
         ({"val/raw/probe/s2": 0.55}, "probe of s2 over raw statistics"),
-        ({"val/retrieval/s22s1/R@1": 9 / 64}, "R@1 of s22s1 over 10 times chance"),
-        ({"val/retrieval/s22s1/R@1": math.nan}, "R@1 of s22s1 over 10 times chance"),
+        ({"val/retrieval/s2-s1/R@1": 9 / 64}, "R@1 of s2-s1 over 10 times chance"),
+        ({"val/retrieval/s2-s1/R@1": math.nan}, "R@1 of s2-s1 over 10 times chance"),
     ],
 )
 def test_each_sentence_fails_by_itself(change, name):
@@ -46,7 +46,7 @@ def test_each_sentence_fails_by_itself(change, name):
 
 
 def test_retrieval_is_not_asked_of_methods_that_do_not_compare_modalities():
-    assert missed(metrics(**{"val/retrieval/s22s1/R@1": 0.0}), contrastive=False) == []
+    assert missed(metrics(**{"val/retrieval/s2-s1/R@1": 0.0}), contrastive=False) == []
 
 
 def test_a_probe_that_is_not_a_number_fails_both_of_its_sentences():

@@ -134,7 +134,7 @@ def made_up(joint: float) -> dict[str, float]:
         metrics[f"val/untrained/probe/{name}"] = 0.5
         metrics[f"val/raw/probe/{name}"] = 0.4
         metrics[f"val/rankme/{name}"] = 3.0
-    for pair in ("s12s2", "s22s1"):
+    for pair in ("s1-s2", "s2-s1"):
         metrics |= {f"val/{s}retrieval/{pair}/R@1": v for s, v in (("", 0.5), ("untrained/", 0.0))}
     return metrics
 
