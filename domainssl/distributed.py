@@ -9,6 +9,7 @@ of one process with W·B items. Data-parallel training averages gradients over r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,17 +21,17 @@ from domainssl.errors import DomainSSLError
 __all__ = [
     "Gather",
     "RankError",
+    "RowLayout",
     "all_gather_objects",
     "all_reduce_any",
     "all_reduce_sum",
     "barrier",
     "gather",
     "global_mean",
-    "global_size",
     "is_distributed",
     "is_lost_connection",
-    "offset_of_rank",
     "rank",
+    "row_layout",
     "world_size",
 ]
 
@@ -84,15 +85,40 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _sizes(count: int, device: torch.device) -> list[int]:
-    """First-axis length on every rank."""
-    mine = torch.tensor([count], dtype=torch.int64, device=device)
+@dataclass(frozen=True)
+class RowLayout:
+    """How the rows of one step are dealt to the ranks.
+
+    Attributes:
+        sizes: Number of rows of every rank.
+        start: Position of the first local row among the rows of all ranks.
+    """
+
+    sizes: tuple[int, ...]
+    start: int = 0
+
+    @property
+    def total(self) -> int:
+        """Number of rows of all ranks together."""
+        return sum(self.sizes)
+
+
+def row_layout(rows: Tensor) -> RowLayout:
+    """Ask every rank for its number of rows, once per step: the answer waits for the device.
+
+    Args:
+        rows: Local rows, (B, ...); their values do not matter.
+    """
+    if not is_distributed():
+        return RowLayout((len(rows),))
+    mine = torch.tensor([len(rows)], dtype=torch.int64, device=rows.device)
     every = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(every, mine)
-    return [int(n) for n in torch.cat(every).tolist()]
+    sizes = tuple(int(n) for n in torch.cat(every).tolist())
+    return RowLayout(sizes, sum(sizes[: rank()]))
 
 
-def _gather_rows(x: Tensor, sizes: list[int]) -> Tensor:
+def _gather_rows(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Concatenate rows of all ranks; ranks may hold different numbers of rows."""
     longest = max(sizes)
     padded = x.contiguous()
@@ -110,10 +136,9 @@ class _GatherRows(torch.autograd.Function):
     """All-gather forward; sum over ranks and slice backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
-        start = sum(sizes[: rank()])
-        ctx.span = (start, start + len(x))
-        return _gather_rows(x, sizes)
+    def forward(ctx: Any, x: Tensor, layout: RowLayout) -> Tensor:
+        ctx.span = (layout.start, layout.start + len(x))
+        return _gather_rows(x, layout.sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -139,13 +164,14 @@ class _AllReduceSum(torch.autograd.Function):
         return total
 
 
-def gather(x: Tensor, mode: Gather = "grad") -> Tensor:
+def gather(x: Tensor, mode: Gather = "grad", layout: RowLayout | None = None) -> Tensor:
     """Concatenate the rows of all ranks, in rank order.
 
     Args:
         x: Local rows, (B, ...); B may differ between ranks.
         mode: `grad` carries gradients to every rank, `detach` returns constants (in a single
             process too), `none` returns `x` itself.
+        layout: What `row_layout` said in this step; None asks the ranks again.
 
     Returns:
         Rows of all ranks, (sum of B, ...).
@@ -156,21 +182,11 @@ def gather(x: Tensor, mode: Gather = "grad") -> Tensor:
         x = x.detach()
     if not is_distributed():
         return x
-    sizes = _sizes(len(x), x.device)
+    layout = layout or row_layout(x)
     if mode == "grad" and x.is_floating_point():
-        rows: Tensor = _GatherRows.apply(x, sizes)
+        rows: Tensor = _GatherRows.apply(x, layout)
         return rows
-    return _gather_rows(x, sizes)
-
-
-def global_size(count: int, device: torch.device) -> int:
-    """Number of rows of all ranks together."""
-    return sum(_sizes(count, device)) if is_distributed() else count
-
-
-def offset_of_rank(count: int, device: torch.device) -> int:
-    """Position of the first local row among the gathered rows."""
-    return sum(_sizes(count, device)[: rank()]) if is_distributed() else 0
+    return _gather_rows(x, layout.sizes)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

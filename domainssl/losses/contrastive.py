@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domainssl.distributed import Gather, gather, global_mean, offset_of_rank
+from domainssl.distributed import Gather, RowLayout, gather, global_mean, row_layout
 
 __all__ = ["info_nce", "nt_xent"]
 
@@ -19,6 +19,7 @@ def info_nce(
     present: Tensor | None = None,
     gather_keys: Gather = "grad",
     symmetric: bool = True,
+    layout: RowLayout | None = None,
 ) -> Tensor:
     """Compute the symmetric InfoNCE of paired vectors over the global batch.
 
@@ -33,6 +34,7 @@ def info_nce(
         gather_keys: `grad` lets gradients reach keys on every rank (the exact gradient of the
             global loss), `detach` makes all keys constants, in a single process too.
         symmetric: Mean of both directions; otherwise only `a` asks and `b` answers.
+        layout: Rows of every rank (`row_layout`), asked once per step; None asks again.
 
     Returns:
         The loss, (); its mean over ranks is the loss of one process with the joined batch.
@@ -44,9 +46,10 @@ def info_nce(
         a, b = (F.normalize(_float(x), dim=-1) for x in (a, b))
         if present is None:
             present = torch.ones(len(a), dtype=torch.bool, device=a.device)
-        keys_a, keys_b = gather(a, gather_keys), gather(b, gather_keys)
-        key_present = gather(present, "detach")
-        targets = torch.arange(len(a), device=a.device) + offset_of_rank(len(a), a.device)
+        layout = layout or row_layout(a)
+        keys_a, keys_b = gather(torch.stack([a, b], 1), gather_keys, layout).unbind(1)
+        key_present = gather(present, "detach", layout)
+        targets = torch.arange(len(a), device=a.device) + layout.start
         count = present.to(a.dtype).sum()
         total = a.new_zeros(())
         directions = ((a, keys_b), (b, keys_a))[: 2 if symmetric else 1]
@@ -59,7 +62,14 @@ def info_nce(
         return global_mean(total / len(directions), count)
 
 
-def nt_xent(a: Tensor, b: Tensor, temperature: float, *, present: Tensor | None = None) -> Tensor:
+def nt_xent(
+    a: Tensor,
+    b: Tensor,
+    temperature: float,
+    *,
+    present: Tensor | None = None,
+    layout: RowLayout | None = None,
+) -> Tensor:
     """Compute NT-Xent: every vector has one positive, all others of both kinds are negatives.
 
     `L = mean over 2N anchors of CE([a; b]_i [a; b]_all^T / temperature, partner of i)`, the anchor
@@ -70,6 +80,7 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float, *, present: Tensor | None 
         b: Vectors of the second, (B, E); row i belongs to row i of `a`.
         temperature: Divides the cosines.
         present: bool (B,); False pairs are neither anchor nor candidate. None counts all.
+        layout: Rows of every rank (`row_layout`), asked once per step; None asks again.
 
     Returns:
         The loss, (); its mean over ranks is the loss of one process with the joined batch.
@@ -81,9 +92,11 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float, *, present: Tensor | None 
         a, b = (F.normalize(_float(x), dim=-1) for x in (a, b))
         if present is None:
             present = torch.ones(len(a), dtype=torch.bool, device=a.device)
-        keys = torch.cat([gather(a), gather(b)])  # (2N, E), first all of a
-        usable = gather(present, "detach").repeat(2)
-        own = torch.arange(len(a), device=a.device) + offset_of_rank(len(a), a.device)
+        layout = layout or row_layout(a)
+        pairs = gather(torch.stack([a, b], 1), "grad", layout)
+        keys = pairs.transpose(0, 1).flatten(0, 1)  # (2N, E), first all of a
+        usable = gather(present, "detach", layout).repeat(2)
+        own = torch.arange(len(a), device=a.device) + layout.start
         half = len(keys) // 2
         total = a.new_zeros(())
         for anchors, itself, partner in ((a, own, own + half), (b, own + half, own)):

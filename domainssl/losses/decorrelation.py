@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from domainssl.distributed import all_reduce_sum, gather, global_mean, global_size, world_size
+from domainssl.distributed import (
+    RowLayout,
+    all_reduce_sum,
+    gather,
+    global_mean,
+    row_layout,
+    world_size,
+)
 
 __all__ = [
     "CorrelationForm",
@@ -60,21 +67,26 @@ def _weight(x: Tensor, present: Tensor | None) -> Tensor:
 
 
 def _squared_norm(
-    a: Tensor, b: Tensor, form: CorrelationForm, weight: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    form: CorrelationForm,
+    layout: RowLayout | None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """`||A^T diag(weight) B||_F^2` over the rows of all ranks, (), the same on every rank.
 
     The weights of the Gram form multiply its N x N entries, so that no weighted copy of N x D
     values is kept for the backward pass.
     """
+    layout = layout or row_layout(a)
     if form == "auto":
-        form = "gram" if global_size(len(a), a.device) < a.shape[1] else "matrix"
+        form = "gram" if layout.total < a.shape[1] else "matrix"
     if form == "matrix":
         rows = a if weight is None else a * weight.unsqueeze(1)
         return all_reduce_sum(rows.T @ b).square().sum()
-    products = (a @ gather(a).T) * (b @ gather(b).T)
+    products = (a @ gather(a, "grad", layout).T) * (b @ gather(b, "grad", layout).T)
     if weight is not None:
-        products = products * weight.unsqueeze(1) * gather(weight, "detach")
+        products = products * weight.unsqueeze(1) * gather(weight, "detach", layout)
     return all_reduce_sum(products.sum())
 
 
@@ -86,6 +98,7 @@ def redundancy(
     present: Tensor | None = None,
     divisor: float | None = None,
     form: CorrelationForm = "auto",
+    layout: RowLayout | None = None,
 ) -> Redundancy:
     """Compare the correlations of standardised embeddings with `target` times the identity.
 
@@ -96,6 +109,7 @@ def redundancy(
         present: bool (B,); False rows do not count. None counts all.
         divisor: Number to divide `A^T B` by; None takes the number of counted rows of all ranks.
         form: `gram` never forms the D x D matrix, `matrix` does, `auto` takes what is smaller.
+        layout: Rows of every rank (`row_layout`), asked once per step; None asks again.
 
     Returns:
         Both terms, equal on all ranks, with the gradient of one process with the joined batch;
@@ -107,7 +121,7 @@ def redundancy(
         count = all_reduce_sum(weight.sum())
         n = count.clamp(min=1) if divisor is None else divisor
         diagonal = all_reduce_sum(weight @ (a * b)) / n
-        squares = _squared_norm(a, b, form, weight) / n**2
+        squares = _squared_norm(a, b, form, layout, weight) / n**2
         has_pairs = (count > 0).to(a.dtype)
         return Redundancy(
             diagonal=(diagonal - target).square().sum() * has_pairs,
@@ -158,6 +172,7 @@ def decur_cross(
     present: Tensor | None = None,
     divisor: float | None = None,
     form: CorrelationForm = "auto",
+    layout: RowLayout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Align the first dimensions of two modalities and decorrelate the others.
 
@@ -174,17 +189,19 @@ def decur_cross(
         present: bool (B,); False rows do not count. None counts all.
         divisor: See `redundancy`.
         form: See `redundancy`.
+        layout: See `redundancy`.
 
     Returns:
         `L_common` and `L_unique`, ().
 
     Source: Wang et al., DeCUR, ECCV 2024 (arXiv 2309.05300), section 3.
     """
-    parts = []
+    parts, layout = [], layout or row_layout(a)
     for span, target in ((slice(None, common), 1.0), (slice(common, None), 0.0)):
         terms = redundancy(
-            a[:, span], b[:, span], target=target, present=present, divisor=divisor, form=form
-        )
+            a[:, span], b[:, span], target=target, present=present, divisor=divisor, form=form,
+            layout=layout,
+        )  # fmt: skip
         parts.append(terms.weighted(off_diagonal))
     return parts[0], parts[1]
 
@@ -206,6 +223,7 @@ def vicreg(
     eps: float = 1e-4,
     divisor: float | None = None,
     form: CorrelationForm = "auto",
+    layout: RowLayout | None = None,
 ) -> VICRegTerms:
     """Compute the invariance, variance and covariance terms of VICReg.
 
@@ -223,12 +241,13 @@ def vicreg(
         eps: Added to the variance.
         divisor: Number the covariance is divided by; None takes the number of rows minus one.
         form: See `redundancy`.
+        layout: See `redundancy`.
 
     Source: Bardes et al. 2022, eq. 1 to 6. The SSL4EO baselines divide the covariance of the
     gathered batch by the local batch minus one; pass `divisor` for that.
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b = _float(a), _float(b)
+        a, b, layout = _float(a), _float(b), layout or row_layout(a)
         weight = _weight(a, present)
         rows = weight.unsqueeze(1)
         count = all_reduce_sum(weight.sum())
@@ -241,7 +260,7 @@ def vicreg(
             squares = all_reduce_sum(centred.square().sum(0))
             spread = (squares / (count - 1).clamp(min=1) + eps).sqrt()
             variance = variance + F.relu(target_std - spread).mean() / 2
-            total = _squared_norm(centred, centred, form) - squares.square().sum()
+            total = _squared_norm(centred, centred, form, layout) - squares.square().sum()
             n = (count - 1).clamp(min=1) if divisor is None else divisor
             covariance = covariance + total / n**2 / x.shape[1]
         has_rows = (count > 1).to(a.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from domainssl.distributed import Gather, gather, global_mean, offset_of_rank
+from domainssl.distributed import Gather, RowLayout, gather, global_mean, row_layout
 
 __all__ = ["token_nce"]
 
@@ -45,6 +45,7 @@ def token_nce(
     valid: Tensor | None = None,
     temperature: float = 0.1,
     gather_keys: Gather = "grad",
+    layout: RowLayout | None = None,
 ) -> Tensor:
     """Contrast every token with those of other modalities at its place, over the global batch.
 
@@ -59,6 +60,7 @@ def token_nce(
         temperature: t.
         gather_keys: `grad` takes keys of all ranks, with the exact gradient of the global loss;
             `none` only those of this rank, so that the loss depends on the number of ranks.
+        layout: Rows of every rank (`row_layout`), asked once per step; None asks again.
 
     Returns:
         The loss, (); its mean over ranks is the loss of one process with the joined batch. With
@@ -71,9 +73,12 @@ def token_nce(
         z = z / z.norm(dim=-1, keepdim=True).clamp(min=1e-8)
         if valid is None:
             valid = torch.ones(z.shape[:3], dtype=torch.bool, device=z.device)
-        keys = gather(z, gather_keys)
-        key_valid = gather(valid, "none" if gather_keys == "none" else "detach")
-        first = 0 if gather_keys == "none" else offset_of_rank(len(z), z.device)
+        if gather_keys == "none":
+            layout = RowLayout((len(z),))
+        layout = layout or row_layout(z)
+        keys = gather(z, gather_keys, layout)
+        key_valid = gather(valid, "none" if gather_keys == "none" else "detach", layout)
+        first = layout.start
         step = max(1, _MAX_ELEMENTS // (z[0, ..., 0].numel() * keys[..., 0].numel()))
         parts = []
         for start in range(0, len(z), step):

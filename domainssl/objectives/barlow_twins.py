@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from domainssl.backbones.encoders.backbone import EncoderSizes
+from domainssl.distributed import row_layout
 from domainssl.losses.decorrelation import redundancy, standardize
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Step
@@ -100,6 +101,7 @@ class BarlowTwins(_JointEmbedding):
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute the loss; items that lack a modality do not count."""
         z, rows = {}, self.present(batch)
+        layout = row_layout(rows[self.first])
         for name, vectors in self.encode_views(batch, draws).items():
             z[name] = self.project(vectors[0], name, rows[name])
         both = rows[self.first] & rows[self.second]
@@ -107,6 +109,6 @@ class BarlowTwins(_JointEmbedding):
         divisor = None
         if self.options.correlation_divisor == "4n":
             divisor = 4.0 * len(both)
-        terms = redundancy(a, b, present=both, divisor=divisor)
+        terms = redundancy(a, b, present=both, divisor=divisor, layout=layout)
         loss = terms.weighted(self.off_diagonal)
         return Step({"redundancy": loss}, with_outputs(z) if outputs else {})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from domainssl.backbones.encoders.backbone import EncoderSizes
+from domainssl.distributed import row_layout
 from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import info_nce
 from domainssl.modality import Batch, Modality
@@ -100,6 +101,7 @@ class CLIP(_JointEmbedding):
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute InfoNCE; items that lack a modality do not count."""
         z, rows = {}, self.present(batch)
+        layout = row_layout(rows[self.first])
         for name, vectors in self.encode_views(batch, draws).items():
             z[name] = self.project(vectors[0], name, rows[name])
         both = rows[self.first] & rows[self.second]
@@ -109,5 +111,6 @@ class CLIP(_JointEmbedding):
             torch.tensor(1 / self.temperature, device=both.device),
             present=both,
             symmetric=bool(self.options.symmetric),
+            layout=layout,
         )
         return Step({"contrastive": loss}, with_outputs(z) if outputs else {})

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from domainssl.backbones.base import Features, LoadReport, common_size
 from domainssl.backbones.croma import CROMABackbone, flatten_reference
 from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
+from domainssl.distributed import RowLayout, row_layout
 from domainssl.errors import WeightsError
 from domainssl.losses.contrastive import info_nce
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
@@ -223,6 +224,7 @@ class CROMA(Objective):
 
     def forward(self, batch: Batch, draws: CROMADraws, outputs: bool = False) -> Step:
         """Compute both losses; items without one of the sensors count in neither."""
+        layout = row_layout(batch[self.radar])
         x = self.backbone.normalize(batch)
         keep = {self.radar: draws.radar.keep, self.optical: draws.optical.keep}
         features = self.backbone.encode_sensors(x, keep)
@@ -232,8 +234,9 @@ class CROMA(Objective):
             features.tokens["joint"], draws.radar.restore, features.grid[self.radar]
         )
         targets = self._targets(x)
+        contrast = self._contrast(features, complete, layout)
         losses = {
-            "contrastive": self.loss_weights["contrastive"] * self._contrast(features, complete),
+            "contrastive": self.loss_weights["contrastive"] * contrast,
             **self._reconstruct(targets, prediction, draws, complete),
         }
         if not outputs:
@@ -260,7 +263,7 @@ class CROMA(Objective):
         heads = {self.radar: self.radar_projection, self.optical: self.optical_projection}
         yield from heads[name].parameters()
 
-    def _contrast(self, features: Features, complete: Tensor) -> Tensor:
+    def _contrast(self, features: Features, complete: Tensor, layout: RowLayout) -> Tensor:
         """Symmetric InfoNCE between the pooled sensors (eq. 1)."""
         projected = self.embed(features)
         return info_nce(
@@ -269,6 +272,7 @@ class CROMA(Objective):
             self.logit_scale.exp().squeeze(0),
             present=complete,
             gather_keys=self.options.contrast_gather or "grad",
+            layout=layout,
         )
 
     def _targets(self, x: Mapping[str, Any]) -> _Targets:

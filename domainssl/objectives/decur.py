@@ -25,6 +25,7 @@ from domainssl.backbones.base import Features, LoadReport
 from domainssl.backbones.encoders.backbone import DeformableAttentionUse, EncoderSizes
 from domainssl.backbones.encoders.files import read_encoder_file
 from domainssl.backbones.registry import read_tensors
+from domainssl.distributed import row_layout
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.decorrelation import decur_cross, local_gradient, redundancy
 from domainssl.modality import Batch, Modality
@@ -191,15 +192,17 @@ class DeCUR(_JointEmbedding):
         if self.options.correlation_divisor == "4n":
             divisor = 4.0 * len(rows[self.first])
         found: dict[str, Tensor] = {}
+        layout = row_layout(rows[self.first])
         for name in name_of:
             a, b = (self.norm(_float(v), rows[name]) for v in z[name])
-            terms = redundancy(a, b, present=rows[name], divisor=divisor)
+            terms = redundancy(a, b, present=rows[name], divisor=divisor, layout=layout)
             found[f"intra_{name}"] = intra * terms.weighted(self.off_diagonal)
         both = rows[self.first] & rows[self.second]
         a, b = (self.norm(_float(z[name][0]), both) for name in name_of)
         common, unique = decur_cross(
-            a, b, self.common, off_diagonal=self.off_diagonal, present=both, divisor=divisor
-        )
+            a, b, self.common, off_diagonal=self.off_diagonal, present=both, divisor=divisor,
+            layout=layout,
+        )  # fmt: skip
         found["common"], found["unique"] = half * common, half * unique
         if self.common == 0 or self.common == a.shape[1]:
             del found["common" if self.common == 0 else "unique"]

@@ -28,6 +28,7 @@ from domainssl.backbones.omnisat import (
     flatten_reference,
 )
 from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
+from domainssl.distributed import RowLayout, row_layout
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
 from domainssl.losses.tokens import token_nce
@@ -259,13 +260,17 @@ class OmniSat(Objective):
 
     def forward(self, batch: Batch, draws: OmniSatDraws, outputs: bool = False) -> Step:
         """Compute contrast and reconstruction; an item counts where it has a modality."""
+        layout = row_layout(draws.masking.removed)
         x = self.backbone.normalize(_take_frames(batch, draws.frames))
         features, traces = self.backbone.encode_sensors(x)
         names = self._names(x)
         removed = draws.masking.removed.unflatten(1, (len(names), -1)).unbind(1)
         hidden = dict(zip(names, removed, strict=True))
         features = self.backbone.fuse(features, hidden)
-        losses = {"contrastive": self.loss_weights["contrastive"] * self._contrast(features, names)}
+        losses = {
+            "contrastive": self.loss_weights["contrastive"]
+            * self._contrast(features, names, layout)
+        }
         pictures: dict[str, _Picture] = {}
         for name in names:
             rebuild = self._rebuild_series
@@ -277,13 +282,14 @@ class OmniSat(Objective):
             return Step(losses)
         return Step(losses, self._outputs(features, pictures, hidden))
 
-    def _contrast(self, features: Features, names: list[str]) -> Tensor:
+    def _contrast(self, features: Features, names: list[str], layout: RowLayout) -> Tensor:
         """Contrast the tokens before fusion (section 3.3)."""
         return token_nce(
             torch.stack([features.tokens[name] for name in names], dim=1),
             valid=torch.stack([features.token_valid[name] for name in names], dim=1),
             temperature=self.temperature,
             gather_keys="none" if self.options.contrast_gather == "local" else "grad",
+            layout=layout,
         )
 
     def embed(self, features: Features) -> dict[str, Tensor]:

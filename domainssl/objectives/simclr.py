@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from domainssl.backbones.encoders.backbone import EncoderSizes
+from domainssl.distributed import row_layout
 from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import nt_xent
 from domainssl.modality import Batch, Modality
@@ -78,8 +79,10 @@ class SimCLR(_JointEmbedding):
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute NT-Xent; items that lack a modality do not count."""
         z, rows = {}, self.present(batch)
+        layout = row_layout(rows[self.first])
         for name, vectors in self.encode_views(batch, draws).items():
             z[name] = self.project(vectors[0], name, rows[name])
         both = rows[self.first] & rows[self.second]
-        loss = nt_xent(z[self.first], z[self.second], self.temperature, present=both)
+        pair = z[self.first], z[self.second]
+        loss = nt_xent(*pair, self.temperature, present=both, layout=layout)
         return Step({"contrastive": loss}, with_outputs(z) if outputs else {})

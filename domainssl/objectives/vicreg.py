@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from domainssl.backbones.encoders.backbone import EncoderSizes
+from domainssl.distributed import row_layout
 from domainssl.losses.decorrelation import vicreg
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Step
@@ -104,13 +105,15 @@ class VICReg(_JointEmbedding):
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute the three terms; items that lack a modality do not count."""
         z, rows = {}, self.present(batch)
+        layout = row_layout(rows[self.first])
         for name, vectors in self.encode_views(batch, draws).items():
             z[name] = self.project(vectors[0], name, rows[name])
         both = rows[self.first] & rows[self.second]
         divisor = None
         if self.options.covariance_divisor == "local":
             divisor = float(max(1, len(both) - 1))
-        terms = vicreg(z[self.first], z[self.second], present=both, divisor=divisor)
+        pair = z[self.first], z[self.second]
+        terms = vicreg(*pair, present=both, divisor=divisor, layout=layout)
         losses = {
             name: weight * term
             for name, weight, term in zip(terms._fields, self.weights_of_terms, terms, strict=True)
