@@ -114,6 +114,13 @@ def redundancy(
     Returns:
         Both terms, equal on all ranks, with the gradient of one process with the joined batch;
         zeros that are connected to the inputs when no rank has a counted row.
+
+    Examples:
+        >>> a = standardize(torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]))
+        >>> [round(float(term), 3) for term in redundancy(a, a)]
+        [0.0, 0.0]
+        >>> [round(float(term), 3) for term in redundancy(a, a.flip(1))]  # columns exchanged
+        [2.0, 2.0]
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = _float(a), _float(b)
@@ -130,7 +137,12 @@ def redundancy(
 
 
 def standardize(z: Tensor, present: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """Return columns with mean 0 and variance 1 over the counted rows of all ranks, (B, D)."""
+    """Return columns with mean 0 and variance 1 over the counted rows of all ranks, (B, D).
+
+    Examples:
+        >>> [round(float(z), 3) for z in standardize(torch.tensor([[0.0], [2.0]]))]
+        [-1.0, 1.0]
+    """
     with torch.autocast(z.device.type, enabled=False):
         z = _float(z)
         weight = _weight(z, present).unsqueeze(1)
@@ -158,6 +170,11 @@ def barlow_twins(
         form: See `redundancy`.
 
     Source: Zbontar et al. 2021, eq. 1 and 2; the batch norm of the released code.
+
+    Examples:
+        >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> round(float(barlow_twins(z, -z)), 3)  # both correlations are -1 instead of 1
+        8.0
     """
     a, b = standardize(a, present), standardize(b, present)
     return redundancy(a, b, present=present, form=form).weighted(off_diagonal)
@@ -195,6 +212,11 @@ def decur_cross(
         `L_common` and `L_unique`, ().
 
     Source: Wang et al., DeCUR, ECCV 2024 (arXiv 2309.05300), section 3.
+
+    Examples:
+        >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> [float(term) for term in decur_cross(z, z, common=1)]  # the second one is not unique
+        [0.0, 1.0]
     """
     parts, layout = [], layout or row_layout(a)
     for span, target in ((slice(None, common), 1.0), (slice(common, None), 0.0)):
@@ -245,6 +267,11 @@ def vicreg(
 
     Source: Bardes et al. 2022, eq. 1 to 6. The SSL4EO baselines divide the covariance of the
     gathered batch by the local batch minus one; pass `divisor` for that.
+
+    Examples:
+        >>> z = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> [round(float(term), 3) for term in vicreg(z, 0 * z)]  # the second one has collapsed
+        [1.0, 0.495, 0.0]
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b, layout = _float(a), _float(b), layout or row_layout(a)
@@ -268,5 +295,12 @@ def vicreg(
 
 
 def local_gradient(loss: Tensor) -> Tensor:
-    """Return a loss whose gradient is 1/W of its own, as an all-reduce without backward gives."""
+    """Return a loss whose gradient is 1/W of its own, as an all-reduce without backward gives.
+
+    Examples:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> local_gradient(x**2).backward()
+        >>> float(x.grad)  # one process: the gradient itself
+        6.0
+    """
     return loss.detach() + (loss - loss.detach()) / world_size()

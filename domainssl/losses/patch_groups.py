@@ -31,6 +31,13 @@ def patch_group_statistics(
         Mean and scale, float32 (B, N, 1, C).
 
     Source: MAESTRO (arXiv 2508.10894), patch-group-wise normalisation.
+
+    Examples:
+        >>> patches = torch.tensor([[[[1.0, 10.0], [3.0, 30.0]]]])  # two pixels and bands
+        >>> patch_group_statistics(patches, [1, 1])[0].flatten().tolist()
+        [2.0, 20.0]
+        >>> patch_group_statistics(patches, [2])[0].flatten().tolist()
+        [11.0, 11.0]
     """
     with torch.autocast(patches.device.type, enabled=False):
         parts = []
@@ -55,6 +62,11 @@ def masked_error(
 
     Returns:
         The loss, (); zero and connected to `prediction` when nothing counts.
+
+    Examples:
+        >>> prediction, target = torch.tensor([0.0, 0.0]), torch.tensor([2.0, 9.0])
+        >>> float(masked_error(prediction, target, torch.tensor([True, False]), power=2))
+        4.0
     """
     with torch.autocast(prediction.device.type, enabled=False):
         error = (prediction.float() - target.float()).abs()

@@ -24,6 +24,11 @@ def patch_statistics(
         Mean and scale, (B, N, 1) each, in float32.
 
     Source: MAE (He et al. 2022), section 4; the unbiased variance is the released code's.
+
+    Examples:
+        >>> mean, scale = patch_statistics(torch.tensor([[[1.0, 3.0]]]))
+        >>> float(mean), round(float(scale), 4)
+        (2.0, 1.4142)
     """
     patches = patches.float()
     if valid is None:
@@ -56,6 +61,11 @@ def masked_patch_mse(
 
     Returns:
         The loss, (); zero and connected to `prediction` when no patch counts.
+
+    Examples:
+        >>> prediction, target = torch.zeros(1, 2, 2), torch.tensor([[[1.0, 3.0], [9.0, 9.0]]])
+        >>> float(masked_patch_mse(prediction, target, removed=torch.tensor([[True, False]])))
+        5.0
     """
     with torch.autocast(prediction.device.type, enabled=False):
         error = (prediction.float() - target.float()).square()

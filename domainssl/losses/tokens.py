@@ -67,6 +67,11 @@ def token_nce(
         no anchor at all, a zero that is connected to the tokens.
 
     Source: OmniSat (arXiv 2404.08351), section 3.3; the released code does not gather.
+
+    Examples:
+        >>> tokens = torch.eye(2).view(1, 1, 2, 2).expand(1, 2, 2, 2)  # two sensors, two patches
+        >>> round(float(token_nce(tokens, temperature=1.0)), 4)
+        0.3133
     """
     with torch.autocast(tokens.device.type, enabled=False):
         z = tokens if tokens.dtype == torch.float64 else tokens.float()
