@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["Recorded", "class_of", "plain"]
+__all__ = ["Recorded", "class_name", "class_of", "plain"]
 
 
 def plain(value: object) -> Any:
@@ -41,6 +41,11 @@ def class_of(instance: object) -> type:
     return next(
         c for c in type(instance).__mro__ if "FSDPModule" not in {b.__name__ for b in c.__mro__}
     )
+
+
+def class_name(cls: type) -> str:
+    """Return the name of a class with its module, as checkpoints and cards hold it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 class Recorded:

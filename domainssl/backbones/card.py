@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save
 
-from domainssl.arguments import class_of, plain
+from domainssl.arguments import class_name, class_of, plain
 from domainssl.backbones.base import Backbone
 from domainssl.errors import DomainSSLError, WeightsError, parsing
 from domainssl.files import open_regular, read_json
@@ -34,7 +34,7 @@ class Card:
     """What goes into a backbone, in which units, and where it comes from.
 
     Attributes:
-        name: Class of the backbone.
+        name: Class of the backbone with its module; exports before 0.2 hold the class alone.
         arguments: Constructor arguments.
         modalities: Bands in order, unit, resolution and statistics, by modality name.
         normalization: Form per modality.
@@ -128,7 +128,7 @@ def export_backbone(
     content = save(tensors)
     modalities = _describe(backbone)
     card = Card(
-        name=class_of(backbone).__name__,
+        name=class_name(class_of(backbone)),
         arguments={**backbone.arguments, "modalities": modalities},
         modalities=modalities,
         normalization={name: str(form) for name, form in backbone.normalizer.forms.items()},

@@ -18,6 +18,7 @@ from safetensors.torch import load as load_safetensors_bytes
 from safetensors.torch import load_file
 
 from domainssl import backbones
+from domainssl.arguments import class_name
 from domainssl.backbones.base import Backbone, LoadReport
 from domainssl.backbones.card import read_card
 from domainssl.errors import WeightsError, nearest, parsing
@@ -36,22 +37,25 @@ logger = logging.getLogger(__name__)
 
 
 def _families() -> dict[str, type[Backbone]]:
-    """Import every family's file and return the backbone classes by name."""
+    """Import every family's file and return the backbone classes by name with module."""
     for module in pkgutil.walk_packages(backbones.__path__, f"{backbones.__name__}."):
         importlib.import_module(module.name)
 
     def below(cls: type[Backbone]) -> list[type[Backbone]]:
         return [c for child in cls.__subclasses__() for c in (child, *below(child))]
 
-    return {cls.__name__: cls for cls in below(Backbone)}
+    return {class_name(cls): cls for cls in below(Backbone)}
 
 
 def _variants() -> dict[str, tuple[type[Backbone], dict[str, Any]]]:
-    return {
-        name: (cls, arguments)
-        for cls in _families().values()
-        for name, arguments in getattr(cls, "variants", {}).items()
-    }
+    found: dict[str, tuple[type[Backbone], dict[str, Any]]] = {}
+    for own, cls in _families().items():
+        for name, arguments in vars(cls).get("variants", {}).items():
+            if name in found:
+                other = class_name(found[name][0])
+                raise WeightsError(f"Both {other} and {own} name a variant {name!r}. Rename one.")
+            found[name] = (cls, arguments)
+    return found
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
@@ -66,10 +70,26 @@ def list_backbones(pattern: str = "*") -> list[str]:
 def backbone_class(name: str) -> type[Backbone]:
     """Return the backbone class of a card.
 
+    Args:
+        name: With its module; the class alone, as cards before 0.2 hold it, is looked up too, and
+            one of ours whose file has moved.
+
     Raises:
-        WeightsError: There is no such class; a class of your own must be imported first.
+        WeightsError: There is no such class, or more than one; a class of your own must be
+            imported first.
     """
     families = _families()
+    short = name.rpartition(".")[2]
+    if name not in families and (name == short or name.startswith("domainssl.")):
+        same = [full for full in families if full.rpartition(".")[2] == short]
+        if name != short:
+            same = [full for full in same if full.startswith("domainssl.")]
+        if len(same) > 1:
+            raise WeightsError(
+                f"Backbone class {name!r} may be any of {', '.join(same)}. Write one of them as "
+                "'name' into the card."
+            )
+        name = same[0] if same else name
     if name not in families:
         raise WeightsError(
             f"Unknown backbone class {name!r}.{nearest(name, families)} Known: "

@@ -6,8 +6,6 @@ panels, checkpoints) is work it was asked to do and happens outside the steps th
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -123,11 +121,7 @@ def _callback(entry: str | dict[str, Any]) -> Callback:
     path = entry if isinstance(entry, str) else entry["class_path"]
     arguments = {} if isinstance(entry, str) else entry.get("init_args", {})
     name = path.rsplit(".", 1)[-1]
-    modules = [m.name for m in pkgutil.iter_modules(callbacks.__path__)]
-    homes = [importlib.import_module(f"domainssl.callbacks.{module}") for module in modules]
-    made: Callback = next(getattr(m, name) for m in homes if name in getattr(m, "__all__", ()))(
-        **arguments
-    )
+    made: Callback = getattr(callbacks, name)(**arguments)
     return made
 
 

@@ -17,7 +17,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from domainssl._torch import set_rates
-from domainssl.arguments import Recorded, class_of, plain
+from domainssl.arguments import Recorded, class_name, class_of, plain
 from domainssl.backbones.base import Backbone, Features
 from domainssl.distributed import all_reduce_sum, rank, world_size
 from domainssl.errors import ConfigError
@@ -321,7 +321,7 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
             check_weights(self.named_parameters(), self.trainer.global_step)
         checkpoint["training"] = {"batches": self._batch_counter}
         checkpoint["backbone"] = {
-            "name": class_of(self.backbone).__name__,
+            "name": class_name(class_of(self.backbone)),
             "arguments": copy.deepcopy(self.backbone.arguments),
         }
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TinyBackbone, tiny_modalities
 
 from domainssl import export_backbone, list_backbones, load_backbone
 from domainssl.backbones.card import ExportError
 from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
+from domainssl.backbones.registry import backbone_class
 from domainssl.errors import DataError, WeightsError
 
 SIZES = {"width": 32, "depth": 2, "heads": 4}
@@ -177,3 +179,28 @@ def test_a_bare_tensor_is_refused_with_the_form_that_is_taken(backbone: CROMABac
 def test_the_folder_of_a_run_leads_to_its_export(backbone: CROMABackbone, tmp_path: Path) -> None:
     export_backbone(backbone, tmp_path / "backbone")
     assert type(load_backbone(tmp_path)) is CROMABackbone
+
+
+def test_cards_name_the_class_with_its_module_and_old_ones_still_load(tmp_path):
+    backbone = TinyBackbone(tiny_modalities())
+    export_backbone(backbone, tmp_path / "new")
+    path = tmp_path / "new" / "backbone.json"
+    card = json.loads(path.read_text())
+    assert card["name"] == "tiny.TinyBackbone"
+    path.write_text(json.dumps({**card, "name": "TinyBackbone"}))
+    torch.testing.assert_close(load_backbone(tmp_path / "new").state_dict(), backbone.state_dict())
+
+
+def test_a_bare_name_of_two_classes_is_refused_with_both():
+    twins = [type("Twin", (TinyBackbone,), {"__module__": module}) for module in ("one", "two")]
+    with pytest.raises(WeightsError, match=r"'Twin' may be any of one\.Twin, two\.Twin"):
+        backbone_class("Twin")
+    assert backbone_class("two.Twin") is twins[1]
+
+
+def test_a_class_of_ours_is_found_after_its_file_moved():
+    assert backbone_class("domainssl.backbones.elsewhere.CROMABackbone").__module__ == (
+        "domainssl.backbones.croma"
+    )
+    with pytest.raises(WeightsError, match="Unknown backbone class 'other.CROMABackbone'"):
+        backbone_class("other.CROMABackbone")

@@ -243,7 +243,7 @@ def test_the_exported_backbone_holds_the_trained_weights_and_their_origin(tmp_pa
     callback = ExportBackbone(licence="CC-BY-4.0")
     model, _ = run(tmp_path, [callback], max_epochs=1)
     card = json.loads((tmp_path / "backbone" / "backbone.json").read_text())
-    assert card["name"] == "TinyBackbone" and card["licence"] == "CC-BY-4.0"
+    assert card["name"] == "tiny.TinyBackbone" and card["licence"] == "CC-BY-4.0"
     assert card["provenance"]["objective"] == "TinyObjective"
     assert card["provenance"]["optimizer_steps"] == 4
     from safetensors.torch import load_file

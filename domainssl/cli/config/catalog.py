@@ -7,6 +7,8 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
+from domainssl.errors import ConfigError
+
 __all__ = ["configs", "find_classes", "full_name", "package_folder", "recipes", "summaries"]
 
 _FOLDERS = {
@@ -33,10 +35,13 @@ def find_classes(kind: str) -> dict[str, str]:
     """Return short name -> dotted path for `model`, `data`, `callbacks` or `loggers`.
 
     Ours win over Lightning's of the same name. The files are read, not imported.
+
+    Raises:
+        ConfigError: Two files define a class of one name.
     """
     found = _lightning_names(kind) if kind in ("callbacks", "loggers") else {}
     bases: dict[str, set[str]] = {}
-    homes: dict[str, str] = {}
+    homes: dict[str, list[str]] = {}
     for folder in _FOLDERS[kind]:
         for path in _sources(folder):
             body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -45,7 +50,7 @@ def find_classes(kind: str) -> dict[str, str]:
                 if isinstance(node, ast.ClassDef):
                     parents = {_last_name(base) for base in node.bases}
                     bases[node.name] = {renamed.get(name, name) for name in parents}
-                    homes[node.name] = f"{_module(path)}.{node.name}"
+                    homes.setdefault(node.name, []).append(f"{_module(path)}.{node.name}")
     roots = _ROOTS[kind] | set(found)
     known = {name for name, parents in bases.items() if parents & roots}
     while True:
@@ -53,8 +58,11 @@ def find_classes(kind: str) -> dict[str, str]:
         if not more:
             break
         known |= more
-    usable = known - _ROOTS[kind]
-    found |= {name: homes[name] for name in sorted(usable) if not name.startswith("_")}
+    for name in sorted(known - _ROOTS[kind]):
+        if len(homes[name]) > 1:
+            raise ConfigError(f"{name!r} is defined twice: {homes[name]}. Rename one of them.")
+        if not name.startswith("_"):
+            found[name] = homes[name][0]
     return found
 
 
