@@ -44,6 +44,7 @@ __all__ = [
     "key",
     "plain",
     "present_mask",
+    "sides_of",
     "valid_mask",
 ]
 
@@ -206,6 +207,20 @@ def as_modalities(values: Mapping[str, Modality | Mapping[str, Any]]) -> dict[st
             )
         result[name] = value
     return result
+
+
+def sides_of(size: int | Sequence[int], axes: int, name: str = "size") -> tuple[int, ...]:
+    """Return a size with one number per axis, in order; one number stands for all axes.
+
+    Raises:
+        ConfigError: There are numbers for another number of axes.
+    """
+    sides = (size,) * axes if isinstance(size, int) else tuple(int(side) for side in size)
+    if len(sides) != axes:
+        raise ConfigError(
+            f"{name}: got {list(sides)}, expected one number, or {axes}: one per axis."
+        )
+    return sides
 
 
 def key(name: str, companion: str) -> str:

@@ -54,8 +54,8 @@ class CLIP(_JointEmbedding):
         projector: Widths of the projector's linear layers; the last is the embedding's.
         temperature: Divides the cosines; 1 as in the published baseline, 0.07 is more usual.
         views: How views are drawn, per modality; None takes the published pipelines.
-        context_size: Side of the window that the DataModule yields.
-        view_size: Side of a view; None takes `context_size`.
+        context_size: Size of the window that the DataModule yields, in pixels.
+        view_size: Size of a view in pixels; None takes `context_size`.
         normalization: Form for both modalities, or one per modality.
         weights: Start from this export, checkpoint or published file.
         reference: Follow the released code where it differs from ours.
@@ -78,8 +78,8 @@ class CLIP(_JointEmbedding):
         projector: tuple[int, ...] = (512, 128),
         temperature: float = 1.0,
         views: dict[str, Views] | None = None,
-        context_size: int = 224,
-        view_size: int | None = None,
+        context_size: int | tuple[int, ...] = 224,
+        view_size: int | tuple[int, ...] | None = None,
         normalization: str | dict[str, str] = "mean2std",
         weights: str | None = None,
         reference: bool = False,

@@ -26,7 +26,14 @@ from domainssl.distributed import RowLayout, row_layout
 from domainssl.errors import WeightsError
 from domainssl.losses.contrastive import info_nce
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
-from domainssl.modality import Batch, Modality, as_modalities, present_mask, valid_mask
+from domainssl.modality import (
+    Batch,
+    Modality,
+    as_modalities,
+    present_mask,
+    sides_of,
+    valid_mask,
+)
 from domainssl.nn.masking import Masking, kept_count, mask_from_noise
 from domainssl.nn.patching import grid_of, patchify, unpatchify
 from domainssl.objectives.base import Generators, Objective, Step
@@ -118,7 +125,8 @@ class CROMA(Objective):
         architecture: Explicit sizes over the named one.
         radar: Name of the radar modality.
         optical: Name of the optical modality.
-        context_size: Side of the square (cubic) window in pixels, a multiple of `patch_size`.
+        context_size: Size of the window in pixels, one number or one per axis, multiples of
+            `patch_size`.
         patch_size: Side of a patch.
         mask_ratio: Share of patches hidden, one number for both sensors or one per modality.
         normalization: Form for both sensors, or one per modality.
@@ -148,7 +156,7 @@ class CROMA(Objective):
         architecture: CROMAArchitecture = CROMAArchitecture(),
         radar: str = "s1",
         optical: str = "s2",
-        context_size: int = 120,
+        context_size: int | tuple[int, ...] = 120,
         patch_size: int = 8,
         mask_ratio: float | dict[str, float] = 0.75,
         normalization: str | dict[str, str] = "mean2std",
@@ -193,7 +201,8 @@ class CROMA(Objective):
         else:
             self.backbone, reference_state = _from_weights(weights, size, known, variant)
         spatial_dims = known[radar].spatial_dims
-        grid_of([context_size] * spatial_dims, patch_size, "model.init_args.context_size")
+        where = "model.init_args.context_size"
+        grid_of(sides_of(context_size, spatial_dims, where), patch_size, where)
         width = self.backbone.embed_dim["joint"]
         pixels = patch_size**spatial_dims
         self._values = [known[name].num_channels * pixels for name in (optical, radar)]

@@ -29,6 +29,7 @@ from domainssl.modality import (
     check_batch,
     key,
     present_mask,
+    sides_of,
     valid_mask,
 )
 from domainssl.nn.heads import ProjectionHead
@@ -68,7 +69,7 @@ class _JointEmbedding(Objective):
         sizes: Sizes of the encoder `transformer`.
         deformable_attention: See `EncoderBackbone`.
         views: How views are drawn, per modality; None takes `published_views`.
-        view_size: Side of a view in pixels or voxels; None takes `context_size`.
+        view_size: Size of a view in pixels or voxels; None takes `context_size`.
         normalization: Form for both, or per modality.
         weights: Start from this export, checkpoint or reference file.
         num_views: Views per modality and item.
@@ -86,10 +87,10 @@ class _JointEmbedding(Objective):
         sizes: EncoderSizes,
         deformable_attention: DeformableAttentionUse,
         views: Mapping[str, Views | Mapping[str, Any]] | None,
-        view_size: int | None,
+        view_size: int | tuple[int, ...] | None,
         normalization: str | dict[str, str],
         weights: str | None,
-        context_size: int,
+        context_size: int | tuple[int, ...],
         optimization: Optimization,
         seed: int,
         allow_accumulation: bool,
@@ -111,11 +112,13 @@ class _JointEmbedding(Objective):
                 "the DataModule."
             )
         self.num_views = num_views
-        self.view_size = context_size if view_size is None else view_size
+        axes = next(iter(known.values())).spatial_dims
+        given = context_size if view_size is None else view_size
+        self.view_size = sides_of(given, axes, "model.init_args.view_size")
         variant: dict[str, Any] = {
             "encoder": encoder,
             "sizes": as_dataclass(EncoderSizes, sizes),
-            "image_size": self.view_size,
+            "image_size": max(self.view_size),
             "deformable_attention": deformable_attention,
         }
         if weights is None:
@@ -204,8 +207,7 @@ class _JointEmbedding(Objective):
         if is_series:
             items = torch.arange(len(values), device=values.device)
             values, usable = values[items, view.date], usable[items, view.date]
-        size = (self.view_size,) * modality.spatial_dims
-        values, usable = geometry(values, usable, view, size)
+        values, usable = geometry(values, usable, view, self.view_size)
         values = photometry(values, usable, view, self.views[name])
         if is_series:
             values, usable = values.unsqueeze(1), usable.unsqueeze(1)

@@ -156,7 +156,7 @@ class MAESTRO(Objective):
         weights: str | None = None,
         reference: bool = False,
         options: MAESTROOptions = MAESTROOptions(),
-        context_size: int | None = None,
+        context_size: int | tuple[int, ...] | None = None,
         optimization: Optimization = _PUBLISHED,
         seed: int = 0,
         allow_accumulation: bool = False,

@@ -117,7 +117,7 @@ def test_published_sizes_of_decur_stand_in_its_overlays(folder, size):
     assert data["window"]["size"] == 264 and data["modalities"]["s2"] == "S2L1C"
     with torch.device("meta"):
         model = DeCUR({m.name: m for m in map(published_modality, (2, 13))}, **arguments)
-    assert (model.common, model.view_size, model.off_diagonal) == (7168, 224, 0.0051)
+    assert (model.common, model.view_size, model.off_diagonal) == (7168, (224, 224), 0.0051)
     assert model.views == {n: published_views(m) for n, m in model.backbone.modalities.items()}
     assert model.optimization.optimizer == ("lars" if size == "resnet50" else "adamw")
     parts = [*model.backbone.encoders.values(), model.heads["shared"]]

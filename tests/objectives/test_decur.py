@@ -48,6 +48,20 @@ def test_a_joint_file_that_is_written_and_read_gives_the_same_model(tmp_path: Pa
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+def test_views_have_a_size_per_axis_in_order() -> None:
+    model = build(context_size=(32, 48))
+    batch = {"id": ["a", "b"]} | {
+        name: torch.rand(2, m.num_channels, 32, 48) for name, m in model.backbone.modalities.items()
+    }
+    draws = model.draw(batch, Generators(*(torch.Generator().manual_seed(i) for i in (0, 1))))
+    assert model.view_size == (32, 48)
+    assert all(loss.isfinite() for loss in model(batch, draws).losses.values())
+    with pytest.raises(
+        ConfigError, match=r"view_size: got \[32, 48, 32\], expected one number, or 2"
+    ):
+        build(context_size=(32, 48, 32))
+
+
 def test_projectors_that_differ_cannot_be_shared(tmp_path: Path) -> None:
     state = build(options=DeCUROptions(shared_projector=False)).to_reference()
     path = tmp_path / "joint.pth"
