@@ -15,7 +15,7 @@ import torch
 from domainssl.datamodules.base import DomainDataModule
 from domainssl.errors import ConfigError, DataError
 from domainssl.inspection.files import band_rows
-from domainssl.inspection.subjects import OfSource, channel_first
+from domainssl.inspection.items import OfSource, channel_first
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Source
 from domainssl.modality import Batch, Modality, key

@@ -103,7 +103,7 @@ def test_statistics_of_any_source_are_those_of_its_valid_pixels(
 def test_small_blocks_are_measured_in_pieces_and_shards_give_one_file(
     data: _Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("domainssl.inspection.subjects._PIECE_BYTES", 2000)
+    monkeypatch.setattr("domainssl.inspection.items._PIECE_BYTES", 2000)
     subject = subject_of(data, "train")
     subject.described = {"s2": data.modalities["s2"]}
     assert subject.keys == ["blocks 0 to 1", "blocks 2 to 2"]

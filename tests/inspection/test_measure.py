@@ -313,3 +313,9 @@ def test_data_without_a_valid_pixel_are_refused(
     monkeypatch.setattr(module, "_measure_piece", lambda subject, number: nothing)
     with pytest.raises(DataError, match="'s1' has no valid pixel in 4 block"):
         measure(OfCatalogue(catalogue), tmp_path / "stats.yaml", Plan(jobs=0))
+
+
+def test_processes_that_measure_files_do_not_import_torch() -> None:
+    words = "import sys, domainssl.inspection.statistics as s; assert 'torch' not in sys.modules"
+    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", words], check=True, timeout=600, env=environment)
