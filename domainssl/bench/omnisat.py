@@ -1,8 +1,11 @@
-"""OmniSat's token contrast against the same loss with a full mask matrix and loops over tokens.
+"""OmniSat's contrast and image path against plain forms of the same work.
 
-The other side joins the tokens of all modalities, compares all of them with all of them, and
-leaves blocks out and picks positives by two matrices of one entry per pair of tokens, which a
-Python loop over items, modalities and patches fills, as the released code does.
+The image path, encoder and decoder of aerial patches, is compared with torch's own batch norm,
+pooling and unpooling on maps that are not channels last.
+
+The other side of the contrast joins the tokens of all modalities, compares all of them with all of
+them, and leaves blocks out and picks positives by two matrices of one entry per pair of tokens,
+which a Python loop over items, modalities and patches fills, as the released code does.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from torch import Tensor
 from domainssl.bench.models import peak_memory
 from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
 from domainssl.losses.tokens import token_nce
+from domainssl.nn.bypass import PatchDecoder, PatchEncoder
+from domainssl.nn.norm import GlobalBatchNorm
 
-__all__ = ["direct", "measure"]
+__all__ = ["direct", "measure", "plain"]
 
 _MODALITIES, _PATCHES, _WIDTH, _TEMPERATURE = 3, 36, 256, 0.1  # TreeSatAI Time Series as published
 
@@ -41,8 +46,52 @@ def direct(tokens: Tensor, temperature: float) -> Tensor:
     return (every - scores.masked_fill(~positive, -torch.inf).logsumexp(-1)).mean()
 
 
+def plain(encoder: PatchEncoder, decoder: PatchDecoder, x: Tensor) -> Tensor:
+    """Encode and decode patches (N, C, p, p) by torch's modules, the way the released code does."""
+    poolings: list[tuple[Tensor, torch.Size]] = []
+    for layer in encoder.proj:
+        if isinstance(layer, torch.nn.MaxPool2d):
+            size = x.shape
+            x, indices = F.max_pool2d(x, 2, return_indices=True)
+            poolings.insert(0, (indices, size))
+        elif isinstance(layer, GlobalBatchNorm):
+            x = F.batch_norm(x, None, None, layer.weight, layer.bias, True, eps=layer.eps)
+        else:
+            x = layer(x)
+    for (indices, size), layer in zip(poolings, decoder.decode[1::2], strict=True):
+        x = layer(F.max_unpool2d(x, indices, [2, 2], output_size=list(size[-2:])))
+    return x
+
+
+def _image_path(settings: Settings) -> Row:
+    side, width, channels = (8, 16, 4) if settings.quick else (50, 256, 4)
+    count = settings.pick(36, 2, None)
+    torch.manual_seed(0)
+    encoder, decoder = PatchEncoder(channels, width, side), PatchDecoder(channels, width, side)
+    encoder, decoder = encoder.to(settings.device), decoder.to(settings.device)
+    x = torch.randn(count, channels, side, side, device=settings.device)
+    counts = torch.ones(count, dtype=torch.bool, device=settings.device)
+    watched = [*encoder.parameters(), *decoder.parameters()]
+
+    def with_loss(out: Tensor) -> Tensor:
+        return (out - x).square().mean()
+
+    ours = _step(lambda: with_loss(decoder(*encoder(x, counts))), *watched)
+    other = _step(lambda: with_loss(plain(encoder, decoder, x)), *watched)
+    _check_equal(ours(), other())
+    return ratio(
+        "omnisat",
+        "plain / ours, image path, time",
+        interleaved(ours, other, settings.pick(5, 1, settings.rounds), settings.device),
+        Goal("at least", 1.0),
+        f"{count} patches of {side} px, width {width}, encoder and decoder with gradient",
+        ("ours", "plain"),
+    )
+
+
 def measure(settings: Settings) -> Iterator[Row]:
-    """Yield the ratio of times and that of peak memory."""
+    """Yield the ratios of times and that of peak memory."""
+    yield _image_path(settings)
     count = settings.pick(64 if settings.device.startswith("cuda") else 16, 3, settings.batch)
     patches, width = (4, 16) if settings.quick else (_PATCHES, _WIDTH)
     generator = torch.Generator().manual_seed(0)
@@ -72,13 +121,13 @@ def measure(settings: Settings) -> Iterator[Row]:
     )
 
 
-def _step(loss: Callable[[], Tensor], tokens: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Return what computes a loss and its gradient."""
+def _step(loss: Callable[[], Tensor], *inputs: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Return what computes a loss and its gradient by all inputs, one behind the other."""
 
     def step() -> tuple[Tensor, Tensor]:
         value = loss()
-        (gradient,) = torch.autograd.grad(value, tokens)
-        return value.detach(), gradient
+        gradients = torch.autograd.grad(value, inputs)
+        return value.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
     return step
 

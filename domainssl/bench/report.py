@@ -40,7 +40,7 @@ SUBJECTS = {
     "matmul": "CROMA's training step against its own matrix products run back to back",
     "objectives": "the step of each other objective against its own matrix products",
     "decur": "DeCUR's loss from Gram matrices against the one from correlation matrices",
-    "omnisat": "OmniSat's token contrast against full mask matrices, time and memory",
+    "omnisat": "OmniSat's image path and token contrast against plain forms, time and memory",
     "distances": "distances of a large grid, and the backbone on it with its memory",
     "wait": "time that training from files spends waiting for data",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
