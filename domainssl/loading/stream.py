@@ -31,6 +31,7 @@ from domainssl.errors import DataError
 from domainssl.loading.memory import KeptMemory, SharedPool, empty
 from domainssl.loading.plan import EpochPlan, Piece
 from domainssl.loading.source import Loading, Rows, Source
+from domainssl.loading.validity import ValidityCheck
 from domainssl.modality import Batch, collate
 
 __all__ = ["BlockStream", "Loading", "Rows", "Source", "dead_worker", "empty"]
@@ -176,6 +177,7 @@ class BlockStream:
         self._memory = KeptMemory()  # of batches, and of pieces that are loaded in this process
         self._pool: SharedPool | None = None
         self._tasks = _Tasks()
+        self._validity = ValidityCheck(split)
         self._iteration = 0
         first = plan(0)
         first.require_batches(split)
@@ -198,7 +200,7 @@ class BlockStream:
         before = _Tally(self.tally.bytes_decoded, self.tally.bytes_needed, self.tally.blocks)
         rows = self._rows(plan, window, skip)
         pin = bool(self.loading.pin_memory) and torch.cuda.is_available()
-        for size in plan.batch_sizes[done:]:
+        for number, size in enumerate(plan.batch_sizes[done:], done + 1):
             if mine != self._iteration:
                 raise RuntimeError(
                     f"The {self.split} stream was iterated anew while an older iterator was still "
@@ -214,6 +216,9 @@ class BlockStream:
                 raise found from error
             with _one_thread(), self._memory.serving():
                 batch = _assemble([(piece.data, i) for piece, i in items], pin)
+            self._validity.look(batch)
+            if done == 0 and number == len(plan.batch_sizes):
+                self._validity.end()
             del items  # pieces that are used up make room before the next ones come
             yield batch
         rows.close()

@@ -57,6 +57,8 @@ class Layer:
         is_static: Has no dates even where the others are series, as terrain has none.
         mean: Per band; the published ones of SSL4EO-S12 where left out and known.
         std: Per band.
+        nodata: A stored number, or several, that mean nothing was measured and that the files do
+            not declare.
     """
 
     bands: tuple[str, ...]
@@ -70,6 +72,7 @@ class Layer:
     is_static: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    nodata: float | tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.bands:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -197,17 +197,23 @@ def _describe(layer: Layer, found: Found, options: Options | None) -> LayerFile:
     if found.path.lower().endswith(GEOTIFF_ENDINGS):
         if layer.mask is not None:
             raise DataError(f"{found.path}: masks are read from zarr stores only; set mask: null.")
-        return describe_geotiff(found.path, layer.bands, crs=layer.crs, date=found.date)
-    return describe_zarr(
-        found.path,
-        layer.bands,
-        group=found.group,
-        step_hint=layer.gsd_m,
-        mask=layer.mask.variable if layer.mask else None,
-        crs=layer.crs,
-        date=found.date,
-        options=options,
-    )
+        file = describe_geotiff(found.path, layer.bands, crs=layer.crs, date=found.date)
+    else:
+        file = describe_zarr(
+            found.path,
+            layer.bands,
+            group=found.group,
+            step_hint=layer.gsd_m,
+            mask=layer.mask.variable if layer.mask else None,
+            crs=layer.crs,
+            date=found.date,
+            options=options,
+        )
+    if layer.nodata is None:
+        return file
+    more = layer.nodata if isinstance(layer.nodata, tuple | list) else (layer.nodata,)
+    bands = tuple(replace(band, nodata=(*band.nodata, *more)) for band in file.bands)
+    return replace(file, bands=bands)
 
 
 def _reason_against(site: Site, sides: Sequence[float], dates: Dates) -> str:

@@ -183,6 +183,33 @@ def test_nodata_nan_mask_and_range_make_pixels_invalid(tmp_path):
     assert batch["s2"].isfinite().all() and batch["s2"][0, 0, 1, 0] == 0
 
 
+@pytest.mark.parametrize("suffix", [".tif", ".zarr"])
+@pytest.mark.parametrize("nodata", [-9999, [-9999.0, -1.0]])
+def test_a_layer_declares_missing_values_that_no_file_does(tmp_path, suffix, nodata):
+    stored = np.full((1, 1, 32, 32), -12.0, np.float32)
+    stored[0, 0, 3] = -9999
+    if suffix == ".tif":
+        write_geotiff(tmp_path / "x.tif", stored[0], ("VV",))
+    else:
+        write_cube(tmp_path / "x.zarr", stored, ("VV",), times=None)
+    layers = {"s1": Layer(("VV",), f"x{suffix}", "db", "db", nodata=nodata)}
+    data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
+                  held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
+    batch = batches(data)[0]
+    assert not batch["s1.valid"][0, 3].any() and batch["s1.valid"].sum() == 31 * 32
+    assert batch["s1"].min() == -12
+
+
+def test_a_modality_that_is_never_valid_ends_the_run(tmp_path):
+    stored = np.full((1, 1, 32, 32), -9999.0, np.float32)
+    write_cube(tmp_path / "x.zarr", stored, ("VV",), times=None, attrs={"nodata": -9999})
+    layers = {"s1": Layer(("VV",), "x.zarr", "db", "db")}
+    data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
+                  held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
+    with pytest.raises(DataError, match="s1: not one pixel is valid in 1 train batches"):
+        batches(data)
+
+
 @pytest.mark.parametrize(
     ("stored_unit", "value"), [("linear", 0.01), ("amplitude", 0.1), ("db", -20.0)]
 )
