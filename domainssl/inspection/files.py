@@ -13,6 +13,7 @@ import numpy as np
 from domainssl.errors import DataError
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
+from domainssl.io.raster.grid import X_NAMES, Y_NAMES
 from domainssl.io.raster.zarr import Cube, open_cube
 from domainssl.io.ssl4eo.facts import L1C_BANDS
 from domainssl.io.storage.archives import tar_index
@@ -187,7 +188,8 @@ def _describe(cube: Cube) -> dict[str, Any]:
                 "missing_chunks": missing,
             }
         )
-        if missing and len(info.shape) > 1:
+        is_image = bool(set(info.dims) & set(Y_NAMES)) and bool(set(info.dims) & set(X_NAMES))
+        if missing and (name == "bands" or is_image):
             problems.append(f"{cube.name}: array {name!r} lacks {missing} chunks (read as fill)")
     if not arrays:
         problems.append(f"{cube.name}: the zarr hierarchy holds no array")
