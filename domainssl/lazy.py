@@ -32,25 +32,29 @@ def lazily(package: str, name: str) -> object:
 def exported(package: str) -> dict[str, str]:
     """Return name -> module of everything that the files of a package list in `__all__`.
 
-    A function that is called like its file, such as `nn.attention.attention`, is left out: that
-    name is the file's.
+    Left out are names that several files define, generators of samples, and a function that is
+    called like its file, such as `nn.attention.attention`: that name is the file's.
     """
     file = sys.modules[package].__file__
     assert file is not None
     root = Path(file).parent
-    found: dict[str, str] = {}
-    for path in sorted(root.rglob("*.py"), key=lambda path: (len(path.parts), path)):
+    homes: dict[str, list[str]] = {}
+    for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if any(part.startswith("_") for part in parts):
-            continue
-        for name in _listed(ast.parse(path.read_text(encoding="utf-8"))):
-            found.setdefault(name, ".".join((package, *parts)))
-    modules = {path.stem for path in root.glob("*.py")} | {path.name for path in root.iterdir()}
-    return {name: home for name, home in sorted(found.items()) if name not in modules}
+        if not any(part.startswith("_") or part == "samples" for part in parts):
+            for name in _defined(ast.parse(path.read_text(encoding="utf-8"))):
+                homes.setdefault(name, []).append(".".join((package, *parts)))
+    modules = {path.stem for path in root.iterdir()}
+    return {n: h[0] for n, h in sorted(homes.items()) if len(h) == 1 and n not in modules}
 
 
-def _listed(tree: ast.Module) -> list[str]:
+def _defined(tree: ast.Module) -> list[str]:
+    """Return the names in a file's `__all__` that it does not import from another file."""
+    listed: list[str] = []
+    imported: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return [str(name) for name in ast.literal_eval(node.value)]
-    return []
+            listed = [str(name) for name in ast.literal_eval(node.value)]
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {alias.asname or alias.name for alias in node.names}
+    return [name for name in listed if name not in imported]
