@@ -11,7 +11,9 @@ import torch
 from ssl4eo_files import DATES, SIDE, pattern, tile_table
 
 from domainssl.datamodules import SSL4EOS12DataModule
+from domainssl.errors import DataError
 from domainssl.io.ssl4eo.write import write_release_a
+from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
 from domainssl.objectives.base import Generators
 from domainssl.objectives.croma import CROMA
@@ -43,7 +45,10 @@ def step(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], CROMA]:
         root=str(root), global_batch_size=4, window=Window(size=24), loading=Loading(workers=0)
     )
     data.setup("fit")
-    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    # from the source: the stream ends a run in which no pixel of a modality is ever valid
+    rows = data.source("train").load(Piece(0, 0, len(IDS)), 0).data
+    found = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in rows.items()}
+    batch = data.on_after_batch_transfer(found, 0)
     torch.manual_seed(0)
     model = CROMA(
         data.modalities,
@@ -90,6 +95,16 @@ def test_a_batch_without_any_valid_pixel_has_no_reconstruction_to_learn_from(tmp
     losses, _, _ = step(tmp_path)
     reconstructions = [loss for name, loss in losses.items() if "contrast" not in name]
     assert reconstructions and all(float(loss.detach()) == 0.0 for loss in reconstructions)
+
+
+def test_a_run_without_any_valid_pixel_of_a_modality_is_ended(tmp_path):
+    write(tmp_path, np.nan, None, IDS)
+    data = SSL4EOS12DataModule(
+        root=str(tmp_path), global_batch_size=4, window=Window(size=24), loading=Loading(workers=0)
+    )
+    data.setup("fit")
+    with pytest.raises(DataError, match="s1: not one pixel is valid in 1 train batches"):
+        list(data.train_dataloader())
 
 
 def test_what_fills_an_invalid_window_does_not_matter(tmp_path):
