@@ -45,7 +45,8 @@ class Layer:
     Attributes:
         bands: Names in the order wanted.
         path: A store, or a folder of stores or GeoTIFF, one per site; or a pattern with `{site}`,
-            `{date}`, `*` and `?`, such as `{site}/s2_{date}.tif`. Empty means the layer's key.
+            `{date}`, `{band}`, `*` and `?`, such as `{site}/s2_{date}.tif`. Files that differ in
+            `{band}` alone are joined. Empty means the layer's key.
         value_unit: What batches carry: `dn` (Sentinel-2 numbers without offset), `reflectance`,
             `db`, or `arbitrary` for values as they are.
         stored_unit: What the files hold once scale and offset of their attributes are applied:

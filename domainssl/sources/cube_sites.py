@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.io.raster.read import conversion
 from domainssl.io.raster.sites import Found, find_files
+from domainssl.io.ssl4eo.facts import canonical_band
 from domainssl.io.storage.paths import Options
 from domainssl.sources.cube_options import Layer, snap_m
 from domainssl.sources.dates import Dates
@@ -175,7 +177,7 @@ def _metres(crs: str) -> float:
 
 
 def _layer(name: str, layer: Layer, found: list[Found], options: Options | None) -> SiteLayer:
-    files = tuple(_describe(layer, each, options) for each in found)
+    files = tuple(_joined(layer, found, options))
     first = files[0]
     for file in files[1:]:
         if file.crs != first.crs:
@@ -190,7 +192,60 @@ def _layer(name: str, layer: Layer, found: list[Found], options: Options | None)
     pairs = [(t, f, d) for f, file in enumerate(files) for d, t in enumerate(file.times)]
     times = np.array([t for t, _, _ in pairs], "datetime64[s]")
     order = np.argsort(times, kind="stable")  # unknown dates last
+    for i, j in pairwise(order):
+        (_, a, _), (_, b, _) = pairs[i], pairs[j]
+        if a != b and (times[i] == times[j] or np.isnat(times[i])):
+            _refuse_equal_dates(name, files[a], files[b], times[i])
     return SiteLayer(files, tuple(pairs[i][1:] for i in order), times[order])
+
+
+def _refuse_equal_dates(name: str, first: LayerFile, second: LayerFile, time: Any) -> None:
+    """Raise: two files of a layer and site must not be taken for two dates."""
+    date = "no date" if np.isnat(time) else f"the date {time}"
+    raise DataError(
+        f"layer {name!r}: several files of one site have {date}: {first.path} and {second.path}. "
+        f"Set data.init_args.modalities.{name}.path to a pattern that tells them apart: {{band}} "
+        "where each file holds one band, {date} where their names have dates, {site} where they "
+        "show different places; or one that fits one of them only."
+    )
+
+
+def _joined(layer: Layer, found: Sequence[Found], options: Options | None) -> Iterator[LayerFile]:
+    """Describe files; those of one date that hold a band each become one.
+
+    Raises:
+        DataError: A date lacks a band, or has it twice.
+    """
+    if not found[0].band:
+        yield from (_describe(layer, each, options) for each in found)
+        return
+    dates: dict[tuple[str, str], dict[str, Found]] = {}
+    for each in found:
+        several = dates.setdefault((each.date, each.group), {})
+        first = several.setdefault(canonical_band(each.band), each)
+        if first is not each:
+            raise DataError(
+                f"band {each.band!r} of one site and date is in {first.path} and {each.path}. Tell "
+                "them apart in the pattern of data.init_args.modalities.<name>.path by {date} or "
+                "{site}, or let it fit one of them only."
+            )
+    for several in dates.values():
+        lacking = [band for band in layer.bands if canonical_band(band) not in several]
+        if lacking:
+            raise DataError(
+                f"{next(iter(several.values())).path}: no file of this site and date holds band "
+                f"{lacking[0]!r}; there are: {', '.join(sorted(several))}."
+            )
+        files = []
+        for band in layer.bands:
+            file = _describe(replace(layer, bands=(band,)), several[canonical_band(band)], options)
+            files.append(file)
+            if file.crs != files[0].crs or not np.array_equal(file.times, files[0].times, True):
+                raise DataError(
+                    f"{file.path} and {files[0].path} hold bands of one site and date, but differ "
+                    "in reference system or dates."
+                )
+        yield replace(files[0], bands=tuple(replace(f.bands[0], path=f.path) for f in files))
 
 
 def _describe(layer: Layer, found: Found, options: Options | None) -> LayerFile:

@@ -287,6 +287,31 @@ def test_dates_in_file_names_make_a_time_axis(tmp_path):
         assert np.array_equal(batch["s2"][0, date, 2].numpy(), expected)
 
 
+def test_a_file_per_band_is_joined_by_its_name_and_never_taken_for_a_date(tmp_path):
+    bands = ("B02", "B03", "B04")
+    for date, time in enumerate(TIMES[:2]):
+        stamp = str(time)[:10].replace("-", "")
+        for at, band in enumerate(bands):
+            values = coded(2, 3, 32)[date, at : at + 1].astype(np.uint16)
+            write_geotiff(tmp_path / "s2" / f"T32_{stamp}_{band}_10m.tif", values, None)
+    options = {"window": Window(size=320, unit="m", **STILL), "held_out": NOTHING_HELD,
+               "dates": Dates(mode="all"), "global_batch_size": 1}  # fmt: skip
+    for path in ("s2/{site}_{date}_*_10m.tif", "s2/{site}_*.tif", "s2/*_{date}_{band}_*.tif"):
+        if "{band}" in path:
+            (tmp_path / "s2" / "T32_20210301_B02_20m.tif").symlink_to(
+                tmp_path / "s2" / "T32_20210301_B02_10m.tif"
+            )
+        layers = {"s2": Layer(("B02",), path)}
+        with pytest.raises(DataError, match=r"(?s)one site.*T32_\w+_B0.*T32_\w+_B0.*\{site\}"):
+            module(tmp_path, modalities=layers, **options)
+    layers = {"s2": Layer(("B04", "green"), "s2/{site}_{date}_{band}_10m.tif")}
+    batch = batches(module(tmp_path, modalities=layers, **options))[0]
+    assert np.array_equal(batch["s2"][0].numpy(), coded(2, 3, 32)[:, [2, 1]])
+    (tmp_path / "s2" / "T32_20210320_B04_10m.tif").unlink()
+    with pytest.raises(DataError, match="T32_20210320_B0.*no file .* holds band 'B04'"):
+        module(tmp_path, modalities=layers, **options)
+
+
 # ------------------------------------------------------------------------ dates
 
 

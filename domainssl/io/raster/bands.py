@@ -77,6 +77,7 @@ class StoredBand:
         is_integer: Stored as integers.
         has_mask: The file marks missing pixels apart from the values: by a mask band, a `.msk`
             file or an alpha band (GeoTIFF).
+        path: Its file, where a layer has one per band; empty means that of the `LayerFile`.
     """
 
     name: str
@@ -92,6 +93,7 @@ class StoredBand:
     unit: str = ""
     is_integer: bool = False
     has_mask: bool = False
+    path: str = ""
 
     @property
     def is_scaled(self) -> bool:
@@ -104,7 +106,7 @@ class LayerFile:
     """One sensor in one file.
 
     Attributes:
-        path: The file or store.
+        path: The file or store; the first one where each band has its own.
         kind: `zarr` or `geotiff`.
         bands: The bands asked for, in that order.
         times: datetime64[s] per date; NaT where unknown.

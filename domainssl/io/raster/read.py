@@ -205,9 +205,9 @@ def read_classes(file: LayerFile, bounds: Bounds, step: float) -> tuple[Array, A
 
 def _together(bands: Sequence[StoredBand]) -> list[list[int]]:
     """Group the bands that lie in one array, so that its chunks are decoded once."""
-    groups: dict[tuple[str, Grid], list[int]] = {}
+    groups: dict[tuple[str, str, Grid], list[int]] = {}
     for i, band in enumerate(bands):
-        groups.setdefault((band.array, band.grid), []).append(i)
+        groups.setdefault((band.path, band.array, band.grid), []).append(i)
     return list(groups.values())
 
 
@@ -310,7 +310,7 @@ def _stored(
     hidden: list[Any] = [False] * len(bands)
     if file.kind == "geotiff":
         values, masks, decoded = read_geotiff(
-            file.path,
+            bands[0].path or file.path,
             [b.index or 0 for b in bands],
             places.rows,
             places.columns,
@@ -338,8 +338,8 @@ def _read_array(
 
     A map of classes (`is_map`) may leave out chunks of its class 0.
     """
-    cube = open_store(file.path, file.options)
     first = bands[0]
+    cube = open_store(first.path or file.path, file.options)
     indices = [band.index for band in bands if band.index is not None]
     distinct = sorted(set(indices))
     wanted: Mapping[str, Any] = {

@@ -1,7 +1,7 @@
 """Find what belongs together below a root: files per site, by folders or by a pattern.
 
-`{site}` and `{date}` in a pattern stand for parts of file names; equal sites of different layers
-are partners.
+`{site}`, `{date}` and `{band}` in a pattern stand for parts of file names; equal sites of different
+layers are partners.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _SIDECARS = (".xml", ".ovr", ".msk", ".aux", ".tfw", ".prj", ".txt", ".md", ".cs
 _READ = "Zarr stores (.zarr, .zarr.zip) and GeoTIFF (.tif, .tiff) are read"
 _log = logging.getLogger(__name__)
 _DATE = r"\d{4}-?\d{2}-?\d{2}(?:T\d{6})?"
+_FIELDS = {"site": "[^/]+?", "date": _DATE, "band": r"[^\W_]+"}
 
 
 class Found(NamedTuple):
@@ -43,11 +44,13 @@ class Found(NamedTuple):
         path: File or store.
         date: Date in its name, if the pattern has one.
         group: Folder inside the store.
+        band: Band in its name, if the pattern has one.
     """
 
     path: str
     date: str
     group: str
+    band: str = ""
 
 
 def find_files(
@@ -71,7 +74,7 @@ def find_files(
             top = ", ".join(list_folder(root, options)[:8]) or "nothing"
             raise DataError(
                 f"{root}: no file fits the pattern {path!r}. {root} holds: {top}. "
-                "{site} and {date} stand for parts of names, * and ? for anything inside one name."
+                "{site}, {date}, {band} stand for parts of names, * and ? for anything within one."
             )
         return found
     full = join(root, path) if path else root
@@ -151,7 +154,8 @@ def _match(root: str, path: str, group: str, options: Options | None) -> dict[st
             and _single(full, options)
         ):
             site = known.get("site", _stem(root))
-            found.setdefault(site, []).append(Found(full, known.get("date", ""), group))
+            file = Found(full, known.get("date", ""), group, known.get("band", ""))
+            found.setdefault(site, []).append(file)
         else:
             passed.append(full)
     if found and passed:
@@ -163,7 +167,7 @@ def _match(root: str, path: str, group: str, options: Options | None) -> dict[st
 
 
 def _matches(root: str, path: str, options: Options | None) -> dict[str, dict[str, str]]:
-    """Walk the parts of a pattern, folder by folder; what fits, with its site and date."""
+    """Walk the parts of a pattern, folder by folder; what fits, with its site, date and band."""
     open_: list[tuple[str, dict[str, str]]] = [(root, {})]
     for part in path.strip("/").split("/"):
         further = []
@@ -180,15 +184,15 @@ def _matches(root: str, path: str, options: Options | None) -> dict[str, dict[st
 def _expression(part: str, known: dict[str, str]) -> str:
     text = ""
     seen: set[str] = set()
-    for token in re.split(r"(\{site\}|\{date\}|\*|\?)", part):
-        if token in ("{site}", "{date}"):
+    for token in re.split(r"(\{site\}|\{date\}|\{band\}|\*|\?)", part):
+        if token in ("{site}", "{date}", "{band}"):
             name = token[1:-1]
             if name in known:
                 text += re.escape(known[name])
             elif name in seen:
                 text += f"(?P={name})"
             else:
-                text += f"(?P<{name}>{_DATE if name == 'date' else '[^/]+?'})"
+                text += f"(?P<{name}>{_FIELDS[name]})"
             seen.add(name)
         else:
             text += {"*": "[^/]*", "?": "[^/]"}.get(token, re.escape(token))
