@@ -89,7 +89,9 @@ class _BatchNorm(torch.autograd.Function):
         # without any row a scale of 1, so that a deep network stays finite
         divisor = torch.where(count > 0, var + eps, 1.0)
         scale, shift = (None if p is None else p.to(values.dtype) for p in (scale, shift))
-        out = F.batch_norm(values, mean, divisor, scale, shift, eps=0.0)
+        # what F.batch_norm calls, which refuses eps=0 before torch 2.12
+        cudnn = torch.backends.cudnn.enabled
+        out = torch.batch_norm(values, scale, shift, mean, divisor, False, 0.0, 0.0, cudnn)
         ctx.save_for_backward(x, rows, mean, divisor, count, scale)
         ctx.mark_non_differentiable(mean, var, count)
         return out.to(x.dtype), mean, var, count
