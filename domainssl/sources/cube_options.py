@@ -13,7 +13,8 @@ from domainssl.modality import Modality
 
 __all__ = ["Labels", "Layer", "Mask", "default_layers", "finest_m", "snap_m"]
 
-_UNITS = ("auto", "dn", "dn+1000", "reflectance", "db", "linear", "amplitude", "arbitrary")
+_UNITS = ("auto", "dn", "dn+1000", "reflectance", "db", "linear", "amplitude", "arbitrary",
+          "baseline")  # fmt: skip
 # scene classification of L2A: no data, saturated, cloud shadow, clouds, thin cirrus
 _SCL_HIDDEN = (0, 1, 3, 8, 9, 10)
 
@@ -50,7 +51,9 @@ class Layer:
         value_unit: What batches carry: `dn` (Sentinel-2 numbers without offset), `reflectance`,
             `db`, or `arbitrary` for values as they are.
         stored_unit: What the files hold once scale and offset of their attributes are applied:
-            `dn`, `dn+1000`, `reflectance`, `db`, `linear`, `amplitude`; `auto` asks the attributes.
+            `dn`, `dn+1000`, `reflectance`, `db`, `linear`, `amplitude`; `auto` asks the attributes;
+            `baseline` is `dn+1000` on dates of Sentinel-2 processing baseline 04.00 and later and
+            `dn` on earlier ones.
         gsd_m: Pixel size delivered, in metres.
         group: Folder inside a store.
         mask: A mask that marks invalid pixels, beside nodata.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, require
-from domainssl.io.raster.bands import LayerFile, describe_zarr
+from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile, describe_zarr
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.io.raster.read import conversion
@@ -186,9 +186,7 @@ def _layer(name: str, layer: Layer, found: list[Found], options: Options | None)
                 f"layer {name!r} of one site have one reference system. Check the pattern's "
                 "{site}."
             )
-    for file in files:
-        for band in file.bands:
-            conversion(band, layer.value_unit, layer.stored_unit, file.path)
+    _check_baselines(name, layer, files)
     pairs = [(t, f, d) for f, file in enumerate(files) for d, t in enumerate(file.times)]
     times = np.array([t for t, _, _ in pairs], "datetime64[s]")
     order = np.argsort(times, kind="stable")  # unknown dates last
@@ -197,6 +195,33 @@ def _layer(name: str, layer: Layer, found: list[Found], options: Options | None)
         if a != b and (times[i] == times[j] or np.isnat(times[i])):
             _refuse_equal_dates(name, files[a], files[b], times[i])
     return SiteLayer(files, tuple(pairs[i][1:] for i in order), times[order])
+
+
+def _check_baselines(name: str, layer: Layer, files: Sequence[LayerFile]) -> None:
+    """Check that all values can be converted, and that dates of 04.00 are not read as those before.
+
+    Raises:
+        DataError: There is no conversion, or dates of both kinds have the same one.
+    """
+    kinds: dict[bool, dict[Any, str]] = {False: {}, True: {}}
+    for file in files:
+        for date in range(len(file.times)):
+            unit = file.stored_unit(layer.stored_unit, date)
+            baseline = file.baselines[date]
+            for band in file.bands:
+                how = conversion(band, layer.value_unit, unit, file.path)
+                if baseline is not None:
+                    kinds[baseline >= OFFSET_BASELINE][band.name, how] = file.path
+    both = kinds[False].keys() & kinds[True].keys()
+    if both and layer.stored_unit in ("auto", "dn+1000"):
+        alike = next(iter(both))
+        raise DataError(
+            f"layer {name!r}: dates of Sentinel-2 processing baseline 04.00 and later, which store "
+            f"1000 more, and earlier dates are in one series, and nothing tells them apart: "
+            f"{kinds[False][alike]} and {kinds[True][alike]}. Set data.init_args.modalities.{name}."
+            "stored_unit to baseline (1000 is taken off from 04.00 on), or to dn where the files "
+            "have no offset any more."
+        )
 
 
 def _refuse_equal_dates(name: str, first: LayerFile, second: LayerFile, time: Any) -> None:

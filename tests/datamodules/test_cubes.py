@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyproj
 import pytest
+import rasterio
 import torch
 from cube_files import LEFT, TIMES, TOP, coded, expected_codes, write_cube, write_geotiff
 
@@ -223,6 +224,52 @@ def test_backscatter_is_delivered_in_db(tmp_path, stored_unit, value):
     batch = batches(data)[0]
     assert torch.allclose(batch["s1"][0, 0, 1:], torch.tensor(-20.0), atol=1e-5)
     assert not batch["s1.valid"][0, 0, 0] and batch["s1"][0, 0, 0, 0] == 0
+
+
+@pytest.mark.parametrize("kind", ["tif", "zarr", "scaled"])
+def test_processing_baselines_of_one_series_have_their_own_offset(tmp_path, kind):
+    ground = np.broadcast_to(coded(1, 1, 32)[0], (2, 1, 32, 32))
+    stored = (ground + np.array([0, 1000]).reshape(2, 1, 1, 1)).astype(np.uint16)
+    if kind == "zarr":
+        import zarr
+
+        write_cube(tmp_path / "s2.zarr", stored, ("B02",), times=TIMES[:2], zarr_format=2)
+        versions = zarr.open_group(str(tmp_path / "s2.zarr"), mode="a").create_array(
+            "s2:processing_baseline", shape=2, dtype="<U5"
+        )
+        versions[...] = np.array(["03.01", "04.00"])
+        versions.attrs["_ARRAY_DIMENSIONS"] = ["time"]
+        path = "s2.zarr"
+    else:
+        for at, name in enumerate(("20211220T101031_N0301", "20220305T101031_N0400")):
+            file = write_geotiff(tmp_path / f"S2A_MSIL2A_{name}_R022_T32.tif", stored[at], ("B02",))
+            if kind == "scaled":
+                with rasterio.open(file, "r+") as opened:
+                    opened.scales, opened.offsets = (1e-4,), (-0.1 * at,)
+        path = "S2?_MSIL2A_{date}_N*_R*_{site}.tif"
+
+    def values(unit):
+        layers = {"s2": Layer(("B02",), path, "dn", unit)}
+        window = Window(size=320, unit="m", **STILL)
+        data = module(tmp_path, modalities=layers, window=window, held_out=NOTHING_HELD,
+                      dates=Dates(mode="all"), global_batch_size=1)  # fmt: skip
+        return batches(data)[0]["s2"][0].numpy()
+
+    if kind == "scaled":  # each file states its own
+        assert np.allclose(values("auto"), ground, atol=1e-3)
+        return
+    for unit in ("auto", "dn+1000"):
+        with pytest.raises(DataError, match=r"04\.00 .* one series.*stored_unit to baseline"):
+            values(unit)
+    assert np.array_equal(values("baseline"), ground)
+    assert np.array_equal(values("dn"), stored)
+
+
+def test_scales_that_differ_by_date_are_refused(tmp_path):
+    write_cube(tmp_path / "x.zarr", coded(2, 1, 32).astype(np.uint16), ("B02",), times=TIMES[:2],
+               attrs={"scale_factor": [1e-4, 1e-3]})  # fmt: skip
+    with pytest.raises(DataError, match="several numbers"):
+        module(tmp_path, modalities={"s2": Layer(("B02",), "x.zarr")})
 
 
 def test_numbers_without_a_unit_are_refused(tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 
 from domainssl.errors import DataError, nearest
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
-from domainssl.io.raster.time import TIME_NAMES, times_of
+from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
 from domainssl.io.ssl4eo.facts import canonical_band
 from domainssl.io.storage.archives import FolderStore
@@ -31,6 +31,7 @@ from domainssl.io.storage.paths import is_file as file_exists
 
 __all__ = [
     "GRD_REASON",
+    "OFFSET_BASELINE",
     "LayerFile",
     "StoredBand",
     "describe_zarr",
@@ -48,6 +49,7 @@ BAND_NAMES = ("band", "bands", "channel", "variable", "wavelength", "polarizatio
 _MARKS = ("zarr.json", ".zmetadata", ".zgroup")
 _IS_ARRAY = re.compile(rb'"node_type"\s*:\s*"array"')
 _NODATA_NAMES = ("_FillValue", "missing_value", "nodata", "_nodata", "nodata_value", "no_data")
+OFFSET_BASELINE = 4.0  # from which on Sentinel-2 products store reflectance with 1000 added
 _STORES = HandlePool(limit=64)
 _PRODUCT_PARTS = ("quality", "conditions")  # of EOPF products: masks that carry band names
 GRD_REASON = (
@@ -113,6 +115,7 @@ class LayerFile:
         crs: `EPSG:n` or WKT.
         mask: The array that says which pixels to leave out, if asked for.
         options: fsspec options of a URL.
+        baselines: Sentinel-2 processing baseline of each date; None where unknown.
     """
 
     path: str
@@ -122,6 +125,24 @@ class LayerFile:
     crs: str
     mask: StoredBand | None = None
     options: Mapping[str, Any] | None = None
+    baselines: tuple[float | None, ...] = ()
+
+    def stored_unit(self, asked: str, date: int) -> str:
+        """Return the stored unit of a date: the one asked for, or what `baseline` means for it.
+
+        Raises:
+            DataError: The date's baseline is not known.
+        """
+        if asked != "baseline":
+            return asked
+        known = self.baselines[date] if self.baselines else None
+        if known is None:
+            raise DataError(
+                f"{self.path}: stored_unit is 'baseline', but neither a product name nor a "
+                "coordinate such as s2:processing_baseline tells the processing baseline of date "
+                f"{date} ({self.times[date]}). Set stored_unit to dn or dn+1000."
+            )
+        return "dn+1000" if known >= OFFSET_BASELINE else "dn"
 
     def on(self, name: str) -> StoredBand:
         """Return a band by its name."""
@@ -236,12 +257,14 @@ def describe_zarr(
             "Name it in data.init_args.modalities.<name>.crs, such as EPSG:32632."
         )
     cover = _mask(cube, mask, group) if mask else None
-    times = times_of(cube, chosen[0].array, time_dim(cube, chosen[0]), date)
+    dim = time_dim(cube, chosen[0])
+    times = times_of(cube, chosen[0].array, dim, date)
     if cover is not None and "time" in cover.axes:
         size = _time_size(cube, cover)
         if size != len(times):
             raise DataError(f"{path}: mask {mask!r} has {size} dates, the bands {len(times)}.")
-    return LayerFile(path, "zarr", chosen, times, known, cover, options)
+    baselines = stored_baselines(cube, chosen[0].array, dim, len(times))
+    return LayerFile(path, "zarr", chosen, times, known, cover, options, baselines)
 
 
 def stored_bands(cube: Cube, group: str = "") -> list[StoredBand]:
@@ -370,6 +393,11 @@ def _of_band(values: Any, candidate: _Candidate) -> Any:
 def _number(value: Any, info: ArrayInfo) -> float:
     """Read a fill value, also as xarray writes it into format 3: base64 of a little-endian one."""
     if isinstance(value, list) and value:
+        if any(other != value[0] for other in value):
+            raise DataError(
+                f"{info.name}: {value!r:.100} are several numbers where scale, offset and fill "
+                "value are one each. Apply them to the values first, or write a file per date."
+            )
         value = value[0]
     if isinstance(value, int | float | np.generic):
         return float(value)

@@ -12,7 +12,7 @@ from domainssl.errors import DataError, nearest, require
 from domainssl.io.raster.bands import LayerFile, StoredBand, titles_or_none, without_names
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.grid import Grid, plain_crs
-from domainssl.io.raster.time import parse_date, product_time
+from domainssl.io.raster.time import baselines_of, parse_date, product_time
 from domainssl.io.ssl4eo.facts import canonical_band
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import stamp
@@ -67,7 +67,9 @@ def describe_geotiff(
             raise DataError(f"{path}: no band {band!r}; there are: {have}.{nearest(name, titles)}")
         chosen.append(_band(file, band, titles.index(name), grid))
     time = parse_date(date) if date else product_time([path.rpartition("/")[2]])[0]
-    return LayerFile(path, "geotiff", tuple(chosen), np.array([time], "datetime64[s]"), known)
+    times = np.array([time], "datetime64[s]")
+    baselines = baselines_of([path])
+    return LayerFile(path, "geotiff", tuple(chosen), times, known, baselines=baselines)
 
 
 def _alpha(file: Any) -> int | None:

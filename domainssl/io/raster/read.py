@@ -8,7 +8,7 @@ half of a pixel.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ class Target:
 
     Attributes:
         unit: `dn`, `reflectance`, `db`, or any other name for values taken as they are.
-        stored_unit: What decoded values are; see `conversion`.
+        stored_unit: What decoded values are; see `conversion` and `LayerFile.stored_unit`.
         step: Pixel size in CRS units.
         rule: Which mask values are left out.
     """
@@ -121,7 +121,7 @@ def conversion(
     raise DataError(
         f"{where}: there is no way from stored {source!r} to value_unit {unit!r}. Set "
         "data.init_args.modalities.<name>.stored_unit to what the file holds: dn, dn+1000, "
-        "reflectance, db, linear or amplitude."
+        "reflectance, db, linear, amplitude or baseline."
     )
 
 
@@ -175,7 +175,7 @@ def read_pixels(file: LayerFile, dates: Sequence[int], bounds: Bounds, target: T
         stored, hidden = _stored(file, [file.bands[m] for m in members], dates, places, out)
         for at, member in enumerate(members):
             band = file.bands[member]
-            values, missing = _decode(stored[at], hidden[at], band, target, file.path)
+            values, missing = _decode_dates(stored[at], hidden[at], band, dates, target, file)
             values, missing = places.resample(values, missing, in_power=target.unit == "db")
             values[missing] = 0
             out.values[:, member] = values
@@ -403,6 +403,27 @@ def missing_of(stored: Array, band: StoredBand) -> Array:
     if band.limits is not None:
         missing |= (stored < band.limits[0]) | (stored > band.limits[1])
     return missing
+
+
+def _decode_dates(
+    stored: Array,
+    hidden: Any,
+    band: StoredBand,
+    dates: Sequence[int],
+    target: Target,
+    file: LayerFile,
+) -> tuple[Array, Array]:
+    """Decode (T, h, w), each run of dates by its own stored unit."""
+    units = [file.stored_unit(target.stored_unit, date) for date in dates]
+    targets = {unit: replace(target, stored_unit=unit) for unit in units}
+    if len(targets) == 1:
+        return _decode(stored, hidden, band, targets[units[0]], file.path)
+    hidden = np.broadcast_to(hidden, stored.shape)
+    parts = [
+        _decode(stored[i : i + 1], hidden[i : i + 1], band, targets[unit], file.path)
+        for i, unit in enumerate(units)
+    ]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
 
 def _decode(

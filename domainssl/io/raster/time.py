@@ -16,16 +16,21 @@ from domainssl.io.raster.zarr import ArrayInfo, Cube
 __all__ = [
     "TIME_NAMES",
     "UNKNOWN",
+    "baselines_of",
     "days",
     "decode_times",
     "parse_date",
     "product_time",
+    "stored_baselines",
     "times_of",
 ]
 
 TIME_NAMES = ("time", "t", "date", "datetime")
 UNKNOWN = np.datetime64("NaT", "s")
 _NANOSECONDS = "nanoseconds since 1970-01-01"
+_BASELINE = re.compile(r"S2[A-D]_MSIL(?:1C|2A)_\d{8}T\d{6}_N(\d\d)(\d\d)_")
+_VERSION = re.compile(r"(\d{1,2})\.(\d{1,2})")
+_BASELINE_NAMES = ("s2:processing_baseline", "processing_baseline", "processing:version")
 _STAMP = re.compile(r"(?<!\d)(\d{4})(\d{2})(\d{2})T(\d{2})(\d{2})(\d{2})(?!\d)")
 
 
@@ -113,6 +118,31 @@ def product_time(names: Sequence[str]) -> Any:
         except ValueError:
             out.append(UNKNOWN)
     return np.array(out, dtype="datetime64[s]")
+
+
+def baselines_of(names: Sequence[str]) -> tuple[float | None, ...]:
+    """Return the processing baseline in each Sentinel-2 product name or text such as `04.00`."""
+    found = [_BASELINE.search(name) or _VERSION.fullmatch(name.strip()) for name in names]
+    return tuple(float(f"{f[1]}.{f[2]}") if f else None for f in found)
+
+
+def stored_baselines(cube: Cube, array: str, dim: str | None, count: int) -> Any:
+    """Return the processing baseline of each date of an array, from coordinates or its name."""
+    folder = array.rpartition("/")[0]
+    for prefix in dict.fromkeys((f"{folder}/" if folder else "", "")):
+        for name in _BASELINE_NAMES:
+            info = cube.arrays.get(prefix + name)
+            if (
+                info is None
+                or info.shape not in ((), (1,), (count,))
+                or info.dims not in ((), (dim,))
+            ):
+                continue
+            is_text = info.dtype.kind in "USTO"
+            raw = cube.read_text(info.name) if is_text else cube.read(info.name)
+            texts = [str(v) for v in np.ravel(np.asarray(raw))]
+            return baselines_of(texts * (1 if len(texts) == count else count))
+    return baselines_of([cube.name]) * count
 
 
 def days(times: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int32]]:
