@@ -89,7 +89,7 @@ class _BatchNorm(torch.autograd.Function):
         # without any row a scale of 1, so that a deep network stays finite
         divisor = torch.where(count > 0, var + eps, 1.0)
         scale, shift = (None if p is None else p.to(values.dtype) for p in (scale, shift))
-        # what F.batch_norm calls, which refuses eps=0 before torch 2.12
+        # what F.batch_norm calls; that one refuses eps=0 in torch 2.11
         cudnn = torch.backends.cudnn.enabled
         out = torch.batch_norm(values, scale, shift, mean, divisor, False, 0.0, 0.0, cudnn)
         ctx.save_for_backward(x, rows, mean, divisor, count, scale)
