@@ -10,6 +10,7 @@ import pytest
 import rasterio
 from cube_files import LEFT, TOP, write_cube, write_geotiff
 
+from domainssl.io.raster import bands
 from domainssl.io.raster.bands import describe_zarr
 from domainssl.io.raster.geotiff import describe_geotiff
 from domainssl.io.raster.grid import Bounds
@@ -118,6 +119,24 @@ def test_attributes_of_arrays_declare_missing_values(tmp_path: Path, attrs: Any)
     values[:, 4] = -9999
     found = _pixels(_store(tmp_path / "a.zarr", values, attrs))
     assert not found.valid[0, 4].any() and found.valid[0, 5:].all() and found.valid[0, :4].all()
+
+
+@pytest.mark.parametrize("limits", [(0.0, 1.0), (1, 10000), (0.5, 0.6)])
+def test_limits_are_packed_unless_they_would_hide_everything(
+    tmp_path: Path, limits: tuple[float, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = np.full((1, 1, SIDE, SIDE), 3000, np.uint16)
+    stored[..., 0, :2] = (10001, 0)
+    attrs = {"scale_factor": 1e-4, "_FillValue": 0, "valid_min": limits[0], "valid_max": limits[1]}
+    path = write_cube(tmp_path / "a.zarr", stored, ["B02"], times=None, attrs=attrs)
+    bands._say_physical.cache_clear()
+    file = describe_zarr(str(path), ["B02"])
+    describe_zarr(str(path), ["B02"])
+    found = read_pixels(file, [0], AROUND, Target("dn", "auto", 10.0))
+    hides_all = limits == (0.5, 0.6)  # in either unit: as CF says
+    assert found.valid.sum() == (0 if hides_all else SIDE * SIDE - 2)
+    assert not found.valid[0, 0, :2].any()
+    assert caplog.text.count("taken as physical") == (limits == (0.0, 1.0))
 
 
 def test_nodatavals_and_scales_belong_to_their_band(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ _MARKS = ("zarr.json", ".zmetadata", ".zgroup")
 _IS_ARRAY = re.compile(rb'"node_type"\s*:\s*"array"')
 _NODATA_NAMES = ("_FillValue", "missing_value", "nodata", "_nodata", "nodata_value", "no_data")
 OFFSET_BASELINE = 4.0  # from which on Sentinel-2 products store reflectance with 1000 added
+_SAMPLE = 128  # rows and columns that are looked at to tell packed limits from physical ones
 _STORES = HandlePool(limit=64)
 _PRODUCT_PARTS = ("quality", "conditions")  # of EOPF products: masks that carry band names
 GRD_REASON = (
@@ -270,7 +272,8 @@ def describe_zarr(
 def stored_bands(cube: Cube, group: str = "") -> list[StoredBand]:
     """Return every band of a store that lies on a map grid, for looking at."""
     found = _candidates(cube, group)
-    return [_stored(cube, name, each) for name, several in found.items() for each in several]
+    every = [_stored(cube, name, each) for name, several in found.items() for each in several]
+    return [_with_limits(cube, band) for band in every]
 
 
 def _named_in_order(
@@ -438,7 +441,49 @@ def _choose(
             f"{cube.name}: band {band!r} is in several arrays: {', '.join(b.array for b in same)}. "
             "Name the folder inside the store in data.init_args.modalities.<name>.group."
         )
-    return chosen
+    return _with_limits(cube, chosen)
+
+
+def _with_limits(cube: Cube, band: StoredBand) -> StoredBand:
+    """Take limits for physical where, as packed numbers, they hide more than 99 % of a sample.
+
+    CF states them packed, many writers do not. The sample is the middle of some dates.
+    """
+    if band.limits is None or not band.is_scaled or band.scale == 0:
+        return band
+    info = cube.arrays[band.array]
+    count = _time_size(cube, band)
+    middle = {
+        "band": slice(band.index or 0, (band.index or 0) + 1),
+        "y": _middle(band.grid.height),
+        "x": _middle(band.grid.width),
+    }
+    low, high = sorted(round((v - band.offset) / band.scale, 9) for v in band.limits)
+    seen = packed = physical = 0
+    for date in sorted({0, count // 3, 2 * count // 3, count - 1}):
+        at = {**middle, "time": slice(date, date + 1)}
+        values = cube.read(info.name, [at[axis] for axis in band.axes])
+        values = values[np.isfinite(values) & ~np.isin(values, band.nodata)]
+        seen += values.size
+        packed += int(((values >= band.limits[0]) & (values <= band.limits[1])).sum())
+        physical += int(((values >= low) & (values <= high)).sum())
+    if packed * 100 >= seen or physical * 100 < seen:
+        return band
+    _say_physical(band.limits)
+    return replace(band, limits=(low, high))
+
+
+def _middle(size: int) -> slice:
+    return slice(max(0, size // 2 - _SAMPLE // 2), size // 2 + _SAMPLE // 2 + 1)
+
+
+@cache
+def _say_physical(limits: tuple[float, float]) -> None:
+    _log.warning(
+        "the limits %g to %g of valid values are taken as physical: as packed numbers, which CF "
+        "means, they would hide more than 99 %% of the pixels",
+        *limits,
+    )
 
 
 def _mask(cube: Cube, name: str, group: str) -> StoredBand:
