@@ -33,12 +33,12 @@ class SiteLayer:
 
     Attributes:
         files: The files.
-        places: File and position in it of each date.
+        places: File of each date and positions in it: several where acquisitions have one time.
         times: datetime64[s] per date, ascending.
     """
 
     files: tuple[LayerFile, ...]
-    places: tuple[tuple[int, int], ...]
+    places: tuple[tuple[int, tuple[int, ...]], ...]
     times: Any
 
 
@@ -194,7 +194,16 @@ def _layer(name: str, layer: Layer, found: list[Found], options: Options | None)
         (_, a, _), (_, b, _) = pairs[i], pairs[j]
         if a != b and (times[i] == times[j] or np.isnat(times[i])):
             _refuse_equal_dates(name, files[a], files[b], times[i])
-    return SiteLayer(files, tuple(pairs[i][1:] for i in order), times[order])
+    places: list[tuple[int, tuple[int, ...]]] = []
+    starts: list[Any] = []
+    for i in order:
+        _, file_number, date = pairs[i]
+        if starts and times[i] == times[starts[-1]]:
+            places[-1] = (file_number, (*places[-1][1], date))
+        else:
+            places.append((file_number, (date,)))
+            starts.append(i)
+    return SiteLayer(files, tuple(places), times[starts])
 
 
 def _check_baselines(name: str, layer: Layer, files: Sequence[LayerFile]) -> None:

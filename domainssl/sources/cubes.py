@@ -201,8 +201,10 @@ class CubeSource:
         for file in sorted({f for f, _ in places}):
             rows = [i for i, (f, _) in enumerate(places) if f == file]
             order += rows
-            local = [places[i][1] for i in rows]
-            parts.append(read_pixels(layer.files[file], local, around, target))
+            local = [d for i in rows for d in places[i][1]]
+            part = read_pixels(layer.files[file], local, around, target)
+            counts = [len(places[i][1]) for i in rows]
+            parts.append(part if max(counts) == 1 else part.merged(counts))
         if len(parts) == 1:
             return parts[0]
         back = np.argsort(order)

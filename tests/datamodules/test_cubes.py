@@ -391,6 +391,24 @@ def test_series_views_and_temporal_windows(pair):
             assert own.max() - own.min() < 40
 
 
+def test_entries_of_one_time_are_merged_pixel_by_pixel(tmp_path):
+    values = coded(4, 2, 32).astype(np.uint16)
+    values[1, :, :, 16:] = 0  # of two granules each shows a part, and both the middle
+    values[3, :, :, :8] = 0
+    times = np.array(["2021-05-02", "2021-03-01", "2021-06-01", "2021-03-01"], "datetime64[s]")
+    attrs = {"_FillValue": 0}
+    write_cube(tmp_path / "s2.zarr", values, ("B02", "B03"), times=times, attrs=attrs)
+    layers = {"s2": Layer(("B02", "B03"), "s2.zarr")}
+    data = module(tmp_path, modalities=layers, global_batch_size=1,
+                  window=Window(size=320, unit="m", **STILL), held_out=NOTHING_HELD,
+                  dates=Dates(mode="all"))  # fmt: skip
+    batch = batches(data)[0]
+    assert batch["s2.dates"][0].tolist() == sorted(set(times.astype("datetime64[D]").astype(int)))
+    merged = np.where(np.arange(32) < 16, values[1], values[3])
+    assert np.array_equal(batch["s2"][0].numpy(), [merged, values[0], values[2]])
+    assert batch["s2.valid"].all()
+
+
 def test_dates_that_show_nothing_are_passed_over(tmp_path):
     values = coded(4, 3, SIDE).astype(np.uint16)
     values[:3] = 0

@@ -86,6 +86,16 @@ class Pixels:
     bytes_decoded: int = 0
     bytes_needed: int = 0
 
+    def merged(self, counts: Sequence[int]) -> Pixels:
+        """Merge runs of dates, `counts` long; of each run the first valid pixel counts."""
+        ends = np.cumsum(counts)[:-1]
+        values = []
+        for theirs, valid in zip(np.split(self.values, ends), np.split(self.valid, ends)):
+            first = valid.argmax(0)[None, None]
+            values.append(np.take_along_axis(theirs, first, 0)[0])
+        valid = np.stack([part.any(0) for part in np.split(self.valid, ends)])
+        return replace(self, values=np.stack(values), valid=valid)
+
 
 def conversion(
     band: StoredBand, unit: str, stored_unit: str, where: str
