@@ -171,7 +171,7 @@ class SentinelCubeDataModule(DomainDataModule):
             self.dates,
             self.seed,
             is_training,
-            self.label_names is not None,
+            self.label_names,
         )
 
     def _label_layer(self, root: str) -> Layer | None:
@@ -184,8 +184,9 @@ class SentinelCubeDataModule(DomainDataModule):
             labels = Labels()
         first = next(iter(self.layers.values()))
         return Layer(
-            (labels.variable,), labels.path, "arbitrary", "arbitrary", first.gsd_m, crs=first.crs
-        )
+            (labels.variable,), labels.path, "arbitrary", "arbitrary", first.gsd_m, crs=first.crs,
+            nodata=labels.nodata,
+        )  # fmt: skip
 
     def _names(self, layer: Layer) -> tuple[str, ...] | None:
         """Return the class names: as asked for, or what the first map says."""

@@ -155,8 +155,10 @@ class Labels:
         path: As a layer's.
         variable: Band or array.
         names: Class names, by number; taken from `flag_meanings` where left out.
+        nodata: A number, or several, that stand for no class and that the files do not declare.
     """
 
     path: str = "labels"
     variable: str = "label"
     names: tuple[str, ...] = ()
+    nodata: float | tuple[float, ...] | None = None

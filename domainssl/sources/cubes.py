@@ -42,7 +42,7 @@ class CubeSource:
         dates: Dates.
         seed: Seed of windows and dates.
         is_training: Draw windows and dates anew in every epoch.
-        labels: Whether batches carry the label of each window.
+        label_names: Names of the classes by number; None where batches carry no labels.
     """
 
     sites: Sequence[Site]
@@ -52,7 +52,7 @@ class CubeSource:
     dates: Dates
     seed: int
     is_training: bool
-    labels: bool = False
+    label_names: Sequence[str] | None = None
     _first: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class CubeSource:
         first = self._first[piece.block]
         rows.data["index"] = np.arange(first + piece.start, first + piece.stop)
         rows.data["id"] = [self._name(site, block, i, chosen) for i in numbers]
-        if self.labels:
+        if self.label_names is not None:
             rows.data["label"] = self._label(site, around, drawn)
         return rows
 
@@ -270,7 +270,12 @@ class CubeSource:
     def _label(
         self, site: Site, around: Bounds, drawn: Sequence[tuple[float, float, Cut]]
     ) -> np.ndarray[Any, Any]:
-        """Return the most frequent class of each window, -1 where there is none."""
+        """Return the most frequent class of each window, -1 where there is none.
+
+        Raises:
+            DataError: A window holds a class without a name.
+        """
+        names = self.label_names or ()
         found = np.full(len(drawn), -1, np.int64)
         if site.labels is None:
             return found
@@ -282,6 +287,13 @@ class CubeSource:
             part = (slice(row, row + height), slice(column, column + width))
             inside = classes[part][known[part]]
             inside = inside[inside >= 0]
+            if inside.size and inside.max() >= len(names):
+                raise DataError(
+                    f"{site.labels.path}: the map holds {inside.max()}, which has no name; "
+                    f"classes 0 to {len(names) - 1} are {', '.join(names[:8])}. Name it in "
+                    "data.init_args.labels.names, or set data.init_args.labels.nodata to it if it "
+                    "stands for no class."
+                )
             if inside.size:
                 found[i] = np.bincount(inside).argmax()
         return found

@@ -521,6 +521,20 @@ def test_labels_are_the_most_frequent_class_of_a_window(tmp_path):
         assert label == (-1 if x < 160 and y < 160 else 2 if x > 320 else 0)
 
 
+def test_classes_without_a_name_are_refused_unless_declared_nodata(tmp_path):
+    write_cube(tmp_path / "s2" / "a.zarr", coded(1, 1, 32).astype(np.uint16), ("B02",), times=None)
+    classes = np.full((1, 1, 32, 32), 1, np.uint8)
+    classes[..., 10:] = 7  # most of the window
+    write_cube(tmp_path / "labels" / "a.zarr", classes, ("label",), times=None, as_variables=True)
+    options = {"modalities": {"s2": Layer(("B02",))}, "held_out": NOTHING_HELD,
+               "window": Window(size=320, unit="m", **STILL), "global_batch_size": 1}  # fmt: skip
+    names = ("water", "crops")
+    with pytest.raises(DataError, match="labels.a.zarr: .* holds 7, which has no name.*nodata"):
+        batches(module(tmp_path, labels=Labels(names=names), **options))
+    [batch] = batches(module(tmp_path, labels=Labels(names=names, nodata=7), **options))
+    assert batch["label"].tolist() == [1]
+
+
 def test_different_reference_systems_are_refused(tmp_path):
     write_cube(tmp_path / "s1.zarr", coded(1, 2, 64).astype(np.float32), ("VV", "VH"), times=None)
     write_cube(tmp_path / "s2.zarr", coded(1, 3, 64).astype(np.uint16), ("B02", "B03", "B04"),
