@@ -18,7 +18,7 @@ __all__ = ["Row", "checkup"]
 
 _EXTRAS = {
     "geo": ("zarr", "numcodecs", "xarray", "rasterio", "pyproj", "torchgeo"),
-    "medical": ("monai", "nibabel", "pydicom"),
+    "medical": ("monai", "nibabel", "pydicom", "gdcm", "nrrd", "pandas", "pyarrow"),
     "pathology": ("openslide", "tifffile"),
 }
 _LOGGERS = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
