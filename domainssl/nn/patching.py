@@ -1,4 +1,4 @@
-"""Cut grids into patches and back, in 2D and 3D alike."""
+"""Cut grids into patches and back, in any number of axes; a patch may have a side per axis."""
 
 from __future__ import annotations
 
@@ -10,25 +10,33 @@ from einops import rearrange
 from torch import Tensor
 
 from domainssl.errors import DataError
+from domainssl.modality import sides_of
 
 __all__ = ["grid_coordinates", "grid_of", "patch_fraction", "patchify", "unpatchify"]
 
+_LETTERS = "abdefghijklmnop"  # of the axes in patterns; c is the channel
 
-def grid_of(size: Sequence[int], patch_size: int, name: str = "input") -> tuple[int, ...]:
+
+def grid_of(
+    size: Sequence[int], patch_size: int | Sequence[int], name: str = "input"
+) -> tuple[int, ...]:
     """Return the number of patches along each axis.
 
     Raises:
-        DataError: A side is not a multiple of the patch size, or that is no size.
+        DataError: A side is not a multiple of the patch's, or that is no size.
+        ConfigError: The patch has sides for another number of axes.
     """
-    if patch_size < 1:
+    patch = sides_of(patch_size, len(size), f"{name}: patch_size")
+    if min(patch) < 1:
         raise DataError(f"patch_size: got {patch_size}, expected 1 or more.")
-    if any(side % patch_size or side == 0 for side in size):
+    if any(side % p or side == 0 for side, p in zip(size, patch, strict=True)):
+        shown = patch[0] if len(set(patch)) == 1 else patch
+        fitting = tuple(max(1, s // p) * p for s, p in zip(size, patch, strict=True))
         raise DataError(
             f"{name}: spatial size {tuple(size)} is not a multiple of the patch size "
-            f"{patch_size}; crop or resize it, for example to "
-            f"{tuple(max(1, side // patch_size) * patch_size for side in size)}."
+            f"{shown}; crop or resize it, for example to {fitting}."
         )
-    return tuple(side // patch_size for side in size)
+    return tuple(side // p for side, p in zip(size, patch, strict=True))
 
 
 def grid_coordinates(grid: Sequence[int], device: torch.device | None = None) -> Tensor:
@@ -37,59 +45,58 @@ def grid_coordinates(grid: Sequence[int], device: torch.device | None = None) ->
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
-def patchify(x: Tensor, patch_size: int, *, channels_first: bool = False) -> Tensor:
+def _patterns(axes: int, channels_first: bool) -> tuple[str, str]:
+    """Return the einops patterns of the whole grid and of its tokens."""
+    cells, inner = _LETTERS[:axes], _LETTERS[axes : 2 * axes]
+    values = " ".join(["c", *inner] if channels_first else [*inner, "c"])
+    whole = " ".join(f"({cell} {within})" for cell, within in zip(cells, inner, strict=True))
+    return f"batch c {whole}", f"batch ({' '.join(cells)}) ({values})"
+
+
+def patchify(x: Tensor, patch_size: int | Sequence[int], *, channels_first: bool = False) -> Tensor:
     """Cut a grid into tokens.
 
     Args:
         x: (B, C, H, W) or (B, C, X, Y, Z).
-        patch_size: Side of a patch in pixels or voxels.
+        patch_size: Side of a patch in pixels or voxels, one number or one per axis.
         channels_first: Order inside a token: `(c, p, p)` as several 2D references have it,
             or `(p, p, c)`, the project's own order.
 
     Returns:
         Tokens, (B, N, P·C) with P pixels per patch; tokens in row-major order of the grid.
     """
+    axes = x.ndim - 2
     grid_of(x.shape[2:], patch_size)
-    if x.ndim == 4:
-        order = "c p q" if channels_first else "p q c"
-        pattern = f"b c (h p) (w q) -> b (h w) ({order})"
-        return rearrange(x, pattern, p=patch_size, q=patch_size)
-    order = "c p q r" if channels_first else "p q r c"
-    pattern = f"b c (x p) (y q) (z r) -> b (x y z) ({order})"
-    return rearrange(x, pattern, p=patch_size, q=patch_size, r=patch_size)
+    whole, tokens = _patterns(axes, channels_first)
+    inner = zip(_LETTERS[axes : 2 * axes], sides_of(patch_size, axes), strict=True)
+    return rearrange(x, f"{whole} -> {tokens}", **dict(inner))
 
 
 def unpatchify(
-    tokens: Tensor, grid: Sequence[int], patch_size: int, *, channels_first: bool = False
+    tokens: Tensor,
+    grid: Sequence[int],
+    patch_size: int | Sequence[int],
+    *,
+    channels_first: bool = False,
 ) -> Tensor:
     """Undo `patchify`: (B, N, P·C) -> (B, C, H, W) or (B, C, X, Y, Z)."""
-    if len(grid) == 2:
-        order = "c p q" if channels_first else "p q c"
-        h, w = grid
-        return rearrange(
-            tokens,
-            f"b (h w) ({order}) -> b c (h p) (w q)",
-            h=h,
-            w=w,
-            p=patch_size,
-            q=patch_size,
-        )
-    order = "c p q r" if channels_first else "p q r c"
-    cut = {"p": patch_size, "q": patch_size, "r": patch_size}
-    sizes = dict(zip("xyz", grid, strict=True))
-    return rearrange(tokens, f"b (x y z) ({order}) -> b c (x p) (y q) (z r)", **cut, **sizes)
+    axes = len(grid)
+    whole, pattern = _patterns(axes, channels_first)
+    sides = sides_of(patch_size, axes)
+    sizes = dict(zip(_LETTERS[: 2 * axes], [*grid, *sides], strict=True))
+    return rearrange(tokens, f"{pattern} -> {whole}", **sizes)
 
 
-def patch_fraction(mask: Tensor, patch_size: int) -> Tensor:
+def patch_fraction(mask: Tensor, patch_size: int | Sequence[int]) -> Tensor:
     """Return the share of True pixels per patch.
 
     Args:
         mask: bool, (B, H, W) or (B, X, Y, Z).
-        patch_size: Side of a patch.
+        patch_size: Side of a patch, one number or one per axis.
 
     Returns:
         Float share in [0, 1], (B, N).
     """
     tokens = patchify(mask.unsqueeze(1).float(), patch_size)
-    assert tokens.shape[-1] == math.prod([patch_size] * (mask.ndim - 1))
+    assert tokens.shape[-1] == math.prod(sides_of(patch_size, mask.ndim - 1))
     return tokens.mean(-1)

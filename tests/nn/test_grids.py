@@ -20,6 +20,23 @@ def test_unpatchify_undoes_patchify(size: tuple[int, ...], channels_first: bool)
     assert torch.equal(unpatchify(tokens, grid, 4, channels_first=channels_first), x)
 
 
+@pytest.mark.parametrize("patch", [(4, 6), (2, 3, 4), (4, 4, 1)])
+def test_patches_may_have_a_side_per_axis(patch: tuple[int, ...]) -> None:
+    size = (8, 12, 4)[: len(patch)]
+    x = torch.randn(2, 3, *size)
+    tokens, grid = patchify(x, patch), grid_of(size, patch)
+    assert grid == tuple(s // p for s, p in zip(size, patch, strict=True))
+    corner = (slice(None), slice(None), *(slice(0, p) for p in patch))
+    assert torch.equal(tokens[:, 0].unflatten(1, (*patch, 3)), x[corner].movedim(1, -1))
+    assert torch.equal(unpatchify(tokens, grid, patch), x)
+    assert patch_fraction(x[:, 0] > 9, patch).shape == tokens.shape[:2]
+
+
+def test_a_patch_with_another_number_of_axes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"patch_size: got \[4, 4\], expected one number, or 3"):
+        grid_of((8, 8, 8), (4, 4))
+
+
 def test_token_order_is_that_of_the_coordinates() -> None:
     x = torch.arange(2 * 3 * 2, dtype=torch.float32).view(1, 1, 2, 3, 2)
     tokens = patchify(x, 1)[0, :, 0]
