@@ -60,6 +60,7 @@ _AXES: dict[str, str] = {
     "image": "B C H W",
     "series": "B T C H W",
     "volume": "B C X Y Z",
+    "series of volumes": "B T C X Y Z",
     "features": "B N C",
     "table": "B C",
 }
@@ -73,7 +74,8 @@ class Modality:
 
     Attributes:
         name: Key in the batch, `[a-z][a-z0-9_]*`.
-        kind: `image`, `series`, `volume`, `features` or `table`.
+        kind: `image`, `series`, `volume`, `features` or `table`. A series is one of volumes where
+            `size` has three numbers or `spacing_mm` is given: exams of one patient over time.
         channels: Band or channel names, in the order of the channel axis.
         value_unit: `dn` (Sentinel-2 digital numbers without offset), `reflectance`, `db`,
             `linear`, `hu`, `rgb8`, `arbitrary`, ...
@@ -139,6 +141,12 @@ class Modality:
             raise ConfigError(
                 f"Modality {self.name!r}: {resolutions} are all given; a modality has one of them."
             )
+        spacing = self.spacing_mm
+        if spacing is not None and (len(spacing) != 3 or min(spacing) <= 0):
+            raise ConfigError(
+                f"Modality {self.name!r}: 'spacing_mm' is {list(spacing)}; expected three positive "
+                "numbers, the distances between voxels along x, y and z."
+            )
 
     @classmethod
     def of(cls, value: Modality | Mapping[str, Any]) -> Modality:
@@ -174,12 +182,23 @@ class Modality:
 
     @property
     def spatial_dims(self) -> int:
-        """2 for images and series, 3 for volumes, 0 without a grid."""
+        """2 for images and their series, 3 for volumes and theirs, 0 without a grid."""
+        if self.kind == "series" and (len(self.size) == 3 or self.spacing_mm is not None):
+            return 3
         return _SPATIAL_DIMS[self.kind]
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """Length of a pixel or voxel along each axis: m, mm or um, and 1 where it is unknown."""
+        if self.spacing_mm is not None:
+            return self.spacing_mm
+        return (self.gsd_m or self.mpp_um or 1.0,) * self.spatial_dims
 
     @property
     def axes(self) -> str:
         """Names of the batch tensor's axes, such as `B C H W`."""
+        if self.kind == "series" and self.spatial_dims == 3:
+            return _AXES["series of volumes"]
         return _AXES[self.kind]
 
     @property

@@ -9,6 +9,7 @@ and other numbers of heads follow from the same formula.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self, cast
@@ -18,11 +19,17 @@ from torch import Tensor, nn
 
 from domainssl.backbones.base import Backbone, Features, LoadReport, common_size, refuse_replace
 from domainssl.errors import ConfigError, DataError, WeightsError
-from domainssl.modality import Modality, key, present_mask, valid_mask
+from domainssl.modality import Modality, key, present_mask, sides_of, valid_mask
 from domainssl.nn.alibi import DistanceBias, alibi_slopes
 from domainssl.nn.blocks import FeedForward, Transformer
 from domainssl.nn.masking import take_tokens
-from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction, patchify
+from domainssl.nn.patching import (
+    grid_coordinates,
+    grid_of,
+    patch_fraction,
+    patch_proportions,
+    patchify,
+)
 
 __all__ = ["PUBLISHED_MODALITIES", "CROMABackbone", "flatten_reference", "reference_name"]
 
@@ -72,9 +79,11 @@ class _Encoder(nn.Module):
 class CROMABackbone(Backbone):
     """Encode radar, optical, or both.
 
-    Features are named after the modalities that were given, plus `joint` when both were.
+    Radar and optical are roles: any two images or volumes on one footprint fill them, such as pet
+    and ct. Features are named after the modalities that were given, plus `joint` when both were.
     `pooled` of a sensor is its mean token through a small network (the paper's GAP FFN), that of
-    `joint` the plain mean of the joint tokens.
+    `joint` the plain mean of the joint tokens. Distances that bias attention count in patches;
+    where a patch is longer along one axis (thick slices), in the median of its sides in mm.
 
     Args:
         modalities: Radar and optical, or one of them; images or volumes.
@@ -83,7 +92,7 @@ class CROMABackbone(Backbone):
         width: Token width.
         depth: Blocks of the optical encoder; radar and joint encoder have half of them.
         heads: Attention heads of all three encoders.
-        patch_size: Side of a patch in pixels or voxels.
+        patch_size: Side of a patch in pixels or voxels, one number or one per axis.
         ffn_ratio: Width of the feed-forward layers over `width`.
         normalization: Form for all modalities, or one per modality.
 
@@ -108,12 +117,13 @@ class CROMABackbone(Backbone):
         width: int = 768,
         depth: int = 12,
         heads: int = 16,
-        patch_size: int = 8,
+        patch_size: int | tuple[int, ...] = 8,
         ffn_ratio: float = 4,
         normalization: str | dict[str, str] = "mean2std",
     ) -> None:
         super().__init__(modalities, normalization)
-        self.radar, self.optical, self.patch_size = radar, optical, patch_size
+        self.radar, self.optical = radar, optical
+        self.patch_size = patch_size if isinstance(patch_size, int) else tuple(patch_size)
         unknown = [name for name in self.modalities if name not in (radar, optical)]
         if unknown or radar == optical:
             raise ConfigError(
@@ -135,11 +145,14 @@ class CROMABackbone(Backbone):
                         f"CROMA: modality {name!r} is a {modality.kind}; expected images or "
                         "volumes. Choose one date in the DataModule."
                     )
-                inputs = modality.num_channels * patch_size**modality.spatial_dims
+                sides = sides_of(patch_size, modality.spatial_dims, "patch_size")
+                inputs = modality.num_channels * math.prod(sides)
                 layers = depth // 2 if role == "radar" else depth
                 encoder = _Encoder(inputs, width, layers, heads, ffn_ratio)
                 self.add_module(f"{role}_encoder", encoder)
                 self.add_module(f"{role}_pool", FeedForward(width, ffn_ratio))
+                shape = torch.tensor(patch_proportions(sides, modality.steps))
+                self.register_buffer(f"{role}_sides", shape, persistent=False)
         self.embed_dim = dict.fromkeys(self.modalities, width)
         if len(self.modalities) == 2:
             self.joint_encoder = Transformer(width, depth // 2, heads, ffn_ratio, cross=True)
@@ -161,6 +174,10 @@ class CROMABackbone(Backbone):
         """Return token coordinates in patch units, (1, N, D), or (B, K, D) of the kept ones."""
         coords = grid_coordinates(grid, device=self.slopes.device)
         return coords.unsqueeze(0) if keep is None else take_tokens(coords, keep)
+
+    def _proportions(self, name: str) -> Tensor:
+        """Return the sides of a modality's patches in units of their median, (D,)."""
+        return self.get_buffer(f"{self._role(name)}_sides")
 
     def encode(
         self,
@@ -185,12 +202,19 @@ class CROMABackbone(Backbone):
         """Refuse two sensors that cannot show the same place."""
         names = (self.radar, self.optical)
         sizes = [common_size(x[name], self.modalities[name]) for name in names]
-        steps = [self.modalities[name].gsd_m or 0.0 for name in names]
-        metres = [tuple(n * step for n in size) for size, step in zip(sizes, steps, strict=True)]
-        if all(steps) and any(abs(a - b) > max(steps) for a, b in zip(*metres, strict=True)):
+        known = [self.modalities[name] for name in names]
+        units = {"mm" if m.spacing_mm else "m" if m.gsd_m else "" for m in known}
+        steps = [m.steps for m in known]
+        lengths = [
+            tuple(n * step for n, step in zip(size, own, strict=True))
+            for size, own in zip(sizes, steps, strict=True)
+        ]
+        differ = any(abs(a - b) > max(s) for a, b, *s in zip(*lengths, *steps, strict=True))
+        if differ and len(units) == 1 and "" not in units:
+            (unit,) = units
             raise DataError(
-                f"{names[0]!r} covers {metres[0]} m and {names[1]!r} {metres[1]} m (sizes "
-                f"{sizes[0]} and {sizes[1]} px); co-registered modalities show the same place. "
+                f"{names[0]!r} covers {lengths[0]} {unit} and {names[1]!r} {lengths[1]} {unit} "
+                f"(sizes {sizes[0]} and {sizes[1]}); co-registered modalities show the same place. "
                 "Cut or resample them to one footprint, or encode each alone."
             )
 
@@ -219,7 +243,8 @@ class CROMABackbone(Backbone):
         if keep is not None:
             tokens, valid = take_tokens(tokens, keep), valid.gather(1, keep)
         coords = self.coordinates(grid, keep)
-        bias = DistanceBias(coords, coords, self.slopes)
+        places = coords * self._proportions(name)
+        bias = DistanceBias(places, places, self.slopes)
         encoded = encoder.transformer(encoder.embed(tokens), bias)  # (B, K, C·P) -> (B, K, E)
         features.tokens[name] = encoded
         features.pooled[name] = self.get_submodule(f"{role}_pool")(encoded.mean(1))
@@ -244,6 +269,7 @@ class CROMABackbone(Backbone):
         queries, keys = (c if c.ndim == 3 else c.unsqueeze(0) for c in (queries, keys))
         if features.grid[radar] != features.grid[optical]:
             keys = _rescale(keys, features.grid[optical], features.grid[radar])
+        queries, keys = (c * self._proportions(radar) for c in (queries, keys))
         cross = DistanceBias(queries, keys, self.slopes)
         same = cross if self_bias == "cross" else DistanceBias(queries, queries, self.slopes)
         joint = self.joint_encoder(features.tokens[radar], same, features.tokens[optical], cross)

@@ -39,15 +39,18 @@ def colour_bands(channels: Sequence[str]) -> tuple[int, ...]:
 def _planes(x: Tensor, modality: Modality) -> Array:
     """Return (B, K, H, W) of the bands to show; a middle date or slice where there are many.
 
-    A method may show a single date of a series, (B, C, H, W).
+    A method may show a single date of a series, (B, C, *S). A slice of a volume, whose axes point
+    to the right, to the front and up, is laid out as radiologists do: front at the top, the
+    patient's right on the left.
 
     Two radar bands become three: VV, VH and their difference.
     """
-    if modality.kind == "series" and x.ndim == 5:
+    if modality.kind == "series" and x.ndim == 3 + modality.spatial_dims:
         x = x[:, x.shape[1] // 2]
     bands = [x[:, band] for band in colour_bands(modality.channels)]
     if modality.spatial_dims == 3:
-        bands = [b[..., b.shape[-1] // 2] for b in bands]
+        slices = [b[..., b.shape[-1] // 2] for b in bands]
+        bands = [s.transpose(1, 2).flip(1, 2) for s in slices]
     if len(bands) == 2:
         bands.append(bands[0] - bands[1])
     return np.stack([b.detach().float().cpu().numpy() for b in bands], axis=1)
@@ -74,7 +77,8 @@ def bands_line(modality: Modality) -> str:
     if len(names) == 2:
         names.append(f"{names[0]} - {names[1]}")
     shown = f"{names[0]} in grey" if len(names) == 1 else f"{', '.join(names)} as red, green, blue"
-    part = " of the middle slice" if modality.spatial_dims == 3 else ""
+    part = " of the middle slice, front at the top, right on the left"
+    part = part if modality.spatial_dims == 3 else ""
     return f"{shown}{part}, normalised, each stretched between percentiles 2 and 98 of the input"
 
 

@@ -30,9 +30,9 @@ class ReconstructionPanels(Callback):
     PNG files `panels/step_<n>_<modality>.png` in the run's folder, and images
     `reconstruction/<modality>` in loggers that take them. The items and masks are the same every
     time. Optical bands are shown in natural colour, radar as VV, VH and their difference, other
-    modalities as their first three or only channel; the 2nd and 98th percentile of the input
-    stretch all three pictures. Every picture names its columns, its bands, and the item and date
-    of each row.
+    modalities as their first three or only channel, volumes as their middle axial slice; the 2nd
+    and 98th percentile of the input stretch all three pictures. Every picture names its columns,
+    its bands, and the item and date of each row.
 
     Args:
         every_n_epochs: Epochs between panels; the end of the run always gets one.
@@ -126,7 +126,8 @@ def row_labels(batch: Mapping[str, Any], modality: Modality, shown: Tensor) -> l
         return [str(i) for i in ids]
     days = dates.reshape(len(ids), -1).cpu()
     count = days.shape[1]
-    if modality.kind == "series" and (shown.ndim < 5 or shown.shape[1] != count):
+    one_date = shown.ndim < 3 + modality.spatial_dims
+    if modality.kind == "series" and (one_date or shown.shape[1] != count):
         return [f"{i}, one of {count} dates" for i in ids]
     middle = count // 2
     place = f" ({middle + 1} of {count} dates)" if count > 1 else ""

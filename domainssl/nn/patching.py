@@ -12,7 +12,14 @@ from torch import Tensor
 from domainssl.errors import DataError
 from domainssl.modality import sides_of
 
-__all__ = ["grid_coordinates", "grid_of", "patch_fraction", "patchify", "unpatchify"]
+__all__ = [
+    "grid_coordinates",
+    "grid_of",
+    "patch_fraction",
+    "patch_proportions",
+    "patchify",
+    "unpatchify",
+]
 
 _LETTERS = "abdefghijklmnop"  # of the axes in patterns; c is the channel
 
@@ -43,6 +50,20 @@ def grid_coordinates(grid: Sequence[int], device: torch.device | None = None) ->
     """Return the position of every token in patch units, (N, D), last axis fastest."""
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def patch_proportions(patch_size: int | Sequence[int], steps: Sequence[float]) -> tuple[float, ...]:
+    """Return the sides of a patch in units of their median.
+
+    Neighbours within a slice are then at distance 1, whatever the slice's thickness and direction.
+
+    Args:
+        patch_size: Side of a patch, one number or one per axis.
+        steps: Length of a pixel or voxel along each axis.
+    """
+    sides = [p * step for p, step in zip(sides_of(patch_size, len(steps)), steps, strict=True)]
+    unit = sorted(sides)[(len(sides) - 1) // 2]
+    return tuple(side / unit for side in sides)
 
 
 def _patterns(axes: int, channels_first: bool) -> tuple[str, str]:

@@ -26,7 +26,8 @@ class Views:
 
     Attributes:
         crop_area: Least and largest share of the window's area (volume) that a crop covers.
-        crop_aspect: Largest ratio of two sides of a crop.
+        crop_aspect: Largest ratio of two sides of a crop, beyond the ratio that the sides of the
+            view have.
         flip: Probability of a flip along each axis.
         brightness: Factors lie in [1 - x, 1 + x].
         contrast: The same around the mean of each channel.
@@ -109,6 +110,7 @@ def draw_view(
     items: int,
     generator: torch.Generator,
     frames: Tensor | None = None,
+    view_size: tuple[int, ...] | None = None,
 ) -> View:
     """Draw one view of every item.
 
@@ -118,6 +120,8 @@ def draw_view(
         items: Number of items B.
         generator: Source of all randomness; tensors are made on its device.
         frames: bool (B, T), True where a date is real; each item's date is one of them.
+        view_size: Size that crops are resized to; they have its proportions, so that thick slices
+            stay thick. None asks for squares and cubes.
     """
     device = generator.device
 
@@ -127,7 +131,7 @@ def draw_view(
     def happens(probability: float) -> Tensor:
         return torch.rand(items, generator=generator, device=device) < probability
 
-    start, extent = _draw_crop(views, size, items, generator)
+    start, extent = _draw_crop(views, size, items, generator, view_size or (1,) * len(size))
     flip = torch.rand(items, len(size), generator=generator, device=device) < views.flip
     color = happens(views.color_probability)
     brightness = uniform(1 - views.brightness, 1 + views.brightness)
@@ -154,11 +158,17 @@ def draw_view(
 
 
 def _draw_crop(
-    views: Views, size: tuple[int, ...], items: int, generator: torch.Generator
+    views: Views,
+    size: tuple[int, ...],
+    items: int,
+    generator: torch.Generator,
+    proportions: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Take the first of ten drawn boxes that fits; otherwise the largest central cube."""
+    """Take the first of ten drawn boxes that fits; otherwise the largest central one."""
     device, dims = generator.device, len(size)
     sides = torch.tensor(size, dtype=torch.float32, device=device)
+    unit = math.prod(proportions) ** (1 / dims) if len(set(proportions)) > 1 else proportions[0]
+    shape = torch.tensor([side / unit for side in proportions], device=device)
 
     def draw(*shape: int) -> Tensor:
         return torch.rand(items, *shape, generator=generator, device=device)
@@ -168,11 +178,11 @@ def _draw_crop(
     # sides that differ by at most the aspect from each other, and multiply to the volume
     relative = (draw(_TRIES, dims) - 0.5) * math.log(views.crop_aspect)
     relative = (relative - relative.mean(-1, keepdim=True)).exp()
-    boxes = volume.pow(1 / dims).unsqueeze(-1) * relative  # (B, tries, D) in pixels
+    boxes = volume.pow(1 / dims).unsqueeze(-1) * relative * shape  # (B, tries, D) in pixels
     fits = (boxes <= sides).all(-1)
     first = fits.float().argmax(1)
     chosen = boxes.gather(1, first.view(-1, 1, 1).expand(-1, 1, dims)).squeeze(1)
-    central = sides.min().expand(items, dims)
+    central = ((sides / shape).min() * shape).expand(items, dims)
     chosen = torch.where(fits.any(1, keepdim=True), chosen, central)
     place = torch.where(fits.any(1, keepdim=True), draw(dims), 0.5)
     extent = chosen / sides
@@ -248,12 +258,12 @@ def photometry(x: Tensor, valid: Tensor, view: View, views: Views) -> Tensor:
 
 def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     """Blur every item with its own sigma, one axis after the other, reflecting at the border."""
-    radius = min(math.ceil(3 * largest), min(x.shape[2:]) - 1)
-    steps = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.exp(-0.5 * (steps / sigma.clamp(min=1e-3).unsqueeze(1)).square())
-    kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.dtype)  # (B, k)
     for axis in range(2, x.ndim):
         side = x.shape[axis]
+        radius = min(math.ceil(3 * largest), side - 1)
+        steps = torch.arange(-radius, radius + 1, device=x.device)
+        kernel = torch.exp(-0.5 * (steps / sigma.clamp(min=1e-3).unsqueeze(1)).square())
+        kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.dtype)  # (B, k)
         source = (torch.arange(side, device=x.device).unsqueeze(1) + steps).abs()
         source = torch.where(source >= side, 2 * (side - 1) - source, source)
         mixing = kernel.new_zeros(len(x), side, side)

@@ -100,18 +100,25 @@ def pretraining_name(own: str) -> str:
 
 
 def check_pair(known: Mapping[str, Modality], radar: str, optical: str) -> None:
-    """Refuse what is not two images or two volumes."""
+    """Refuse what is not two images or two volumes on one grid."""
     for role, name in (("radar", radar), ("optical", optical)):
         if name not in known:
             raise ConfigError(
                 f"CROMA needs a {role} modality named {name!r}; the data have {list(known)}."
-                f"{nearest(name, known)} Set model.init_args.{role} to its name."
+                f"{nearest(name, known)} Any two images or volumes will do, such as pet and ct: "
+                "set model.init_args.radar to the one that asks (its tokens are the queries of "
+                "the joint encoder) and model.init_args.optical to the one that is asked."
             )
     a, b = known[radar], known[optical]
     if a.kind != b.kind or a.kind not in ("image", "volume"):
         raise ConfigError(
             f"CROMA: {radar!r} is of kind {a.kind!r} and {optical!r} of kind {b.kind!r}; expected "
             "two images or two volumes on one grid."
+        )
+    if a.size and b.size and a.size != b.size:
+        raise ConfigError(
+            f"CROMA reconstructs both modalities on one grid, but {radar!r} has the size {a.size} "
+            f"and {optical!r} {b.size}. Resample them to one spacing in the DataModule."
         )
 
 

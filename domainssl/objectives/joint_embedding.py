@@ -173,7 +173,7 @@ class _JointEmbedding(Objective):
                     frames = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             size = tuple(x.shape[-modality.spatial_dims :])
             draws[name] = tuple(
-                draw_view(self.views[name], size, len(x), generators.local, frames)
+                draw_view(self.views[name], size, len(x), generators.local, frames, self.view_size)
                 for _ in range(self.num_views)
             )
         return draws

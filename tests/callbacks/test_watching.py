@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from tiny import Batches, TinyBackbone, TinyData, TinyObjective, tiny_modalities, tiny_trainer
 
-from domainssl.callbacks._picture import colour_bands, panel
+from domainssl.callbacks._picture import _planes, bands_line, colour_bands, panel
 from domainssl.callbacks.export import ExportBackbone
 from domainssl.callbacks.gradients import GradientNorm
 from domainssl.callbacks.progress import ProgressBar
@@ -231,12 +231,21 @@ def test_one_date_of_a_series_is_a_picture():
     assert panel({"input": x}, modality, "t").shape[2] == 3
 
 
-def test_a_volume_is_shown_as_its_middle_slice():
-    modality = Modality("ct", "volume", ("hu",), "hu", size=(6, 6, 6))
-    x = torch.zeros(1, 1, 6, 6, 6)
-    x[..., 3] = torch.linspace(0, 1, 6)[:, None]
+def test_a_volume_is_shown_as_its_middle_slice_front_up_and_right_on_the_left():
+    modality = Modality("ct", "volume", ("hu",), "hu", size=(6, 4, 6))
+    x = torch.zeros(1, 1, 6, 4, 6)
+    x[..., 3] = torch.linspace(0, 1, 6)[:, None]  # brighter to the patient's right
+    x[:, :, 0, 3, 3] = 1.0  # and at the front of the patient's left
+    (plane,) = _planes(x, modality)[0]
+    expected = np.repeat(np.linspace(1, 0, 6, dtype=np.float32)[None], 4, axis=0)
+    expected[0, 5] = 1.0
+    np.testing.assert_allclose(plane, expected, rtol=1e-6)
+    series = Modality("ct", "series", ("hu",), "hu", size=(6, 4, 6))
+    dates = torch.stack([torch.zeros_like(x), x, torch.zeros_like(x)], dim=1)
+    np.testing.assert_array_equal(_planes(dates, series)[0, 0], plane)
     picture = panel({"input": x}, modality, "t")
-    assert picture[-120, 10].tolist() == [0, 0, 0] and picture[-10, 10].tolist() == [255, 255, 255]
+    assert picture[-10, 10].tolist() == [255, 255, 255] and picture[-10, 120].tolist() == [0, 0, 0]
+    assert "middle slice" in bands_line(modality)
 
 
 def test_the_exported_backbone_holds_the_trained_weights_and_their_origin(tmp_path):
