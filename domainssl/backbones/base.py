@@ -172,6 +172,13 @@ class Backbone(Recorded, nn.Module):
             for name, tokens in features.tokens.items()
         }
 
+    def feature_pyramid(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """Return the maps that decoders of dense tasks take, finest first, (B, E_i, *S_i) per name.
+
+        The base knows one level, that of `feature_maps`.
+        """
+        return {name: [values] for name, values in self.feature_maps(batch).items()}
+
     def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters that only serve one modality.
 

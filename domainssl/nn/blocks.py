@@ -16,6 +16,7 @@ __all__ = [
     "SelfAttention",
     "Transformer",
     "TransformerBlock",
+    "blocks_of",
     "compile_blocks",
     "set_attention_path",
 ]
@@ -99,6 +100,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention where wanted, and a feed-forward network, with residuals."""
 
+    is_block = True  # see `blocks_of`
+
     def __init__(
         self,
         width: int,
@@ -180,6 +183,14 @@ class Transformer(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
+    def hidden_states(self, x: Tensor) -> list[Tensor]:
+        """Return what every block returns, and last the normalised tokens; (B, N, E) each."""
+        states = []
+        for block in self.blocks:
+            x = block(x)
+            states.append(x)
+        return [*states, self.norm(x)]
+
 
 def set_attention_path(module: nn.Module, path: AttentionPath) -> None:
     """Choose how every attention layer below `module` computes (see `nn.attention`)."""
@@ -188,9 +199,17 @@ def set_attention_path(module: nn.Module, path: AttentionPath) -> None:
             part.path = path
 
 
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """Return the parts of a network that are compiled, and sharded, one by one.
+
+    They carry `is_block = True`: transformer blocks, and residual blocks of convolutions.
+    """
+    return [part for part in module.modules() if getattr(part, "is_block", False)]
+
+
 def compile_blocks(module: nn.Module) -> int:
-    """Compile every transformer block below `module` in place; return how many there are."""
-    blocks = [part for part in module.modules() if isinstance(part, TransformerBlock)]
+    """Compile every block below `module` in place; return how many there are."""
+    blocks = blocks_of(module)
     for block in blocks:
         block.compile()
     return len(blocks)

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from domainssl.backbones.base import Backbone
-from domainssl.nn.blocks import TransformerBlock
+from domainssl.nn.blocks import blocks_of
 
 __all__ = ["shard"]
 
@@ -18,7 +18,7 @@ __all__ = ["shard"]
 def shard(
     module: nn.Module, backbone: Backbone, mesh: DeviceMesh, forward_methods: Sequence[str]
 ) -> None:
-    """Shard every transformer block, the backbone, and the rest of the module.
+    """Shard every block, the backbone, and the rest of the module.
 
     Calls must enter through the module (`forward`, `validation_step`, `features`, …): it is
     the root that gathers what belongs to no block. The backbone's own entry points, which a
@@ -31,9 +31,8 @@ def shard(
         forward_methods: The module's own entry points besides `forward`.
     """
     options: dict[str, Any] = {"mesh": mesh}
-    for block in module.modules():
-        if isinstance(block, TransformerBlock):
-            fully_shard(block, **options)
+    for block in blocks_of(module):
+        fully_shard(block, **options)
     fully_shard(backbone, **options)
     for name in backbone.forward_methods:
         register_fsdp_forward_method(backbone, name)

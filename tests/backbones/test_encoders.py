@@ -76,10 +76,10 @@ def test_a_series_is_the_mean_over_its_real_dates() -> None:
     assert not features.token_valid["s2"].view(2, 3, 4)[:, 2].any()
 
 
-def test_volumes_need_our_transformer() -> None:
+def test_timm_encoders_refuse_volumes_and_name_those_that_take_them() -> None:
     backbone = build(some("ct", 1, "volume")).eval()
     assert backbone({"ct": torch.rand(1, 1, 8, 8, 12)}).grid["ct"] == (2, 2, 3)
-    with pytest.raises(ConfigError, match="use encoder: transformer"):
+    with pytest.raises(ConfigError, match="use encoder: transformer, resenc, monai:swin"):
         build(some("ct", 1, "volume"), encoder="resnet18")
 
 
@@ -115,7 +115,7 @@ def test_checkpointing_changes_neither_gradients_nor_buffers(encoder: str) -> No
         ({"encoder": "resnet5O"}, "Did you mean 'resnet50'"),
         ({"encoder": "convnext_atto"}, "expected one of timm's ResNet or VisionTransformer"),
         ({"encoder": {"s1": "resnet18"}}, "one for each of"),
-        ({"deformable_attention": "shared"}, "goes behind the stages of a ResNet"),
+        ({"deformable_attention": "shared"}, "goes behind the stages of a 2D ResNet"),
     ],
 )
 def test_what_cannot_be_built_is_refused(options: dict[str, Any], text: str) -> None:

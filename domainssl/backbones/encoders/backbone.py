@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -22,6 +22,8 @@ from domainssl.backbones.encoders.files import (
     read_encoder_file,
 )
 from domainssl.backbones.encoders.nets import Encoder, deformable_blocks, make_encoder
+from domainssl.backbones.encoders.residual import RESENC_L
+from domainssl.backbones.encoders.swin import SwinArchitecture
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality, key, present_mask, valid_mask
 from domainssl.nn.norm import counted_rows
@@ -35,41 +37,57 @@ logger = logging.getLogger(__name__)
 DeformableAttentionUse = Literal["none", "shared", "per_modality"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncoderSizes:
-    """Sizes of the encoder `transformer`; timm's encoders bring their own.
+    """Sizes of encoders whose name does not settle them; timm's bring their own.
 
     Attributes:
-        width: Token width.
-        depth: Blocks.
-        heads: Attention heads.
-        patch_size: Side of a patch in pixels or voxels.
+        width: `transformer`: token width.
+        depth: `transformer`: blocks.
+        heads: `transformer`: attention heads.
+        patch_size: `transformer`: side of a patch in pixels or voxels.
+        features: `resenc`: channels of every stage; each stage but the first halves the grid.
+        blocks: `resenc`: residual blocks of every stage. Both defaults are nnssl's ResEnc-L.
+        widen: `monai:resnet…`: factor on the channels of every stage.
+        swin: `monai:swin`: its sizes, see `SwinArchitecture`.
     """
 
     width: int = 384
     depth: int = 12
     heads: int = 6
     patch_size: int = 16
+    features: tuple[int, ...] = RESENC_L.features
+    blocks: tuple[int, ...] = RESENC_L.blocks
+    widen: float = 1.0
+    swin: SwinArchitecture = field(default_factory=SwinArchitecture)
+
+    def __post_init__(self) -> None:
+        for name in ("features", "blocks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "swin", as_dataclass(SwinArchitecture, self.swin))
 
 
 class EncoderBackbone(Backbone):
     """Encode every modality by itself; `pooled` is what the encoder says about the whole item.
 
-    ============  ==============================  =======================
-    encoder       tokens                          pooled
-    ============  ==============================  =======================
-    timm ResNet   last map                        its mean
-    timm ViT      patch tokens after the norm     class token
-    transformer   patch tokens after the norm     mean of valid tokens
-    ============  ==============================  =======================
+    ================  ==============================  =======================  ================
+    encoder           tokens                          pooled                   kinds
+    ================  ==============================  =======================  ================
+    timm ResNet       last map                        its mean                 images, series
+    timm ViT          patch tokens after the norm     class token              images, series
+    transformer       patch tokens after the norm     mean of valid tokens     all three
+    resenc            last map                        its mean                 all three
+    monai:resnet18    last map (10 to 200 layers)     its mean                 all three
+    monai:swin        last map, normalised            its mean                 volumes
+    ================  ==============================  =======================  ================
 
     Series are encoded date by date: tokens of all dates, pooled the mean over real dates.
 
     Args:
-        modalities: Images or series; volumes with `transformer`.
-        encoder: `transformer`, or a timm name such as `resnet50` or `vit_small_patch16_224`; one
-            for all modalities or one per modality.
-        sizes: Sizes of `transformer`.
+        modalities: Images, series or volumes.
+        encoder: One of the names above, or a timm name such as `resnet50` or
+            `vit_small_patch16_224`; one for all modalities or one per modality.
+        sizes: Sizes of encoders whose name does not settle them.
         image_size: Side that position tables are made for (ViTs, deformable attention).
         deformable_attention: Residual deformable attention behind the last two stages of
             ResNets; `shared` is one pair of blocks for all modalities.
@@ -90,6 +108,10 @@ class EncoderBackbone(Backbone):
         "ssl4eo_resnet18": {"encoder": "resnet18"},
         "ssl4eo_resnet50": {"encoder": "resnet50"},
         "ssl4eo_vit_small": {"encoder": "vit_small_patch16_224"},
+        "monai_resnet10": {"encoder": "monai:resnet10"},
+        "monai_resnet18": {"encoder": "monai:resnet18"},
+        "monai_resnet34": {"encoder": "monai:resnet34"},
+        "monai_resnet50": {"encoder": "monai:resnet50"},
     }
 
     def __init__(
@@ -190,25 +212,49 @@ class EncoderBackbone(Backbone):
             features.dates[name] = x[key(name, "dates")]
 
     def stages(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        """Return the maps of all stages for dense heads, (B, E_i, h_i, w_i), coarser each time.
+        """Return the maps of all stages for dense heads, (B, E_i, *S_i), coarser each time.
 
         ResNets have four stages, transformers one.
 
         Raises:
             ConfigError: A modality is a series; choose one date.
         """
+        return {
+            name: self._encoder(name).stages(values, valid, self._attention(name))
+            for name, values, valid in self._single(batch, "stages")
+        }
+
+    def feature_pyramid(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """Return the maps that decoders take, finest first, (B, E_i, *S_i) per name.
+
+        =============  ==================================================================
+        ResNets        the stem at half resolution, then the four stages
+        `resenc`       every stage, the first at full resolution
+        `monai:swin`   five maps at 1/2 to 1/32, normalised, as MONAI's SwinUNETR has them
+        `transformer`  four hidden states on one grid, as MONAI's UNETR takes them
+        others         one map
+        =============  ==================================================================
+
+        Raises:
+            ConfigError: A modality is a series; choose one date.
+        """
+        return {
+            name: self._encoder(name).pyramid(values, valid)
+            for name, values, valid in self._single(batch, "feature_pyramid")
+        }
+
+    def _single(
+        self, batch: Mapping[str, Any], method: str
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield name, normalised values and validity of the modalities that are there."""
         x = self.normalize(batch)
-        found = {}
         for name, modality in self.modalities.items():
             if name not in x:
                 continue
             if modality.kind == "series":
-                raise ConfigError(f"stages: {name!r} is a series; choose one date of it.")
+                raise ConfigError(f"{method}: {name!r} is a series; choose one date of it.")
             common_size(x[name], modality)
-            found[name] = self._encoder(name).stages(
-                x[name], valid_mask(x, modality), self._attention(name)
-            )
-        return found
+            yield name, x[name], valid_mask(x, modality)
 
     # -- reference files --------------------------------------------------------------------
 
@@ -219,10 +265,11 @@ class EncoderBackbone(Backbone):
         variant: Mapping[str, Any],
         modalities: Mapping[str, Modality | Mapping[str, Any]] | None = None,
     ) -> tuple[Self, LoadReport]:
-        """Read DeCUR's joint and single files, and SSL4EO's MoCo, DINO and MAE layouts.
+        """Read DeCUR's joint and single files, SSL4EO's MoCo, DINO and MAE layouts, 3D ResNets.
 
         Bands, units and statistics are the published ones; `modalities` choose what to take from
-        a joint file, and are compared. Files of other data (3 bands) take `modalities` as given.
+        a joint file, and are compared. Files of other data (3 bands, volumes) take `modalities`
+        as given.
         """
         file = read_encoder_file(state)
         chosen = _choose(file, modalities)
@@ -308,7 +355,7 @@ def _choose(
                 f"{name}: the file has encoders for {sorted(bands.values())} bands, the data have "
                 f"{own.num_channels}. Choose the bands that the weights were trained on."
             )
-        known = published_modality(own.num_channels)
+        known = None if own.kind == "volume" else published_modality(own.num_channels)
         if known is None:
             chosen[name] = (own, parts[0])
         else:
@@ -322,6 +369,13 @@ def _published_form(modality: Modality, wanted: object) -> str | None:
         return "scale(255)"
     if isinstance(wanted, Mapping):
         return str(wanted[modality.name]) if modality.name in wanted else None
+    if modality.kind == "volume":
+        if wanted is None:
+            raise WeightsError(
+                f"{modality.name}: the file does not say how its volumes were scaled; pass "
+                "arguments={'normalization': …}, such as 'window(-1000,1000)', 'zscore' or 'item'."
+            )
+        return str(wanted)
     if modality.mean is None:
         return "identity"
     if wanted is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from domainssl.backbones.encoders.base import Encoded, Encoder, refuse_attention, seen_cells
+from domainssl.backbones.encoders.monai_nets import monai_resnet, resnet_width
+from domainssl.backbones.encoders.residual import ResidualEncoder
+from domainssl.backbones.encoders.swin import SwinEncoder
 from domainssl.errors import ConfigError, nearest, require
 from domainssl.modality import Modality
 from domainssl.nn.blocks import Transformer
@@ -30,56 +32,7 @@ __all__ = [
     "make_encoder",
 ]
 
-
-@dataclass(frozen=True)
-class Encoded:
-    """One modality, encoded.
-
-    Attributes:
-        tokens: (B, N, E).
-        pooled: (B, E).
-        grid: Tokens per axis.
-        token_valid: bool (B, N); True where a token saw a valid pixel.
-        cls: Class token (B, E) where there is one.
-    """
-
-    tokens: Tensor
-    pooled: Tensor
-    grid: tuple[int, ...]
-    token_valid: Tensor
-    cls: Tensor | None = None
-
-
-class Encoder(nn.Module):
-    """A network for one modality.
-
-    Attributes:
-        width: Feature width E.
-        is_own: True for our blocks, which `execution.compile` and `.attention` reach.
-        gradient_checkpointing: Recompute activations in the backward pass.
-    """
-
-    width: int
-    is_own = False
-
-    def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
-        """Encode normalised values (B, C, *S) with their bool validity (B, *S)."""
-        raise NotImplementedError
-
-    def stages(
-        self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None
-    ) -> list[Tensor]:
-        """Return the maps of the stages, (B, E_i, *S_i), coarser each time."""
-        out = self(x, valid, attention)
-        return [out.tokens.transpose(1, 2).unflatten(2, out.grid)]
-
-
-def _refuse_attention(attention: nn.ModuleDict | None, encoder: str) -> None:
-    if attention is not None:
-        raise ConfigError(
-            f"deformable_attention goes behind the stages of a ResNet; {encoder} has none. "
-            "Set deformable_attention: none."
-        )
+OWN_NAMES = ("transformer", "resenc", "monai:swin", "monai:resnet10 … monai:resnet200")
 
 
 def _contexts() -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
@@ -88,14 +41,22 @@ def _contexts() -> Callable[[], tuple[AbstractContextManager[None], AbstractCont
 
 
 class ResNetEncoder(Encoder):
-    """A timm ResNet whose batch statistics are global; deformable attention where it is given."""
+    """A ResNet of timm or MONAI whose batch statistics are global, in 2D or 3D.
+
+    Deformable attention goes behind the stages of 2D ones where it is given.
+    """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net: Any = net
-        self.width = int(net.num_features)  # type: ignore[arg-type]
+        self.width = resnet_width(net)
         self.gradient_checkpointing = False
         convert_batch_norm(net)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        net = self.net
+        out: Tensor = (net.act1 if hasattr(net, "act1") else net.act)(net.bn1(net.conv1(x)))
+        return out
 
     def _stage(self, layer: nn.Module, x: Tensor) -> Tensor:
         for block in cast(nn.ModuleList, layer):
@@ -105,11 +66,8 @@ class ResNetEncoder(Encoder):
                 x = block(x)
         return x
 
-    def stages(
-        self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None
-    ) -> list[Tensor]:
-        """Return the four maps, (B, E_i, H / 4·2^i, W / 4·2^i)."""
-        x = self.net.maxpool(self.net.act1(self.net.bn1(self.net.conv1(x))))
+    def _stages(self, x: Tensor, attention: nn.ModuleDict | None) -> list[Tensor]:
+        x = self.net.maxpool(x)
         maps = []
         for index in range(1, 5):
             x = self._stage(getattr(self.net, f"layer{index}"), x)
@@ -118,12 +76,23 @@ class ResNetEncoder(Encoder):
             maps.append(x)
         return maps
 
+    def stages(
+        self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None
+    ) -> list[Tensor]:
+        """Return the four maps, (B, E_i, *S / (4·2^i))."""
+        return self._stages(self._stem(x), attention)
+
+    def pyramid(self, x: Tensor, valid: Tensor) -> list[Tensor]:
+        """Return the map of the stem, at half resolution, and those of the four stages."""
+        stem = self._stem(x)
+        return [stem, *self._stages(stem, None)]
+
     def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
         """Encode; tokens are the cells of the last map, pooled is its mean."""
         last = self.stages(x, valid, attention)[-1]
-        grid = (last.shape[2], last.shape[3])
-        seen = F.adaptive_max_pool2d(valid.unsqueeze(1).float(), grid).flatten(1) > 0
-        return Encoded(last.flatten(2).transpose(1, 2), last.mean((2, 3)), grid, seen)
+        grid = tuple(last.shape[2:])
+        tokens = last.flatten(2).transpose(1, 2)
+        return Encoded(tokens, last.flatten(2).mean(2), grid, seen_cells(valid, grid))
 
 
 class ViTEncoder(Encoder):
@@ -137,7 +106,7 @@ class ViTEncoder(Encoder):
 
     def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
         """Encode; pooled is what timm pools, the class token in the published models."""
-        _refuse_attention(attention, "a ViT")
+        refuse_attention(attention, "a ViT")
         patch = int(self.net.patch_embed.patch_size[0])
         grid = grid_of(x.shape[2:], patch, "input of the ViT")
         self.net.set_grad_checkpointing(self.gradient_checkpointing and self.training)
@@ -157,7 +126,7 @@ class TransformerEncoder(Encoder):
 
     is_own = True
 
-    def __init__(self, modality: Modality, sizes: Mapping[str, int]) -> None:
+    def __init__(self, modality: Modality, sizes: Mapping[str, Any]) -> None:
         super().__init__()
         self.width, self.patch_size = sizes["width"], sizes["patch_size"]
         dims = modality.spatial_dims
@@ -168,13 +137,28 @@ class TransformerEncoder(Encoder):
         self.embed = nn.Linear(modality.num_channels * self.patch_size**dims, self.width)
         self.transformer = Transformer(self.width, sizes["depth"], sizes["heads"])
 
-    def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
-        """Encode; pooled is the mean of the tokens that saw a valid pixel."""
-        _refuse_attention(attention, "the transformer")
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         grid = grid_of(x.shape[2:], self.patch_size, "input of the transformer")
         coords = grid_coordinates(grid, device=x.device)
         tokens = self.embed(patchify(x, self.patch_size))
-        tokens = tokens + sincos_positions(coords, self.width).to(tokens.dtype)
+        return tokens + sincos_positions(coords, self.width).to(tokens.dtype), grid
+
+    def pyramid(self, x: Tensor, valid: Tensor) -> list[Tensor]:
+        """Return four maps of one size, as UNETR takes them from a ViT.
+
+        They are what the blocks L/4, L/2 and 3L/4 (from 0, of L) return, and the normalised tokens
+        of the last one.
+        """
+        tokens, grid = self._embed(x)
+        states = self.transformer.hidden_states(tokens)
+        depth = len(states) - 1
+        chosen = [states[depth * part // 4] for part in (1, 2, 3)] + [states[-1]]
+        return [state.transpose(1, 2).unflatten(2, grid) for state in chosen]
+
+    def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
+        """Encode; pooled is the mean of the tokens that saw a valid pixel."""
+        refuse_attention(attention, "the transformer")
+        tokens, grid = self._embed(x)
         tokens = self.transformer(tokens)  # (B, N, E)
         seen = patch_fraction(valid, self.patch_size) > 0
         weight = seen.to(tokens.dtype).unsqueeze(-1)
@@ -187,8 +171,8 @@ def _timm_net(name: str, channels: int, image_size: int) -> nn.Module:
     if not timm.is_model(name):
         known = timm.list_models()
         raise ConfigError(
-            f"encoder: {name!r} is neither 'transformer' nor a model of timm."
-            f"{nearest(name, [*known, 'transformer'])}"
+            f"encoder: {name!r} is neither one of {', '.join(OWN_NAMES)} nor a model of timm."
+            f"{nearest(name, [*known, *OWN_NAMES])}"
         )
     builder = timm.model_entrypoint(name)
     family = inspect.getmodule(builder)
@@ -199,7 +183,7 @@ def _timm_net(name: str, channels: int, image_size: int) -> nn.Module:
 
 
 def make_encoder(
-    name: str, modality: Modality, sizes: Mapping[str, int], image_size: int
+    name: str, modality: Modality, sizes: Mapping[str, Any], image_size: int
 ) -> Encoder:
     """Build the encoder of one modality.
 
@@ -213,10 +197,17 @@ def make_encoder(
         )
     if name == "transformer":
         return TransformerEncoder(modality, sizes)
+    if name == "resenc":
+        return ResidualEncoder(modality, sizes["features"], sizes["blocks"])
+    if name == "monai:swin":
+        return SwinEncoder(modality, sizes["swin"])
+    if name.startswith("monai:"):
+        return ResNetEncoder(monai_resnet(name.removeprefix("monai:"), modality, sizes["widen"]))
     if modality.spatial_dims != 2:
         raise ConfigError(
             f"encoder {name!r} is two-dimensional and modality {modality.name!r} is a "
-            f"{modality.kind}; use encoder: transformer."
+            f"{modality.kind}; use encoder: transformer, resenc, monai:swin or monai:resnet18 "
+            "(10 to 200)."
         )
     net = _timm_net(name, modality.num_channels, image_size)
     kind = type(net).__name__
@@ -226,7 +217,7 @@ def make_encoder(
         return ViTEncoder(net)
     raise ConfigError(
         f"encoder: {name!r} is a {kind}; expected one of timm's ResNet or VisionTransformer "
-        "models, or 'transformer'."
+        f"models, or one of {', '.join(OWN_NAMES)}."
     )
 
 
@@ -238,8 +229,9 @@ def deformable_blocks(encoders: Sequence[Encoder], image_size: int) -> nn.Module
     """
     widths = set()
     for encoder in encoders:
-        if not isinstance(encoder, ResNetEncoder):
-            _refuse_attention(nn.ModuleDict(), type(encoder).__name__)
+        is_flat = isinstance(encoder, ResNetEncoder) and encoder.net.conv1.weight.ndim == 4
+        if not is_flat:
+            refuse_attention(nn.ModuleDict(), type(encoder).__name__)
         widths.add(encoder.width)
     if len(widths) > 1:
         raise ConfigError(
