@@ -9,13 +9,13 @@ compare hidden patches with their pixels, standardised per patch and per group o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from domainssl.backbones.base import LoadReport
@@ -27,13 +27,14 @@ from domainssl.backbones.maestro.backbone import (
     Raster,
 )
 from domainssl.backbones.maestro.files import fit_shape, reference_name, reference_tensors
-from domainssl.backbones.maestro.inputs import MAESTROInput
+from domainssl.backbones.maestro.inputs import MAESTROInput, check_width
 from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
 from domainssl.distributed import all_reduce_sum
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.patch_groups import masked_error, patch_group_statistics
 from domainssl.modality import Batch, Modality, as_modalities
 from domainssl.nn.alibi import KeyMask
+from domainssl.nn.patching import patchify, unpatchify
 from domainssl.nn.structured import (
     TokenAxes,
     first_usable,
@@ -204,8 +205,7 @@ class MAESTRO(Objective):
 
     def _build_decoders(self, sizes: MAESTROArchitecture) -> None:
         names, width = list(self.backbone.modalities), sizes.decoder_width
-        if width % 4 or width < 16:
-            raise ConfigError(f"MAESTRO: decoder_width {width}: expected a multiple of 4 from 16.")
+        check_width(width, self.backbone.spatial_dims, "decoder_width")
         self.decoder_width = width
         self.decoders = nn.ModuleDict(
             {n: Decoder(self.backbone.width, sizes) for n in self.backbone.encoder_names(names)}
@@ -220,7 +220,7 @@ class MAESTRO(Objective):
         self.target_bands = {n: self._target_bands(n) for n in names}
 
     def _pixels(self, name: str) -> int:
-        return self.backbone.inputs[name].patch_size ** 2
+        return math.prod(self.backbone.patch_of(name))
 
     def _target_bands(self, name: str) -> list[int]:
         groups = [len(group) for group in self.backbone.bands[name]]
@@ -350,12 +350,14 @@ class MAESTRO(Objective):
 
     def patches(self, raster: Raster, name: str) -> tuple[Tensor, Tensor | None]:
         """Return target patches (B, D * L, P, C) and where they count, (B, D * L, P, 1)."""
-        p = self.backbone.inputs[name].patch_size
-        order = "b d c (h p) (w q) -> b (d h w) (p q) c"
-        patches = rearrange(raster.values, order, p=p, q=p)
+
+        def cut(x: Tensor) -> Tensor:  # (B, D, C, *S) -> (B, D * L, P, C)
+            tokens = patchify(x.flatten(0, 1), self.backbone.patch_of(name))
+            return tokens.unflatten(0, x.shape[:2]).flatten(1, 2).unflatten(2, (-1, x.shape[2]))
+
         if not self.options.pixel_validity:
-            return patches, None
-        return patches, rearrange(raster.valid.unsqueeze(2), order, p=p, q=p)
+            return cut(raster.values), None
+        return cut(raster.values), cut(raster.valid.unsqueeze(2))
 
     def _statistics(
         self, patches: Tensor, valid: Tensor | None, name: str
@@ -401,7 +403,7 @@ class MAESTRO(Objective):
     ) -> dict[str, Tensor]:
         """Return input, visible and predicted in the modality's batch layout."""
         modality, where = self.backbone.modalities[name], self.counted(hidden, raster, name)
-        (h, w), p = raster.grid, self.backbone.inputs[name].patch_size
+        patch, dates = self.backbone.patch_of(name), raster.dates
         used = [modality.channels.index(b) for group in self.backbone.bands[name] for b in group]
         shown = {
             "input": seen,
@@ -410,10 +412,13 @@ class MAESTRO(Objective):
         }
         pictures = {}
         for kind, x in shown.items():
-            x = rearrange(x.detach(), "b (d h w) (p q) c -> b d c (h p) (w q)", h=h, w=w, p=p, q=p)
+            flat = (
+                x.detach().flatten(2).unflatten(1, (dates, -1)).flatten(0, 1)
+            )  # (B * D, L, P * C)
+            x = unpatchify(flat, raster.grid, patch).unflatten(0, (-1, dates))
             whole = x.new_zeros(*x.shape[:2], modality.num_channels, *x.shape[3:])
             whole[:, :, used] = x
-            pictures[kind] = whole[:, 0] if modality.kind == "image" else whole
+            pictures[kind] = whole if modality.kind == "series" else whole[:, 0]
         return pictures
 
     # -- parameters -------------------------------------------------------------------------

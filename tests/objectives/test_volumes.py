@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from domainssl.backbones.croma import CROMABackbone
+from domainssl.backbones.maestro.backbone import MAESTROBackbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.modality import Batch, Modality
 from domainssl.nn.alibi import DistanceBias
+from domainssl.nn.metric_positions import metric_positions
 from domainssl.objectives.base import Generators, Objective
 from domainssl.objectives.croma import CROMA
 from domainssl.objectives.decur import DeCUR, EncoderSizes
+from domainssl.objectives.maestro import MAESTRO, MAESTROArchitecture
 from domainssl.training.module import Step
 
 SIZE, SPACING = (16, 8, 12), (1.0, 1.0, 2.5)  # no cube, thick slices
@@ -66,7 +70,24 @@ def decur(**changes: Any) -> DeCUR:
     return DeCUR(contrasts("t1", "flair"), **{**arguments, "context_size": SIZE, **changes})
 
 
-METHODS = {"croma": croma, "decur": decur}
+def maestro(known: dict[str, Modality] | None = None, **changes: Any) -> MAESTRO:
+    """Two contrasts in one sequence, the second in two dates, and one of its own."""
+    if known is None:
+        known = {**contrasts("t1", "t1c"), "flair": volume("flair", 2)}
+    inputs = {
+        "t1": {"patch_size": 4, "group": "t1"},
+        "t1c": {"patch_size": (4, 4, 2), "group": "t1"},
+        "flair": {"patch_size": 4, "token_bands": [["c1"], ["c0"]]},
+    }
+    arguments = {"architecture": MAESTRO_SIZES, "shared_depth": 1, "normalization": "zscore"}
+    return MAESTRO(known, {n: inputs[n] for n in known}, **{**arguments, **changes})
+
+
+MAESTRO_SIZES = MAESTROArchitecture(
+    width=32, depth=2, heads=2, head_dim=8, ffn_ratio=2, decoder_width=24, decoder_depth=1,
+    decoder_heads=2, decoder_head_dim=8,
+)  # fmt: skip
+METHODS = {"croma": croma, "decur": decur, "maestro": maestro}
 
 
 @pytest.fixture(params=METHODS)
@@ -105,11 +126,27 @@ def test_features_name_the_grid_and_its_coordinates_in_order(model: Objective) -
     known = model.backbone.modalities
     with torch.no_grad():
         features = model.backbone(exams(known))
+    first = next(iter(known))
+    assert features.grid[first] == (4, 2, 3)
+    assert features.tokens[first].shape[:2] == (3, 24)
+    assert features.coords[first][[1, 3, 6]].tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
     for name in known:
-        assert features.grid[name] == (4, 2, 3)
-        assert features.tokens[name].shape[:2] == (3, 24)
-        assert features.coords[name][[1, 3, 6]].tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
-        assert not features.token_valid[list(known)[-1]][-1].any()
+        assert features.tokens[name].shape[1] == math.prod(features.grid[name])
+    assert not features.token_valid[list(known)[-1]][-1].any()
+
+
+@pytest.mark.parametrize("method", ["croma", "maestro"])
+def test_pictures_show_the_scan_with_hidden_voxels_missing(method: str) -> None:
+    model = METHODS[method]().eval()
+    known = model.backbone.modalities
+    batch = exams(known)
+    shown = step(model, batch, outputs=True).outputs["reconstruction"]
+    x = model.backbone.normalize(batch)
+    for name, pictures in shown.items():
+        torch.testing.assert_close(pictures["input"], x[name])
+        seen = pictures["visible"].isfinite()
+        assert torch.equal(pictures["visible"][seen], x[name][seen])
+        assert pictures["predicted"].isfinite().all() and not seen[:2].all()
 
 
 # -- distances and CROMA ------------------------------------------------------------------------
@@ -199,13 +236,105 @@ def test_other_pairs_than_radar_and_optical_are_named_by_their_roles() -> None:
         CROMA(small, size="tiny", radar="t1", optical="t2", context_size=SIZE, patch_size=4)
 
 
-def test_pictures_have_the_shape_of_the_scan() -> None:
-    model = croma().eval()
+# -- MAESTRO -----------------------------------------------------------------------------------
+
+
+def test_positions_of_volumes_are_means_over_cells_of_a_millimetre() -> None:
+    table = metric_positions((2, 1, 1), (4, 2, 6), 24).view(2, 24)
+    waves = torch.tensor([1.0, 1e-4])  # two per axis: (24 - 8) // 6
+    for patch, cells in enumerate(([0.0, 1.0], [2.0, 3.0])):
+        code = []
+        for at in (range(6), range(2), cells):  # z, y, x
+            phase = torch.tensor([float(a) for a in at]).unsqueeze(1) * waves
+            code += [phase.sin().mean(0), phase.cos().mean(0)]
+        expected = torch.cat([*code, torch.zeros(12)])
+        torch.testing.assert_close(table[patch], expected)
+
+
+def test_one_place_has_one_position_in_scans_of_different_spacing() -> None:
+    known = {"t1": volume("t1", size=(16, 8, 8), spacing_mm=(1.0, 1.0, 3.0))}
+    known["t1c"] = volume("t1c", size=(16, 8, 12), spacing_mm=(1.0, 1.0, 2.0))
+    model = maestro(known, position_cells=None).eval().backbone
+    rasters = model.prepare(model.normalize(exams(known)))
+    assert [rasters[n].cells for n in known] == [(16, 8, 24), (16, 8, 24)]
+    assert [rasters[n].grid for n in known] == [(4, 2, 2), (4, 2, 6)]
+    fine, coarse = (
+        model.codes(rasters[n], 32)[0].unflatten(0, rasters[n].grid) for n in ("t1c", "t1")
+    )
+    torch.testing.assert_close(fine.unflatten(2, (2, 3)).mean(3), coarse)  # three make one
+    half = maestro(known, position_cells=8).backbone  # 2 mm each, along 24 mm in z
+    assert half._cells("t1", (4, 2, 2), (16, 8, 8)) == (5, 3, 8)
+
+
+def test_one_slice_with_flat_patches_has_the_tokens_of_an_image() -> None:
+    image = Modality("t1", "image", ("a", "b"), "arbitrary", (8, 12))
+    slab = Modality("t1", "volume", ("a", "b"), "arbitrary", (8, 12, 1))
+    sizes = {"width": 24, "depth": 1, "heads": 2, "shared_depth": 0}
+    flat = MAESTROBackbone({"t1": image}, {"t1": {"patch_size": 4}}, **sizes)
+    deep = MAESTROBackbone({"t1": slab}, {"t1": {"patch_size": (4, 4, 1)}}, **sizes)
+    state = {
+        n: t.unsqueeze(-1) if n.endswith("conv.weight") else t for n, t in flat.state_dict().items()
+    }
+    deep.load_state_dict(state)
+    x = torch.randn(2, 2, 8, 12)
+    one, other = flat.prepare({"t1": x}), deep.prepare({"t1": x.unsqueeze(-1)})
+    a, b = flat.embed_patches(one)["t1"], deep.embed_patches(other)["t1"]
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_hidden_tokens_cover_the_voxels_that_are_compared() -> None:
+    model = maestro().eval()
     known = model.backbone.modalities
-    shown = step(model, exams(known), outputs=True).outputs["reconstruction"]
-    for name, modality in known.items():
-        for picture in shown[name].values():
-            assert picture.shape == (3, modality.num_channels, *SIZE)
+    batch = exams(known)
+    rasters = model.backbone.prepare(model.backbone.normalize(batch))
+    raster = rasters["t1c"]
+    hidden = torch.zeros(3, 4 * 2 * 6, dtype=torch.bool)
+    hidden[:, 7] = True  # (0, 1, 1): voxels 0-3, 4-7, 2-3
+    patches, _ = model.patches(raster, "t1c")
+    where = model.counted(hidden, raster, "t1c").expand_as(patches)
+    found = patches[where].view(3, 4, 4, 2)
+    assert torch.equal(found, raster.values[:, 0, 0, 0:4, 4:8, 2:4])
+
+
+def test_exams_over_time_are_dates_of_a_series_of_volumes() -> None:
+    known: dict[str, Any] = {
+        n: Modality(
+            n, "series", ("c0",), "arbitrary", SIZE, spacing_mm=SPACING, mean=(0,), std=(1,)
+        )
+        for n in ("t1", "t1c")
+    }
+    assert known["t1"].axes == "B T C X Y Z"
+    g = torch.Generator().manual_seed(0)
+    batch: Batch = {"id": ["a", "b"]}
+    for name in known:
+        batch[name] = torch.randn(2, 3, 1, *SIZE, generator=g)
+        batch[f"{name}.valid"] = torch.rand(2, 3, *SIZE, generator=g) > 0.05
+        batch[f"{name}.dates"] = torch.tensor([[18000, 18100, 18200]] * 2, dtype=torch.int32)
+        batch[f"{name}.frames"] = torch.tensor([[True, True, True], [True, True, False]])
+    model = maestro(known).eval()
+    losses = []
+    for filler in (0.0, 1e4):
+        given = dict(batch)
+        for name in known:
+            counted = batch[f"{name}.valid"] & batch[f"{name}.frames"].view(2, 3, 1, 1, 1)
+            given[name] = torch.where(counted.unsqueeze(2), batch[name], filler)
+        losses.append({n: x.item() for n, x in step(model, given).losses.items()})
+    assert losses[0] == losses[1]
+    with torch.no_grad():
+        assert model.backbone(batch).grid["t1c"] == (3, 4, 2, 6)
+        assert model.backbone.feature_maps(batch)["t1c"].shape == (2, 32, 4, 2, 6)
+
+
+def test_maestro_refuses_images_beside_volumes_and_widths_without_room_for_three_axes() -> None:
+    known = {"t1": volume("t1"), "t1c": Modality("t1c", "image", ("r",), "rgb8", (8, 8))}
+    with pytest.raises(ConfigError, match="share no footprint"):
+        maestro(known, normalization="identity")
+    with pytest.raises(ConfigError, match="width 16 must be a multiple of 4 and at least 20"):
+        MAESTROBackbone({"t1": volume("t1")}, {"t1": {"patch_size": 4}}, width=16)
+    with pytest.raises(
+        ConfigError, match=r"t1.patch_size: got \[4, 4\], expected one number, or 3"
+    ):
+        MAESTROBackbone({"t1": volume("t1")}, {"t1": {"patch_size": (4, 4)}}, width=24)
 
 
 # -- DeCUR and its siblings ---------------------------------------------------------------------

@@ -11,25 +11,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainssl.backbones.base import Backbone, Features, LoadReport, refuse_replace
+from domainssl.backbones.base import Backbone, Features, LoadReport, common_size, refuse_replace
+from domainssl.backbones.maestro.embedding import PatchEmbedding, check_shared
 from domainssl.backbones.maestro.files import read_reference
 from domainssl.backbones.maestro.inputs import (
-    Interpolation,
     MAESTROInput,
     band_order,
     check_depth,
     check_inputs,
+    check_width,
     date_reference_of,
     nominal_grid,
 )
-from domainssl.errors import ConfigError
-from domainssl.modality import Modality, as_modalities, key, present_mask, valid_mask
+from domainssl.modality import (
+    Modality,
+    as_modalities,
+    key,
+    present_mask,
+    sides_of,
+    valid_mask,
+)
 from domainssl.nn.alibi import KeyMask
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.dates import DATE_CHANNELS, date_encoding, decimal_year
@@ -47,20 +54,20 @@ class Layout:
     """The tokens of one modality of a batch, without their values.
 
     Attributes:
-        grid: Patches (h, w).
+        grid: Patches (h, w) or (x, y, z).
         dates: Number of dates, D.
         band_groups: Number of tokens per patch and date, G.
-        token_valid: bool (B, G * D * h * w), band group slowest; False where nothing was measured.
+        token_valid: bool (B, G * D * L), band group slowest; False where nothing was measured.
     """
 
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     dates: int
     band_groups: int
     token_valid: Tensor
 
     @property
     def axes(self) -> tuple[int, int, int, int]:
-        """(B, G, D, h * w)."""
+        """(B, G, D, L), L patches per date."""
         return len(self.token_valid), self.band_groups, self.dates, math.prod(self.grid)
 
 
@@ -69,15 +76,15 @@ class Raster(Layout):
     """One modality of a batch, ready to be cut into tokens.
 
     Attributes:
-        values: Resized and reordered, float32 (B, D, C, H, W); zero where not valid.
-        valid: bool (B, D, H, W).
+        values: Resized and reordered, float32 (B, D, C, *S); zero where not valid.
+        valid: bool (B, D, *S).
         cells: Cells of the fine position grid over the same footprint.
         date_code: float32 (B, D, 8), zero without dates.
     """
 
     values: Tensor
     valid: Tensor
-    cells: tuple[int, int]
+    cells: tuple[int, ...]
     date_code: Tensor
 
 
@@ -96,62 +103,32 @@ class Encoded:
     is_seen: dict[str, Tensor]
 
 
-class _BandEmbedding(nn.Module):
-    """Patches of some bands to tokens; the norm runs over all channels and places of a date."""
-
-    def __init__(self, bands: int, width: int, patch_size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(bands, width, patch_size, patch_size)
-        self.norm = nn.GroupNorm(1, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, L, E)."""
-        out: Tensor = self.norm(self.conv(x))
-        return out.flatten(2).transpose(1, 2)
-
-
-class _PatchEmbedding(nn.Module):
-    """One embedding per band group."""
-
-    def __init__(self, sizes: list[int], width: int, patch_size: int) -> None:
-        super().__init__()
-        self.sizes = sizes
-        self.bands = nn.ModuleList(_BandEmbedding(n, width, patch_size) for n in sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, C, H, W) -> (B, G * D * L, E)."""
-        items = len(x)
-        parts = x.flatten(0, 1).split(self.sizes, dim=1)
-        tokens = [
-            embed(part).unflatten(0, (items, -1))
-            for embed, part in zip(self.bands, parts, strict=True)
-        ]
-        return torch.stack(tokens, dim=1).flatten(1, 3)
-
-
 class MAESTROBackbone(Backbone):
-    """Encode images and series of any sensors on one footprint.
+    """Encode images, volumes and series of them, of any sensors or contrasts on one footprint.
 
-    `tokens[m]` are ordered band group, date, patch; `grid[m]` is (h, w) for an image with one band
-    group and (G * D, h, w) otherwise. `pooled[m]` is the mean over tokens that saw something, and
-    `pooled["joint"]` the mean of these over the modalities that an item has.
+    `tokens[m]` are ordered band group, date, patch; `grid[m]` is (h, w) or (x, y, z) for an image
+    or volume with one band group, with G * D before it otherwise. `pooled[m]` is the mean over
+    tokens that saw something, and `pooled["joint"]` the mean of these over the modalities that an
+    item has.
 
     Args:
-        modalities: Images and series, by name.
+        modalities: Images and series, or volumes and their series, by name.
         inputs: How each becomes tokens.
         fusion: `shared` one encoder for every single date of every modality, `monotemp` one per
             modality for every single date, `mod` one per modality for all dates, `group` one per
             group for all its dates and modalities.
-        width: Token width E, a multiple of 4 and at least 16.
+        width: Token width E, a multiple of 4 and at least 16, for volumes 20.
         depth: Blocks that a token passes, shared ones included.
         heads: Attention heads.
         head_dim: Width of a head.
         ffn_ratio: Width of the feed-forward layers over `width`.
         shared_depth: How many of the last blocks see all sequences at once (`mod` and `group`).
         position_cells: Cells of the fine position grid along the footprint; None is the least
-            common multiple of all grids. Equal cells on the ground make weights comparable.
+            common multiple of all grids. Equal cells on the ground make weights comparable. For
+            volumes the number along the longest side, and None is one per millimetre.
         date_reference: Modality whose date distances in time are counted from; None is the first
-            image. Without it in a batch they are counted from the mean of all dates of the item.
+            image or volume. Without it in a batch they are counted from the mean of all dates of
+            the item.
         normalization: Form for all modalities, or one per modality.
 
     Raises:
@@ -185,7 +162,9 @@ class MAESTROBackbone(Backbone):
         known = as_modalities(modalities)
         super().__init__(known, normalization)
         self.inputs = check_inputs(known, inputs)
-        check_depth(fusion, depth, shared_depth, width)
+        check_depth(fusion, depth, shared_depth)
+        self.spatial_dims = next(iter(known.values())).spatial_dims
+        check_width(width, self.spatial_dims)
         self.fusion, self.width = fusion, width
         self.bands = {n: band_order(known[n], self.inputs[n]) for n in known}
         self.date_reference = date_reference_of(known, date_reference)
@@ -195,10 +174,10 @@ class MAESTROBackbone(Backbone):
         for name in known:
             sizes = [len(group) for group in self.bands[name]]
             embedding = self.embedding_of(name)
-            patch_size = self.inputs[name].patch_size
+            patch = self.patch_of(name)
             if embedding not in self.patch_embed:
-                self.patch_embed[embedding] = _PatchEmbedding(sizes, width, patch_size)
-            _check_shared(name, embedding, self.patch_embed[embedding], sizes, patch_size)
+                self.patch_embed[embedding] = PatchEmbedding(sizes, width, patch)
+            check_shared(name, embedding, self.patch_embed[embedding], sizes, patch)
 
         def stack(blocks: int) -> Transformer:
             return Transformer(width, blocks, heads, ffn_ratio, head_dim=head_dim)
@@ -214,6 +193,10 @@ class MAESTROBackbone(Backbone):
     def embedding_of(self, name: str) -> str:
         """Return the name under which a modality's patch embedding is stored."""
         return self.inputs[name].embedding or name
+
+    def patch_of(self, name: str) -> tuple[int, ...]:
+        """Return the sides of a modality's patches in pixels or voxels, one per axis."""
+        return sides_of(self.inputs[name].patch_size, self.spatial_dims)
 
     def sequences(self, names: list[str]) -> dict[str, list[str]]:
         """Return which modalities form which sequence, in order of appearance."""
@@ -265,13 +248,14 @@ class MAESTROBackbone(Backbone):
     def _raster(self, x: Mapping[str, Any], name: str, reference: Tensor | None) -> Raster:
         given, modality, valid = self.inputs[name], self.modalities[name], self._valid(x, name)
         values: Tensor = x[name].float()
-        if modality.kind == "image":
+        size = common_size(values, modality)
+        if modality.kind != "series":
             values = values.unsqueeze(1)
         channels = modality.channels
         order = [channels.index(band) for group in self.bands[name] for band in group]
         if order != list(range(len(channels))):
             values = values[:, :, order]
-        values = _resize(values, given.image_size, given.interpolation)
+        values = self._resize(values, name)
         if given.is_elevation:
             below = 30 * (values[:, :, :1] - values[:, :, 1:])
             values = torch.cat([values[:, :, :1], below], dim=2)
@@ -280,15 +264,15 @@ class MAESTROBackbone(Backbone):
             **vars(layout),
             values=torch.where(valid.unsqueeze(2), values, 0.0),
             valid=valid,
-            cells=self._cells(name, layout.grid),
+            cells=self._cells(name, layout.grid, size),
             date_code=self._date_code(x, name, len(valid), layout.dates, reference),
         )
 
     def _layout(self, name: str, valid: Tensor) -> Layout:
-        """Cut where values count, bool (B, D, H, W), into tokens."""
-        (items, dates), side = valid.shape[:2], self.inputs[name].patch_size
-        grid = cast("tuple[int, int]", grid_of(valid.shape[-2:], side, f"batch.{name}"))
-        seen = (patch_fraction(valid.flatten(0, 1), side) > 0).unflatten(0, (items, 1, dates))
+        """Cut where values count, bool (B, D, *S), into tokens."""
+        (items, dates), patch = valid.shape[:2], self.patch_of(name)
+        grid = grid_of(valid.shape[2:], patch, f"batch.{name}")
+        seen = (patch_fraction(valid.flatten(0, 1), patch) > 0).unflatten(0, (items, 1, dates))
         groups = len(self.bands[name])
         return Layout(
             grid=grid,
@@ -298,29 +282,51 @@ class MAESTROBackbone(Backbone):
         )
 
     def _valid(self, x: Mapping[str, Any], name: str) -> Tensor:
-        """Where resized values count, bool (B, D, H, W): all pixels they are made of do."""
-        given, valid = self.inputs[name], valid_mask(x, self.modalities[name])
-        if self.modalities[name].kind == "image":
+        """Where resized values count, bool (B, D, *S): all pixels they are made of do."""
+        valid = valid_mask(x, self.modalities[name])
+        if self.modalities[name].kind != "series":
             valid = valid.unsqueeze(1)
-        valid = valid & present_mask(x, name).view(-1, 1, 1, 1)
+        places = [1] * self.spatial_dims
+        valid = valid & present_mask(x, name).view(-1, 1, *places)
         frames = x.get(key(name, "frames"))
         if frames is not None:
-            valid = valid & frames[:, :, None, None]
-        side = given.image_size
-        if side is None or tuple(valid.shape[-2:]) == (side, side):
-            return valid
-        return _resize(valid.unsqueeze(2).float(), side, given.interpolation)[:, :, 0] > 1 - 1e-4
+            valid = valid & frames.view(*frames.shape, *places)
+        resized = self._resize(valid.unsqueeze(2), name)
+        return resized[:, :, 0] if resized.dtype == torch.bool else resized[:, :, 0] > 1 - 1e-4
 
-    def _cells(self, name: str, grid: tuple[int, int]) -> tuple[int, int]:
+    def _resize(self, values: Tensor, name: str) -> Tensor:
+        """Resize (B, D, C, *S) to `image_size`; what has that size already is returned as it is."""
+        given = self.inputs[name]
+        if given.image_size is None:
+            return values
+        size = sides_of(given.image_size, self.spatial_dims)
+        if tuple(values.shape[3:]) == size:
+            return values
+        mode: str = given.interpolation
+        if mode == "bilinear" and self.spatial_dims == 3:
+            mode = "trilinear"
+        flat = F.interpolate(values.flatten(0, 1).float(), size, mode=mode)
+        return flat.unflatten(0, values.shape[:2])
+
+    def _cells(self, name: str, grid: tuple[int, ...], size: tuple[int, ...]) -> tuple[int, ...]:
         """Return the fine grid: fixed over the nominal footprint, in proportion over others."""
+        if self.spatial_dims == 3:
+            return self._cells_mm(self.modalities[name], size)
         nominal = self.nominal[name]
         cells = self.position_cells
         if cells is None:
             cells = math.lcm(*(side for pair in self.nominal.values() for side in pair or ()))
         if nominal is None:
-            return cells, cells
-        rows, columns = (max(1, round(cells * g / n)) for g, n in zip(grid, nominal, strict=True))
-        return rows, columns
+            return (cells,) * len(grid)
+        return tuple(max(1, round(cells * g / n)) for g, n in zip(grid, nominal, strict=True))
+
+    def _cells_mm(self, modality: Modality, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return cells of equal sides in mm, so that thick slices are as thick as they are."""
+        cell = 1.0
+        if self.position_cells is not None:
+            longest = max(n * s for n, s in zip(modality.size or size, modality.steps, strict=True))
+            cell = longest / self.position_cells
+        return tuple(max(1, round(n * s / cell)) for n, s in zip(size, modality.steps, strict=True))
 
     def _dates(self, x: Mapping[str, Any], name: str, companion: str) -> Tensor | None:
         dates = x.get(key(name, companion))
@@ -468,10 +474,9 @@ class MAESTROBackbone(Backbone):
         tokens = self.split(self.encode_visible(rasters, hidden).tokens, rasters)
         features = Features()
         for name, raster in rasters.items():
-            h, w = raster.grid
             layers = raster.band_groups * raster.dates
-            is_flat = self.modalities[name].kind == "image" and layers == 1
-            grid: tuple[int, ...] = (h, w) if is_flat else (layers, h, w)
+            is_flat = self.modalities[name].kind != "series" and layers == 1
+            grid = raster.grid if is_flat else (layers, *raster.grid)
             coords, valid = grid_coordinates(grid, tokens[name].device), raster.token_valid
             features.tokens[name] = tokens[name]
             if keep is not None and name in keep:
@@ -490,15 +495,16 @@ class MAESTROBackbone(Backbone):
         return features
 
     def feature_maps(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return tokens on their grid, (B, E, h, w), averaged over dates and band groups."""
+        """Return tokens on their grid, (B, E, *grid), averaged over dates and band groups."""
         features = self(batch)
         maps = {}
         for name, tokens in features.tokens.items():
-            h, w = features.grid[name][-2:]
-            x = tokens.unflatten(1, (-1, h * w)).transpose(1, 2).flatten(0, 1)
-            seen = features.token_valid[name].unflatten(1, (-1, h * w)).transpose(1, 2)
-            mean = _masked_mean(x, seen.flatten(0, 1)).unflatten(0, (len(tokens), h, w))
-            maps[name] = mean.permute(0, 3, 1, 2)
+            grid = features.grid[name][-self.spatial_dims :]
+            places = math.prod(grid)
+            x = tokens.unflatten(1, (-1, places)).transpose(1, 2).flatten(0, 1)
+            seen = features.token_valid[name].unflatten(1, (-1, places)).transpose(1, 2)
+            mean = _masked_mean(x, seen.flatten(0, 1)).unflatten(0, (len(tokens), *grid))
+            maps[name] = mean.movedim(-1, 1)
         return maps
 
     @classmethod
@@ -523,25 +529,3 @@ def _masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:
     """(B, N, E) -> (B, E), over valid tokens; zero without any."""
     weight = valid.unsqueeze(-1).to(tokens.dtype)
     return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-def _resize(values: Tensor, side: int | None, mode: Interpolation) -> Tensor:
-    """Resize (B, D, C, H, W) to (side, side); None keeps the size."""
-    if side is None or tuple(values.shape[-2:]) == (side, side):
-        return values
-    return F.interpolate(values.flatten(0, 1), (side, side), mode=mode).unflatten(
-        0, values.shape[:2]
-    )
-
-
-def _check_shared(
-    name: str, embedding: str, found: nn.Module, sizes: list[int], patch_size: int
-) -> None:
-    shared = cast(_PatchEmbedding, found)
-    conv = cast(_BandEmbedding, shared.bands[0]).conv
-    if shared.sizes != sizes or conv.kernel_size != (patch_size, patch_size):
-        raise ConfigError(
-            f"model.init_args.inputs.{name}.embedding: {embedding!r} has band groups of "
-            f"{shared.sizes} and patches of {conv.kernel_size[0]} pixels, but {name!r} has {sizes} "
-            f"and {patch_size}. Modalities that share an embedding need equal bands and patches."
-        )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.modality import Modality
+from domainssl.modality import Modality, sides_of
+from domainssl.nn.dates import DATE_CHANNELS
 from domainssl.nn.patching import grid_of
 from domainssl.options import as_dataclass
 
@@ -17,6 +18,7 @@ __all__ = [
     "band_order",
     "check_depth",
     "check_inputs",
+    "check_width",
     "date_reference_of",
     "nominal_grid",
 ]
@@ -30,26 +32,27 @@ class MAESTROInput:
     """How one modality becomes tokens, and what its hidden tokens are compared with.
 
     Attributes:
-        patch_size: Side of a patch in pixels, after resizing.
+        patch_size: Side of a patch in pixels or voxels, after resizing; one number or one per axis.
         group: Modalities of one group are encoded as one sequence; None is a group of its own.
         embedding: Modalities of one name share patch embedding and pixel head; None is its own.
         token_bands: Band groups by channel name, one token each per patch and date; None is one
             token for all bands in their order.
         target_bands: Sizes of the groups of consecutive bands that targets are standardised in,
             in the order of `token_bands`; None takes the token groups.
-        image_size: Side that images are resized to; None keeps them.
-        interpolation: How they are resized, `nearest` or `bilinear` (without antialiasing); a
-            pixel made of invalid ones is invalid.
+        image_size: Side that images and volumes are resized to, one number or one per axis; None
+            keeps them.
+        interpolation: How they are resized, `nearest` or `bilinear` (trilinear for volumes;
+            without antialiasing); a pixel made of invalid ones is invalid.
         is_elevation: Channel 0 is a surface model: after resizing the others become 30 times their
             depth below it, in normalised units.
     """
 
-    patch_size: int
+    patch_size: int | tuple[int, ...]
     group: str | None = None
     embedding: str | None = None
     token_bands: list[list[str]] | None = None
     target_bands: list[int] | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, ...] | None = None
     interpolation: Interpolation = "nearest"
     is_elevation: bool = False
 
@@ -68,6 +71,12 @@ def check_inputs(
                 f"model.init_args.inputs.{name}: the data have no such modality."
                 f"{nearest(name, known)} They have {', '.join(known)}."
             )
+    dims = {name: m.spatial_dims for name, m in known.items() if m.spatial_dims}
+    if len(set(dims.values())) > 1:
+        raise ConfigError(
+            f"MAESTRO: images and volumes share no footprint; the modalities have {dims} axes. "
+            "Choose the ones of one kind in the DataModule."
+        )
     chosen = {}
     for name, modality in known.items():
         if name not in inputs:
@@ -75,16 +84,13 @@ def check_inputs(
                 f"model.init_args.inputs: nothing is said about {name!r}; give its patch_size, or "
                 "leave the modality out of the DataModule."
             )
-        if modality.kind not in ("image", "series"):
+        if modality.spatial_dims == 0:
             raise ConfigError(
-                f"MAESTRO: modality {name!r} is a {modality.kind}; expected images or series."
+                f"MAESTRO: modality {name!r} is a {modality.kind}; expected images, volumes or "
+                "series of them."
             )
         chosen[name] = as_dataclass(MAESTROInput, inputs[name])
-        if chosen[name].patch_size < 1:
-            raise ConfigError(
-                f"model.init_args.inputs.{name}.patch_size: got {chosen[name].patch_size}, "
-                "expected one or more."
-            )
+        _check_sides(modality, chosen[name])
         if chosen[name].interpolation not in get_args(Interpolation):
             raise ConfigError(
                 f"model.init_args.inputs.{name}.interpolation: got {chosen[name].interpolation!r}, "
@@ -93,8 +99,18 @@ def check_inputs(
     return chosen
 
 
-def check_depth(fusion: str, depth: int, shared_depth: int, width: int) -> None:
-    """Refuse depths and widths that no encoder can have."""
+def _check_sides(modality: Modality, given: MAESTROInput) -> None:
+    where = f"model.init_args.inputs.{modality.name}"
+    if min(sides_of(given.patch_size, modality.spatial_dims, f"{where}.patch_size")) < 1:
+        raise ConfigError(f"{where}.patch_size: got {given.patch_size}, expected one or more.")
+    if given.image_size is not None:
+        sides_of(given.image_size, modality.spatial_dims, f"{where}.image_size")
+    if given.is_elevation and modality.spatial_dims != 2:
+        raise ConfigError(f"{where}.is_elevation: volumes hold no surface; set it to false.")
+
+
+def check_depth(fusion: str, depth: int, shared_depth: int) -> None:
+    """Refuse depths that no encoder can have."""
     if not 0 <= shared_depth < depth:
         raise ConfigError(
             f"MAESTRO: shared_depth {shared_depth} must lie in 0 .. depth - 1 = {depth - 1}."
@@ -104,8 +120,13 @@ def check_depth(fusion: str, depth: int, shared_depth: int, width: int) -> None:
             f"MAESTRO: fusion {fusion!r} encodes dates apart and takes no shared blocks; set "
             f"shared_depth: 0 (got {shared_depth}), or fusion: mod or group."
         )
-    if width % 4 or width < 16:
-        raise ConfigError(f"MAESTRO: width {width} must be a multiple of 4 and at least 16.")
+
+
+def check_width(width: int, axes: int, name: str = "width") -> None:
+    """Refuse a token width that holds no position of so many axes and a date."""
+    least = DATE_CHANNELS + 4 * axes
+    if width % 4 or width < least:
+        raise ConfigError(f"MAESTRO: {name} {width} must be a multiple of 4 and at least {least}.")
 
 
 def band_order(modality: Modality, given: MAESTROInput) -> list[list[str]]:
@@ -125,22 +146,23 @@ def band_order(modality: Modality, given: MAESTROInput) -> list[list[str]]:
 
 
 def date_reference_of(known: Mapping[str, Modality], given: str | None) -> str | None:
-    """Return the modality that dates are counted from: the given one, or the first image."""
+    """Return the modality that dates are counted from: the given one, or the first single date."""
     if given is not None and given not in known:
         raise ConfigError(
             f"model.init_args.date_reference: no modality {given!r}.{nearest(given, known)} "
             f"There are {', '.join(known)}."
         )
-    return given or next((n for n, m in known.items() if m.kind == "image"), None)
+    return given or next((n for n, m in known.items() if m.kind != "series"), None)
 
 
-def nominal_grid(modality: Modality, given: MAESTROInput) -> tuple[int, int] | None:
+def nominal_grid(modality: Modality, given: MAESTROInput) -> tuple[int, ...] | None:
     """Return the patches of the declared size, None where a modality declares none."""
-    size = (given.image_size,) * 2 if given.image_size else modality.size
+    size = modality.size
+    if given.image_size:
+        size = sides_of(given.image_size, modality.spatial_dims)
     if not size:
         return None
     try:
-        grid = grid_of(size, given.patch_size, f"model.init_args.inputs.{modality.name}")
+        return grid_of(size, given.patch_size, f"model.init_args.inputs.{modality.name}")
     except DataError as error:
         raise ConfigError(f"{error} Set image_size or another patch_size.") from error
-    return cast("tuple[int, int]", grid)
