@@ -1,0 +1,1 @@
+"""CT, MR and PET volumes: files of any common format as arrays in RAS axis order."""

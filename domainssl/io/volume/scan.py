@@ -1,0 +1,180 @@
+"""Scans of any format: find them, describe them by their headers, read them in RAS axis order.
+
+scan = read_scan("liver/ct.nii.gz")     # scan.values (C, X, Y, Z), scan.affine in RAS mm
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from domainssl.errors import DataError
+from domainssl.io.volume import nifti
+from domainssl.io.volume.facts import Reading, Scan, ScanFacts
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Reading",
+    "Scan",
+    "ScanFacts",
+    "describe_scan",
+    "is_scan",
+    "list_scans",
+    "read_labels",
+    "read_scan",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A kind of scan: how it is recognised, described and read.
+
+    Attributes:
+        name: What it is called.
+        endings: Endings of its files' names.
+        recognise: Whether a file (or a folder, for DICOM) holds it, by its first bytes.
+        describe: Returns the facts from the header.
+        read: Returns one volume.
+    """
+
+    name: str
+    endings: tuple[str, ...]
+    recognise: Callable[[str], bool]
+    describe: Callable[[str, Reading], ScanFacts]
+    read: Callable[[str, Reading], Scan]
+
+
+FORMATS = (
+    Format(
+        name="nifti",
+        endings=nifti.ENDINGS,
+        recognise=nifti.is_nifti,
+        describe=nifti.describe,
+        read=nifti.read,
+    ),
+)
+_KNOWN = "NIfTI (.nii, .nii.gz, .hdr/.img)"
+
+
+def describe_scan(path: str | os.PathLike[str], reading: Reading | None = None) -> ScanFacts:
+    """Return what is known of a scan without reading its values.
+
+    Args:
+        path: A file.
+        reading: What the user says about files that leave it open.
+
+    Raises:
+        DataError: Nothing lies there, it is no scan, or its header cannot be used.
+    """
+    return _format(str(path)).describe(str(path), reading or Reading())
+
+
+def read_scan(path: str | os.PathLike[str], reading: Reading | None = None) -> Scan:
+    """Return one volume in RAS axis order.
+
+    Args:
+        path: A file.
+        reading: What the user says about files that leave it open.
+
+    Raises:
+        DataError: Nothing lies there, it is no scan, it cannot be read, or it holds several
+            volumes of which none is chosen.
+    """
+    return _format(str(path)).read(str(path), reading or Reading())
+
+
+def read_labels(path: str | os.PathLike[str], reading: Reading | None = None) -> Scan:
+    """Return a label map in RAS axis order: one channel of integers.
+
+    Args:
+        path: A file.
+        reading: What the user says about files that leave it open.
+
+    Raises:
+        DataError: As `read_scan`; or the values are several per voxel, or no whole numbers.
+    """
+    scan = read_scan(path, reading)
+    values = scan.values
+    if len(values) != 1:
+        raise DataError(
+            f"{path}: has {len(values)} values per voxel, expected one label. Merge them into one "
+            "label map."
+        )
+    if values.dtype.kind == "f":
+        whole = np.where(scan.valid, values, 0) if scan.valid is not None else values
+        found = whole[whole != np.rint(whole)]
+        if found.size or np.abs(whole).max(initial=0) >= 2**24:
+            example = found[0] if found.size else np.abs(whole).max()
+            raise DataError(
+                f"{path}: holds the value {example:g}, expected whole numbers below 2^24 as "
+                "labels. Is it an image, or was it interpolated?"
+            )
+        values = whole.astype(np.int32)
+    elif scan.valid is not None:
+        values = np.where(scan.valid, values, np.zeros((), values.dtype))
+    return replace(scan, values=values)
+
+
+def is_scan(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds a scan, by its name and first bytes."""
+    return any(form.recognise(str(path)) for form in _candidates(str(path)))
+
+
+def list_scans(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the scans below a folder, sorted by path.
+
+    Hidden files (the `._` companions of macOS among them), pipes and links to nothing are passed
+    over; links to folders are not followed.
+
+    Args:
+        folder: A local folder.
+    """
+    return sorted(path for path in _files(str(folder)) if _by_name(path))
+
+
+def _files(folder: str) -> Iterator[str]:
+    for base, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = os.path.join(base, name)
+            if not name.startswith(".") and os.path.isfile(path):
+                yield path
+
+
+def _by_name(path: str) -> bool:
+    """Whether the name is that of a scan; the files of a pair count once."""
+    name = path.lower()
+    if name.endswith((".img", ".img.gz")):
+        return False
+    if name.endswith((".hdr", ".hdr.gz")):
+        return nifti.is_nifti(path)
+    return bool(_candidates(path))
+
+
+def _candidates(path: str) -> list[Format]:
+    return [form for form in FORMATS if path.lower().endswith(form.endings)]
+
+
+def _format(path: str) -> Format:
+    """Return the format of a file: by its name, and by its first bytes where that tells more.
+
+    Raises:
+        DataError: Nothing lies there, or it is no scan.
+    """
+    if not os.path.exists(path):
+        is_link = os.path.islink(path)
+        raise DataError(
+            f"{path}: {'a link to a file that is not there' if is_link else 'nothing lies there'}."
+            " Check the path."
+        )
+    named = _candidates(path)
+    for form in (*named, *(f for f in FORMATS if f not in named)):
+        if form.recognise(path):
+            return form
+    if named:  # its own reader says best what is wrong
+        return named[0]
+    raise DataError(f"{path}: no scan, expected {_KNOWN}.")
