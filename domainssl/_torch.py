@@ -36,7 +36,7 @@ def compile_variants(limit: int) -> AbstractContextManager[None]:
     return context
 
 
-def conv_with_bias(layer: nn.Conv2d, x: Tensor, bias: Tensor | None) -> Tensor:
+def conv_with_bias(layer: nn.Conv2d | nn.Conv3d, x: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a convolution, its padding mode included, with another bias than its own."""
     return layer._conv_forward(x, layer.weight, bias)
 

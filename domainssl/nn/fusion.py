@@ -5,6 +5,7 @@ Source: OmniSat (arXiv 2404.08351), section 3.2. Parameter names are those of th
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -155,6 +156,11 @@ class Combiner(nn.Module):
         attention_dropout: On the attention weights.
         drop_path: Rate of dropped branches of the last block; it grows linearly from zero.
         layout: Which pairs of tokens count as near, see `nn.relative`.
+        proportions: Lengths of a patch's sides, in the unit of distances; None counts patches.
+
+    Raises:
+        ConfigError: The width is no multiple of the heads, or the layout `legacy`, a square, is
+            asked for a volume.
     """
 
     buckets: Tensor
@@ -164,24 +170,32 @@ class Combiner(nn.Module):
         width: int,
         depth: int,
         heads: int,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         ratio: float,
         dropout: float,
         attention_dropout: float,
         drop_path: float,
         layout: RelativeLayout,
+        proportions: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ConfigError(f"Attention width {width} is not a multiple of the {heads} heads.")
+        if layout == "legacy" and len(grid) != 2:
+            raise ConfigError(
+                "rpe_layout: 'legacy' lays tokens on a square, which volumes have not; set it to "
+                "'aligned'."
+            )
         self.layout, self.gradient_checkpointing = layout, False
-        positions = 1 + grid[0] * grid[1]
+        positions = 1 + math.prod(grid)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, positions, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
-        self.register_buffer("buckets", bucket_table(grid), persistent=False)
+        self.register_buffer(
+            "buckets", bucket_table(grid, proportions=proportions), persistent=False
+        )
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             FusionBlock(width, heads, ratio, dropout, attention_dropout, rate) for rate in rates

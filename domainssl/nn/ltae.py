@@ -22,7 +22,9 @@ from domainssl.nn.norm import GlobalBatchNorm
 __all__ = ["LTAE", "linear_before_norm", "masked_group_norm"]
 
 
-def linear_before_norm(x: Tensor, layer: nn.Linear | nn.Conv2d, norm: nn.Module) -> Tensor:
+def linear_before_norm(
+    x: Tensor, layer: nn.Linear | nn.Conv2d | nn.Conv3d, norm: nn.Module
+) -> Tensor:
     """Apply a layer whose bias a batch normalisation takes away again.
 
     In training the bias has no effect and the gradient zero; written so, the gradient is exactly

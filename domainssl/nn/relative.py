@@ -8,6 +8,7 @@ Source: iRPE (Wu et al. 2021), Euclidean method, contextual mode, on keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,24 @@ def _with_class_tokens(inner: Tensor, count: int) -> Tensor:
     return F.pad(inner, (count, 0, count, 0), value=_CLASS)
 
 
-def bucket_table(grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
-    """Return the buckets of a class token and all patches of a grid, int64 (1 + P, 1 + P)."""
+def bucket_table(
+    grid: Sequence[int],
+    device: torch.device | None = None,
+    proportions: Sequence[float] | None = None,
+) -> Tensor:
+    """Return the buckets of a class token and all patches of a grid.
+
+    Args:
+        grid: Patches along each axis.
+        device: Where to compute.
+        proportions: Lengths of a patch's sides, in the unit of distances; None counts patches.
+
+    Returns:
+        int64 (1 + P, 1 + P).
+    """
     coords = grid_coordinates(grid, device=device)
+    if proportions is not None:
+        coords = coords * torch.tensor(proportions, device=device)
     return _with_class_tokens(_distance_buckets(coords, coords), 1)
 
 
