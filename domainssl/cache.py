@@ -16,9 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from domainssl.errors import DataError
-from domainssl.files import read_json
+from domainssl.files import read_json, write_json
 
-__all__ = ["CacheEntry", "cache_dir", "clear", "entries", "locked_build"]
+__all__ = ["CacheEntry", "cache_dir", "clear", "entries", "kept_folder", "locked_build"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,30 @@ def _build(
         shutil.rmtree(part, ignore_errors=True)
         raise
     logger.debug("built cache entry %s", target)
+
+
+def kept_folder(name: str, version: str, root: str | None = None) -> Path:
+    """Return a folder that grows while it is used, making it if it is not there.
+
+    In the cache it is called `<name>-<version>`, and `entries` and `clear` know it.
+
+    Args:
+        name: What it holds, letters, digits, `-` and `_`.
+        version: Changes whenever what is put into it changes.
+        root: A folder to make it in instead of the cache.
+
+    Raises:
+        DataError: It cannot be made.
+    """
+    target = (cache_dir() if root is None else Path(root).expanduser()) / f"{name}-{version}"
+    if not (target / _MARK).is_file():
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            write_json(target / _MARK, {"name": name, "version": version})
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"cache {target}: cannot be written ({reason}). {_REMEDY}") from error
+    return target
 
 
 def entries() -> list[CacheEntry]:

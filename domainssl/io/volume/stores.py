@@ -1,0 +1,342 @@
+"""Prepared exams on disk, in two forms, of which boxes are read without the rest.
+
+`memmap`: one `.npy` per array, mapped into memory; all processes of a machine share its pages.
+`zarr`: one sharded Zarr v3 group; a third to a half of the space, and time to decode.
+
+An entry is a folder with `entry.json` (geometry, limits, facts; type, shape, size and checksums of
+the rest). What does not agree with it is an error, never data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from domainssl.errors import DataError, parsing, require
+from domainssl.files import open_regular, read_json, sync_folder
+from domainssl.io.raster.zarr3 import open_v3, v3_members
+from domainssl.io.storage.archives import FolderStore
+from domainssl.io.storage.handles import HandlePool
+from domainssl.io.volume.prepared import Prepared, check_box, shifted
+
+__all__ = ["CHUNK", "FORMAT", "SHARD", "TIERS", "Stored", "Tier", "forget", "write_entry"]
+
+Array = np.ndarray[Any, Any]
+Tier = Literal["memmap", "zarr"]
+TIERS: tuple[Tier, ...] = ("memmap", "zarr")
+FORMAT = "domainssl prepared exam 1"
+CHUNK, SHARD = 64, 256  # voxels along each axis; measured with `bench volumes`
+_ENTRY, _MASK = "entry.json", "mask"
+_ZARR = "arrays"  # folder of the group
+_SAMPLES, _SAMPLE = 16, 4096  # blocks of a file that opening compares, and their bytes
+_PIECE = 2**24  # bytes written or read at a time
+_open = HandlePool(128)  # mapped arrays and Zarr arrays of this process
+_ADVICE = "Delete the folder; it is built again from the scans."
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An entry that was opened: facts of the exam, and boxes of its arrays on demand.
+
+    It holds no handle, so it can be pickled and forked; arrays are opened by the process that
+    reads, and stay open in a pool.
+
+    Attributes:
+        folder: The entry.
+        entry: Content of `entry.json`.
+    """
+
+    folder: Path
+    entry: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path, tag: str, *, fully: bool = False) -> Stored:
+        """Open an entry and check it: names, sizes, headers and some blocks of every file.
+
+        Args:
+            folder: The entry.
+            tag: What `write_entry` was given; says which exam and preparation it is.
+            fully: Compare every byte.
+
+        Raises:
+            FileNotFoundError: There is no entry.
+            DataError: It is damaged, or of another exam, preparation or version.
+        """
+        path = folder / _ENTRY
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        content = read_json(path)
+        with parsing(f"{path}: the entry", advice=_ADVICE):
+            if content["check"] != _digest(content):
+                raise ValueError("its checksum differs")
+            if content["format"] != FORMAT or content["tag"] != tag:
+                raise ValueError("it is of another exam, preparation or version")
+            for name, facts in content["files"].items():
+                _check_file(folder / name, facts, fully)
+        found = cls(folder, content)
+        if content["tier"] == "zarr":
+            found._group()
+        else:
+            for name in content["arrays"]:
+                found._mapped(name)
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along X, Y, Z."""
+        x, y, z = self.entry["shape"]
+        return x, y, z
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities that the exam has."""
+        return tuple(self.entry["modalities"])
+
+    @cached_property
+    def affine(self) -> Array:
+        """Voxel to RAS in mm, (4, 4)."""
+        return np.array(self.entry["affine"], np.float64)
+
+    @cached_property
+    def limits(self) -> dict[str, Array]:
+        """Intensity limits (C, 2) of the whole exam, by modality."""
+        return {name: np.array(v, np.float32) for name, v in self.entry["limits"].items()}
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Plain data kept with the exam."""
+        found: Mapping[str, Any] = self.entry["facts"]
+        return found
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether every voxel has a class."""
+        return _MASK in self.entry["arrays"]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays, unpacked."""
+        arrays = self.entry["arrays"].values()
+        return sum(int(np.prod(a["shape"])) * np.dtype(a["dtype"]).itemsize for a in arrays)
+
+    def crop(
+        self,
+        start: Sequence[int],
+        size: Sequence[int],
+        names: Iterable[str] | None = None,
+        *,
+        mask: bool = True,
+    ) -> Prepared:
+        """Read a box and nothing else.
+
+        Args:
+            start: First voxel along X, Y, Z.
+            size: Voxels along X, Y, Z.
+            names: Modalities; those of the exam by default.
+            mask: Read the classes of voxels too, where there are any.
+
+        Returns:
+            Arrays of their own, not views of the file; `valid` has every modality.
+
+        Raises:
+            DataError: The box leaves the exam, or the entry is damaged.
+        """
+        box = check_box(start, size, self.shape)
+        chosen = [name for name in self.modalities if names is None or name in names]
+        valid: dict[str, Array] = {}
+        for name in chosen:
+            array = f"{name}.valid"
+            is_stored = array in self.entry["arrays"]
+            valid[name] = (
+                self._read(array, box) if is_stored else np.broadcast_to(True, tuple(size))
+            )
+        return Prepared(
+            values={name: self._read(f"{name}.values", (slice(None), *box)) for name in chosen},
+            valid=valid,
+            limits={name: self.limits[name] for name in chosen if name in self.limits},
+            mask=self._read(_MASK, box) if mask and self.has_mask else None,
+            affine=shifted(self.affine, start),
+            facts=self.facts,
+        )
+
+    def whole(self) -> Prepared:
+        """Read everything."""
+        return self.crop((0, 0, 0), self.shape)
+
+    def _read(self, name: str, box: tuple[slice, ...]) -> Array:
+        array = self._array(name)
+        where = f"{self.folder}: {name}"
+        if self.entry["tier"] == "zarr":
+            with parsing(f"{where}: a chunk", advice=_ADVICE):
+                return np.asarray(array[box])
+        if array.base.size() < array.offset + array.nbytes:  # a page beyond the end kills a process
+            raise DataError(f"{where}: the file was cut short while it was in use. {_ADVICE}")
+        return np.array(array[box])
+
+    def _array(self, name: str) -> Any:
+        """Return an array of this process, opened on its first use."""
+        key = (str(self.folder), self.entry["check"])
+        if self.entry["tier"] == "zarr":
+            return _open.get(key, self._group)[name]
+        return _open.get((*key, name), lambda: self._mapped(name))
+
+    def _mapped(self, name: str) -> Any:
+        with parsing(f"{self.folder}: {name}", advice=_ADVICE):  # no objects, pickles or archives
+            array = np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="r")
+            self._check(name, array)
+        return array
+
+    def _group(self) -> dict[str, Any]:
+        where = f"{self.folder}: the arrays"
+        with parsing(where, advice=_ADVICE):
+            found = v3_members(open_v3(FolderStore(self.folder / _ZARR), where), where)
+            for name in self.entry["arrays"]:
+                self._check(name, found[name])
+        return found
+
+    def _check(self, name: str, array: Any) -> None:
+        facts = self.entry["arrays"][name]
+        found = [str(np.dtype(array.dtype)), list(array.shape)]
+        if found != [facts["dtype"], facts["shape"]]:
+            raise ValueError(f"{name} holds {found}, the entry says {list(facts.values())}")
+
+
+def write_entry(folder: Path, exam: Prepared, tag: str, tier: Tier) -> None:
+    """Fill an empty folder; all is on the disk when this returns.
+
+    Args:
+        folder: The folder, which has a temporary name.
+        exam: The exam.
+        tag: Names exam and preparation; asked for again when the entry is opened.
+        tier: Form of the arrays.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    arrays: dict[str, Array] = {f"{name}.values": a for name, a in exam.values.items()}
+    arrays |= {f"{name}.valid": a for name, a in exam.valid.items() if not a.all()}
+    if exam.mask is not None:
+        arrays[_MASK] = exam.mask
+    (_write_zarr if tier == "zarr" else _write_npy)(folder, arrays)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    content = {
+        "format": FORMAT,
+        "tag": tag,
+        "tier": tier,
+        "shape": list(exam.shape),
+        "modalities": list(exam.values),
+        "affine": exam.affine.astype(float).tolist(),
+        "limits": {name: a.astype(float).tolist() for name, a in exam.limits.items()},
+        "facts": dict(exam.facts),
+        "arrays": {
+            n: {"dtype": str(a.dtype.newbyteorder("=")), "shape": list(a.shape)}
+            for n, a in arrays.items()
+        },
+        "files": {str(p.relative_to(folder).as_posix()): _facts_of(p) for p in files},
+    }
+    content = json.loads(json.dumps(content, allow_nan=False))
+    with (folder / _ENTRY).open("w", encoding="utf-8") as file:
+        json.dump({**content, "check": _digest(content)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in files:
+        _to_disk(path)
+    for inner in {folder, *(path.parent for path in files)}:
+        sync_folder(inner)
+
+
+def _write_npy(folder: Path, arrays: Mapping[str, Array]) -> None:
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        with (folder / f"{name}.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(
+                file, np.lib.format.header_data_from_array_1_0(array)
+            )
+            content: Any = array.reshape(-1).view(np.uint8)  # NumPy's way hides the system's reason
+            for at in range(0, len(content), _PIECE):
+                file.write(content[at : at + _PIECE])
+
+
+def _write_zarr(folder: Path, arrays: Mapping[str, Array]) -> None:
+    zarr: Any = require("zarr", "medical")
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    group = zarr.open_group(str(folder / _ZARR), mode="w", zarr_format=3)
+    for name, array in arrays.items():
+        lead = (1,) * (array.ndim - 3)
+        itemsize = array.dtype.itemsize
+        packed = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=itemsize)
+        chunks = [min(CHUNK, n) for n in array.shape[-3:]]
+        shards = [
+            min(SHARD // c, -(-n // c)) * c for c, n in zip(chunks, array.shape[-3:], strict=True)
+        ]
+        stored = group.create_array(
+            name,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=(*lead, *chunks),
+            shards=(*lead, *shards),
+            compressors=[packed, Crc32cCodec()],
+            fill_value=0,
+        )
+        stored[...] = array
+
+
+def _digest(content: Mapping[str, Any]) -> int:
+    rest = {name: value for name, value in content.items() if name != "check"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _facts_of(path: Path) -> list[int]:
+    """Return size, checksum of some blocks and checksum of the whole of a file."""
+    size = path.stat().st_size
+    return [size, _sample(path, size), _whole(path)]
+
+
+def _check_file(path: Path, facts: Sequence[int], fully: bool) -> None:
+    size, sample, whole = facts
+    found = path.stat().st_size
+    if found != size:
+        raise ValueError(f"{path.name} has {found} bytes, expected {size}")
+    if _sample(path, size) != sample or (fully and _whole(path) != whole):
+        raise ValueError(f"the content of {path.name} differs from what was written")
+
+
+def _sample(path: Path, size: int) -> int:
+    found = 0
+    with open_regular(path) as file:
+        for i in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE) * i // (_SAMPLES - 1))
+            found = zlib.crc32(file.read(_SAMPLE), found)
+            if size <= _SAMPLE:
+                break
+    return found
+
+
+def _whole(path: Path) -> int:
+    found = 0
+    with open_regular(path) as file:
+        while piece := file.read(_PIECE):
+            found = zlib.crc32(piece, found)
+    return found
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def forget() -> None:
+    """Close what this process has open: an entry was replaced."""
+    _open.clear()
