@@ -17,7 +17,7 @@ import numpy as np
 from domainssl.errors import DataError, parsing, require
 from domainssl.io.volume.facts import Header, Reading, Scan, ScanFacts, chosen_volume, finish
 from domainssl.io.volume.geometry import displacement
-from domainssl.io.volume.stored import StoredFile, check_size, open_stored, rescaled
+from domainssl.io.volume.stored import StoredFile, as_float32, check_size, open_stored, rescaled
 
 __all__ = ["ENDINGS", "describe", "is_nifti", "read"]
 
@@ -335,7 +335,4 @@ def _voxels(path: str, file: StoredFile, layout: _Layout, reading: Reading) -> S
 def _scaled(values: Array, layout: _Layout) -> Array:
     if layout.slope is not None:
         return rescaled(values, layout.slope, layout.intercept)
-    if values.dtype.kind == "f" and values.dtype.itemsize != 4:
-        with np.errstate(over="ignore"):
-            return values.astype(np.float32)
-    return values
+    return as_float32(values)

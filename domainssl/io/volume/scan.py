@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from domainssl.errors import DataError
-from domainssl.io.volume import nifti
+from domainssl.io.volume import metaimage, mgh, nifti, nrrd
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
 
 __all__ = [
@@ -56,8 +56,29 @@ FORMATS = (
         describe=nifti.describe,
         read=nifti.read,
     ),
+    Format(
+        name="nrrd",
+        endings=nrrd.ENDINGS,
+        recognise=nrrd.is_nrrd,
+        describe=nrrd.describe,
+        read=nrrd.read,
+    ),
+    Format(
+        name="metaimage",
+        endings=metaimage.ENDINGS,
+        recognise=metaimage.is_metaimage,
+        describe=metaimage.describe,
+        read=metaimage.read,
+    ),
+    Format(
+        name="mgh",
+        endings=mgh.ENDINGS,
+        recognise=mgh.is_mgh,
+        describe=mgh.describe,
+        read=mgh.read,
+    ),
 )
-_KNOWN = "NIfTI (.nii, .nii.gz, .hdr/.img)"
+_KNOWN = "NIfTI (.nii, .nii.gz, .hdr/.img), NRRD, MetaImage (.mha, .mhd) or MGH (.mgz)"
 
 
 def describe_scan(path: str | os.PathLike[str], reading: Reading | None = None) -> ScanFacts:
