@@ -24,6 +24,7 @@ __all__ = [
     "RowLayout",
     "all_gather_objects",
     "all_reduce_any",
+    "all_reduce_max",
     "all_reduce_sum",
     "barrier",
     "gather",
@@ -204,6 +205,15 @@ def all_reduce_any(flags: Tensor) -> Tensor:
     counts = flags.to(torch.int32)
     dist.all_reduce(counts)
     return counts > 0
+
+
+def all_reduce_max(x: Tensor) -> Tensor:
+    """Return, per entry, the largest value of all ranks; no gradient passes."""
+    if not is_distributed():
+        return x.detach()
+    largest = x.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
 
 
 def global_mean(total: Tensor, count: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainssl.distributed import Gather, RowLayout, gather, global_mean, row_layout
+from domainssl.nn.precision import full
 
 __all__ = ["info_nce", "nt_xent"]
 
@@ -50,7 +51,7 @@ def info_nce(
         1.3133
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b = (F.normalize(_float(x), dim=-1) for x in (a, b))
+        a, b = (F.normalize(full(x), dim=-1) for x in (a, b))
         if present is None:
             present = torch.ones(len(a), dtype=torch.bool, device=a.device)
         layout = layout or row_layout(a)
@@ -101,7 +102,7 @@ def nt_xent(
         0.5514
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b = (F.normalize(_float(x), dim=-1) for x in (a, b))
+        a, b = (F.normalize(full(x), dim=-1) for x in (a, b))
         if present is None:
             present = torch.ones(len(a), dtype=torch.bool, device=a.device)
         layout = layout or row_layout(a)
@@ -119,7 +120,3 @@ def nt_xent(
             terms = F.cross_entropy(logits, partner, reduction="none")
             total = total + torch.where(present, terms, 0.0).sum()
         return global_mean(total, 2 * present.to(a.dtype).sum())
-
-
-def _float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

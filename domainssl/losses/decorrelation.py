@@ -24,6 +24,7 @@ from domainssl.distributed import (
     row_layout,
     world_size,
 )
+from domainssl.nn.precision import full
 
 __all__ = [
     "CorrelationForm",
@@ -54,10 +55,6 @@ class Redundancy(NamedTuple):
     def weighted(self, off_diagonal: float) -> Tensor:
         """Return `diagonal + off_diagonal * weight`."""
         return self.diagonal + off_diagonal * self.off_diagonal
-
-
-def _float(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _weight(x: Tensor, present: Tensor | None) -> Tensor:
@@ -123,7 +120,7 @@ def redundancy(
         [2.0, 2.0]
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b = _float(a), _float(b)
+        a, b = full(a), full(b)
         weight = _weight(a, present)
         count = all_reduce_sum(weight.sum())
         n = count.clamp(min=1) if divisor is None else divisor
@@ -144,7 +141,7 @@ def standardize(z: Tensor, present: Tensor | None = None, eps: float = 1e-5) -> 
         [-1.0, 1.0]
     """
     with torch.autocast(z.device.type, enabled=False):
-        z = _float(z)
+        z = full(z)
         weight = _weight(z, present).unsqueeze(1)
         count = all_reduce_sum(weight.sum()).clamp(min=1)
         centred = z - all_reduce_sum((z * weight).sum(0)) / count
@@ -274,7 +271,7 @@ def vicreg(
         [1.0, 0.495, 0.0]
     """
     with torch.autocast(a.device.type, enabled=False):
-        a, b, layout = _float(a), _float(b), layout or row_layout(a)
+        a, b, layout = full(a), full(b), layout or row_layout(a)
         weight = _weight(a, present)
         rows = weight.unsqueeze(1)
         count = all_reduce_sum(weight.sum())

@@ -31,7 +31,12 @@ from domainssl.training._lightning import (
 )
 from domainssl.training.execution import Execution, apply_execution
 from domainssl.training.guard import FiniteGuard, check_resume, check_weights
-from domainssl.training.optimization import Optimization, make_optimizer
+from domainssl.training.optimization import (
+    Optimization,
+    clip_gradients,
+    decay_weights,
+    make_optimizer,
+)
 from domainssl.training.presence import PresenceRecord
 from domainssl.units import UnitCheck
 
@@ -202,6 +207,8 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
                 f"{type(self).__name__}.on_train_start must call super().on_train_start(): "
                 "the schedule does not know the number of steps."
             )
+        groups = self.trainer.optimizers[0].param_groups
+        decay_weights(groups, self.optimization, self.trainer.global_step, self.total_steps)
         super().optimizer_step(*args, **kwargs)
         assert self._last_step is not None
         with torch.no_grad():
@@ -213,6 +220,20 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
         for name in self._presence.absent(list(self.backbone.modalities)):
             for parameter in self.modality_parameters(name):
                 parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as `optimization.clip` says, else as the trainer does."""
+        if self.optimization.clip is None:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        else:
+            clip_gradients(self.named_parameters(), self.optimization)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Look at the guard where the run waits for the device anyway."""
@@ -283,6 +304,12 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
     def setup(self, stage: str) -> None:
         """Compare the module with trainer and data before anything is computed."""
         self._check_precision()
+        if self.optimization.clip is not None and self.trainer.gradient_clip_val is not None:
+            raise ConfigError(
+                f"Both trainer.gradient_clip_val ({self.trainer.gradient_clip_val!r}) and "
+                f"model.init_args.optimization.clip ({self.optimization.clip!r}) are set. Set "
+                "trainer.gradient_clip_val: null."
+            )
         datamodule = getattr(self.trainer, "datamodule", None)
         modalities = getattr(datamodule, "modalities", None)
         if modalities:

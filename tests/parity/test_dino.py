@@ -1,0 +1,375 @@
+"""DINO, iBOT and DINOv2 against numbers made by running the published code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_files import IS_OURS, Golden, close, close_gradient, golden_files
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from domainssl.distributed import rank
+from domainssl.losses.self_distillation import (
+    centered_softmax,
+    class_distillation,
+    koleo,
+    moved_center,
+    patch_distillation,
+    sinkhorn,
+)
+from domainssl.nn.heads import PrototypeHead
+from domainssl.nn.positions import resized_positions
+from domainssl.training.optimization import Optimization
+from domainssl.training.schedules import Progress, TeacherTemperature, cosine
+
+GOLDEN = ("dino_ibot", "ibot_step")
+FILES = {prefix: golden_files(prefix) for prefix in GOLDEN}
+
+
+@pytest.mark.parametrize("prefix", GOLDEN)
+def test_golden_files_exist(prefix: str) -> None:
+    assert FILES[prefix], f"no {prefix}_*.safetensors"
+
+
+@pytest.fixture(params=FILES["dino_ibot"], ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param)
+
+
+@pytest.fixture(params=FILES["ibot_step"], ids=lambda path: path.stem)
+def steps(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param)
+
+
+def temperature(c: dict[str, Any], epoch: int, kind: str = "teacher") -> float:
+    """Return the teacher's temperature as DINO and iBOT set it, once per epoch."""
+    chosen = TeacherTemperature(
+        warmup=c[f"warmup_{kind}_temp"],
+        final=c[f"{kind}_temp"],
+        warmup_epochs=c["warmup_teacher_temp_epochs"],
+    )
+    return chosen.at(Progress(epoch=epoch, total_epochs=c["epochs"]), "epoch")
+
+
+# -- DINO -------------------------------------------------------------------------------------
+
+
+def test_temperature_rises_once_per_epoch(golden: Golden) -> None:
+    for kind, name in (
+        ("teacher", "dino/teacher_temp_schedule"),
+        ("teacher", "ibot/teacher_temp_schedule"),
+        ("teacher_patch", "ibot/teacher_patch_temp_schedule"),
+    ):
+        ours = [temperature(golden.config, e, kind) for e in range(golden.config["epochs"])]
+        close(torch.tensor(ours, dtype=torch.float64), golden[name], rtol=1e-12, atol=0)
+
+
+def test_dino_loss_centre_and_gradient_over_steps(golden: Golden) -> None:
+    c = golden.config
+    center = torch.zeros(c["K"])
+    for step, epoch in enumerate(c["dino_epochs_run"]):
+        student = golden["dino/student"][step].clone().requires_grad_()
+        teacher = golden["dino/teacher"][step]
+        probabilities = centered_softmax(teacher, center, temperature(c, epoch))
+        loss = class_distillation(
+            student.unflatten(0, (-1, c["B"])),
+            probabilities.unflatten(0, (2, c["B"])),
+            temperature=c["student_temp"],
+        )
+        loss.backward()
+        close(loss.detach(), golden["dino/loss"][step])
+        close_gradient(student.grad, golden["dino/grad_student"][step])
+        count = torch.tensor(float(len(teacher)))
+        center = moved_center(center, teacher.sum(0), count, c["center_momentum"])
+        close(center, golden["dino/center"][step])
+
+
+def head_of(state: dict[str, Tensor], *, normalized: bool = True) -> PrototypeHead:
+    """Build a head of the sizes that a state dict has, and fill it."""
+    layers = [t for n, t in state.items() if n.startswith("mlp.") and t.ndim == 2]
+    bottleneck = state["last_layer.weight_v"].shape[1]
+    last2 = state.get("last_layer2.weight_v")
+    is_shared = last2 is None or torch.equal(last2, state["last_layer.weight_v"])
+    head = PrototypeHead(
+        layers[0].shape[1],
+        hidden=layers[0].shape[0] if len(layers) > 1 else 1,
+        bottleneck=bottleneck,
+        prototypes=len(state["last_layer.weight_v"]),
+        patch_prototypes=None if is_shared or last2 is None else len(last2),
+        layers=len(layers),
+        batch_norm=any("running_mean" in n for n in state),
+        trains_scale=not normalized,
+    )
+    own = head.state_dict()
+    head.load_state_dict({n: t.reshape(own[n].shape) for n, t in state.items() if n in own})
+    assert not set(own) - set(state)
+    return head
+
+
+HEADS = ("plain", "bn", "free_last", "one_layer", "two_layers")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head(golden: Golden, name: str) -> None:
+    if not golden.below(f"head/{name}/"):
+        assert not IS_OURS
+        pytest.skip("not in this file")
+    state = golden.below(f"head/{name}/state/")
+    head = head_of(state, normalized=name != "free_last")
+    x = golden[f"head/{name}/in"].clone().requires_grad_()
+    out = head(x)
+    close(out.detach(), golden[f"head/{name}/out"])
+    (out * golden[f"head/{name}/weight_out"]).sum().backward()
+    close_gradient(x.grad, golden[f"head/{name}/grad_in"])
+    expected = golden.below(f"head/{name}/grad/")
+    assert {n for n, p in head.named_parameters() if p.grad is not None} == set(expected)
+    rounding = 1e-6 * max(float(t.abs().max()) for t in expected.values())
+    for own, parameter in head.named_parameters():
+        if parameter.grad is None:
+            continue
+        if float(expected[own].abs().max()) < rounding:
+            # a bias that a batch norm takes away again: zero but for the rounding of both
+            assert float(parameter.grad.abs().max()) < rounding
+        else:
+            close_gradient(parameter.grad, expected[own])
+
+
+@pytest.mark.parametrize("name", ["shared", "separate"])
+def test_ibot_head(golden: Golden, name: str) -> None:
+    head = head_of(golden.below(f"ibot_head/{name}/state/"))
+    tokens = golden[f"ibot_head/{name}/in"]
+    close(head(tokens[:, 0]).detach(), golden[f"ibot_head/{name}/out_cls"])
+    close(head.patches(tokens[:, 1:]).detach(), golden[f"ibot_head/{name}/out_patch"])
+
+
+def test_dino_schedules(golden: Golden) -> None:
+    s = golden.config["schedule"]
+    total = s["epochs"] * s["iters"]
+    rates = Optimization(
+        lr=s["lr"],
+        warmup_steps=s["warmup"] * s["iters"],
+        warmup_start="zero",
+        final_lr_fraction=s["min_lr"] / s["lr"],
+    )
+    momentum = golden["schedule/dino_momentum"]
+    decay = golden["schedule/dino_weight_decay"]
+    ours = {
+        "dino_lr": [s["lr"] * rates.scale(step, total) for step in range(total)],
+        "dino_momentum": [cosine(s["momentum"], 1.0, step, total) for step in range(total)],
+    }
+    assert float(momentum[0]) == s["momentum"]
+    for name, values in ours.items():
+        expected = golden[f"schedule/{name}"]
+        close(torch.tensor(values, dtype=torch.float64), expected, rtol=1e-12, atol=0)
+    # the json does not say where weight decay starts and ends: the first value is the start, and
+    # the end follows from the last one
+    start, last = float(decay[0]), float(decay[-1])
+    share = cosine(1.0, 0.0, total - 1, total)
+    end = (last - start * share) / (1 - share)
+    found = [cosine(start, end, step, total) for step in range(total)]
+    close(torch.tensor(found, dtype=torch.float64), decay, rtol=1e-9, atol=0)
+
+
+def test_dinov2_temperature_rises_with_every_step(golden: Golden) -> None:
+    s, expected = golden.config["schedule"], golden["schedule/v2_teacher_temp"]
+    warmup = s["temp_epochs"] * s["iters"]
+    chosen = TeacherTemperature(
+        warmup=float(expected[0]), final=float(expected[-1]), warmup_epochs=s["temp_epochs"]
+    )
+    assert warmup < len(expected)
+    total, epochs = len(expected), len(expected) // s["iters"]
+    ours = [
+        chosen.at(Progress(step=i, total_steps=total, total_epochs=epochs), "step")
+        for i in range(total)
+    ]
+    close(torch.tensor(ours, dtype=torch.float64), expected, rtol=1e-12, atol=0)
+
+
+# -- iBOT -------------------------------------------------------------------------------------
+
+
+def patch_rows(mask: Tensor) -> Tensor:
+    """Return one over the number of masked patches of each image at masked patches, else 0."""
+    return mask / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def test_ibot_loss_centres_and_gradients(golden: Golden) -> None:
+    c = golden.config
+    center, patch_center = torch.zeros(c["K"]), torch.zeros(c["Kp"])
+    for step, epoch in enumerate(c["ibot_epochs_run"]):
+        cls, patch, local = (
+            golden[f"ibot/student_{n}"][step].clone().requires_grad_()
+            for n in ("cls", "patch", "local")
+        )
+        teacher, teacher_patch = (golden[f"ibot/teacher_{n}"][step] for n in ("cls", "patch"))
+        mask = golden["ibot/mask"][step].flatten(0, 1).flatten(1)
+        targets = centered_softmax(teacher, center, temperature(c, epoch))
+        student = torch.cat([cls, local]).unflatten(0, (-1, c["B"]))
+        found = c["lambda1"] * class_distillation(
+            student, targets.unflatten(0, (2, c["B"])), temperature=c["student_temp"]
+        )
+        warm = temperature(c, epoch, "teacher_patch")
+        patch_targets = centered_softmax(teacher_patch, patch_center, warm)
+        patch_loss = c["lambda2"] * patch_distillation(
+            patch.flatten(0, 1),
+            patch_targets.flatten(0, 1),
+            patch_rows(mask).flatten(),
+            torch.tensor(float(len(mask))),
+            temperature=c["student_temp"],
+        )
+        (found + patch_loss).backward()
+        close(found.detach(), golden["ibot/cls"][step])
+        close(patch_loss.detach(), golden["ibot/patch"][step])
+        close((found + patch_loss).detach(), golden["ibot/loss"][step])
+        close_gradient(cls.grad, golden["ibot/grad_student_cls"][step])
+        close_gradient(local.grad, golden["ibot/grad_student_local"][step])
+        close_gradient(patch.grad, golden["ibot/grad_student_patch"][step])
+        rows = torch.tensor(float(len(teacher)))
+        center = moved_center(center, teacher.sum(0), rows, c["center_momentum"])
+        every = teacher_patch.flatten(0, 1)
+        rows = torch.tensor(float(len(every)))
+        patch_center = moved_center(patch_center, every.sum(0), rows, c["center_momentum2"])
+        close(center, golden["ibot/center"][step])
+        close(patch_center, golden["ibot/patch_center"][step])
+
+
+# -- DINOv2 -----------------------------------------------------------------------------------
+
+
+def test_dinov2_centre_is_used_then_updated(golden: Golden) -> None:
+    c, center = golden.config, torch.zeros(golden.config["K"])
+    for step, teacher in enumerate(golden["v2/center/teacher"]):
+        close(center, golden["v2/center/center"][step])
+        close(
+            centered_softmax(teacher, center, c["v2_teacher_temp"]), golden["v2/center/probs"][step]
+        )
+        rows = torch.tensor(float(len(teacher)))
+        center = moved_center(center, teacher.sum(0), rows, c["center_momentum"])
+    close(center, golden["v2/center/center"][-1])
+
+
+def test_sinkhorn_and_its_loss(golden: Golden) -> None:
+    c = golden.config
+    teacher = golden["v2/sinkhorn/teacher"]
+    for name in golden.names("v2/sinkhorn/"):
+        if name.startswith("probs_"):
+            count = int(name.removeprefix("probs_"))
+            found = sinkhorn(teacher, c["v2_teacher_temp"], iterations=count)
+            close(found, golden[f"v2/sinkhorn/{name}"])
+            close(found.sum(1), torch.ones(len(found)))
+    student = golden["v2/sinkhorn/student"].clone().requires_grad_()
+    targets = sinkhorn(teacher, c["v2_teacher_temp"]).unflatten(0, (2, -1))
+    views = student.unflatten(0, (2, -1))
+    # the file's sum has the two pairs of equal views as well, and no division
+    loss = 2 * (class_distillation(views, targets) + class_distillation(views, targets.flip(0)))
+    loss.backward()
+    close(loss.detach(), golden["v2/sinkhorn/loss_all_pairs"])
+    close_gradient(student.grad, golden["v2/sinkhorn/grad_student"])
+
+
+def test_dinov2_patch_loss_and_centre(golden: Golden) -> None:
+    c = golden.config
+    mask, rows = golden["v2/patch/mask"], golden["v2/patch/rows"]
+    weight = patch_rows(mask)
+    assert torch.equal(mask.flatten().nonzero().flatten(), rows)
+    images = torch.tensor(float(len(mask)))
+    student = golden["v2/patch/student"].clone().requires_grad_()
+    teacher = golden["v2/patch/teacher"].flatten(0, 1)
+    none = torch.zeros(c["Kp"])
+    targets = centered_softmax(teacher, none, c["v2_teacher_temp"])
+    dense = patch_distillation(
+        student.flatten(0, 1), targets, weight.flatten(), images, temperature=c["student_temp"]
+    )
+    dense.backward()
+    close(dense.detach(), golden["v2/patch/loss_dense"])
+    close_gradient(student.grad, golden["v2/patch/grad_student"])
+    few = student.detach().flatten(0, 1)[rows].requires_grad_()
+    some = (few, targets[rows], weight.flatten()[rows], images)
+    close(patch_distillation(*some).detach(), golden["v2/patch/loss_masked_softmax"])
+    even = sinkhorn(teacher[rows], c["v2_teacher_temp"])
+    close(even, golden["v2/patch/sinkhorn_probs"])
+    loss = patch_distillation(few, even, weight.flatten()[rows], images)
+    loss.backward()
+    close(loss.detach(), golden["v2/patch/loss_masked_sinkhorn"])
+    close_gradient(few.grad, golden["v2/patch/grad_rows_sinkhorn"])
+    count = torch.tensor(float(len(rows)))
+    moved = moved_center(none, teacher[rows].sum(0), count, c["center_momentum"])
+    close(moved, golden["v2/patch/center_after"])
+
+
+def test_koleo(golden: Golden) -> None:
+    x = golden["v2/koleo/in"].clone().requires_grad_()
+    loss = koleo(x)
+    loss.backward()
+    close(loss.detach(), golden["v2/koleo/loss"])
+    close_gradient(x.grad, golden["v2/koleo/grad"])
+    close(koleo(golden["v2/koleo/in_duplicate"]), golden["v2/koleo/loss_duplicate"])
+
+
+# -- two ranks --------------------------------------------------------------------------------
+
+
+def of_this_rank(path: str) -> dict[str, Tensor]:
+    """Compute what the file holds of this rank."""
+    golden = Golden(Path(path))
+    c, here = golden.config, f"two_ranks/rank{rank()}"
+    student = golden[f"{here}/student"].clone().requires_grad_()
+    teacher, patch = golden[f"{here}/teacher"], golden[f"{here}/patch"]
+    zero = torch.zeros(teacher.shape[1])
+    warm, final = c["warmup_teacher_temp"], c["teacher_temp"]
+    targets = centered_softmax(teacher, zero, (warm + final) / 2)
+    loss = class_distillation(
+        student.unflatten(0, (-1, len(teacher) // 2)),
+        targets.unflatten(0, (2, -1)),
+        temperature=c["student_temp"],
+    )
+    loss.backward()
+    assert student.grad is not None
+    count, rows = torch.tensor(float(len(teacher))), torch.tensor(float(len(patch)))
+    momentum = c["center_momentum"]
+    return {
+        "loss": loss.detach(),
+        "grad_student": student.grad,
+        "center": moved_center(zero, teacher.sum(0), count, momentum, "per_rank"),
+        "patch_center": moved_center(zero, patch.sum(0), rows, momentum, "per_rank"),
+        "sinkhorn_cls": sinkhorn(teacher, 0.06),  # the temperature that the file's text gives
+        "sinkhorn_patch": sinkhorn(patch, 0.06),
+    }
+
+
+def test_two_ranks(golden: Golden) -> None:
+    found = run_ranks(of_this_rank, str(golden.path))
+    for index, ours in enumerate(found):
+        for name, value in ours.items():
+            expected = golden[f"two_ranks/rank{index}/{name}"]
+            if name == "grad_student":
+                close_gradient(value, expected)
+            else:
+                close(value, expected)
+
+
+# -- positions --------------------------------------------------------------------------------
+
+
+def test_position_tables_for_other_grids(steps: Golden) -> None:
+    c, table = steps.config, steps["positions/table"]
+    side = (c["table_side"],) * 2
+    for grid in c["table_targets"]:
+        name = "x".join(str(n) for n in grid)
+        for method, how in (
+            ("dino_ibot", "offset"),
+            ("dinov2_offset", "offset"),
+            ("dinov2_antialias", "antialias"),
+        ):
+            ours = resized_positions(table, side, grid, prefix=1, how=how)  # type: ignore[arg-type]
+            close(ours, steps[f"positions/{method}/{name}"], rtol=0, atol=1e-5)
+
+
+def test_frozen_scales_are_one() -> None:
+    head = PrototypeHead(4, hidden=4, bottleneck=3, prototypes=5)
+    assert isinstance(head.last_layer, nn.Module)
+    assert not head.last_layer.weight_g.requires_grad
+    close(head.last_layer.weight_g.detach(), torch.ones(5, 1))
