@@ -76,6 +76,7 @@ def nt_xent(
     temperature: float,
     *,
     present: Tensor | None = None,
+    gather_keys: Gather = "grad",
     layout: RowLayout | None = None,
 ) -> Tensor:
     """Compute NT-Xent: every vector has one positive, all others of both kinds are negatives.
@@ -88,6 +89,8 @@ def nt_xent(
         b: Vectors of the second, (B, E); row i belongs to row i of `a`.
         temperature: Divides the cosines.
         present: bool (B,); False pairs are neither anchor nor candidate. None counts all.
+        gather_keys: `grad` takes candidates of all ranks, with the exact gradient of the global
+            loss; `none` only those of this rank, so that the loss depends on the number of ranks.
         layout: Rows of every rank (`row_layout`), asked once per step; None asks again.
 
     Returns:
@@ -105,10 +108,12 @@ def nt_xent(
         a, b = (F.normalize(full(x), dim=-1) for x in (a, b))
         if present is None:
             present = torch.ones(len(a), dtype=torch.bool, device=a.device)
+        if gather_keys == "none":
+            layout = RowLayout((len(a),))
         layout = layout or row_layout(a)
-        pairs = gather(torch.stack([a, b], 1), "grad", layout)
+        pairs = gather(torch.stack([a, b], 1), gather_keys, layout)
         keys = pairs.transpose(0, 1).flatten(0, 1)  # (2N, E), first all of a
-        usable = gather(present, "detach", layout).repeat(2)
+        usable = gather(present, "none" if gather_keys == "none" else "detach", layout).repeat(2)
         own = torch.arange(len(a), device=a.device) + layout.start
         half = len(keys) // 2
         total = a.new_zeros(())

@@ -36,7 +36,8 @@ class SwinArchitecture:
         window: Side of the attention windows in tokens; smaller maps shrink it.
         mlp_ratio: Width of feed-forward layers over the token width.
         residual_convolution: A residual convolution before every stage (SwinUNETR version 2).
-        merging: `standard` (MONAI 1.5 and later) or `legacy` (earlier weights).
+        merging: `standard` (MONAI 1.5 and later) or `legacy` (earlier weights); None takes what
+            the weights file states, without weights `standard`.
     """
 
     feature_size: int = 48
@@ -45,7 +46,7 @@ class SwinArchitecture:
     window: int = 7
     mlp_ratio: float = 4.0
     residual_convolution: bool = False
-    merging: Merging = "standard"
+    merging: Merging | None = None
 
     def __post_init__(self) -> None:
         for name in ("depths", "heads"):
@@ -63,7 +64,7 @@ class SwinArchitecture:
                     f"(feature_size {self.feature_size} · 2^{stage}); published: 3, 6, 12, 24 for "
                     "a feature_size that is a multiple of 12."
                 )
-        if self.merging not in ("standard", "legacy"):
+        if self.merging not in (None, "standard", "legacy"):
             raise ConfigError(f"swin.merging: got {self.merging!r}, expected standard or legacy.")
 
     @property
