@@ -22,7 +22,7 @@ from domainssl.loading.plan import ORDER_VERSION, EpochPlan
 from domainssl.loading.source import Loading, Source
 from domainssl.loading.stream import BlockStream
 from domainssl.modality import Batch, Modality
-from domainssl.pieces import cores
+from domainssl.pieces import Buildable, cores
 
 __all__ = ["DomainDataModule"]
 
@@ -119,6 +119,10 @@ class DomainDataModule(Recorded, LightningDataModule):
                 else f"There is no {split!r} split here, only {sorted(self._sources)}."
             )
         return self._sources[split]
+
+    def preparations(self) -> list[Buildable]:
+        """Return what `cache build` can make before a run; known after setup."""
+        return []
 
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""

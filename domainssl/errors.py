@@ -15,6 +15,7 @@ __all__ = [
     "DataError",
     "DomainSSLError",
     "MissingExtraError",
+    "StorageError",
     "WeightsError",
     "nearest",
     "parsing",
@@ -39,6 +40,10 @@ class ConfigError(DomainSSLError, ValueError):
 
 class DataError(DomainSSLError, ValueError):
     """A file, a store or a batch is not what it should be."""
+
+
+class StorageError(DomainSSLError, RuntimeError):
+    """A cache cannot be written: a full disk, quota or missing permission, and no bad data."""
 
 
 class WeightsError(DomainSSLError, ValueError):

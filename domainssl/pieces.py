@@ -7,13 +7,16 @@
             ledger.save(state, arrays)                          # complete or not there
 
 A `Shard` is the i-th of n parts of the keys, for machines that share nothing but a folder. Neither
-it nor the number of processes changes what is done, only who does it.
+it nor the number of processes changes what is done, only who does it. `work_through` is the loop
+that measuring and building share; `build` fills a cache whose entries are their own mark of being
+done.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -24,11 +27,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -36,7 +40,21 @@ from filelock import FileLock, Timeout
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import write_whole
 
-__all__ = ["Ledger", "Shard", "cores", "in_order", "spread"]
+__all__ = [
+    "Buildable",
+    "Built",
+    "Ledger",
+    "Pieces",
+    "Plan",
+    "Shard",
+    "build",
+    "cores",
+    "in_order",
+    "spread",
+    "work_through",
+]
+
+logger = logging.getLogger(__name__)
 
 _AHEAD = 2  # pieces under way per process
 T = TypeVar("T")
@@ -92,6 +110,31 @@ class Shard:
         return [Shard(i, self.count) for i in range(1, self.count + 1)]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How work in pieces is done.
+
+    Attributes:
+        jobs: Processes; 0 works in this one, None takes one per core.
+        limit: Do so many pieces only, evenly spread over all.
+        skip_bad: Leave out pieces that cannot be read, and list them; otherwise the first ends it.
+        restart: Forget what an interrupted call has done.
+        shard: The part of the pieces that this call does.
+    """
+
+    jobs: int | None = None
+    limit: int | None = None
+    skip_bad: bool = False
+    restart: bool = False
+    shard: Shard = field(default_factory=Shard)
+
+    def __post_init__(self) -> None:
+        for name, least in (("jobs", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name}: got {value!r}, expected at least {least}.")
+
+
 def in_order(
     work: Callable[[T], R], items: Sequence[T], jobs: int | None
 ) -> Generator[tuple[T, R], None, None]:
@@ -133,6 +176,142 @@ def in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass
+class Pieces:
+    """What `work_through` goes through.
+
+    Attributes:
+        todo: The pieces that are left, in order.
+        total: All pieces of this call, those that are done included.
+        name: What a piece is called in messages.
+        noun: What pieces are, in plural.
+    """
+
+    todo: Sequence[Any]
+    total: int
+    name: Callable[[Any], str] = str
+    noun: str = "blocks"
+
+
+def work_through(
+    pieces: Pieces,
+    work: Callable[[Any], Any],
+    plan: Plan,
+    take: Callable[[Any, Any], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Do all pieces and hand every result on before the next one counts as done.
+
+    Args:
+        pieces: What is done.
+        work: Picklable; returns the result of a piece, or as a text why it cannot be read.
+        plan: Processes, and whether bad pieces are left out.
+        take: Called in order with piece and result; when it returns, the piece is done.
+        progress: Called with the pieces done and their number, first before the first piece.
+
+    Raises:
+        DataError: A piece cannot be read, or a process died.
+    """
+    done = pieces.total - len(pieces.todo)
+    if progress is not None:
+        progress(done, pieces.total)
+    with closing(in_order(work, pieces.todo, plan.jobs)) as results:
+        for piece, result in results:
+            if isinstance(result, str) and not plan.skip_bad:
+                raise DataError(
+                    f"{result} Add --skip_bad to leave such {pieces.noun} out; the others done so "
+                    "far are kept, and the same command goes on with this one."
+                )
+            if isinstance(result, str):
+                logger.warning("%s is left out: %s", pieces.name(piece), result)
+            take(piece, result)
+            done += 1
+            if progress is not None:
+                progress(done, pieces.total)
+
+
+class Buildable(Protocol):
+    """Entries of a cache that can be made before they are used; pickled to processes."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the entries lie."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the entries, which tell nothing about files or people."""
+
+    def is_ready(self, key: str) -> bool:
+        """Tell whether an entry is there and sound."""
+
+    def make(self, key: str) -> None:
+        """Make an entry, complete or not at all.
+
+        Raises:
+            DataError: What it is made from cannot be read.
+            StorageError: It cannot be written.
+        """
+
+
+@dataclass
+class Built:
+    """What `build` did.
+
+    Attributes:
+        entries: Entries of this call that are there now.
+        resumed: Those of them that were there before.
+        skipped: Why an entry was left out, by its key.
+        missing: Shards of which entries are missing.
+    """
+
+    entries: int = 0
+    resumed: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def build(what: Buildable, plan: Plan, progress: Callable[[int, int], None] | None = None) -> Built:
+    """Make the entries that are not there.
+
+    An entry that is there is its own mark of being done, so that a call that was killed goes on,
+    and shards need nothing but the folder.
+
+    Raises:
+        DataError: Something cannot be read, or a process died.
+        StorageError: An entry cannot be written.
+        ConfigError: Another process builds the same part.
+    """
+    keys = spread(what.keys, plan.limit)
+    own = plan.shard.mine(keys)
+    name = (
+        ".build" if plan.shard.count == 1 else f".build-{plan.shard.number}-of-{plan.shard.count}"
+    )
+    with Ledger(what.folder / name, {}, other="--shard"):
+        todo = [key for key in own if not what.is_ready(key)]
+        found = Built(resumed=len(own) - len(todo))
+
+        def take(key: str, reason: str | None) -> None:
+            if reason is not None:
+                found.skipped[key] = reason
+
+        pieces = Pieces(todo, len(own), noun="exams")
+        work_through(pieces, partial(_make, what), plan, take, progress)
+    found.entries = len(own) - len(found.skipped)
+    for shard in plan.shard.all():
+        if shard != plan.shard and not all(map(what.is_ready, shard.mine(keys))):
+            found.missing.append(str(shard))
+    return found
+
+
+def _make(what: Buildable, key: str) -> str | None:
+    """Make an entry; return why it cannot be made."""
+    try:
+        what.make(key)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def _follow_the_parent() -> None:
     """Leave interrupts to the parent, and end when it is killed: nobody else would tell."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -155,6 +334,7 @@ class Ledger:
         path: The file.
         request: Plain data that a file must have been made from to go on with it.
         restart: Forget what is there.
+        other: Options that choose another file, for messages.
 
     Attributes:
         facts: Plain data last saved, None if nothing is.
@@ -164,8 +344,15 @@ class Ledger:
         ConfigError: The file is damaged, made from another request, or in use.
     """
 
-    def __init__(self, path: Path, request: Mapping[str, Any], *, restart: bool = False) -> None:
-        self.path, self.request = path, dict(request)
+    def __init__(
+        self,
+        path: Path,
+        request: Mapping[str, Any],
+        *,
+        restart: bool = False,
+        other: str = "--output or --shard",
+    ) -> None:
+        self.path, self.request, self._other = path, dict(request), other
         self.facts: dict[str, Any] | None = None
         self.arrays: dict[str, np.ndarray[Any, Any]] = {}
         self._lock = FileLock(f"{path}.lock", timeout=0)
@@ -178,7 +365,7 @@ class Ledger:
         except Timeout as error:
             raise ConfigError(
                 f"{self.path}: another process is at work on it. Wait for its end, or choose "
-                "another --output or --shard."
+                f"another {self._other}."
             ) from error
         except OSError as error:
             raise _unwritable(self.path, error) from error

@@ -17,11 +17,11 @@ import numpy as np
 from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
 from domainssl.bench.stream import decode, write_files
 from domainssl.errors import require
-from domainssl.inspection.statistics import Plan
 from domainssl.inspection.statistics import measure as measure_statistics
 from domainssl.inspection.subjects import OfCatalogue
 from domainssl.io.ssl4eo.facts import product
 from domainssl.io.ssl4eo.layout import scan
+from domainssl.pieces import Plan
 
 __all__ = ["measure"]
 

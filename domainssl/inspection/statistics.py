@@ -9,10 +9,8 @@ on the number of processes nor on shards. After every piece the state is in `sta
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,43 +20,16 @@ import numpy as np
 import yaml
 
 from domainssl.arguments import plain
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import DataError
 from domainssl.inspection.moments import Grid, Moments
 from domainssl.inspection.subjects import Measured, Subject
-from domainssl.pieces import Ledger, Shard, in_order, replace, spread
+from domainssl.pieces import Ledger, Pieces, Plan, Shard, replace, spread, work_through
 
-__all__ = ["PERCENTS", "Measurement", "Plan", "measure"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["PERCENTS", "Measurement", "measure"]
 
 FORMAT = "domainssl statistics 1"
 PERCENTS = (0.1, 1.0, 2.0, 5.0, 25.0, 50.0, 75.0, 95.0, 98.0, 99.0, 99.9)
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a data set is measured.
-
-    Attributes:
-        jobs: Processes; 0 measures in this one, None takes one per core.
-        limit: Measure so many pieces only, evenly spread over the data set.
-        skip_bad: Leave out pieces that cannot be read, and list them; otherwise the first ends it.
-        restart: Forget what an interrupted call has measured.
-        shard: The part of the pieces that this call measures; the last call to finish merges all.
-    """
-
-    jobs: int | None = None
-    limit: int | None = None
-    skip_bad: bool = False
-    restart: bool = False
-    shard: Shard = field(default_factory=Shard)
-
-    def __post_init__(self) -> None:
-        for name, least in (("jobs", 0), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}: got {value!r}, expected at least {least}.")
 
 
 @dataclass
@@ -112,22 +83,13 @@ def measure(
         own = plan.shard.mine(chosen)
         state = _State(subject.modalities, ledger)
         resumed = len(state.done)
-        if progress is not None:
-            progress(resumed, len(own))
-        work = partial(_measure_piece, subject)
-        with closing(in_order(work, own[resumed:], plan.jobs)) as results:
-            for number, result in results:
-                if isinstance(result, str) and not plan.skip_bad:
-                    raise DataError(
-                        f"{result} Add --skip_bad to leave such blocks out; the others measured "
-                        "so far are kept, and the same command goes on with this one."
-                    )
-                if isinstance(result, str):
-                    logger.warning("%s is left out: %s", keys[number], result)
-                state.add(number, keys[number], result)
-                state.save()
-                if progress is not None:
-                    progress(len(state.done), len(own))
+        pieces = Pieces(own[resumed:], len(own), name=lambda number: keys[number])
+
+        def take(number: int, result: dict[str, Moments] | str) -> None:
+            state.add(number, keys[number], result)
+            state.save()
+
+        work_through(pieces, partial(_measure_piece, subject), plan, take, progress)
         return _finish(subject, output, plan, state, chosen, resumed)
 
 

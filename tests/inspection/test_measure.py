@@ -18,11 +18,11 @@ from ssl4eo_files import DATES, SIDE, write_split
 from domainssl.errors import ConfigError, DataError
 from domainssl.inspection import statistics as module
 from domainssl.inspection.moments import Counts, Grid, Moments, Relative
-from domainssl.inspection.statistics import PERCENTS, Plan, measure
+from domainssl.inspection.statistics import PERCENTS, measure
 from domainssl.inspection.subjects import OfCatalogue
 from domainssl.io.ssl4eo.layout import scan
 from domainssl.io.ssl4eo.read import read
-from domainssl.pieces import Shard
+from domainssl.pieces import Plan, Shard
 
 PRODUCTS = {"s1": "S1GRD", "s2": "S2L2A"}
 FILES = [[0, 1], [2, 3, 4], [5], [6, 7]]
@@ -167,7 +167,8 @@ def test_two_calls_at_once_are_refused(catalogue, tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 import psutil
-from domainssl.inspection.statistics import Plan, measure
+from domainssl.inspection.statistics import measure
+from domainssl.pieces import Plan
 from domainssl.inspection.subjects import OfCatalogue
 from domainssl.io.ssl4eo.layout import scan
 

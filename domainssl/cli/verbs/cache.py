@@ -1,4 +1,4 @@
-"""List or clear what was built once and kept: samples of the data sets."""
+"""List or clear what was built once and kept, or prepare exams before a run."""
 
 from __future__ import annotations
 
@@ -18,19 +18,13 @@ __all__ = ["run"]
 
 
 def run(argv: list[str]) -> int:
-    """Print the cache as a table, or delete what is in it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m domainssl cache",
-        description="List or clear what was built once and kept, such as the embedded samples. "
-        "The folder is $DOMAINSSL_CACHE, by default ~/.cache/domainssl. Whatever is cleared is "
-        "built again when it is needed.",
-    )
-    actions = parser.add_subparsers(dest="action", metavar="{list,clear}")
-    actions.add_parser("list", help="show names, sizes and ages (the default)")
-    clearing = actions.add_parser("clear", help="delete all, or one by its name")
-    clearing.add_argument("name", nargs="?", help="as `cache list` shows it; all without a name")
-    clearing.add_argument("--yes", action="store_true", help="do not ask")
-    options = parser.parse_args(argv)
+    """Print the cache as a table, delete what is in it, or prepare what a run will read."""
+    parser = _parser()
+    options, more = parser.parse_known_args(argv)
+    if options.action == "build":
+        return _build(options, more)
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     from domainssl.cache import cache_dir, entries
     from domainssl.cli.console import console
 
@@ -40,6 +34,76 @@ def run(argv: list[str]) -> int:
         return _clear(screen, found, options.name, options.yes)
     screen.print(f"cache at {cache_dir()}", markup=False)
     _show(screen, found)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m domainssl cache",
+        description="List or clear what was built once and kept, such as the embedded samples and "
+        "prepared exams, or prepare the exams of a recipe before a run. "
+        "The folder is $DOMAINSSL_CACHE, by default ~/.cache/domainssl. Whatever is cleared is "
+        "built again when it is needed.",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="{list,clear,build}")
+    actions.add_parser("list", help="show names, sizes and ages (the default)")
+    clearing = actions.add_parser("clear", help="delete all, or one by its name")
+    clearing.add_argument("name", nargs="?", help="as `cache list` shows it; all without a name")
+    clearing.add_argument("--yes", action="store_true", help="do not ask")
+    building = actions.add_parser(
+        "build",
+        help="prepare the exams of a recipe",
+        description="Prepare the exams that a recipe reads, as its data section says, and keep "
+        "them for all runs with the same preparation. What is there already is not made again, so "
+        "an interrupted call goes on. --data.KEY=VALUE changes the recipe.",
+    )
+    add = building.add_argument
+    add("--config", action="append", default=[], metavar="FILE", help="recipe or overlay")
+    add("--jobs", type=int, help="processes; 0 for this one alone (default: one per core)")
+    add("--shard", default="1/1", metavar="I/N",
+        help="prepare the I-th of N parts, for several machines that share the folder")  # fmt: skip
+    add("--limit", type=int, help="prepare so many exams only, evenly spread")
+    add("--skip_bad", action="store_true", help="leave out and list exams that cannot be read")
+    return parser
+
+
+def _build(options: argparse.Namespace, more: list[str]) -> int:
+    """Prepare what the DataModule of a recipe offers, one after the other."""
+    from domainssl.cli.console import console
+    from domainssl.cli.progress import Bar
+    from domainssl.cli.run.looking import data_at
+    from domainssl.pieces import Plan, Shard, build
+
+    plan = Plan(options.jobs, options.limit, options.skip_bad, shard=Shard.parse(options.shard))
+    data = data_at(None, options.config, more, "cache build")
+    data.prepare_data()
+    data.setup("fit")
+    screen = console()
+    offered = data.preparations()
+    if not offered:
+        raise ConfigError(
+            f"cache build: {type(data).__name__} reads its files as they are, so there is nothing "
+            "to prepare. Exams are kept if data.init_args.preparation.cache is memmap or zarr."
+        )
+    for what in offered:
+        try:
+            with Bar("exams") as shown:
+                found = build(what, plan, shown)
+        except KeyboardInterrupt:
+            screen.print(
+                f"Stopped after {shown.done} of {shown.total} exams; they are kept in "
+                f"{what.folder}. The same command goes on from there.",
+                markup=False,
+            )
+            raise
+        there = f", {found.resumed} of them before" if found.resumed else ""
+        screen.print(f"{found.entries} exams are prepared in {what.folder}{there}", markup=False)
+        for reason in found.skipped.values():
+            screen.print(f"left out: {reason}", markup=False)
+        if found.missing:
+            screen.print(
+                f"shard {plan.shard} is done; missing: {', '.join(found.missing)}", markup=False
+            )
     return 0
 
 

@@ -23,8 +23,9 @@ def run(argv: list[str]) -> int:
     """Measure a data set and write the file that `data.statistics` takes."""
     options, more = _parser().parse_known_args(argv)
     from domainssl.cli.console import console
-    from domainssl.inspection.statistics import Plan, measure
-    from domainssl.pieces import Shard
+    from domainssl.cli.progress import Bar
+    from domainssl.inspection.statistics import measure
+    from domainssl.pieces import Plan, Shard
 
     plan = Plan(
         options.jobs,
@@ -37,7 +38,7 @@ def run(argv: list[str]) -> int:
     subject, found_there = _subject(options, more)
     screen.print(found_there, markup=False)
     try:
-        with _Progress() as shown:
+        with Bar() as shown:
             found = measure(subject, options.output, plan, shown)
     except KeyboardInterrupt:
         screen.print(
@@ -150,33 +151,6 @@ def _products(words: list[str]) -> dict[str, str]:
             )
         products[key] = name
     return products
-
-
-class _Progress:
-    """A bar on stderr: blocks done, time left."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        from domainssl.cli.console import error_console
-
-        self.done, self.total = 0, 0
-        self._bar = Progress(
-            BarColumn(), MofNCompleteColumn(), "blocks", TimeRemainingColumn(),
-            console=error_console(), transient=True,
-        )  # fmt: skip
-        self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self.done, self.total = done, total
-        self._bar.update(self._task, completed=done, total=total)
 
 
 def _show(screen: Console, report: dict[str, Any]) -> None:

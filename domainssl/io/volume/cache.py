@@ -22,21 +22,22 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 
 from domainssl.arguments import plain
 from domainssl.cache import kept_folder
-from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.errors import ConfigError, DataError, StorageError, nearest
 from domainssl.files import PART, open_regular
 from domainssl.io.volume.prepared import Prepared
 from domainssl.io.volume.stores import FORMAT, TIERS, Stored, Tier, forget, write_entry
 
-__all__ = ["VolumeCache", "identity_of"]
+__all__ = ["Exams", "VolumeCache", "identity_of"]
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _WAIT_S = 3600.0  # for another process that prepares the same exam
 _PIECE = 2**22
@@ -179,8 +180,8 @@ class VolumeCache:
                 still being written.
 
         Raises:
-            DataError: The cache cannot be written or is full, `prepare` cannot read the exam, or
-                its files changed in the meantime.
+            DataError: `prepare` cannot read the exam, or its files changed in the meantime.
+            StorageError: The cache cannot be written or is full.
         """
         found = self._find(key)
         if found is not None:
@@ -259,6 +260,46 @@ class VolumeCache:
             lock.release()
 
 
+@dataclass(frozen=True)
+class Exams(Generic[T]):
+    """Exams that can be prepared before a run, as `domainssl.pieces.build` takes them.
+
+    Attributes:
+        cache: Where they go.
+        exams: What is prepared, by key.
+        prepare: Reads one; picklable.
+        current: Takes the key of an exam anew, to notice files that are still being written.
+    """
+
+    cache: VolumeCache
+    exams: Mapping[str, T]
+    prepare: Callable[[T], Prepared]
+    current: Callable[[T], str] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the entries lie."""
+        return self.cache.folder
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the entries, sorted: which shard has which does not depend on file names."""
+        return sorted(self.exams)
+
+    def is_ready(self, key: str) -> bool:
+        """Tell whether an entry is there and sound."""
+        return self.cache.is_ready(key)
+
+    def make(self, key: str) -> None:
+        """Prepare one exam, if it is not there."""
+        self.fetch(self.exams[key], key)
+
+    def fetch(self, exam: T, key: str) -> Stored:
+        """Open an exam, preparing it first if it is not there."""
+        current = None if self.current is None else partial(self.current, exam)
+        return self.cache.fetch(key, partial(self.prepare, exam), current)
+
+
 @contextmanager
 def _writing(folder: Path, num_bytes: int, tier: Tier) -> Iterator[None]:
     try:
@@ -267,13 +308,13 @@ def _writing(folder: Path, num_bytes: int, tier: Tier) -> Iterator[None]:
         raise _unwritable(folder, error, num_bytes, tier) from error
 
 
-def _unwritable(folder: Path, error: OSError, num_bytes: int, tier: Tier) -> DataError:
+def _unwritable(folder: Path, error: OSError, num_bytes: int, tier: Tier) -> StorageError:
     free = ""
     with suppress(OSError):
         free = f"; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
     need = f", the exam has {num_bytes / 1e6:,.0f} MB unpacked" if num_bytes else ""
     smaller = "" if tier == "zarr" else " or the tier zarr, which takes less space,"
-    return DataError(
+    return StorageError(
         f"cache {folder}: cannot be written ({error.strerror or error}{free}{need}). What is "
         "prepared so far is kept. Make room (`cache list`, `cache clear`), choose another folder"
         f"{smaller} or point DOMAINSSL_CACHE at another disk; the same command goes on from there."
