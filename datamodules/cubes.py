@@ -96,7 +96,7 @@ class SentinelCubeDataModule(DomainDataModule):
         self.dates = (dates or Dates()).of(
             ("one", "views", "all"), _USED_DATES, min_valid_fraction=0.1
         )
-        self.held_out = held_out or HeldOut()
+        self.held_out = (held_out or HeldOut()).of(("val_fraction", "sites", "gap", "seed"))
         self.labels = labels
         self.statistics = statistics
         self.storage_options = dict(storage_options or {})

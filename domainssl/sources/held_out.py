@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Self
 
 from domainssl.errors import ConfigError
 
@@ -14,15 +16,17 @@ class HeldOut:
     """Which part is held out for validation.
 
     Attributes:
-        val_fraction: Fraction of the blocks, drawn once; neighbours of the same site may be in
-            both parts.
+        val_fraction: Fraction of the blocks (of the patients, where there are any), drawn once;
+            neighbours of the same site may be in both parts.
         sites: Names of sites held out as a whole; `val_fraction` then does not count.
+        patients: Names of patients whose exams are held out; `val_fraction` then does not count.
         gap: Training blocks nearer than this to a held-out one are left out, in metres on maps.
         seed: Seed of the draw, apart from the data's seed.
     """
 
     val_fraction: float = 0.1
     sites: tuple[str, ...] = ()
+    patients: tuple[str, ...] = ()
     gap: float = 0.0
     seed: int = 0
 
@@ -32,3 +36,17 @@ class HeldOut:
                 f"data.init_args.held_out: got val_fraction={self.val_fraction!r}, "
                 f"gap={self.gap!r}; expected 0 <= val_fraction < 1 and gap >= 0."
             )
+
+    def of(self, used: Collection[str]) -> Self:
+        """Return the rule as it is, if it says nothing that a DataModule has no use for.
+
+        Raises:
+            ConfigError: It does.
+        """
+        for item in fields(self):
+            if item.name not in used and getattr(self, item.name) != item.default:
+                raise ConfigError(
+                    f"data.init_args.held_out.{item.name}: got {getattr(self, item.name)!r}, but "
+                    f"these data are held out by {', '.join(used)}. Leave it out."
+                )
+        return self

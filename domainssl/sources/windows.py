@@ -36,7 +36,7 @@ class Window:
         min_size: Smallest side read in training, resized to `size`; None means `size`. Of the
             first axis; the others keep their proportion.
         max_size: Largest side read in training; clipped to the scene.
-        flips: Mirror at random along every axis.
+        flips: Mirror at random along every axis, or one answer per axis.
         quarter_turns: Turn at random by 0, 90, 180 or 270 degrees in the plane of the first two
             axes; by 0 or 180 where their sizes differ.
         jitter: Draw the place. Windows of a cube move by up to half their size.
@@ -48,7 +48,7 @@ class Window:
     unit: Literal["px", "m", "mm", "um"] = "px"
     min_size: float | None = None
     max_size: float | None = None
-    flips: bool = True
+    flips: bool | tuple[bool, ...] = True
     quarter_turns: bool = True
     jitter: bool = True
     per_block: int = 8
@@ -61,8 +61,9 @@ class Window:
             )
         if self.per_block < 1:
             raise ConfigError(f"{_WHERE}.per_block: got {self.per_block!r}, expected at least 1.")
-        if isinstance(self.size, Sequence):
-            object.__setattr__(self, "size", tuple(self.size))
+        for name in ("size", "flips"):
+            if isinstance(getattr(self, name), Sequence):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         sizes = self.size if isinstance(self.size, tuple) else (self.size,)
         least = sizes[0] if self.min_size is None else self.min_size
         most = sizes[0] if self.max_size is None else self.max_size
@@ -125,6 +126,11 @@ class Window:
         size = tuple(whole) if None in sizes else tuple(cells(float(s or 0)) for s in sizes)
         ends = (None if s is None else cells(s) for s in (self.min_size, self.max_size))
         least, most = ends
+        if isinstance(self.flips, tuple) and len(self.flips) != axes:
+            raise ConfigError(
+                f"{_WHERE}.flips: got {list(self.flips)!r}, expected true, false, or a list of "
+                f"{axes}, one answer per axis."
+            )
         return replace(self, size=size, unit="px", min_size=least, max_size=most)
 
     def must_not_resize(self) -> None:
@@ -217,6 +223,7 @@ class Window:
                 for h, s, f in zip(home, shifts, free, strict=True)
             ]
         flips = rng.integers(0, 2, len(extent))
+        may_flip = self.flips if isinstance(self.flips, tuple) else (self.flips,) * len(extent)
         turns = int(rng.integers(0, 4))
         if not self.quarter_turns:
             turns = 0
@@ -226,7 +233,7 @@ class Window:
             tuple(begin),
             extent,
             self.shape,
-            tuple(bool(f) and self.flips for f in flips),
+            tuple(bool(f) and may for f, may in zip(flips, may_flip, strict=True)),
             turns,
         )
 
@@ -258,6 +265,22 @@ class Cut:
     def is_resized(self) -> bool:
         """True where more or fewer cells are delivered than taken."""
         return self.extent != self.size
+
+    def to_source(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return the matrix from delivered cells to those of the source, not resized.
+
+        Returns:
+            (n + 1, n + 1): index in the source = matrix @ (delivered index, 1).
+        """
+        axes = len(self.begin)
+        matrix = np.eye(axes + 1)
+        for axis, is_reversed in enumerate(self._reversed()):
+            if is_reversed:
+                matrix[axis, axis] = -1
+            matrix[axis, axes] = self.begin[axis] + (self.extent[axis] - 1) * is_reversed
+        if self.turns % 2:
+            matrix[:, [0, 1]] = matrix[:, [1, 0]]
+        return matrix
 
     def of_part(self) -> Cut:
         """Return the same cut for arrays that hold its cells only."""

@@ -186,3 +186,21 @@ def test_sizes_that_do_not_fit_are_refused():
         Window(size=(64, 64, 32)).on_grid(10.0)
     with pytest.raises(ConfigError, match="Did you mean 'um'"):
         Window(size=64, unit="umm")
+
+
+def test_axes_are_mirrored_by_their_own_answer() -> None:
+    window = Window(size=(4, 4, 4), flips=(False, True, False)).on_grid(1.0, axes=3)
+    cuts = [window.draw(np.random.default_rng(i), (9, 9, 9)) for i in range(16)]
+    assert {cut.flips for cut in cuts} == {(False, True, False), (False, False, False)}
+    with pytest.raises(ConfigError, match=r"window.flips: got \[True, False\]"):
+        Window(size=4, flips=(True, False)).on_grid(1.0, axes=3)
+
+
+def test_a_cut_tells_where_its_cells_come_from() -> None:
+    array = np.arange(5 * 6 * 7).reshape(5, 6, 7)
+    for turns in range(4):
+        cut = Cut((1, 2, 3), (3, 2, 4), (3, 2, 4), (True, False, True), turns)
+        delivered, matrix = cut.view(array), cut.to_source()
+        for place in np.ndindex(delivered.shape):
+            source = (matrix @ [*place, 1])[:3].astype(int)
+            assert delivered[place] == array[tuple(source)]

@@ -1,0 +1,106 @@
+"""Find the exams of a data set, whatever its layout.
+
+found = find_exams("/data/brain", Wanted(contrasts={"t1": "t1", "flair": "flair"}))
+found.exams[0].scans        # {"t1": "/data/brain/p01/t1.nii.gz", ...}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+
+from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.io.volume.exam import Exam, Found, Wanted, patients_in_two_splits
+from domainssl.io.volume.folder import read_folder
+from domainssl.io.volume.manifest import MANIFESTS, read_manifest
+
+__all__ = ["LAYOUTS", "Exam", "Found", "Wanted", "find_exams", "layout_of"]
+
+
+def _has(*names: str) -> Callable[[str], bool]:
+    return lambda root: any(os.path.isfile(os.path.join(root, name)) for name in names)
+
+
+# layout -> (recognises a folder, reads it), in the order in which they are asked
+LAYOUTS: Mapping[str, tuple[Callable[[str], bool], Callable[[str, Wanted], Found]]] = {
+    "manifest": (_has(*MANIFESTS), lambda root, wanted: _table_in(root, wanted)),
+    "folder": (os.path.isdir, read_folder),
+}
+
+
+def _table_in(root: str, wanted: Wanted) -> Found:
+    paths = [os.path.join(root, name) for name in MANIFESTS]
+    there = [path for path in paths if os.path.isfile(path)]
+    if not there:
+        raise ConfigError(
+            f"data.init_args.exams.layout: manifest, but {root} has none of "
+            f"{', '.join(MANIFESTS)}. Name the table in data.init_args.exams.manifest."
+        )
+    return read_manifest(there[0], root, wanted)
+
+
+def layout_of(root: str) -> str | None:
+    """Return the layout of a folder, None where there is none."""
+    return next((name for name, (recognise, _) in LAYOUTS.items() if recognise(root)), None)
+
+
+def find_exams(
+    root: str, wanted: Wanted, *, manifest: str | None = None, layout: str = "auto"
+) -> Found:
+    """Return the exams under a folder, by id; those of one patient are in one split.
+
+    Args:
+        root: The folder.
+        wanted: Contrasts, labels and maps that are looked for.
+        manifest: A table that lists the exams; paths in it are relative to the root.
+        layout: One of `LAYOUTS`, or `auto`, which recognises it.
+
+    Raises:
+        ConfigError: There is no such folder, manifest or layout.
+        DataError: Files or columns are missing, or a patient is in two splits.
+    """
+    if not os.path.isdir(root):
+        raise ConfigError(
+            f"data.init_args.root: {root!r} is no folder. Give one with scans, or an embedded "
+            "sample: sample:ctmr, sample:petct or sample:brain."
+        )
+    if layout != "auto" and layout not in LAYOUTS:
+        raise ConfigError(
+            f"data.init_args.exams.layout: got {layout!r}, expected auto or one of "
+            f"{', '.join(LAYOUTS)}.{nearest(layout, LAYOUTS)}"
+        )
+    if manifest is not None:
+        path = os.path.join(root, manifest)
+        if not os.path.isfile(path):
+            raise ConfigError(
+                f"data.init_args.exams.manifest: there is no file {path!r}; expected a CSV, JSON "
+                "lines or Parquet file, relative to the root or absolute."
+            )
+        found = read_manifest(path, root, wanted)
+    else:
+        named = layout_of(root) if layout == "auto" else layout
+        assert named is not None  # a folder is at least a plain one
+        found = LAYOUTS[named][1](root, wanted)
+    if not found.exams:
+        raise DataError(
+            f"{root}: no exam with {' or '.join(wanted.contrasts)} in it (layout {found.layout}). "
+            f"{found.problems[0] if found.problems else 'Check data.init_args.modalities.'}"
+        )
+    exams = [_with_patient(exam, wanted.patient) for exam in found.exams]
+    patients_in_two_splits(exams, root)
+    return dataclasses.replace(found, exams=sorted(exams, key=lambda exam: exam.id))
+
+
+def _with_patient(exam: Exam, pattern: str) -> Exam:
+    """Return the exam with the patient that its id names, or its own id where nothing does."""
+    if not pattern:
+        return dataclasses.replace(exam, patient=exam.patient or exam.id)
+    found = re.search(pattern, exam.id)
+    if found is None or not found.re.groups or not found[1]:
+        raise DataError(
+            f"data.init_args.exams.patient: {pattern!r} finds no group in the id {exam.id!r}; "
+            "expected a regular expression with one group, such as '(sub-[0-9]+)'."
+        )
+    return dataclasses.replace(exam, patient=found[1])

@@ -1,0 +1,135 @@
+"""Exams from a plain folder: one file or DICOM series per exam and contrast.
+
+A scan belongs to a contrast whose name ends its file name (`p01_t1.nii.gz`, `p01/t1.nii.gz`) or is
+one of its folders (`t1/p01.nii.gz`, `p01/t1/<series>`). The rest of the path is the exam, its first
+folder the patient; folders named `train`, `val` or `test` say the split.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from domainssl.errors import DataError, nearest
+from domainssl.io.volume.exam import Exam, Found, Wanted, split_of, stem_of
+from domainssl.io.volume.scan import list_scans
+
+__all__ = ["EVERY", "MASKS", "read_folder"]
+
+EVERY = "*"  # as the name of a contrast: every scan is an exam
+MASKS = ("mask", "labels", "label", "seg", "segmentation", "dseg", "gt")
+_ANONYMIZED = "anon_mask"
+
+
+def read_folder(root: str, wanted: Wanted) -> Found:
+    """Return the exams of a folder.
+
+    Raises:
+        DataError: No scan has the name of a contrast.
+    """
+    scans: dict[str, dict[str, str]] = {}
+    extra: dict[str, dict[str, str]] = {}  # of each exam: mask, anon_mask
+    problems: list[str] = []
+    matched: set[str] = set()
+    seen: list[str] = []
+    names = {**wanted.contrasts}
+    masks = MASKS if wanted.mask in MASKS else (wanted.mask,) if wanted.mask else ()
+    for path in list_scans(root):
+        parts = _parts(path, root)
+        place = _other(parts, masks)
+        if place is not None:
+            kind, of = place
+            extra.setdefault(of, {}).setdefault(kind, path)
+            continue
+        seen.append(parts[-1])
+        for name, contrast in names.items():
+            exam = "/".join(parts) if contrast == EVERY else _exam_of(parts, contrast)
+            if exam is None:
+                continue
+            matched.add(name)
+            files = scans.setdefault(exam, {})
+            if name in files:
+                problems.append(
+                    f"{path}: a second scan of {name!r} beside {files[name]}; left out. Give "
+                    f"data.init_args.modalities.{name}.contrast a longer name to tell them apart."
+                )
+            else:
+                files[name] = path
+    _must_match(root, names, matched, seen)
+    exams = [
+        _exam(exam, files, extra.get(exam, {}), wanted.patient)
+        for exam, files in sorted(scans.items())
+    ]
+    return Found(layout="folder", exams=exams, problems=problems)
+
+
+def _parts(path: str, root: str) -> list[str]:
+    """Return the folders below the root and the name without its ending."""
+    relative = os.path.relpath(path, root)
+    if relative == ".":  # the root itself is a series
+        return [os.path.basename(os.path.abspath(root))]
+    return [*relative.split(os.sep)[:-1], stem_of(relative)]
+
+
+def _ends_with(stem: str, name: str) -> str | None:
+    """Return what stands before `name` at the end of a stem; None where it is not there."""
+    found = re.fullmatch(rf"(?:(.*?)[^A-Za-z0-9]+)?{re.escape(name)}", stem, re.IGNORECASE)
+    return None if found is None else found[1] or ""
+
+
+def _exam_of(parts: Sequence[str], contrast: str) -> str | None:
+    """Return the exam of a scan that shows a contrast; None where its name says another."""
+    before = _ends_with(parts[-1], contrast)
+    if before is not None:
+        folders = list(parts[:-1])
+        if before and before not in folders[-1:]:  # BraTS repeats the case in the name
+            folders.append(before)
+        return "/".join(folders) or parts[-1]
+    lowered = [part.lower() for part in parts[:-1]]
+    if contrast.lower() not in lowered:
+        return None
+    at = lowered.index(contrast.lower())
+    return "/".join(parts[:at] if at and not split_of(parts[at - 1]) else
+                    [*parts[:at], *parts[at + 1 :]])  # fmt: skip
+
+
+def _other(parts: Sequence[str], masks: Sequence[str]) -> tuple[str, str] | None:
+    """Return `mask` or `anonymized` and the exam, where a file is one; None for a scan."""
+    for kind, names in (("anonymized", (_ANONYMIZED,)), ("mask", masks)):
+        for name in names:
+            exam = _exam_of(parts, name)
+            if exam is not None:
+                return kind, exam
+    return None
+
+
+def _must_match(root: str, names: dict[str, str], matched: set[str], seen: Sequence[str]) -> None:
+    if not seen:
+        raise DataError(
+            f"{root}: no volume there (NIfTI, NRRD, MetaImage, MGZ or a DICOM series). Check "
+            "data.init_args.root, or take an embedded sample, such as sample:ctmr."
+        )
+    for name, contrast in names.items():
+        if name not in matched:
+            shown = sorted(set(seen))
+            raise DataError(
+                f"{root}: no scan ends with or lies in a folder {contrast!r}, as modality "
+                f"{name!r} asks for; there are {len(shown)} names, such as "
+                f"{', '.join(shown[:6])}.{nearest(contrast, shown)} Set "
+                f"data.init_args.modalities.{name}.contrast to the end of the file names, or to "
+                f"'{EVERY}' where every scan is an exam."
+            )
+
+
+def _exam(name: str, scans: dict[str, str], extra: dict[str, str], pattern: str) -> Exam:
+    folders = name.split("/")
+    split = split_of(folders[0]) if len(folders) > 1 else ""
+    return Exam(
+        id=name,
+        patient=folders[1 if split else 0],
+        scans=scans,
+        split=split,
+        mask=extra.get("mask", ""),
+        anonymized=extra.get("anonymized", ""),
+    )

@@ -1,0 +1,106 @@
+"""Names of exams that tell nothing about patients: a keyed hash of where an exam lies.
+
+The key lies in the cache folder (readable by its owner alone), or in the environment variable
+DOMAINSSL_ID_KEY; runs, ranks and machines with the same key give an exam the same id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from domainssl.cache import cache_dir
+from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.files import open_regular
+
+__all__ = ["IDS", "KEY_VARIABLE", "ids_of", "id_key"]
+
+IDS = ("hashed", "plain")
+KEY_VARIABLE = "DOMAINSSL_ID_KEY"
+_FILE = "id.key"
+_LEAST = 16  # characters of a key
+_DIGITS = 16  # of an id: 64 bit
+
+
+def id_key() -> bytes:
+    """Return the key, making one in the cache folder where there is none.
+
+    Raises:
+        ConfigError: The key of the environment is too short, or others may read the file.
+        DataError: The file cannot be read or written.
+    """
+    given = os.environ.get(KEY_VARIABLE)
+    if given is not None:
+        if len(given) < _LEAST:
+            raise ConfigError(
+                f"{KEY_VARIABLE}: {len(given)} characters, expected at least {_LEAST}: ids made "
+                'with a short key can be guessed. Make one: python -c "import secrets; '
+                'print(secrets.token_hex())"'
+            )
+        return given.encode()
+    path = cache_dir() / _FILE
+    try:
+        if not path.exists():
+            _make(path)
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            raise ConfigError(
+                f"{path}: other users may read the key of the ids. Remove their permission: "
+                f"chmod 600 {path}"
+            )
+        with open_regular(path) as file:
+            key = file.read(4096)
+    except OSError as error:
+        raise DataError(
+            f"{path}: the key of the ids cannot be read or written ({error.strerror or error}). "
+            f"Point DOMAINSSL_CACHE at a folder you can write to, or set {KEY_VARIABLE}."
+        ) from error
+    if len(key) < _LEAST:
+        raise ConfigError(
+            f"{path}: the key of the ids has {len(key)} bytes, expected at least {_LEAST}. Delete "
+            "the file to get a new one; ids then change."
+        )
+    return key
+
+
+def _make(path: Path) -> None:
+    """Write a new key, complete before it has its name; of two processes the first one wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_hex(32).encode())
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            pass  # another process was faster
+        except OSError:  # no hard links on this file system
+            if not path.exists():
+                os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def ids_of(names: Iterable[str], mode: str) -> Sequence[str]:
+    """Return the ids of exams by name.
+
+    Args:
+        names: Paths relative to the root, or ids of a manifest.
+        mode: `hashed`, or `plain` for names that may be public.
+
+    Raises:
+        ConfigError: The mode or the key cannot be used.
+    """
+    if mode not in IDS:
+        raise ConfigError(
+            f"data.init_args.exams.ids: got {mode!r}, expected one of {', '.join(IDS)}."
+            f"{nearest(mode, IDS)}"
+        )
+    if mode == "plain":
+        return list(names)
+    key = id_key()
+    return [hmac.new(key, n.encode(), hashlib.sha256).hexdigest()[:_DIGITS] for n in names]

@@ -1,0 +1,132 @@
+"""Exams from a table: CSV, JSON lines or Parquet, one row per exam and one column per contrast.
+
+Columns: `id`, `patient` (or `patient_id`), `split`, one per contrast with paths relative to the
+root (an empty cell is a missing contrast), and optionally `source`, `label`, `mask`, `anon_mask`.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from domainssl.errors import DataError, nearest, parsing, require
+from domainssl.files import open_regular, read_small
+from domainssl.io.volume.exam import Exam, Found, Wanted, split_of
+
+__all__ = ["MANIFESTS", "read_manifest", "read_table"]
+
+MANIFESTS = ("manifest.csv", "manifest.parquet", "manifest.jsonl")
+_MOST_BYTES = 500_000_000
+_NAMED = 5  # missing files that a message names
+
+
+def read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and rows of a table, every cell as text, empty where nothing stands.
+
+    Raises:
+        DataError: The file is no such table.
+    """
+    pandas: Any = require("pandas", "medical")
+    lower = path.lower()
+    with parsing(f"{path}: the table", also=(pandas.errors.ParserError,)):
+        if lower.endswith(".parquet"):
+            require("pyarrow", "medical")
+            with open_regular(path) as file:
+                table = pandas.read_parquet(io.BytesIO(file.read(_MOST_BYTES)))
+        else:
+            text = io.StringIO(read_small(path, limit=_MOST_BYTES))
+            if lower.endswith((".jsonl", ".ndjson")):
+                table = pandas.read_json(text, lines=True, dtype=False)
+            else:
+                header = text.readline()
+                text.seek(0)
+                mark = max((",", ";", "\t"), key=header.count)
+                table = pandas.read_csv(text, sep=mark, dtype=str, keep_default_na=False)
+    columns = [str(name).strip() for name in table.columns]
+    rows = [
+        {name: _text(cell, pandas) for name, cell in zip(columns, row, strict=True)}
+        for row in table.itertuples(index=False, name=None)
+    ]
+    return columns, rows
+
+
+def _text(cell: Any, pandas: Any) -> str:
+    if cell is None or cell is pandas.NA or (isinstance(cell, float) and cell != cell):
+        return ""
+    if isinstance(cell, float) and cell.is_integer():  # whole numbers beside an empty cell
+        return str(int(cell))
+    return str(cell).strip()
+
+
+def read_manifest(path: str, root: str, wanted: Wanted) -> Found:
+    """Return the exams of a table.
+
+    Args:
+        path: The table.
+        root: Folder that paths in it are relative to.
+        wanted: Columns to read.
+
+    Raises:
+        DataError: A column is missing, an id stands twice, or a file is not there.
+    """
+    columns, rows = read_table(path)
+    for name, column in wanted.contrasts.items():
+        if column not in columns:
+            raise DataError(
+                f"{path}: no column {column!r} for the modality {name!r}, only "
+                f"{', '.join(columns)}.{nearest(column, columns)} Set "
+                f"data.init_args.modalities.{name}.contrast to one of them."
+            )
+    exams: dict[str, Exam] = {}
+    missing: list[str] = []
+    problems = []
+    for number, row in enumerate(rows, 2):
+        exam = _exam(row, root, wanted, f"{path}, line {number}")
+        if exam is None:
+            problems.append(f"{path}, line {number}: no scan of {', '.join(wanted.contrasts)}")
+            continue
+        if exam.id in exams:
+            raise DataError(
+                f"{path}, line {number}: the id {exam.id!r} stands twice; every exam needs an id "
+                "of its own."
+            )
+        exams[exam.id] = exam
+        files = (*exam.scans.values(), exam.mask, exam.anonymized)
+        missing += [file for file in files if file and not os.path.exists(file)]
+    if missing:
+        raise DataError(
+            f"{path}: {len(missing)} files that it names are not there, such as "
+            f"{', '.join(missing[:_NAMED])}. Paths are relative to {root}; leave the cell empty "
+            "where an exam lacks a contrast."
+        )
+    return Found(layout="manifest", exams=list(exams.values()), problems=problems)
+
+
+def _exam(row: Mapping[str, str], root: str, wanted: Wanted, where: str) -> Exam | None:
+    """Return the exam of a row; None without any scan."""
+
+    def path(column: str) -> str:
+        cell = row.get(column, "") if column else ""
+        return os.path.join(root, cell) if cell else ""
+
+    cells = {name: path(column) for name, column in wanted.contrasts.items()}
+    scans = {name: file for name, file in cells.items() if file}
+    if not scans:
+        return None
+    first = os.path.relpath(next(iter(scans.values())), root)
+    named = row.get("id") or first
+    split = row.get("split", "")
+    if split and not split_of(split):
+        raise DataError(f"{where}: split is {split!r}, expected train, val or test.")
+    return Exam(
+        id=named,
+        patient=row.get("patient") or row.get("patient_id") or "",
+        scans=scans,
+        split=split_of(split),
+        source=row.get("source", "").lower(),
+        label=row.get(wanted.label, "") if wanted.label else "",
+        mask=path(wanted.mask),
+        anonymized=path("anon_mask"),
+    )

@@ -1,0 +1,228 @@
+"""The options of volumes: contrasts, files, preparation, windows and labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from domainssl.errors import ConfigError, nearest
+from domainssl.io.volume.exam import Wanted
+from domainssl.io.volume.exams import LAYOUTS
+from domainssl.io.volume.ids import IDS
+from domainssl.io.volume.scan import Reading
+from domainssl.modality import Modality
+from domainssl.sources.windows import Window
+
+__all__ = ["Contrast", "ExamFiles", "ExamLabels", "ExamWindow", "Preparation"]
+
+_WHERE = "data.init_args"
+_RANGES = {"hu": (-2048.0, 32767.0)}
+_DEFAULT = Window(size=96.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """What a modality reads of every exam.
+
+    Attributes:
+        contrast: Its name in the data: a column of the manifest, the end of a file name, a BIDS
+            suffix, a channel; `*` takes every scan of a folder as an exam. Empty means the key.
+        value_unit: `hu` for CT, `arbitrary` for MR and PET.
+        channels: Names of the channels of one file; empty means one.
+        sources: What the scan may be, such as [ct, mr]; batches carry its number in `<m>.source`.
+        percentiles: Of the valid foreground of the whole volume, from 0 to 100: the limits in
+            `<m>.window` that the normalisation form `item` scales by.
+        window_hu: The limits in `<m>.window` where values are Hounsfield units: of the unit `hu`,
+            or of the source `ct`.
+        reading: How its files are read where they say too little.
+    """
+
+    contrast: str = ""
+    value_unit: str = "arbitrary"
+    channels: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    percentiles: tuple[float, float] = (1.0, 99.0)
+    window_hu: tuple[float, float] = (-1000.0, 1000.0)
+    reading: Reading = field(default_factory=Reading)
+
+    def __post_init__(self) -> None:
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100 or not self.window_hu[0] < self.window_hu[1]:
+            raise ConfigError(
+                f"{_WHERE}.modalities: got percentiles={self.percentiles!r}, "
+                f"window_hu={self.window_hu!r}; expected two ascending numbers each, percentiles "
+                "from 0 to 100."
+            )
+        for name in ("channels", "sources"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def modality(
+        self, name: str, size: tuple[int, ...], spacing_mm: tuple[float, ...] | None
+    ) -> Modality:
+        """Return the facts of the modality under a key."""
+        return Modality(
+            name=name,
+            kind="volume",
+            channels=self.channels or (self.contrast.strip("*") or name,),
+            value_unit=self.value_unit,
+            size=size,
+            spacing_mm=spacing_mm,
+            valid_range=_RANGES.get(self.value_unit),
+        )
+
+    def is_hu(self, source: str) -> bool:
+        """Tell whether the values of a scan are Hounsfield units."""
+        return self.value_unit == "hu" or (source == "ct" and "ct" in self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamFiles:
+    """How exams are found.
+
+    Attributes:
+        layout: `auto` recognises it; `manifest` or `folder`.
+        manifest: A table of the exams, CSV, JSON lines or Parquet, relative to the root; None
+            takes `manifest.csv`, `.jsonl` or `.parquet` in it, if there is one.
+        patient: Regular expression whose first group, found in the id of an exam, is its patient;
+            empty takes the column `patient`, or the first folder below the root.
+        ids: `hashed` ids tell nothing about names of files and patients; `plain` is for public
+            data.
+    """
+
+    layout: str = "auto"
+    manifest: str | None = None
+    patient: str = ""
+    ids: Literal["hashed", "plain"] = "hashed"
+
+    def __post_init__(self) -> None:
+        for name, options in (("layout", ("auto", *LAYOUTS)), ("ids", IDS)):
+            value = getattr(self, name)
+            if value not in options:
+                raise ConfigError(
+                    f"{_WHERE}.exams.{name}: got {value!r}, expected one of {', '.join(options)}."
+                    f"{nearest(value, options)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamLabels:
+    """What is known of exams beside their scans, for evaluation and tasks.
+
+    Attributes:
+        column: Column of a table with the class of an exam; empty for none.
+        classes: The classes by number; empty takes those that occur, sorted.
+        mask: Column, or end of the file names, of segmentation maps; empty for none.
+        names: Name per value of the maps, from 0 on.
+    """
+
+    column: str = "label"
+    classes: tuple[str, ...] = ()
+    mask: str = "mask"
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What is done to a whole exam, once, before windows are cut out of it.
+
+    Attributes:
+        spacing_mm: Voxel size that every scan is resampled to, one number per axis; None keeps
+            that of the files.
+        resample_to: Key of the modality whose grid the others are resampled to; None refuses an
+            exam whose scans lie on different grids.
+        foreground: Cut the volume to the box around what is not air.
+        margin_mm: Left around that box.
+        keep_mb: Prepared volumes that a process keeps in memory.
+    """
+
+    spacing_mm: tuple[float, float, float] | None = None
+    resample_to: str | None = None
+    foreground: bool = True
+    margin_mm: float = 10.0
+    keep_mb: float = 512.0
+
+    def __post_init__(self) -> None:
+        if self.spacing_mm is not None:
+            object.__setattr__(self, "spacing_mm", tuple(float(s) for s in self.spacing_mm))
+            if len(self.spacing_mm) != 3 or min(self.spacing_mm) <= 0:
+                raise ConfigError(
+                    f"{_WHERE}.preparation.spacing_mm: got {list(self.spacing_mm)!r}, expected "
+                    "three numbers above 0: voxel sizes along x, y and z in mm."
+                )
+        for name in ("margin_mm", "keep_mb"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"{_WHERE}.preparation.{name}: got {getattr(self, name)!r}, expected 0 or more."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExamWindow(Window):
+    """The box of voxels that an item shows, the same for all contrasts of an exam.
+
+    Training draws its place, held-out exams show the middle. Where an exam is smaller than the
+    window, the rest is not valid.
+
+    Attributes:
+        flips: Mirror at random along every axis, or one answer per axis; objectives mirror their
+            views themselves, and left and right differ in a body.
+        quarter_turns: Turn at random in the plane of the first two axes.
+        per_exam: Windows per exam and epoch in training.
+        min_foreground: Fraction of the window that should not be air.
+        tries: Places that are drawn until one has it; then the best of them is taken.
+    """
+
+    flips: bool | tuple[bool, ...] = False
+    quarter_turns: bool = False
+    per_exam: int = 1
+    min_foreground: float = 0.2
+    tries: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("per_exam", 1), ("tries", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"{_WHERE}.window.{name}: got {getattr(self, name)!r}, expected at least "
+                    f"{least}."
+                )
+        if not 0 <= self.min_foreground <= 1:
+            raise ConfigError(
+                f"{_WHERE}.window.min_foreground: got {self.min_foreground!r}, expected a fraction "
+                "from 0 to 1."
+            )
+
+    def in_voxels(self, spacing_mm: tuple[float, ...] | None) -> ExamWindow:
+        """Return the same window in whole voxels.
+
+        Raises:
+            ConfigError: It is given in a length, and the voxel size is not known.
+        """
+        asked = self.sized(_DEFAULT)
+        asked.must_not_resize()
+        if asked.unit == "px":
+            window = asked.on_grid(1.0, axes=3, name="voxels")
+        elif spacing_mm is None:
+            raise ConfigError(
+                f"{_WHERE}.window.unit: {asked.unit!r}, but voxels of these data have no common "
+                f"size. Set {_WHERE}.preparation.spacing_mm, or give the size in px."
+            )
+        else:
+            sizes = asked.size if isinstance(asked.size, tuple) else (asked.size,) * 3
+            per_axis = [
+                replace(asked, size=size).on_grid(step * 1e-3, axes=1, name="voxels").shape[0]
+                for size, step in zip(sizes, spacing_mm, strict=True)
+            ]
+            window = replace(asked, size=tuple(per_axis), unit="px")
+        assert isinstance(window, ExamWindow)
+        return window
+
+
+def wanted(contrasts: dict[str, Contrast], files: ExamFiles, labels: ExamLabels | None) -> Wanted:
+    """Return what is looked for in a data set."""
+    return Wanted(
+        contrasts={name: c.contrast or name for name, c in contrasts.items()},
+        label=labels.column if labels else "",
+        mask=labels.mask if labels else "",
+        patient=files.patient,
+    )

@@ -1,0 +1,164 @@
+"""Exams out of tables and folders, one split per patient, and ids that tell nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pandas
+import pytest
+
+from domainssl.errors import ConfigError, DataError
+from domainssl.io.volume.exams import Wanted, find_exams
+from domainssl.io.volume.ids import KEY_VARIABLE, id_key, ids_of
+
+TWO = Wanted(contrasts={"t1": "t1", "flair": "FLAIR"})
+
+
+def _touch(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def _relative(root: Path, scans: dict[str, str]) -> dict[str, str]:
+    return {name: os.path.relpath(path, root) for name, path in scans.items()}
+
+
+@pytest.mark.parametrize(
+    ("files", "exams"),
+    [
+        (  # a folder per case
+            ["p1/t1.nii.gz", "p1/FLAIR.nii.gz", "p2/t1.nii"],
+            {"p1": ("p1", ["flair", "t1"]), "p2": ("p2", ["t1"])},
+        ),
+        (  # BraTS: the case in the name too
+            ["B_001/B_001_t1.nii.gz", "B_001/B_001_flair.nii.gz", "B_001/B_001_t1ce.nii.gz"],
+            {"B_001": ("B_001", ["flair", "t1"])},
+        ),
+        (  # flat
+            ["a-t1.nii", "a-FLAIR.nii", "b-t1.nii"],
+            {"a": ("a", ["flair", "t1"]), "b": ("b", ["t1"])},
+        ),
+        (  # a folder per contrast, below one per split
+            ["train/t1/a.nii", "train/flair/a.nii", "val/t1/b.nii"],
+            {"train/a": ("a", ["flair", "t1"]), "val/b": ("b", ["t1"])},
+        ),
+        (  # several studies of a patient
+            ["p1/2020/t1.nii", "p1/2021/t1.nii", "p1/2021/flair.nii", "p1/2021/._t1.nii"],
+            {"p1/2020": ("p1", ["t1"]), "p1/2021": ("p1", ["flair", "t1"])},
+        ),
+    ],
+)
+def test_folders_are_exams(
+    tmp_path: Path, files: list[str], exams: dict[str, tuple[str, list[str]]]
+) -> None:
+    _touch(tmp_path, *files)
+    found = find_exams(str(tmp_path), TWO)
+    assert {e.id: (e.patient, sorted(e.scans)) for e in found.exams} == exams
+    assert found.layout == "folder" and not found.problems
+
+
+def test_every_scan_of_a_folder_is_an_exam_if_asked_for(tmp_path: Path) -> None:
+    _touch(tmp_path, "a.nii.gz", "sub/b.nii.gz", "sub/b_seg.nii.gz")
+    found = find_exams(str(tmp_path), Wanted(contrasts={"ct": "*"}))
+    assert {e.id: os.path.basename(e.mask) for e in found.exams} == {
+        "a": "",
+        "sub/b": "b_seg.nii.gz",
+    }
+    with pytest.raises(DataError, match=r"modalities.ct.contrast[\s\S]*'\*'"):
+        find_exams(str(tmp_path), Wanted(contrasts={"ct": "ct"}))
+
+
+def test_a_second_scan_of_a_contrast_is_left_out_and_named(tmp_path: Path) -> None:
+    _touch(tmp_path, "p1/t1.nii.gz", "p1/old_t1.nii.gz", "p1/FLAIR.nii.gz")
+    found = find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"}))
+    assert [e.id for e in found.exams] == ["p1", "p1/old"] and not found.problems
+    _touch(tmp_path, "p1/t1.nii")
+    assert "a second scan of 't1'" in find_exams(str(tmp_path), TWO).problems[0]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl", "semicolon"])
+def test_manifests_hold_exams(tmp_path: Path, ending: str) -> None:
+    _touch(tmp_path, "x/1.nii", "x/2.nii", "x/m.nii")
+    table = pandas.DataFrame(
+        {
+            "id": [7, 8],
+            "patient": ["A", "B"],
+            "t1": ["x/1.nii", "x/2.nii"],
+            "FLAIR": ["x/2.nii", None],
+            "label": [1, None],
+            "mask": [None, "x/m.nii"],
+            "split": ["training", "val"],
+        }
+    )
+    path = tmp_path / f"table.{'csv' if ending == 'semicolon' else ending}"
+    if ending == "parquet":
+        table.to_parquet(path)
+    elif ending == "jsonl":
+        table.to_json(path, orient="records", lines=True)
+    else:
+        table.to_csv(path, index=False, sep=";" if ending == "semicolon" else ",")
+    first, second = find_exams(str(tmp_path), TWO, manifest=path.name).exams
+    assert (first.id, first.patient, first.split, first.mask) == ("7", "A", "train", "")
+    assert first.label in ("1", "1.0") and second.label == ""
+    assert _relative(tmp_path, dict(first.scans)) == {"t1": "x/1.nii", "flair": "x/2.nii"}
+    assert sorted(second.scans) == ["t1"] and second.mask == str(tmp_path / "x/m.nii")
+
+
+def test_mistakes_in_manifests_are_named(tmp_path: Path) -> None:
+    _touch(tmp_path, "1.nii")
+    path = tmp_path / "manifest.csv"
+    wanted = Wanted(contrasts={"t1": "t1"})
+
+    def refused(text: str, match: str) -> None:
+        path.write_text(text)
+        with pytest.raises(DataError, match=match):
+            find_exams(str(tmp_path), wanted)
+
+    refused("id,T1w\na,1.nii\n", r"no column 't1' for the modality 't1', only id, T1w")
+    refused("id,t1\na,1.nii\na,1.nii\n", r"line 3: the id 'a' stands twice")
+    refused("id,t1\na,2.nii\n", r"1 files that it names are not there, such as .*2\.nii")
+    refused("id,t1,split\na,1.nii,tain\n", r"split is 'tain', expected train, val or test")
+    refused("id,t1\na,\n", r"no exam with t1")
+
+
+def test_a_patient_in_two_splits_is_refused_with_the_list(tmp_path: Path) -> None:
+    _touch(tmp_path, "1.nii")
+    rows = ["id,patient,split,t1", "a,P1,train,1.nii", "b,P1,val,1.nii", "c,P2,val,1.nii"]
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"1 patient\(s\) .*: P1 \(train, val\)"):
+        find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"}))
+
+
+def test_patients_are_found_by_a_pattern(tmp_path: Path) -> None:
+    _touch(tmp_path, "sub01-a_t1.nii", "sub01-b_t1.nii")
+    wanted = Wanted(contrasts={"t1": "t1"}, patient="(sub[0-9]+)")
+    assert {e.patient for e in find_exams(str(tmp_path), wanted).exams} == {"sub01"}
+    with pytest.raises(DataError, match="finds no group"):
+        find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"}, patient="(pat[0-9]+)"))
+
+
+def test_ids_depend_on_a_key_that_only_its_owner_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOMAINSSL_CACHE", str(tmp_path / "cache"))
+    first = ids_of(["miller/2020", "smith"], "hashed")
+    key = tmp_path / "cache" / "id.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert ids_of(["miller/2020", "smith"], "hashed") == first and len(set(first)) == 2
+    assert all(len(text) == 16 and int(text, 16) >= 0 for text in first)
+    assert ids_of(["smith"], "plain") == ["smith"]
+    monkeypatch.setenv(KEY_VARIABLE, key.read_text())
+    assert ids_of(["miller/2020", "smith"], "hashed") == first  # another machine, the same key
+    monkeypatch.setenv(KEY_VARIABLE, "another key, long enough")
+    assert ids_of(["smith"], "hashed")[0] != first[1]
+    monkeypatch.setenv(KEY_VARIABLE, "short")
+    with pytest.raises(ConfigError, match="5 characters, expected at least 16"):
+        id_key()
+    monkeypatch.delenv(KEY_VARIABLE)
+    key.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        id_key()
