@@ -42,6 +42,7 @@ SUBJECTS = {
     "decur": "DeCUR's loss from Gram matrices against the one from correlation matrices",
     "omnisat": "OmniSat's image path and token contrast against plain forms, time and memory",
     "distances": "distances of a large grid, and the backbone on it with its memory",
+    "attention3d": "attention over a volume with computed biases against biases held in memory",
     "wait": "time that training from files spends waiting for data",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
     "startup": "import and help against importing Lightning's command line",
