@@ -61,6 +61,7 @@ def parsing(
     kind: type[DomainSSLError] = DataError,
     advice: str = "The file is damaged or not of this format; get it again from its publisher.",
     also: tuple[type[Exception], ...] = (),
+    quoted: bool = True,
 ) -> Iterator[None]:
     """Turn what a parser raises on damaged or odd content into an error that names the file.
 
@@ -71,6 +72,7 @@ def parsing(
         kind: The error to raise.
         advice: What to do about it.
         also: Exceptions of the parser's own that derive from none of the usual ones.
+        quoted: Whether the parser's own words are shown; not where they may hold names of persons.
 
     Raises:
         DomainSSLError: An error of `kind`; errors of ours pass unchanged.
@@ -81,8 +83,9 @@ def parsing(
         raise
     except (*_DAMAGE, *also) as error:
         words = " ".join(str(error).split())[:_LONGEST]
-        reason = f"{type(error).__name__}: {words}" if words else type(error).__name__
-        raise kind(f"{what} cannot be read ({reason}). {advice}") from error
+        is_shown = quoted and bool(words)
+        reason = f"{type(error).__name__}: {words}" if is_shown else type(error).__name__
+        raise kind(f"{what} cannot be read ({reason}). {advice}") from (error if quoted else None)
 
 
 def nearest(name: object, options: Iterable[object]) -> str:

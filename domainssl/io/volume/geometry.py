@@ -84,7 +84,7 @@ def ras_affine(affine: Array, sizes: Sequence[int], axes: Axes) -> Array:
         result[:3, column] = -direction if is_flipped else direction
         if is_flipped:
             result[:3, 3] += direction * (sizes[axis] - 1)
-    return result
+    return result + 0.0  # no negative zeros
 
 
 def spacing_of(affine: Array) -> tuple[float, float, float]:

@@ -6,13 +6,13 @@ scan = read_scan("liver/ct.nii.gz")     # scan.values (C, X, Y, Z), scan.affine 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from domainssl.errors import DataError
-from domainssl.io.volume import metaimage, mgh, nifti, nrrd
+from domainssl.io.volume import dicom, dicom_seg, metaimage, mgh, nifti, nrrd
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
 
 __all__ = [
@@ -36,7 +36,7 @@ class Format:
     Attributes:
         name: What it is called.
         endings: Endings of its files' names.
-        recognise: Whether a file (or a folder, for DICOM) holds it, by its first bytes.
+        recognise: Whether a file, or a folder of DICOM files, holds it, by its first bytes.
         describe: Returns the facts from the header.
         read: Returns one volume.
     """
@@ -71,6 +71,20 @@ FORMATS = (
         read=metaimage.read,
     ),
     Format(
+        name="dicom-seg",
+        endings=(),
+        recognise=dicom_seg.is_segmentation,
+        describe=dicom_seg.describe,
+        read=dicom_seg.read,
+    ),
+    Format(
+        name="dicom",
+        endings=dicom.ENDINGS,
+        recognise=dicom.is_series,
+        describe=dicom.describe,
+        read=dicom.read,
+    ),
+    Format(
         name="mgh",
         endings=mgh.ENDINGS,
         recognise=mgh.is_mgh,
@@ -78,14 +92,14 @@ FORMATS = (
         read=mgh.read,
     ),
 )
-_KNOWN = "NIfTI (.nii, .nii.gz, .hdr/.img), NRRD, MetaImage (.mha, .mhd) or MGH (.mgz)"
+_KNOWN = "NIfTI (.nii, .nii.gz, .hdr/.img), NRRD, MetaImage (.mha, .mhd), MGH (.mgz) or DICOM"
 
 
 def describe_scan(path: str | os.PathLike[str], reading: Reading | None = None) -> ScanFacts:
     """Return what is known of a scan without reading its values.
 
     Args:
-        path: A file.
+        path: A file, or a folder with a DICOM series.
         reading: What the user says about files that leave it open.
 
     Raises:
@@ -98,7 +112,7 @@ def read_scan(path: str | os.PathLike[str], reading: Reading | None = None) -> S
     """Return one volume in RAS axis order.
 
     Args:
-        path: A file.
+        path: A file, or a folder with a DICOM series.
         reading: What the user says about files that leave it open.
 
     Raises:
@@ -112,7 +126,7 @@ def read_labels(path: str | os.PathLike[str], reading: Reading | None = None) ->
     """Return a label map in RAS axis order: one channel of integers.
 
     Args:
-        path: A file.
+        path: A file, or a folder with a DICOM series.
         reading: What the user says about files that leave it open.
 
     Raises:
@@ -141,12 +155,15 @@ def read_labels(path: str | os.PathLike[str], reading: Reading | None = None) ->
 
 
 def is_scan(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds a scan, by its name and first bytes."""
-    return any(form.recognise(str(path)) for form in _candidates(str(path)))
+    """Whether a file, or a folder of DICOM files, holds a scan, by its name and first bytes."""
+    path = str(path)
+    if os.path.isdir(path) or not _candidates(path) or path.lower().endswith(dicom.ENDINGS):
+        return dicom.is_series(path) and dicom.holds_image(path)
+    return any(form.recognise(path) for form in _candidates(path))
 
 
 def list_scans(folder: str | os.PathLike[str]) -> list[str]:
-    """Return the scans below a folder, sorted by path.
+    """Return the scans below a folder, sorted by path; a folder with DICOM images is one.
 
     Hidden files (the `._` companions of macOS among them), pipes and links to nothing are passed
     over; links to folders are not followed.
@@ -154,22 +171,20 @@ def list_scans(folder: str | os.PathLike[str]) -> list[str]:
     Args:
         folder: A local folder.
     """
-    return sorted(path for path in _files(str(folder)) if _by_name(path))
-
-
-def _files(folder: str) -> Iterator[str]:
-    for base, folders, names in os.walk(folder):
+    found = []
+    for base, folders, names in os.walk(str(folder)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            path = os.path.join(base, name)
-            if not name.startswith(".") and os.path.isfile(path):
-                yield path
+        paths = [os.path.join(base, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if _by_name(path) and os.path.isfile(path)]
+        if dicom.is_series(base) and dicom.holds_image(base):
+            found.append(base)
+    return sorted(found)
 
 
 def _by_name(path: str) -> bool:
-    """Whether the name is that of a scan; the files of a pair count once."""
+    """Whether the name is that of a file with a scan; the files of a pair count once."""
     name = path.lower()
-    if name.endswith((".img", ".img.gz")):
+    if name.endswith((".img", ".img.gz", *dicom.ENDINGS)):
         return False
     if name.endswith((".hdr", ".hdr.gz")):
         return nifti.is_nifti(path)
@@ -177,11 +192,11 @@ def _by_name(path: str) -> bool:
 
 
 def _candidates(path: str) -> list[Format]:
-    return [form for form in FORMATS if path.lower().endswith(form.endings)]
+    return [form for form in FORMATS if form.endings and path.lower().endswith(form.endings)]
 
 
 def _format(path: str) -> Format:
-    """Return the format of a file: by its name, and by its first bytes where that tells more.
+    """Return the format of a file or folder: by its name, where its first bytes agree.
 
     Raises:
         DataError: Nothing lies there, or it is no scan.
@@ -192,10 +207,15 @@ def _format(path: str) -> Format:
             f"{path}: {'a link to a file that is not there' if is_link else 'nothing lies there'}."
             " Check the path."
         )
-    named = _candidates(path)
-    for form in (*named, *(f for f in FORMATS if f not in named)):
+    named = [] if os.path.isdir(path) else _candidates(path)
+    is_own = bool(named) and named[0].name != "dicom"
+    for form in (*named * is_own, *(f for f in FORMATS if not is_own or f not in named)):
         if form.recognise(path):
             return form
     if named:  # its own reader says best what is wrong
         return named[0]
+    if os.path.isdir(path):
+        inside = list_scans(path)
+        hint = f"; of the scans in it, give one, such as {inside[0]}" if inside else ""
+        raise DataError(f"{path}: a folder without DICOM files, expected a scan{hint}.")
     raise DataError(f"{path}: no scan, expected {_KNOWN}.")

@@ -1,0 +1,347 @@
+"""DICOM series as volumes: a folder with one series, or a file with several frames.
+
+Files that are no image of the series are left out, counted and named; patient data appear nowhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from domainssl.errors import DataError, nearest
+from domainssl.io.volume.dicom_file import (
+    DicomFile,
+    Plane,
+    check_decoder,
+    decode,
+    is_dicom,
+    look,
+)
+from domainssl.io.volume.dicom_stack import Stack, names_of, stacked
+from domainssl.io.volume.facts import Header, Reading, Scan, ScanFacts, chosen_volume, finish
+from domainssl.io.volume.stored import check_size
+
+__all__ = [
+    "ENDINGS",
+    "contents",
+    "describe",
+    "dicom_files",
+    "holds_image",
+    "is_series",
+    "read",
+    "series_keys",
+]
+
+Array = np.ndarray[Any, Any]
+ENDINGS = (".dcm", ".dicom", ".ima")
+_NAMED = 5
+_CONTOURS = (
+    "contours are not read; turn them into a label map (NIfTI or DICOM SEG), for example with "
+    "3D Slicer or dcmrtstruct2nii"
+)
+# files that are never DICOM, so that a folder of them is not opened one by one
+_NEVER = (".json", ".txt", ".csv", ".tsv", ".png", ".jpg", ".jpeg", ".xml", ".html", ".pdf", ".md",
+          ".yaml", ".yml", ".zip", ".gz", ".nii", ".nrrd", ".npy", ".npz", ".h5", ".raw",
+          ".py")  # fmt: skip
+_AIR = -1024.0  # HU, the filler of padding
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Series:
+    """What lies at a path, and the stack of the series that is read."""
+
+    files: Mapping[str, DicomFile]
+    stack: Stack
+    modality: str
+    left_out: tuple[str, ...]
+
+
+def is_series(path: str) -> bool:
+    """Whether a file is DICOM, or a folder holds such a file."""
+    return bool(dicom_files(path, most=1))
+
+
+def holds_image(path: str) -> bool:
+    """Whether a DICOM file is an image, or a folder holds one."""
+    files = filter(is_dicom, _files(path)) if os.path.isdir(path) else iter([path])
+    return any(_what(file) == "image" for file in files)
+
+
+def dicom_files(path: str, *, most: int | None = None) -> list[str]:
+    """Return the DICOM files at a path: itself, or those of a folder, up to a number."""
+    files = iter(_files(path)) if os.path.isdir(path) else iter([path])
+    return list(itertools.islice(filter(is_dicom, files), most))
+
+
+def _what(path: str) -> str:
+    try:
+        return look(path).what
+    except DataError:
+        return "image"  # a damaged one, of which reading says more
+
+
+def contents(path: str) -> tuple[list[DicomFile], list[str]]:
+    """Return the DICOM files at a path, and the names of other files in the folder.
+
+    Raises:
+        DataError: A DICOM file is damaged.
+    """
+    if not os.path.isdir(path):
+        return [look(path)], []
+    found, others = [], []
+    for file in _files(path, every=True):
+        name = os.path.basename(file)
+        if name.upper() == "DICOMDIR" or not is_dicom(file):
+            others.append(name)
+        else:
+            found.append(look(file))
+    return found, others
+
+
+def _files(folder: str, *, every: bool = False) -> list[str]:
+    """Return the regular files of a folder that may be DICOM, sorted, without hidden ones."""
+    with os.scandir(folder) as entries:
+        names = sorted(
+            entry.name
+            for entry in entries
+            if not entry.name.startswith(".")
+            and (every or not entry.name.lower().endswith(_NEVER))
+            and entry.is_file()
+        )
+    return [os.path.join(folder, name) for name in names]
+
+
+def series_keys(files: Sequence[DicomFile]) -> dict[str, list[DicomFile]]:
+    """Return the images by series, under keys without patient data such as `ct-3`."""
+    groups: dict[str, list[DicomFile]] = defaultdict(list)
+    for file in files:
+        groups[file.series].append(file)
+    keys: dict[str, list[DicomFile]] = {}
+    for group in groups.values():
+        modality = group[0].modality.lower()
+        base = modality if re.fullmatch(r"[a-z]{2,8}", modality) else "series"
+        key = f"{base}-{group[0].number}"
+        times = sum(other == key or other.startswith(f"{key}.") for other in keys)
+        keys[f"{key}.{times + 1}" if times else key] = group
+    return keys
+
+
+def describe(path: str, reading: Reading) -> ScanFacts:
+    """Return the facts of a DICOM series from the headers of its files.
+
+    Raises:
+        DataError: There is no image, several series of which none is chosen, no decoder, or the
+            images form no regular stack.
+    """
+    return _header(path, _series(path, reading)).facts()
+
+
+def read(path: str, reading: Reading) -> Scan:
+    """Return one volume of a DICOM series.
+
+    Raises:
+        DataError: As `describe`; or pixels are damaged, or each place holds several images.
+    """
+    series = _series(path, reading)
+    header, stack = _header(path, series), series.stack
+    if stack.several and reading.volume is None:
+        raise DataError(
+            f"{path}: {stack.several}. Choose one with `volume: <index>` (0 to "
+            f"{len(stack.volumes) - 1}), or put each in a folder of its own."
+        )
+    planes = stack.volumes[chosen_volume(path, len(stack.volumes), reading)]
+    stored = _stored(series.files, planes)
+    valid = _valid(series.files, planes, stored)
+    values = _values(path, series.files, planes, stored)
+    filler = _AIR if series.modality == "CT" and valid is not None else None
+    return finish(header, [values], valid, filler=filler)
+
+
+def _header(path: str, series: _Series) -> Header:
+    stack = series.stack
+    first = series.files[stack.volumes[0][0].path]
+    kind = "i" if first.is_signed else "u"
+    modality = series.modality if series.modality in ("CT", "MR", "PT") else None
+    warnings = stack.warnings
+    if stack.several:
+        warnings = (*warnings, f"{path}: {stack.several}")
+    return Header(
+        path=path,
+        format="dicom",
+        sizes=stack.sizes,
+        affine=stack.affine,
+        dtype=np.dtype(f"{kind}{max(1, first.bits // 8)}"),
+        volumes=len(stack.volumes),
+        modality=cast(Literal["CT", "MR", "PT"] | None, modality),
+        warnings=warnings,
+        left_out=series.left_out,
+    )
+
+
+def _series(path: str, reading: Reading) -> _Series:
+    """Return the series that is read, and what else lies there."""
+    found, others = contents(path)
+    left_out = [f"{len(others)} without DICOM: {_some(others)}"] if others else []
+    images, more = _images(path, found)
+    left_out += more
+    keys = series_keys(images)
+    chosen = _chosen(path, keys, reading)
+    for key, group in keys.items():
+        if key != chosen:
+            names = [os.path.basename(file.path) for file in group]
+            left_out.append(f"{len(group)} of another series ({key}): {_some(names)}")
+    group = keys[chosen]
+    stack = stacked(path, [plane for file in group for plane in file.planes])
+    files = {file.path: file for file in group}
+    for file in {files[plane.path].syntax: files[plane.path]
+                 for plane in stack.volumes[0]}.values():  # fmt: skip
+        check_decoder(file)
+    check_size(path, stack.sizes, np.dtype(np.int32))
+    return _Series(
+        files=files,
+        stack=stack,
+        modality=group[0].modality,
+        left_out=(*left_out, *stack.left_out),
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _images(path: str, found: Sequence[DicomFile]) -> tuple[list[DicomFile], list[str]]:
+    """Return the files with images that have a place, and the others with their number."""
+    left_out = []
+    others: dict[str, list[str]] = defaultdict(list)
+    images = []
+    for file in found:
+        if file.what != "image":
+            others[file.what].append(os.path.basename(file.path))
+        elif not any(plane.position and plane.orientation for plane in file.planes):
+            others["image without position"].append(os.path.basename(file.path))
+        else:
+            images.append(file)
+    for what, names in sorted(others.items()):
+        hint = ""
+        if what == "RTSTRUCT":
+            hint = f" ({_CONTOURS})"
+        if what == "segmentation":
+            hint = " (give the file itself as the label)"
+        left_out.append(f"{len(names)} {what}: {_some(names)}{hint}")
+    if not images:
+        found_here = "; ".join(left_out) or "nothing of DICOM"
+        raise DataError(
+            f"{path}: holds no DICOM image with a position in the patient. Found: {found_here}."
+        )
+    return images, left_out
+
+
+def _chosen(path: str, keys: Mapping[str, list[DicomFile]], reading: Reading) -> str:
+    """Return the key of the series that is read."""
+    if reading.series is not None:
+        if reading.series in keys:
+            return reading.series
+        raise DataError(
+            f"{path}: there is no series {reading.series!r}; found {_listed(keys)}."
+            + nearest(reading.series, keys)
+        )
+    real = {
+        key: group
+        for key, group in keys.items()
+        if not all(plane.is_localizer for file in group for plane in file.planes)
+    }
+    candidates = list(real or keys)
+    if len(candidates) > 1:
+        raise DataError(
+            f"{path}: holds {len(candidates)} series: {_listed(real or keys)}. Choose one with "
+            "`series: <key>`, or put each in a folder of its own."
+        )
+    return candidates[0]
+
+
+def _listed(keys: Mapping[str, list[DicomFile]]) -> str:
+    return "; ".join(
+        f"{key} with {sum(len(file.planes) for file in group)} images such as "
+        f"{names_of(group[0].planes[:1])}"
+        for key, group in keys.items()
+    )
+
+
+def _stored(files: Mapping[str, DicomFile], planes: Sequence[Plane]) -> list[Array]:
+    """Return the stored numbers of planes, (rows, columns) each; a file is decoded once."""
+    wanted: dict[str, list[int]] = defaultdict(list)
+    for plane in planes:
+        wanted[plane.path].append(plane.frame)
+    decoded = {}
+    for path, frames in wanted.items():
+        for frame, pixels in zip(frames, decode(files[path], frames), strict=True):
+            decoded[path, frame] = pixels
+    return [decoded[plane.path, plane.frame] for plane in planes]
+
+
+def _valid(
+    files: Mapping[str, DicomFile], planes: Sequence[Plane], stored: Sequence[Array]
+) -> Array | None:
+    """Return where no padding lies, (columns, rows, planes); None where there is none."""
+    if all(files[plane.path].padding is None for plane in planes):
+        return None
+    valid = np.ones((*stored[0].T.shape, len(planes)), bool)
+    for k, (plane, pixels) in enumerate(zip(planes, stored, strict=True)):
+        padding = files[plane.path].padding
+        if padding is not None:
+            valid[:, :, k] = ~((pixels >= padding[0]) & (pixels <= padding[1])).T
+    return valid
+
+
+def _values(
+    path: str, files: Mapping[str, DicomFile], planes: Sequence[Plane], stored: Sequence[Array]
+) -> Array:
+    """Return values, (columns, rows, planes): each plane by its own slope or table.
+
+    Whole numbers where all slopes and intercepts are whole, else float32.
+    """
+    for plane, pixels in zip(planes, stored, strict=True):
+        if pixels.shape != (plane.rows, plane.columns):
+            raise DataError(
+                f"{path}: {plane.name} decodes to {pixels.shape[0]} × {pixels.shape[1]} pixels, "
+                f"its header has {plane.rows} × {plane.columns}. Export it again."
+            )
+    exact = all(
+        files[p.path].table is not None
+        or (p.slope.is_integer() and p.intercept.is_integer() and abs(p.slope) < 2**15)
+        for p in planes
+    ) and all(pixels.dtype.kind in "iu" and pixels.dtype.itemsize <= 4 for pixels in stored)
+    shape = (*stored[0].T.shape, len(planes))
+    if exact:
+        ends = [_physical(files[p.path], p, np.array([s.min(), s.max()]))
+                for p, s in zip(planes, stored, strict=True)]  # fmt: skip
+        if all(files[p.path].table is None for p in planes):
+            low, high = min(e.min() for e in ends), max(e.max() for e in ends)
+        else:
+            low, high = -(2**31), 2**31 - 1
+        narrow = next((t for t in ("i2", "i4") if np.iinfo(t).min <= low
+                       and high <= np.iinfo(t).max), "f4")  # fmt: skip
+        values = np.empty(shape, narrow)
+    else:
+        values = np.empty(shape, np.float32)
+    with np.errstate(over="ignore"):
+        for k, (plane, pixels) in enumerate(zip(planes, stored, strict=True)):
+            values[:, :, k] = _physical(files[plane.path], plane, pixels).T
+    return values
+
+
+def _physical(file: DicomFile, plane: Plane, pixels: Array) -> Array:
+    """Return the values of stored numbers in float64, or whole numbers of a table."""
+    if file.table is not None:
+        at = pixels.astype(np.int64) - file.table.first
+        found: Array = file.table.values[np.clip(at, 0, len(file.table.values) - 1)]
+        return found
+    return pixels.astype(np.float64) * plane.slope + plane.intercept

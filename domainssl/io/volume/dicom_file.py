@@ -1,0 +1,465 @@
+"""One DICOM file: what it is, where its planes lie, and how stored numbers become values.
+
+Names, ids, dates, accession numbers and UIDs are neither kept nor shown: a series is told from
+another by a digest, and words of the DICOM library, which may hold values, are not quoted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError, parsing, require
+from domainssl.io.volume.stored import VOLUME_LIMIT, open_stored
+
+__all__ = [
+    "DicomFile",
+    "Plane",
+    "Table",
+    "check_decoder",
+    "decode",
+    "dicom",
+    "is_dicom",
+    "look",
+    "reading_dicom",
+]
+
+Array = np.ndarray[Any, Any]
+Numbers = tuple[float, ...]
+SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
+_CLASSES = "1.2.840.10008.5.1.4.1.1."
+# beginnings of the SOP class, without the part above, of what is no image
+_OTHERS = {
+    "481.3": "RTSTRUCT",
+    "481.": "radiotherapy object",
+    "88.": "structured report",
+    "11.": "presentation state",
+    "66.": "registration or segmentation of surfaces",
+    "9.": "waveform",
+    "104.": "encapsulated document",
+}
+# CT, MR, secondary capture and PET, single and multi-frame
+_IMAGES = ("2", "2.1", "2.2", "4", "4.1", "4.3", "4.4", "7", "128", "128.1", "130")
+_DEFLATED = (b"1.2.840.10008.1.2.1.99\0", b"1.2.840.10008.1.2.1.99 ", b"1.2.840.10008.1.2.8.")
+_HEAD = 1024
+_PHASES = ("EchoTime", "TemporalPositionIdentifier", "TriggerTime", "DiffusionBValue",
+           "AcquisitionNumber", "InversionTime", "FlipAngle", "RepetitionTime",
+           "ImageType")  # fmt: skip
+_TAGS = (
+    "SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "Modality",
+    "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
+    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
+    "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
+    "SpacingBetweenSlices", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "SegmentationType", *_PHASES,
+)  # fmt: skip
+_DAMAGED = "The file is cut off or damaged; export it again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """One plane of a file.
+
+    Attributes:
+        path: The file.
+        frame: Number of the frame in it.
+        position: Centre of the first pixel in LPS mm; None if it has none.
+        orientation: Directions of a row and of a column, six numbers; None if it has none.
+        spacing: Distance between rows, and between columns, in mm; None if it has none.
+        rows: Rows of pixels.
+        columns: Columns of pixels.
+        slope: Factor of the stored numbers.
+        intercept: What is added then.
+        step: Distance to the next plane in mm as the file states it, if it does.
+        is_localizer: Whether it is marked as a localizer.
+        phases: What may tell planes at one place apart, by attribute.
+        segment: Number of the segment that a plane of a segmentation shows.
+    """
+
+    path: str
+    frame: int
+    position: Numbers | None
+    orientation: Numbers | None
+    spacing: Numbers | None
+    rows: int
+    columns: int
+    slope: float
+    intercept: float
+    step: float | None
+    is_localizer: bool
+    phases: tuple[tuple[str, str], ...]
+    segment: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the file, with the frame where it has several."""
+        name = os.path.basename(self.path)
+        return f"{name} (frame {self.frame + 1})" if self.frame else name
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of values for stored numbers from `first` on."""
+
+    first: int
+    values: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class DicomFile:
+    """A DICOM file.
+
+    Attributes:
+        path: The file.
+        series: Digest that tells its series from others.
+        number: Number of the series, 0 if it has none.
+        modality: Modality as stated, such as CT.
+        what: `image`, `segmentation`, or why it is neither.
+        planes: Its planes.
+        syntax: UID of its transfer syntax.
+        is_signed: Whether stored numbers are signed.
+        bits: Bits allocated per number.
+        padding: Least and greatest stored number that stands for no value.
+        table: Table of values, instead of slope and intercept.
+        kind: Type of a segmentation: BINARY, FRACTIONAL or LABELMAP.
+    """
+
+    path: str
+    series: str
+    number: int
+    modality: str
+    what: str
+    planes: tuple[Plane, ...] = ()
+    syntax: str = ""
+    is_signed: bool = False
+    bits: int = 16
+    padding: tuple[int, int] | None = None
+    table: Table | None = None
+    kind: str = ""
+
+
+def dicom() -> Any:
+    """Return pydicom, which must not warn: its warnings show values."""
+    pydicom = require("pydicom", "medical")
+    warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    return pydicom
+
+
+def reading_dicom(what: str) -> AbstractContextManager[None]:
+    """Turn what pydicom raises into an error without its words."""
+    return parsing(what, advice=_DAMAGED, also=(dicom().errors.InvalidDicomError,), quoted=False)
+
+
+def is_dicom(path: str) -> bool:
+    """Whether a file starts like DICOM, with the preamble or with its first group."""
+    try:
+        with open_stored(path, packing=None) as file:
+            head = file.head(_HEAD)
+    except DataError:
+        return False
+    if head[128:132] == b"DICM":
+        return True
+    return head[:2] in (b"\x08\0", b"\x02\0") and head[2:4] in (
+        b"\0\0",
+        b"\x05\0",
+        b"\x08\0",
+        b"\x16\0",
+    )
+
+
+def look(path: str) -> DicomFile:
+    """Return what a DICOM file is, without its pixels.
+
+    Raises:
+        DataError: It is damaged.
+    """
+    pydicom = dicom()
+    with open_stored(path, packing=None) as file:
+        head, size = file.head(_HEAD), file.size
+    if any(syntax in head for syntax in _DEFLATED):
+        raise DataError(
+            f"{path}: a deflated or video transfer syntax, which is not read. Export it as "
+            "explicit VR little endian."
+        )
+    with reading_dicom(f"{path}: the DICOM header"):
+        found = pydicom.dcmread(
+            path, stop_before_pixels=True, force=head[128:132] != b"DICM", specific_tags=list(_TAGS)
+        )
+        sop = str(found.get("SOPClassUID") or found.file_meta.get("MediaStorageSOPClassUID") or "")
+        if sop == "1.2.840.10008.1.3.10":
+            return _other(path, found, "DICOMDIR")
+        if not sop and not found.get("Rows"):
+            raise EOFError("no class of object")
+        what = _what(sop, found)
+        if what not in ("image", "segmentation"):
+            return _other(path, found, what)
+        return _image(path, found, what, size)
+
+
+def _what(sop: str, found: Any) -> str:
+    if sop in SEGMENTATIONS:
+        return "segmentation"
+    rest = sop.removeprefix(_CLASSES)
+    for start, name in _OTHERS.items():
+        if rest != sop and rest.startswith(start):
+            return name
+    if found.get("Rows") and found.get("Columns"):
+        return "image"
+    if rest in _IMAGES:
+        raise EOFError("an image without rows and columns")
+    return "no image"
+
+
+def _series(path: str, found: Any) -> str:
+    uid = str(found.get("SeriesInstanceUID") or "").strip()
+    study = str(found.get("StudyInstanceUID") or "").strip()
+    name = f"{study}/{uid}" if uid else f"folder {os.path.dirname(path)}"
+    return hashlib.sha256(f"{name}/{found.get('Modality') or ''}".encode()).hexdigest()
+
+
+def _other(path: str, found: Any, what: str) -> DicomFile:
+    modality = str(found.get("Modality") or "")
+    return DicomFile(path=path, series=_series(path, found), number=0, modality=modality, what=what)
+
+
+def _image(path: str, found: Any, what: str, size: int) -> DicomFile:
+    syntax = _syntax(found)
+    rows, columns = int(found.Rows), int(found.Columns)
+    bits, samples = int(found.get("BitsAllocated") or 16), int(found.get("SamplesPerPixel") or 1)
+    count = int(found.get("NumberOfFrames") or 1)
+    needed = -(-rows * columns * samples * count * bits // 8)
+    if needed > VOLUME_LIMIT or rows * columns > 2**28 or count < 1:
+        raise DataError(
+            f"{path}: the header gives {count} frames of {rows} × {columns} pixels, expected at "
+            f"most {VOLUME_LIMIT / 1e9:.2g} GB. {_DAMAGED}"
+        )
+    if not syntax.is_encapsulated and needed > size:
+        raise DataError(
+            f"{path}: the header speaks of {needed} bytes of pixels, but the file has {size}. "
+            f"{_DAMAGED}"
+        )
+    colour = str(found.get("PhotometricInterpretation") or "MONOCHROME2")
+    if samples != 1 or not colour.startswith("MONOCHROME"):
+        what = "colour image"
+    is_signed = bool(int(found.get("PixelRepresentation") or 0))
+    return DicomFile(
+        path=path,
+        series=_series(path, found),
+        number=int(found.get("SeriesNumber") or 0),
+        modality=str(found.get("Modality") or ""),
+        what=what,
+        planes=tuple(_planes(path, found, count)),
+        syntax=str(syntax),
+        is_signed=is_signed,
+        bits=bits,
+        padding=_padding(found, is_signed, bits),
+        table=_table(found, syntax),
+        kind=str(found.get("SegmentationType") or ""),
+    )
+
+
+def _syntax(found: Any) -> Any:
+    """Return the transfer syntax, that of the bytes where the file has no meta group."""
+    stated = found.file_meta.get("TransferSyntaxUID")
+    if stated:
+        return stated
+    is_implicit, is_little = found.original_encoding
+    uid = require("pydicom.uid", "medical")
+    plain = uid.ExplicitVRLittleEndian if is_little else uid.ExplicitVRBigEndian
+    return uid.ImplicitVRLittleEndian if is_implicit else plain
+
+
+def _planes(path: str, found: Any, count: int) -> list[Plane]:
+    groups = found.get("PerFrameFunctionalGroupsSequence")
+    if not groups:
+        planes = [_plane(path, found, 0, found.get)]
+        # several frames without a place each: the place of the first says nothing of the others
+        return planes if count == 1 else [
+            _plane(path, found, n, lambda name: None) for n in range(count)
+        ]  # fmt: skip
+    if len(groups) != count:
+        raise ValueError("frames and their groups differ in number")
+    shared = (found.get("SharedFunctionalGroupsSequence") or [None])[0]
+    return [_plane(path, found, n, _Grouped(group, shared)) for n, group in enumerate(groups)]
+
+
+_GROUPS = {
+    "ImagePositionPatient": "PlanePositionSequence",
+    "ImageOrientationPatient": "PlaneOrientationSequence",
+    "PixelSpacing": "PixelMeasuresSequence",
+    "SliceThickness": "PixelMeasuresSequence",
+    "SpacingBetweenSlices": "PixelMeasuresSequence",
+    "RescaleSlope": "PixelValueTransformationSequence",
+    "RescaleIntercept": "PixelValueTransformationSequence",
+    "ImageType": "FrameType",
+    "ReferencedSegmentNumber": "SegmentIdentificationSequence",
+    "EchoTime": "MREchoSequence",
+    "DiffusionBValue": "MRDiffusionSequence",
+    "TemporalPositionIdentifier": "FrameContentSequence",
+    "AcquisitionNumber": "FrameContentSequence",
+    "TriggerTime": "CardiacSynchronizationSequence",
+    "FlipAngle": "MRTimingAndRelatedParametersSequence",
+    "RepetitionTime": "MRTimingAndRelatedParametersSequence",
+}
+_NAMES = {
+    "EchoTime": "EffectiveEchoTime",
+    "TemporalPositionIdentifier": "TemporalPositionIndex",
+    "AcquisitionNumber": "FrameAcquisitionNumber",
+    "TriggerTime": "NominalCardiacTriggerDelayTime",
+}
+_FRAME_TYPES = ("CTImageFrameTypeSequence", "MRImageFrameTypeSequence", "PETFrameTypeSequence")
+
+
+@dataclass(frozen=True)
+class _Grouped:
+    """Attributes of one frame, from its functional groups or those that all frames share."""
+
+    own: Any
+    shared: Any
+
+    def __call__(self, name: str) -> Any:
+        sequence = _GROUPS.get(name)
+        if sequence == "FrameType":
+            found = [self._in(place, "FrameType") for place in _FRAME_TYPES]
+            return next((value for value in found if value is not None), None)
+        return None if sequence is None else self._in(sequence, _NAMES.get(name, name))
+
+    def _in(self, sequence: str, name: str) -> Any:
+        for group in (self.own, self.shared):
+            items = None if group is None else group.get(sequence)
+            if items and items[0].get(name) is not None:
+                return items[0].get(name)
+        return None
+
+
+def _plane(path: str, found: Any, frame: int, get: Callable[[str], Any]) -> Plane:
+    slope, intercept = get("RescaleSlope"), get("RescaleIntercept")
+    kind = get("ImageType") or found.get("ImageType") or ()
+    kind = [kind] if isinstance(kind, str) else list(kind)
+    stated = get("SpacingBetweenSlices") or get("SliceThickness")
+    segment = get("ReferencedSegmentNumber")
+    phases = [(name, get(name)) for name in _PHASES]
+    return Plane(
+        path=path,
+        frame=frame,
+        position=_numbers(get("ImagePositionPatient"), 3),
+        orientation=_numbers(get("ImageOrientationPatient"), 6),
+        spacing=_numbers(get("PixelSpacing"), 2),
+        rows=int(found.Rows),
+        columns=int(found.Columns),
+        slope=1.0 if slope is None else _finite(slope),
+        intercept=0.0 if intercept is None else _finite(intercept),
+        step=abs(_finite(stated)) if stated else None,
+        is_localizer="LOCALIZER" in [str(part).upper() for part in kind],
+        phases=tuple((name, _text(value)) for name, value in phases if value is not None),
+        segment=None if segment is None else int(segment),
+    )
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, str | int | float) else "\\".join(map(str, value))
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not finite")
+    return number
+
+
+def _numbers(value: Any, count: int) -> Numbers | None:
+    if value is None or value == "" or len(value) == 0:
+        return None
+    numbers = tuple(_finite(number) for number in value)
+    if len(numbers) != count:
+        raise ValueError(f"{len(numbers)} numbers instead of {count}")
+    return numbers
+
+
+def _padding(found: Any, is_signed: bool, bits: int) -> tuple[int, int] | None:
+    """Return the range of stored numbers that stand for no value.
+
+    The tag may be written with the wrong sign, in which the bits are right.
+    """
+    first, last = found.get("PixelPaddingValue"), found.get("PixelPaddingRangeLimit")
+    if first is None:
+        return None
+    ends = []
+    for end in (first, first if last is None else last):
+        number = int.from_bytes(end[:2], "little") if isinstance(end, bytes) else int(end)
+        number %= 2**bits
+        ends.append(number - 2**bits if is_signed and number >= 2 ** (bits - 1) else number)
+    return min(ends), max(ends)
+
+
+def _table(found: Any, syntax: Any) -> Table | None:
+    """Return the modality table, which takes the place of slope and intercept."""
+    items = found.get("ModalityLUTSequence")
+    if not items:
+        return None
+    count, first, bits = (int(n) for n in items[0].LUTDescriptor)
+    count = count or 2**16
+    data = items[0]["LUTData"].value
+    if isinstance(data, bytes):
+        order = "<" if syntax.is_little_endian else ">"
+        is_narrow = bits <= 8 and len(data) < 2 * count
+        values = np.frombuffer(data, "u1" if is_narrow else order + "u2")[:count]
+    else:
+        values = np.atleast_1d(np.array(data, np.int64))[:count]
+    if len(values) != count or bits > 16:
+        raise ValueError("the table is shorter than it says")
+    if int(found.get("PixelRepresentation") or 0) and first >= 2**15:
+        first -= 2**16
+    return Table(first, values.astype(np.int32))
+
+
+def check_decoder(file: DicomFile) -> None:
+    """Refuse a transfer syntax that nothing installed decodes.
+
+    Raises:
+        DataError: It names the syntax and what to install.
+    """
+    pydicom = dicom()
+    uid = pydicom.uid.UID(file.syntax)
+    try:
+        decoder = require("pydicom.pixels", "medical").get_decoder(uid)
+    except NotImplementedError:
+        decoder = None
+    if decoder is None or not decoder.is_available:
+        raise DataError(
+            f"{file.path}: no decoder for its transfer syntax {uid.name} ({uid}). JPEG, JPEG-LS, "
+            "JPEG 2000 and RLE are read with python-gdcm: pip install 'domainssl[medical]'; HTJ2K "
+            "needs pylibjpeg with pylibjpeg-openjpeg. Or export it as explicit VR little endian."
+        )
+
+
+def decode(file: DicomFile, frames: Sequence[int]) -> list[Array]:
+    """Return the stored numbers of some frames, (rows, columns) each.
+
+    Bits above BitsStored are no part of a number; the sign is that of PixelRepresentation.
+
+    Raises:
+        DataError: There is no decoder, or the pixels are damaged.
+    """
+    check_decoder(file)
+    pixels = require("pydicom.pixels", "medical")
+    with reading_dicom(f"{file.path}: the pixels"):
+        content = dicom().dcmread(file.path, force=True)
+        content.file_meta.TransferSyntaxUID = dicom().uid.UID(file.syntax)
+        found = pixels.pixel_array(content, raw=True)
+        if len(file.planes) > 1:
+            return [found[frame] for frame in frames]
+        if found.ndim != 2:
+            raise ValueError("not one plane")
+        return [found]
