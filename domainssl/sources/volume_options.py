@@ -80,7 +80,7 @@ class ExamFiles:
     """How exams are found.
 
     Attributes:
-        layout: `auto` recognises it; `manifest` or `folder`.
+        layout: `auto` recognises it; `manifest`, `nnssl`, `nnunet`, `decathlon`, `bids`, `folder`.
         manifest: A table of the exams, CSV, JSON lines or Parquet, relative to the root; None
             takes `manifest.csv`, `.jsonl` or `.parquet` in it, if there is one.
         patient: Regular expression whose first group, found in the id of an exam, is its patient;

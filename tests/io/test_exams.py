@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -162,3 +163,110 @@ def test_ids_depend_on_a_key_that_only_its_owner_reads(
     key.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         id_key()
+
+
+def _json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def test_bids_folders_are_exams_per_session(tmp_path: Path) -> None:
+    _touch(
+        tmp_path,
+        "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_ce-gadolinium_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_FLAIR.nii.gz",
+        "sub-01/ses-b/anat/sub-01_ses-b_run-1_T1w.nii.gz",
+        "sub-01/ses-b/anat/sub-01_ses-b_run-2_T1w.nii.gz",
+        "sub-02/anat/sub-02_acq-fast_T1w.nii.gz",
+        "sub-02/anat/sub-02_T1w.nii.gz",
+        "derivatives/x/sub-02/anat/sub-02_dseg.nii.gz",
+        "derivatives/x/sub-02/anat/sub-02_desc-smooth_T1w.nii.gz",
+    )
+    (tmp_path / "participants.tsv").write_text("participant_id\tlabel\nsub-01\tn/a\nsub-02\tsick\n")
+    found = find_exams(
+        str(tmp_path), Wanted(contrasts={"t1": "t1", "t1c": "t1c", "flair": "flair"})
+    )
+    assert found.layout == "bids"
+    exams = {e.id: e for e in found.exams}
+    assert {n: (e.patient, sorted(e.scans)) for n, e in exams.items()} == {
+        "sub-01/ses-a": ("sub-01", ["flair", "t1", "t1c"]),
+        "sub-01/ses-b": ("sub-01", ["t1"]),
+        "sub-02": ("sub-02", ["t1"]),
+    }
+    assert "ce-gadolinium" in exams["sub-01/ses-a"].scans["t1c"]
+    assert exams["sub-02"].scans["t1"].endswith("sub-02_T1w.nii.gz")
+    assert exams["sub-02"].label == "sick" and exams["sub-02"].mask.endswith("_dseg.nii.gz")
+    assert exams["sub-01/ses-a"].label == "" and "run-2" in found.problems[0]
+    with pytest.raises(DataError, match=r"ends in 'T2w'[\s\S]*there are .*FLAIR"):
+        find_exams(str(tmp_path), Wanted(contrasts={"t2": "t2"}))
+
+
+def test_contrasts_of_the_decathlon_are_volumes_of_one_file(tmp_path: Path) -> None:
+    _touch(tmp_path, "imagesTr/B_1.nii.gz", "labelsTr/B_1.nii.gz", "imagesTs/B_2.nii.gz")
+    content = {
+        "modality": {"0": "FLAIR", "1": "T1w"},
+        "labels": {"0": "background", "1": "edema"},
+        "training": [{"image": "./imagesTr/B_1.nii.gz", "label": "./labelsTr/B_1.nii.gz"}],
+        "test": ["./imagesTs/B_2.nii.gz"],
+    }
+    _json(tmp_path / "dataset.json", content)
+    wanted = Wanted(contrasts={"t1": "T1w", "flair": "FLAIR"})
+    found = find_exams(str(tmp_path), wanted)
+    train, test = found.exams
+    assert dict(train.volumes) == {"t1": 1, "flair": 0} and train.mask.endswith("B_1.nii.gz")
+    assert (train.split, test.split, test.mask) == ("", "test", "")
+    assert train.scans["t1"] == train.scans["flair"] == str(tmp_path / "imagesTr/B_1.nii.gz")
+    assert found.mask_names == {0: "background", 1: "edema"}
+    with pytest.raises(DataError, match="no channel 'T2w' .* only FLAIR, T1w"):
+        find_exams(str(tmp_path), Wanted(contrasts={"t2": "T2w"}))
+    (tmp_path / "imagesTs/B_2.nii.gz").unlink()
+    with pytest.raises(DataError, match="1 files that it names are not there"):
+        find_exams(str(tmp_path), wanted)
+    _json(tmp_path / "dataset.json", {**content, "training": [{"picture": "x"}]})
+    with pytest.raises(DataError, match=r"dataset\.json"):
+        find_exams(str(tmp_path), wanted)
+
+
+def test_cases_of_nnunet_have_a_file_per_channel(tmp_path: Path) -> None:
+    _touch(
+        tmp_path,
+        *("imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "imagesTr/b_0000.nii.gz"),
+        *("imagesTr/._a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTs/c_0000.nii.gz"),
+    )
+    labels = {"background": 0, "liver": 1, "all": [1, 2]}
+    content = {"channel_names": {"0": "CT", "1": "PET"}, "labels": labels, "file_ending": ".nii.gz"}
+    _json(tmp_path / "dataset.json", content)
+    found = find_exams(str(tmp_path), Wanted(contrasts={"ct": "CT", "pet": "PET"}))
+    assert found.layout == "nnunet" and found.mask_names == {0: "background", 1: "liver"}
+    assert [(e.id, sorted(e.scans), e.split, bool(e.mask)) for e in found.exams] == [
+        ("imagesTr/a", ["ct", "pet"], "", True),
+        ("imagesTr/b", ["ct"], "", False),
+        ("imagesTs/c", ["ct"], "test", False),
+    ]
+
+
+def test_the_list_of_nnssl_holds_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _touch(tmp_path, "raw/a.nii.gz", "raw/b.nii.gz", "raw/c.nii.gz", "raw/anon.nii.gz")
+
+    def image(name: str, modality: str, mask: str | None = None) -> dict[str, object]:
+        masks = {"anonymization_mask": mask, "anatomy_mask": None}
+        return {"name": name, "modality": modality, "image_path": f"$NNSSL_TEST/{name}.nii.gz",
+                "associated_masks": masks if mask else None}  # fmt: skip
+
+    images = [image("a", "T1w", "$NNSSL_TEST/anon.nii.gz"), image("b", "T1w"), image("c", "FLAIR")]
+    session = {"s": {"session_info": {}, "images": images}}
+    subjects = {"p": {"subject_info": {}, "sessions": session}}
+    _json(
+        tmp_path / "pretrain_data.json", {"datasets": {"D1": {"name": "x", "subjects": subjects}}}
+    )
+    both = Wanted(contrasts={"t1": "t1w", "flair": "flair"})
+    with pytest.raises(DataError, match=r"export NNSSL_TEST="):
+        find_exams(str(tmp_path), both)
+    monkeypatch.setenv("NNSSL_TEST", str(tmp_path / "raw"))
+    found = find_exams(str(tmp_path), both)
+    (exam,) = found.exams
+    assert (exam.id, exam.patient) == ("D1/p/s", "D1/p") and "1 further images" in found.problems[0]
+    assert exam.scans["t1"].endswith("a.nii.gz") and exam.anonymized.endswith("anon.nii.gz")
+    every = find_exams(str(tmp_path), Wanted(contrasts={"scan": "*"}))
+    assert [e.id for e in every.exams] == ["D1/p/s/a", "D1/p/s/b", "D1/p/s/c"]

@@ -12,6 +12,15 @@ import re
 from collections.abc import Callable, Mapping
 
 from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.io.volume.bids import is_bids, read_bids
+from domainssl.io.volume.collections import (
+    is_decathlon,
+    is_nnssl,
+    is_nnunet,
+    read_decathlon,
+    read_nnssl,
+    read_nnunet,
+)
 from domainssl.io.volume.exam import Exam, Found, Wanted, patients_in_two_splits
 from domainssl.io.volume.folder import read_folder
 from domainssl.io.volume.manifest import MANIFESTS, read_manifest
@@ -26,6 +35,10 @@ def _has(*names: str) -> Callable[[str], bool]:
 # layout -> (recognises a folder, reads it), in the order in which they are asked
 LAYOUTS: Mapping[str, tuple[Callable[[str], bool], Callable[[str, Wanted], Found]]] = {
     "manifest": (_has(*MANIFESTS), lambda root, wanted: _table_in(root, wanted)),
+    "nnssl": (is_nnssl, read_nnssl),
+    "nnunet": (is_nnunet, read_nnunet),
+    "decathlon": (is_decathlon, read_decathlon),
+    "bids": (is_bids, read_bids),
     "folder": (os.path.isdir, read_folder),
 }
 

@@ -1,0 +1,119 @@
+"""Exams from a BIDS folder: `sub-01/[ses-02/]anat/sub-01_ses-02_T1w.nii.gz`.
+
+A contrast is a suffix (`T1w`), or entities and a suffix (`ce-gadolinium_T1w`): a file belongs to it
+if its suffix is that, and if it has these entities and no others than `sub`, `ses` and `run`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from domainssl.errors import DataError, nearest
+from domainssl.io.volume.exam import Exam, Found, Wanted, stem_of
+from domainssl.io.volume.manifest import read_table
+from domainssl.io.volume.scan import list_scans
+
+__all__ = ["is_bids", "read_bids"]
+
+_USUAL = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR", "t1c": "ce-gadolinium_T1w", "pd": "PDw"}
+_OWN = ("sub", "ses", "run")
+_PARTICIPANTS = "participants.tsv"
+
+
+def is_bids(root: str) -> bool:
+    """Tell whether a folder is a BIDS data set."""
+    names = os.listdir(root) if os.path.isdir(root) else []
+    return "dataset_description.json" in names or any(
+        re.fullmatch(r"sub-[A-Za-z0-9]+", name) and os.path.isdir(os.path.join(root, name))
+        for name in names
+    )
+
+
+def read_bids(root: str, wanted: Wanted) -> Found:
+    """Return an exam per subject and session, derivatives apart from their maps left out.
+
+    Raises:
+        DataError: No file has the suffix of a contrast.
+    """
+    asked = {name: _name(c) for name, c in wanted.contrasts.items()}
+    scans: dict[str, dict[str, str]] = {}
+    masks: dict[str, str] = {}
+    problems: list[str] = []
+    seen: set[str] = set()
+    for path in list_scans(root):
+        parts = os.path.relpath(path, root).split(os.sep)
+        entities, suffix = _entities(stem_of(path))
+        if "sub" not in entities:
+            continue
+        exam = "/".join(f"{e}-{entities[e]}" for e in _OWN[:2] if e in entities)
+        if suffix in (wanted.mask, "dseg") and wanted.mask:
+            masks.setdefault(exam, path)
+            continue
+        if parts[0] in ("derivatives", "sourcedata"):
+            continue
+        others = {k: v for k, v in entities.items() if k not in _OWN}
+        seen.add("_".join([*(f"{k}-{v}" for k, v in others.items()), suffix]))
+        for name, (entities_of, suffix_of) in asked.items():
+            if suffix != suffix_of or others != entities_of:
+                continue
+            files = scans.setdefault(exam, {})
+            if name in files:
+                problems.append(
+                    f"{path}: another run of {name!r} beside {files[name]}; left out, the first "
+                    "one is read."
+                )
+            else:
+                files[name] = path
+    _must_be_there(root, wanted, scans, seen)
+    labels = _labels(root, wanted.label)
+    exams = [
+        Exam(
+            id=exam,
+            patient=exam.split("/")[0],
+            scans=files,
+            label=labels.get(exam.split("/")[0], ""),
+            mask=masks.get(exam, ""),
+        )
+        for exam, files in scans.items()
+    ]
+    return Found(layout="bids", exams=exams, problems=problems)
+
+
+def _name(contrast: str) -> tuple[dict[str, str], str]:
+    """Return entities and suffix of a contrast."""
+    return _entities(_USUAL.get(contrast, contrast))
+
+
+def _entities(stem: str) -> tuple[dict[str, str], str]:
+    """Take a file name apart: `sub-01_ce-gd_T1w` has two entities and a suffix."""
+    *parts, suffix = stem.split("_")
+    pairs = (part.partition("-") for part in parts)
+    return {key: value for key, mark, value in pairs if mark}, suffix
+
+
+def _must_be_there(
+    root: str, wanted: Wanted, scans: Mapping[str, Mapping[str, str]], seen: set[str]
+) -> None:
+    for name, contrast in wanted.contrasts.items():
+        if not any(name in files for files in scans.values()):
+            word = _USUAL.get(contrast, contrast)
+            raise DataError(
+                f"{root}: no file of the BIDS folder ends in {word!r}, as modality {name!r} asks "
+                f"for; there are {', '.join(sorted(seen)[:12]) or 'no scans'}."
+                f"{nearest(word, seen)} Set data.init_args.modalities.{name}.contrast to one of "
+                "them."
+            )
+
+
+def _labels(root: str, column: str) -> dict[str, str]:
+    """Return the class of each participant, by `sub-…`."""
+    path = os.path.join(root, _PARTICIPANTS)
+    if not column or not os.path.isfile(path):
+        return {}
+    columns, rows = read_table(path)
+    if column not in columns or "participant_id" not in columns:
+        return {}
+    found = {row["participant_id"]: row[column] for row in rows}
+    return {name: value for name, value in found.items() if value and value.lower() != "n/a"}

@@ -1,0 +1,237 @@
+"""Exams listed in the JSON files of collections: Medical Decathlon, nnU-Net raw, nnssl."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from domainssl.errors import DataError, nearest, parsing
+from domainssl.files import read_json
+from domainssl.io.volume.exam import Exam, Found, Wanted, stem_of
+from domainssl.io.volume.folder import EVERY
+
+__all__ = [
+    "is_decathlon",
+    "is_nnssl",
+    "is_nnunet",
+    "read_decathlon",
+    "read_nnssl",
+    "read_nnunet",
+]
+
+_DATASET = "dataset.json"
+_PRETRAIN = "pretrain_data.json"
+_NAMED = 5
+_ADVICE = "The file is not in the form of its publisher."
+
+
+def _dataset(root: str) -> Mapping[str, Any]:
+    path = os.path.join(root, _DATASET)
+    if not os.path.isfile(path):
+        return {}
+    content = read_json(path)
+    return content if isinstance(content, Mapping) else {}
+
+
+def is_decathlon(root: str) -> bool:
+    """Tell whether a folder has the `dataset.json` of the Medical Decathlon or of its form."""
+    return isinstance(_dataset(root).get("training"), list)
+
+
+def is_nnunet(root: str) -> bool:
+    """Tell whether a folder is a raw data set of nnU-Net (version 2)."""
+    return "channel_names" in _dataset(root)
+
+
+def is_nnssl(root: str) -> bool:
+    """Tell whether a folder has the list of files that nnssl pretrains on."""
+    return os.path.isfile(os.path.join(root, _PRETRAIN))
+
+
+def _channels(stated: Mapping[Any, Any], wanted: Wanted, where: str) -> dict[str, int]:
+    """Return the number of the channel of each modality key.
+
+    Raises:
+        DataError: The data set has no channel of that name.
+    """
+    numbers = {str(name).lower(): int(number) for number, name in stated.items()}
+    out = {}
+    for key, contrast in wanted.contrasts.items():
+        if contrast == EVERY and len(numbers) == 1:
+            out[key] = next(iter(numbers.values()))
+            continue
+        if contrast.lower() not in numbers:
+            names = [str(name) for name in stated.values()]
+            raise DataError(
+                f"{where}: no channel {contrast!r} for the modality {key!r}, only "
+                f"{', '.join(names)}.{nearest(contrast, names)} Set "
+                f"data.init_args.modalities.{key}.contrast to one of them."
+            )
+        out[key] = numbers[contrast.lower()]
+    return out
+
+
+def read_decathlon(root: str, wanted: Wanted) -> Found:
+    """Return the exams of a `dataset.json` with `training` and `test`.
+
+    Several contrasts are the volumes of one 4D file.
+
+    Raises:
+        DataError: A key or a file is missing.
+    """
+    where = os.path.join(root, _DATASET)
+    content = _dataset(root)
+    with parsing(where, advice=_ADVICE):
+        stated = content.get("modality") or content.get("modalities") or {"0": "image"}
+        channels = _channels(stated, wanted, where)
+        entries = [(entry, "") for entry in content["training"]]
+        entries += [(entry, "test") for entry in content.get("test", [])]
+        names = {int(n): str(name) for n, name in dict(content.get("labels", {})).items()}
+        exams = [
+            _decathlon_exam(root, entry, split, channels if len(stated) > 1 else {}, wanted)
+            for entry, split in entries
+        ]
+    _must_exist(where, exams)
+    return Found(layout="decathlon", exams=exams, mask_names=names)
+
+
+def _decathlon_exam(
+    root: str, entry: Any, split: str, volumes: Mapping[str, int], wanted: Wanted
+) -> Exam:
+    image, label = (entry["image"], entry.get("label", "")) if isinstance(entry, Mapping) else (
+        entry, ""
+    )  # fmt: skip
+    relative = os.path.normpath(image)
+    path = os.path.join(root, relative)
+    return Exam(
+        id=relative,
+        patient=stem_of(relative),
+        scans=dict.fromkeys(wanted.contrasts, path),
+        volumes=volumes,
+        split=split,
+        mask=os.path.join(root, os.path.normpath(label)) if label and wanted.mask else "",
+    )
+
+
+def read_nnunet(root: str, wanted: Wanted) -> Found:
+    """Return the cases of `imagesTr` (and `imagesTs`, split `test`), one file per channel.
+
+    Raises:
+        DataError: A key or a file is missing.
+    """
+    where = os.path.join(root, _DATASET)
+    content = _dataset(root)
+    with parsing(where, advice=_ADVICE):
+        channels = _channels(content["channel_names"], wanted, where)
+        ending = str(content["file_ending"])
+        names = {
+            int(value): str(name)
+            for name, value in dict(content.get("labels", {})).items()
+            if isinstance(value, int)
+        }
+    exams = []
+    for folder, labels, split in (("imagesTr", "labelsTr", ""), ("imagesTs", "labelsTs", "test")):
+        for case, files in sorted(_cases(os.path.join(root, folder), ending).items()):
+            mask = os.path.join(root, labels, case + ending)
+            exams.append(
+                Exam(
+                    id=f"{folder}/{case}",
+                    patient=case,
+                    scans={key: files[n] for key, n in channels.items() if n in files},
+                    split=split,
+                    mask=mask if wanted.mask and os.path.isfile(mask) else "",
+                )
+            )
+    exams = [exam for exam in exams if exam.scans]
+    return Found(layout="nnunet", exams=exams, mask_names=names)
+
+
+def _cases(folder: str, ending: str) -> dict[str, dict[int, str]]:
+    """Return the file of every channel, by case: `<case>_<0000><ending>`."""
+    cases: dict[str, dict[int, str]] = {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        found = re.fullmatch(r"([^.].*)_(\d{4})" + re.escape(ending), name)
+        if found:
+            cases.setdefault(found[1], {})[int(found[2])] = os.path.join(folder, name)
+    return cases
+
+
+def read_nnssl(root: str, wanted: Wanted) -> Found:
+    """Return an exam per session of `pretrain_data.json`, `$variables` in its paths expanded.
+
+    Further images of a contrast in a session are left out and counted; with the contrast `*`
+    every image is an exam of its own.
+
+    Raises:
+        DataError: A key or a file is missing.
+    """
+    where = os.path.join(root, _PRETRAIN)
+    content = read_json(where)
+    exams: list[Exam] = []
+    spare = 0
+    seen: set[str] = set()
+    with parsing(where, advice=_ADVICE):
+        for name, patient, images in _sessions(content):
+            scans: dict[str, str] = {}
+            hidden = ""
+            for image in images:
+                contrast = str(image["modality"])
+                seen.add(contrast)
+                path = _expanded(root, str(image["image_path"]))
+                masks = image.get("associated_masks") or {}
+                removed = masks.get("anonymization_mask")
+                removed = _expanded(root, str(removed)) if removed else ""
+                keys = [k for k, c in wanted.contrasts.items() if c.lower() == contrast.lower()]
+                for key in [k for k, c in wanted.contrasts.items() if c == EVERY]:
+                    one = f"{name}/{image.get('name') or stem_of(path)}"
+                    exams.append(
+                        Exam(id=one, patient=patient, scans={key: path}, anonymized=removed)
+                    )
+                for key in keys:
+                    spare += key in scans
+                    scans.setdefault(key, path)
+                    hidden = hidden or removed
+            if scans:
+                exams.append(Exam(id=name, patient=patient, scans=scans, anonymized=hidden))
+    for key, contrast in wanted.contrasts.items():
+        if contrast != EVERY and not any(key in exam.scans for exam in exams):
+            raise DataError(
+                f"{where}: no image has the modality {contrast!r} that {key!r} asks for, only "
+                f"{', '.join(sorted(seen))}.{nearest(contrast, seen)} Set "
+                f"data.init_args.modalities.{key}.contrast to one of them."
+            )
+    _must_exist(where, exams)
+    problems = [f"{where}: {spare} further images of a contrast in a session"] if spare else []
+    return Found(layout="nnssl", exams=exams, problems=problems)
+
+
+def _sessions(content: Any) -> Iterator[tuple[str, str, list[Any]]]:
+    """Yield exam, patient and images."""
+    for set_id, dataset in content["datasets"].items():
+        for subject_id, subject in dataset["subjects"].items():
+            patient = f"{set_id}/{subject_id}"
+            for session_id, session in subject["sessions"].items():
+                yield f"{patient}/{session_id}", patient, session["images"]
+
+
+def _expanded(root: str, path: str) -> str:
+    found = os.path.expandvars(path)
+    if found.startswith("$"):
+        variable = found[1:].split("/")[0]
+        raise DataError(
+            f"{os.path.join(root, _PRETRAIN)}: paths begin with ${variable}, which is no variable "
+            f"of the environment. Set it to the folder: export {variable}=…"
+        )
+    return os.path.join(root, found)
+
+
+def _must_exist(where: str, exams: list[Exam]) -> None:
+    files = [f for exam in exams for f in (*exam.scans.values(), exam.mask, exam.anonymized) if f]
+    missing = [file for file in dict.fromkeys(files) if not os.path.exists(file)]
+    if missing:
+        raise DataError(
+            f"{where}: {len(missing)} files that it names are not there, such as "
+            f"{', '.join(missing[:_NAMED])}. Unpack the whole data set beside it."
+        )
