@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,10 +17,14 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.modality import Batch, Modality
 from domainssl.nn.alibi import DistanceBias
 from domainssl.nn.metric_positions import metric_positions
+from domainssl.objectives.barlow_twins import BarlowTwins
 from domainssl.objectives.base import Generators, Objective
+from domainssl.objectives.clip import CLIP
 from domainssl.objectives.croma import CROMA
 from domainssl.objectives.decur import DeCUR, EncoderSizes
 from domainssl.objectives.maestro import MAESTRO, MAESTROArchitecture
+from domainssl.objectives.simclr import SimCLR
+from domainssl.objectives.vicreg import VICReg
 from domainssl.training.module import Step
 
 SIZE, SPACING = (16, 8, 12), (1.0, 1.0, 2.5)  # no cube, thick slices
@@ -64,10 +69,13 @@ def croma(**changes: Any) -> CROMA:
     return CROMA(known, **{**roles, "context_size": SIZE, "patch_size": 4, **changes})
 
 
-def decur(**changes: Any) -> DeCUR:
-    sizes = EncoderSizes(width=24, depth=1, heads=2, patch_size=4)
+def decur(cls: Any = DeCUR, **changes: Any) -> Objective:
+    sizes = EncoderSizes(width=24, depth=1, heads=2, patch_size=(4, 4, 2))
     arguments = {"encoder": "transformer", "sizes": sizes, "projector": (16, 16)}
-    return DeCUR(contrasts("t1", "flair"), **{**arguments, "context_size": SIZE, **changes})
+    model: Objective = cls(
+        contrasts("t1", "flair"), **{**arguments, "context_size": SIZE, **changes}
+    )
+    return model
 
 
 def maestro(known: dict[str, Modality] | None = None, **changes: Any) -> MAESTRO:
@@ -87,7 +95,8 @@ MAESTRO_SIZES = MAESTROArchitecture(
     width=32, depth=2, heads=2, head_dim=8, ffn_ratio=2, decoder_width=24, decoder_depth=1,
     decoder_heads=2, decoder_head_dim=8,
 )  # fmt: skip
-METHODS = {"croma": croma, "decur": decur, "maestro": maestro}
+SIBLINGS = {cls.__name__: partial(decur, cls) for cls in (BarlowTwins, CLIP, SimCLR, VICReg)}
+METHODS = {"croma": croma, "decur": decur, "maestro": maestro, **SIBLINGS}
 
 
 @pytest.fixture(params=METHODS)
@@ -127,9 +136,10 @@ def test_features_name_the_grid_and_its_coordinates_in_order(model: Objective) -
     with torch.no_grad():
         features = model.backbone(exams(known))
     first = next(iter(known))
-    assert features.grid[first] == (4, 2, 3)
-    assert features.tokens[first].shape[:2] == (3, 24)
-    assert features.coords[first][[1, 3, 6]].tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
+    x, y, z = features.grid[first]
+    assert (x, y) == (4, 2) and z in (3, 6)
+    assert features.tokens[first].shape[:2] == (3, x * y * z)
+    assert features.coords[first][[1, z, y * z]].tolist() == [[0, 0, 1], [0, 1, 0], [1, 0, 0]]
     for name in known:
         assert features.tokens[name].shape[1] == math.prod(features.grid[name])
     assert not features.token_valid[list(known)[-1]][-1].any()

@@ -45,7 +45,7 @@ class EncoderSizes:
         width: `transformer`: token width.
         depth: `transformer`: blocks.
         heads: `transformer`: attention heads.
-        patch_size: `transformer`: side of a patch in pixels or voxels.
+        patch_size: `transformer`: side of a patch in pixels or voxels, one number or one per axis.
         features: `resenc`: channels of every stage; each stage but the first halves the grid.
         blocks: `resenc`: residual blocks of every stage. Both defaults are nnssl's ResEnc-L.
         widen: `monai:resnet…`: factor on the channels of every stage.
@@ -55,7 +55,7 @@ class EncoderSizes:
     width: int = 384
     depth: int = 12
     heads: int = 6
-    patch_size: int = 16
+    patch_size: int | tuple[int, ...] = 16
     features: tuple[int, ...] = RESENC_L.features
     blocks: tuple[int, ...] = RESENC_L.blocks
     widen: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -15,7 +16,7 @@ from domainssl.backbones.encoders.monai_nets import monai_resnet, resnet_width
 from domainssl.backbones.encoders.residual import ResidualEncoder
 from domainssl.backbones.encoders.swin import SwinEncoder
 from domainssl.errors import ConfigError, nearest, require
-from domainssl.modality import Modality
+from domainssl.modality import Modality, sides_of
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.deformable import DeformableAttention
 from domainssl.nn.norm import convert_batch_norm, counted_rows, current_rows, recomputing
@@ -128,13 +129,14 @@ class TransformerEncoder(Encoder):
 
     def __init__(self, modality: Modality, sizes: Mapping[str, Any]) -> None:
         super().__init__()
-        self.width, self.patch_size = sizes["width"], sizes["patch_size"]
+        self.width = sizes["width"]
         dims = modality.spatial_dims
         if self.width % (2 * dims):
             raise ConfigError(
                 f"sizes.width {self.width} is no multiple of {2 * dims}: sine and cosine per axis."
             )
-        self.embed = nn.Linear(modality.num_channels * self.patch_size**dims, self.width)
+        self.patch_size = sides_of(sizes["patch_size"], dims, "sizes.patch_size")
+        self.embed = nn.Linear(modality.num_channels * math.prod(self.patch_size), self.width)
         self.transformer = Transformer(self.width, sizes["depth"], sizes["heads"])
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
