@@ -38,15 +38,23 @@ def _merge(x: Tensor) -> Tensor:
 class SelfAttention(nn.Module):
     """`Out(softmax(q k^T / sqrt(d) + bias) v)` of the normalised tokens."""
 
-    def __init__(self, width: int, heads: int, head_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int | None = None,
+        *,
+        qkv_bias: bool = False,
+        epsilon: float = 1e-5,
+    ) -> None:
         super().__init__()
         if head_dim is None:
             _check_heads(width, heads)
         inner = width if head_dim is None else heads * head_dim
         self.heads = heads
         self.path: AttentionPath = "fused"
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
+        self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
         self.out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor, bias: DistanceBias | None = None) -> Tensor:
@@ -83,10 +91,12 @@ class CrossAttention(nn.Module):
 class FeedForward(nn.Module):
     """`Lin(GELU(Lin(LN(x))))`, without the residual."""
 
-    def __init__(self, width: int, ratio: float = 4, hidden: int | None = None) -> None:
+    def __init__(
+        self, width: int, ratio: float = 4, hidden: int | None = None, *, epsilon: float = 1e-5
+    ) -> None:
         super().__init__()
         hidden = int(width * ratio) if hidden is None else hidden
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
         self.up = nn.Linear(width, hidden)
         self.act = nn.GELU()
         self.down = nn.Linear(hidden, width)
@@ -111,11 +121,13 @@ class TransformerBlock(nn.Module):
         cross: bool = False,
         head_dim: int | None = None,
         hidden: int | None = None,
+        qkv_bias: bool = False,
+        epsilon: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.attention = SelfAttention(width, heads, head_dim)
+        self.attention = SelfAttention(width, heads, head_dim, qkv_bias=qkv_bias, epsilon=epsilon)
         self.cross = CrossAttention(width, heads) if cross else None
-        self.feed_forward = FeedForward(width, ratio, hidden)
+        self.feed_forward = FeedForward(width, ratio, hidden, epsilon=epsilon)
 
     def forward(
         self,
@@ -144,6 +156,8 @@ class Transformer(nn.Module):
         cross: Blocks attend to a context as well.
         head_dim: Width of a head in self-attention; None is `width / heads`.
         hidden: Width of the feed-forward layer; None is `ratio * width`.
+        qkv_bias: Give queries, keys and values of self-attention a bias.
+        epsilon: Added to the variance in the norms of self-attention and feed-forward.
 
     Set `gradient_checkpointing` to recompute blocks in the backward pass.
     """
@@ -158,14 +172,25 @@ class Transformer(nn.Module):
         cross: bool = False,
         head_dim: int | None = None,
         hidden: int | None = None,
+        qkv_bias: bool = False,
+        epsilon: float = 1e-5,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, ratio, cross=cross, head_dim=head_dim, hidden=hidden)
+            TransformerBlock(
+                width,
+                heads,
+                ratio,
+                cross=cross,
+                head_dim=head_dim,
+                hidden=hidden,
+                qkv_bias=qkv_bias,
+                epsilon=epsilon,
+            )
             for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
 
     def forward(
         self,

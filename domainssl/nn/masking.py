@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Masking", "kept_count", "mask_from_noise", "restore_tokens", "take_tokens"]
+__all__ = [
+    "Masking",
+    "kept_count",
+    "mask_from_keep",
+    "mask_from_noise",
+    "restore_tokens",
+    "take_tokens",
+]
 
 
 class Masking(NamedTuple):
@@ -39,6 +46,20 @@ def mask_from_noise(noise: Tensor, kept: int) -> Masking:
     shuffle = noise.argsort(dim=1)
     restore = shuffle.argsort(dim=1)
     return Masking(shuffle[:, :kept], restore, restore >= kept)
+
+
+def mask_from_keep(keep: Tensor, tokens: int) -> Masking:
+    """Return the masking that keeps given tokens.
+
+    Args:
+        keep: Indices of the visible tokens, int64 (B, K), all different in an item.
+        tokens: Number of tokens N.
+    """
+    place = torch.full((len(keep), tokens), keep.shape[1], device=keep.device)
+    ranks = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    place = place.scatter(1, keep, ranks)  # visible tokens by their rank, hidden ones behind
+    restore = place.argsort(dim=1, stable=True).argsort(dim=1)
+    return Masking(keep, restore, restore >= keep.shape[1])
 
 
 def take_tokens(tokens: Tensor, indices: Tensor) -> Tensor:

@@ -16,7 +16,13 @@ __all__ = ["PositionResizing", "resized_positions", "sincos_positions"]
 PositionResizing = Literal["offset", "antialias"]
 
 
-def sincos_positions(coords: Tensor, width: int, *, temperature: float = 10000.0) -> Tensor:
+def sincos_positions(
+    coords: Tensor,
+    width: int,
+    *,
+    temperature: float = 10000.0,
+    order: Sequence[int] | None = None,
+) -> Tensor:
     """Encode coordinates in one, two or three dimensions.
 
     Every axis gets `width / D` values, `[sin(x·w), cos(x·w)]` with
@@ -27,6 +33,8 @@ def sincos_positions(coords: Tensor, width: int, *, temperature: float = 10000.0
         coords: Positions in patch units, (..., D).
         width: Length of the code; a multiple of 2·D.
         temperature: Longest wavelength over 2 pi.
+        order: Axes in the order of their parts of the code; None is the last axis first. MONAI
+            has (1, 0) in 2D and (1, 0, 2) in 3D.
 
     Returns:
         float32 (..., width).
@@ -46,7 +54,7 @@ def sincos_positions(coords: Tensor, width: int, *, temperature: float = 10000.0
     steps = torch.arange(half, dtype=torch.float64, device=coords.device)
     omega = temperature ** (-steps / half)
     codes = []
-    for axis in reversed(range(axes)):
+    for axis in reversed(range(axes)) if order is None else order:
         angle = coords[..., axis, None].double() * omega
         codes += [angle.sin(), angle.cos()]
     return torch.cat(codes, dim=-1).float()

@@ -53,11 +53,14 @@ def recipe_of(overlay: str) -> str:
     """Return the recipe that an overlay is made for: a model's size names its method."""
     if overlay.endswith("_pastis.yaml"):
         return "pastis_maestro"
-    methods = ("maestro", "omnisat", "decur", "simclr", "clip", "barlow_twins", "vicreg")
-    for method in methods if overlay.startswith("configs/model/") else ():
+    if not overlay.startswith("configs/model/"):
+        return "ssl4eo_croma"
+    fitting = []
+    for recipe in map(Path, RECIPES):
+        data, _, method = recipe.stem.partition("_")
         if Path(overlay).stem.startswith(f"{method}_"):
-            return f"treesat_{method}" if method in ("maestro", "omnisat") else f"ssl4eo_{method}"
-    return "ssl4eo_croma"
+            fitting.append((-len(method), data not in ("ssl4eo", "treesat"), recipe.stem))
+    return min(fitting)[-1]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

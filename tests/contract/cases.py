@@ -118,7 +118,7 @@ def rows(value: Any, start: int, stop: int, size: int) -> Any:
         return {k: rows(v, start, stop, size) for k, v in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value)]
-        return type(value)(*(rows(getattr(value, n), start, stop, size) for n in names))
+        return type(value)(**{n: rows(getattr(value, n), start, stop, size) for n in names})
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(rows(v, start, stop, size) for v in value))
     if isinstance(value, list | tuple):
