@@ -1,4 +1,4 @@
-"""How weights are updated: AdamW or LARS without decay where it harms, warm-up, then a cosine."""
+"""How weights are updated: AdamW, LARS or SGD, no decay where it harms, warm-up, then a fall."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = ["Optimization", "clip_gradients", "decay_weights", "make_optimizer", 
 
 _NO_DECAY_NAMES = ("token", "position", "temperature")
 _NO_DECAY_PARTS = ("norm", "gamma")  # DINOv2
+_POWER = 0.9
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 _PATCH_EMBEDDING = {"embed", "patch_embed"}
 _FIRST_LAYER = _PATCH_EMBEDDING | {
@@ -39,12 +40,15 @@ class Optimization:
         eps: Added to the denominator.
         warmup_fraction: Share of all optimiser steps with a linearly rising rate.
         warmup_steps: The same as a number of steps; wins over `warmup_fraction`.
-        final_lr_fraction: Rate that the cosine would reach one step after the last, as a share of
-            `lr`.
-        optimizer: `adamw`, or `lars` (layer-wise rates, as Barlow Twins and DeCUR use it with
-            ResNets; `betas` and `eps` have no meaning there).
+        final_lr_fraction: Rate that the schedule would reach one step after the last, as a share
+            of `lr`.
+        fall: How the rate falls after the warm-up: half a `cosine`, or `polynomial`, the remaining
+            share of steps to the power of 0.9 (nnU-Net, nnssl).
+        optimizer: `adamw`, `lars` (layer-wise rates, as Barlow Twins and DeCUR use it with
+            ResNets), or `sgd` with Nesterov's momentum (nnU-Net, nnssl); `betas` and `eps` have
+            no meaning in the last two.
         lr_bias: With `lars`, the rate of biases, norms and other vectors; None takes `lr`.
-        momentum: With `lars`.
+        momentum: With `lars` and `sgd`.
         warmup_start: The first step has a share of `lr` that fits the line through zero before it
             (`above_zero`), or a rate of zero (`zero`, as DINO and its family).
         final_weight_decay: Weight decay of the last step, reached by half a cosine; None keeps it
@@ -70,7 +74,8 @@ class Optimization:
     warmup_fraction: float = 0.05
     warmup_steps: int | None = None
     final_lr_fraction: float = 0.0
-    optimizer: Literal["adamw", "lars"] = "adamw"
+    fall: Literal["cosine", "polynomial"] = "cosine"
+    optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
     lr_bias: float | None = None
     momentum: float = 0.9
     warmup_start: Literal["above_zero", "zero"] = "above_zero"
@@ -93,7 +98,8 @@ class Optimization:
             "eps": (self.eps > 0, "a positive number"),
             "warmup_fraction": (0 <= self.warmup_fraction < 1, "a share in [0, 1)"),
             "warmup_steps": (self.warmup_steps is None or self.warmup_steps >= 0, "zero or more"),
-            "optimizer": (self.optimizer in ("adamw", "lars"), "'adamw' or 'lars'"),
+            "fall": (self.fall in ("cosine", "polynomial"), "'cosine' or 'polynomial'"),
+            "optimizer": (self.optimizer in ("adamw", "lars", "sgd"), "'adamw', 'lars' or 'sgd'"),
             "lr_bias": (self.lr_bias is None or self.lr_bias > 0, "a positive number or null"),
             "momentum": (0 <= self.momentum < 1, "a share in [0, 1)"),
             "warmup_start": (self.warmup_start in ("above_zero", "zero"), "'above_zero' or 'zero'"),
@@ -137,8 +143,11 @@ class Optimization:
                 return step / max(1, warmup - 1)
             return (step + 1) / warmup
         progress = (step - warmup) / max(1, total_steps - warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
+        progress = min(1.0, progress)
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+        if self.fall == "polynomial":
+            share = (1 - progress) ** _POWER
+        return self.final_lr_fraction + (1 - self.final_lr_fraction) * share
 
 
 def _is_free(name: str, parameter: nn.Parameter, rule: str) -> bool:
@@ -242,6 +251,8 @@ def make_optimizer(
     groups = parameter_groups(named, options)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True)
     bias = options.lr if options.lr_bias is None else options.lr_bias
     for group in groups[len(groups) // 2 :]:
         group["lr"] = bias * group.get("lr", options.lr) / options.lr

@@ -107,3 +107,20 @@ def test_whose_gradients_are_clipped(who, norms):
 def test_the_first_step_of_a_warm_up_from_zero_has_no_rate():
     options = Optimization(warmup_steps=5, warmup_start="zero")
     assert [options.scale(step, 20) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+
+
+def test_a_polynomial_fall_and_nesterovs_momentum_are_those_of_nnssl():
+    options = Optimization(
+        optimizer="sgd", lr=0.01, momentum=0.99, warmup_fraction=0, fall="polynomial"
+    )
+    assert options.scale(250, 1000) == pytest.approx(0.75**0.9)
+    ours, theirs = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizer = make_optimizer([("w", ours)], options)
+    reference = torch.optim.SGD(
+        [theirs], lr=0.01, momentum=0.99, nesterov=True, weight_decay=options.weight_decay
+    )
+    for step in range(3):
+        for parameter, each in ((ours, optimizer), (theirs, reference)):
+            parameter.grad = torch.full((2, 2), 1.0 + step)
+            each.step()
+    assert torch.equal(ours, theirs)

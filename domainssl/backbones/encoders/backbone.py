@@ -97,6 +97,7 @@ class EncoderBackbone(Backbone):
         ConfigError: A modality or a combination cannot be used.
     """
 
+    forward_methods: ClassVar[tuple[str, ...]] = ("encode", "encode_pyramid")
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "decur_resnet50": {"encoder": "resnet50"},
         "decur_resnet50_rda": {
@@ -221,7 +222,7 @@ class EncoderBackbone(Backbone):
         """
         return {
             name: self._encoder(name).stages(values, valid, self._attention(name))
-            for name, values, valid in self._single(batch, "stages")
+            for name, values, valid in self._single(self.normalize(batch))
         }
 
     def feature_pyramid(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -238,21 +239,31 @@ class EncoderBackbone(Backbone):
         Raises:
             ConfigError: A modality is a series; choose one date.
         """
-        return {
-            name: self._encoder(name).pyramid(values, valid)
-            for name, values, valid in self._single(batch, "feature_pyramid")
-        }
+        return self.encode_pyramid(self.normalize(batch))
 
-    def _single(
-        self, batch: Mapping[str, Any], method: str
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def encode_pyramid(self, x: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """Return `feature_pyramid` of a normalised batch; absent items leave no statistics."""
+        found = {}
+        for name, values, valid in self._single(x):
+            rows = present_mask(x, name) if key(name, "present") in x else None
+            with counted_rows(rows):
+                found[name] = self._encoder(name).pyramid(values, valid)
+        return found
+
+    def levels(self, name: str) -> tuple[tuple[int, int], ...]:
+        """Return channels and stride of every map of a modality's pyramid, finest first.
+
+        Empty for encoders whose maps all have one size.
+        """
+        return self._encoder(name).levels
+
+    def _single(self, x: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yield name, normalised values and validity of the modalities that are there."""
-        x = self.normalize(batch)
         for name, modality in self.modalities.items():
             if name not in x:
                 continue
             if modality.kind == "series":
-                raise ConfigError(f"{method}: {name!r} is a series; choose one date of it.")
+                raise ConfigError(f"Maps of stages: {name!r} is a series; choose one date of it.")
             common_size(x[name], modality)
             yield name, x[name], valid_mask(x, modality)
 

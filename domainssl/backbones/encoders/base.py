@@ -39,9 +39,11 @@ class Encoder(nn.Module):
         width: Feature width E.
         is_own: True for our blocks, which `execution.compile` and `.attention` reach.
         gradient_checkpointing: Recompute activations in the backward pass.
+        levels: Channels and stride of every map of `pyramid`; empty where all have one size.
     """
 
     width: int
+    levels: tuple[tuple[int, int], ...] = ()
     is_own = False
 
     def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from domainssl.errors import ConfigError, nearest, require
 from domainssl.modality import Modality
 
-__all__ = ["monai_resnet", "resnet_width"]
+__all__ = ["monai_resnet", "resnet_levels"]
 
 
 class _Shortcut(nn.Module):
@@ -73,9 +73,16 @@ def monai_resnet(name: str, modality: Modality, widen: float = 1.0) -> nn.Module
     return net
 
 
-def resnet_width(net: Any) -> int:
-    """Return the channels of the last map of a ResNet of timm or MONAI."""
-    if hasattr(net, "num_features"):
-        return int(net.num_features)
-    last = net.layer4[-1]
-    return int((last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels)
+def resnet_levels(net: Any) -> tuple[tuple[int, int], ...]:
+    """Return channels and stride of the stem and of the four stages of a ResNet.
+
+    Args:
+        net: Of timm or MONAI.
+    """
+    if hasattr(net, "feature_info"):  # timm
+        return tuple((int(level["num_chs"]), int(level["reduction"])) for level in net.feature_info)
+    widths = [net.conv1.out_channels]
+    for index in range(1, 5):
+        last = getattr(net, f"layer{index}")[-1]
+        widths.append((last.conv3 if hasattr(last, "conv3") else last.conv2).out_channels)
+    return tuple((int(width), 2 ** (index + 1)) for index, width in enumerate(widths))

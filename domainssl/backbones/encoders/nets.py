@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from domainssl.backbones.encoders.base import Encoded, Encoder, refuse_attention, seen_cells
-from domainssl.backbones.encoders.monai_nets import monai_resnet, resnet_width
+from domainssl.backbones.encoders.monai_nets import monai_resnet, resnet_levels
 from domainssl.backbones.encoders.residual import ResidualEncoder
 from domainssl.backbones.encoders.swin import SwinEncoder
 from domainssl.errors import ConfigError, nearest, require
@@ -50,7 +50,8 @@ class ResNetEncoder(Encoder):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net: Any = net
-        self.width = resnet_width(net)
+        self.levels = resnet_levels(net)
+        self.width = self.levels[-1][0]
         self.gradient_checkpointing = False
         convert_batch_norm(net)
 

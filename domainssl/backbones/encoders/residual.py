@@ -143,6 +143,7 @@ class ResidualEncoder(Encoder):
             )
         self.net = _Net(modality.spatial_dims, modality.num_channels, features, blocks)
         self.width = features[-1]
+        self.levels = tuple((width, 2**index) for index, width in enumerate(features))
         self.gradient_checkpointing = False
 
     def stages(

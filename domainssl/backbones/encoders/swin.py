@@ -140,6 +140,7 @@ class SwinEncoder(Encoder):
                 part.is_block = True  # type: ignore[assignment]
         self.net = net
         self.width = sizes.width
+        self.levels = tuple((sizes.feature_size * 2**i, 2 ** (i + 1)) for i in range(_STAGES + 1))
         self._checkpointing = False
 
     @property
