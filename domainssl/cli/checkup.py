@@ -44,6 +44,7 @@ def checkup() -> list[Row]:
         _devices,
         _processes,
         _gdal,
+        _dicom,
         _folders,
     ]
     return [row for part in parts for row in part()]
@@ -217,6 +218,29 @@ def _gdal() -> list[Row]:
         remedy = "Unset GDAL_DATA and PROJ_LIB/PROJ_DATA of other installations, or reinstall."
         return [Row("broken", "GDAL", f"{type(error).__name__}: {error}", remedy)]
     return [Row("ok", "GDAL", f"{rasterio.__gdal_version__}, rasterio {rasterio.__version__}")]
+
+
+def _dicom() -> list[Row]:
+    """Check what decodes the compressed pixels of DICOM files."""
+    if importlib.util.find_spec("pydicom") is None:
+        return []  # told with the extra
+    from pydicom.pixels import get_decoder
+    from pydicom.uid import (
+        JPEG2000Lossless,
+        JPEGBaseline8Bit,
+        JPEGLosslessSV1,
+        JPEGLSLossless,
+        RLELossless,
+    )
+
+    syntaxes = {"JPEG": JPEGBaseline8Bit, "JPEG Lossless": JPEGLosslessSV1,
+                "JPEG-LS": JPEGLSLossless, "JPEG 2000": JPEG2000Lossless,
+                "RLE": RLELossless}  # fmt: skip
+    missing = [name for name, uid in syntaxes.items() if not get_decoder(uid).is_available]
+    if missing:
+        remedy = "To read them: pip install 'domainssl[medical]' (python-gdcm)"
+        return [Row("warning", "DICOM decoders", f"without {', '.join(missing)}", remedy)]
+    return [Row("ok", "DICOM decoders", ", ".join(syntaxes))]
 
 
 def _folders() -> list[Row]:

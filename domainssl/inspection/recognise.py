@@ -14,12 +14,21 @@ from typing import TYPE_CHECKING, Any
 from domainssl.errors import DataError
 from domainssl.inspection.files import find_geotiffs, inspect_cube, inspect_geotiffs, inspect_tar
 from domainssl.inspection.layers import inspect_layers
+from domainssl.inspection.scans import inspect_scans, is_scans, scan_tables
 from domainssl.inspection.ssl4eo import (
     EXPECTED,
     inspect_ssl4eo,
     product_at,
     splits_at,
     without_archives,
+)
+from domainssl.inspection.tables import (
+    add_row,
+    as_text,
+    facts_table,
+    new_table,
+    note_lines,
+    values_table,
 )
 from domainssl.io.raster.bands import open_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
@@ -28,7 +37,6 @@ from domainssl.io.storage.paths import is_file, is_folder, is_url, join, list_fo
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
     from domainssl.datamodules.base import DomainDataModule
 
@@ -102,11 +110,12 @@ def recognise(
             return form, place
     if place.names is None:
         raise DataError(
-            f"{path}: this kind of file is not understood, expected .zarr.zip, .tar or .tif"
+            f"{path}: this kind of file is not understood, expected .zarr.zip, .tar, .tif, or a "
+            "scan (NIfTI, NRRD, MetaImage, MGH or DICOM)"
         )
     raise DataError(
         f"{path}: neither SSL4EO-S12 products (train/S2L2A/…), TreeSatAI or PASTIS, nor zarr "
-        f"cubes, nor GeoTIFF. It holds: {', '.join(place.names[:12]) or 'nothing'}."
+        f"cubes, nor GeoTIFF, nor scans. It holds: {', '.join(place.names[:12]) or 'nothing'}."
         + "".join(f" {text}" for text in _other_format(path, options))
     )
 
@@ -117,14 +126,15 @@ def inspect_path(path: str, *, storage_options: Mapping[str, Any] | None = None)
     Args:
         path: An SSL4EO-S12 folder (root, split or product), the root of TreeSatAI, PASTIS or of
             cubes with a folder per sensor, a zarr cube (`.zarr.zip` or folder; EOPF products and
-            GeoZarr too) or a folder of them, a tar of cubes, a GeoTIFF or a folder of them;
-            fsspec URLs except for GeoTIFF, TreeSatAI and PASTIS.
+            GeoZarr too) or a folder of them, a tar of cubes, a GeoTIFF or a folder of them, a scan
+            (NIfTI, NRRD, MetaImage, MGH, DICOM) or a folder of them; fsspec URLs except for
+            GeoTIFF, scans, TreeSatAI and PASTIS.
         storage_options: fsspec options for a URL.
 
     Returns:
-        Plain data: `path`, `kind` (`ssl4eo`, `data`, `layers`, `cube`, `tar` or `geotiff`),
+        Plain data: `path`, `kind` (`ssl4eo`, `data`, `layers`, `cube`, `tar`, `geotiff`, `scans`),
         `problems` (texts), and what the kind has: `release` and `splits`, `arrays` and `values`,
-        or `files`.
+        `files` or `scans`.
 
     Raises:
         DataError: Nothing lies there, or nothing that is understood.
@@ -271,6 +281,11 @@ FORMATS = (
     Format("cubes", _is_default_cubes, _by_datamodule(_open_cubes), _open_cubes),
     Format("layers", lambda p: bool(_layers_at(p)), _describe_layers),
     Format(
+        "scans",
+        lambda p: not is_url(p.path) and is_scans(p.path, p.names),
+        lambda p: inspect_scans(p.path),
+    ),
+    Format(
         "tar",
         lambda p: p.names is None and p.ends(".tar"),
         lambda p: inspect_tar(p.path, p.options),
@@ -329,7 +344,8 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     from rich.text import Text
 
     parts: list[Any] = [Text(f"{report['path']}: {_headline(report)}", style="bold")]
-    tables = {"ssl4eo": _ssl4eo, "geotiff": _geotiff, "data": _data, "layers": _layers}
+    tables = {"ssl4eo": _ssl4eo, "geotiff": _geotiff, "data": _data, "layers": _layers,
+              "scans": scan_tables}  # fmt: skip
     parts += tables.get(report["kind"], _cube)(report)
     problems = report["problems"]
     if problems:
@@ -349,69 +365,32 @@ def _headline(report: Mapping[str, Any]) -> str:
         return f"as {report['data']} reads it"
     if report["kind"] == "layers":
         return f"{len(report['layers'])} folders, the first file of each shown"
+    if report["kind"] == "scans":
+        return (
+            f"{report['count']} scan{'s' * (report['count'] != 1)}, {report['measured']} measured"
+        )
     if report["kind"] == "geotiff":
         return f"{report['count']} GeoTIFF, {report['measured']} measured, CRS {report['crs']}"
     count = f", {report['count']} files or members, first shown" if "count" in report else ""
     return f"zarr format {report['format']}{count}"
 
 
-def _row(table: Table, *cells: str) -> None:
-    """Add a row of texts as they are: names out of files are no markup."""
-    from rich.text import Text
-
-    table.add_row(*map(Text, cells))
-
-
-def _table(title: str, *columns: str) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", title_style="bold")
-    for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
-
-
-def _values(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = _table(title, "band", "min", "mean", "max", "std")
-    for row in rows:
-        cells = (row[key] for key in ("min", "mean", "max", "std"))
-        _row(table, row["band"], *("-" if v is None else f"{v:.4f}" for v in cells))
-    return table
-
-
-def _facts(title: str, facts: Mapping[str, Any]) -> Table:
-    table = _table(title, "what", "found")
-    for name, value in facts.items():
-        if value is not None and value != {} and value != []:
-            _row(table, name.replace("_", " "), _text(value))
-    return table
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return " ".join(_text(item) for item in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _ssl4eo(report: Mapping[str, Any]) -> list[Any]:
     parts: list[Any] = []
     for split, entry in report["splits"].items():
         facts = {k: v for k, v in entry.items() if k != "products"}
-        parts.append(_facts(split, facts))
+        parts.append(facts_table(split, facts))
         for name, found in entry["products"].items():
             rows = found.get("values", [])
             labels = {"offset": "offset in the file: locations"}
             facts = {labels.get(k, k): v for k, v in found.items() if k != "values"}
-            parts.append(_facts(f"{split} {name}", facts))
+            parts.append(facts_table(f"{split} {name}", facts))
             if rows:
                 unit = found["value_unit"]
                 where = f"{found['measured_locations']} locations, first date, valid pixels"
                 if any(int(value) for value in found["offset"] or {}):
                     where += ", after the offset was taken away"
-                parts.append(_values(f"{split} {name}, {unit}, {where}", rows))
+                parts.append(values_table(f"{split} {name}, {unit}, {where}", rows))
     return parts
 
 
@@ -419,51 +398,45 @@ def _geotiff(report: Mapping[str, Any]) -> list[Any]:
     parts: list[Any] = []
     for file in report["files"]:
         facts = {key: value for key, value in file.items() if key not in ("values", "path")}
-        parts += [_facts(file["path"], facts), _values("values", file["values"])]
-    return [*parts, *_notes(report)]
+        parts += [facts_table(file["path"], facts), values_table("values", file["values"])]
+    return [*parts, *note_lines(report)]
 
 
 def _data(report: Mapping[str, Any]) -> list[Any]:
-    parts: list[Any] = _notes(report)
+    parts: list[Any] = note_lines(report)
     for split, entry in report["splits"].items():
-        parts.append(_facts(split, {k: v for k, v in entry.items() if k != "modalities"}))
+        parts.append(facts_table(split, {k: v for k, v in entry.items() if k != "modalities"}))
         for name, found in entry["modalities"].items():
             facts = {k: v for k, v in found.items() if k != "values"}
-            parts.append(_facts(f"{split} {name}", facts))
+            parts.append(facts_table(f"{split} {name}", facts))
             if found.get("values"):
                 title = (
                     f"{split} {name}, {found['value_unit']}, valid pixels of the items looked at"
                 )
-                parts.append(_values(title, found["values"]))
+                parts.append(values_table(title, found["values"]))
     return parts
 
 
 def _layers(report: Mapping[str, Any]) -> list[Any]:
-    parts: list[Any] = _notes(report)
+    parts: list[Any] = note_lines(report)
     for name, layer in report["layers"].items():
         first = layer["first"]
-        parts.append(_facts(name, {"sites": layer["sites"], "first": first["path"]}))
+        parts.append(facts_table(name, {"sites": layer["sites"], "first": first["path"]}))
         parts += {"geotiff": _geotiff}.get(first["kind"], _cube)(first)
     return parts
 
 
-def _notes(report: Mapping[str, Any]) -> list[Any]:
-    from rich.text import Text
-
-    return [Text(f"note: {text}") for text in report.get("notes", ())]
-
-
 def _cube(report: Mapping[str, Any]) -> list[Any]:
-    table = _table("arrays", "name", "dims", "shape", "dtype", "chunks", "codec")
+    table = new_table("arrays", "name", "dims", "shape", "dtype", "chunks", "codec")
     for array in report["arrays"]:
-        _row(table,
-            array["name"], *(_text(array[key]) for key in ("dims", "shape")), array["dtype"],
-            _text(array["chunks"]), array["codec"],
+        add_row(table,
+            array["name"], *(as_text(array[key]) for key in ("dims", "shape")), array["dtype"],
+            as_text(array["chunks"]), array["codec"],
         )  # fmt: skip
     parts: list[Any] = [table]
     for layer in report.get("layers", ()):
-        parts.append(_facts(f"on a map grid: {layer['folder']}", layer))
+        parts.append(facts_table(f"on a map grid: {layer['folder']}", layer))
     if report["values"]:
         decoded = "decoded, middle" if "layers" in report else "as stored"
-        parts.append(_values(f"bands, first date, {decoded}", report["values"]))
-    return [*parts, *_notes(report)]
+        parts.append(values_table(f"bands, first date, {decoded}", report["values"]))
+    return [*parts, *note_lines(report)]

@@ -35,6 +35,7 @@ __all__ = [
     "dicom_files",
     "holds_image",
     "is_series",
+    "list_series",
     "read",
     "series_keys",
 ]
@@ -133,6 +134,18 @@ def series_keys(files: Sequence[DicomFile]) -> dict[str, list[DicomFile]]:
     return keys
 
 
+def list_series(path: str) -> dict[str, int]:
+    """Return the keys of the series at a path, with how many images each has.
+
+    Raises:
+        DataError: A DICOM file is damaged.
+    """
+    images = [file for file in contents(path)[0] if file.what == "image"]
+    placed = [f for f in images if any(p.position and p.orientation for p in f.planes)]
+    keys = series_keys(placed)
+    return {key: sum(len(file.planes) for file in group) for key, group in keys.items()}
+
+
 def describe(path: str, reading: Reading) -> ScanFacts:
     """Return the facts of a DICOM series from the headers of its files.
 
@@ -170,6 +183,8 @@ def _header(path: str, series: _Series) -> Header:
     kind = "i" if first.is_signed else "u"
     modality = series.modality if series.modality in ("CT", "MR", "PT") else None
     warnings = stack.warnings
+    if not os.path.isdir(path) and stack.sizes[2] == 1:
+        warnings = (*warnings, f"{path}: one image; give the folder to read its series")
     if stack.several:
         warnings = (*warnings, f"{path}: {stack.several}")
     return Header(

@@ -6,7 +6,7 @@ scan = read_scan("liver/ct.nii.gz")     # scan.values (C, X, Y, Z), scan.affine 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from domainssl.io.volume import dicom, dicom_seg, metaimage, mgh, nifti, nrrd
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
 
 __all__ = [
+    "ENDINGS",
     "FORMATS",
     "Format",
     "Reading",
@@ -23,6 +24,7 @@ __all__ = [
     "ScanFacts",
     "describe_scan",
     "is_scan",
+    "iter_scans",
     "list_scans",
     "read_labels",
     "read_scan",
@@ -92,6 +94,7 @@ FORMATS = (
         read=mgh.read,
     ),
 )
+ENDINGS = tuple(ending for form in FORMATS for ending in form.endings)
 _KNOWN = "NIfTI (.nii, .nii.gz, .hdr/.img), NRRD, MetaImage (.mha, .mhd), MGH (.mgz) or DICOM"
 
 
@@ -171,14 +174,19 @@ def list_scans(folder: str | os.PathLike[str]) -> list[str]:
     Args:
         folder: A local folder.
     """
-    found = []
+    return sorted(iter_scans(folder))
+
+
+def iter_scans(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield what `list_scans` returns, as it is found: folder by folder, sorted within each."""
     for base, folders, names in os.walk(str(folder)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [os.path.join(base, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if _by_name(path) and os.path.isfile(path)]
+        for name in sorted(names):
+            path = os.path.join(base, name)
+            if not name.startswith(".") and _by_name(path) and os.path.isfile(path):
+                yield path
         if dicom.is_series(base) and dicom.holds_image(base):
-            found.append(base)
-    return sorted(found)
+            yield base
 
 
 def _by_name(path: str) -> bool:
