@@ -314,6 +314,25 @@ class ViTBackbone(Backbone):
             )
         return {name: tokens.transpose(1, 2).unflatten(2, grid)}
 
+    def feature_pyramid(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """Return hidden states at four depths on their grid, as MONAI's UNETR takes them.
+
+        Raises:
+            ConfigError: The modality is a series; choose one date.
+        """
+        name, modality = self.name, self.modality
+        if modality.kind == "series":
+            raise ConfigError(f"feature_pyramid: {name!r} is a series; choose one date of it.")
+        x = self.normalize(batch)
+        tokens = self.embed(self.patches(x[name], channels_first=True))
+        tokens = tokens + self._codes(x).to(tokens.dtype)
+        if self.class_token is not None:
+            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], 1)
+        places = math.prod(self.grid(x))
+        states = self.transformer.hidden_states(tokens)
+        maps = [s[:, -places:].transpose(1, 2).unflatten(2, self.grid(x)) for s in states]
+        return {name: maps}
+
     # -- reference files --------------------------------------------------------------------
 
     @classmethod

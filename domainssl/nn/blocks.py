@@ -209,12 +209,20 @@ class Transformer(nn.Module):
         return out
 
     def hidden_states(self, x: Tensor) -> list[Tensor]:
-        """Return what every block returns, and last the normalised tokens; (B, N, E) each."""
+        """Return tokens at four depths, as MONAI's UNETR takes them from a ViT; (B, N, E) each.
+
+        They are what the blocks L/4, L/2 and 3L/4 (from 0, of L) return, and the normalised tokens
+        of the last one.
+        """
         states = []
         for block in self.blocks:
-            x = block(x)
+            if self.gradient_checkpointing and self.training and x.requires_grad:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
             states.append(x)
-        return [*states, self.norm(x)]
+        chosen = [states[len(states) * part // 4] for part in (1, 2, 3)]
+        return [*chosen, self.norm(x)]
 
 
 def set_attention_path(module: nn.Module, path: AttentionPath) -> None:

@@ -117,6 +117,39 @@ def test_the_encoder_of_a_unetr_is_read_and_unused_layers_of_old_files_are_left_
     close(loaded.eval()({"m": x}).tokens["m"], net(x)[0])
 
 
+@torch.no_grad()
+def test_the_decoder_of_a_unetr_takes_the_pyramid() -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+    torch.manual_seed(1)
+    size = (32, 16, 16)
+    net = nets.UNETR(
+        in_channels=2, out_channels=2, img_size=size, feature_size=4, hidden_size=24, mlp_dim=40,
+        num_heads=4,
+    ).eval()  # fmt: skip
+    ours, _ = ViTBackbone.from_reference(
+        net.state_dict(),
+        {"architecture": {**SIZES, "depth": 12}, "patch_size": 16, "normalization": "identity"},
+        modality("volume", size),
+    )
+    x = torch.randn(1, 2, *size)
+    maps = ours.eval().feature_pyramid({"m": x})["m"]
+    deep = net.decoder5(maps[3], net.encoder4(maps[2]))
+    deep = net.decoder4(deep, net.encoder3(maps[1]))
+    deep = net.decoder3(deep, net.encoder2(maps[0]))
+    close(net.out(net.decoder2(deep, net.encoder1(x))), net(x))
+
+
+def test_the_pyramid_of_a_vit_has_no_class_token_and_takes_no_series() -> None:
+    with torch.no_grad():
+        ours = backbone("image", (16, 24))
+        x = {"m": torch.randn(2, 2, 16, 24)}
+        maps = ours.feature_pyramid(x)["m"]
+        close(maps[3], ours.feature_maps(x)["m"])
+    assert [tuple(m.shape) for m in maps] == [(2, 24, 4, 6)] * 4
+    with pytest.raises(ConfigError, match="choose one date"):
+        backbone("series", (16, 16)).feature_pyramid({"m": torch.randn(1, 2, 2, 16, 16)})
+
+
 def test_a_file_of_something_else_is_refused() -> None:
     with pytest.raises(WeightsError, match="no ViT weights file of timm or MONAI"):
         read({"conv1.weight": torch.zeros(1)}, "image", (16, 16))

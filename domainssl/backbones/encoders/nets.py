@@ -147,16 +147,10 @@ class TransformerEncoder(Encoder):
         return tokens + sincos_positions(coords, self.width).to(tokens.dtype), grid
 
     def pyramid(self, x: Tensor, valid: Tensor) -> list[Tensor]:
-        """Return four maps of one size, as UNETR takes them from a ViT.
-
-        They are what the blocks L/4, L/2 and 3L/4 (from 0, of L) return, and the normalised tokens
-        of the last one.
-        """
+        """Return four maps of one size, as UNETR takes them from a ViT (`hidden_states`)."""
         tokens, grid = self._embed(x)
         states = self.transformer.hidden_states(tokens)
-        depth = len(states) - 1
-        chosen = [states[depth * part // 4] for part in (1, 2, 3)] + [states[-1]]
-        return [state.transpose(1, 2).unflatten(2, grid) for state in chosen]
+        return [state.transpose(1, 2).unflatten(2, grid) for state in states]
 
     def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
         """Encode; pooled is the mean of the tokens that saw a valid pixel."""
