@@ -514,11 +514,14 @@ def _with_positions(file: ViTFile, arguments: dict[str, Any], is_asked: bool) ->
     patch = sides_of(arguments.get("patch_size", 16), modality.spatial_dims, "patch_size")
     grid = _grid_of_table(file.table.shape[1], modality, patch, arguments.get("image_size"))
     architecture = arguments["architecture"]
-    expected = position_codes(grid, file.table.shape[2])
-    if torch.allclose(file.table[0].float(), expected, atol=1e-4):
+    asked = architecture["positions"] if is_asked else None
+    is_sincos = file.table.shape[2] % (2 * len(grid)) == 0 and torch.allclose(
+        file.table[0].float(), position_codes(grid, file.table.shape[2]), atol=1e-4
+    )
+    if is_sincos and asked != "learned":
         architecture = {**architecture, "positions": "sincos"}
         return {**arguments, "architecture": architecture, "image_size": None}
-    if is_asked and architecture["positions"] == "sincos":
+    if asked == "sincos":
         raise WeightsError(
             f"The file's table of positions is not the sine-cosine table of a grid of {grid} "
             "patches: it was learned, or is for another grid with as many tokens. Give the "

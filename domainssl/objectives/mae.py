@@ -12,14 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from domainssl.backbones.base import Features, LoadReport
-from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
 from domainssl.backbones.vit import ViTBackbone, per_date
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
@@ -32,6 +30,7 @@ from domainssl.objectives.mae_parts import (
     MAEArchitecture,
     MAEDecoder,
     Size,
+    build_vit,
     decoder_tensors,
     decoder_to_reference,
 )
@@ -330,19 +329,5 @@ def _make_backbone(
         "normalization": encoding.normalization,
         "image_size": context_size if sizes.positions == "learned" else None,
     }
-    if encoding.weights is None:
-        return ViTBackbone(known, **variant), {}
-    path = Path(encoding.weights)
-    state: dict[str, Any] = {}
-    if is_own_file(path):
-        loaded = load_backbone(path, modalities=known)
-    else:
-        loaded, state = load_reference("vit_base", path, modalities=known, arguments=variant)
-    if not isinstance(loaded, ViTBackbone):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {encoding.weights!r} holds a "
-            f"{type(loaded).__name__}; expected weights of a ViT."
-        )
-    if not any("decoder_pred" in n for n in state.get("model", state.get("state_dict", state))):
-        state = {}
-    return loaded.train(), state
+    backbone, state = build_vit(known, variant, encoding.weights)
+    return backbone, state if any("decoder_pred" in n for n in state) else {}

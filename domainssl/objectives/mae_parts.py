@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
 from domainssl.backbones.vit import ViTBackbone, date_codes, position_codes, transform
 from domainssl.backbones.vit_files import read_transformer, tensors_of, write_transformer
 from domainssl.errors import WeightsError
+from domainssl.modality import Modality
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.dates import DATE_CHANNELS
 from domainssl.nn.masking import restore_tokens
@@ -21,6 +24,7 @@ __all__ = [
     "MAEArchitecture",
     "MAEDecoder",
     "Size",
+    "build_vit",
     "decoder_tensors",
     "decoder_to_reference",
 ]
@@ -197,3 +201,35 @@ def decoder_to_reference(decoder: MAEDecoder, backbone: ViTBackbone) -> dict[str
         table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
     written["decoder_pos_embed" if is_timm else "decoder_pos_embedding"] = table
     return written
+
+
+def build_vit(
+    known: dict[str, Modality], variant: Mapping[str, Any], weights: str | None
+) -> tuple[ViTBackbone, dict[str, Any]]:
+    """Build a ViT, or load it with all that its file holds besides.
+
+    Args:
+        known: The modality.
+        variant: Arguments of `ViTBackbone`.
+        weights: File of others, or an export or checkpoint of ours.
+
+    Returns:
+        The backbone in training mode, and the tensors of a file of others.
+
+    Raises:
+        WeightsError: The file cannot be used.
+    """
+    if weights is None:
+        return ViTBackbone(known, **variant), {}
+    path = Path(weights)
+    state: dict[str, Any] = {}
+    if is_own_file(path):
+        loaded = load_backbone(path, modalities=known)
+    else:
+        loaded, state = load_reference("vit_base", path, modalities=known, arguments=variant)
+    if not isinstance(loaded, ViTBackbone):
+        raise WeightsError(
+            f"model.init_args.encoding.weights: {weights!r} holds a {type(loaded).__name__}; "
+            "expected weights of a ViT."
+        )
+    return loaded.train(), tensors_of(state)
