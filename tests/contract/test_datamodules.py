@@ -14,7 +14,7 @@ from torch import Tensor
 
 from domainssl.callbacks.checkpoint import AtomicCheckpoint
 from domainssl.datamodules.base import DomainDataModule
-from domainssl.modality import check_batch
+from domainssl.modality import check_batch, sides_of
 
 
 @pytest.fixture(scope="module", params=DATAMODULES)
@@ -66,7 +66,8 @@ def test_batches_are_what_the_modalities_say(
             assert x.isfinite().all() if x.is_floating_point() else True
             sides = x.shape[-modality.spatial_dims :] if modality.spatial_dims else ()
             assert tuple(sides) == modality.size  # co-registered ones may differ in resolution
-        assert max(side for m in data.modalities.values() for side in m.size) == data.context_size
+        largest = max(modality.size for modality in data.modalities.values())
+        assert sides_of(data.context_size, len(largest)) == largest
 
 
 def test_raw_physical_values_reach_the_batch(

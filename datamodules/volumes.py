@@ -1,0 +1,259 @@
+"""CT, MR and PET exams of your own: NIfTI, NRRD, MetaImage, MGZ or DICOM, one or several contrasts.
+
+    data = VolumeDataModule(root="sample:petct", modalities={"ct": Contrast(value_unit="hu"),
+                            "pet": Contrast()}, global_batch_size=8)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))     # ct, pet (8, 1, 96, 96, 96)
+
+`io/volume/exams.py` finds exams, `sources/preparation.py` brings them to one grid,
+`sources/volumes.py` cuts windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.statistics import statistics_of
+from domainssl.errors import ConfigError, nearest
+from domainssl.io.volume.exams import Exam, Found, find_exams
+from domainssl.io.volume.ids import ids_of
+from domainssl.loading.source import Loading, Source
+from domainssl.modality import Modality, as_modalities
+from domainssl.sources.held_out import HeldOut
+from domainssl.sources.patients import split_exams
+from domainssl.sources.volume_options import (
+    Contrast,
+    ExamFiles,
+    ExamLabels,
+    ExamWindow,
+    Preparation,
+    wanted,
+)
+from domainssl.sources.volumes import VolumeSource
+
+__all__ = ["VolumeDataModule"]
+
+_log = logging.getLogger(__name__)
+# what the embedded samples hold
+_SAMPLES: dict[str, dict[str, Contrast]] = {
+    "ctmr": {"scan": Contrast(sources=("ct", "mr"))},
+    "petct": {"ct": Contrast(value_unit="hu"), "pet": Contrast()},
+    "brain": {name: Contrast() for name in ("t1", "t1c", "t2", "flair")},
+}
+
+
+class VolumeDataModule(DomainDataModule):
+    """Windows of exams, the same box of voxels from every contrast.
+
+    One item is one window; a block is an exam. Values are physical: Hounsfield units, or what a
+    scanner without units wrote.
+
+    Args:
+        root: `sample:ctmr`, `sample:petct` or `sample:brain` (made on first use in the cache), or
+            a folder.
+        modalities: What is read by modality key; None takes everything of a sample.
+        global_batch_size: Windows per optimiser step, over all devices and accumulation.
+        window: Their size, 96 voxels by default, and how they are drawn.
+        held_out: Which patients are held out, where the data state no validation split.
+        labels: Class of an exam and segmentation maps; `auto` takes those of a manifest; None.
+        exams: How exams are found and named.
+        preparation: What is done to a whole exam before windows are cut.
+        on_bad_sample: `raise`, or `replace` by the next good window.
+        statistics: `published` (none for volumes), a YAML or JSON file, or `card` (those of the
+            model's weights).
+        seed: Seed of order and windows.
+        loading: Worker processes and memory.
+
+    Raises:
+        ConfigError: An argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str = "sample:petct",
+        modalities: dict[str, Contrast] | None = None,
+        global_batch_size: int = 8,
+        window: ExamWindow | None = None,
+        held_out: HeldOut | None = None,
+        labels: ExamLabels | Literal["auto"] | None = "auto",
+        exams: ExamFiles | None = None,
+        preparation: Preparation | None = None,
+        on_bad_sample: Literal["raise", "replace"] = "raise",
+        statistics: str = "published",
+        seed: int = 0,
+        loading: Loading | None = None,
+    ) -> None:
+        super().__init__(
+            global_batch_size=global_batch_size,
+            seed=seed,
+            on_bad_sample=on_bad_sample,
+            loading=loading,
+        )
+        if isinstance(labels, str) and labels != "auto":
+            raise ConfigError(
+                f"data.init_args.labels: got {labels!r}, expected 'auto', null, or a mapping with "
+                "column, classes, mask and names."
+            )
+        self.root = root
+        if not modalities and root.removeprefix("sample:") not in _SAMPLES:
+            raise ConfigError(
+                "data.init_args.modalities: missing; expected a mapping of modality keys to what "
+                "they read, such as ct: {contrast: ct, value_unit: hu}."
+            )
+        self.contrasts = dict(modalities or _SAMPLES[root.removeprefix("sample:")])
+        self.preparation = preparation = preparation or Preparation()
+        if preparation.resample_to not in (None, *self.contrasts):
+            raise ConfigError(
+                f"data.init_args.preparation.resample_to: got {preparation.resample_to!r}, "
+                f"expected one of {', '.join(self.contrasts)}."
+                f"{nearest(preparation.resample_to, self.contrasts)}"
+            )
+        self.window = (window or ExamWindow()).in_voxels(preparation.spacing_mm)
+        self.held_out = (held_out or HeldOut()).of(("val_fraction", "patients", "seed"))
+        self.labels = ExamLabels() if isinstance(labels, str) else labels
+        self.exams = exams or ExamFiles()
+        self.found: Found | None = None
+        self.splits: dict[str, list[Exam]] = {}
+        self._modalities = as_modalities(
+            {
+                name: statistics_of(
+                    contrast.modality(name, self.window.shape, preparation.spacing_mm), statistics
+                )
+                for name, contrast in self.contrasts.items()
+            }
+        )
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """The contrasts by their keys; statistics as asked for."""
+        return self._modalities
+
+    def prepare_data(self) -> None:
+        """Write the embedded sample, once per machine."""
+        self._root()
+
+    def _root(self) -> str:
+        word, _, name = self.root.partition(":")
+        if word != "sample":
+            return self.root
+        if name not in _SAMPLES:
+            raise ConfigError(
+                f"data.init_args.root: got {self.root!r}, expected sample:"
+                f"{', sample:'.join(_SAMPLES)} or a folder.{nearest(name, _SAMPLES)}"
+            )
+        module = importlib.import_module("domainssl.datamodules.samples.volumes")
+        return str(module.sample_root(name))
+
+    def open_sources(self) -> dict[str, Source]:
+        """Find the exams and hold some patients out; predict on the test split, or on those."""
+        root = self._root()
+        found = find_exams(
+            root,
+            wanted(self.contrasts, self.exams, self.labels),
+            manifest=self.exams.manifest,
+            layout=self.exams.layout,
+        )
+        self.found = found
+        for problem in found.problems:
+            _log.warning("%s", problem)
+        self.splits = split_exams(found.exams, self.held_out)
+        if "val" not in self.splits:
+            _log.warning("%s: nothing is held out for validation", root)
+        self.label_names = self._classes(found.exams)
+        sources: dict[str, Source] = {
+            split: self._source(part, is_training=split == "train")
+            for split, part in self.splits.items()
+            if split != "test"
+        }
+        sources["predict"] = self._source(list(self.splits.values())[-1], is_training=False)
+        return sources
+
+    def _source(self, exams: Sequence[Exam], *, is_training: bool) -> VolumeSource:
+        assert self.found is not None
+        names = self.label_names
+        numbers = {name: i for i, name in enumerate(names or ())}
+        return VolumeSource(
+            exams=exams,
+            ids=ids_of([exam.id for exam in exams], self.exams.ids),
+            modalities=self._modalities,
+            contrasts=self.contrasts,
+            window=self.window,
+            preparation=self.preparation,
+            labels=None if names is None else [numbers.get(exam.label, -1) for exam in exams],
+            has_masks=any(exam.mask for exam in self.found.exams),
+            seed=self.seed,
+            is_training=is_training,
+        )
+
+    def _classes(self, exams: Sequence[Exam]) -> tuple[str, ...] | None:
+        """Return the class names of exams by number; None without labels."""
+        there = {exam.label for exam in exams if exam.label}
+        if self.labels is None or not there:
+            return None
+        asked = self.labels.classes
+        if not asked:
+            return tuple(sorted(there))
+        unknown = sorted(there.difference(asked))
+        if unknown:
+            raise ConfigError(
+                f"data.init_args.labels.classes: {', '.join(asked)}, but exams have the class "
+                f"{unknown[0]!r}.{nearest(unknown[0], asked)} "
+                f"List all of {', '.join(sorted(there))}."
+            )
+        return tuple(asked)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes of exams, None without labels; known after setup."""
+        return len(self.label_names) if self.label_names is not None else None
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells these exams from others, without a name or a path."""
+        return {
+            "format": "volumes",
+            "layout": self.found.layout if self.found else None,
+            "exams": {
+                split: {"count": len(part), "digest": _digest(part)}
+                for split, part in self.splits.items()
+            },
+        }
+
+    @property
+    def problems(self) -> list[str]:
+        """What was left out, and why."""
+        return list(self.found.problems) if self.found else []
+
+    def describe(self) -> list[str]:
+        """Return lines that tell what was found."""
+        found = self.found
+        assert found is not None  # called after setup
+        patients = len({exam.patient for exam in found.exams})
+        lines = [f"{len(found.exams)} exams of {patients} patients in {self.root} ({found.layout})"]
+        lines += [f"problem: {text}" for text in found.problems]
+        size = " x ".join(str(n) for n in self.window.shape)
+        for name, modality in self._modalities.items():
+            count = sum(name in exam.scans for exam in found.exams)
+            lines.append(
+                f"{name}: {modality.num_channels} channel(s) {' '.join(modality.channels)} "
+                f"({modality.value_unit}), {size} voxels, in {count} exams"
+            )
+        names, masks = self.label_names, sum(bool(exam.mask) for exam in found.exams)
+        lines.append("labels: none" if names is None else f"labels: {', '.join(names)}")
+        lines.append(f"segmentation maps: {masks or 'none'}")
+        return lines + super().describe()
+
+
+def _digest(exams: Sequence[Exam]) -> str:
+    """Return a hash over the sizes of the files of exams, in their order."""
+    found = hashlib.sha256()
+    for exam in exams:
+        for name, path in sorted(exam.scans.items()):
+            size = 0 if os.path.isdir(path) else os.path.getsize(path)
+            found.update(f"{name} {size}\n".encode())
+    return found.hexdigest()[:16]

@@ -1,0 +1,226 @@
+"""Exams: places and values survive reading, resampling and cropping; what is missing is masked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exam_files import SPOT_MM, spot, spot_scan, write_scan
+
+from domainssl.datamodules.volumes import VolumeDataModule
+from domainssl.errors import ConfigError, DataError
+from domainssl.loading.plan import Piece
+from domainssl.loading.source import Loading
+from domainssl.sources.held_out import HeldOut
+from domainssl.sources.volume_options import (
+    Contrast,
+    ExamFiles,
+    ExamLabels,
+    ExamWindow,
+    Preparation,
+)
+
+CT = {"ct": Contrast(value_unit="hu")}
+NONE = HeldOut(val_fraction=0.0)
+
+
+def _batches(data: VolumeDataModule, epoch: int = 0) -> list[dict[str, Any]]:
+    data.setup("fit")
+    data.epoch = epoch
+    return list(data.train_dataloader())
+
+
+def _data(root: Path, modalities: dict[str, Contrast] | None = None, **more: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "held_out": NONE,
+        "global_batch_size": 1,
+        "window": ExamWindow(size=(24, 24, 16), min_foreground=0.0),
+        "exams": ExamFiles(ids="plain"),
+        "loading": Loading(workers=0),
+        **more,
+    }
+    return VolumeDataModule(str(root), modalities or CT, **arguments)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR"])
+@pytest.mark.parametrize("spacing", [None, (2.5, 3.0, 2.0)])
+def test_a_bright_spot_keeps_its_place_in_the_world(
+    tmp_path: Path, codes: str, spacing: tuple[float, float, float] | None
+) -> None:
+    spot_scan(tmp_path / "p1" / "ct.nii.gz", codes=codes)
+    window = ExamWindow(size=(40, 40, 44), flips=True, quarter_turns=True)
+    data = _data(tmp_path, window=window, preparation=Preparation(spacing_mm=spacing))
+    step = max(spacing or (2.0, 2.0, 3.0))
+    for epoch in range(3):
+        (batch,) = _batches(data, epoch)
+        values = np.where(batch["ct.valid"][0], batch["ct"][0, 0], -1000)
+        assert np.abs(spot(values, batch["ct.affine"][0]) - SPOT_MM).max() <= step
+        lengths = sorted(np.linalg.norm(np.array(batch["ct.affine"][0])[:3, :3], axis=0))
+        assert np.allclose(lengths, sorted(spacing or (2.0, 2.0, 3.0)))
+
+
+def test_a_small_exam_is_padded_and_the_padding_is_not_valid(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "p1" / "ct.nii.gz", shape=(12, 20, 10), at_mm=(-33, 0, 5))
+    (batch,) = _batches(_data(tmp_path, preparation=Preparation(foreground=False)))
+    valid = batch["ct.valid"][0]
+    assert batch["ct"].shape == (1, 1, 24, 24, 16) and valid.sum() == 12 * 20 * 10
+    assert batch["ct"][0, 0][valid].unique().tolist() == [-1000.0, 40.0, 1000.0]
+    assert not batch["ct"][0, 0][~valid].any()
+
+
+def test_the_volume_is_cut_to_what_is_not_air(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "p1" / "ct.nii.gz", shape=(32, 32, 24))
+    data = _data(tmp_path, preparation=Preparation(margin_mm=2.0))
+    (batch,) = _batches(data)
+    source: Any = data.source("train")
+    found, _ = source._volume(0)
+    assert found.shape == (32 - 8 + 2, 32 - 8 + 2, 24 - 8 + 2)  # a voxel of margin on every side
+    assert batch["ct.valid"].all()
+
+
+def test_a_window_of_air_is_not_valid_and_the_body_is_sought_first(tmp_path: Path) -> None:
+    shape = (60, 20, 20)
+    values = np.full(shape, -1000, np.int16)
+    values[:12] = 40
+    write_scan(tmp_path / "p1" / "ct.nii.gz", values, np.diag([1.0, 1, 1, 1]))
+    whole = Preparation(foreground=False)
+    seek = ExamWindow(size=(10, 10, 10), min_foreground=0.9, tries=200)
+    (batch,) = _batches(_data(tmp_path, window=seek, preparation=whole))
+    assert (batch["ct"] == 40).float().mean() >= 0.9 and batch["ct.valid"].all()
+    take = ExamWindow(size=(10, 10, 10), min_foreground=0.0)
+    data = _data(tmp_path, window=take, preparation=whole)
+    data.setup("fit")
+    found = set()
+    for epoch in range(24):
+        rows = data.source("train").load(Piece(0, 0, 1), epoch).data
+        has_body = bool((rows["ct"] == 40).any())
+        assert bool(rows["ct.valid"].any()) == has_body
+        found.add(has_body)
+    assert found == {True, False}
+
+
+def test_limits_are_percentiles_of_the_whole_volume_or_the_window_in_hu(tmp_path: Path) -> None:
+    values = np.zeros((30, 30, 30), np.int16)
+    values[10:20, 10:20, 10:20] = np.arange(1, 1001).reshape(10, 10, 10)
+    write_scan(tmp_path / "p1" / "mr.nii.gz", values, np.eye(4))
+    data = _data(
+        tmp_path,
+        {"mr": Contrast(percentiles=(5, 95))},
+        window=ExamWindow(size=(4, 4, 4), per_exam=3),
+    )
+    limits = [batch["mr.window"][0, 0].tolist() for batch in _batches(data)]
+    expected = np.percentile(np.arange(1, 1001), (5, 95)).tolist()
+    assert np.allclose(limits, [expected] * 3, rtol=1e-6)
+    spot_scan(tmp_path / "p1" / "ct.nii.gz")
+    (batch,) = _batches(_data(tmp_path))
+    assert batch["ct.window"][0, 0].tolist() == [-1000.0, 1000.0]
+
+
+def test_a_missing_contrast_is_absent_and_its_filler_finite(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "p1" / "t1.nii.gz", air=0)
+    spot_scan(tmp_path / "p1" / "t2.nii.gz", air=0)
+    spot_scan(tmp_path / "p2" / "t1.nii.gz", air=0)
+    both = {"t1": Contrast(), "t2": Contrast()}
+    batches = {b["id"][0]: b for b in _batches(_data(tmp_path, both))}
+    assert batches["p1"]["t2.present"].tolist() == [True]
+    absent = batches["p2"]
+    assert absent["t2.present"].tolist() == [False] and not absent["t2.valid"].any()
+    assert absent["t2"].isfinite().all() and absent["t1.valid"].all()
+    assert torch.equal(batches["p1"]["t1"], batches["p1"]["t2"])  # one window for both
+
+
+def test_removed_voxels_are_not_valid(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "p1" / "t1.nii.gz", air=0, shape=(24, 24, 16))
+    removed = np.zeros((24, 24, 16), np.uint8)
+    removed[:, 12:] = 1
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    affine[:3, 3] = (-45.0, -20.0, -10.0)
+    write_scan(tmp_path / "p1" / "anon_mask.nii.gz", removed, affine)
+    data = _data(tmp_path, {"t1": Contrast()}, preparation=Preparation(foreground=False))
+    (batch,) = _batches(data)
+    assert torch.equal(batch["t1.valid"][0], torch.from_numpy(removed == 0))
+
+
+def test_contrasts_on_other_grids_are_refused_or_resampled(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "p1" / "ct.nii.gz")
+    spot_scan(tmp_path / "p1" / "pet.nii.gz", spacing=(3, 3, 3), shape=(27, 24, 30), air=0)
+    both = {**CT, "pet": Contrast()}
+    with pytest.raises(DataError, match=r"preparation.resample_to: ct"):
+        _batches(_data(tmp_path, both))
+    window = ExamWindow(size=(40, 36, 30))
+    data = _data(tmp_path, both, preparation=Preparation(resample_to="ct"), window=window)
+    (batch,) = _batches(data)
+    for name in both:
+        found = spot(batch[name][0, 0].numpy(), batch[f"{name}.affine"][0])
+        assert np.abs(found - SPOT_MM).max() <= 3.0, name
+
+
+def test_masks_and_classes_come_along(tmp_path: Path) -> None:
+    rows = ["id,patient,ct,label,mask"]
+    for i, label in enumerate(("b", "a", "")):
+        spot_scan(tmp_path / f"e{i}" / "scan.nii.gz", shape=(20, 20, 16))
+        classes = np.zeros((20, 20, 16), np.uint8)
+        classes[5:9] = 3
+        affine = np.diag([2.0, 2.0, 3.0, 1.0])
+        affine[:3, 3] = (-45.0, -20.0, -10.0)
+        write_scan(tmp_path / f"e{i}" / "labels.nii.gz", classes, affine)
+        mask = "" if i == 1 else f"e{i}/labels.nii.gz"
+        rows.append(f"e{i},p{i},e{i}/scan.nii.gz,{label},{mask}")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    data = _data(tmp_path, preparation=Preparation(foreground=False))
+    batches = {b["id"][0]: b for b in _batches(data)}
+    assert data.label_names == ("a", "b") and data.num_classes == 2
+    assert {n: b["label"].item() for n, b in batches.items()} == {"e0": 1, "e1": 0, "e2": -1}
+    assert (batches["e1"]["mask"] == -1).all()
+    mask, valid = batches["e0"]["mask"], batches["e0"]["ct.valid"]
+    assert (mask == 3).sum() == 4 * 20 * 16 and torch.equal(mask == -1, ~valid)
+    named = _data(tmp_path, labels=ExamLabels(classes=("b", "c")))
+    with pytest.raises(ConfigError, match="'a'"):
+        _batches(named)
+
+
+def test_a_scan_says_whether_it_is_ct_or_mr(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "a.nii.gz")
+    spot_scan(tmp_path / "b.nii.gz", air=0)
+    table = "id,scan,source\na,a.nii.gz,ct\nb,b.nii.gz,MR\n"
+    (tmp_path / "manifest.csv").write_text(table)
+    scan = {"scan": Contrast(sources=("ct", "mr"))}
+    batches = {b["id"][0]: b for b in _batches(_data(tmp_path, scan))}
+    assert batches["a"]["scan.source"].tolist() == [0]
+    assert batches["b"]["scan.source"].tolist() == [1]
+    assert batches["a"]["scan.window"][0, 0].tolist() == [-1000.0, 1000.0]
+    assert batches["b"]["scan.window"][0, 0].tolist() == [39.5, 40.5]
+    (tmp_path / "manifest.csv").write_text(table.replace("MR", "us"))
+    with pytest.raises(DataError, match=r"b\.nii\.gz: 'us', expected one of ct, mr"):
+        _batches(_data(tmp_path, scan))
+
+
+def test_windows_in_millimetres_need_a_voxel_size(tmp_path: Path) -> None:
+    window = ExamWindow(size=(48, 48, 60), unit="mm")
+    with pytest.raises(ConfigError, match="spacing_mm"):
+        _data(tmp_path, window=window)
+    data = _data(tmp_path, window=window, preparation=Preparation(spacing_mm=(2, 2, 3)))
+    assert data.modalities["ct"].size == (24, 24, 20)
+    assert data.modalities["ct"].spacing_mm == (2.0, 2.0, 3.0)
+
+
+def test_patients_are_in_one_part(tmp_path: Path) -> None:
+    rows = ["id,patient,ct"]
+    for i in range(6):
+        spot_scan(tmp_path / f"e{i}.nii.gz", shape=(12, 12, 12))
+        rows.append(f"e{i},p{i // 2},e{i}.nii.gz")
+    (tmp_path / "manifest.csv").write_text("\n".join(rows))
+    data = _data(tmp_path, held_out=HeldOut(val_fraction=0.3))
+    data.setup("fit")
+    parts = {s: {e.patient for e in found} for s, found in data.splits.items()}
+    assert len(parts["val"]) == 1 and parts["train"] | parts["val"] == {"p0", "p1", "p2"}
+    named = _data(tmp_path, held_out=HeldOut(patients=("p1",)))
+    named.setup("fit")
+    assert [e.id for e in named.splits["val"]] == ["e2", "e3"]
+    with pytest.raises(ConfigError, match=r"no patient 'p9'"):
+        _data(tmp_path, held_out=HeldOut(patients=("p9",))).setup("fit")
+    with pytest.raises(ConfigError, match=r"held_out.gap"):
+        _data(tmp_path, held_out=HeldOut(gap=3.0))
