@@ -22,7 +22,8 @@ from domainssl.backbones.vit_files import (
     read_vit_file,
     write_transformer,
 )
-from domainssl.errors import ConfigError, DataError, WeightsError
+from domainssl.backbones.vit_tokens import date_codes, per_date, position_codes, transform
+from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import (
     Modality,
     as_modalities,
@@ -31,12 +32,11 @@ from domainssl.modality import (
     sides_of,
     valid_mask,
 )
-from domainssl.nn.alibi import KeyMask
 from domainssl.nn.blocks import Transformer
-from domainssl.nn.dates import DATE_CHANNELS, date_encoding, decimal_year
+from domainssl.nn.dates import DATE_CHANNELS
 from domainssl.nn.masking import take_tokens
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction, patchify
-from domainssl.nn.positions import resized_positions, sincos_positions
+from domainssl.nn.positions import resized_positions
 from domainssl.options import as_dataclass
 
 __all__ = [
@@ -53,8 +53,6 @@ Positions = Literal["sincos", "learned"]
 
 _LEAST_SHARE = 0.95  # of a backbone's tensors that a weights file must hold
 _EPSILON: dict[Layout, float] = {"timm": 1e-6, "monai": 1e-5}
-# Axes by their place in the code: MAE and MONAI put the column first, MONAI's 3D table x after y.
-_AXIS_ORDER = {2: (1, 0), 3: (1, 0, 2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,63 +414,6 @@ class ViTBackbone(Backbone):
         if self.class_token is not None:
             table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         return {"pos_embed": table.detach()}
-
-
-def position_codes(grid: tuple[int, ...], width: int, device: torch.device | None = None) -> Tensor:
-    """Return the sine-cosine table of MAE (2D) and MONAI (2D and 3D), float32 (N, width)."""
-    coords = grid_coordinates(grid, device=device)
-    return sincos_positions(coords, width, order=_AXIS_ORDER[len(grid)])
-
-
-def date_codes(x: Mapping[str, Any], name: str) -> Tensor:
-    """Encode the dates of a series against their mean, float32 (B, T, 8); zero on padded ones.
-
-    Raises:
-        DataError: The batch has no dates.
-    """
-    days = x.get(key(name, "dates"))
-    if days is None:
-        raise DataError(
-            f"batch.{name}.dates is missing: the tokens of a series carry their date, int32 (B, T) "
-            "days since 1970-01-01."
-        )
-    frames = x.get(key(name, "frames"), torch.ones_like(days, dtype=torch.bool))
-    weight = frames.double()
-    mean = (days * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-    code = date_encoding(days, x.get(key(name, "hours")), decimal_year(mean.round().long()))
-    return torch.where(frames.unsqueeze(-1), code, 0.0)
-
-
-def transform(
-    transformer: Transformer, first: Tensor | None, tokens: Tensor, attended: Tensor | None
-) -> tuple[Tensor | None, Tensor]:
-    """Run blocks over tokens with one more before them.
-
-    Args:
-        transformer: The blocks.
-        first: The class token, (1, 1, E) or (B, 1, E); None for none.
-        tokens: (B, N, E).
-        attended: bool (B, N); nothing attends to False tokens. None attends to all.
-
-    Returns:
-        The class token, (B, E) or None, and the others, (B, N, E).
-    """
-    if first is not None:
-        first = first.to(tokens.dtype).expand(len(tokens), -1, -1)
-        tokens = torch.cat([first, tokens], dim=1)
-        if attended is not None:
-            attended = torch.cat([torch.ones_like(attended[:, :1]), attended], dim=1)
-    out = transformer(tokens, None if attended is None else KeyMask(attended))
-    return (None, out) if first is None else (out[:, 0], out[:, 1:])
-
-
-def per_date(modality: Modality, x: Tensor, cut: Any) -> Tensor:
-    """Apply `cut`, (items, ...) -> (items, N, ...), and join the tokens of a series' dates."""
-    if modality.kind != "series":
-        found: Tensor = cut(x)
-        return found
-    flat: Tensor = cut(x.flatten(0, 1))
-    return flat.unflatten(0, x.shape[:2]).flatten(1, 2)
 
 
 def _only(modalities: Mapping[str, Modality]) -> tuple[str, Modality]:
