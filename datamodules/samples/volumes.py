@@ -1,83 +1,133 @@
-"""The embedded samples of CT, MR and PET exams, as folders of NIfTI files with a manifest.
+"""The embedded samples of scans: folders of NIfTI files and a manifest, made from known factors.
 
-`petct`: registered exams of a trunk with a dense and a soft organ, on either side. One of them
-takes up tracer. CT tells which is dense, PET where the uptake is; only both tell the class.
+`petct`: 96 training and 96 held-out exams of registered CT and PET. As in real files, the stored
+axes point in several directions, CT is stored as integers, with and without an offset, and PET
+with a slope of its own or in floating point; some patients come twice.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from domainssl.datamodules.samples import made_once
-from domainssl.errors import require
+from domainssl.datamodules.samples import made_once, volumes_petct
+from domainssl.datamodules.samples.volumes_files import affine_of, write_nifti
+from domainssl.datamodules.samples.volumes_petct import PetCT
+from domainssl.datamodules.samples.volumes_scene import PATTERNS
+from domainssl.errors import ConfigError, nearest
 
-__all__ = ["SAMPLES", "sample_root"]
+__all__ = ["EXAMS", "SAMPLES", "classes", "petct", "sample_root"]
 
 Array = np.ndarray[Any, Any]
-_SHAPE, _SPACING = (32, 24, 16), (8.0, 8.0, 12.0)
-_EXAMS = 64
+
+EXAMS = {"train": 96, "val": 96}
 _SEED = 20261127
+_TWICE = 8  # the last of so many exams is of the patient before
+_ORIENTATIONS = ("RAS", "LPS", "LAS", "RAS", "PIR")
 
 
 def sample_root(name: str) -> Path:
-    """Return the folder of a sample, made on first use in seconds."""
+    """Return the folder of a sample, made on first use in seconds.
+
+    Raises:
+        ConfigError: There is no such sample.
+    """
+    if name not in SAMPLES:
+        raise ConfigError(
+            f"sample:{name}: no such sample of volumes.{nearest(name, SAMPLES)} "
+            f"There are {', '.join(SAMPLES)}."
+        )
     version, build = SAMPLES[name]
-    return made_once(f"volumes-{name}", version, f"{name} sample", build)
+    return made_once(f"volumes-{name}", version, f"sample of volumes {name!r}", build)
 
 
-def _petct(folder: Path) -> None:
-    """Write the exams; the same values every time."""
-    rows = []
-    for number in range(_EXAMS):
-        rng = np.random.default_rng([_SEED, number])
-        label = number % 2  # 0: the dense organ takes up tracer
-        ct, pet = _trunk(rng, label)
-        case = f"case{number:03d}"
-        (folder / case).mkdir()
-        for name, values in (("ct", ct), ("pet", pet)):
-            _write(folder / case / f"{name}.nii.gz", values)
-        label_name = ("dense", "soft")[label]
-        rows.append((case, case, f"{case}/ct.nii.gz", f"{case}/pet.nii.gz", label_name))
+def classes(split: str) -> Array:
+    """Return the class of each exam of a split, position in `PATTERNS`."""
+    rng = np.random.default_rng([_SEED, len(split)])
+    return rng.permutation(np.arange(EXAMS[split]) % len(PATTERNS))
+
+
+def petct(split: str, number: int) -> PetCT:
+    """Draw an exam of `sample:petct` again, without writing any file."""
+    rngs = _generators("petct", split, number)
+    return volumes_petct.draw(*rngs, int(classes(split)[number]))
+
+
+def _generators(
+    name: str, split: str, number: int
+) -> tuple[np.random.Generator, np.random.Generator]:
+    """Return the source of an exam's draws and that of the patient's body."""
+    seed = [_SEED, len(name), len(split)]
+    return (
+        np.random.default_rng([*seed, number]),
+        np.random.default_rng([*seed, 1000 + _patient(number)]),
+    )
+
+
+def _patient(number: int) -> int:
+    return number - (number % _TWICE == _TWICE - 1)
+
+
+def _names(split: str, number: int) -> tuple[str, str]:
+    """Return id and patient of an exam."""
+    letter = "t" if split == "train" else "v"
+    return f"{letter}{number:03d}", f"phantom-{letter}{_patient(number):03d}"
+
+
+def _build_petct(folder: Path) -> None:
+    """Write the sample into an empty folder; the same bytes every time."""
+    _write_all(folder, ("ct", "pet"), partial(_write_petct, folder))
+
+
+def _write_all(
+    folder: Path, columns: Sequence[str], write: Callable[[str, int], dict[str, Any]]
+) -> None:
+    keys = [(split, number) for split, total in EXAMS.items() for number in range(total)]
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(lambda key: write(*key), keys))
     with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("id", "patient", "ct", "pet", "label"))
-        writer.writerows(rows)
+        table = csv.DictWriter(file, ["id", "patient", "split", *columns, "label"])
+        table.writeheader()
+        table.writerows(rows)
 
 
-def _trunk(rng: np.random.Generator, label: int) -> tuple[Array, Array]:
-    """Return Hounsfield units, int16, and uptake, float32, (X, Y, Z) each."""
-    places = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in _SHAPE), indexing="ij"))
-
-    def ball(centre: Any, radius: Any) -> Array:
-        offsets = (places - np.reshape(centre, (3, 1, 1, 1))) / np.reshape(radius, (3, 1, 1, 1))
-        return np.asarray((offsets**2).sum(0) < 1)
-
-    body = ball(rng.uniform(-0.05, 0.05, 3), rng.uniform(0.8, 0.95, 3) * (1, 1, 1.7))
-    side = rng.choice((-1, 1))
-    centres = [(s * 0.42 + rng.uniform(-0.08, 0.08), *rng.uniform(-0.25, 0.25, 2))
-               for s in (side, -side)]  # fmt: skip
-    organs = [ball(centre, rng.uniform(0.25, 0.34, 3)) for centre in centres]
-    ct = np.where(body, rng.normal(20, 5), -1000.0)
-    ct[organs[0]], ct[organs[1]] = rng.normal(160, 15), rng.normal(-60, 15)
-    ct += rng.normal(0, 15, _SHAPE)
-    pet = np.where(body, rng.uniform(0.8, 1.2), 0.02)
-    for i, organ in enumerate(organs):
-        pet[organ] = rng.uniform(4, 6) if i == label else rng.uniform(1.0, 1.6)
-    pet = np.maximum(pet * rng.normal(1, 0.1, _SHAPE), 0) * rng.uniform(500, 2000)
-    return ct.round().astype(np.int16), pet.astype(np.float32)
+def _row(split: str, number: int, cells: dict[str, str]) -> dict[str, Any]:
+    name, patient = _names(split, number)
+    label = PATTERNS[classes(split)[number]]
+    return {"id": name, "patient": patient, "split": split, **cells, "label": label}
 
 
-def _write(path: Path, values: Array) -> None:
-    nibabel: Any = require("nibabel", "medical")
-    affine = np.diag([-_SPACING[0], -_SPACING[1], _SPACING[2], 1.0])  # stored as LPS
-    image = nibabel.Nifti1Image(values[::-1, ::-1], affine)
-    image.header.set_xyzt_units("mm")
-    nibabel.save(image, path)
+def _write_petct(folder: Path, split: str, number: int) -> dict[str, Any]:
+    """Write the files of an exam and return its row of the manifest."""
+    exam, grid = petct(split, number), volumes_petct.GRID
+    affine = affine_of(grid.shape, grid.spacing_mm)
+    name = _names(split, number)[0]
+    (folder / name).mkdir()
+    ends = [_ORIENTATIONS[(number + more) % len(_ORIENTATIONS)] for more in (0, 2)]
+    units = np.round(exam.ct)
+    if number % 3:  # unsigned with an offset, as some converters write
+        stored, scaling = (units + 1024).astype(np.uint16), (1.0, -1024.0)
+        write_nifti(
+            folder / name / "ct.nii.gz", stored, affine, orientation=ends[0], scaling=scaling
+        )
+    else:
+        path = folder / name / "ct.nii.gz"
+        write_nifti(path, units.astype(np.int16), affine, orientation=ends[0])
+    path = folder / name / "pet.nii.gz"
+    if number % 4:
+        slope = float(exam.pet.max()) / 4000
+        counts = np.round(exam.pet / slope).astype(np.int16)
+        write_nifti(path, counts, affine, orientation=ends[1], scaling=(slope, 0.0))
+    else:
+        write_nifti(path, exam.pet.round(2), affine, orientation=ends[1])
+    return _row(split, number, {key: f"{name}/{key}.nii.gz" for key in ("ct", "pet")})
 
 
-SAMPLES: dict[str, tuple[str, Callable[[Path], None]]] = {"petct": ("1", _petct)}
+# name -> (version, which changes with the values, and what writes it)
+SAMPLES: dict[str, tuple[str, Callable[[Path], None]]] = {"petct": ("1", _build_petct)}

@@ -1,0 +1,121 @@
+"""Registered phantoms of CT and PET: the same layers in both, and uptake that CT does not show.
+
+Body, organs and layers are shared. Levels, grain and noise are drawn for each scan anew; foci of
+uptake reach the PET scan alone, calcifications the CT scan alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, layered, shaped, smooth
+
+__all__ = ["GRID", "PetCT", "draw"]
+
+Array = np.ndarray[Any, Any]
+Rng = np.random.Generator
+
+GRID = Grid((40, 40, 36), (4.0, 4.0, 4.0))
+# centre and radii in mm, Hounsfield units, uptake over that of the tissue around
+_ORGANS = {
+    "liver": ((32, 10, 18), (34, 32, 38), 62, 1.5),
+    "spleen": ((-44, -14, 22), (17, 15, 20), 52, 1.3),
+    "right kidney": ((34, -28, -28), (12, 12, 20), 32, 1.8),
+    "left kidney": ((-34, -28, -28), (12, 12, 20), 32, 1.8),
+    "bowel": ((-14, 20, -30), (24, 18, 22), 10, 1.2),
+}
+_HU_PER_LAYER, _UPTAKE_PER_LAYER = 55.0, 0.42
+
+
+@dataclass(frozen=True, kw_only=True)
+class PetCT:
+    """A phantom and the numbers that it was made from.
+
+    Attributes:
+        ct: Hounsfield units, float32 (X, Y, Z).
+        pet: Standardised uptake, float32 (X, Y, Z).
+        layers: The layers that both scans show, unit variance, zero outside of tissue.
+        factors: `period_mm`, `contrast` and `size` are shared; `ct_level`, `calcifications` and
+            `pet_level`, `foci` reach one scan.
+    """
+
+    ct: Array
+    pet: Array
+    layers: Array
+    factors: dict[str, float]
+
+
+def draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
+    """Draw a phantom.
+
+    Args:
+        rng: Source of what differs between exams of a patient.
+        body_rng: Source of the patient's body.
+        pattern: Class, position in `PATTERNS`.
+    """
+    places = GRID.places()
+    size = float(np.exp(body_rng.normal(0, 0.04)))
+    body = ellipsoid(places, (*body_rng.normal(0, 3, 2), 0), (74 * size, 62 * size, 1e4))
+    body *= np.exp(0.04 * smooth(body_rng, GRID, 30))
+    inside, tissue = body < 1, body < 0.92
+    spine = (np.hypot(places[0], places[1] + 44 * size) < 11 * size) & tissue
+    organs = [
+        (ellipsoid(places, np.add(c, body_rng.normal(0, 3, 3)), np.multiply(r, size)), hu, up)
+        for c, r, hu, up in _ORGANS.values()
+    ]
+    period, contrast = rng.uniform(40, 60), float(np.exp(rng.normal(0, 0.15)))
+    layers = np.where(tissue, layered(rng, GRID, pattern, period), 0.0)
+    ct, uptake = np.where(inside, -95.0, -1000.0), np.where(inside, 0.5, 0.02)
+    ct[tissue], uptake[tissue] = 40.0, 1.0
+    for distance, hu, up in organs:
+        ct[(distance < 1) & tissue], uptake[(distance < 1) & tissue] = hu, up
+    own = {"ct_level": rng.normal(0, 20), "pet_level": rng.normal(0, 0.2)}
+    scan = ct + np.where(inside, own["ct_level"], 0)
+    scan += _HU_PER_LAYER * contrast * np.exp(rng.normal(0, 0.1)) * layers
+    scan += np.where(tissue, 18 * _grain(rng), 0)
+    scan[spine] = 260 + 0.5 * (scan[spine] - ct[spine])
+    stones = _spots(rng, tissue & ~spine, 3.0)
+    scan[stones[0]] += 180
+    scan += 18 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(GRID.shape, np.float32)
+    log = _UPTAKE_PER_LAYER * contrast * np.exp(rng.normal(0, 0.1)) * layers
+    log += np.where(tissue, 0.15 * _grain(rng), 0) + own["pet_level"]
+    pet = uptake * np.exp(log)
+    foci = _spots(rng, tissue & ~spine, 7.0)
+    pet[foci[0]] += 2.5
+    noise = 0.12 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(GRID.shape, np.float32)
+    pet += noise * np.sqrt(pet + 0.05)
+    return PetCT(
+        ct=scan.clip(-1024, 3000).astype(np.float32),
+        pet=pet.clip(0).astype(np.float32),
+        layers=layers.astype(np.float32),
+        factors={
+            "period_mm": float(period),
+            "contrast": contrast,
+            "size": size,
+            **{name: float(value) for name, value in own.items()},
+            "calcifications": float(stones[1]),
+            "foci": float(foci[1]),
+        },
+    )
+
+
+def _grain(rng: Rng) -> Array:
+    """Return texture finer than the layers, which each scan has of its own."""
+    frequency = np.sqrt((GRID.frequencies() ** 2).sum(0))
+    centre = 1 / rng.uniform(10, 14)
+    return shaped(rng, GRID, np.exp(-(((frequency - centre) / (0.3 * centre)) ** 2)))
+
+
+def _spots(rng: Rng, where: Array, radius_mm: float) -> tuple[Array, int]:
+    """Return up to three small balls at random places of `where`, and their number."""
+    count = int(rng.integers(0, 4))
+    centres = rng.permutation(np.argwhere(where))[:count]
+    voxels = np.argwhere(np.ones(GRID.shape, bool)).reshape(*GRID.shape, 3)
+    found = np.zeros(GRID.shape, bool)
+    for centre in centres:
+        offsets = (voxels - centre) * np.asarray(GRID.spacing_mm)
+        found |= (offsets**2).sum(-1) <= radius_mm**2
+    return found & where, count
