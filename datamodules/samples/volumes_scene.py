@@ -49,7 +49,9 @@ class Grid:
         return np.stack(np.meshgrid(*axes, indexing="ij")).astype(np.float32)
 
 
-def ellipsoid(places: Array, centre_mm: Sequence[float], radii_mm: Sequence[float]) -> Array:
+def ellipsoid(
+    places: Array, centre_mm: Sequence[float] | Array, radii_mm: Sequence[float] | Array
+) -> Array:
     """Return the distance from the centre in units of the radii: 1 on the surface, (X, Y, Z)."""
     offsets = places - np.reshape(np.asarray(centre_mm, np.float32), (3, 1, 1, 1))
     scaled = offsets / np.reshape(np.asarray(radii_mm, np.float32), (3, 1, 1, 1))
