@@ -8,9 +8,23 @@ from typing import Any, TypeVar
 
 from domainssl.errors import ConfigError, nearest
 
-__all__ = ["as_dataclass", "decide", "named_sizes", "option", "option_table"]
+__all__ = ["MethodOptions", "as_dataclass", "decide", "named_sizes", "option", "option_table"]
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Base of the options of a method.
+
+    Attributes:
+        reference: Follow the released code wherever an option is None.
+    """
+
+    reference: bool = False
+
+
+M = TypeVar("M", bound=MethodOptions)
 
 
 def as_dataclass(cls: type[T], value: T | Mapping[str, Any]) -> T:
@@ -54,26 +68,31 @@ def named_sizes(
 
 
 def option(*, ours: Any, reference: Any, text: str) -> Any:
-    """Declare a dataclass field that is None until `decide` fills it.
+    """Declare a field of `MethodOptions` that is None until `decide` fills it.
 
     Args:
-        ours: Value with `reference: false`.
-        reference: Value with `reference: true`.
+        ours: Value with `options.reference: false`.
+        reference: Value with `options.reference: true`.
         text: What the option does, for the documentation.
     """
     metadata = {"ours": ours, "reference": reference, "text": text}
     return dataclasses.field(default=None, metadata=metadata)
 
 
-def decide(options: T, reference: bool) -> T:
-    """Return `options` with every None replaced; explicit values win."""
+def decide(cls: type[M], options: M | Mapping[str, Any]) -> M:
+    """Return `options` with every None replaced as `reference` says; explicit values win.
+
+    Raises:
+        ConfigError: The mapping has a key that is no field.
+    """
+    given = as_dataclass(cls, options)
     chosen = {}
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
-        value = getattr(options, field.name)
+    for field in dataclasses.fields(given):
+        value = getattr(given, field.name)
         if value is None and "ours" in field.metadata:
-            value = field.metadata["reference" if reference else "ours"]
+            value = field.metadata["reference" if given.reference else "ours"]
         chosen[field.name] = value
-    return dataclasses.replace(options, **chosen)  # type: ignore[type-var]
+    return dataclasses.replace(given, **chosen)
 
 
 def option_table(options: type) -> list[tuple[str, Any, Any, str]]:

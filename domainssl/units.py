@@ -239,7 +239,8 @@ class UnitCheck:
         found = self.find(batch, loader, f"the {loader} data")
         if found:
             raise DataError(
-                f"{found} If the values are right, model.init_args.check_units: false accepts them."
+                f"{found} If the values are right, model.init_args.execution.check_units: false "
+                "accepts them."
             )
 
     def find(self, batch: Any, loader: str, source: str) -> str:

@@ -23,7 +23,7 @@ def _holds(criterion: Criterion) -> bool:
 def train(folder: Path, recipe: Path, seed: int = 0, *more: str) -> Outcome:
     """Run a recipe on the CPU and return what its evaluation found at the end; `more` overrides."""
     words = ["fit", "--config", str(recipe), f"--run_dir={folder}", "--trainer.accelerator=cpu"]
-    words += [f"--seed_everything={seed}", f"--model.seed={seed}", f"--data.seed={seed}"]
+    words += [f"--seed_everything={seed}", f"--model.execution.seed={seed}", f"--data.seed={seed}"]
     assert main([*words, *more]) == 0
     return read_outcome(folder)
 

@@ -97,7 +97,7 @@ def test_message_names_values_expectation_remedy_and_flag(sample) -> None:
         text.startswith("s2 values lie in [0.0") and " fully valid items of the train data" in text
     )
     assert "this model expects digital numbers without offset (0..10000)" in text
-    assert "model.init_args.check_units: false" in text
+    assert "model.init_args.execution.check_units: false" in text
 
 
 @pytest.mark.parametrize("name", ["S1GRD", "S2L1C", "S2L2A"])
@@ -216,7 +216,7 @@ def test_fit_ends_with_the_message_unless_the_flag_is_off(tmp_path: Path) -> Non
         warnings.filterwarnings("error", message=".*on_before_batch_transfer.*")
         tiny_trainer(tmp_path, max_epochs=1).fit(TinyObjective(data.modalities), data)
     trainer = tiny_trainer(tmp_path, max_epochs=1)
-    trainer.fit(TinyObjective(data.modalities, check_units=False), data)
+    trainer.fit(TinyObjective(data.modalities, execution={"check_units": False}), data)
     assert trainer.global_step == 4
 
 

@@ -16,7 +16,7 @@ from domainssl.backbones.croma import PUBLISHED_MODALITIES
 from domainssl.bench.report import Settings
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Objective
-from domainssl.objectives.croma import CROMA
+from domainssl.objectives.croma import CROMA, CROMAEncoding
 
 __all__ = ["autocast", "batch_size", "croma", "forward_backward", "made_up_batch", "peak_memory"]
 
@@ -39,9 +39,9 @@ def croma(settings: Settings, side: int = 120) -> CROMA:
     from domainssl.nn.blocks import set_attention_path
 
     torch.manual_seed(0)
-    size = "tiny" if settings.quick else "base"
+    encoding = CROMAEncoding(size="tiny" if settings.quick else "base", patch_size=_PATCH)
     known: dict[str, Any] = {n: m.to_dict() for n, m in modalities(side).items()}
-    model = CROMA(known, size=size, context_size=side, patch_size=_PATCH)  # type: ignore[arg-type]
+    model = CROMA(known, encoding, context_size=side)
     set_attention_path(model.backbone, settings.attention)
     return model.to(settings.device).train()
 

@@ -23,8 +23,8 @@ from domainssl.objectives.barlow_twins import BarlowTwins
 from domainssl.objectives.base import Objective
 from domainssl.objectives.clip import CLIP
 from domainssl.objectives.decur import DeCUR
-from domainssl.objectives.maestro import MAESTRO
-from domainssl.objectives.omnisat import OmniSat
+from domainssl.objectives.maestro import MAESTRO, MAESTROEncoding
+from domainssl.objectives.omnisat import OmniSat, OmniSatEncoding
 from domainssl.objectives.simclr import SimCLR
 from domainssl.objectives.vicreg import VICReg
 
@@ -76,11 +76,11 @@ def _cases(settings: Settings) -> dict[str, _Case]:
     """Return every objective that `matmul` does not measure, small ones for a quick run."""
     side = 32 if settings.quick else 112
     pair: dict[str, Any] = {n: m.to_dict() for n, m in modalities(side).items()}
-    encoder: dict[str, Any] = {"encoder": "resnet50", "context_size": side}
+    encoder: dict[str, Any] = {"encoding": {"encoder": "resnet50"}, "context_size": side}
     words = f"two ResNet-50, {side} px"
     if settings.quick:
         small = EncoderSizes(width=32, depth=1, heads=2, patch_size=8)
-        encoder |= {"encoder": "transformer", "sizes": small}
+        encoder |= {"encoding": {"encoder": "transformer", "sizes": small}}
         encoder |= {"projector": (32, 32)}
         words = f"two small transformers, {side} px"
     methods: dict[str, type[Objective]] = {
@@ -97,14 +97,18 @@ def _cases(settings: Settings) -> dict[str, _Case]:
     footprint: dict[str, Any] = {n: m.to_dict() for n, m in _footprint().items()}
     size: Any = "tiny" if settings.quick else "base"
     words = f"{size}, aerial {5 * _METRES} px, s2 and s1 of {_DATES} dates"
-    cases["OmniSat"] = _Case(lambda: OmniSat(footprint, size=size), 8, words)
+    cases["OmniSat"] = _Case(lambda: OmniSat(footprint, OmniSatEncoding(size=size)), 8, words)
     inputs = {
         "aerial": MAESTROInput(patch_size=20),
         "s2": MAESTROInput(patch_size=2),
         "s1_asc": MAESTROInput(patch_size=2),
     }
     cases["MAESTRO"] = _Case(
-        lambda: MAESTRO(footprint, inputs, size=size, normalization="zscore"), 2, words
+        lambda: MAESTRO(
+            footprint, MAESTROEncoding(inputs=inputs, size=size, normalization="zscore")
+        ),
+        2,
+        words,
     )
     return cases
 

@@ -22,7 +22,7 @@ from domainssl import callbacks
 from domainssl.bench.models import batch_size, made_up_batch, modalities
 from domainssl.bench.report import Goal, Row, Settings, ratio, silent
 from domainssl.modality import Batch
-from domainssl.objectives.croma import CROMA, CROMAArchitecture
+from domainssl.objectives.croma import CROMA, CROMAArchitecture, CROMAEncoding
 
 __all__ = ["measure"]
 
@@ -134,6 +134,6 @@ def _train(
     if settings.quick:
         sizes = CROMAArchitecture(width=32, depth=2, heads=4, decoder_width=32)
     known: dict[str, Any] = {n: m.to_dict() for n, m in modalities(side).items()}
-    model = CROMA(known, size="tiny", architecture=sizes, context_size=side)
+    model = CROMA(known, CROMAEncoding(size="tiny", architecture=sizes), context_size=side)
     trainer.fit(model, train_dataloaders=_Batches(batch, steps))
     return clock

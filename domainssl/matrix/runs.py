@@ -107,7 +107,10 @@ class Run:
 
     def words(self, folder: Path) -> list[str]:
         """Return the command line of the run."""
-        seeds = [f"--{key}={self.seed}" for key in ("seed_everything", "model.seed", "data.seed")]
+        seeds = [
+            f"--{key}={self.seed}"
+            for key in ("seed_everything", "model.execution.seed", "data.seed")
+        ]
         config = ["--config", str(self.recipe.resolve())]
         return ["fit", *config, f"--run_dir={folder}", "--trainer.accelerator=cpu", *seeds]
 

@@ -27,23 +27,11 @@ class Objective(TrainingModule):
 
     A subclass calls `super().__init__`, builds its backbone and assigns it to `self.backbone`.
 
-    Args:
-        allow_accumulation: Let a contrastive method run with `accumulate_grad_batches` > 1,
-            though its negatives then come from one part of the batch only.
-        shared: Arguments of `TrainingModule`: `optimization`, `seed`, `execution`,
-            `context_size`, `check_units`.
+    Its arguments are those of `TrainingModule`: `optimization`, `execution`, `context_size`.
     """
 
     contrastive: ClassVar[bool] = False
-    resume_may_change: ClassVar[tuple[str, ...]] = (
-        *TrainingModule.resume_may_change,
-        "allow_accumulation",
-    )
     forward_methods: ClassVar[tuple[str, ...]] = ("features", "embed")
-
-    def __init__(self, *, allow_accumulation: bool = False, **shared: Any) -> None:
-        super().__init__(**shared)
-        self.allow_accumulation = allow_accumulation
 
     def draw(self, batch: Batch, generators: Generators) -> Any:
         """Return every random choice of one step as tensors."""
@@ -85,9 +73,10 @@ class Objective(TrainingModule):
             f"accumulate_grad_batches is {parts}: {type(self).__name__} contrasts items within one "
             f"forward pass, so its contrastive batch is 1/{parts} of global_batch_size"
         )
-        if not self.allow_accumulation:
+        if not self.execution.allow_accumulation:
             raise ConfigError(
                 f"trainer.{text}. Use more devices, or execution.gradient_checkpointing for a "
-                "larger batch, or accept it with model.init_args.allow_accumulation: true."
+                "larger batch, or accept it with model.init_args.execution.allow_accumulation: "
+                "true."
             )
-        logger.warning("%s; allowed by allow_accumulation.", text)
+        logger.warning("%s; allowed by execution.allow_accumulation.", text)

@@ -40,25 +40,32 @@ from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.objectives.croma_parts import (
     SIZES,
     CROMAArchitecture,
+    CROMAEncoding,
     Decoder,
-    Size,
     check_pair,
     per_modality,
     pretraining_name,
 )
 from domainssl.objectives.terms import term_weights
-from domainssl.options import as_dataclass, decide, named_sizes, option
+from domainssl.options import MethodOptions, as_dataclass, decide, named_sizes, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
-__all__ = ["CROMA", "CROMAArchitecture", "CROMADraws", "CROMAOptions", "pretraining_name"]
+__all__ = [
+    "CROMA",
+    "CROMAArchitecture",
+    "CROMADraws",
+    "CROMAEncoding",
+    "CROMAOptions",
+    "pretraining_name",
+]
 
 # Base rate 4e-6 per 256 items at the published global batch of 7200, section A of the paper.
 _PUBLISHED = Optimization(lr=4e-6 * 7200 / 256, weight_decay=0.01, betas=(0.9, 0.999))
 
 
 @dataclass(frozen=True)
-class CROMAOptions:
+class CROMAOptions(MethodOptions):
     """Where the paper, the released code and good sense differ; None follows `reference`."""
 
     contrast_gather: Literal["grad", "detach"] | None = option(
@@ -121,26 +128,14 @@ class CROMA(Objective):
 
     Args:
         modalities: Radar and optical modality, by name; linked from the DataModule by the CLI.
-        size: Named size, `tiny` (tests), `base` or `large`.
-        architecture: Explicit sizes over the named one.
-        radar: Name of the radar modality.
-        optical: Name of the optical modality.
+        encoding: Size, patches, normalisation and weights of the backbone.
         context_size: Size of the window in pixels, one number or one per axis, multiples of
-            `patch_size`.
-        patch_size: Side of a patch.
+            `encoding.patch_size`.
         mask_ratio: Share of patches hidden, one number for both sensors or one per modality.
-        normalization: Form for both sensors, or one per modality.
-        weights: Start from these released, torchgeo, pretraining or exported weights, with the
-            statistics they were trained with.
-        reference: Follow the released code where it differs from ours.
-        options: Single choices, over `reference`.
+        options: Choices between our and the published behaviour.
         loss_weights: Weight of the terms `contrastive` and `reconstruction`.
         optimization: Optimiser and schedule.
-        seed: Seed of all draws.
-        allow_accumulation: Accept gradient accumulation, which does not enlarge the contrastive
-            batch.
-        execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
-        check_units: Look at the first batches and refuse values in another unit than the model's.
+        execution: Seed, speed and memory.
 
     Raises:
         ConfigError: The modalities or sizes cannot be used.
@@ -152,39 +147,24 @@ class CROMA(Objective):
     def __init__(
         self,
         modalities: dict[str, Modality | dict[str, Any]],
-        size: Size = "base",
-        architecture: CROMAArchitecture = CROMAArchitecture(),
-        radar: str = "s1",
-        optical: str = "s2",
+        encoding: CROMAEncoding = CROMAEncoding(),
         context_size: int | tuple[int, ...] = 120,
-        patch_size: int = 8,
         mask_ratio: float | dict[str, float] = 0.75,
-        normalization: str | dict[str, str] = "mean2std",
-        weights: str | None = None,
-        reference: bool = False,
         options: CROMAOptions = CROMAOptions(),
         loss_weights: dict[str, float] | None = None,
         optimization: Optimization = _PUBLISHED,
-        seed: int = 0,
-        allow_accumulation: bool = False,
         execution: Execution = Execution(),
-        check_units: bool = True,
     ) -> None:
-        super().__init__(
-            optimization=optimization,
-            seed=seed,
-            allow_accumulation=allow_accumulation,
-            execution=execution,
-            context_size=context_size,
-            check_units=check_units,
-        )
-        sizes = named_sizes(SIZES, size, architecture, "CROMA")
-        self.options = decide(as_dataclass(CROMAOptions, options), reference)
-        self.radar, self.optical = radar, optical
+        super().__init__(optimization=optimization, execution=execution, context_size=context_size)
+        encoding = as_dataclass(CROMAEncoding, encoding)
+        sizes = named_sizes(SIZES, encoding.size, encoding.architecture, "CROMA")
+        self.options = decide(CROMAOptions, options)
+        self.radar, self.optical = radar, optical = encoding.radar, encoding.optical
         known = as_modalities(modalities)
         check_pair(known, radar, optical)
         self.mask_ratio = per_modality(mask_ratio, (radar, optical))
         self.loss_weights = term_weights(loss_weights, "CROMA")
+        patch_size = encoding.patch_size
         variant: dict[str, Any] = {
             "width": sizes.width,
             "depth": sizes.depth,
@@ -193,13 +173,13 @@ class CROMA(Objective):
             "ffn_ratio": sizes.ffn_ratio,
             "radar": radar,
             "optical": optical,
+            "normalization": encoding.normalization,
         }
-        variant["normalization"] = normalization
         reference_state: dict[str, Tensor] = {}
-        if weights is None:
+        if encoding.weights is None:
             self.backbone = CROMABackbone(known, **variant)
         else:
-            self.backbone, reference_state = _from_weights(weights, size, known, variant)
+            self.backbone, reference_state = _from_weights(encoding, known, variant)
         spatial_dims = known[radar].spatial_dims
         where = "model.init_args.context_size"
         grid_of(sides_of(context_size, spatial_dims, where), patch_size, where)
@@ -375,22 +355,26 @@ class CROMA(Objective):
 
 
 def _from_weights(
-    weights: str, size: Size, known: dict[str, Modality], variant: dict[str, Any]
+    encoding: CROMAEncoding, known: dict[str, Modality], variant: dict[str, Any]
 ) -> tuple[CROMABackbone, dict[str, Tensor]]:
     """Load the backbone, and the file's tensors if it is a pretraining state dict."""
-    path = Path(weights)
+    path = Path(str(encoding.weights))
     state: dict[str, Tensor] = {}
     if is_own_file(path):
         loaded = load_backbone(path, modalities=known)
     else:
-        loaded, content = load_reference(f"croma_{size}", path, modalities=known, arguments=variant)
+        loaded, content = load_reference(
+            f"croma_{encoding.size}", path, modalities=known, arguments=variant
+        )
         state = flatten_reference(content)
         if "decoder.mask_token" not in state:
             state = {}
     if not isinstance(loaded, CROMABackbone) or loaded.patch_size != variant["patch_size"]:
         raise WeightsError(
-            f"model.init_args.weights: {weights!r} holds a {type(loaded).__name__} with patches of "
+            f"model.init_args.encoding.weights: {path} holds a {type(loaded).__name__} with "
+            "patches of "
             f"{getattr(loaded, 'patch_size', None)} pixels; expected CROMA weights with patches of "
-            f"{variant['patch_size']}. Set model.init_args.patch_size to that of the weights."
+            f"{variant['patch_size']}. Set model.init_args.encoding.patch_size to that of the "
+            "weights."
         )
     return loaded.train(), state

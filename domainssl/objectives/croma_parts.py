@@ -19,6 +19,7 @@ from domainssl.nn.positions import sincos_positions
 
 __all__ = [
     "CROMAArchitecture",
+    "CROMAEncoding",
     "Decoder",
     "SIZES",
     "Size",
@@ -59,6 +60,30 @@ SIZES: dict[Size, CROMAArchitecture] = {
     "base": CROMAArchitecture(width=768, depth=12, heads=16, decoder_width=512),
     "large": CROMAArchitecture(width=1024, depth=24, heads=16, decoder_width=512),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CROMAEncoding:
+    """What encodes the two modalities.
+
+    Attributes:
+        size: Named size, `tiny` (tests), `base` or `large`.
+        architecture: Explicit sizes over the named one.
+        patch_size: Side of a patch.
+        radar: Name of the radar modality, whose tokens are the queries of the joint encoder.
+        optical: Name of the optical modality.
+        normalization: Form for both modalities, or one per modality.
+        weights: Start from these released, torchgeo, pretraining or exported weights, with the
+            statistics they were trained with.
+    """
+
+    size: Size = "base"
+    architecture: CROMAArchitecture = CROMAArchitecture()
+    patch_size: int = 8
+    radar: str = "s1"
+    optical: str = "s2"
+    normalization: str | dict[str, str] = "mean2std"
+    weights: str | None = None
 
 
 class Decoder(nn.Module):
@@ -106,8 +131,9 @@ def check_pair(known: Mapping[str, Modality], radar: str, optical: str) -> None:
             raise ConfigError(
                 f"CROMA needs a {role} modality named {name!r}; the data have {list(known)}."
                 f"{nearest(name, known)} Any two images or volumes will do, such as pet and ct: "
-                "set model.init_args.radar to the one that asks (its tokens are the queries of "
-                "the joint encoder) and model.init_args.optical to the one that is asked."
+                "set model.init_args.encoding.radar to the one that asks (its tokens are the "
+                "queries of "
+                "the joint encoder) and model.init_args.encoding.optical to the one that is asked."
             )
     a, b = known[radar], known[optical]
     if a.kind != b.kind or a.kind not in ("image", "volume"):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from domainssl.backbones.base import Features, LoadReport
-from domainssl.backbones.encoders.backbone import DeformableAttentionUse, EncoderSizes
+from domainssl.backbones.encoders.backbone import DeformableAttentionUse
 from domainssl.backbones.encoders.files import read_encoder_file
 from domainssl.backbones.registry import read_tensors
 from domainssl.distributed import row_layout
@@ -32,17 +32,17 @@ from domainssl.modality import Batch, Modality
 from domainssl.nn.norm import GlobalBatchNorm
 from domainssl.objectives.base import Step
 from domainssl.objectives.joint_embedding import (
+    PairEncoding,
     ViewDraws,
     Views,
     _JointEmbedding,
-    common_arguments,
     with_outputs,
 )
-from domainssl.options import as_dataclass, decide, option
+from domainssl.options import MethodOptions, as_dataclass, decide, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
-__all__ = ["DeCUR", "DeCUROptions", "published_optimization"]
+__all__ = ["DeCUR", "DeCUREncoding", "DeCUROptions", "published_optimization"]
 
 # Published rates of the released weights: LARS for plain ResNets, AdamW for all others.
 _LARS = Optimization(
@@ -60,8 +60,23 @@ def published_optimization(
     return _LARS if is_plain else _ADAMW
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeCUREncoding(PairEncoding):
+    """What encodes the two modalities.
+
+    Attributes:
+        encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
+        sizes: Sizes of the encoder `transformer`.
+        normalization: Form for both modalities, or one per modality.
+        weights: Start from this export, checkpoint or published file.
+        deformable_attention: Residual deformable attention in ResNets (section 3.3).
+    """
+
+    deformable_attention: bool = False
+
+
 @dataclass(frozen=True)
-class DeCUROptions:
+class DeCUROptions(MethodOptions):
     """Where the paper, the released code and good sense differ; None follows `reference`."""
 
     correlation_divisor: Literal["global", "4n"] | None = option(
@@ -100,24 +115,16 @@ class DeCUR(_JointEmbedding):
 
     Args:
         modalities: Two modalities by name; linked from the DataModule by the CLI.
-        encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
-        sizes: Sizes of the encoder `transformer`.
-        deformable_attention: Residual deformable attention in ResNets (section 3.3).
+        encoding: Encoders, normalisation and weights to start from.
         projector: Widths of the projector's linear layers; the last is the embedding's, K.
         common_ratio: Share of the dimensions that both modalities have in common.
         off_diagonal: Weight lambda of correlations off the diagonal.
         views: How views are drawn, per modality; None takes the published pipelines.
         context_size: Size of the window that the DataModule yields, in pixels.
         view_size: Size of a view in pixels; None takes `context_size`.
-        normalization: Form for both modalities, or one per modality.
-        weights: Start from this export, checkpoint or published file.
-        reference: Follow the released code where it differs from ours.
-        options: Single choices, over `reference`.
+        options: Choices between our and the published behaviour.
         optimization: Optimiser and schedule; None takes the published one of the encoder.
-        seed: Seed of all draws.
-        allow_accumulation: Accept gradient accumulation, which does not enlarge the batch that
-            correlations are taken over.
-        execution: Speed and memory.
+        execution: Seed, speed and memory.
 
     Raises:
         ConfigError: The modalities or sizes cannot be used.
@@ -126,31 +133,32 @@ class DeCUR(_JointEmbedding):
     def __init__(
         self,
         modalities: dict[str, Modality | dict[str, Any]],
-        encoder: str | dict[str, str] = "resnet50",
-        sizes: EncoderSizes = EncoderSizes(),
-        deformable_attention: bool = False,
+        encoding: DeCUREncoding = DeCUREncoding(),
         projector: tuple[int, ...] = (8192, 8192, 8192),
         common_ratio: float = 0.875,
         off_diagonal: float = 0.0051,
         views: dict[str, Views] | None = None,
         context_size: int | tuple[int, ...] = 224,
         view_size: int | tuple[int, ...] | None = None,
-        normalization: str | dict[str, str] = "mean2std",
-        weights: str | None = None,
-        reference: bool = False,
         options: DeCUROptions = DeCUROptions(),
         optimization: Optimization | None = None,
-        seed: int = 0,
-        allow_accumulation: bool = False,
         execution: Execution = Execution(),
     ) -> None:
-        chosen = decide(as_dataclass(DeCUROptions, options), reference)
+        encoding, chosen = as_dataclass(DeCUREncoding, encoding), decide(DeCUROptions, options)
         attention: DeformableAttentionUse = "none"
-        if deformable_attention:
+        if encoding.deformable_attention:
             attention = "shared" if chosen.rda_share else "per_modality"
-        arguments = {**common_arguments(locals()), "deformable_attention": attention}
-        arguments["optimization"] = optimization or published_optimization(encoder, attention)
-        super().__init__(modalities, num_views=2, **arguments)
+        super().__init__(
+            modalities,
+            encoding,
+            attention=attention,
+            views=views,
+            view_size=view_size,
+            context_size=context_size,
+            optimization=optimization or published_optimization(encoding.encoder, attention),
+            execution=execution,
+            num_views=2,
+        )
         self.options = chosen
         if not 0 <= common_ratio <= 1:
             raise ConfigError(
@@ -160,8 +168,8 @@ class DeCUR(_JointEmbedding):
         self.make_heads(projector, shared=bool(chosen.shared_projector))
         self.common = round(common_ratio * projector[-1])
         self.norm = GlobalBatchNorm(projector[-1], affine=False)
-        if weights is not None:
-            self._load_published_head(weights)
+        if encoding.weights is not None:
+            self._load_published_head(encoding.weights)
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute the terms; items without a modality count in no term that needs it."""

@@ -7,6 +7,7 @@ and, for series, its own date. Nothing has to stay aligned, because one vector p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,10 +41,27 @@ from domainssl.options import as_dataclass
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
-__all__ = ["EncoderSizes", "ViewDraws", "Views", "published_views"]
+__all__ = ["EncoderSizes", "PairEncoding", "ViewDraws", "Views", "published_views"]
 
 ViewDraws = dict[str, tuple[View, ...]]
 _BOUNDED_FORMS = ("mean2std", "mean2std8", "scale", "window", "item", "batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairEncoding:
+    """What encodes the two modalities.
+
+    Attributes:
+        encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
+        sizes: Sizes of the encoder `transformer`.
+        normalization: Form for both modalities, or one per modality.
+        weights: Start from this export, checkpoint or published file.
+    """
+
+    encoder: str | dict[str, str] = "resnet50"
+    sizes: EncoderSizes = EncoderSizes()
+    normalization: str | dict[str, str] = "mean2std"
+    weights: str | None = None
 
 
 def published_views(modality: Modality) -> Views:
@@ -65,15 +83,14 @@ class _JointEmbedding(Objective):
 
     Args:
         modalities: Exactly two.
-        encoder: Name of the encoder, for both or per modality.
-        sizes: Sizes of the encoder `transformer`.
-        deformable_attention: See `EncoderBackbone`.
+        encoding: Encoders, normalisation and weights to start from.
+        attention: Deformable attention of the encoders; see `EncoderBackbone`.
         views: How views are drawn, per modality; None takes `published_views`.
         view_size: Size of a view in pixels or voxels; None takes `context_size`.
-        normalization: Form for both, or per modality.
-        weights: Start from this export, checkpoint or reference file.
+        context_size: Size of the window that the DataModule yields.
+        optimization: Optimiser and schedule.
+        execution: Seed, speed and memory.
         num_views: Views per modality and item.
-        shared: Arguments of `Objective`.
     """
 
     contrastive: ClassVar[bool] = True
@@ -82,28 +99,17 @@ class _JointEmbedding(Objective):
     def __init__(
         self,
         modalities: Mapping[str, Modality | Mapping[str, Any]],
+        encoding: PairEncoding,
         *,
-        encoder: str | dict[str, str],
-        sizes: EncoderSizes,
-        deformable_attention: DeformableAttentionUse,
+        attention: DeformableAttentionUse = "none",
         views: Mapping[str, Views | Mapping[str, Any]] | None,
         view_size: int | tuple[int, ...] | None,
-        normalization: str | dict[str, str],
-        weights: str | None,
         context_size: int | tuple[int, ...],
         optimization: Optimization,
-        seed: int,
-        allow_accumulation: bool,
         execution: Execution,
-        num_views: int,
+        num_views: int = 1,
     ) -> None:
-        super().__init__(
-            optimization=optimization,
-            seed=seed,
-            allow_accumulation=allow_accumulation,
-            execution=execution,
-            context_size=context_size,
-        )
+        super().__init__(optimization=optimization, execution=execution, context_size=context_size)
         known = as_modalities(modalities)
         method = type(self).__name__
         if len(known) != 2:
@@ -116,15 +122,16 @@ class _JointEmbedding(Objective):
         given = context_size if view_size is None else view_size
         self.view_size = sides_of(given, axes, "model.init_args.view_size")
         variant: dict[str, Any] = {
-            "encoder": encoder,
-            "sizes": as_dataclass(EncoderSizes, sizes),
+            "encoder": encoding.encoder,
+            "sizes": as_dataclass(EncoderSizes, encoding.sizes),
             "image_size": max(self.view_size),
-            "deformable_attention": deformable_attention,
+            "deformable_attention": attention,
         }
-        if weights is None:
-            self.backbone = EncoderBackbone(known, **variant, normalization=normalization)
+        if encoding.weights is None:
+            forms = encoding.normalization
+            self.backbone = EncoderBackbone(known, **variant, normalization=forms)
         else:
-            self.backbone = _from_weights(weights, known, variant)
+            self.backbone = _from_weights(encoding.weights, known, variant)
         self.first, self.second = known
         self.views = self._views(views, known)
 
@@ -278,7 +285,7 @@ def _from_weights(
         )
         if name is None:
             raise WeightsError(
-                f"model.init_args.weights: reference files are known for "
+                f"model.init_args.encoding.weights: reference files are known for "
                 f"{', '.join(sorted({v['encoder'] for v in EncoderBackbone.variants.values()}))}; "
                 f"the encoder is {variant['encoder']!r}."
             )
@@ -286,7 +293,7 @@ def _from_weights(
         loaded = load_backbone(name, weights=path, modalities=known, arguments=sizes)
     if not isinstance(loaded, EncoderBackbone) or list(loaded.modalities) != list(known):
         raise WeightsError(
-            f"model.init_args.weights: {weights!r} holds a {type(loaded).__name__} for "
+            f"model.init_args.encoding.weights: {weights!r} holds a {type(loaded).__name__} for "
             f"{list(loaded.modalities)}; expected encoders for {list(known)}."
         )
     return loaded.train()
@@ -295,12 +302,3 @@ def _from_weights(
 def with_outputs(vectors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return `Step.outputs` that hold embeddings alone."""
     return {"embeddings": {name: vector.detach() for name, vector in vectors.items()}}
-
-
-def common_arguments(local: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick from a constructor's arguments those that `_JointEmbedding` takes."""
-    names = (
-        "encoder", "sizes", "views", "view_size", "normalization",
-        "weights", "context_size", "seed", "allow_accumulation", "execution",
-    )  # fmt: skip
-    return {name: local[name] for name in names}

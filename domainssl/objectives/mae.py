@@ -34,7 +34,7 @@ from domainssl.objectives.mae_parts import (
     decoder_tensors,
     decoder_to_reference,
 )
-from domainssl.options import as_dataclass, decide, named_sizes, option
+from domainssl.options import MethodOptions, as_dataclass, decide, named_sizes, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
@@ -67,14 +67,9 @@ class MAEEncoding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAEOptions:
-    """Where the released code and good sense differ; None follows `reference`.
+class MAEOptions(MethodOptions):
+    """Where the released code and good sense differ; None follows `reference`."""
 
-    Attributes:
-        reference: Follow the released code where it differs from ours.
-    """
-
-    reference: bool = False
     target_norm: Literal["patch", "none", "by_unit"] | None = option(
         ours="by_unit",
         reference="patch",
@@ -117,9 +112,7 @@ class MAE(Objective):
         mask_ratio: Share of patches hidden.
         options: Single choices, and whether the released code decides the others.
         optimization: Optimiser and schedule.
-        seed: Seed of all draws.
-        execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
-        check_units: Look at the first batches and refuse values in another unit than the model's.
+        execution: Seed, speed and memory.
 
     Raises:
         ConfigError: The modality or sizes cannot be used.
@@ -135,19 +128,10 @@ class MAE(Objective):
         mask_ratio: float = 0.75,
         options: MAEOptions = MAEOptions(),
         optimization: Optimization = _PUBLISHED,
-        seed: int = 0,
         execution: Execution = Execution(),
-        check_units: bool = True,
     ) -> None:
-        super().__init__(
-            optimization=optimization,
-            seed=seed,
-            execution=execution,
-            context_size=context_size,
-            check_units=check_units,
-        )
-        options = as_dataclass(MAEOptions, options)
-        self.options = decide(options, options.reference)
+        super().__init__(optimization=optimization, execution=execution, context_size=context_size)
+        self.options = decide(MAEOptions, options)
         if not 0 <= mask_ratio < 1:
             raise ConfigError(
                 f"model.init_args.mask_ratio: got {mask_ratio!r}, expected 0 <= ratio < 1."

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from domainssl.backbones.base import LoadReport
 from domainssl.backbones.maestro.backbone import (
     Encoded,
-    Fusion,
     Layout,
     MAESTROBackbone,
     Raster,
 )
 from domainssl.backbones.maestro.files import fit_shape, reference_name, reference_tensors
-from domainssl.backbones.maestro.inputs import MAESTROInput, check_width
+from domainssl.backbones.maestro.inputs import check_width
 from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
 from domainssl.distributed import all_reduce_sum
 from domainssl.errors import ConfigError, WeightsError
@@ -47,17 +46,24 @@ from domainssl.objectives.maestro_parts import (
     SIZES,
     Decoder,
     MAESTROArchitecture,
+    MAESTROEncoding,
     MAESTROMasking,
     MaskToken,
     PixelHead,
-    Size,
     check_masking,
 )
-from domainssl.options import as_dataclass, decide, named_sizes, option
+from domainssl.options import MethodOptions, as_dataclass, decide, named_sizes, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
-__all__ = ["MAESTRO", "MAESTROArchitecture", "MAESTRODraws", "MAESTROMasking", "MAESTROOptions"]
+__all__ = [
+    "MAESTRO",
+    "MAESTROArchitecture",
+    "MAESTRODraws",
+    "MAESTROEncoding",
+    "MAESTROMasking",
+    "MAESTROOptions",
+]
 
 Loss = Literal["l1_norm", "l2_norm", "l1", "l2"]
 _PASSES = 8  # structured maskings drawn at once; one that leaves nothing visible is drawn again
@@ -70,7 +76,7 @@ _PUBLISHED = Optimization(
 
 
 @dataclass(frozen=True)
-class MAESTROOptions:
+class MAESTROOptions(MethodOptions):
     """Where the released code and good sense differ; None follows `reference`."""
 
     surplus: Literal["random", "ordered"] | None = option(
@@ -110,29 +116,13 @@ class MAESTRO(Objective):
 
     Args:
         modalities: Images and series on one footprint; linked from the DataModule by the CLI.
-        inputs: Patch size, groups and bands of every modality.
-        size: Named size, `tiny`, `small`, `base` (the released code calls it medium) or `large`.
-        architecture: Explicit sizes over the named one.
-        fusion: What is encoded together: `group` (dates and modalities of a group), `mod` (dates),
-            `monotemp` or `shared` (nothing; one encoder per modality, or one for all).
-        shared_depth: How many of the last encoder blocks see all groups at once; None is 3 with
-            `group` and `mod`, 0 otherwise.
+        encoding: Inputs, size, fusion, normalisation and weights of the backbone.
+        context_size: Side in pixels of what the DataModule yields, None for any.
         masking: Ratio and structures.
         loss: Absolute or squared error, of standardised (`_norm`) or plain pixels.
-        position_cells: Cells of the position grid along the footprint; published ones measure
-            0.625 m. None is the least common multiple of all grids.
-        date_reference: Modality whose date distances in time are counted from; None is the first
-            image.
-        normalization: Form for all modalities, or one per modality.
-        weights: Start from a released checkpoint, one of ours, or an export.
-        reference: Follow the released code where it differs from ours.
-        options: Single choices, over `reference`.
-        context_size: Side in pixels of what the DataModule yields, None for any.
+        options: Choices between our and the published behaviour.
         optimization: Optimiser and schedule.
-        seed: Seed of all draws.
-        allow_accumulation: Without effect: the method compares no items.
-        execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
-        check_units: Look at the first batches and refuse values in another unit than the model's.
+        execution: Seed, speed and memory.
 
     Raises:
         ConfigError: The modalities or sizes cannot be used.
@@ -144,61 +134,45 @@ class MAESTRO(Objective):
     def __init__(
         self,
         modalities: dict[str, Modality | dict[str, Any]],
-        inputs: dict[str, MAESTROInput],
-        size: Size = "base",
-        architecture: MAESTROArchitecture = MAESTROArchitecture(),
-        fusion: Fusion = "group",
-        shared_depth: int | None = None,
+        encoding: MAESTROEncoding = MAESTROEncoding(),
+        context_size: int | tuple[int, ...] | None = None,
         masking: MAESTROMasking = MAESTROMasking(),
         loss: Loss = "l1_norm",
-        position_cells: int | None = None,
-        date_reference: str | None = None,
-        normalization: str | dict[str, str] = "identity",
-        weights: str | None = None,
-        reference: bool = False,
         options: MAESTROOptions = MAESTROOptions(),
-        context_size: int | tuple[int, ...] | None = None,
         optimization: Optimization = _PUBLISHED,
-        seed: int = 0,
-        allow_accumulation: bool = False,
         execution: Execution = Execution(),
-        check_units: bool = True,
     ) -> None:
-        super().__init__(
-            optimization=optimization,
-            seed=seed,
-            allow_accumulation=allow_accumulation,
-            execution=execution,
-            context_size=context_size,
-            check_units=check_units,
-        )
-        sizes = named_sizes(SIZES, size, architecture, "MAESTRO")
-        self.options = decide(as_dataclass(MAESTROOptions, options), reference)
+        super().__init__(optimization=optimization, execution=execution, context_size=context_size)
+        encoding = as_dataclass(MAESTROEncoding, encoding)
+        sizes = named_sizes(SIZES, encoding.size, encoding.architecture, "MAESTRO")
+        self.options = decide(MAESTROOptions, options)
         self.masking = check_masking(as_dataclass(MAESTROMasking, masking))
         if loss not in ("l1_norm", "l2_norm", "l1", "l2"):
             raise ConfigError(f"model.init_args.loss: {loss!r}; expected l1_norm, l2_norm, l1, l2.")
         self.loss_kind = loss
+        shared_depth = encoding.shared_depth
         if shared_depth is None:
-            shared_depth = min(3, cast(int, sizes.depth) - 1) if fusion in ("mod", "group") else 0
+            shares = encoding.fusion in ("mod", "group")
+            shared_depth = min(3, cast(int, sizes.depth) - 1) if shares else 0
         known = as_modalities(modalities)
         variant: dict[str, Any] = {
-            "inputs": inputs,
-            "fusion": fusion,
+            "inputs": encoding.inputs,
+            "fusion": encoding.fusion,
             "width": sizes.width,
             "depth": sizes.depth,
             "heads": sizes.heads,
             "head_dim": sizes.head_dim,
             "ffn_ratio": sizes.ffn_ratio,
             "shared_depth": shared_depth,
-            "position_cells": position_cells,
-            "date_reference": date_reference,
-            "normalization": normalization,
+            "position_cells": encoding.position_cells,
+            "date_reference": encoding.date_reference,
+            "normalization": encoding.normalization,
         }
         state: dict[str, Any] = {}
-        if weights is None:
+        if encoding.weights is None:
             self.backbone = MAESTROBackbone(known, **variant)
         else:
-            self.backbone, state = _from_weights(weights, size, known, variant)
+            self.backbone, state = _from_weights(encoding, known, variant)
         self._build_decoders(sizes)
         if state:
             self.load_pretraining_parts(state)
@@ -227,7 +201,8 @@ class MAESTRO(Objective):
         sizes = self.backbone.inputs[name].target_bands or groups
         if sum(sizes) != sum(groups):
             raise ConfigError(
-                f"model.init_args.inputs.{name}.target_bands: {sizes} sum to {sum(sizes)}, but "
+                f"model.init_args.encoding.inputs.{name}.target_bands: {sizes} sum to "
+                f"{sum(sizes)}, but "
                 f"{sum(groups)} bands are used. Give the sizes of consecutive groups."
             )
         return list(sizes)
@@ -455,18 +430,19 @@ class MAESTRO(Objective):
 
 
 def _from_weights(
-    weights: str, size: Size, known: dict[str, Modality], variant: dict[str, Any]
+    encoding: MAESTROEncoding, known: dict[str, Modality], variant: dict[str, Any]
 ) -> tuple[MAESTROBackbone, dict[str, Any]]:
     """Load the backbone, and the file's content if it is a released checkpoint with decoders."""
-    path = Path(weights)
+    path = Path(str(encoding.weights))
     state: dict[str, Any] = {}
     if is_own_file(path):
         loaded = load_backbone(path, modalities=known)
     else:
-        loaded, state = load_reference(f"maestro_{size}", path, modalities=known, arguments=variant)
+        name = f"maestro_{encoding.size}"
+        loaded, state = load_reference(name, path, modalities=known, arguments=variant)
     if not isinstance(loaded, MAESTROBackbone):
         raise WeightsError(
-            f"model.init_args.weights: {weights!r} holds a {type(loaded).__name__}; expected "
+            f"model.init_args.encoding.weights: {path} holds a {type(loaded).__name__}; expected "
             "MAESTRO weights."
         )
     has_decoder = any("decoder." in n for n in state.get("state_dict", state))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.maestro.backbone import Fusion
+from domainssl.backbones.maestro.inputs import MAESTROInput
 from domainssl.errors import ConfigError
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.structured import TokenAxes
@@ -15,6 +17,7 @@ from domainssl.nn.structured import TokenAxes
 __all__ = [
     "Decoder",
     "MAESTROArchitecture",
+    "MAESTROEncoding",
     "MAESTROMasking",
     "MaskToken",
     "PixelHead",
@@ -83,6 +86,37 @@ class MAESTROMasking:
     bands: float | None = None
     dates: float | None = 0.25
     locations: float | None = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAESTROEncoding:
+    """What encodes the modalities.
+
+    Attributes:
+        inputs: Patch size, groups and bands of every modality.
+        size: Named size, `tiny`, `small`, `base` (the released code calls it medium) or `large`.
+        architecture: Explicit sizes over the named one.
+        fusion: What is encoded together: `group` (dates and modalities of a group), `mod` (dates),
+            `monotemp` or `shared` (nothing; one encoder per modality, or one for all).
+        shared_depth: How many of the last encoder blocks see all groups at once; None is 3 with
+            `group` and `mod`, 0 otherwise.
+        position_cells: Cells of the position grid along the footprint; published ones measure
+            0.625 m. None is the least common multiple of all grids.
+        date_reference: Modality whose date distances in time are counted from; None is the first
+            image.
+        normalization: Form for all modalities, or one per modality.
+        weights: Start from a released checkpoint, one of ours, or an export.
+    """
+
+    inputs: dict[str, MAESTROInput] = field(default_factory=dict)
+    size: Size = "base"
+    architecture: MAESTROArchitecture = MAESTROArchitecture()
+    fusion: Fusion = "group"
+    shared_depth: int | None = None
+    position_cells: int | None = None
+    date_reference: str | None = None
+    normalization: str | dict[str, str] = "identity"
+    weights: str | None = None
 
 
 class Decoder(nn.Module):

@@ -34,7 +34,7 @@ from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
 from domainssl.losses.tokens import token_nce
 from domainssl.modality import Batch, Modality, as_modalities, key, present_mask, valid_mask
 from domainssl.nn.bypass import PatchDecoder
-from domainssl.nn.calendar import Calendar, date_sinusoids
+from domainssl.nn.calendar import date_sinusoids
 from domainssl.nn.filtering import filter_dates
 from domainssl.nn.masking import Masking, kept_count, mask_from_noise
 from domainssl.nn.patching import unpatchify
@@ -42,8 +42,8 @@ from domainssl.nn.relative import check_path
 from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.objectives.omnisat_parts import (
     OmniSatArchitecture,
+    OmniSatEncoding,
     SeriesDecoder,
-    Size,
     check_shares,
     decoder_name,
     patch_grid,
@@ -51,17 +51,17 @@ from domainssl.objectives.omnisat_parts import (
     sizes_of,
 )
 from domainssl.objectives.terms import term_weights
-from domainssl.options import as_dataclass, decide, option
+from domainssl.options import MethodOptions, as_dataclass, decide, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
-__all__ = ["OmniSat", "OmniSatArchitecture", "OmniSatDraws", "OmniSatOptions"]
+__all__ = ["OmniSat", "OmniSatArchitecture", "OmniSatDraws", "OmniSatEncoding", "OmniSatOptions"]
 
 _PUBLISHED = Optimization(lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999))  # Adam, section 4
 
 
 @dataclass(frozen=True)
-class OmniSatOptions:
+class OmniSatOptions(MethodOptions):
     """Where the paper, the released code and good sense differ; None follows `reference`."""
 
     rpe_layout: Literal["aligned", "legacy"] | None = option(
@@ -131,30 +131,16 @@ class OmniSat(Objective):
 
     Args:
         modalities: Two or more images and series, by name; linked from the DataModule by the CLI.
-        size: Named size, `tiny` (tests) or `base` (published).
-        architecture: Explicit sizes over the named one.
-        patch_m: Side of a patch on the ground; with the modalities' resolution it decides
-            `patch_size`.
-        patch_size: Side of a patch in pixels per modality, over `patch_m`.
-        grid: Patches along rows and columns; None takes them from the sizes of the modalities.
+        encoding: Size, patches, calendar, normalisation and weights of the backbone.
+        context_size: Side of what the DataModule yields, None for any.
         mask_ratio: Share of all tokens hidden from the fusion.
         kept_dates: Share of the dates of a series that is reconstructed.
         temperature: Of the contrast.
         max_frames: Dates taken at random from longer series.
-        calendar: How days are counted, one for all or one per series.
-        normalization: Form for all modalities, or one per modality.
-        weights: Start from an export, a checkpoint, or a checkpoint of the published code.
-        reference: Follow the released code where it differs from ours.
-        options: Single choices, over `reference`.
+        options: Choices between our and the published behaviour.
         loss_weights: Weight of the terms `contrastive` and `reconstruction`.
         optimization: Optimiser and schedule.
-        seed: Seed of all draws.
-        allow_accumulation: Accept gradient accumulation, which does not enlarge the contrastive
-            batch.
-        execution: Speed and memory: gradient checkpointing, compilation, kind of attention
-            (`fused` or `math`).
-        context_size: Side of what the DataModule yields, None for any.
-        check_units: Look at the first batches and refuse values in another unit than the model's.
+        execution: Seed, speed and memory; attention is `fused` or `math`.
 
     Raises:
         ConfigError: The modalities or sizes cannot be used.
@@ -166,39 +152,22 @@ class OmniSat(Objective):
     def __init__(
         self,
         modalities: dict[str, Modality | dict[str, Any]],
-        size: Size = "base",
-        architecture: OmniSatArchitecture = OmniSatArchitecture(),
-        patch_m: float = 10.0,
-        patch_size: dict[str, int] | None = None,
-        grid: tuple[int, int] | None = None,
+        encoding: OmniSatEncoding = OmniSatEncoding(),
+        context_size: int | tuple[int, ...] | None = None,
         mask_ratio: float = 0.75,
         kept_dates: float = 0.25,
         temperature: float = 0.1,
         max_frames: int = 50,
-        calendar: Calendar | dict[str, Calendar] = Calendar(),
-        normalization: str | dict[str, str] = "zscore",
-        weights: str | None = None,
-        reference: bool = False,
         options: OmniSatOptions = OmniSatOptions(),
         loss_weights: dict[str, float] | None = None,
         optimization: Optimization = _PUBLISHED,
-        seed: int = 0,
-        allow_accumulation: bool = False,
         execution: Execution = Execution(),
-        context_size: int | tuple[int, ...] | None = None,
-        check_units: bool = True,
     ) -> None:
-        super().__init__(
-            optimization=optimization,
-            seed=seed,
-            allow_accumulation=allow_accumulation,
-            execution=execution,
-            context_size=context_size,
-            check_units=check_units,
-        )
+        super().__init__(optimization=optimization, execution=execution, context_size=context_size)
         check_path(self.execution.attention, "model.init_args.execution.attention")
-        sizes = sizes_of(size, architecture)
-        self.options = decide(as_dataclass(OmniSatOptions, options), reference)
+        encoding = as_dataclass(OmniSatEncoding, encoding)
+        sizes = sizes_of(encoding)
+        self.options = decide(OmniSatOptions, options)
         known = as_modalities(modalities)
         self.loss_weights = term_weights(loss_weights, "OmniSat")
         if len(known) < 2 and self.loss_weights["contrastive"]:
@@ -209,22 +178,23 @@ class OmniSat(Objective):
         check_shares(mask_ratio=mask_ratio, kept_dates=1 - kept_dates)
         self.mask_ratio, self.kept_dates = mask_ratio, kept_dates
         self.temperature, self.max_frames = temperature, max_frames
-        sides = {**patch_sizes(known, patch_m, patch_size or {}), **(patch_size or {})}
+        given = encoding.patch_size or {}
+        sides = {**patch_sizes(known, encoding.patch_m, given), **given}
         variant: dict[str, Any] = {
             "patch_size": sides,
-            "grid": patch_grid(known, sides, grid),
+            "grid": patch_grid(known, sides, encoding.grid),
             **{n: v for n, v in vars(sizes).items() if n != "decoder_widths"},
-            "calendar": calendar,
+            "calendar": encoding.calendar,
             "rpe_layout": self.options.rpe_layout,
             "attend_to_padding": self.options.attend_to_padding,
             "pool": self.options.pool,
-            "normalization": normalization,
+            "normalization": encoding.normalization,
         }
         reference_state: dict[str, Tensor] = {}
-        if weights is None:
+        if encoding.weights is None:
             self.backbone = OmniSatBackbone(known, **variant)
         else:
-            self.backbone, reference_state = _from_weights(weights, size, known, variant)
+            self.backbone, reference_state = _from_weights(encoding, known, variant)
         width = self.backbone.embed_dim["joint"]
         self.decoder = nn.ModuleDict(
             {f"projector_{n}": self._decoder(n, width, sizes.decoder_widths) for n in known}
@@ -442,24 +412,26 @@ def _take_frames(batch: Batch, frames: Mapping[str, Tensor]) -> Batch:
 
 
 def _from_weights(
-    weights: str, size: Size, known: dict[str, Modality], variant: dict[str, Any]
+    encoding: OmniSatEncoding, known: dict[str, Modality], variant: dict[str, Any]
 ) -> tuple[OmniSatBackbone, dict[str, Tensor]]:
     """Load the backbone, and the file's tensors if it is a pretraining state dict."""
-    path = Path(weights)
+    path = Path(str(encoding.weights))
     state: dict[str, Tensor] = {}
     if is_own_file(path):
         loaded = load_backbone(path, modalities=known)
     else:
         loaded, content = load_reference(
-            f"omnisat_{size}", path, modalities=known, arguments=variant
+            f"omnisat_{encoding.size}", path, modalities=known, arguments=variant
         )
         state = flatten_reference(content)
         if not any(name.startswith("decoder.") for name in state):
             state = {}
     if not isinstance(loaded, OmniSatBackbone) or loaded.patch_size != variant["patch_size"]:
         raise WeightsError(
-            f"model.init_args.weights: {weights!r} holds a {type(loaded).__name__} with patches of "
+            f"model.init_args.encoding.weights: {path} holds a {type(loaded).__name__} with "
+            "patches of "
             f"{getattr(loaded, 'patch_size', None)} pixels; expected OmniSat weights with patches "
-            f"of {variant['patch_size']}. Set model.init_args.patch_size to that of the weights."
+            f"of {variant['patch_size']}. Set model.init_args.encoding.patch_size to that of "
+            "the weights."
         )
     return loaded.train(), state

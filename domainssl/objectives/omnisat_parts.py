@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from domainssl.backbones.omnisat import SeriesArchitecture
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Modality
+from domainssl.nn.calendar import Calendar
 from domainssl.options import as_dataclass, named_sizes
 
 __all__ = [
     "OmniSatArchitecture",
+    "OmniSatEncoding",
     "SeriesDecoder",
     "Size",
     "check_shares",
@@ -67,6 +69,32 @@ _SIZES: dict[Size, OmniSatArchitecture] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class OmniSatEncoding:
+    """What encodes the modalities.
+
+    Attributes:
+        size: Named size, `tiny` (tests) or `base` (published).
+        architecture: Explicit sizes over the named one.
+        patch_m: Side of a patch on the ground; with the modalities' resolution it decides
+            `patch_size`.
+        patch_size: Side of a patch in pixels per modality, over `patch_m`.
+        grid: Patches along rows and columns; None takes them from the sizes of the modalities.
+        calendar: How days are counted, one for all or one per series.
+        normalization: Form for all modalities, or one per modality.
+        weights: Start from an export, a checkpoint, or a checkpoint of the published code.
+    """
+
+    size: Size = "base"
+    architecture: OmniSatArchitecture = OmniSatArchitecture()
+    patch_m: float = 10.0
+    patch_size: dict[str, int] | None = None
+    grid: tuple[int, int] | None = None
+    calendar: Calendar | dict[str, Calendar] = Calendar()
+    normalization: str | dict[str, str] = "zscore"
+    weights: str | None = None
+
+
 class SeriesDecoder(nn.Module):
     """Linear layers from a fused token plus a date code to the values of a patch."""
 
@@ -93,9 +121,9 @@ def decoder_name(own: str, state: Mapping[str, Tensor]) -> str:
     return f"decoder.projector_{name}.{rest}"
 
 
-def sizes_of(size: Size, architecture: OmniSatArchitecture) -> OmniSatArchitecture:
+def sizes_of(encoding: OmniSatEncoding) -> OmniSatArchitecture:
     """Return the sizes of a name with explicit ones laid over them."""
-    sizes = named_sizes(_SIZES, size, architecture, "OmniSat")
+    sizes = named_sizes(_SIZES, encoding.size, encoding.architecture, "OmniSat")
     series = as_dataclass(SeriesArchitecture, cast(Any, sizes.series))
     return replace(sizes, series=series)
 
@@ -107,7 +135,7 @@ def patch_sizes(
     for name in given:
         if name not in known:
             raise ConfigError(
-                f"model.init_args.patch_size: no modality {name!r}.{nearest(name, known)} "
+                f"model.init_args.encoding.patch_size: no modality {name!r}.{nearest(name, known)} "
                 f"The data have {list(known)}."
             )
     sides = {}
@@ -117,9 +145,10 @@ def patch_sizes(
         pixels = patch_m / modality.gsd_m if modality.gsd_m else 0.0
         if pixels < 1 - 1e-6 or abs(pixels - round(pixels)) > 1e-3:
             raise ConfigError(
-                f"model.init_args.patch_m: {patch_m:g} m are {pixels:g} pixels of {name!r} "
+                f"model.init_args.encoding.patch_m: {patch_m:g} m are {pixels:g} pixels of "
+                f"{name!r} "
                 f"({modality.gsd_m} m); expected a whole number. Set "
-                f"model.init_args.patch_size.{name}."
+                f"model.init_args.encoding.patch_size.{name}."
             )
         sides[name] = round(pixels)
     return sides
@@ -141,7 +170,8 @@ def patch_grid(
     if len(found) != 1 or not whole:
         raise ConfigError(
             f"OmniSat needs one patch grid for all modalities; sizes and patch_size {dict(sides)} "
-            f"give {grids}. Set model.init_args.patch_size or grid, or crop in the DataModule."
+            f"give {grids}. Set model.init_args.encoding.patch_size or encoding.grid, or crop "
+            "in the DataModule."
         )
     rows, columns = next(iter(found))
     return (int(rows), int(columns))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from domainssl.backbones.encoders.backbone import EncoderSizes
 from domainssl.distributed import row_layout
 from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import nt_xent
@@ -15,12 +14,13 @@ from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Step
 from domainssl.objectives.decur import published_optimization
 from domainssl.objectives.joint_embedding import (
+    PairEncoding,
     ViewDraws,
     Views,
     _JointEmbedding,
-    common_arguments,
     with_outputs,
 )
+from domainssl.options import as_dataclass
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
@@ -32,20 +32,14 @@ class SimCLR(_JointEmbedding):
 
     Args:
         modalities: Two modalities by name; linked from the DataModule by the CLI.
-        encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
-        sizes: Sizes of the encoder `transformer`.
+        encoding: Encoders, normalisation and weights to start from.
         projector: Widths of the projector's linear layers; the last is the embedding's.
         temperature: Divides the cosines; 1 as in the published baseline, 0.1 is more usual.
         views: How views are drawn, per modality; None takes the published pipelines.
         context_size: Size of the window that the DataModule yields, in pixels.
         view_size: Size of a view in pixels; None takes `context_size`.
-        normalization: Form for both modalities, or one per modality.
-        weights: Start from this export, checkpoint or published file.
         optimization: Optimiser and schedule; None takes LARS as published.
-        seed: Seed of all draws.
-        allow_accumulation: Accept gradient accumulation, which does not enlarge the batch that
-            items are compared in.
-        execution: Speed and memory.
+        execution: Seed, speed and memory.
 
     Raises:
         ConfigError: The modalities or sizes cannot be used.
@@ -54,23 +48,25 @@ class SimCLR(_JointEmbedding):
     def __init__(
         self,
         modalities: dict[str, Modality | dict[str, Any]],
-        encoder: str | dict[str, str] = "resnet50",
-        sizes: EncoderSizes = EncoderSizes(),
+        encoding: PairEncoding = PairEncoding(),
         projector: tuple[int, ...] = (512, 128),
         temperature: float = 1.0,
         views: dict[str, Views] | None = None,
         context_size: int | tuple[int, ...] = 224,
         view_size: int | tuple[int, ...] | None = None,
-        normalization: str | dict[str, str] = "mean2std",
-        weights: str | None = None,
         optimization: Optimization | None = None,
-        seed: int = 0,
-        allow_accumulation: bool = False,
         execution: Execution = Execution(),
     ) -> None:
-        arguments = {**common_arguments(locals()), "deformable_attention": "none"}
-        arguments["optimization"] = optimization or published_optimization(encoder, "none")
-        super().__init__(modalities, num_views=1, **arguments)
+        encoding = as_dataclass(PairEncoding, encoding)
+        super().__init__(
+            modalities,
+            encoding,
+            views=views,
+            view_size=view_size,
+            context_size=context_size,
+            optimization=optimization or published_optimization(encoding.encoder, "none"),
+            execution=execution,
+        )
         if temperature <= 0:
             raise ConfigError(f"model.init_args.temperature: got {temperature}, expected > 0.")
         self.temperature = temperature

@@ -8,20 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from domainssl.backbones.encoders.backbone import EncoderSizes
 from domainssl.distributed import row_layout
 from domainssl.losses.decorrelation import vicreg
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Step
 from domainssl.objectives.decur import published_optimization
 from domainssl.objectives.joint_embedding import (
+    PairEncoding,
     ViewDraws,
     Views,
     _JointEmbedding,
-    common_arguments,
     with_outputs,
 )
-from domainssl.options import as_dataclass, decide, option
+from domainssl.options import MethodOptions, as_dataclass, decide, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
@@ -29,7 +28,7 @@ __all__ = ["VICReg", "VICRegOptions"]
 
 
 @dataclass(frozen=True)
-class VICRegOptions:
+class VICRegOptions(MethodOptions):
     """Where the paper, the released code and good sense differ; None follows `reference`."""
 
     covariance_divisor: Literal["global", "local"] | None = option(
@@ -50,8 +49,7 @@ class VICReg(_JointEmbedding):
 
     Args:
         modalities: Two modalities by name; linked from the DataModule by the CLI.
-        encoder: `transformer`, or a timm name such as `resnet50`, for both or per modality.
-        sizes: Sizes of the encoder `transformer`.
+        encoding: Encoders, normalisation and weights to start from.
         projector: Widths of the projector's linear layers; the last is the embedding's.
         invariance: Weight of the squared difference.
         variance: Weight of the hinge on the standard deviation.
@@ -59,15 +57,9 @@ class VICReg(_JointEmbedding):
         views: How views are drawn, per modality; None takes the published pipelines.
         context_size: Size of the window that the DataModule yields, in pixels.
         view_size: Size of a view in pixels; None takes `context_size`.
-        normalization: Form for both modalities, or one per modality.
-        weights: Start from this export, checkpoint or published file.
-        reference: Follow the released code where it differs from ours.
-        options: Single choices, over `reference`.
+        options: Choices between our and the published behaviour.
         optimization: Optimiser and schedule; None takes LARS as published.
-        seed: Seed of all draws.
-        allow_accumulation: Accept gradient accumulation, which does not enlarge the batch that
-            items are compared in.
-        execution: Speed and memory.
+        execution: Seed, speed and memory.
 
     Raises:
         ConfigError: The modalities or sizes cannot be used.
@@ -76,8 +68,7 @@ class VICReg(_JointEmbedding):
     def __init__(
         self,
         modalities: dict[str, Modality | dict[str, Any]],
-        encoder: str | dict[str, str] = "resnet50",
-        sizes: EncoderSizes = EncoderSizes(),
+        encoding: PairEncoding = PairEncoding(),
         projector: tuple[int, ...] = (8192, 8192, 8192),
         invariance: float = 25.0,
         variance: float = 25.0,
@@ -85,19 +76,21 @@ class VICReg(_JointEmbedding):
         views: dict[str, Views] | None = None,
         context_size: int | tuple[int, ...] = 224,
         view_size: int | tuple[int, ...] | None = None,
-        normalization: str | dict[str, str] = "mean2std",
-        weights: str | None = None,
-        reference: bool = False,
         options: VICRegOptions = VICRegOptions(),
         optimization: Optimization | None = None,
-        seed: int = 0,
-        allow_accumulation: bool = False,
         execution: Execution = Execution(),
     ) -> None:
-        arguments = {**common_arguments(locals()), "deformable_attention": "none"}
-        arguments["optimization"] = optimization or published_optimization(encoder, "none")
-        super().__init__(modalities, num_views=1, **arguments)
-        self.options = decide(as_dataclass(VICRegOptions, options), reference)
+        encoding = as_dataclass(PairEncoding, encoding)
+        super().__init__(
+            modalities,
+            encoding,
+            views=views,
+            view_size=view_size,
+            context_size=context_size,
+            optimization=optimization or published_optimization(encoding.encoder, "none"),
+            execution=execution,
+        )
+        self.options = decide(VICRegOptions, options)
         self.weights_of_terms = (invariance, variance, covariance)
         shared = bool(self.options.shared_projector)
         self.make_heads(projector, shared=shared)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from domainssl.arguments import plain
 from domainssl.distributed import all_gather_objects, all_reduce_any
 from domainssl.errors import ConfigError, DomainSSLError
 
@@ -157,10 +158,10 @@ def check_resume(
     Raises:
         ConfigError: With every difference.
     """
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(constructor).parameters.items()
-    }
+    parameters = inspect.signature(constructor).parameters.items()
+    defaults = _flatten(
+        {n: plain(p.default) for n, p in parameters if p.default is not inspect.Parameter.empty}
+    )
     old, new = _flatten(saved), _flatten(current)
     allowed = tuple(may_change)
     lines = []
@@ -168,7 +169,7 @@ def check_resume(
         top = name.split(".")[0]
         if top in allowed or name in allowed or name.startswith("_"):
             continue
-        if top not in saved and top in defaults and defaults[top] == current.get(top):
+        if name not in old and name in defaults and defaults[name] == new.get(name):
             continue
         before, now = old.get(name, "(not there)"), new.get(name, "(not there)")
         if before != now:
@@ -178,6 +179,7 @@ def check_resume(
             "The checkpoint was trained with other model arguments than the configuration has:\n"
             + "\n".join(lines)
             + "\nResuming continues the same run, so give the checkpoint's values; to train on "
-            "from its weights with other settings, start a new run with model.init_args.weights "
+            "from its weights with other settings, start a new run with "
+            "model.init_args.encoding.weights "
             f"set to this file. These may differ: {', '.join(allowed)}."
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -82,37 +82,33 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
 
     Args:
         optimization: Optimiser and schedule, or a mapping of its arguments.
-        seed: Seed of everything random in the module.
-        execution: Speed and memory: gradient checkpointing, compilation, kind of attention.
+        execution: Seed, speed and memory, and what is checked.
         context_size: Side in pixels or voxels of what the DataModule yields, one number for all
             axes or one per axis; None for any.
-        check_units: Look at the first batches and refuse values in another unit than the model's.
     """
 
     backbone: Backbone
-    resume_may_change: ClassVar[tuple[str, ...]] = ("weights", "execution", "check_units")
+    resume_may_change: ClassVar[tuple[str, ...]] = (
+        "encoding.weights",
+        *(f"execution.{f.name}" for f in fields(Execution) if f.name != "seed"),
+    )
     forward_methods: ClassVar[tuple[str, ...]] = ("features",)
 
     def __init__(
         self,
         *,
         optimization: Optimization | Mapping[str, Any] | None = None,
-        seed: int = 0,
         execution: Execution | Mapping[str, Any] | None = None,
         context_size: int | tuple[int, ...] | None = None,
-        check_units: bool = True,
     ) -> None:
         super().__init__()
-        if seed < 0:
-            raise ConfigError(f"model.init_args.seed: got {seed}, expected zero or more.")
         self.optimization = Optimization.of(optimization)
-        self.seed = seed
         self.execution = as_dataclass(Execution, execution or Execution())
         self.context_size = context_size
-        self.check_units = check_units
         self.total_steps: int | None = None
-        if "optimization" in self.arguments:
-            self.arguments["optimization"] = plain(self.optimization)
+        for name in ("optimization", "execution"):
+            if name in self.arguments:
+                self.arguments[name] = plain(getattr(self, name))
         record_hyperparameters(self, self.arguments)
         self._batch_counter = 0
         self._is_sharded = False
@@ -155,8 +151,8 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
 
         The global generator (dropout) follows the local one.
         """
-        local, dropout = _seeds(self.seed, *key_parts, rank())
-        shared, _ = _seeds(self.seed, *key_parts, _SHARED)
+        local, dropout = _seeds(self.execution.seed, *key_parts, rank())
+        shared, _ = _seeds(self.execution.seed, *key_parts, _SHARED)
         torch.manual_seed(dropout)
         return Generators(
             torch.Generator(self.device).manual_seed(local),
@@ -321,7 +317,9 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
                 f"{self.context_size}. Set both to the same value."
             )
         stated = getattr(datamodule, "units_stated", ())
-        self._units = UnitCheck(self.backbone.modalities, stated) if self.check_units else None
+        self._units = (
+            UnitCheck(self.backbone.modalities, stated) if self.execution.check_units else None
+        )
         apply_execution(self.backbone, self.execution)
 
     def look_at_batch(self, batch: Any, dataloader_idx: int) -> None:

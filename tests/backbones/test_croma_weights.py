@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -178,10 +179,12 @@ def test_the_statistics_of_the_weights_win_over_those_of_the_data(tmp_path: Path
     }
     model = CROMA(
         own,
-        size="tiny",
-        architecture=CROMAArchitecture(width=64, heads=16),
-        context_size=24,
-        weights=str(path),
+        **grouped(
+            size="tiny",
+            architecture=CROMAArchitecture(width=64, heads=16),
+            context_size=24,
+            weights=str(path),
+        ),
     )
     mean, _ = model.backbone.normalizer.statistics("s1") or (None, None)
     assert mean is not None
@@ -194,7 +197,7 @@ def test_pretraining_continues_with_decoder_and_projections(tmp_path: Path) -> N
     state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     path = tmp_path / "pretraining.pt"
     torch.save(state, path)
-    model = CROMA(dict(PUBLISHED_MODALITIES), size="tiny", weights=str(path))
+    model = CROMA(dict(PUBLISHED_MODALITIES), **grouped(size="tiny", weights=str(path)))
     assert torch.equal(model.decoder.head.weight, state["decoder.linear_output.weight"])
     projection = state["global_contrast_loss.radar_proj.weight"]
     assert torch.equal(model.radar_projection.weight, projection)

@@ -78,7 +78,10 @@ def test_the_siblings_overlays_hold_the_published_values(folder, method):
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     rates = {name: model["optimization"][name] for name in ("optimizer", "lr", "lr_bias")}
     assert rates == {"optimizer": "lars", "lr": 0.2, "lr_bias": 0.0048}
-    assert model["encoder"] == "resnet50" and model["normalization"] == "mean2std8"
+    assert (
+        model["encoding"]["encoder"] == "resnet50"
+        and model["encoding"]["normalization"] == "mean2std8"
+    )
     wide = method in ("barlow_twins", "vicreg")
     assert list(model["projector"]) == ([8192, 8192, 8192] if wide else [512, 128])
     assert model.get("temperature", 1.0) == 1.0
@@ -94,7 +97,8 @@ def test_published_sizes_stand_in_the_model_overlays(folder):
     words = ["--config", "recipes/ssl4eo_croma.yaml", "--config", "configs/model/croma_base.yaml"]
     config = prepare("fit", words).config
     arguments = config["model"]["init_args"]
-    assert (arguments["size"], arguments["patch_size"], arguments["mask_ratio"]) == (
+    encoding = arguments["encoding"]
+    assert (encoding["size"], encoding["patch_size"], arguments["mask_ratio"]) == (
         "base",
         8,
         0.75,
@@ -152,15 +156,20 @@ def test_the_maestro_overlays_restore_what_the_recipes_shrink(
 ):
     words = ["--config", f"recipes/{recipe}.yaml", "--config", f"configs/model/{overlay}.yaml"]
     # the published grid and fusion build; width and depth are checked as numbers
-    small = ["--model.architecture.width=64", "--model.architecture.depth=4"]
+    small = ["--model.encoding.architecture.width=64", "--model.encoding.architecture.depth=4"]
     assert build("fit", [*words, *small, "--trainer.accelerator=cpu"]).model
     config = prepare("fit", words).config
     model, data = config["model"]["init_args"], config["data"]["init_args"]
-    sizes = model["architecture"]
+    encoding = model["encoding"]
+    sizes = encoding["architecture"]
     assert (sizes["width"], sizes["depth"], sizes["decoder_width"]) == (768, 12, 512)
-    assert (model["shared_depth"], model["masking"]["ratio"], model["loss"]) == (3, 0.75, "l1_norm")
-    assert {given["patch_size"] for n, given in model["inputs"].items() if n != "aerial"} == {2}
-    assert (model["position_cells"], data["window"]["size"]) == (cells, size)
+    assert (encoding["shared_depth"], model["masking"]["ratio"], model["loss"]) == (
+        3,
+        0.75,
+        "l1_norm",
+    )
+    assert {given["patch_size"] for n, given in encoding["inputs"].items() if n != "aerial"} == {2}
+    assert (encoding["position_cells"], data["window"]["size"]) == (cells, size)
     assert data["dates"]["max_dates"] == {"s2": 16, "s1_asc": 4, "s1_des": 4}
     assert data["dates"]["choice"] == "typical" and data["global_batch_size"] == 128
 

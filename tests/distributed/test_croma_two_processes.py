@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from grouped import grouped
 from ranks import run_ranks
 from torch import Tensor
 
@@ -34,10 +35,12 @@ def _model(gather: str) -> CROMA:
 
     return CROMA(
         {"s1": some("s1", 2), "s2": some("s2", 3)},
-        size="tiny",
-        context_size=24,
-        normalization="identity",
-        options=CROMAOptions(contrast_gather=gather),  # type: ignore[arg-type]
+        **grouped(
+            size="tiny",
+            context_size=24,
+            normalization="identity",
+            options=CROMAOptions(contrast_gather=gather),  # type: ignore[arg-type]
+        ),
     )
 
 

@@ -26,7 +26,7 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path, repository, sample_roo
         "--trainer.accelerator=cpu",
         "--trainer.log_every_n_steps=10",
         "--trainer.check_val_every_n_epoch=20",  # at step 480 for the first time
-        "--model.architecture={width: 16, depth: 2, heads: 2, decoder_width: 16}",
+        "--model.encoding.architecture={width: 16, depth: 2, heads: 2, decoder_width: 16}",
         "--data.window={size: 16, flips: true, quarter_turns: true}",
         "--data.global_batch_size=4",  # 24 steps per epoch: 83 epochs
         "--data.loading={workers: 2}",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grouped import grouped
 from ssl4eo_files import DATES, SIDE, pattern, tile_table
 
 from domainssl.datamodules import SSL4EOS12DataModule
@@ -52,9 +53,11 @@ def step(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], CROMA]:
     torch.manual_seed(0)
     model = CROMA(
         data.modalities,
-        size="tiny",
-        context_size=24,
-        architecture={"width": 16, "depth": 2, "heads": 2, "decoder_width": 16},
+        **grouped(
+            size="tiny",
+            context_size=24,
+            architecture={"width": 16, "depth": 2, "heads": 2, "decoder_width": 16},
+        ),
     )
     generators = Generators(torch.Generator().manual_seed(1), torch.Generator().manual_seed(2))
     losses = model(batch, model.draw(batch, generators)).losses

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 from parity.test_croma import FILES, Golden
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def _croma(device: str, path: AttentionPath = "fused") -> CROMA:
     torch.manual_seed(0)
     sizes = CROMAArchitecture(width=64, depth=2, heads=4, decoder_width=32)
     known: dict[str, Any] = {n: m.to_dict() for n, m in PUBLISHED_MODALITIES.items()}
-    model = CROMA(known, size="tiny", architecture=sizes, context_size=64)
+    model = CROMA(known, **grouped(size="tiny", architecture=sizes, context_size=64))
     set_attention_path(model.backbone, path)
     return model.to(device)
 

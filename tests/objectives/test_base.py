@@ -6,6 +6,7 @@ import torch
 from tiny import TinyData, TinyObjective, tiny_modalities, tiny_trainer
 
 from domainssl.errors import ConfigError, DomainSSLError
+from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
 
@@ -28,7 +29,7 @@ def test_training_lowers_the_loss_and_logs_every_term(tmp_path):
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
     losses = []
     for seed in (3, 3, 4):
-        model = make(seed=seed)
+        model = make(execution={"seed": seed})
         torch.manual_seed(len(losses))  # nothing outside may matter
         tiny_trainer(tmp_path).fit(model, datamodule=TinyData())
         losses.append(model.losses_seen)
@@ -84,13 +85,13 @@ def test_resuming_with_other_arguments_is_refused_with_every_difference(tmp_path
     trainer = tiny_trainer(tmp_path, max_epochs=1)
     trainer.fit(make(), datamodule=TinyData())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    other = make(temperature=0.5, optimization={"lr": 0.5}, allow_accumulation=True)
+    other = make(temperature=0.5, optimization={"lr": 0.5}, execution={"allow_accumulation": True})
     with pytest.raises(ConfigError) as error:
         tiny_trainer(tmp_path).fit(other, datamodule=TinyData(), ckpt_path=tmp_path / "a.ckpt")
     text = str(error.value)
     assert "temperature: checkpoint 0.2, configuration 0.5" in text
     assert "optimization.lr: checkpoint 0.01, configuration 0.5" in text
-    assert "allow_accumulation: checkpoint" not in text
+    assert "execution.allow_accumulation: checkpoint" not in text
 
 
 def test_an_argument_newer_than_the_checkpoint_counts_as_its_default(tmp_path):
@@ -141,7 +142,7 @@ def test_rate_rises_then_falls_per_optimiser_step(tmp_path):
 
 
 def _allowed(model):
-    model.allow_accumulation = True
+    model.execution = Execution(allow_accumulation=True)
     return model
 
 
@@ -149,7 +150,7 @@ def test_accumulation_is_refused_for_a_contrastive_method_unless_allowed(tmp_pat
     with pytest.raises(ConfigError, match="contrastive batch is 1/4 of global_batch_size"):
         tiny_trainer(tmp_path, accumulate_grad_batches=4).fit(make(), datamodule=TinyData())
     tiny_trainer(tmp_path, accumulate_grad_batches=4).fit(
-        make(allow_accumulation=True), datamodule=TinyData()
+        make(execution={"allow_accumulation": True}), datamodule=TinyData()
     )
     assert "contrastive batch is 1/4" in caplog.text
 
@@ -209,7 +210,7 @@ def test_modalities_that_differ_from_the_data_are_refused(tmp_path):
 
 
 def test_after_step_follows_optimiser_steps_not_batches(tmp_path):
-    model = make(allow_accumulation=True)
+    model = make(execution={"allow_accumulation": True})
     tiny_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2).fit(
         model, datamodule=TinyData()
     )

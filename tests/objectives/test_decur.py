@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 
 from domainssl.backbones.encoders.files import published_modality
 from domainssl.errors import ConfigError, WeightsError
@@ -29,7 +30,7 @@ def build(**options: Any) -> DeCUR:
         "context_size": 32,
         **options,
     }
-    return DeCUR(modalities(2, 13), **arguments)
+    return DeCUR(modalities(2, 13), **grouped(**arguments))
 
 
 def test_a_joint_file_that_is_written_and_read_gives_the_same_model(tmp_path: Path) -> None:
@@ -39,10 +40,12 @@ def test_a_joint_file_that_is_written_and_read_gives_the_same_model(tmp_path: Pa
     torch.manual_seed(1)
     loaded = DeCUR(
         modalities(2, 13),
-        encoder="resnet18",
-        projector=(16, 16, 8),
-        context_size=32,
-        weights=str(path),
+        **grouped(
+            encoder="resnet18",
+            projector=(16, 16, 8),
+            context_size=32,
+            weights=str(path),
+        ),
     )
     for name, tensor in source.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
@@ -109,7 +112,7 @@ def test_what_cannot_be_built_is_refused(options: dict[str, Any], text: str) -> 
 def test_exactly_two_modalities_are_compared() -> None:
     extra = Modality("dem", "image", ("height",), "arbitrary")
     with pytest.raises(ConfigError, match="SimCLR compares two modalities"):
-        SimCLR({**modalities(2, 13), "dem": extra}, encoder="resnet18")
+        SimCLR({**modalities(2, 13), "dem": extra}, **grouped(encoder="resnet18"))
 
 
 def test_a_projector_has_any_number_of_layers() -> None:

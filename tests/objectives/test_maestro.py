@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 from torch import Tensor
 
 from domainssl import load_backbone
@@ -46,7 +47,7 @@ def build(fusion: str = "group", **changes: Any) -> MAESTRO:
     settings = {"architecture": SIZES, "fusion": fusion, **changes}
     if fusion in ("mod", "group"):
         settings.setdefault("shared_depth", 1)
-    return MAESTRO(modalities(), INPUTS, **settings).eval()
+    return MAESTRO(modalities(), **grouped(inputs=INPUTS, **settings)).eval()
 
 
 def batch(items: int = 3, dates: int = 4) -> dict[str, Any]:
@@ -260,6 +261,6 @@ def test_published_sizes_have_the_published_number_of_parameters() -> None:
         for n, (c, s) in sizes.items()
     }  # fmt: skip
     inputs: dict[str, Any] = {**INPUTS, "aerial": {"patch_size": 20}, "s2": {"patch_size": 2}}
-    model = MAESTRO(dict(found), inputs, size="tiny")
+    model = MAESTRO(dict(found), **grouped(inputs=inputs, size="tiny"))
     head = 192 + 4 * 192 + 2 * 192 * 192 + 15 * 192 + 15
     assert sum(p.numel() for p in model.parameters()) == 15_960_455 - head

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 from ranks import run_ranks
 from torch import Tensor
 
@@ -232,10 +233,12 @@ def test_contrast_on_two_ranks_is_that_of_one() -> None:
 def test_long_series_are_cut_to_max_frames_and_padding_is_never_taken() -> None:
     model = OmniSat(
         dict(modalities()),
-        size="tiny",
-        architecture=OmniSatArchitecture(depth=1),
-        normalization="identity",
-        max_frames=4,
+        **grouped(
+            size="tiny",
+            architecture=OmniSatArchitecture(depth=1),
+            normalization="identity",
+            max_frames=4,
+        ),
     )
     given = padded(batch(dates=5), "s2", 6)
     generator = torch.Generator().manual_seed(0)
@@ -250,7 +253,8 @@ def _objective(**changes: Any) -> OmniSat:
     torch.manual_seed(0)
     sizes = OmniSatArchitecture(depth=1)
     return OmniSat(
-        dict(modalities()), size="tiny", architecture=sizes, normalization="identity", **changes
+        dict(modalities()),
+        **grouped(size="tiny", architecture=sizes, normalization="identity", **changes),
     )
 
 
@@ -289,9 +293,12 @@ def test_attention_inside_a_kernel_is_refused() -> None:
 
 def test_modalities_that_do_not_share_a_grid_are_refused() -> None:
     with pytest.raises(ConfigError, match="one patch grid"):
-        OmniSat(dict(modalities()), size="tiny", patch_size={"s1": 1}, normalization="identity")
+        OmniSat(
+            dict(modalities()),
+            **grouped(size="tiny", patch_size={"s1": 1}, normalization="identity"),
+        )
     with pytest.raises(ConfigError, match=r"patch_m: 12 m are 9\.6 pixels of 'aerial'"):
-        OmniSat(dict(modalities()), size="tiny", patch_m=12.0, normalization="identity")
+        OmniSat(dict(modalities()), **grouped(size="tiny", patch_m=12.0, normalization="identity"))
 
 
 def test_another_footprint_and_missing_dates_are_refused() -> None:

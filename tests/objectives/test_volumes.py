@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 from torch import Tensor
 
 from domainssl.backbones.croma import CROMABackbone
@@ -21,7 +22,8 @@ from domainssl.objectives.barlow_twins import BarlowTwins
 from domainssl.objectives.base import Generators, Objective
 from domainssl.objectives.clip import CLIP
 from domainssl.objectives.croma import CROMA
-from domainssl.objectives.decur import DeCUR, EncoderSizes
+from domainssl.objectives.decur import DeCUR
+from domainssl.objectives.joint_embedding import EncoderSizes
 from domainssl.objectives.maestro import MAESTRO, MAESTROArchitecture
 from domainssl.objectives.simclr import SimCLR
 from domainssl.objectives.vicreg import VICReg
@@ -66,15 +68,14 @@ def refilled(batch: Batch, known: dict[str, Modality], filler: float) -> Batch:
 def croma(**changes: Any) -> CROMA:
     known = {"pet": volume("pet"), "ct": volume("ct", 2)}
     roles = {"radar": "pet", "optical": "ct", "size": "tiny", "architecture": {"decoder_width": 48}}
-    return CROMA(known, **{**roles, "context_size": SIZE, "patch_size": 4, **changes})
+    return CROMA(known, **grouped(**{**roles, "context_size": SIZE, "patch_size": 4, **changes}))
 
 
 def decur(cls: Any = DeCUR, **changes: Any) -> Objective:
     sizes = EncoderSizes(width=24, depth=1, heads=2, patch_size=(4, 4, 2))
     arguments = {"encoder": "transformer", "sizes": sizes, "projector": (16, 16)}
-    model: Objective = cls(
-        contrasts("t1", "flair"), **{**arguments, "context_size": SIZE, **changes}
-    )
+    arguments |= {"context_size": SIZE, **changes}
+    model: Objective = cls(contrasts("t1", "flair"), **grouped(**arguments))
     return model
 
 
@@ -88,7 +89,9 @@ def maestro(known: dict[str, Modality] | None = None, **changes: Any) -> MAESTRO
         "flair": {"patch_size": 4, "token_bands": [["c1"], ["c0"]]},
     }
     arguments = {"architecture": MAESTRO_SIZES, "shared_depth": 1, "normalization": "zscore"}
-    return MAESTRO(known, {n: inputs[n] for n in known}, **{**arguments, **changes})
+    return MAESTRO(
+        known, **grouped(inputs={n: inputs[n] for n in known}, **{**arguments, **changes})
+    )
 
 
 MAESTRO_SIZES = MAESTROArchitecture(
@@ -240,10 +243,12 @@ def test_scans_of_two_spacings_are_joined_where_they_show_the_same_place() -> No
 
 def test_other_pairs_than_radar_and_optical_are_named_by_their_roles() -> None:
     with pytest.raises(ConfigError, match=r"have \['t1', 't2'\].*the one that asks"):
-        CROMA(contrasts("t1", "t2"), size="tiny", context_size=SIZE, patch_size=4)
+        CROMA(contrasts("t1", "t2"), **grouped(size="tiny", context_size=SIZE, patch_size=4))
     small = {"t1": volume("t1"), "t2": volume("t2", size=(8, 8, 12))}
     with pytest.raises(ConfigError, match=r"one grid.*\(16, 8, 12\).*\(8, 8, 12\)"):
-        CROMA(small, size="tiny", radar="t1", optical="t2", context_size=SIZE, patch_size=4)
+        CROMA(
+            small, **grouped(size="tiny", radar="t1", optical="t2", context_size=SIZE, patch_size=4)
+        )
 
 
 # -- MAESTRO -----------------------------------------------------------------------------------

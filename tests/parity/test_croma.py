@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -77,22 +78,24 @@ class Golden:
         assert (c["radar_layers"], c["joint_layers"]) == (c["encoder_layers"] // 2,) * 2
         model = CROMA(
             dict(self.modalities()),
-            size="tiny",
-            architecture=CROMAArchitecture(
-                width=c["encoder_dim"],
-                depth=c["encoder_layers"],
-                heads=c["attention_heads"],
-                ffn_ratio=c["ffn_ratio"],
-                decoder_width=c["decoder_dim"],
-                decoder_depth=c["decoder_layers"],
-                decoder_heads=c["decoder_heads"],
+            **grouped(
+                size="tiny",
+                architecture=CROMAArchitecture(
+                    width=c["encoder_dim"],
+                    depth=c["encoder_layers"],
+                    heads=c["attention_heads"],
+                    ffn_ratio=c["ffn_ratio"],
+                    decoder_width=c["decoder_dim"],
+                    decoder_depth=c["decoder_layers"],
+                    decoder_heads=c["decoder_heads"],
+                ),
+                context_size=c["image_size"],
+                patch_size=c["patch_size"],
+                mask_ratio=c["mask_ratio"],
+                normalization="identity",
+                reference=reference,
+                options=CROMAOptions(**options),
             ),
-            context_size=c["image_size"],
-            patch_size=c["patch_size"],
-            mask_ratio=c["mask_ratio"],
-            normalization="identity",
-            reference=reference,
-            options=CROMAOptions(**options),
         )
         variant = {k: v for k, v in model.backbone.arguments.items() if k != "normalization"}
         loaded, report = CROMABackbone.from_reference(

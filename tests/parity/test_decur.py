@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -72,14 +73,16 @@ class Golden:
         widths = [int(w) for w in c["projector"].split("-")]
         model = DeCUR(
             {"s1": some("s1", 2), "s2": some("s2", 13)},
-            encoder="transformer",
-            sizes=EncoderSizes(width=c["projector_in"], depth=1, heads=1),
-            projector=tuple(widths),
-            common_ratio=c["dim_common"] / widths[-1],
-            off_diagonal=c["lambda"],
-            context_size=16,
-            normalization="identity",
-            options=DeCUROptions(**{"correlation_divisor": self.divisor, **options}),
+            **grouped(
+                encoder="transformer",
+                sizes=EncoderSizes(width=c["projector_in"], depth=1, heads=1),
+                projector=tuple(widths),
+                common_ratio=c["dim_common"] / widths[-1],
+                off_diagonal=c["lambda"],
+                context_size=16,
+                normalization="identity",
+                options=DeCUROptions(**{"correlation_divisor": self.divisor, **options}),
+            ),
         )
         assert model.common == c["dim_common"]
         for module in model.modules():

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -110,31 +111,33 @@ class Golden:
         s, mask = self.config["size"], self.config["mask"]
         model = MAESTRO(
             dict(self.modalities()),
-            self.inputs(),
-            architecture=MAESTROArchitecture(
-                width=s["embed_dim"],
-                depth=s["depth"],
-                heads=s["heads"],
-                head_dim=s["dim_head"],
-                ffn_ratio=s["mlp_ratio"],
-                decoder_width=s["decoder_dim"],
-                decoder_depth=s["decoder_depth"],
-                decoder_heads=s["decoder_heads"],
-                decoder_head_dim=s["decoder_dim_head"],
-                decoder_ffn_ratio=s["decoder_mlp_ratio"],
+            **grouped(
+                inputs=self.inputs(),
+                architecture=MAESTROArchitecture(
+                    width=s["embed_dim"],
+                    depth=s["depth"],
+                    heads=s["heads"],
+                    head_dim=s["dim_head"],
+                    ffn_ratio=s["mlp_ratio"],
+                    decoder_width=s["decoder_dim"],
+                    decoder_depth=s["decoder_depth"],
+                    decoder_heads=s["decoder_heads"],
+                    decoder_head_dim=s["decoder_dim_head"],
+                    decoder_ffn_ratio=s["decoder_mlp_ratio"],
+                ),
+                fusion=self.config["fusion_mode"],
+                shared_depth=self.config["inter_depth"],
+                masking=MAESTROMasking(
+                    ratio=mask["mask_ratio"],
+                    scale=mask["mask_scale"],
+                    modality=mask["mask_mod"],
+                    bands=mask["mask_bands"],
+                    dates=mask["mask_dates"],
+                    locations=mask["mask_loc"],
+                ),
+                position_cells=self.config["resolved"]["grid_pos_enc"],
+                **{"loss": self.config["loss"], "reference": True, **changes},
             ),
-            fusion=self.config["fusion_mode"],
-            shared_depth=self.config["inter_depth"],
-            masking=MAESTROMasking(
-                ratio=mask["mask_ratio"],
-                scale=mask["mask_scale"],
-                modality=mask["mask_mod"],
-                bands=mask["mask_bands"],
-                dates=mask["mask_dates"],
-                locations=mask["mask_loc"],
-            ),
-            position_cells=self.config["resolved"]["grid_pos_enc"],
-            **{"loss": self.config["loss"], "reference": True, **changes},
         )
         backbone, report = MAESTROBackbone.from_reference(
             self.state(), model.backbone.arguments, self.modalities()

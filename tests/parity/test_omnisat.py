@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from grouped import grouped
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -119,28 +120,30 @@ class Golden:
         images = [self.projector(n) for n in self.names if not self.is_series(n)]
         model = OmniSat(
             dict(self.modalities()),
-            size="tiny",
-            architecture=OmniSatArchitecture(
-                width=c["embed_dim"],
-                depth=c["depth"],
-                heads=c["num_heads"],
-                ffn_ratio=c["mlp_ratio"],
-                groups=images[0].get("gp_norm", 4) if images else 4,
-                dropout=c["drop_rate"],
-                attention_dropout=c["attn_drop_rate"],
-                drop_path=c["drop_path_rate"],
-                series=self.series(),
+            **grouped(
+                size="tiny",
+                architecture=OmniSatArchitecture(
+                    width=c["embed_dim"],
+                    depth=c["depth"],
+                    heads=c["num_heads"],
+                    ffn_ratio=c["mlp_ratio"],
+                    groups=images[0].get("gp_norm", 4) if images else 4,
+                    dropout=c["drop_rate"],
+                    attention_dropout=c["attn_drop_rate"],
+                    drop_path=c["drop_path_rate"],
+                    series=self.series(),
+                ),
+                patch_size=self.patch_sizes(),
+                grid=self.grid,
+                mask_ratio=self.semantics["mask_ratio"],
+                kept_dates=self.semantics["date_threshold"],
+                temperature=self.semantics["temperature"],
+                calendar=self.calendar(),
+                normalization="identity",
+                reference=reference,
+                loss_weights=self.semantics["loss_weights"],
+                options=OmniSatOptions(**{**self.said_options(), **options}),
             ),
-            patch_size=self.patch_sizes(),
-            grid=self.grid,
-            mask_ratio=self.semantics["mask_ratio"],
-            kept_dates=self.semantics["date_threshold"],
-            temperature=self.semantics["temperature"],
-            calendar=self.calendar(),
-            normalization="identity",
-            reference=reference,
-            loss_weights=self.semantics["loss_weights"],
-            options=OmniSatOptions(**{**self.said_options(), **options}),
         )
         arguments = dict(model.backbone.arguments)
         model.backbone, report = OmniSatBackbone.from_reference(self.state(), arguments)
@@ -363,12 +366,13 @@ def test_single_dates(golden: Golden) -> None:
     channels = tuple(f"band{i}" for i in range(x.shape[1]))
     kinds = {"mono": Modality("mono", "image", channels, "arbitrary")}
     arguments: dict[str, Any] = {**golden.build().arguments, "modalities": kinds}
-    arguments["patch_size"] = {"mono": x.shape[-1] // golden.grid[0]}
-    arguments["architecture"]["series"]["input_norm"] = (
+    encoding = arguments["encoding"]
+    encoding["patch_size"] = {"mono": x.shape[-1] // golden.grid[0]}
+    encoding["architecture"]["series"]["input_norm"] = (
         ["mono"] if golden.projector(source)["in_norm"] else []
     )
     arguments["loss_weights"] = {"contrastive": 0.0}
-    arguments["calendar"] = {}
+    encoding["calendar"] = {}
     mono = OmniSat(**arguments).eval()
     mono.backbone.get_submodule("projector_mono").load_state_dict(encoder.state_dict())
     head = {n: golden[f"mono/state_dict/decode.0.{n}"] for n in ("weight", "bias")}

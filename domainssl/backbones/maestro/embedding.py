@@ -57,7 +57,7 @@ def check_shared(
     shared = cast(PatchEmbedding, found)
     if shared.sizes != sizes or shared.patch != patch:
         raise ConfigError(
-            f"model.init_args.inputs.{name}.embedding: {embedding!r} has band groups of "
+            f"model.init_args.encoding.inputs.{name}.embedding: {embedding!r} has band groups of "
             f"{shared.sizes} and patches of {_shown(shared.patch)} pixels, but {name!r} has "
             f"{sizes} and {_shown(patch)}. Modalities that share an embedding need equal bands and "
             "patches."

@@ -68,7 +68,7 @@ def check_inputs(
     for name in inputs:
         if name not in known:
             raise ConfigError(
-                f"model.init_args.inputs.{name}: the data have no such modality."
+                f"model.init_args.encoding.inputs.{name}: the data have no such modality."
                 f"{nearest(name, known)} They have {', '.join(known)}."
             )
     dims = {name: m.spatial_dims for name, m in known.items() if m.spatial_dims}
@@ -81,7 +81,8 @@ def check_inputs(
     for name, modality in known.items():
         if name not in inputs:
             raise ConfigError(
-                f"model.init_args.inputs: nothing is said about {name!r}; give its patch_size, or "
+                f"model.init_args.encoding.inputs: nothing is said about {name!r}; give its "
+                "patch_size, or "
                 "leave the modality out of the DataModule."
             )
         if modality.spatial_dims == 0:
@@ -93,14 +94,15 @@ def check_inputs(
         _check_sides(modality, chosen[name])
         if chosen[name].interpolation not in get_args(Interpolation):
             raise ConfigError(
-                f"model.init_args.inputs.{name}.interpolation: got {chosen[name].interpolation!r}, "
+                f"model.init_args.encoding.inputs.{name}.interpolation: got "
+                f"{chosen[name].interpolation!r}, "
                 f"expected one of {', '.join(get_args(Interpolation))}."
             )
     return chosen
 
 
 def _check_sides(modality: Modality, given: MAESTROInput) -> None:
-    where = f"model.init_args.inputs.{modality.name}"
+    where = f"model.init_args.encoding.inputs.{modality.name}"
     if min(sides_of(given.patch_size, modality.spatial_dims, f"{where}.patch_size")) < 1:
         raise ConfigError(f"{where}.patch_size: got {given.patch_size}, expected one or more.")
     if given.image_size is not None:
@@ -137,11 +139,13 @@ def band_order(modality: Modality, given: MAESTROInput) -> list[list[str]]:
     for band in (band for group in groups for band in group):
         if band not in modality.channels:
             raise ConfigError(
-                f"model.init_args.inputs.{modality.name}.token_bands: no channel {band!r}."
+                f"model.init_args.encoding.inputs.{modality.name}.token_bands: no channel {band!r}."
                 f"{nearest(band, modality.channels)} There are {', '.join(modality.channels)}."
             )
     if not groups or not all(groups):
-        raise ConfigError(f"model.init_args.inputs.{modality.name}.token_bands: an empty group.")
+        raise ConfigError(
+            f"model.init_args.encoding.inputs.{modality.name}.token_bands: an empty group."
+        )
     return [list(group) for group in groups]
 
 
@@ -149,7 +153,8 @@ def date_reference_of(known: Mapping[str, Modality], given: str | None) -> str |
     """Return the modality that dates are counted from: the given one, or the first single date."""
     if given is not None and given not in known:
         raise ConfigError(
-            f"model.init_args.date_reference: no modality {given!r}.{nearest(given, known)} "
+            "model.init_args.encoding.date_reference: no modality "
+            f"{given!r}.{nearest(given, known)} "
             f"There are {', '.join(known)}."
         )
     return given or next((n for n, m in known.items() if m.kind != "series"), None)
@@ -163,6 +168,6 @@ def nominal_grid(modality: Modality, given: MAESTROInput) -> tuple[int, ...] | N
     if not size:
         return None
     try:
-        return grid_of(size, given.patch_size, f"model.init_args.inputs.{modality.name}")
+        return grid_of(size, given.patch_size, f"model.init_args.encoding.inputs.{modality.name}")
     except DataError as error:
         raise ConfigError(f"{error} Set image_size or another patch_size.") from error

@@ -9,6 +9,17 @@ __all__ = ["new_name", "new_value"]
 _SIZES = "with `size`, `min_size`, `max_size` instead of `size`, `min_px`, `max_px`"
 _PROJECTOR = ("projector", "the widths of its layers, such as `[512, 128]`")
 _PROJECTORS = {"projector_width": _PROJECTOR, "embedding_width": _PROJECTOR}
+
+
+def _grouped(encoding: str) -> dict[str, tuple[str, str]]:
+    """Return the keys of a method that moved into its groups."""
+    groups = {"encoding": encoding, "execution": "seed check_units allow_accumulation"}
+    moved = {key: group for group, keys in groups.items() for key in keys.split()}
+    moved["reference"] = "options"
+    return {key: (f"{group}.{key}", "") for key, group in moved.items()}
+
+
+_PAIR = _PROJECTORS | _grouped("encoder sizes normalization weights")
 _TILE_KEYS = {"footprint": ("window", "with `size` and `unit: m` instead of `size_m`")}
 
 # owner (class that takes the key) -> old key -> new key, and how the value is written now
@@ -38,7 +49,14 @@ _RENAMED: dict[str, dict[str, tuple[str, str]]] = {
     },
     "HeldOut": {"share": ("val_fraction", ""), "gap_m": ("gap", "in metres")},
     "Loading": {"max_bad_share": ("max_bad_fraction", "")},
-    **dict.fromkeys(("BarlowTwins", "CLIP", "DeCUR", "SimCLR", "VICReg"), _PROJECTORS),
+    "CROMA": _grouped("size architecture patch_size radar optical normalization weights"),
+    "OmniSat": _grouped("size architecture patch_m patch_size grid calendar normalization weights"),
+    "MAESTRO": _grouped(
+        "inputs size architecture fusion shared_depth position_cells date_reference "
+        "normalization weights"
+    ),
+    "DeCUR": _PAIR | _grouped("deformable_attention"),
+    **dict.fromkeys(("BarlowTwins", "CLIP", "SimCLR", "VICReg"), _PAIR),
     "AtomicCheckpoint": {"keep": ("keep_last", "")},
 }
 

@@ -127,6 +127,6 @@ def _pickled(path: object) -> str:
     return (
         f"Checkpoint {str(path)!r} holds pickled Python objects, or is damaged, and was refused: "
         "unpickling would run whatever code it brings. Checkpoints of domainssl hold plain data "
-        "only. For weights of others use model.init_args.weights with a safetensors file or a "
-        "plain state dict."
+        "only. For weights of others use model.init_args.encoding.weights with a safetensors "
+        "file or a plain state dict."
     )
