@@ -21,12 +21,15 @@ from typing import Any, Literal
 from domainssl.datamodules.base import DomainDataModule
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
+from domainssl.io.volume.cache import Exams
 from domainssl.io.volume.exams import Exam, Found, find_exams
 from domainssl.io.volume.ids import ids_of
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
+from domainssl.pieces import Buildable
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.patients import split_exams
+from domainssl.sources.preparation import kept_exams, key_of
 from domainssl.sources.volume_options import (
     Contrast,
     ExamFiles,
@@ -120,6 +123,7 @@ class VolumeDataModule(DomainDataModule):
         self.exams = exams or ExamFiles()
         self.found: Found | None = None
         self.splits: dict[str, list[Exam]] = {}
+        self.prepared: Exams[Exam] | None = None
         self._modalities = as_modalities(
             {
                 name: statistics_of(
@@ -166,6 +170,7 @@ class VolumeDataModule(DomainDataModule):
         if "val" not in self.splits:
             _log.warning("%s: nothing is held out for validation", root)
         self.label_names = self._classes(found.exams)
+        self.prepared = self._prepared(found.exams)
         sources: dict[str, Source] = {
             split: self._source(part, is_training=split == "train")
             for split, part in self.splits.items()
@@ -186,10 +191,27 @@ class VolumeDataModule(DomainDataModule):
             window=self.window,
             preparation=self.preparation,
             labels=None if names is None else [numbers.get(exam.label, -1) for exam in exams],
-            has_masks=any(exam.mask for exam in self.found.exams),
+            has_masks=self._has_masks,
             seed=self.seed,
             is_training=is_training,
+            prepared=self.prepared,
+            keys=[] if self.prepared is None else [key_of(e, self.prepared.cache) for e in exams],
         )
+
+    @property
+    def _has_masks(self) -> bool:
+        assert self.found is not None
+        return any(exam.mask for exam in self.found.exams)
+
+    def _prepared(self, exams: Sequence[Exam]) -> Exams[Exam] | None:
+        """Return where prepared exams are kept on disk, if they are."""
+        if self.preparation.cache == "none":
+            return None
+        return kept_exams(exams, self.contrasts, self.preparation, with_masks=self._has_masks)
+
+    def preparations(self) -> list[Buildable]:
+        """Return the exams that `cache build` can prepare before a run."""
+        return [] if self.prepared is None else [self.prepared]
 
     def _classes(self, exams: Sequence[Exam]) -> tuple[str, ...] | None:
         """Return the class names of exams by number; None without labels."""

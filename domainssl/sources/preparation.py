@@ -5,29 +5,32 @@ Orientation is done by the reader, resampling is MONAI's; both only happen where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
-from domainssl.errors import DataError, require
+from domainssl.arguments import plain
+from domainssl.errors import DataError
+from domainssl.io.volume.cache import Exams, VolumeCache, identity_of
 from domainssl.io.volume.exams import Exam
 from domainssl.io.volume.geometry import check_same_grid, spacing_of
 from domainssl.io.volume.prepared import Prepared, compact, shifted
 from domainssl.io.volume.scan import Scan, read_labels, read_scan
+from domainssl.sources.resampling import resample_labels, resample_scan, straight_grid
 from domainssl.sources.volume_options import Contrast, Preparation
 
-__all__ = ["prepare"]
+__all__ = ["kept_exams", "key_of", "prepare"]
 
 Array = np.ndarray[Any, Any]
+_VERSION = 1  # raise it when the result of `prepare` changes
 _SAME_SIZE = 1e-3  # by which voxel sizes may differ and count as equal
 _AIR_HU = -500.0  # below: air; the lungs lie inside of what is above
 _AIR = 0.1  # of the range between the limits, where values have no unit
 _OF_FILE = {"CT": "ct", "MR": "mr", "PT": "pet"}
 _OTHER_NAMES = {"mri": "mr", "pt": "pet"}
-_WHOLLY = 0.999  # share of valid voxels that an interpolated one is made of
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,40 @@ def prepare(
     return _cut_to_foreground(prepared, options.margin_mm) if options.foreground else prepared
 
 
+def kept_exams(
+    exams: Sequence[Exam],
+    contrasts: Mapping[str, Contrast],
+    options: Preparation,
+    *,
+    with_masks: bool,
+) -> Exams[Exam]:
+    """Return where prepared exams are kept on disk.
+
+    Args:
+        exams: All that a run may read.
+        contrasts: What is read, by modality key.
+        options: What is done; `cache` is one of its tiers.
+        with_masks: Keep the segmentation maps too.
+    """
+    done = {"spacing_mm", "resample_to", "foreground", "margin_mm"}
+    transform = {
+        "version": _VERSION,
+        "contrasts": [[name, plain(contrast)] for name, contrast in contrasts.items()],  # in order
+        "preparation": {name: v for name, v in plain(options).items() if name in done},
+        "with_masks": with_masks,
+    }
+    assert options.cache != "none"
+    cache = VolumeCache(transform, options.cache, options.cache_dir)
+    work = partial(prepare, contrasts=contrasts, options=options, with_mask=with_masks)
+    return Exams(cache, {key_of(e, cache): e for e in exams}, work, partial(key_of, cache=cache))
+
+
+def key_of(exam: Exam, cache: VolumeCache) -> str:
+    """Return the name of a prepared exam in a cache; it changes whenever one of its files does."""
+    files = {**exam.scans, "(mask)": exam.mask, "(anonymized)": exam.anonymized}
+    return cache.key([identity_of(files), plain(exam.volumes), exam.source])
+
+
 def _read(exam: Exam, name: str, contrast: Contrast) -> Scan:
     reading = contrast.reading
     if name in exam.volumes and reading.volume is None:
@@ -134,17 +171,13 @@ def _source(exam: Exam, name: str, scan: Scan, contrast: Contrast) -> str:
 
 
 def _respaced(grid: _Grid, spacing_mm: tuple[float, ...] | None) -> _Grid:
-    """Return the straight grid of another voxel size over the same box, as MONAI lays it."""
+    """Return the grid with another voxel size over the same box."""
     if spacing_mm is None or (
         np.allclose(spacing_of(grid.affine), spacing_mm, rtol=_SAME_SIZE)
         and _is_straight(grid.affine)
     ):
         return grid
-    utils: Any = require("monai.data.utils", "medical")
-    affine = utils.zoom_affine(grid.affine, spacing_mm, diagonal=False)
-    shape, offset = utils.compute_shape_offset(grid.shape, grid.affine, affine)
-    affine[:3, 3] = np.asarray(offset)[:3]
-    return _Grid(tuple(int(n) for n in shape), affine, grid.name)
+    return _Grid(*straight_grid(grid.shape, grid.affine, spacing_mm), grid.name)
 
 
 def _is_straight(affine: Array) -> bool:
@@ -172,33 +205,19 @@ class _Bringer:
         valid = np.ones(scan.values.shape[1:], bool) if scan.valid is None else scan.valid
         if self._lies_there(scan):
             return compact(scan.values), valid
-        moved = _resample(scan.values, scan.affine, self.grid, "bilinear")
-        weight = _resample(valid[None], scan.affine, self.grid, "bilinear")
-        return moved, weight[0] > _WHOLLY
+        return resample_scan(scan.values, valid, scan.affine, self.grid.shape, self.grid.affine)
 
     def labels(self, scan: Scan) -> Array:
         """Return labels (X, Y, Z) on the grid; outside of their own grid they are 0."""
         if self._lies_there(scan):
             return scan.values[0]
-        labels = _resample(scan.values, scan.affine, self.grid, "nearest")
-        return labels[0].round().astype(scan.values.dtype)
+        labels = scan.values[0]
+        return resample_labels(labels, scan.affine, self.grid.shape, self.grid.affine)
 
     def _lies_there(self, scan: Scan) -> bool:
         if self.option:
             self.own.check(scan, self.option)
         return self.grid.holds(scan)
-
-
-def _resample(values: Array, affine: Array, grid: _Grid, mode: str) -> Array:
-    """Resample (C, X, Y, Z) to a grid; outside of the values' own grid there are zeros."""
-    transforms: Any = require("monai.transforms", "medical")
-    meta: Any = require("monai.data.meta_tensor", "medical")
-    tensor = meta.MetaTensor(
-        torch.from_numpy(values.astype(np.float32)), affine=torch.from_numpy(affine)
-    )
-    resample = transforms.SpatialResample(mode=mode, padding_mode="zeros", dtype=np.float32)
-    out = resample(tensor, dst_affine=torch.from_numpy(grid.affine), spatial_size=grid.shape)
-    return np.asarray(out.as_tensor().numpy())
 
 
 def _limits(values: Array, valid: Array, contrast: Contrast, source: str) -> Array:

@@ -10,7 +10,9 @@ from domainssl.io.volume.exam import Wanted
 from domainssl.io.volume.exams import LAYOUTS
 from domainssl.io.volume.ids import IDS
 from domainssl.io.volume.scan import Reading
+from domainssl.io.volume.stores import TIERS
 from domainssl.modality import Modality
+from domainssl.sources.augmentation import Augmentation
 from domainssl.sources.windows import Window
 
 __all__ = ["Contrast", "ExamFiles", "ExamLabels", "ExamWindow", "Preparation"]
@@ -132,13 +134,17 @@ class Preparation:
             exam whose scans lie on different grids.
         foreground: Cut the volume to the box around what is not air.
         margin_mm: Left around that box.
-        keep_mb: Prepared volumes that a process keeps in memory.
+        cache: Keep prepared exams on disk: `memmap` for speed, `zarr` for space, or `none`.
+        cache_dir: Folder of that cache; None means the user's cache folder.
+        keep_mb: Prepared volumes that a process keeps in memory, without a cache on disk.
     """
 
     spacing_mm: tuple[float, float, float] | None = None
     resample_to: str | None = None
     foreground: bool = True
     margin_mm: float = 10.0
+    cache: Literal["none", "memmap", "zarr"] = "none"
+    cache_dir: str | None = None
     keep_mb: float = 512.0
 
     def __post_init__(self) -> None:
@@ -149,6 +155,11 @@ class Preparation:
                     f"{_WHERE}.preparation.spacing_mm: got {list(self.spacing_mm)!r}, expected "
                     "three numbers above 0: voxel sizes along x, y and z in mm."
                 )
+        if self.cache not in ("none", *TIERS):
+            raise ConfigError(
+                f"{_WHERE}.preparation.cache: got {self.cache!r}, expected none or one of "
+                f"{', '.join(TIERS)}.{nearest(self.cache, ('none', *TIERS))}"
+            )
         for name in ("margin_mm", "keep_mb"):
             if getattr(self, name) < 0:
                 raise ConfigError(
@@ -170,6 +181,7 @@ class ExamWindow(Window):
         per_exam: Windows per exam and epoch in training.
         min_foreground: Fraction of the window that should not be air.
         tries: Places that are drawn until one has it; then the best of them is taken.
+        augmentation: Random changes that all contrasts of an exam share.
     """
 
     flips: bool | tuple[bool, ...] = False
@@ -177,6 +189,7 @@ class ExamWindow(Window):
     per_exam: int = 1
     min_foreground: float = 0.2
     tries: int = 8
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
         super().__post_init__()

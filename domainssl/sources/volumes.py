@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from domainssl.io.volume.cache import Exams
 from domainssl.io.volume.exams import Exam
-from domainssl.io.volume.prepared import Prepared
+from domainssl.io.volume.prepared import Prepared, shifted
 from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
@@ -24,12 +26,12 @@ from domainssl.sources.windows import Cut
 
 __all__ = ["VolumeSource"]
 
-_WINDOW = 51  # tag that keeps the stream of random numbers apart
+_WINDOW, _CHANGE = 51, 52  # tags that keep the streams of random numbers apart
 _UNPACKED = 3  # bytes that a byte of a packed scan holds, roughly
 Array = np.ndarray[Any, Any]
 
 
-class _Volumes(Protocol):
+class _Volume(Protocol):
     """A prepared exam, in memory or on disk."""
 
     @property
@@ -37,8 +39,8 @@ class _Volumes(Protocol):
         """Voxels along X, Y, Z."""
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all arrays."""
+    def affine(self) -> Array:
+        """Voxel to RAS mm, (4, 4)."""
 
     def crop(self, start: Sequence[int], size: Sequence[int]) -> Prepared:
         """Return a box."""
@@ -59,6 +61,8 @@ class VolumeSource:
         has_masks: Whether batches carry the class of every voxel.
         seed: Seed of windows.
         is_training: Draw windows anew in every epoch.
+        prepared: Where prepared exams are kept on disk; None keeps the last ones in memory.
+        keys: Their keys there.
     """
 
     exams: Sequence[Exam]
@@ -71,6 +75,8 @@ class VolumeSource:
     has_masks: bool
     seed: int
     is_training: bool
+    prepared: Exams[Exam] | None = None
+    keys: Sequence[str] = ()
     _kept: OrderedDict[int, Prepared] = field(default_factory=OrderedDict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,8 +108,8 @@ class VolumeSource:
         rows = Rows(self._empty(exam, count), count, bytes_decoded=decoded)
         for row, number in enumerate(range(piece.start, piece.stop)):
             index = piece.block * self.per_exam + number
-            cut, part, shown = self._window(found, index, epoch)
-            self._write(rows, row, exam, cut, part, is_air=shown == 0)
+            box, cut, shown = self._window(found, index, epoch)
+            self._write(rows, row, box, cut, is_air=shown == 0)
         first = piece.block * self.per_exam
         name = self.ids[piece.block]
         many = self.per_exam > 1
@@ -113,16 +119,15 @@ class VolumeSource:
             rows.data["label"] = np.full(count, self.labels[piece.block], np.int64)
         return rows
 
-    # Volumes --------------------------------------------------------------------------------
-
-    def _volume(self, number: int) -> tuple[_Volumes, int]:
+    def _volume(self, number: int) -> tuple[_Volume, int]:
         """Return a prepared exam, and the bytes decoded for it now."""
+        exam = self.exams[number]
+        if self.prepared is not None:
+            return self.prepared.fetch(exam, self.keys[number]), 0
         if number in self._kept:
             self._kept.move_to_end(number)
             return self._kept[number], 0
-        done = prepare(
-            self.exams[number], self.contrasts, self.preparation, with_mask=self.has_masks
-        )
+        done = prepare(exam, self.contrasts, self.preparation, with_mask=self.has_masks)
         self._kept[number] = done
         limit = self.preparation.keep_mb * 1e6
         while self._kept and sum(v.num_bytes for v in self._kept.values()) > limit:
@@ -131,38 +136,48 @@ class VolumeSource:
 
     # Windows --------------------------------------------------------------------------------
 
-    def _window(self, found: _Volumes, index: int, epoch: int) -> tuple[Cut, Prepared, float]:
-        """Return the cut of a window, the box that it shows, and how much of it is not air.
-
-        The cut counts from the first voxel of the volume, and may begin before it.
-        """
-        room = [max(a, b) for a, b in zip(found.shape, self.window.shape, strict=True)]
+    def _window(self, found: _Volume, index: int, epoch: int) -> tuple[Prepared, Cut, float]:
+        """Return a box of the exam, the window in it, and how much of the window is not air."""
         if not self.is_training:
-            cut = self.window.middle(room)
-            return self._shown(found, cut, room)
+            return self._shown(found, self.window, None)
         rng = generator(self.seed, epoch, _WINDOW, index)
-        best: tuple[Cut, Prepared, float] | None = None
+        change = self.window.augmentation.draw(generator(self.seed, epoch, _CHANGE, index))
+        window = replace(self.window, size=change.extent(self.window.shape, found.affine))
+        best: tuple[Prepared, Cut, float] | None = None
         for _ in range(self.window.tries):
-            tried = self._shown(found, self.window.draw(rng, room), room)
+            tried = self._shown(found, window, rng)
             if best is None or tried[2] > best[2]:
                 best = tried
             if best[2] >= self.window.min_foreground:
                 break
         assert best is not None  # one is tried at least
-        return best
+        box, cut, shown = best
+        box = change.move(box, self.window.shape)
+        source = self.contrasts
+        names = [n for n in box.values if not source[n].is_hu(_word(box.facts, source[n], n))]
+        cut = replace(cut, extent=box.shape, size=box.shape)
+        return change.shade(box, names), cut, shown
 
-    def _shown(self, found: _Volumes, cut: Cut, room: Sequence[int]) -> tuple[Cut, Prepared, float]:
-        """Read the part of a window that lies in the volume, which lies in the middle of `room`."""
+    def _shown(
+        self, found: _Volume, window: ExamWindow, rng: np.random.Generator | None
+    ) -> tuple[Prepared, Cut, float]:
+        """Read a window, drawn or in the middle; beyond the exam it is filled and not valid.
+
+        An exam that is smaller than the window lies in its middle.
+        """
+        room = [max(a, b) for a, b in zip(found.shape, window.shape, strict=True)]
+        cut = window.middle(room) if rng is None else window.draw(rng, room)
         before = [(r - s) // 2 for r, s in zip(room, found.shape, strict=True)]
         begin = [b - p for b, p in zip(cut.begin, before, strict=True)]
         start = [max(0, b) for b in begin]
         stops = [min(s, b + e) for s, b, e in zip(found.shape, begin, cut.extent, strict=True)]
         part = found.crop(start, [b - a for a, b in zip(start, stops, strict=True)])
-        cut = Cut(tuple(begin), cut.extent, cut.size, cut.flips, cut.turns)
         seen = np.zeros(part.shape, bool)
         for name, values in part.values.items():
             seen |= part.valid[name] & (values[0] >= part.facts["air_below"][name])
-        return cut, part, float(np.count_nonzero(seen)) / float(np.prod(cut.extent))
+        inside = [s - b for s, b in zip(start, begin, strict=True)]
+        shown = float(np.count_nonzero(seen)) / math.prod(cut.extent)
+        return _padded(part, inside, cut.extent), cut.of_part(), shown
 
     def _empty(self, exam: Exam, count: int) -> dict[str, Any]:
         """Return what the windows of an exam are written into; absent modalities are complete."""
@@ -183,46 +198,40 @@ class VolumeSource:
             data["mask"] = torch.full((count, *size), -1, dtype=torch.int64)
         return data
 
-    def _write(
-        self, rows: Rows, row: int, exam: Exam, cut: Cut, part: Prepared, *, is_air: bool
-    ) -> None:
+    def _write(self, rows: Rows, row: int, box: Prepared, cut: Cut, *, is_air: bool) -> None:
         """Write one window of every contrast and its companions."""
-        local = cut.of_part()
-        inside = tuple(
-            slice(max(0, -b), max(0, -b) + n) for b, n in zip(cut.begin, part.shape, strict=True)
-        )
-        # the affine of the box is that of its first voxel, which may lie inside of the window
-        affine = np.array(part.affine)
-        affine[:3, 3] -= affine[:3, :3] @ [float(s.start) for s in inside]
-        affine = affine @ local.to_source()
+        affine = (box.affine @ cut.to_source()).tolist()
         data = rows.data
-        for name, values in part.values.items():
-            whole = _padded(values, (len(values), *cut.extent), inside)
-            local.write(whole, data[name][row])
+        for name, values in box.values.items():
+            cut.write(values, data[name][row])
             if not is_air:
-                local.write_valid(
-                    _padded(part.valid[name], cut.extent, inside), data[key(name, "valid")][row]
-                )
-            data[key(name, "window")][row] = part.limits[name]
-            data[key(name, "affine")][row] = affine.tolist()
+                cut.write_valid(box.valid[name], data[key(name, "valid")][row])
+            data[key(name, "window")][row] = box.limits[name]
+            data[key(name, "affine")][row] = affine
             if key(name, "source") in data:
-                data[key(name, "source")][row] = part.facts["source"][name]
-            rows.bytes_needed += whole.nbytes
-        if part.mask is not None and self.has_masks:
-            classes = _padded(part.mask.astype(np.int64), cut.extent, inside, -1)
-            data["mask"][row] = torch.from_numpy(np.ascontiguousarray(local.view(classes)))
+                data[key(name, "source")][row] = box.facts["source"][name]
+            rows.bytes_needed += values.nbytes
+        if box.mask is not None and self.has_masks:
+            data["mask"][row] = torch.from_numpy(np.ascontiguousarray(cut.view(box.mask)))
 
 
-def _padded(
-    array: Array, shape: Sequence[int], inside: tuple[slice, ...], filler: int = 0
-) -> Array:
-    """Return the array (..., x, y, z) inside of a larger one, of which the rest is filler."""
-    if array.shape == tuple(shape):
-        return array
-    out = np.full(shape, filler, array.dtype)
-    index: tuple[Any, ...] = (..., *inside)
-    out[index] = array
-    return out
+def _word(facts: Mapping[str, Any], contrast: Contrast, name: str) -> str:
+    """Return what kind of scan a modality of an exam is."""
+    return contrast.sources[facts["source"][name]] if contrast.sources else ""
+
+
+def _padded(part: Prepared, start: Sequence[int], shape: Sequence[int]) -> Prepared:
+    """Return a larger box with `part` from `start` on; the rest is 0, not valid, of no class."""
+    sides = [(s, n - s - m) for s, n, m in zip(start, shape, part.shape, strict=True)]
+    mask = None if part.mask is None else part.mask.astype(np.int64)
+    if any(map(any, sides)):
+        values = {n: np.pad(v, [(0, 0), *sides]) for n, v in part.values.items()}
+        valid = {n: np.pad(v, sides) for n, v in part.valid.items()}
+        mask = None if mask is None else np.pad(mask, sides, constant_values=-1)
+    else:
+        values, valid = dict(part.values), dict(part.valid)
+    affine = shifted(part.affine, [-s for s in start])
+    return replace(part, values=values, valid=valid, mask=mask, affine=affine)
 
 
 def _size_of(path: str) -> int:

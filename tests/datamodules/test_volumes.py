@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from domainssl.datamodules.volumes import VolumeDataModule
 from domainssl.errors import ConfigError, DataError
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
+from domainssl.sources.augmentation import Augmentation
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.volume_options import (
     Contrast,
@@ -224,3 +226,77 @@ def test_patients_are_in_one_part(tmp_path: Path) -> None:
         _data(tmp_path, held_out=HeldOut(patients=("p9",))).setup("fit")
     with pytest.raises(ConfigError, match=r"held_out.gap"):
         _data(tmp_path, held_out=HeldOut(gap=3.0))
+
+
+@pytest.mark.parametrize("tier", ["memmap", "zarr"])
+def test_prepared_exams_on_disk_give_the_same_batches(tmp_path: Path, tier: str) -> None:
+    for i in range(3):
+        spot_scan(tmp_path / "data" / f"p{i}" / "ct.nii.gz", noise=30, shape=(30, 26, 20))
+        spot_scan(tmp_path / "data" / f"p{i}" / "pet.nii.gz", air=0, shape=(30, 26, 20))
+    both = {**CT, "pet": Contrast()}
+    cached = Preparation(cache=tier, cache_dir=str(tmp_path / "cache"))  # type: ignore[arg-type]
+    plain = _batches(_data(tmp_path / "data", both))
+    data = _data(tmp_path / "data", both, preparation=cached)
+    data.setup("fit")
+    (what,) = data.preparations()
+    assert len(what.keys) == 3 and not what.is_ready(what.keys[0])
+    what.make(what.keys[0])
+    for ours, theirs in zip(_batches(data), plain, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            same = torch.equal(ours[name], value) if isinstance(value, torch.Tensor) else (
+                ours[name] == value
+            )  # fmt: skip
+            assert same, name
+    assert all(what.is_ready(key) for key in what.keys)
+    other = _data(tmp_path / "data", both, preparation=replace(cached, margin_mm=0.0))
+    other.setup("fit")
+    assert not set(other.preparations()[0].keys) & set(what.keys)
+
+
+def test_a_rotated_and_scaled_window_keeps_the_spot_at_its_place(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        spot_scan(tmp_path / "p1" / f"{name}.nii.gz", air=0, shape=(48, 44, 34))
+    window = ExamWindow(
+        size=(30, 30, 20),
+        flips=True,
+        quarter_turns=True,
+        min_foreground=0.5,
+        augmentation=Augmentation(probability=1.0, rotation_deg=25, scale=0.2),
+    )
+    data = _data(tmp_path, {"a": Contrast(), "b": Contrast()}, window=window)
+    data.setup("fit")
+    seen = 0
+    for epoch in range(6):
+        batch = data.source("train").load(Piece(0, 0, 1), epoch).data
+        assert torch.equal(batch["a"], batch["b"]) and batch["a"].shape == (1, 1, 30, 30, 20)
+        affine = np.array(batch["a.affine"][0])
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+        assert 0.79 < sizes[0] / 2 < 1.26 and abs(sizes[0] - sizes[1]) < 1e-6
+        if batch["a"].max() > 900:
+            seen += 1
+            assert np.abs(spot(batch["a"][0, 0].numpy(), affine) - SPOT_MM).max() < 3.0
+    assert seen >= 3
+    again = data.source("train").load(Piece(0, 0, 1), 5).data
+    assert torch.equal(again["a"], batch["a"])
+
+
+def test_contrasts_share_bias_field_and_gamma_and_ct_keeps_its_units(tmp_path: Path) -> None:
+    for name in ("ct", "a", "b"):
+        spot_scan(tmp_path / "p1" / f"{name}.nii.gz", background=200, air=0, shape=(24, 24, 16))
+    change = Augmentation(probability=1.0, bias_field=0.3, gamma=(1.5, 2.0))
+    contrasts = {**CT, "a": Contrast(percentiles=(0, 100)), "b": Contrast(percentiles=(0, 100))}
+    whole = Preparation(foreground=False)
+    before, after = (
+        _batches(_data(tmp_path, contrasts, preparation=whole, window=ExamWindow(
+            size=(24, 24, 16), augmentation=augmentation)))[0]
+        for augmentation in (Augmentation(), change)
+    )  # fmt: skip
+    assert torch.equal(before["ct"], after["ct"]) and torch.equal(after["a"], after["b"])
+    assert not torch.equal(before["a"], after["a"]) and after["a"].isfinite().all()
+    assert torch.equal(before["a.window"], after["a.window"])
+    noisy = replace(change, bias_field=0.0, gamma=(1.0, 1.0), noise=0.1)
+    (batch,) = _batches(_data(tmp_path, contrasts, preparation=whole, window=ExamWindow(
+        size=(24, 24, 16), augmentation=noisy)))  # fmt: skip
+    difference = batch["a"] - before["a"]
+    assert 0 < difference.std() <= 0.11 * 800 and not torch.equal(batch["a"], batch["b"])
