@@ -18,20 +18,19 @@ from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
 from domainssl.loading.source import Source
 from domainssl.modality import Modality
+from domainssl.sensors import L2A_BANDS, S1_BANDS, S2_M, VALID_RANGES, wavelengths_nm
 from domainssl.sources.dates import Dates
 from domainssl.sources.tiles import TileSource
 from domainssl.sources.windows import Window
 
-__all__ = ["SENTINEL_M", "ImageSensor", "check_windows"]
+__all__ = ["ImageSensor", "check_windows"]
 
 _log = logging.getLogger(__name__)
 
-SENTINEL_M = 10.0
 _USED_DATES = (
     "max_dates", "min_valid_fraction", "choice", "cloud_percent", "mask_clouds", "join_days",
 )  # fmt: skip
-_S2_BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
-_S2_NM = (492.7, 559.8, 664.6, 704.1, 740.5, 782.8, 832.8, 864.7, 1613.7, 2202.4)
+_S2_BANDS = tuple(band for band in L2A_BANDS if band not in ("B01", "B09"))
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,9 @@ class _FootprintDataModule(DomainDataModule):
         self.catalogues = {}
         window.must_not_resize()
         names = set(reads.values())
-        finest = self.image.gsd_m if self.image.name in names else SENTINEL_M
-        whole = (round(tile_m / SENTINEL_M),) * 2
-        self.window = window.on_grid(SENTINEL_M, px_m=finest, whole=whole, name="10 m pixels")
+        finest = self.image.gsd_m if self.image.name in names else S2_M
+        whole = (round(tile_m / S2_M),) * 2
+        self.window = window.on_grid(S2_M, px_m=finest, whole=whole, name="10 m pixels")
         self.window.check(whole, "tiles")
         self._modalities = {key: self._modality(key, name) for key, name in reads.items()}
 
@@ -121,14 +120,12 @@ class _FootprintDataModule(DomainDataModule):
     def _modality(self, key: str, name: str) -> Modality:
         mean, std = self.published[name]
         is_image = name == self.image.name
-        gsd = self.image.gsd_m if is_image else SENTINEL_M
-        times = round(SENTINEL_M / gsd)
+        gsd = self.image.gsd_m if is_image else S2_M
+        times = round(S2_M / gsd)
         if is_image:
-            channels, unit, limits = self.image.channels, "rgb8", (0.0, 255.0)
-        elif name == "s2":
-            channels, unit, limits = _S2_BANDS, "dn", (-1000.0, 32767.0)
+            channels, unit = self.image.channels, "rgb8"
         else:
-            channels, unit, limits = ("VV", "VH"), "db", (-60.0, 40.0)
+            channels, unit = (_S2_BANDS, "dn") if name == "s2" else (S1_BANDS, "db")
         plain = Modality(
             name=key,
             kind="image" if is_image else "series",
@@ -138,9 +135,9 @@ class _FootprintDataModule(DomainDataModule):
             gsd_m=gsd,
             mean=mean,
             std=std,
-            valid_range=limits,
+            valid_range=VALID_RANGES[unit],
             nodata=None,  # batches mark it in `valid`
-            wavelengths_nm=_S2_NM if name == "s2" else None,
+            wavelengths_nm=None if is_image else wavelengths_nm(channels),
         )
         return statistics_of(plain, self.statistics, alias=name)
 

@@ -10,7 +10,6 @@ batches of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 
 from domainssl.datamodules.footprints import (
-    SENTINEL_M,
     ImageSensor,
     _FootprintDataModule,
     check_windows,
@@ -35,11 +33,13 @@ from domainssl.io.series.pastis import (
 from domainssl.io.series.tile import Tile
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Batch
+from domainssl.options import as_dataclass
+from domainssl.sensors import S2_M
 from domainssl.sources.dates import Dates
 from domainssl.sources.tiles import TileSource
 from domainssl.sources.windows import Window
 
-__all__ = ["PastisDataModule"]
+__all__ = ["Folds", "PastisDataModule"]
 
 
 _TILE_BYTES = {"s2": 16_000_000, "s1_asc": 9_000_000, "s1_des": 9_000_000, "spot": 5_000_000}
@@ -91,6 +91,31 @@ class _Tiles:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Folds:
+    """Folds of the data set, 1 to 5, each used once.
+
+    Attributes:
+        train: Folds to train on.
+        val: Folds held out for validation.
+        test: Folds to predict.
+    """
+
+    train: tuple[int, ...] = (1, 2, 3)
+    val: tuple[int, ...] = (4,)
+    test: tuple[int, ...] = (5,)
+
+    def __post_init__(self) -> None:
+        for name in ("train", "val", "test"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        used = (*self.train, *self.val, *self.test)
+        if len(set(used)) < len(used) or not set(used) <= set(range(1, 6)):
+            raise ConfigError(
+                f"data.init_args.folds: got {self}; expected folds from 1 to 5, each in one of "
+                "them, as neighbouring patches share a fold."
+            )
+
+
 class PastisDataModule(_FootprintDataModule):
     """Sentinel series, optional SPOT images and crop types of PASTIS.
 
@@ -105,9 +130,7 @@ class PastisDataModule(_FootprintDataModule):
         window: Their size, 160 m by default, flips and turns.
         windows_per_patch: Windows per patch and epoch; held-out ones lie on a regular grid.
         dates: Dates of the series; `all` is the only mode. There are no cloud masks.
-        train_folds: Folds to train on, 1 to 5.
-        val_folds: Folds held out for validation.
-        test_folds: Folds to predict.
+        folds: Which of the data set's folds are trained on, held out and predicted.
         on_bad_sample: `raise`, or `replace` by the next good window.
         statistics: `published`, a YAML or JSON file, or `card` (those of the model's weights).
         seed: Seed of order, windows and dates.
@@ -132,9 +155,7 @@ class PastisDataModule(_FootprintDataModule):
         window: Window | None = None,
         windows_per_patch: int = 1,
         dates: Dates | None = None,
-        train_folds: Sequence[int] = (1, 2, 3),
-        val_folds: Sequence[int] = (4,),
-        test_folds: Sequence[int] = (5,),
+        folds: Folds = Folds(),
         on_bad_sample: Literal["raise", "replace"] = "raise",
         statistics: str = "published",
         seed: int = 0,
@@ -146,12 +167,8 @@ class PastisDataModule(_FootprintDataModule):
             on_bad_sample=on_bad_sample,
             loading=loading,
         )
-        self.folds = {
-            "train": tuple(train_folds),
-            "val": tuple(val_folds),
-            "test": tuple(test_folds),
-        }
-        _check_folds(self.folds)
+        chosen = as_dataclass(Folds, folds)
+        self.folds = {"train": chosen.train, "val": chosen.val, "test": chosen.test}
         check_windows(windows_per_patch=windows_per_patch)
         self.root = root
         self.windows_per_patch = windows_per_patch
@@ -169,7 +186,7 @@ class PastisDataModule(_FootprintDataModule):
         return self._sources_of_splits()
 
     def _source(self, catalogue: PastisCatalogue, *, is_training: bool) -> TileSource:
-        tile_m = catalogue.side * SENTINEL_M
+        tile_m = catalogue.side * S2_M
         return TileSource(
             _Tiles(catalogue, tuple(self.reads.values())),
             self._modalities,
@@ -177,7 +194,7 @@ class PastisDataModule(_FootprintDataModule):
             {},
             self.window,
             tile_m,
-            SENTINEL_M,
+            S2_M,
             self.dates,
             self.seed,
             is_training,
@@ -196,13 +213,4 @@ class PastisDataModule(_FootprintDataModule):
         return (
             f"{len(catalogue.patches)} patches of {catalogue.side} x {catalogue.side} px in "
             f"fold(s) {', '.join(map(str, catalogue.folds))}, at {catalogue.root}"
-        )
-
-
-def _check_folds(folds: dict[str, tuple[int, ...]]) -> None:
-    every = [fold for some in folds.values() for fold in some]
-    if len(set(every)) < len(every) or not set(every) <= set(range(1, 6)):
-        raise ConfigError(
-            f"data.init_args: train_folds, val_folds and test_folds are {list(folds.values())}; "
-            "expected folds from 1 to 5, each in one of them, as neighbouring patches share a fold."
         )

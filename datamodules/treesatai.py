@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from domainssl.datamodules.footprints import (
-    SENTINEL_M,
     ImageSensor,
     _FootprintDataModule,
     check_windows,
@@ -34,6 +33,7 @@ from domainssl.io.series.treesatai import (
 )
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Batch
+from domainssl.sensors import S2_M
 from domainssl.sources.dates import Dates
 from domainssl.sources.tiles import TileSource
 from domainssl.sources.windows import Window
@@ -173,7 +173,7 @@ class TreeSatAIDataModule(_FootprintDataModule):
             _MARGIN,
             self.window,
             _TILE_M,
-            SENTINEL_M,
+            S2_M,
             self.dates,
             self.seed,
             is_training,

@@ -18,7 +18,7 @@ import numpy as np
 from domainssl.datamodules.samples import made_once
 from domainssl.datamodules.samples.cubes_scene import CROPS, FIELD, draw_field, optical, radar
 from domainssl.errors import require
-from domainssl.io.ssl4eo.facts import L2A_BANDS
+from domainssl.sensors import L2A_BANDS
 
 __all__ = ["DATES", "SITES", "VERSION", "build", "sample_root"]
 

@@ -29,8 +29,9 @@ from domainssl.datamodules.samples.ssl4eo_scene import (
     radar,
 )
 from domainssl.errors import ConfigError, nearest, require
-from domainssl.io.ssl4eo.facts import L1C_BANDS, L2A_BANDS, PRODUCTS, product
+from domainssl.io.ssl4eo.facts import PRODUCTS, product
 from domainssl.io.ssl4eo.write import TileTable, write_release_a
+from domainssl.sensors import L1C_BANDS, L2A_BANDS
 
 __all__ = ["LOCATIONS", "VERSION", "Factors", "build", "factors", "sample_root"]
 

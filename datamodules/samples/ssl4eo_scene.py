@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.io.ssl4eo.facts import L1C_BANDS
+from domainssl.sensors import L1C_BANDS
 
 __all__ = ["COVERS", "DATES", "SIDE", "Location", "draw_location", "optical", "radar"]
 

@@ -15,9 +15,9 @@ from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES
 from domainssl.io.raster.zarr import Cube, open_cube
-from domainssl.io.ssl4eo.facts import L1C_BANDS
 from domainssl.io.storage.archives import tar_index
 from domainssl.io.storage.paths import Options, fetch_ranges
+from domainssl.sensors import L1C_BANDS
 
 __all__ = [
     "band_rows",

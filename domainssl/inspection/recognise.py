@@ -32,8 +32,8 @@ from domainssl.inspection.tables import (
 )
 from domainssl.io.raster.bands import open_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
-from domainssl.io.ssl4eo.facts import L1C_BANDS, L2A_BANDS
 from domainssl.io.storage.paths import is_file, is_folder, is_url, join, list_folder
+from domainssl.sensors import L1C_BANDS, L2A_BANDS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

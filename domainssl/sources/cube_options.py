@@ -8,8 +8,9 @@ from typing import Any
 
 from domainssl.errors import ConfigError, nearest
 from domainssl.io.raster.read import MaskRule
-from domainssl.io.ssl4eo.facts import PRODUCTS, canonical_band
+from domainssl.io.ssl4eo.facts import PRODUCTS
 from domainssl.modality import Modality
+from domainssl.sensors import canonical_band
 
 __all__ = ["Labels", "Layer", "Mask", "default_layers", "finest_m", "snap_m"]
 

@@ -16,8 +16,8 @@ from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.io.raster.read import conversion
 from domainssl.io.raster.sites import Found, find_files
-from domainssl.io.ssl4eo.facts import canonical_band
 from domainssl.io.storage.paths import Options
+from domainssl.sensors import canonical_band
 from domainssl.sources.cube_options import Layer, snap_m
 from domainssl.sources.dates import Dates
 from domainssl.sources.windows import Window

@@ -16,8 +16,8 @@ from domainssl.errors import DataError
 from domainssl.inspection.recognise import inspect_path, render
 from domainssl.io.raster.bands import open_store
 from domainssl.io.raster.grd import read_sigma0
-from domainssl.io.ssl4eo.facts import L1C_BANDS, L2A_BANDS
 from domainssl.loading.source import Loading
+from domainssl.sensors import L1C_BANDS, L2A_BANDS
 from domainssl.sources.cube_options import Layer, Mask
 from domainssl.sources.dates import Dates
 from domainssl.sources.held_out import HeldOut

@@ -129,7 +129,7 @@ def test_windows_of_spot_series_and_classes_are_cut_alike(few: Path, epoch: int)
     spot = target[0].repeat(10, 0).repeat(10, 1)
     with rasterio.open(few / SPOT_FOLDER / f"SPOT6_RVB_1M00_2019_{patch.id}.tif", "r+") as file:
         file.write(np.stack([spot] * 3))
-    data = opened(few, train_folds=[1], global_batch_size=1)
+    data = opened(few, folds={"train": [1]}, global_batch_size=1)
     rows = data._sources["train"].load(Piece(0, 0, 1), epoch).data
     assert torch.equal(rows["s2"][0, 0, 0].long(), rows["mask"][0])
     assert torch.equal(rows["spot"][0, 0, ::10, ::10].long(), rows["mask"][0])
@@ -149,9 +149,9 @@ def test_days_and_most_dates(few: Path) -> None:
 
 def test_folds_are_kept_apart() -> None:
     with pytest.raises(ConfigError, match="each in one of them"):
-        PastisDataModule(train_folds=[1, 2, 3], val_folds=[3])
+        PastisDataModule(folds={"val": [3]})
     with pytest.raises(ConfigError, match="folds from 1 to 5"):
-        PastisDataModule(train_folds=[0, 1])
+        PastisDataModule(folds={"train": [0, 1]})
 
 
 def test_windows_larger_than_a_patch_are_refused(few: Path) -> None:

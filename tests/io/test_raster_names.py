@@ -12,7 +12,7 @@ from domainssl.errors import DataError
 from domainssl.io.raster.bands import describe_zarr, titles_or_none
 from domainssl.io.raster.geotiff import describe_geotiff
 from domainssl.io.raster.sites import find_files
-from domainssl.io.ssl4eo.facts import canonical_band
+from domainssl.sensors import canonical_band
 
 VALUES = np.arange(1, 1 + 2 * 256).reshape(2, 16, 16).astype("uint16")
 

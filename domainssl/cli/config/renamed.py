@@ -34,7 +34,10 @@ _RENAMED: dict[str, dict[str, tuple[str, str]]] = {
         "windows": ("window", "with `size` and `unit: m` instead of `side_m`"),
     },
     "TreeSatAIDataModule": _TILE_KEYS,
-    "PastisDataModule": _TILE_KEYS,
+    "PastisDataModule": {
+        **_TILE_KEYS,
+        **{f"{split}_folds": (f"folds.{split}", "") for split in ("train", "val", "test")},
+    },
     "Window": {
         "min_px": ("min_size", "with `unit: px`"),
         "max_px": ("max_size", "with `unit: px`"),

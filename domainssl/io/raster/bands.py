@@ -24,11 +24,11 @@ from domainssl.errors import DataError, nearest
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
 from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
-from domainssl.io.ssl4eo.facts import canonical_band
 from domainssl.io.storage.archives import FolderStore
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import Options, is_url, stamp
 from domainssl.io.storage.paths import is_file as file_exists
+from domainssl.sensors import canonical_band
 
 __all__ = [
     "GRD_REASON",

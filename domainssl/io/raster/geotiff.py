@@ -13,9 +13,9 @@ from domainssl.io.raster.bands import LayerFile, StoredBand, titles_or_none, wit
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.grid import Grid, plain_crs
 from domainssl.io.raster.time import baselines_of, parse_date, product_time
-from domainssl.io.ssl4eo.facts import canonical_band
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import stamp
+from domainssl.sensors import canonical_band
 
 __all__ = ["GEOTIFF_ENDINGS", "describe_geotiff", "read_geotiff"]
 

@@ -1,0 +1,59 @@
+"""What is known of sensors: bands in order, their wavelengths and other names, plausible values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+__all__ = [
+    "L1C_BANDS",
+    "L2A_BANDS",
+    "S1_BANDS",
+    "S2_M",
+    "VALID_RANGES",
+    "canonical_band",
+    "wavelengths_nm",
+]
+
+S2_M = 10.0  # finest pixel of Sentinel-2, and that of Sentinel-1 GRD
+S1_BANDS = ("VV", "VH")
+L1C_BANDS = (
+    "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12",
+)  # fmt: skip
+L2A_BANDS = tuple(band for band in L1C_BANDS if band != "B10")
+# Lowest and highest plausible value by unit
+VALID_RANGES = {"dn": (-1000.0, 32767.0), "db": (-60.0, 40.0), "rgb8": (0.0, 255.0)}
+
+_CENTRES_NM = {  # of Sentinel-2A
+    "B01": 442.7, "B02": 492.7, "B03": 559.8, "B04": 664.6, "B05": 704.1, "B06": 740.5,
+    "B07": 782.8, "B08": 832.8, "B8A": 864.7, "B09": 945.1, "B10": 1373.5, "B11": 1613.7,
+    "B12": 2202.4,
+}  # fmt: skip
+_NAMES = {  # of STAC and its catalogues, without blanks, hyphens and underscores
+    "coastal": "B01", "aerosol": "B01", "coastalaerosol": "B01", "blue": "B02", "green": "B03",
+    "red": "B04", "rededge": "B05", "rededge1": "B05", "rededge2": "B06", "rededge3": "B07",
+    "rededge071": "B05", "rededge075": "B06", "rededge078": "B07", "nir": "B08", "nir08": "B8A",
+    "nirnarrow": "B8A", "b08a": "B8A", "nir09": "B09", "watervapor": "B09", "watervapour": "B09",
+    "cirrus": "B10", "swir1": "B11", "swir16": "B11", "swir2": "B12", "swir22": "B12",
+    "vv": "VV", "vh": "VH",
+}  # fmt: skip
+_SEPARATORS = re.compile(r"[\s_\-]+")
+
+
+def canonical_band(name: str) -> str:
+    """Return the canonical spelling of a band: `b2`, `B02`, `blue` -> `B02`; `vv` -> `VV`."""
+    text = str(name).strip()
+    plain = _SEPARATORS.sub("", text.lower())
+    if plain in _NAMES:
+        return _NAMES[plain]
+    text = text.upper()
+    if text.startswith("B") and text[1:].isdigit():
+        return f"B{int(text[1:]):02d}"
+    return text
+
+
+def wavelengths_nm(bands: Sequence[str]) -> tuple[float, ...] | None:
+    """Return the centre wavelengths of Sentinel-2A bands, None where one is no such band."""
+    if not set(bands) <= set(_CENTRES_NM):
+        return None
+    return tuple(_CENTRES_NM[band] for band in bands)
