@@ -7,17 +7,21 @@ uptake reach the PET scan alone, calcifications the CT scan alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from domainssl.datamodules.samples.volumes_files import affine_of, write_nifti
+from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
 from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, layered, shaped, smooth
 
-__all__ = ["GRID", "PetCT", "draw"]
+__all__ = ["GRID", "PETCT", "PetCT", "petct", "write_petct"]
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
+PETCT = Plan("petct", {"train": 96, "val": 96}, (("ct", "pet"), ()))
 GRID = Grid((40, 40, 36), (4.0, 4.0, 4.0))
 # centre and radii in mm, Hounsfield units, uptake over that of the tissue around
 _ORGANS = {
@@ -48,7 +52,31 @@ class PetCT:
     factors: dict[str, float]
 
 
-def draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
+def petct(split: str, number: int) -> PetCT:
+    """Draw an exam of the sample, without writing any file."""
+    return _draw(*PETCT.generators(split, number), int(PETCT.classes(split)[number]))
+
+
+def write_petct(folder: Path, split: str, number: int) -> dict[str, str]:
+    """Write the files of an exam and return their cells of the manifest."""
+    exam, case = petct(split, number), PETCT.case(split, number)
+    affine = affine_of(GRID.shape, GRID.spacing_mm)
+    (folder / case).mkdir()
+    cells = {name: f"{case}/{name}.nii.gz" for name in ("ct", "pet")}
+    ends = [ORIENTATIONS[(number + more) % len(ORIENTATIONS)] for more in (0, 2)]
+    units, scaling = np.round(exam.ct).astype(np.int16), None
+    if number % 3:  # unsigned with an offset, as some converters write
+        units, scaling = (units + 1024).astype(np.uint16), (1.0, -1024.0)
+    write_nifti(folder / cells["ct"], units, affine, orientation=ends[0], scaling=scaling)
+    uptake, scaling = exam.pet.round(2), None
+    if number % 4:
+        scaling = (float(exam.pet.max()) / 4000, 0.0)
+        uptake = np.round(exam.pet / scaling[0]).astype(np.int16)
+    write_nifti(folder / cells["pet"], uptake, affine, orientation=ends[1], scaling=scaling)
+    return cells
+
+
+def _draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
     """Draw a phantom.
 
     Args:

@@ -11,13 +11,45 @@ import pytest
 import torch
 
 from domainssl.datamodules.samples import volumes
+from domainssl.datamodules.samples.volumes_brain import BRAIN, CONTRASTS, brain, write_brain
+from domainssl.datamodules.samples.volumes_ctmr import CTMR, TISSUES, ctmr, write_ctmr
+from domainssl.datamodules.samples.volumes_petct import PETCT, petct, write_petct
+from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS
 from domainssl.datamodules.samples.volumes_scene import PATTERNS
 from domainssl.errors import ConfigError
 from domainssl.evaluation.probes import knn_accuracy, linear_probe_accuracy
+from domainssl.io.volume.scan import Reading, read_labels, read_scan
 
 nibabel: Any = pytest.importorskip("nibabel", reason="needs the extra medical")
 
-PETCT = ("ct", "pet")
+PLANS = {"petct": PETCT, "ctmr": CTMR, "brain": BRAIN}
+SCANS = [("petct", "ct"), ("petct", "pet"), ("ctmr", "scan"), *(("brain", c) for c in CONTRASTS)]
+WRITERS = {"petct": write_petct, "ctmr": write_ctmr, "brain": write_brain}
+
+
+def _draw(sample: str, number: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The scans of a held-out exam and its layers."""
+    if sample == "petct":
+        found = petct("val", number)
+        return {"ct": found.ct, "pet": found.pet}, found.layers
+    if sample == "ctmr":
+        exam = ctmr("val", number)
+        return {"scan": exam.scan}, exam.layers
+    head = brain("val", number)
+    return head.scans, head.layers
+
+
+@pytest.fixture(scope="module")
+def exams() -> dict[str, list[tuple[dict[str, np.ndarray], np.ndarray]]]:
+    """The held-out exams of every sample."""
+    return {name: [_draw(name, n) for n in range(p.exams["val"])] for name, p in PLANS.items()}
+
+
+def _scans(exams: dict, sample: str, scan: str) -> tuple[np.ndarray, torch.Tensor]:
+    """A scan of all exams that have it, float32 (N, X, Y, Z), and the classes."""
+    has = [number for number, (scans, _) in enumerate(exams[sample]) if scan in scans]
+    labels = torch.from_numpy(PLANS[sample].classes("val")[has])
+    return np.stack([exams[sample][number][0][scan] for number in has]), labels
 
 
 def statistics(values: np.ndarray) -> torch.Tensor:
@@ -27,98 +59,154 @@ def statistics(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack([x.mean(1), x.std(1), *percentiles], 1)).float()
 
 
-def energies(values: np.ndarray) -> torch.Tensor:
-    """Share of the slow changes along each axis in their sum, (N, 3)."""
-    x = values - values.mean((1, 2, 3), keepdims=True)
-    power = np.abs(np.fft.fftn(x, axes=(1, 2, 3))) ** 2
-    kept = [power[:, 1:5, :2, :2], power[:, :2, 1:5, :2], power[:, :2, :2, 1:5]]
-    sums = np.stack([part.sum((1, 2, 3)) for part in kept], 1)
-    return torch.from_numpy(np.log(np.hstack([sums, power.sum((1, 2, 3))[:, None]]))).float()
+def energies(layers: np.ndarray) -> torch.Tensor:
+    """Energy of changes along each axis, over that of all, as logarithms, (N, 3)."""
+    steps = [np.square(np.diff(layers, axis=axis)).mean((1, 2, 3)) for axis in (1, 2, 3)]
+    found = np.log(np.stack(steps, 1))
+    return torch.from_numpy(found - found.mean(1, keepdims=True)).float()
 
 
-@pytest.fixture(scope="module")
-def exams() -> list:
-    """The held-out exams of `sample:petct`."""
-    return [volumes.petct("val", number) for number in range(volumes.EXAMS["val"])]
+def _middle(values: np.ndarray, side: int) -> np.ndarray:
+    """Cut a cube out of the middle, or all there is along shorter axes."""
+    cuts = [slice(max(0, n - side) // 2, max(0, n - side) // 2 + side) for n in values.shape[1:]]
+    return values[(slice(None), *cuts)]
 
 
-@pytest.fixture(scope="module")
-def labels() -> torch.Tensor:
-    return torch.from_numpy(volumes.classes("val"))
+@pytest.mark.parametrize(("sample", "scan"), SCANS)
+@pytest.mark.parametrize("side", [64, 32, 24], ids=["whole", "window", "small window"])
+def test_statistics_do_not_tell_the_classes(exams, sample, scan, side) -> None:
+    values, labels = _scans(exams, sample, scan)
+    found = statistics(_middle(values, side))
+    assert linear_probe_accuracy(found, labels) < 0.4  # chance is 0.25
+    assert knn_accuracy(found, labels) < 0.4
 
 
-@pytest.mark.parametrize("scans", [("ct",), ("pet",), PETCT], ids="+".join)
-@pytest.mark.parametrize("side", [40, 32], ids=["whole", "window"])
-def test_statistics_do_not_tell_the_classes_of_petct(exams, labels, scans, side) -> None:
-    cut = slice((40 - side) // 2, (40 + side) // 2)
-    parts = [statistics(np.stack([getattr(e, m)[cut, cut, cut] for e in exams])) for m in scans]
-    found = torch.cat(parts, 1)
-    assert linear_probe_accuracy(found, labels) < 0.35  # chance is 0.25
-    assert knn_accuracy(found, labels) < 0.38
+@pytest.mark.parametrize(("sample", "scan"), SCANS)
+def test_direction_of_the_layers_tells_the_classes(exams, sample, scan) -> None:
+    values, labels = _scans(exams, sample, scan)
+    x = torch.from_numpy(np.log(values.clip(0) + 0.2) if scan != "ct" else values.clip(-200, 300))
+    if scan == "scan":  # CT, from -1000 on, beside MR
+        x = torch.from_numpy(values)
+    x = torch.nn.functional.avg_pool3d(_unit(x)[:, None], 4, 2)[:, 0].numpy()
+    assert linear_probe_accuracy(energies(_middle(x, 9)), labels) > 0.6
 
 
-@pytest.mark.parametrize("scan", PETCT)
-def test_direction_of_the_layers_tells_the_classes_of_petct(exams, labels, scan) -> None:
-    tissue = slice(8, 32)
-    x = np.stack([getattr(e, scan)[tissue, tissue, tissue] for e in exams])
-    x = np.log(x + 0.5) if scan == "pet" else x.clip(-200, 300)
-    assert linear_probe_accuracy(energies(x), labels) > 0.75
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Standardise the middle of every item, where it has tissue, and clip."""
+    flat = torch.from_numpy(_middle(x.numpy(), 24)).flatten(1)
+    low, high = flat.quantile(0.05, 1), flat.quantile(0.95, 1)
+    scaled = (x - low.view(-1, 1, 1, 1)) / (high - low).view(-1, 1, 1, 1)
+    return scaled.clip(0, 1)
 
 
-def test_layers_are_what_ct_and_pet_share(exams) -> None:
+@pytest.mark.parametrize("sample", ["petct", "brain"])
+def test_layers_are_what_the_scans_of_an_exam_share(exams, sample) -> None:
     shared, other = [], []
-    for exam, stranger in zip(exams[:12], exams[12:24], strict=True):
-        inside = exam.layers != 0
-        for scan in (exam.ct[inside], np.log(exam.pet[inside] + 0.2)):
-            shared.append(np.corrcoef(scan, exam.layers[inside])[0, 1])
-            other.append(abs(np.corrcoef(scan, stranger.layers[inside])[0, 1]))
-    assert np.mean(shared) > 0.5 and np.mean(other) < 0.15
+    pairs = zip(exams[sample][:12], exams[sample][12:24], strict=True)
+    for (scans, layers), (_, strange) in pairs:
+        inside = (layers != 0) & (strange != 0)
+        for name, values in scans.items():
+            x = values[inside] if name == "ct" else np.log(values[inside] + 0.2)
+            shared.append(abs(np.corrcoef(x, layers[inside])[0, 1]))
+            other.append(abs(np.corrcoef(x, strange[inside])[0, 1]))
+    assert np.mean(shared) > 0.45 and np.mean(other) < 0.15
 
 
-def test_exams_are_balanced_and_patients_are_in_one_split(tmp_path: Path) -> None:
-    for split, count in volumes.EXAMS.items():
-        assert np.bincount(volumes.classes(split)).tolist() == [count // 4] * 4
-    rows = [
-        volumes._row(split, n, {}) for split, total in volumes.EXAMS.items() for n in range(total)
-    ]
-    assert len({row["id"] for row in rows}) == 192
-    patients = {
-        split: {r["patient"] for r in rows if r["split"] == split} for split in ("train", "val")
-    }
-    assert not patients["train"] & patients["val"] and len(patients["val"]) == 84
+@pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+def test_classes_are_balanced_and_patients_are_in_one_split(plan) -> None:
+    rows = [plan.row(split, n, {}) for split, total in plan.exams.items() for n in range(total)]
+    assert len({row["id"] for row in rows}) == len(rows)
+    splits = {s: {r["patient"] for r in rows if r["split"] == s} for s in ("train", "val")}
+    assert not splits["train"] & splits["val"]
+    assert len(splits["val"]) == plan.exams["val"] * 7 // 8
+    for split, count in plan.exams.items():
+        for half in (0, 1):  # CT and MR
+            assert np.bincount(plan.classes(split)[half::2]).tolist() == [count // 8] * 4
     assert {row["label"] for row in rows} == set(PATTERNS)
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_files_of_petct_hold_the_phantom_whatever_their_axes(tmp_path: Path, number: int) -> None:
-    row = volumes._write_petct(tmp_path, "train", number)
-    exam = volumes.petct("train", number)
-    files = {scan: nibabel.load(tmp_path / row[scan]) for scan in PETCT}
-    ras = {scan: nibabel.as_closest_canonical(file) for scan, file in files.items()}
-    np.testing.assert_allclose(ras["ct"].get_fdata(), exam.ct, atol=0.51)
-    np.testing.assert_allclose(ras["pet"].get_fdata(), exam.pet, atol=0.006)
-    np.testing.assert_allclose(ras["ct"].affine, ras["pet"].affine, atol=1e-4)
-    assert nibabel.aff2axcodes(files["ct"].affine) == tuple(volumes._ORIENTATIONS[number])
-    assert files["ct"].header.get_xyzt_units()[0] == "mm"
+@pytest.mark.parametrize("sample", PLANS)
+def test_files_hold_the_phantom_whatever_their_axes(tmp_path: Path, sample, number) -> None:
+    row = WRITERS[sample](tmp_path, "val", number)
+    affines = []
+    for name, values in _draw(sample, number)[0].items():
+        scan = read_scan(str(tmp_path / row[name]), Reading())
+        step = {"ct": 0.51, "pet": 0.006, "scan": 2.1}.get(name, 0.51)
+        np.testing.assert_allclose(scan.values[0], values, atol=step)
+        affines.append(scan.affine)
+        if number == 4:
+            assert scan.facts.format == "nifti"
+    assert all(np.allclose(affines[0], affine, atol=1e-3) for affine in affines)
+    first = nibabel.load(tmp_path / row[next(iter(_draw(sample, number)[0]))])
+    place = number // 2 if sample == "ctmr" else number
+    assert nibabel.aff2axcodes(first.affine) == tuple(ORIENTATIONS[place % len(ORIENTATIONS)])
+    assert first.header.get_xyzt_units()[0] == "mm"
 
 
-def test_files_are_the_same_every_time(tmp_path: Path) -> None:
+def test_one_case_is_a_dicom_series_on_the_grid_of_its_labels(tmp_path: Path) -> None:
+    row, exam = write_ctmr(tmp_path, "train", 0), ctmr("train", 0)
+    scan = read_scan(str(tmp_path / row["scan"]), Reading())
+    labels = read_labels(str(tmp_path / row["mask"]), Reading())
+    assert scan.facts.modality == "CT" and row["source"] == "ct"
+    assert scan.valid is not None and not scan.valid[0, 0, 0] and scan.valid[32, 32, 32]
+    np.testing.assert_allclose(scan.values[0][scan.valid], exam.scan[scan.valid], atol=2.1)
+    np.testing.assert_allclose(scan.affine, labels.affine, atol=1e-3)
+    np.testing.assert_array_equal(labels.values[0], exam.labels)
+    assert exam.labels.max() == len(TISSUES) - 1
+
+
+def test_lesions_show_in_some_contrasts_only() -> None:
+    heads = [brain("train", number) for number in range(24)]
+    changes: dict[str, list[list[float]]] = {name: [[], []] for name in CONTRASTS}
+    for head in heads:
+        for name, values in head.scans.items():
+            healthy = np.median(values[(head.lesions == 0) & (head.layers != 0)])
+            for kind in (1, 2):
+                if (head.lesions == kind).sum() > 10:
+                    ratio = np.median(values[head.lesions == kind]) / healthy
+                    changes[name][kind - 1].append(float(ratio))
+    oedema, core = ({n: np.mean(c[i]) for n, c in changes.items()} for i in (0, 1))
+    assert min(oedema["t2"], oedema["flair"]) > 1.3 and oedema["t1"] < 1.1
+    assert core["t1c"] > 1.4 and core["t1"] < 1.2
+
+
+def test_some_exams_of_the_brain_lack_a_contrast(exams) -> None:
+    counts = [len(scans) for scans, _ in exams["brain"]]
+    assert set(counts) == {3, 4} and 8 < counts.count(3) < 32
+    gone = {name for scans, _ in exams["brain"] for name in CONTRASTS if name not in scans}
+    assert gone == set(CONTRASTS)
+
+
+@pytest.mark.parametrize("sample", PLANS)
+def test_files_are_the_same_every_time(tmp_path: Path, sample) -> None:
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()
-        volumes._write_petct(tmp_path / folder, "val", 3)
-    for path in (tmp_path / "first").rglob("*.nii.gz"):
+        WRITERS[sample](tmp_path / folder, "train", 0)
+    paths = [path for path in (tmp_path / "first").rglob("*") if path.is_file()]
+    assert len(paths) >= 2
+    for path in paths:
         twin = tmp_path / "second" / path.relative_to(tmp_path / "first")
         assert path.read_bytes() == twin.read_bytes()
 
 
-def test_manifest_lists_exams_with_paths_that_exist(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(volumes, "EXAMS", {"train": 4, "val": 4})
-    volumes.SAMPLES["petct"][1](tmp_path)
+@pytest.mark.parametrize(("sample", "columns"), [
+    ("petct", "id patient split ct pet label"),
+    ("ctmr", "id patient split scan source label mask"),
+    ("brain", "id patient split t1 t1c t2 flair label mask"),
+])  # fmt: skip
+def test_manifest_lists_exams_with_paths_that_exist(
+    tmp_path: Path, monkeypatch, sample, columns
+) -> None:
+    monkeypatch.setitem(PLANS[sample].exams, "train", 4)  # type: ignore[arg-type]
+    monkeypatch.setitem(PLANS[sample].exams, "val", 2)  # type: ignore[arg-type]
+    volumes.build(sample, tmp_path)
     with open(tmp_path / "manifest.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["id", "patient", "split", "ct", "pet", "label"]
-    assert [row["split"] for row in rows] == ["train"] * 4 + ["val"] * 4
-    assert all((tmp_path / row[scan]).is_file() for row in rows for scan in PETCT)
+    assert list(rows[0]) == columns.split()
+    assert [row["split"] for row in rows] == ["train"] * 4 + ["val"] * 2
+    files = {"ct", "pet", "scan", "mask", *CONTRASTS} & set(rows[0])
+    assert all((tmp_path / row[name]).exists() for row in rows for name in files if row[name])
 
 
 def test_an_unknown_sample_is_refused() -> None:

@@ -1,0 +1,125 @@
+"""Phantoms of the head in four MR contrasts: what they share, and lesions that only some show.
+
+Head, tracts and the places of lesions are shared. Oedema is bright in T2 and FLAIR and hardly shows
+in T1; its core enhances in T1 with contrast agent alone. Gain, bias field, contrast and noise are
+drawn for each scan anew; some exams lack a contrast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domainssl.datamodules.samples.volumes_files import affine_of, write_nifti
+from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
+from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, layered, smooth
+
+__all__ = ["BRAIN", "CONTRASTS", "GRID", "Head", "brain", "write_brain"]
+
+Array = np.ndarray[Any, Any]
+Rng = np.random.Generator
+
+CONTRASTS = ("t1", "t1c", "t2", "flair")
+BRAIN = Plan("brain", {"train": 96, "val": 96}, (CONTRASTS, ("mask",)))
+GRID = Grid((36, 40, 34), (4.0, 4.0, 4.5))
+# signal of air, scalp, skull, cerebrospinal fluid, grey and white matter
+_SIGNAL = {
+    "t1": (0.0, 0.9, 0.1, 0.2, 0.55, 0.75),
+    "t1c": (0.0, 0.95, 0.1, 0.22, 0.6, 0.75),
+    "t2": (0.0, 0.7, 0.08, 1.2, 0.62, 0.5),
+    "flair": (0.0, 0.6, 0.08, 0.15, 0.65, 0.55),
+}
+_TRACTS = {"t1": 0.22, "t1c": 0.2, "t2": -0.24, "flair": 0.22}  # logarithm of signal per deviation
+_OEDEMA = {"t1": -0.12, "t1c": -0.12, "t2": 0.5, "flair": 0.6}
+_CORE = {"t1": 0.0, "t1c": 0.7, "t2": 0.0, "flair": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A phantom.
+
+    Attributes:
+        scans: Arbitrary numbers, float32 (X, Y, Z), by contrast; those that the exam has.
+        lesions: 0 healthy, 1 oedema, 2 enhancing core, uint8 (X, Y, Z).
+        layers: The layers that are the class, unit variance, zero outside of the brain.
+    """
+
+    scans: dict[str, Array]
+    lesions: Array
+    layers: Array
+
+
+def brain(split: str, number: int) -> Head:
+    """Draw an exam of the sample, without writing any file."""
+    rng, body_rng = BRAIN.generators(split, number)
+    tissues = _anatomy(body_rng)
+    layers = layered(rng, GRID, int(BRAIN.classes(split)[number]), rng.uniform(36, 54))
+    layers *= tissues > 3
+    lesions = _lesions(rng, tissues)
+    contrast = np.exp(rng.normal(0, 0.15))
+    scans = {name: _scan(rng, name, tissues, layers * contrast, lesions) for name in CONTRASTS}
+    if rng.random() < 0.2:
+        del scans[str(rng.choice(CONTRASTS))]
+    return Head(scans=scans, lesions=lesions, layers=layers)
+
+
+def write_brain(folder: Path, split: str, number: int) -> dict[str, str]:
+    """Write the files of an exam and return their cells of the manifest."""
+    exam, case = brain(split, number), BRAIN.case(split, number)
+    (folder / case).mkdir()
+    affine = affine_of(GRID.shape, GRID.spacing_mm)
+    cells = {"mask": f"{case}/lesions.nii.gz"}
+    ends = ORIENTATIONS[number % len(ORIENTATIONS)]
+    write_nifti(folder / cells["mask"], exam.lesions, affine, orientation=ends)
+    for place, (name, values) in enumerate(exam.scans.items()):
+        cells[name] = f"{case}/{name}.nii.gz"
+        ends = ORIENTATIONS[(number + place) % len(ORIENTATIONS)]
+        scaling = None if (number + place) % 3 else (0.5, 0.0)
+        stored = np.round(values * (1 if scaling is None else 2)).astype(np.int16)
+        write_nifti(folder / cells[name], stored, affine, orientation=ends, scaling=scaling)
+    return cells
+
+
+def _anatomy(rng: Rng) -> Array:
+    """Return the tissue of each voxel, position in the rows of `_SIGNAL`."""
+    places = GRID.places()
+    size = np.exp(rng.normal(0, 0.03, 3))
+    head = ellipsoid(places, rng.normal(0, 2, 3), np.multiply((68, 77, 74), size))
+    head *= np.exp(0.03 * smooth(rng, GRID, 30))
+    folds = head + 0.05 * smooth(rng, GRID, 6)
+    tissues = np.zeros(GRID.shape, np.uint8)
+    tissues[head < 1] = 1
+    tissues[head < 0.93] = 2
+    tissues[head < 0.88] = 4
+    tissues[folds < 0.68] = 5
+    for side in (-1, 1):
+        centre = np.add((side * 11, -4, 4), rng.normal(0, 2, 3))
+        radii = np.multiply((6, 20, 9), np.exp(rng.normal(0, 0.15, 3)))
+        tissues[ellipsoid(places, centre, radii) < 1] = 3
+    return tissues
+
+
+def _lesions(rng: Rng, tissues: Array) -> Array:
+    """Return one to three lesions in white matter, some of them with a core."""
+    places, found = GRID.places(), np.zeros(GRID.shape, np.uint8)
+    voxels = np.argwhere(tissues == 5)
+    for x, y, z in voxels[rng.permutation(len(voxels))[: int(rng.integers(1, 4))]]:
+        radius = rng.uniform(8, 14)
+        distance = ellipsoid(places, places[:, x, y, z], np.full(3, radius))
+        brain = tissues > 3
+        found[(distance < 1) & brain & (found == 0)] = 1
+        if rng.random() < 0.6:
+            found[(distance < 0.6) & brain] = 2
+    return found
+
+
+def _scan(rng: Rng, name: str, tissues: Array, layers: Array, lesions: Array) -> Array:
+    signal = np.asarray(_SIGNAL[name], np.float32) * np.exp(rng.normal(0, 0.06, 6))
+    log = _TRACTS[name] * np.exp(rng.normal(0, 0.1)) * layers + 0.12 * smooth(rng, GRID, 70)
+    log += np.array([0, _OEDEMA[name], _OEDEMA[name] + _CORE[name]])[lesions]
+    noise = 0.05 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal((2, *GRID.shape), np.float32)
+    values = np.hypot(signal[tissues] * np.exp(log) + noise[0], noise[1])
+    return np.asarray(600 * np.exp(rng.normal(0, 0.4)) * values, np.float32)

@@ -1,0 +1,132 @@
+"""Phantoms of the abdomen in CT or in MR, never of one exam in both, with maps of the organs.
+
+Both scanners show the same kinds of layers and organs, each in its own contrast: Hounsfield units,
+or the arbitrary numbers of a T1-weighted sequence with fat bright, a bias field and a gain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from domainssl.datamodules.samples.volumes_files import affine_of, write_dicom, write_nifti
+from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
+from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, layered, smooth
+
+__all__ = ["CTMR", "GRID", "TISSUES", "CtOrMr", "ctmr", "write_ctmr"]
+
+Array = np.ndarray[Any, Any]
+Rng = np.random.Generator
+
+CTMR = Plan("ctmr", {"train": 64, "val": 64}, (("scan", "source"), ("mask",)))
+GRID = Grid((64, 64, 64), (2.5, 2.5, 3.0))
+TISSUES = ("air", "fat", "muscle", "liver", "spleen", "kidneys", "spine")
+_HU = np.array([-1000, -95, 40, 62, 52, 32, 260], np.float32)
+_T1 = np.array([0, 1.0, 0.45, 0.55, 0.4, 0.42, 0.6], np.float32)
+# centre and radii in mm
+_ORGANS = (
+    ("liver", (34, 10, 26), (34, 34, 46)),
+    ("spleen", (-44, -14, 34), (17, 16, 26)),
+    ("kidneys", (34, -30, -34), (12, 12, 26)),
+    ("kidneys", (-34, -30, -34), (12, 12, 26)),
+)
+_DICOM = ("train", 0)  # the exam that is written as a series
+
+
+@dataclass(frozen=True, kw_only=True)
+class CtOrMr:
+    """A phantom.
+
+    Attributes:
+        scan: Hounsfield units of CT, arbitrary numbers of MR, float32 (X, Y, Z).
+        source: `ct` or `mr`.
+        labels: Position in `TISSUES`, uint8 (X, Y, Z).
+        layers: The layers that are the class, unit variance, zero outside of tissue.
+    """
+
+    scan: Array
+    source: str
+    labels: Array
+    layers: Array
+
+
+def ctmr(split: str, number: int) -> CtOrMr:
+    """Draw an exam of the sample, without writing any file; even ones are CT."""
+    rng, body_rng = CTMR.generators(split, number)
+    labels = _anatomy(body_rng)
+    layers = layered(rng, GRID, int(CTMR.classes(split)[number]), rng.uniform(36, 54))
+    layers *= (labels > 1) & (labels != TISSUES.index("spine"))
+    draw = _ct if number % 2 == 0 else _mr
+    return CtOrMr(
+        scan=draw(rng, labels, layers),
+        source=("ct", "mr")[number % 2],
+        labels=labels,
+        layers=layers,
+    )
+
+
+def write_ctmr(folder: Path, split: str, number: int) -> dict[str, str]:
+    """Write the files of an exam and return their cells of the manifest."""
+    exam, case = ctmr(split, number), CTMR.case(split, number)
+    (folder / case).mkdir()
+    affine = affine_of(GRID.shape, GRID.spacing_mm)
+    ends = ORIENTATIONS[number // 2 % len(ORIENTATIONS)]
+    mask = f"{case}/labels.nii.gz"
+    write_nifti(folder / mask, exam.labels, affine, orientation=ends)
+    stored = (np.round(exam.scan / 4) * 4).astype(np.int16)  # in steps: less to store
+    scan = f"{case}/scan" if (split, number) == _DICOM else f"{case}/scan.nii.gz"
+    if (split, number) == _DICOM:
+        write_dicom(
+            folder / scan,
+            (stored + 1024).astype(np.int16),
+            affine,
+            modality="CT",
+            patient=str(CTMR.row(split, number, {})["patient"]),
+            rescale=(1.0, -1024.0),
+            tags={"PixelPaddingValue": 0},
+        )
+    elif number % 4 == 1:  # MR with a slope of its own
+        counts = np.round(exam.scan / 4).astype(np.int16)
+        write_nifti(folder / scan, counts, affine, orientation=ends, scaling=(4.0, 0.0))
+    else:
+        write_nifti(folder / scan, stored, affine, orientation=ends)
+    return {"scan": scan, "source": exam.source, "mask": mask}
+
+
+def _anatomy(rng: Rng) -> Array:
+    """Return the tissue of each voxel."""
+    places = GRID.places()
+    size = float(np.exp(rng.normal(0, 0.05)))
+    body = ellipsoid(places, (*rng.normal(0, 3, 2), 0), (76 * size, 62 * size, 1e4))
+    body *= np.exp(0.04 * smooth(rng, GRID, 30))
+    labels = np.zeros(GRID.shape, np.uint8)
+    labels[body < 1] = 1
+    tissue = body < 0.9
+    labels[tissue] = 2
+    for name, centre, radii in _ORGANS:
+        middle = np.add(centre, rng.normal(0, 5, 3))
+        scale = size * np.exp(rng.normal(0, 0.08, 3))
+        organ = ellipsoid(places, middle, np.multiply(radii, scale)) < 1
+        labels[organ & tissue] = TISSUES.index(name)
+    spine = np.hypot(places[0] - rng.normal(0, 2), places[1] + 44 * size) < 10 * size
+    labels[spine & tissue] = TISSUES.index("spine")
+    return labels
+
+
+def _ct(rng: Rng, labels: Array, layers: Array) -> Array:
+    level = rng.normal(0, 15) * (labels > 0)
+    values = _HU[labels] + level + 50 * np.exp(rng.normal(0, 0.15)) * layers
+    values += 22 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(GRID.shape, np.float32)
+    outside = ellipsoid(GRID.places(), (0, 0, 0), (80, 80, 1e4)) > 1  # padding around the field
+    return np.where(outside, -1024, values.clip(-1024, 3000)).astype(np.float32)
+
+
+def _mr(rng: Rng, labels: Array, layers: Array) -> Array:
+    contrast = 0.3 * np.exp(rng.normal(0, 0.15))
+    signal = _T1[labels] * np.exp(contrast * layers + 0.15 * smooth(rng, GRID, 80))
+    noise = 0.05 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal((2, *GRID.shape), np.float32)
+    gain = 900 * np.exp(rng.normal(0, 0.4))
+    return np.asarray(gain * np.hypot(signal + noise[0], noise[1]), np.float32)
