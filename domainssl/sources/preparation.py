@@ -18,7 +18,7 @@ from domainssl.io.volume.cache import Exams, VolumeCache, identity_of
 from domainssl.io.volume.exams import Exam
 from domainssl.io.volume.geometry import check_same_grid, spacing_of
 from domainssl.io.volume.prepared import Prepared, compact, shifted
-from domainssl.io.volume.scan import Scan, read_labels, read_scan
+from domainssl.io.volume.scan import Scan, placed, read_labels, read_scan
 from domainssl.sources.resampling import resample_labels, resample_scan, straight_grid
 from domainssl.sources.volume_options import Contrast, Preparation
 
@@ -209,6 +209,8 @@ class _Bringer:
 
     def labels(self, scan: Scan) -> Array:
         """Return labels (X, Y, Z) on the grid; outside of their own grid they are 0."""
+        if scan.facts.format == "dicom-seg":  # it stores only planes that hold something
+            scan = placed(scan, self.own.shape, self.own.affine)
         if self._lies_there(scan):
             return scan.values[0]
         labels = scan.values[0]

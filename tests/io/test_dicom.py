@@ -242,6 +242,32 @@ def test_rounding_of_the_orientation_is_tolerated(tmp_path: Path) -> None:
     assert facts.warnings == ()
 
 
+@pytest.mark.parametrize("step", [3.0, -3.0])
+@pytest.mark.parametrize(
+    "orientation", [(1, 0, 0, 0, 0, -1), (0, 1, 0, 0, 0, -1), (0.8, 0.6, 0, 0, 0, -1)]
+)
+def test_coronal_sagittal_and_oblique_stacks_keep_their_places(
+    tmp_path: Path, orientation: tuple[float, ...], step: float
+) -> None:
+    row, column = np.array(orientation[:3]), np.array(orientation[3:])
+    normal = np.cross(row, column)
+    for k in range(3):
+        write_slice(tmp_path / f"{k}", plane(k), normal * step * k, orientation=orientation)
+    lps = np.eye(4)
+    lps[:3, 0], lps[:3, 1], lps[:3, 2] = row * 1.5, column * 2.0, normal * step
+    scan = read_scan(tmp_path)
+    assert (np.diag(scan.affine)[:3] > 0).all()
+    for c, r, k in ((0, 0, 0), (3, 1, 2), (2, 4, 1)):
+        expected = plane(k)[r, c] - 1024
+        assert at(scan, np.diag([-1.0, -1, 1, 1]) @ lps, (c, r, k)) == expected
+
+
+def test_a_mosaic_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    write_slice(tmp_path / "a", plane(0), ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])
+    with pytest.raises(DataError, match="a mosaic.*dcm2niix"):
+        describe_scan(tmp_path)
+
+
 def test_gantry_tilt_keeps_the_sheared_affine(tmp_path: Path) -> None:
     step = (0.0, 0.7, 2.4)
     for k in range(5):
@@ -313,6 +339,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(content)
     write_slice(tmp_path / "IM0007", plane(1), (-3, -4, -97.5), ImageOrientationPatient=list(AXIAL))
     assert read_scan(tmp_path).facts.shape == (4, 5, 6)
+    odd = write_slice(tmp_path / "o" / "a", plane(0), save=False)
+    odd.BitsAllocated = 12
+    odd.save_as(tmp_path / "o" / "a")
+    with pytest.raises(DataError, match="the DICOM header cannot be read"):
+        describe_scan(tmp_path / "o")
     huge = write_slice(tmp_path / "h" / "a", plane(0), save=False)
     huge.Rows = huge.Columns = 60000
     huge.save_as(tmp_path / "h" / "a")

@@ -10,7 +10,10 @@ from dicom_files import affine_of, write_seg, write_series
 from scan_files import at
 
 from domainssl.errors import DataError
-from domainssl.io.volume.scan import describe_scan, is_scan, read_labels, read_scan
+from domainssl.io.volume.exam import Exam
+from domainssl.io.volume.scan import describe_scan, is_scan, placed, read_labels, read_scan
+from domainssl.sources.preparation import prepare
+from domainssl.sources.volume_options import Contrast, Preparation
 
 
 def masks() -> list[np.ndarray]:
@@ -58,3 +61,34 @@ def test_a_segmentation_beside_images_is_left_out_with_the_remedy(tmp_path: Path
     write_seg(tmp_path / "seg.dcm", masks(), [0, 1], [1, 1])
     text = " ".join(read_scan(tmp_path).facts.left_out)
     assert "1 segmentation: seg.dcm (give the file itself as the label)" in text
+
+
+def test_a_sparse_segmentation_is_placed_on_the_grid_of_its_images(tmp_path: Path) -> None:
+    write_series(tmp_path / "ct")
+    images = read_scan(tmp_path / "ct")
+    one, two = masks()
+    write_seg(tmp_path / "seg.dcm", [one, two], [2, 4], [1, 2])
+    labels = placed(read_labels(tmp_path / "seg.dcm"), images.facts.shape, images.affine)
+    assert labels.values.shape == images.values.shape
+    assert at(labels, affine_of(), (1, 1, 2)) == 1 and at(labels, affine_of(), (3, 4, 4)) == 2
+    assert (labels.values > 0).sum() == 4
+    write_seg(tmp_path / "beyond.dcm", [one, two], [4, 6], [1, 2])  # one plane lies outside
+    beyond = read_labels(tmp_path / "beyond.dcm")
+    assert placed(beyond, images.facts.shape, images.affine) is beyond
+    half = images.affine.copy()
+    half[2, 3] += 1.25
+    inside = read_labels(tmp_path / "seg.dcm")
+    assert placed(inside, images.facts.shape, half) is inside
+
+
+def test_the_mask_of_an_exam_may_be_a_sparse_segmentation(tmp_path: Path) -> None:
+    write_series(tmp_path / "ct")
+    one, two = masks()
+    write_seg(tmp_path / "seg.dcm", [one, two], [2, 4], [1, 2])
+    exam = Exam(
+        id="a", patient="a", scans={"ct": str(tmp_path / "ct")}, mask=str(tmp_path / "seg.dcm")
+    )
+    options = Preparation(foreground=False)
+    prepared = prepare(exam, {"ct": Contrast(value_unit="hu")}, options, with_mask=True)
+    assert prepared.mask is not None and prepared.mask.shape == (4, 5, 6)
+    assert sorted(np.unique(prepared.mask, return_counts=True)[1].tolist()) == [2, 2, 116]

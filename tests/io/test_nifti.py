@@ -6,6 +6,7 @@ import gzip
 import os
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from scan_files import at, nifti_bytes, oblique, ramp, write_nifti
@@ -120,6 +121,30 @@ def test_a_file_without_orientation_is_read_only_where_it_is_asked_for(tmp_path:
     assert not facts.is_oriented and "orientation assumed" in facts.warnings[0]
     stated = write_nifti(tmp_path / "b.nii", ramp())
     assert describe_scan(stated, Reading(orientation="assume_pixdim")).orientation == "LAS"
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_files_of_nibabel_are_read_by_their_coded_form(tmp_path: Path, kind: type) -> None:
+    image = kind(ramp(), None)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(oblique(), code=1)
+    image.header["sform_code"] = 0
+    image.header["srow_x"] = (1, 0, 0, 0)
+    nibabel.save(image, tmp_path / "a.nii.gz")
+    scan = read_scan(tmp_path / "a.nii.gz")
+    assert at(scan, oblique(), (2, 1, 3)) == ramp()[2, 1, 3] and scan.facts.warnings == ()
+    image.set_sform(np.diag([2.0, 2, 2, 1]), code=2)
+    image.header["qform_code"] = 1
+    nibabel.save(image, tmp_path / "a.nii")
+    facts = describe_scan(tmp_path / "a.nii")
+    assert facts.spacing == (2.0, 2.0, 2.0)
+    assert any("sform and qform are both coded and differ" in text for text in facts.warnings)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "int32", "uint32", "int64", "uint8"])
+def test_whole_numbers_keep_their_type(tmp_path: Path, dtype: str) -> None:
+    scan = read_scan(write_nifti(tmp_path / "a.nii", (ramp() % 100).astype(dtype)))
+    assert scan.values.dtype == dtype and at(scan, oblique(), (2, 1, 3)) == ramp()[2, 1, 3] % 100
 
 
 def test_a_singular_sform_is_refused(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def test_metaimage_without_orientation_or_with_a_function_of_intensity(tmp_path:
         ({"ElementDataFile": "LIST"}, "several files"),
         ({"ElementDataFile": "none.raw"}, "not there"),
         ({"CompressedData": "perhaps"}, "neither True nor False"),
+        ({"BinaryData": "Srue"}, "neither True nor False"),
     ],
 )
 def test_damaged_metaimage_headers_are_errors(tmp_path: Path, wrong: dict, words: str) -> None:

@@ -51,6 +51,7 @@ _OTHERS = {
 _IMAGES = ("2", "2.1", "2.2", "4", "4.1", "4.3", "4.4", "7", "128", "128.1", "130")
 _DEFLATED = (b"1.2.840.10008.1.2.1.99\0", b"1.2.840.10008.1.2.1.99 ", b"1.2.840.10008.1.2.8.")
 _HEAD = 1024
+_QUIET = r"pydicom(\..*)?"
 _PHASES = ("EchoTime", "TemporalPositionIdentifier", "TriggerTime", "DiffusionBValue",
            "AcquisitionNumber", "InversionTime", "FlipAngle", "RepetitionTime",
            "ImageType")  # fmt: skip
@@ -151,14 +152,17 @@ class DicomFile:
 def dicom() -> Any:
     """Return pydicom, which must not warn: its warnings show values."""
     pydicom = require("pydicom", "medical")
-    warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")
+    if not any(getattr(entry[3], "pattern", None) == _QUIET for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=_QUIET)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     return pydicom
 
 
 def reading_dicom(what: str) -> AbstractContextManager[None]:
     """Turn what pydicom raises into an error without its words."""
-    return parsing(what, advice=_DAMAGED, also=(dicom().errors.InvalidDicomError,), quoted=False)
+    errors = dicom().errors
+    also = (errors.InvalidDicomError, errors.BytesLengthException)
+    return parsing(what, advice=_DAMAGED, also=also, quoted=False)
 
 
 def is_dicom(path: str) -> bool:
@@ -237,6 +241,8 @@ def _image(path: str, found: Any, what: str, size: int) -> DicomFile:
     syntax = _syntax(found)
     rows, columns = int(found.Rows), int(found.Columns)
     bits, samples = int(found.get("BitsAllocated") or 16), int(found.get("SamplesPerPixel") or 1)
+    if bits not in (1, 8, 16, 32, 64):
+        raise ValueError("an impossible number of bits")
     count = int(found.get("NumberOfFrames") or 1)
     needed = -(-rows * columns * samples * count * bits // 8)
     if needed > VOLUME_LIMIT or rows * columns > 2**28 or count < 1:
@@ -252,6 +258,11 @@ def _image(path: str, found: Any, what: str, size: int) -> DicomFile:
     colour = str(found.get("PhotometricInterpretation") or "MONOCHROME2")
     if samples != 1 or not colour.startswith("MONOCHROME"):
         what = "colour image"
+    if "MOSAIC" in [str(part).upper() for part in found.get("ImageType") or ()]:
+        raise DataError(
+            f"{path}: a mosaic, which holds all slices of a volume in one image. Convert the "
+            "series to NIfTI, for example with dcm2niix."
+        )
     is_signed = bool(int(found.get("PixelRepresentation") or 0))
     return DicomFile(
         path=path,

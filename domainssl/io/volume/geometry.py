@@ -12,6 +12,7 @@ from domainssl.errors import DataError, require
 
 __all__ = [
     "LPS_TO_RAS",
+    "TOLERANCE",
     "Axes",
     "axis_codes",
     "check_same_grid",
@@ -25,7 +26,7 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 Axes = tuple[tuple[int, bool], tuple[int, bool], tuple[int, bool]]
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_TOLERANCE = 0.1  # voxels of the finer grid
+TOLERANCE = 0.1  # voxels of the finer grid
 
 
 def ras_axes(affine: Array, path: str) -> Axes:
@@ -133,7 +134,7 @@ def check_same_grid(
     (name, shape, affine), (other_name, other_shape, other_affine) = reference, other
     if tuple(shape) == tuple(other_shape):
         distance, voxels = displacement(affine, other_affine, shape)
-        if voxels <= _TOLERANCE:
+        if voxels <= TOLERANCE:
             return
         found = f"its corners lie up to {distance:.4g} mm ({voxels:.3g} voxels) off"
     else:
@@ -147,6 +148,6 @@ def check_same_grid(
             f"{first:.4g} and {last:.4g} mm off"
         )
     raise DataError(
-        f"{other_name}: not on the grid of {name}: {found}; expected at most {_TOLERANCE} voxel. "
+        f"{other_name}: not on the grid of {name}: {found}; expected at most {TOLERANCE} voxel. "
         f"If both show the same anatomy in world coordinates, resample it with `{option}`."
     )

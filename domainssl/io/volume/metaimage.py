@@ -116,12 +116,13 @@ def _layout(path: str, reading: Reading) -> _Layout:
             raise ValueError(f"DimSize has {len(dims)} numbers, NDims is {fields['ndims']}")
         is_big = _flag(fields.get("binarydatabyteordermsb", fields.get("elementbyteordermsb")))
         is_packed = _flag(fields.get("compresseddata"))
+        is_binary = _flag(fields.get("binarydata", "True"))
         slope = float(fields.get("elementtointensityfunctionslope", 1))
         intercept = float(fields.get("elementtointensityfunctionoffset", 0))
     kind = fields.get("elementtype", "").removesuffix("_ARRAY")
     if kind not in _TYPES:
         raise DataError(f"{path}: ElementType {kind!r} is not read.{nearest(kind, _TYPES)}")
-    if not _flag(fields.get("binarydata", "True")):
+    if not is_binary:
         raise DataError(f"{path}: BinaryData is False: numbers as text are not read. Save it anew.")
     if (slope, intercept) != (1.0, 0.0):
         raise DataError(

@@ -6,14 +6,16 @@ scan = read_scan("liver/ct.nii.gz")     # scan.values (C, X, Y, Z), scan.affine 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.io.volume import dicom, dicom_seg, metaimage, mgh, nifti, nrrd
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
+from domainssl.io.volume.geometry import TOLERANCE, displacement
 
 __all__ = [
     "ENDINGS",
@@ -26,9 +28,12 @@ __all__ = [
     "is_scan",
     "iter_scans",
     "list_scans",
+    "placed",
     "read_labels",
     "read_scan",
 ]
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,8 @@ def describe_scan(path: str | os.PathLike[str], reading: Reading | None = None) 
     Raises:
         DataError: Nothing lies there, it is no scan, or its header cannot be used.
     """
-    return _format(str(path)).describe(str(path), reading or Reading())
+    with np.errstate(all="ignore"):  # of damaged headers; results are checked
+        return _format(str(path)).describe(str(path), reading or Reading())
 
 
 def read_scan(path: str | os.PathLike[str], reading: Reading | None = None) -> Scan:
@@ -122,7 +128,8 @@ def read_scan(path: str | os.PathLike[str], reading: Reading | None = None) -> S
         DataError: Nothing lies there, it is no scan, it cannot be read, or it holds several
             volumes of which none is chosen.
     """
-    return _format(str(path)).read(str(path), reading or Reading())
+    with np.errstate(all="ignore"):
+        return _format(str(path)).read(str(path), reading or Reading())
 
 
 def read_labels(path: str | os.PathLike[str], reading: Reading | None = None) -> Scan:
@@ -155,6 +162,39 @@ def read_labels(path: str | os.PathLike[str], reading: Reading | None = None) ->
     elif scan.valid is not None:
         values = np.where(scan.valid, values, np.zeros((), values.dtype))
     return replace(scan, values=values)
+
+
+def placed(labels: Scan, shape: Sequence[int], affine: Array) -> Scan:
+    """Put a label map that covers a part of a grid onto that grid, with 0 elsewhere.
+
+    A DICOM segmentation stores only planes that hold something.
+
+    Args:
+        labels: The label map.
+        shape: Voxels of the grid (X, Y, Z).
+        affine: Voxel to RAS mm of the grid, (4, 4).
+
+    Returns:
+        The map on the grid; unchanged where its voxels are none of the grid's.
+    """
+    shift = np.rint((np.linalg.inv(affine) @ labels.affine)[:3, 3])
+    moved = np.array(affine, np.float64)
+    moved[:3, 3] += moved[:3, :3] @ shift
+    sizes = labels.values.shape[1:]
+    if displacement(labels.affine, moved, sizes)[1] > TOLERANCE:
+        return labels
+    starts = [int(n) for n in shift]
+    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+    if min(starts) < 0 or any(end > size for end, size in zip(ends, shape, strict=True)):
+        return labels
+    values = np.zeros((len(labels.values), *shape), labels.values.dtype)
+    box = tuple(slice(*ends_) for ends_ in zip(starts, ends, strict=True))
+    values[(slice(None), *box)] = labels.values
+    valid = None
+    if labels.valid is not None:
+        valid = np.ones(tuple(shape), bool)
+        valid[box] = labels.valid
+    return replace(labels, values=values, valid=valid, affine=np.array(affine, np.float64))
 
 
 def is_scan(path: str | os.PathLike[str]) -> bool:
