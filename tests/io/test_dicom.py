@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_files import (
     AXIAL,
@@ -26,7 +27,7 @@ from dicom_files import (
 )
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import HTJ2KLossless, JPEG2000Lossless, RLELossless
+from pydicom.uid import ExplicitVRBigEndian, HTJ2KLossless, JPEG2000Lossless, RLELossless
 from scan_files import at
 
 from domainssl.errors import DataError
@@ -179,6 +180,28 @@ def test_enhanced_frames_are_placed_and_scaled_one_by_one(tmp_path: Path) -> Non
     write_enhanced(tmp_path / "c", [0, 1], NumberOfFrames=1)
     with pytest.raises(DataError, match="header cannot be read"):
         describe_scan(tmp_path / "c")
+
+
+def test_enhanced_frames_at_two_times_are_two_volumes(tmp_path: Path) -> None:
+    write_enhanced(tmp_path / "a", [0, 1, 2, 0, 1, 2])
+    file = pydicom.dcmread(tmp_path / "a")
+    for n, group in enumerate(file.PerFrameFunctionalGroupsSequence):
+        group.FrameContentSequence = item(TemporalPositionIndex=1 + (n < 3))
+    file.save_as(tmp_path / "a", enforce_file_format=True)
+    facts = describe_scan(tmp_path / "a")
+    assert facts.volumes == 2 and facts.shape == (4, 5, 3)
+    assert "differ in TemporalPositionIdentifier" in facts.warnings[0]
+
+
+def test_big_endian_pixels_are_read(tmp_path: Path) -> None:
+    file = write_slice(tmp_path / "a", plane(0), save=False)
+    file.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+    file.PixelData = plane(0).astype(">i2").tobytes()
+    file["PixelData"].VR = "OW"
+    pydicom.dcmwrite(
+        tmp_path / "a", file, implicit_vr=False, little_endian=False, force_encoding=True,
+    )  # fmt: skip
+    assert at(read_scan(tmp_path / "a"), affine_of(start=(0, 0, 0)), (1, 2, 0)) == -979
 
 
 def test_gap_duplicate_and_double_places_name_files_and_positions(tmp_path: Path) -> None:

@@ -278,3 +278,16 @@ def test_grids_are_equal_to_a_tenth_of_a_voxel() -> None:
         )
     turned = affine @ np.diag([1, 1, 1.01, 1])  # adds up to 0.19 voxel at the far end
     assert displacement(affine, turned, shape)[1] == pytest.approx(0.19)
+
+
+def test_a_label_map_stored_in_another_axis_order_lies_on_the_same_grid(tmp_path: Path) -> None:
+    values, affine = ramp(), oblique()
+    image = read_scan(write_nifti(tmp_path / "a.nii", values, affine))
+    turned = np.eye(4)  # axes k, i, j with j reversed
+    turned[:3, :3] = [[0, 1, 0], [0, 0, -1], [1, 0, 0]]
+    turned[1, 3] = values.shape[1] - 1
+    stored = values.transpose(2, 0, 1)[:, :, ::-1]
+    label = read_labels(write_nifti(tmp_path / "b.nii", stored, affine @ turned))
+    assert label.facts.orientation != image.facts.orientation
+    check_same_grid(("a", image.facts.shape, image.affine), ("b", label.facts.shape, label.affine))
+    np.testing.assert_array_equal(label.values, image.values)

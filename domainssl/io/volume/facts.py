@@ -15,6 +15,7 @@ __all__ = ["Header", "Reading", "Scan", "ScanFacts", "chosen_volume", "finish"]
 
 Array = np.ndarray[Any, Any]
 SPACES = ("LPS", "RAS", "LAS")
+_COLUMN = 64  # voxels
 _ORIENTATIONS = ("header", "assume_pixdim")
 
 
@@ -177,6 +178,14 @@ def chosen_volume(path: str, volumes: int, reading: Reading) -> int:
     return index
 
 
+def _copy(source: Array, target: Array) -> None:
+    """Copy in columns of a few voxels, which takes half the time where axes change places."""
+    for x in range(0, len(source), _COLUMN):
+        for y in range(0, source.shape[1], _COLUMN):
+            box = slice(x, x + _COLUMN), slice(y, y + _COLUMN)
+            target[box] = source[box]
+
+
 def finish(
     header: Header, channels: Sequence[Array], valid: Array | None = None, *, filler: float | None
 ) -> Scan:
@@ -193,10 +202,12 @@ def finish(
     dtype = channels[0].dtype.newbyteorder("=")
     values = np.empty((len(channels), *facts.shape), dtype)
     for target, source in zip(values, channels, strict=True):
-        target[...] = to_ras(source, axes)
+        _copy(to_ras(source, axes), target)
     kept = None if valid is None else np.ascontiguousarray(to_ras(valid, axes))
     if dtype.kind == "f":
-        finite = np.asarray(np.isfinite(values).all(axis=0))
+        finite = np.isfinite(values[0])
+        for channel in values[1:]:
+            finite &= np.isfinite(channel)
         kept = finite if kept is None else kept & finite
     if kept is not None and kept.all():
         kept = None

@@ -242,9 +242,11 @@ def rescaled(values: Array, slope: float, intercept: float) -> Array:
     Values beyond float32 become infinite, and with it not valid.
     """
     result = np.empty(values.shape, np.float32, order="F")
+    exact = np.empty(values.shape[:-1], np.float64, order="F")
     with np.errstate(over="ignore", invalid="ignore"):
         for k in range(values.shape[-1]):
-            result[..., k] = values[..., k].astype(np.float64) * slope + intercept
+            np.multiply(values[..., k], slope, out=exact)
+            np.add(exact, intercept, out=result[..., k], casting="same_kind")
     return result
 
 
