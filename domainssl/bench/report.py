@@ -35,6 +35,7 @@ __all__ = [
 
 SUBJECTS = {
     "stream": "the SSL4EO-S12 stream against bare decoding of the same blocks",
+    "cubes": "blocks of Zarr cubes against zarr-python reading the same chunks",
     "stats": "statistics of a data set against NumPy's mean and std of the same chunks",
     "step": "CROMA's training step against materialised attention with bias tables per item",
     "matmul": "CROMA's training step against its own matrix products run back to back",

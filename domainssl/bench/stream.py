@@ -43,12 +43,15 @@ def measure(settings: Settings) -> Iterator[Row]:
         )
         numbers = (0, 2) if settings.workers is None else (settings.workers,)
         for workers in numbers[: 1 if settings.quick else None]:
-            for kind in ("fixed crop", "random-resize crop"):
-                yield _compare(settings, folder, paths, kind, workers)
+            for size in (settings.pick(120, 16), settings.pick(224, 32)):
+                yield _compare(settings, folder, paths, "fixed crop", size, workers)
+            size = settings.pick(120, 16)
+            yield _compare(settings, folder, paths, "random-resize crop", size, workers)
 
 
-def _compare(settings: Settings, folder: str, paths: list[Path], kind: str, workers: int) -> Row:
-    size = settings.pick(120, 16)
+def _compare(
+    settings: Settings, folder: str, paths: list[Path], kind: str, size: int, workers: int
+) -> Row:
     fixed = Window(size=size)
     free = Window(size=size, min_size=size // 2, max_size=size * 3 // 2)
     count = settings.pick(64, 4, settings.batch)
@@ -76,7 +79,7 @@ def _compare(settings: Settings, folder: str, paths: list[Path], kind: str, work
         data.teardown()
     return ratio(
         "stream",
-        f"bare decoding / stream, {kind}, {_processes(workers)}, time",
+        f"bare decoding / stream, {kind} of {size} px, {_processes(workers)}, time",
         pairs,
         Goal("at least", 0.8 if kind == "fixed crop" else 0.5),
         f"batch {count}, {len(paths) // 2} files per sensor, {size} px",

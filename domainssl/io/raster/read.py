@@ -187,14 +187,15 @@ def read_pixels(file: LayerFile, dates: Sequence[int], bounds: Bounds, target: T
             band = file.bands[member]
             values, missing = _decode_dates(stored[at], hidden[at], band, dates, target, file)
             values, missing = places.resample(values, missing, in_power=target.unit == "db")
-            values[missing] = 0
             out.values[:, member] = values
-            out.valid &= ~missing
+            if missing.any():
+                out.valid &= ~missing
     if file.mask is not None and target.rule.values:
         places = _Places.of(file.mask.grid, bounds, target.step, (height, width), file.path)
         [mask], _ = _stored(file, [file.mask], dates, places, out, is_map=True)
         out.valid &= ~places.any(target.rule.hides(mask))
-    out.values *= out.valid[:, None]
+    if not out.valid.all():
+        out.values *= out.valid[:, None]
     return out
 
 
@@ -290,7 +291,7 @@ class _Places:
         """Return float32 values and their mask on the delivered pixels, (..., H, W)."""
         values, missing = self.nearest(values), self.nearest(missing)
         if self.finer == 1:
-            return np.array(values), missing
+            return values, missing
         if in_power:
             values = 10.0 ** (values / 10.0)
         kept = self._blocks(~missing)
@@ -405,8 +406,9 @@ def _run(indices: Sequence[int]) -> Any:
 
 def missing_of(stored: Array, band: StoredBand) -> Array:
     """Return True where stored numbers mean that nothing was measured, for looking at too."""
-    missing = np.zeros(stored.shape, bool)
-    for number in band.nodata:
+    first, *others = band.nodata or (None,)
+    missing = np.zeros(stored.shape, bool) if first is None else np.asarray(stored == first)
+    for number in others:
         missing |= stored == number
     if stored.dtype.kind == "f":
         missing |= ~np.isfinite(stored)
@@ -443,19 +445,26 @@ def _decode(
 
     Values that float32 cannot hold are missing: whole numbers beyond 2 ** 24, numbers beyond 3e38.
     """
-    missing = missing_of(stored, band) | hidden
+    missing = missing_of(stored, band)
+    if hidden is not False:
+        missing |= hidden
     kind, factor, offset = conversion(band, target.unit, target.stored_unit, where)
     if factor == 1.0 and offset.is_integer() and kind == "linear":  # exact in float32
         if stored.dtype.kind in "iu" and stored.dtype.itemsize > 2:
             missing |= (stored > _WHOLE) | (stored < -_WHOLE)
         with np.errstate(over="ignore", invalid="ignore"):
-            plain = stored.astype(np.float32) + np.float32(offset)
+            plain = stored.astype(np.float32)
+            plain += np.float32(offset)
         if stored.dtype.itemsize > 4:
             missing |= ~np.isfinite(plain)
-        plain[missing] = 0
+        if missing.any():
+            plain[missing] = 0
         return plain, missing
-    values = stored.astype(np.float64) * factor + offset
-    values[missing] = 0
+    values = stored.astype(np.float64)
+    values *= factor
+    values += offset
+    if missing.any():
+        values[missing] = 0
     if kind != "linear":
         missing = missing | (values <= 0)
         values = (10.0 if kind == "power" else 20.0) * np.log10(np.where(missing, 1.0, values))

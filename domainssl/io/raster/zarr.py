@@ -1,4 +1,4 @@
-"""Zarr hierarchies read by whole chunks: format 2 decoded here, format 3 through zarr-python.
+"""Zarr hierarchies read by whole chunks, decoded here or, in the rarer forms of format 3, by zarr.
 
 `Cube.read` asks the codec to write each chunk straight into the array that is returned wherever
 the chunk's place in it is contiguous.
@@ -6,58 +6,35 @@ the chunk's place in it is contiguous.
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from domainssl.errors import DataError, nearest, parsing, require
+from domainssl.io.raster.arrays import ArrayInfo, codec_name, decoded, fill_of, sizes_of
 from domainssl.io.raster.zarr3 import open_v3, v3_members
+from domainssl.io.raster.zarr3_chunks import ChunkFormat, ChunkReader, chunk_format
 from domainssl.io.storage.archives import FolderStore, Store, ZipFileStore, check_member
 from domainssl.io.storage.bounded import (
     CHUNK_LIMIT,
     TEXT_LIMIT,
     check_blosc,
     packed_limit,
-    unpack,
 )
 from domainssl.io.storage.handles import HandlePool
-from domainssl.io.storage.paths import Options, is_file, is_folder, join, open_file, stamp
+from domainssl.io.storage.paths import Options, is_file, is_folder, is_url, join, open_file, stamp
 
 __all__ = ["ArrayInfo", "Cube", "open_cube"]
 
 Selection = Sequence[slice | Sequence[int]]
-
-
-@dataclass(frozen=True)
-class ArrayInfo:
-    """What a zarr array's metadata say."""
-
-    name: str
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    dtype: np.dtype[Any]
-    dims: tuple[str, ...]
-    attrs: Mapping[str, Any]
-    codec: str
-    fill: Any
-    order: str = "C"
-    separator: str = "."
-    compressor: Mapping[str, Any] | None = None
-    filters: tuple[Mapping[str, Any], ...] = ()
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Size of one decoded chunk."""
-        return math.prod(self.chunks) * self.dtype.itemsize
 
 
 class Cube:
@@ -145,7 +122,7 @@ class Cube:
             dtype = np.dtype([tuple(d) for d in stored] if isinstance(stored, list) else stored)
             if dtype.hasobject and not filters:
                 raise ValueError("objects without a filter that encodes them")
-            shape, chunks = _sizes(meta["shape"], 0), _sizes(meta["chunks"], 1)
+            shape, chunks = sizes_of(meta["shape"], 0), sizes_of(meta["chunks"], 1)
             dims = attrs.get("_ARRAY_DIMENSIONS", [])
             order, separator = meta.get("order", "C"), meta.get("dimension_separator", ".")
             if len(shape) != len(chunks) or order not in ("C", "F") or separator not in (".", "/"):
@@ -159,8 +136,8 @@ class Cube:
                 dtype,
                 tuple(dims),
                 attrs,
-                _codec_name(compressor),
-                _fill(meta.get("fill_value"), dtype),
+                codec_name(compressor),
+                fill_of(meta.get("fill_value"), dtype),
                 order,
                 separator,
                 compressor,
@@ -213,14 +190,29 @@ class Cube:
             out = np.empty(shape, info.dtype.newbyteorder("="))
         elif out.shape != shape:
             raise DataError(f"{self.name}: {name!r} read into {out.shape}, expected {shape}")
-        if self.format == 3:
-            return self._read_v3(info, selection or (), out)
-        for pieces in itertools.product(*map(_pieces, wanted, info.chunks)):
-            number = tuple(piece[0] for piece in pieces)
-            inner = tuple(piece[1] for piece in pieces)
-            outer = tuple(piece[2] for piece in pieces)
-            self._place_chunk(info, number, inner, outer, out)
+        if self.format == 3 and (info.stored is None or self._is_remote):
+            return self._read_v3(info, selection or (), out)  # zarr asks for many chunks at a time
+        with self._chunks(info) as chunks:
+            for pieces in itertools.product(*map(_pieces, wanted, info.chunks)):
+                number, inner, outer = (tuple(piece[i] for piece in pieces) for i in range(3))
+                try:
+                    self._place_chunk(info, chunks.get(number), inner, outer, out)
+                except DataError:
+                    raise
+                except _DAMAGE as error:
+                    raise DataError(
+                        f"{self.name}: array {info.name!r}, chunk {chunks.key(number)!r} does not "
+                        f"decode ({error or type(error).__name__}). The file is damaged; get it "
+                        "again."
+                    ) from error
         return out
+
+    def _chunks(self, info: ArrayInfo) -> AbstractContextManager[ChunkReader]:
+        """Return what gives out the stored chunks of an array."""
+        # of format 2, an array without axes has its chunk in `0`
+        stored = info.stored or ChunkFormat(separator=info.separator)
+        most = packed_limit(TEXT_LIMIT if info.dtype.hasobject else info.chunk_bytes)
+        return ChunkReader(self.store, info.name, stored, most).during()
 
     def read_text(self, name: str) -> list[str]:
         """Read an array of names, whichever of zarr's text types it has."""
@@ -318,11 +310,13 @@ class Cube:
         return found
 
     def _place_chunk(
-        self, info: ArrayInfo, number: Any, inner: Any, outer: Any, out: np.ndarray[Any, Any]
+        self,
+        info: ArrayInfo,
+        raw: bytes | memoryview | None,
+        inner: Any,
+        outer: Any,
+        out: np.ndarray[Any, Any],
     ) -> None:
-        key = f"{info.name}/" + info.separator.join(map(str, number or (0,)))
-        decoded = TEXT_LIMIT if info.dtype.hasobject else info.chunk_bytes
-        raw = getattr(self.store, "borrow", self.store.get)(key, packed_limit(decoded))
         if raw is None:
             # without a fill value zarr-python leaves out chunks of zeros and reads them as such
             out[outer] = np.zeros((), info.dtype)[()] if info.fill is None else info.fill
@@ -334,47 +328,18 @@ class Cube:
         )
         if (
             target is not None and whole and target.flags.c_contiguous and info.order == "C"
-            and target.dtype == info.dtype and not info.filters and info.codec.startswith("blosc")
+            and target.dtype == info.dtype and not info.filters
+            and (info.compressor or {}).get("id") == "blosc"
         ):  # fmt: skip
-            self._decode(info, key, raw, target)
+            check_blosc(raw, info.chunk_bytes)
+            codec = require("numcodecs", "geo").get_codec(dict(info.compressor or {}))
+            codec.decode(raw, out=target)
             return
-        out[outer] = self._decode(info, key, raw, None)[inner]
+        out[outer] = decoded(info, raw)[inner]
 
-    def _decode(
-        self,
-        info: ArrayInfo,
-        key: str,
-        raw: bytes | memoryview,
-        target: np.ndarray[Any, Any] | None,
-    ) -> np.ndarray[Any, Any]:
-        numcodecs = require("numcodecs", "geo")
-        try:
-            if target is not None:  # Blosc, whose header was compared with the chunk
-                check_blosc(raw, info.chunk_bytes)
-                numcodecs.get_codec(dict(info.compressor or {})).decode(raw, out=target)
-                return target
-            data: Any = raw
-            if info.compressor is not None:
-                # filters change the width of numbers, to 16 bytes at most
-                wide = math.prod(info.chunks) * 16 if info.filters else info.chunk_bytes
-                limit = TEXT_LIMIT if info.dtype.hasobject else packed_limit(wide)
-                data = unpack(info.compressor, raw, limit)
-            for config in reversed(info.filters):
-                if config["id"] not in _FILTERS:
-                    raise ValueError(f"filter {config['id']!r} is not read")
-                data = numcodecs.get_codec(dict(config)).decode(data)
-            if isinstance(data, np.ndarray) and info.dtype.kind == "O":
-                flat: np.ndarray[Any, Any] = data.reshape(-1)
-            else:
-                flat = np.frombuffer(data, info.dtype)
-            if info.order == "F":
-                return flat.reshape(info.chunks[::-1]).T
-            return flat.reshape(info.chunks)
-        except _DAMAGE as error:
-            raise DataError(
-                f"{self.name}: array {info.name!r}, chunk {key!r} does not decode "
-                f"({error or type(error).__name__}). The file is damaged; get it again."
-            ) from error
+    @cached_property
+    def _is_remote(self) -> bool:
+        return isinstance(self.store, FolderStore) and is_url(self.store.name)
 
     @cached_property
     def _v3_members(self) -> dict[str, Any]:
@@ -398,11 +363,6 @@ class Cube:
 _METADATA = (".zarray", ".zattrs", ".zgroup")
 _PIECES = 2**20  # chunks along one axis of one read
 _READ_LIMIT = 2**33  # bytes of one read into new memory
-_FILTERS = (
-    "adler32", "astype", "bitround", "categorize", "crc32", "crc32c", "delta", "fixedscaleoffset",
-    "fletcher32", "jenkins_lookup3", "json2", "msgpack2", "packbits", "quantize", "shuffle",
-    "vlen-array", "vlen-bytes", "vlen-utf8",
-)  # fmt: skip
 _DAMAGE = (
     ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
     TypeError, ValueError, struct.error, zlib.error,
@@ -460,41 +420,6 @@ def _as_slice(indices: list[int]) -> slice | list[int]:
     return slice(low, low + len(indices)) if run else indices
 
 
-def _sizes(values: Any, least: int) -> tuple[int, ...]:
-    """Return lengths of axes, if they are whole numbers of at least `least`."""
-    if not isinstance(values, list) or len(values) > 32:
-        raise ValueError(f"expected a list of lengths, got {values!r:.100}")
-    for value in values:
-        if type(value) is not int or not least <= value < 2**63:
-            raise ValueError(f"expected whole lengths of at least {least}, got {values!r:.100}")
-    return tuple(values)
-
-
-def _codec_name(compressor: Mapping[str, Any] | None) -> str:
-    if compressor is None:
-        return "none"
-    name = str(compressor["id"])
-    if name == "blosc":
-        level, shuffle = compressor.get("clevel"), compressor.get("shuffle")
-        return f"blosc({compressor.get('cname')}, {level}, shuffle {shuffle})"
-    return name
-
-
-def _fill(value: Any, dtype: np.dtype[Any]) -> Any:
-    if value is None:
-        return None
-    if dtype.kind in "SV":
-        padded = base64.standard_b64decode(value).ljust(dtype.itemsize, b"\0")
-        return np.frombuffer(padded, dtype)[0]
-    if dtype.kind == "U":
-        return str(value)
-    if isinstance(value, list | dict):
-        raise ValueError(f"fill_value {value!r:.100} is no single value")
-    if dtype.kind == "O":
-        return value
-    return np.array(value if not isinstance(value, str) else float(value)).astype(dtype)[()]
-
-
 def _v3_arrays(members: Mapping[str, Any]) -> dict[str, ArrayInfo]:
     found = {}
     for name in sorted(name for name, item in members.items() if hasattr(item, "shape")):
@@ -502,9 +427,12 @@ def _v3_arrays(members: Mapping[str, Any]) -> dict[str, ArrayInfo]:
         meta = array.metadata
         names = ", ".join(type(c).__name__ for c in meta.codecs)
         dims = tuple(meta.dimension_names or array.attrs.get("_ARRAY_DIMENSIONS", ()))
+        dtype = np.dtype(array.dtype)
+        stored = chunk_format(meta.to_dict()) if dtype.kind in "biuf" else None
         found[name] = ArrayInfo(
-            name, _sizes(list(array.shape), 0), _sizes(list(array.chunks), 1),
-            np.dtype(array.dtype), dims,
+            name, sizes_of(list(array.shape), 0), sizes_of(list(array.chunks), 1),
+            dtype if stored is None else dtype.newbyteorder(stored.byte_order), dims,
             dict(array.attrs), names, array.fill_value,
+            compressor=None if stored is None else stored.compressor, stored=stored,
         )  # fmt: skip
     return found

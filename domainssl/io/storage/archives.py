@@ -189,6 +189,20 @@ class FolderStore:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read at offset {offset} ({error})") from error
 
+    def open(self, key: str) -> BinaryIO | None:
+        """Open a local file, None where there is no such file.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        path = join(self.name, check_member(key, self.name))
+        try:
+            return open_regular(path)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error})") from error
+
     def names(self) -> Sequence[str]:
         """Return the relative paths of all files."""
         if not is_url(self.name):
