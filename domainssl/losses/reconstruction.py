@@ -7,7 +7,7 @@ from torch import Tensor
 
 from domainssl.distributed import global_mean
 
-__all__ = ["masked_patch_mse", "patch_statistics"]
+__all__ = ["masked_patch_mse", "patch_mse", "patch_statistics"]
 
 
 def patch_statistics(
@@ -42,6 +42,33 @@ def patch_statistics(
     return mean, (variance + epsilon).sqrt()
 
 
+def patch_mse(
+    prediction: Tensor, target: Tensor, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Average the squared error of every patch over its valid values.
+
+    Args:
+        prediction: (B, N, P).
+        target: (B, N, P).
+        valid: bool, broadcastable to `prediction`; None counts all.
+
+    Returns:
+        The error, float32 (B, N), and whether a patch has a valid value, bool (B, N).
+
+    Examples:
+        >>> error, _ = patch_mse(torch.zeros(1, 1, 2), torch.tensor([[[1.0, 3.0]]]))
+        >>> float(error)
+        5.0
+    """
+    with torch.autocast(prediction.device.type, enabled=False):
+        error = (prediction.float() - target.float()).square()
+        if valid is None:
+            return error.mean(-1), torch.ones_like(error[..., 0], dtype=torch.bool)
+        counted = valid.expand_as(error).float()
+        values = counted.sum(-1)
+        return (error * counted).sum(-1) / values.clamp(min=1), values > 0
+
+
 def masked_patch_mse(
     prediction: Tensor,
     target: Tensor,
@@ -68,13 +95,6 @@ def masked_patch_mse(
         5.0
     """
     with torch.autocast(prediction.device.type, enabled=False):
-        error = (prediction.float() - target.float()).square()
-        weight = removed.float()
-        if valid is None:
-            per_patch = error.mean(-1)
-        else:
-            counted = valid.expand_as(error).float()
-            values = counted.sum(-1)
-            per_patch = (error * counted).sum(-1) / values.clamp(min=1)
-            weight = weight * (values > 0)
+        per_patch, has_values = patch_mse(prediction, target, valid)
+        weight = (removed & has_values).float()
         return global_mean((per_patch * weight).sum(), weight.sum())

@@ -32,6 +32,7 @@ def attention(
     bias: DistanceBias | None = None,
     *,
     path: AttentionPath = "fused",
+    dropout: float = 0.0,
 ) -> Tensor:
     """Compute `softmax(q k^T / sqrt(d) + bias) v`.
 
@@ -44,27 +45,32 @@ def attention(
             computes the bias inside the kernel, from the coordinates, in float32
             (FlexAttention, compiled on CUDA; elsewhere it is slow and for comparison only);
             `math` writes the formula out in float32, for tests and exact comparisons.
+        dropout: Share of the softmax's entries that are dropped, from the global generator;
+            `flex` then computes as `fused` does.
 
     Returns:
         (B, Hd, Q, d), in q's dtype.
     """
     if path == "math":
-        return _attention_math(q, k, v, bias)
-    if path == "flex" and bias is not None and not isinstance(bias, KeyMask):
+        return _attention_math(q, k, v, bias, dropout)
+    if path == "flex" and bias is not None and not isinstance(bias, KeyMask) and not dropout:
         return _attention_flex(q, k, v, bias)
     if bias is None:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     if math.prod(bias.shape) <= _MAX_BIAS_ELEMENTS:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.full(q.dtype))
-    return _attention_by_rows(q, k, v, bias)
+        mask = bias.full(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return _attention_by_rows(q, k, v, bias, dropout)
 
 
-def _attention_math(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None) -> Tensor:
+def _attention_math(
+    q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias | None, dropout: float
+) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
         if bias is not None:
             scores = scores + bias.full(torch.float32)
-        return (scores.softmax(-1) @ v.float()).to(q.dtype)
+        return (F.dropout(scores.softmax(-1), dropout) @ v.float()).to(q.dtype)
 
 
 @cache
@@ -105,14 +111,16 @@ def _attention_flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> Tens
     return out
 
 
-def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> Tensor:
+def _attention_by_rows(
+    q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias, dropout: float
+) -> Tensor:
     """Attend in blocks of query rows; with gradients each block's bias is computed again."""
     batch, heads, queries, keys = bias.shape
     step = max(1, _MAX_BIAS_ELEMENTS // (batch * heads * keys))
 
     def block(part: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         rows = bias.rows(start, start + part.shape[2], part.dtype)
-        return F.scaled_dot_product_attention(part, k, v, attn_mask=rows)
+        return F.scaled_dot_product_attention(part, k, v, attn_mask=rows, dropout_p=dropout)
 
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         parts = [
@@ -128,5 +136,7 @@ def _attention_by_rows(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> T
         part = q[:, :, start : start + step]
         rows = None if memory is None else memory[:, :, : part.shape[2]]
         mask = bias.rows(start, start + part.shape[2], q.dtype, rows)
-        out[:, :, start : start + step] = F.scaled_dot_product_attention(part, k, v, attn_mask=mask)
+        out[:, :, start : start + step] = F.scaled_dot_product_attention(
+            part, k, v, attn_mask=mask, dropout_p=dropout
+        )
     return out

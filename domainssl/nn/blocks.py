@@ -46,6 +46,7 @@ class SelfAttention(nn.Module):
         *,
         qkv_bias: bool = False,
         epsilon: float = 1e-5,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -56,11 +57,14 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=epsilon)
         self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
         self.out = nn.Linear(inner, width)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, bias: DistanceBias | None = None) -> Tensor:
         """(B, N, E) -> (B, N, E), without the residual."""
         q, k, v = (_split(part, self.heads) for part in self.qkv(self.norm(x)).chunk(3, dim=-1))
-        out: Tensor = self.out(_merge(attention(q, k, v, bias, path=self.path)))
+        share = self.drop.p if self.training else 0.0
+        mixed = _merge(attention(q, k, v, bias, path=self.path, dropout=share))
+        out: Tensor = self.drop(self.out(mixed))
         return out
 
 
@@ -92,7 +96,13 @@ class FeedForward(nn.Module):
     """`Lin(GELU(Lin(LN(x))))`, without the residual."""
 
     def __init__(
-        self, width: int, ratio: float = 4, hidden: int | None = None, *, epsilon: float = 1e-5
+        self,
+        width: int,
+        ratio: float = 4,
+        hidden: int | None = None,
+        *,
+        epsilon: float = 1e-5,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         hidden = int(width * ratio) if hidden is None else hidden
@@ -100,10 +110,11 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(width, hidden)
         self.act = nn.GELU()
         self.down = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., E)."""
-        out: Tensor = self.down(self.act(self.up(self.norm(x))))
+        out: Tensor = self.drop(self.down(self.drop(self.act(self.up(self.norm(x))))))
         return out
 
 
@@ -123,11 +134,14 @@ class TransformerBlock(nn.Module):
         hidden: int | None = None,
         qkv_bias: bool = False,
         epsilon: float = 1e-5,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.attention = SelfAttention(width, heads, head_dim, qkv_bias=qkv_bias, epsilon=epsilon)
+        self.attention = SelfAttention(
+            width, heads, head_dim, qkv_bias=qkv_bias, epsilon=epsilon, dropout=dropout
+        )
         self.cross = CrossAttention(width, heads) if cross else None
-        self.feed_forward = FeedForward(width, ratio, hidden, epsilon=epsilon)
+        self.feed_forward = FeedForward(width, ratio, hidden, epsilon=epsilon, dropout=dropout)
 
     def forward(
         self,
@@ -158,6 +172,8 @@ class Transformer(nn.Module):
         hidden: Width of the feed-forward layer; None is `ratio * width`.
         qkv_bias: Give queries, keys and values of self-attention a bias.
         epsilon: Added to the variance in the norms of self-attention and feed-forward.
+        dropout: Share dropped in self-attention (weights and result) and feed-forward (both
+            layers) while training, from the global generator.
 
     Set `gradient_checkpointing` to recompute blocks in the backward pass.
     """
@@ -174,6 +190,7 @@ class Transformer(nn.Module):
         hidden: int | None = None,
         qkv_bias: bool = False,
         epsilon: float = 1e-5,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
@@ -187,6 +204,7 @@ class Transformer(nn.Module):
                 hidden=hidden,
                 qkv_bias=qkv_bias,
                 epsilon=epsilon,
+                dropout=dropout,
             )
             for _ in range(depth)
         )

@@ -103,6 +103,9 @@ def synthetic_batch(model: Objective, size: int = 4, seed: int = 0) -> Batch:
         batch[name] = _values(modality, shape, generator)
         batch[f"{name}.valid"] = torch.rand([size, *frames, *spatial], generator=generator) > 0.05
         batch[f"{name}.present"] = torch.ones(size, dtype=torch.bool)
+        if modality.kind == "volume":  # limits of the form `item`
+            ends = torch.tensor([-2.0, 2.0]).expand(size, modality.num_channels, 2)
+            batch[f"{name}.window"] = ends
         dates = torch.arange(18000, 18000 + 90 * max(1, len(frames) * 3), 90, dtype=torch.int32)
         batch[f"{name}.dates"] = (
             dates.expand(size, -1).clone() if frames else dates[:1].expand(size)
