@@ -137,6 +137,11 @@ class DomainDataModule(Recorded, LightningDataModule):
         return lines
 
     @property
+    def withheld(self) -> tuple[str, ...]:
+        """Texts, such as paths, that no file of a run may hold; the configuration is the user's."""
+        return ()
+
+    @property
     def problems(self) -> list[str]:
         """What was left out or is odd, known after setup; `inspect` lists it."""
         return []

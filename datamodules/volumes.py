@@ -16,6 +16,7 @@ import importlib
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule
@@ -23,13 +24,13 @@ from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
 from domainssl.io.volume.cache import Exams
 from domainssl.io.volume.exams import Exam, Found, find_exams
-from domainssl.io.volume.ids import ids_of
+from domainssl.io.volume.ids import ids_of, write_table
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.pieces import Buildable
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.patients import split_exams
-from domainssl.sources.preparation import kept_exams, key_of
+from domainssl.sources.preparation import kept_exams, key_of, split_volumes
 from domainssl.sources.volume_options import (
     Contrast,
     ExamFiles,
@@ -163,6 +164,7 @@ class VolumeDataModule(DomainDataModule):
             manifest=self.exams.manifest,
             layout=self.exams.layout,
         )
+        found = replace(found, exams=split_volumes(found.exams, self.contrasts))
         self.found = found
         for problem in found.problems:
             _log.warning("%s", problem)
@@ -171,6 +173,8 @@ class VolumeDataModule(DomainDataModule):
             _log.warning("%s: nothing is held out for validation", root)
         self.label_names = self._classes(found.exams)
         self.prepared = self._prepared(found.exams)
+        if self.exams.id_table is not None and self._rank == 0:
+            write_table(self.exams.id_table, found.exams, self.exams.ids)
         sources: dict[str, Source] = {
             split: self._source(part, is_training=split == "train")
             for split, part in self.splits.items()
@@ -245,6 +249,14 @@ class VolumeDataModule(DomainDataModule):
                 for split, part in self.splits.items()
             },
         }
+
+    @property
+    def withheld(self) -> tuple[str, ...]:
+        """Root, table and patients, unless ids are plain."""
+        if self.exams.ids == "plain" or self.root.startswith("sample:"):
+            return ()
+        texts = [self.root, self.exams.manifest or "", "held_out.patients"]
+        return tuple(text for text in (*texts, *self.held_out.patients) if len(text) > 2)
 
     @property
     def problems(self) -> list[str]:

@@ -30,8 +30,16 @@ _MOSTLY = 0.5  # a modality with fewer valid pixels is odd
 
 def subject_of(data: DomainDataModule, split: str) -> OfSource:
     """Return the items of a split as something to measure; the DataModule is set up."""
-    about = {"root": str(getattr(data, "root", "")), "split": split, "data": type(data).__name__}
-    return OfSource(data.source(split), data.modalities, about, data.identity)
+    root = str(getattr(data, "root", ""))
+    is_private = bool(data.withheld)
+    about = {
+        "root": "(withheld)" if is_private else root,
+        "split": split,
+        "data": type(data).__name__,
+    }
+    return OfSource(
+        data.source(split), data.modalities, about, data.identity, is_private=is_private
+    )
 
 
 def inspect_data(data: DomainDataModule) -> dict[str, Any]:

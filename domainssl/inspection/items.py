@@ -30,6 +30,7 @@ class OfSource:
         about: Root, split and whatever else the file should say about the data.
         name_data: Returns plain data that tell these files from others.
         epoch: Epoch whose windows and dates are looked at.
+        is_private: Reasons name files that may not be written down.
     """
 
     source: Source
@@ -37,6 +38,7 @@ class OfSource:
     about: Mapping[str, Any]
     name_data: Callable[[], dict[str, Any]]
     epoch: int = 0
+    is_private: bool = False
     _runs: list[range] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,12 @@ class OfSource:
     def keys(self) -> list[str]:
         """Numbers of the first and last block of each piece."""
         return [f"blocks {run[0]} to {run[-1]}" for run in self._runs]
+
+    def written(self, reason: str) -> str:
+        """Return why something cannot be read as a file may hold it."""
+        if not self.is_private:
+            return reason
+        return "cannot be read; without --skip_bad the terminal says why"
 
     def identity(self) -> dict[str, Any]:
         """Return what the DataModule says of its files."""

@@ -86,6 +86,8 @@ def measure(
         pieces = Pieces(own[resumed:], len(own), name=lambda number: keys[number])
 
         def take(number: int, result: dict[str, Moments] | str) -> None:
+            if isinstance(result, str):
+                result = subject.written(result)
             state.add(number, keys[number], result)
             state.save()
 

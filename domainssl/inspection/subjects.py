@@ -64,6 +64,9 @@ class Subject(Protocol):
     def keys(self) -> Sequence[str]:
         """Names of the pieces, in the order in which their figures are merged."""
 
+    def written(self, reason: str) -> str:
+        """Return why something cannot be read as a file may hold it."""
+
     def identity(self) -> dict[str, Any]:
         """Return plain data that tell these data from others."""
 
@@ -110,6 +113,10 @@ class OfCatalogue:
     def keys(self) -> list[str]:
         """Names of the files."""
         return [group.key for group in self.catalogue.groups]
+
+    def written(self, reason: str) -> str:
+        """Return the reason as it is."""
+        return reason
 
     def identity(self) -> dict[str, Any]:
         """Return release, names, sizes and hashes of the files."""

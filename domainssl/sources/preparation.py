@@ -18,11 +18,11 @@ from domainssl.io.volume.cache import Exams, VolumeCache, identity_of
 from domainssl.io.volume.exams import Exam
 from domainssl.io.volume.geometry import check_same_grid, spacing_of
 from domainssl.io.volume.prepared import Prepared, compact, shifted
-from domainssl.io.volume.scan import Scan, placed, read_labels, read_scan
+from domainssl.io.volume.scan import Scan, describe_scan, placed, read_labels, read_scan
 from domainssl.sources.resampling import resample_labels, resample_scan, straight_grid
 from domainssl.sources.volume_options import Contrast, Preparation
 
-__all__ = ["kept_exams", "key_of", "prepare"]
+__all__ = ["kept_exams", "key_of", "prepare", "split_volumes"]
 
 Array = np.ndarray[Any, Any]
 _VERSION = 1  # raise it when the result of `prepare` changes
@@ -138,9 +138,39 @@ def key_of(exam: Exam, cache: VolumeCache) -> str:
     return cache.key([identity_of(files), plain(exam.volumes), exam.source])
 
 
+def split_volumes(exams: Sequence[Exam], contrasts: Mapping[str, Contrast]) -> list[Exam]:
+    """Return an exam per volume of files that are read with `volume: split`.
+
+    Raises:
+        DataError: A header cannot be read, or files of one exam hold several numbers of volumes.
+    """
+    split = [name for name, contrast in contrasts.items() if contrast.reading.volume == "split"]
+    out = []
+    for exam in exams:
+        counts = {
+            name: describe_scan(exam.scans[name], contrasts[name].reading).volumes
+            for name in split
+            if name in exam.scans and name not in exam.volumes
+        }
+        several = {name: n for name, n in counts.items() if n > 1}
+        if len(set(several.values())) > 1:
+            raise DataError(
+                f"{', '.join(exam.scans[n] for n in several)}: {list(several.values())} volumes, "
+                "expected equal numbers where several modalities are split."
+            )
+        number = next(iter(several.values()), 1)
+        if number == 1:
+            out.append(exam)
+            continue
+        for volume in range(number):
+            places = {**exam.volumes, **dict.fromkeys(several, volume)}
+            out.append(replace(exam, id=f"{exam.id}#{volume}", volumes=places))
+    return out
+
+
 def _read(exam: Exam, name: str, contrast: Contrast) -> Scan:
     reading = contrast.reading
-    if name in exam.volumes and reading.volume is None:
+    if name in exam.volumes and reading.volume in (None, "split"):
         reading = replace(reading, volume=exam.volumes[name])
     scan = read_scan(exam.scans[name], reading)
     wanted = len(contrast.channels) or 1

@@ -87,6 +87,7 @@ class ExamFiles:
             takes `manifest.csv`, `.jsonl` or `.parquet` in it, if there is one.
         patient: Regular expression whose first group, found in the id of an exam, is its patient;
             empty takes the column `patient`, or the first folder below the root.
+        id_table: CSV file to write that tells which id is which exam and patient; None writes none.
         ids: `hashed` ids tell nothing about names of files and patients; `plain` is for public
             data.
     """
@@ -94,6 +95,7 @@ class ExamFiles:
     layout: str = "auto"
     manifest: str | None = None
     patient: str = ""
+    id_table: str | None = None
     ids: Literal["hashed", "plain"] = "hashed"
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from exam_files import SPOT_MM, spot, spot_scan, write_scan
 
 from domainssl.datamodules.volumes import VolumeDataModule
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.volume.scan import Reading
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
 from domainssl.sources.augmentation import Augmentation
@@ -300,3 +301,20 @@ def test_contrasts_share_bias_field_and_gamma_and_ct_keeps_its_units(tmp_path: P
         size=(24, 24, 16), augmentation=noisy)))  # fmt: skip
     difference = batch["a"] - before["a"]
     assert 0 < difference.std() <= 0.11 * 800 and not torch.equal(batch["a"], batch["b"])
+
+
+def test_volumes_of_a_file_are_exams_of_their_own_if_asked_for(tmp_path: Path) -> None:
+    values = np.zeros((12, 12, 12, 3), np.int16)
+    values[3:9, 3:9, 3:9] = (10, 20, 30)
+    write_scan(tmp_path / "p1" / "mr.nii.gz", values, np.eye(4))
+    size = ExamWindow(size=(6, 6, 6), min_foreground=1.0, tries=400)
+    with pytest.raises(DataError, match="3 volumes"):
+        _batches(_data(tmp_path, {"mr": Contrast()}, window=size))
+    split = Contrast(reading=Reading(volume="split"))
+    tight = Preparation(margin_mm=0)
+    batches = _batches(_data(tmp_path, {"mr": split}, window=size, preparation=tight))
+    found = {b["id"][0]: b["mr"].unique().tolist() for b in batches}
+    assert found == {"p1#0": [10.0], "p1#1": [20.0], "p1#2": [30.0]}
+    one = Contrast(reading=Reading(volume=1))
+    (batch,) = _batches(_data(tmp_path, {"mr": one}, window=size, preparation=tight))
+    assert batch["id"] == ["p1"] and batch["mr"].unique().tolist() == [20.0]

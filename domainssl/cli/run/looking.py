@@ -8,11 +8,14 @@ from domainssl.errors import ConfigError, nearest
 
 __all__ = ["data_at"]
 
-_SAMPLES = {
-    "ssl4eo": "ssl4eo.SSL4EOS12DataModule",
-    "cubes": "cubes.SentinelCubeDataModule",
-    "treesatai": "treesatai.TreeSatAIDataModule",
-    "pastis": "pastis.PastisDataModule",
+_SAMPLES = {  # name -> DataModule and its root
+    "ssl4eo": ("ssl4eo.SSL4EOS12DataModule", "sample"),
+    "cubes": ("cubes.SentinelCubeDataModule", "sample"),
+    "treesatai": ("treesatai.TreeSatAIDataModule", "sample"),
+    "pastis": ("pastis.PastisDataModule", "sample"),
+    "ctmr": ("volumes.VolumeDataModule", "sample:ctmr"),
+    "petct": ("volumes.VolumeDataModule", "sample:petct"),
+    "brain": ("volumes.VolumeDataModule", "sample:brain"),
 }
 
 
@@ -42,5 +45,6 @@ def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> 
         )
     from importlib import import_module
 
-    module, _, title = _SAMPLES[name].partition(".")
-    return getattr(import_module(f"domainssl.datamodules.{module}"), title)(root="sample")
+    path, root = _SAMPLES[name]
+    module, _, title = path.partition(".")
+    return getattr(import_module(f"domainssl.datamodules.{module}"), title)(root=root)

@@ -74,7 +74,7 @@ class RunRecord(SaveConfigCallback):
         identity = getattr(datamodule, "identity", None)
         record = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": command_line(),
+            "command": [_shown(word, datamodule) for word in command_line()],
             **self.facts,
             "versions": versions(),
             "git": git_revision(catalog.package_folder()),
@@ -112,6 +112,14 @@ class RunRecord(SaveConfigCallback):
     def take_back(self) -> None:
         """Leave the folder as it was, after a run that was not continued."""
         remove_start(self.folder, self._before, self._kept)
+
+
+def _shown(word: str, datamodule: Any) -> str:
+    """Return a word of the command line without what the data withhold."""
+    if not any(text in word for text in getattr(datamodule, "withheld", ())):
+        return word
+    option, mark, _ = word.partition("=")
+    return f"{option}=(withheld)" if mark and option.startswith("--") else "(withheld)"
 
 
 def _introduce(

@@ -26,13 +26,14 @@ class Reading:
     Attributes:
         orientation: `header`; or `assume_pixdim`: files that state no orientation are read by
             their voxel sizes, the stored axes taken for right, anterior, superior.
-        volume: Index of the volume in files that hold several; None refuses them.
+        volume: Index of the volume in files that hold several; `split` takes each as an item of
+            its own, None refuses them.
         space: World axes of NRRD files that name none: LPS, RAS or LAS.
         series: Key of the series in DICOM folders that hold several, as `inspect` shows it.
     """
 
     orientation: Literal["header", "assume_pixdim"] = "header"
-    volume: int | None = None
+    volume: int | Literal["split"] | None = None
     space: str | None = None
     series: str | None = None
 
@@ -47,9 +48,12 @@ class Reading:
                 f"space: got {self.space!r}, expected one of {', '.join(SPACES)}."
                 + nearest(self.space, SPACES)
             )
-        wrong = isinstance(self.volume, bool) or not isinstance(self.volume, int | None)
-        if wrong or (self.volume or 0) < 0:
-            raise ConfigError(f"volume: got {self.volume!r}, expected an index from 0 on, or null.")
+        is_index = isinstance(self.volume, int) and not isinstance(self.volume, bool)
+        if self.volume not in (None, "split") and not (is_index and int(self.volume) >= 0):
+            raise ConfigError(
+                f"volume: got {self.volume!r}, expected an index from 0 on, 'split', or null."
+                f"{nearest(self.volume, ('split',))}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +167,14 @@ def chosen_volume(path: str, volumes: int, reading: Reading) -> int:
     Raises:
         DataError: There are several and none is chosen, or the chosen one does not exist.
     """
-    if reading.volume is None and volumes > 1:
+    index = None if reading.volume == "split" else reading.volume
+    if index is None and volumes > 1:
         raise DataError(
             f"{path}: holds {volumes} volumes (4D), expected one. Choose one with "
             f"`volume: <index>` (0 to {volumes - 1}), or take each as an item of its own with "
             "`volume: split`."
         )
-    index = reading.volume or 0
+    index = index or 0
     if index >= volumes:
         raise DataError(
             f"{path}: `volume: {index}` asks for a volume that is not there; the file holds "

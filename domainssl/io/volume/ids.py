@@ -6,8 +6,10 @@ DOMAINSSL_ID_KEY; runs, ranks and machines with the same key give an exam the sa
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import hmac
+import io
 import os
 import secrets
 from collections.abc import Iterable, Sequence
@@ -15,9 +17,10 @@ from pathlib import Path
 
 from domainssl.cache import cache_dir
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.files import open_regular
+from domainssl.files import new_file, open_regular
+from domainssl.io.volume.exam import Exam
 
-__all__ = ["IDS", "KEY_VARIABLE", "ids_of", "id_key"]
+__all__ = ["IDS", "KEY_VARIABLE", "id_key", "ids_of", "write_table"]
 
 IDS = ("hashed", "plain")
 KEY_VARIABLE = "DOMAINSSL_ID_KEY"
@@ -104,3 +107,27 @@ def ids_of(names: Iterable[str], mode: str) -> Sequence[str]:
         return list(names)
     key = id_key()
     return [hmac.new(key, n.encode(), hashlib.sha256).hexdigest()[:_DIGITS] for n in names]
+
+
+def write_table(path: str, exams: Sequence[Exam], mode: str) -> None:
+    """Write which id is which exam and patient, readable by the owner alone.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("id", "exam", "patient"))
+    names = [exam.id for exam in exams]
+    for identity, exam in zip(ids_of(names, mode), exams, strict=True):
+        writer.writerow((identity, exam.id, exam.patient))
+    try:
+        with new_file(Path(path)) as file:
+            if os.name == "posix":
+                os.fchmod(file.fileno(), 0o600)
+            file.write(text.getvalue().encode())
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}). Choose another "
+            "data.init_args.exams.id_table."
+        ) from error
