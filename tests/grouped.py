@@ -6,9 +6,9 @@ from typing import Any
 
 _GROUPS = {
     "encoding": (
-        "size", "architecture", "patch_size", "patch_m", "grid", "calendar", "radar", "optical",
-        "inputs", "fusion", "shared_depth", "position_cells", "date_reference", "encoder", "sizes",
-        "deformable_attention", "normalization", "weights",
+        "size", "architecture", "patch_size", "patch_m", "patch_mm", "grid", "calendar", "radar",
+        "optical", "inputs", "fusion", "shared_depth", "position_cells", "date_reference",
+        "encoder", "sizes", "deformable_attention", "normalization", "weights",
     ),
     "execution": ("seed", "check_units", "allow_accumulation"),
     "options": ("reference",),

@@ -7,6 +7,7 @@ layout is read and written; names of parameters follow it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,14 +16,20 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from domainssl.backbones.base import Backbone, Features, LoadReport
+from domainssl.backbones.base import Backbone, Features, LoadReport, common_size
 from domainssl.errors import ConfigError, DataError, WeightsError, nearest
-from domainssl.modality import Modality, key, present_mask, valid_mask
+from domainssl.modality import Modality, key, present_mask, sides_of, valid_mask
 from domainssl.nn.bypass import PatchEncoder, Pooled
 from domainssl.nn.calendar import Calendar
 from domainssl.nn.fusion import Combiner, RelativeLayout
 from domainssl.nn.ltae import LTAE
-from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction, patchify
+from domainssl.nn.patching import (
+    grid_coordinates,
+    grid_of,
+    patch_fraction,
+    patch_proportions,
+    patchify,
+)
 from domainssl.options import as_dataclass
 
 __all__ = ["OmniSatBackbone", "SeriesArchitecture", "Traces", "flatten_reference", "published_name"]
@@ -60,16 +67,17 @@ class SeriesArchitecture:
 class OmniSatBackbone(Backbone):
     """Encode any of its modalities, all on one patch grid over the same footprint.
 
-    Images with patches of 3 pixels or more go through convolutions and poolings, series through a
-    temporal attention encoder per patch; an image with one pixel per patch is a series of one date.
+    Images and volumes with patches of 3 pixels or more go through convolutions and poolings, series
+    through a temporal attention encoder per patch; an image or volume with one pixel per patch is a
+    series of one date.
     Features are named after the modalities, before fusion, plus `joint` for the fused tokens.
     `pooled` of a modality is the mean of its valid tokens, that of `joint` follows `pool`; `cls`
     holds the class token of `joint`.
 
     Args:
-        modalities: Images and series.
-        patch_size: Side of a patch in pixels, per modality.
-        grid: Patches along the rows and columns, the same for all modalities.
+        modalities: Images and series, or volumes and their series.
+        patch_size: Side of a patch in pixels or voxels per modality, one number or one per axis.
+        grid: Patches along each axis, the same for all modalities.
         width: Token width.
         depth: Self-attention blocks of the fusion; a readout block follows.
         heads: Attention heads of the fusion.
@@ -105,8 +113,8 @@ class OmniSatBackbone(Backbone):
     def __init__(
         self,
         modalities: Mapping[str, Modality | Mapping[str, Any]],
-        patch_size: Mapping[str, int],
-        grid: tuple[int, int],
+        patch_size: Mapping[str, int | tuple[int, ...]],
+        grid: tuple[int, ...],
         width: int = 256,
         depth: int = 6,
         heads: int = 16,
@@ -123,22 +131,25 @@ class OmniSatBackbone(Backbone):
         normalization: str | dict[str, str] = "zscore",
     ) -> None:
         super().__init__(modalities, normalization)
-        self.patch_size = dict(patch_size)
-        self.grid = (int(grid[0]), int(grid[1]))
+        self.patch_size = {n: _plain(side) for n, side in patch_size.items()}
+        self.spatial_dims = _common_axes(self.modalities)
+        self.grid = sides_of(grid, self.spatial_dims, "grid")
         self.attend_to_padding, self.pool = attend_to_padding, pool
         self.series = as_dataclass(SeriesArchitecture, series)
         self.calendars = _calendars(calendar, self.modalities)
         for name, modality in self.modalities.items():
-            side = _patch_side(name, modality, self.patch_size)
+            patch = _patch_sides(name, modality, self.patch_size)
             encoder: nn.Module
             if self.is_image(name):
-                encoder = PatchEncoder(modality.num_channels, width, side, groups)
+                encoder = PatchEncoder(modality.num_channels, width, patch, groups)
             else:
-                encoder = self._series_encoder(name, modality.num_channels * side**2, width)
+                encoder = self._series_encoder(
+                    name, modality.num_channels * math.prod(patch), width
+                )
             self.add_module(f"projector_{name}", encoder)
         self.combiner = Combiner(
             width, depth, heads, self.grid, ffn_ratio, dropout, attention_dropout, drop_path,
-            rpe_layout,
+            rpe_layout, self._proportions(),
         )  # fmt: skip
         self.embed_dim = dict.fromkeys([*self.modalities, "joint"], width)
 
@@ -157,9 +168,29 @@ class OmniSatBackbone(Backbone):
             input_norm=name.startswith("s2") if named is None else name in named,
         )
 
+    def patch_of(self, name: str) -> tuple[int, ...]:
+        """Return the sides of a modality's patches in pixels or voxels, one per axis."""
+        return sides_of(self.patch_size[name], self.spatial_dims)
+
+    def _proportions(self) -> tuple[float, ...]:
+        """Return the sides of a patch in units of their median, the same for all modalities."""
+        sides = {
+            n: patch_proportions(self.patch_of(n), m.steps) for n, m in self.modalities.items()
+        }
+        known = {n: side for n, side in sides.items() if self.modalities[n].spacing_mm is not None}
+        first = next(iter((known or sides).values()))
+        for name, side in known.items():
+            if any(abs(a - b) > 0.02 * b for a, b in zip(side, first, strict=True)):
+                raise ConfigError(
+                    f"patch_size: patches of {name!r} have sides in the proportions {side}, those "
+                    f"of {next(iter(known))!r} {first}; all modalities share one grid over one "
+                    "footprint. Choose patch_size per axis by the spacing of each."
+                )
+        return first
+
     def is_image(self, name: str) -> bool:
-        """True where a modality goes through the image encoder."""
-        return self.modalities[name].kind == "image" and self.patch_size[name] > 1
+        """True where a modality goes through the encoder of images and volumes."""
+        return self.modalities[name].kind != "series" and max(self.patch_of(name)) > 1
 
     def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of one modality's encoder."""
@@ -212,34 +243,35 @@ class OmniSatBackbone(Backbone):
         return features, traces
 
     def _check_grid(self, name: str, x: Tensor) -> None:
-        found = grid_of(x.shape[-2:], self.patch_size[name], f"batch.{name}")
+        size = common_size(x, self.modalities[name])
+        found = grid_of(size, self.patch_size[name], f"batch.{name}")
         if found != self.grid:
             raise DataError(
-                f"batch.{name}: {tuple(x.shape[-2:])} pixels are {found} patches of "
+                f"batch.{name}: {size} pixels are {found} patches of "
                 f"{self.patch_size[name]} pixels, but the position embeddings are for {self.grid}. "
                 "All modalities must cover the same footprint: crop them to it, or build the "
                 "backbone with another grid."
             )
 
     def _encode_image(self, name: str, x: Mapping[str, Any]) -> tuple[Tensor, Tensor, list[Pooled]]:
-        modality, side = self.modalities[name], self.patch_size[name]
-        valid = patch_fraction(valid_mask(x, modality), side) > 0
+        modality, patch = self.modalities[name], self.patch_of(name)
+        valid = patch_fraction(valid_mask(x, modality), patch) > 0
         valid = valid & present_mask(x, name).unsqueeze(1)
-        patches = self.patches(name, x[name])  # (B, C, H, W) -> (B, P, C·p·p)
-        pixels = patches.flatten(0, 1).unflatten(1, (modality.num_channels, side, side))
+        patches = self.patches(name, x[name])  # (B, C, *S) -> (B, P, C·p·p)
+        pixels = patches.flatten(0, 1).unflatten(1, (modality.num_channels, *patch))
         encoder = cast(PatchEncoder, self.get_submodule(f"projector_{name}"))
         tokens, poolings = encoder(pixels, valid.flatten())
         return tokens.unflatten(0, valid.shape), valid, poolings
 
     def patches(self, name: str, x: Tensor) -> Tensor:
-        """Cut images (B, C, H, W) or series (B, T, C, H, W) into (B, P, V) or (B, T, P, V).
+        """Cut (B, C, *S) or a series (B, T, C, *S) into (B, P, V) or (B, T, P, V).
 
-        Values of a patch are ordered by channel, row, column.
+        Values of a patch are ordered by channel, then by axis.
         """
-        side = self.patch_size[name]
-        if x.ndim == 4:
-            return patchify(x, side, channels_first=True)
-        flat = patchify(x.flatten(0, 1), side, channels_first=True)
+        patch = self.patch_of(name)
+        if self.modalities[name].kind != "series":
+            return patchify(x, patch, channels_first=True)
+        flat = patchify(x.flatten(0, 1), patch, channels_first=True)
         return flat.unflatten(0, x.shape[:2])
 
     def frame_mask(self, x: Mapping[str, Any], name: str) -> Tensor:
@@ -252,14 +284,14 @@ class OmniSatBackbone(Backbone):
     def seen_dates(self, x: Mapping[str, Any], name: str) -> Tensor:
         """Return which dates of which patches hold a measurement, bool (B, P, T)."""
         modality = self.modalities[name]
-        valid = valid_mask(x, modality)  # (B, T, H, W)
+        valid = valid_mask(x, modality)  # (B, T, *S)
         share = patch_fraction(valid.flatten(0, 1), self.patch_size[name])
         measured = (share > 0).unflatten(0, valid.shape[:2])  # (B, T, P)
         return (measured & self.frame_mask(x, name).unsqueeze(2)).transpose(1, 2)
 
     def _encode_series(self, name: str, x: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         modality = self.modalities[name]
-        if modality.kind == "image":  # one pixel per patch: a series of one constant date
+        if modality.kind != "series":  # one pixel per patch: a series of one constant date
             valid = patch_fraction(valid_mask(x, modality), 1) > 0
             seen = valid.unsqueeze(-1)
             days = torch.full((len(seen), 1), self.series.constant_date, device=seen.device)
@@ -400,23 +432,41 @@ def published_name(
     return own
 
 
-def _patch_side(name: str, modality: Modality, sides: Mapping[str, int]) -> int:
-    if modality.kind not in ("image", "series"):
+def _common_axes(modalities: Mapping[str, Modality]) -> int:
+    """Return the number of spatial axes that all modalities have."""
+    axes = {name: m.spatial_dims for name, m in modalities.items()}
+    for name, modality in modalities.items():
+        if not axes[name]:
+            raise ConfigError(
+                f"OmniSat: modality {name!r} is a {modality.kind}; expected images, volumes or "
+                "series of them over one footprint."
+            )
+    if len(set(axes.values())) > 1:
         raise ConfigError(
-            f"OmniSat: modality {name!r} is a {modality.kind}; expected images or series over one "
-            "footprint."
+            f"OmniSat: images and volumes share no footprint; the modalities have {axes} axes. "
+            "Choose the ones of one kind in the DataModule."
         )
+    return next(iter(axes.values()))
+
+
+def _plain(side: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    return side if isinstance(side, int) else tuple(side)
+
+
+def _patch_sides(
+    name: str, modality: Modality, sides: Mapping[str, int | tuple[int, ...]]
+) -> tuple[int, ...]:
     if name not in sides:
         raise ConfigError(
             f"patch_size: no entry for modality {name!r}.{nearest(name, sides)} Got {dict(sides)}."
         )
-    side = int(sides[name])
-    if side < 1 or (modality.kind == "image" and side == 2):
+    patch = sides_of(sides[name], modality.spatial_dims, f"patch_size.{name}")
+    if min(patch) < 1 or (modality.kind != "series" and max(patch) == 2):
         raise ConfigError(
-            f"patch_size.{name}: got {side}; expected 1 or more pixels, and 3 or more (or 1, a "
-            "series of one date) for an image."
+            f"patch_size.{name}: got {sides[name]}; expected 1 or more pixels, and for an image or "
+            "volume 3 or more along one axis (or 1, a series of one date)."
         )
-    return side
+    return patch
 
 
 def _calendars(

@@ -112,7 +112,9 @@ class ReconstructionPanels(Callback):
 
 
 def row_labels(batch: Mapping[str, Any], modality: Modality, shown: Tensor) -> list[str]:
-    """Return id and date of the items of a panel; a series is shown on its middle date.
+    """Return id and date of the items of a panel, or that they lack the modality.
+
+    A series is shown on its middle date.
 
     Args:
         batch: The items.
@@ -120,10 +122,16 @@ def row_labels(batch: Mapping[str, Any], modality: Modality, shown: Tensor) -> l
         shown: The pictures, (B, C, *S) or (B, T, C, *S); dates other than the batch's cannot be
             told.
     """
-    ids = batch.get("id") or [f"item {i}" for i in range(len(shown))]
+    ids = [str(i) for i in batch.get("id") or [f"item {i}" for i in range(len(shown))]]
+    present = batch.get(key(modality.name, "present"))
+    if isinstance(present, Tensor):
+        ids = [
+            i if is_there else f"{i}, not there"
+            for i, is_there in zip(ids, present.tolist(), strict=True)
+        ]
     dates = batch.get(key(modality.name, "dates"))
     if not isinstance(dates, Tensor):
-        return [str(i) for i in ids]
+        return ids
     days = dates.reshape(len(ids), -1).cpu()
     count = days.shape[1]
     one_date = shown.ndim < 3 + modality.spatial_dims

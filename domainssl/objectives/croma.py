@@ -127,10 +127,11 @@ class CROMA(Objective):
     """Pretrain a `CROMABackbone` on co-registered radar and optical images or volumes.
 
     Args:
-        modalities: Radar and optical modality, by name; linked from the DataModule by the CLI.
+        modalities: Two images or volumes on one grid, in the roles of radar and optical, by name;
+            linked from the DataModule by the CLI.
         encoding: Size, patches, normalisation and weights of the backbone.
-        context_size: Size of the window in pixels, one number or one per axis, multiples of
-            `encoding.patch_size`.
+        context_size: Size of the window in pixels or voxels, one number or one per axis,
+            multiples of `encoding.patch_size`.
         mask_ratio: Share of patches hidden, one number for both sensors or one per modality.
         options: Choices between our and the published behaviour.
         loss_weights: Weight of the terms `contrastive` and `reconstruction`.
@@ -165,6 +166,7 @@ class CROMA(Objective):
         self.mask_ratio = per_modality(mask_ratio, (radar, optical))
         self.loss_weights = term_weights(loss_weights, "CROMA")
         patch_size = encoding.patch_size
+        patch_size = patch_size if isinstance(patch_size, int) else tuple(patch_size)
         variant: dict[str, Any] = {
             "width": sizes.width,
             "depth": sizes.depth,
@@ -184,7 +186,7 @@ class CROMA(Objective):
         where = "model.init_args.context_size"
         grid_of(sides_of(context_size, spatial_dims, where), patch_size, where)
         width = self.backbone.embed_dim["joint"]
-        pixels = patch_size**spatial_dims
+        pixels = math.prod(sides_of(patch_size, spatial_dims))
         self._values = [known[name].num_channels * pixels for name in (optical, radar)]
         self.decoder = Decoder(width, sum(self._values), sizes)
         self.radar_projection = nn.Linear(width, width)

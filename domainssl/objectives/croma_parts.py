@@ -69,9 +69,10 @@ class CROMAEncoding:
     Attributes:
         size: Named size, `tiny` (tests), `base` or `large`.
         architecture: Explicit sizes over the named one.
-        patch_size: Side of a patch.
-        radar: Name of the radar modality, whose tokens are the queries of the joint encoder.
-        optical: Name of the optical modality.
+        patch_size: Side of a patch in pixels or voxels, one number or one per axis.
+        radar: Name of the modality whose tokens are the queries of the joint encoder: the radar, or
+            one of any two images or volumes.
+        optical: Name of the modality that they ask.
         normalization: Form for both modalities, or one per modality.
         weights: Start from these released, torchgeo, pretraining or exported weights, with the
             statistics they were trained with.
@@ -79,7 +80,7 @@ class CROMAEncoding:
 
     size: Size = "base"
     architecture: CROMAArchitecture = CROMAArchitecture()
-    patch_size: int = 8
+    patch_size: int | tuple[int, ...] = 8
     radar: str = "s1"
     optical: str = "s2"
     normalization: str | dict[str, str] = "mean2std"

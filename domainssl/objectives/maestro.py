@@ -112,10 +112,11 @@ class MAESTRODraws:
 
 
 class MAESTRO(Objective):
-    """Pretrain a `MAESTROBackbone` by reconstructing hidden tokens of images and series.
+    """Pretrain a `MAESTROBackbone` by reconstructing hidden tokens of images or volumes.
 
     Args:
-        modalities: Images and series on one footprint; linked from the DataModule by the CLI.
+        modalities: Images and series, or volumes and their series, on one footprint; linked from
+            the DataModule by the CLI.
         encoding: Inputs, size, fusion, normalisation and weights of the backbone.
         context_size: Side in pixels of what the DataModule yields, None for any.
         masking: Ratio and structures.

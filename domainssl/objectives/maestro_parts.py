@@ -101,9 +101,10 @@ class MAESTROEncoding:
         shared_depth: How many of the last encoder blocks see all groups at once; None is 3 with
             `group` and `mod`, 0 otherwise.
         position_cells: Cells of the position grid along the footprint; published ones measure
-            0.625 m. None is the least common multiple of all grids.
+            0.625 m. None is the least common multiple of all grids. For volumes along the longest
+            side; None is one per millimetre.
         date_reference: Modality whose date distances in time are counted from; None is the first
-            image.
+            image or volume.
         normalization: Form for all modalities, or one per modality.
         weights: Start from a released checkpoint, one of ours, or an export.
     """

@@ -127,10 +127,11 @@ class _Picture:
 
 
 class OmniSat(Objective):
-    """Pretrain an `OmniSatBackbone` on images and series over one footprint.
+    """Pretrain an `OmniSatBackbone` on images or volumes and their series over one footprint.
 
     Args:
-        modalities: Two or more images and series, by name; linked from the DataModule by the CLI.
+        modalities: Two or more images and series, or volumes and their series, by name; linked
+            from the DataModule by the CLI.
         encoding: Size, patches, calendar, normalisation and weights of the backbone.
         context_size: Side of what the DataModule yields, None for any.
         mask_ratio: Share of all tokens hidden from the fusion.
@@ -179,7 +180,7 @@ class OmniSat(Objective):
         self.mask_ratio, self.kept_dates = mask_ratio, kept_dates
         self.temperature, self.max_frames = temperature, max_frames
         given = encoding.patch_size or {}
-        sides = {**patch_sizes(known, encoding.patch_m, given), **given}
+        sides = {**patch_sizes(known, encoding.patch_m, encoding.patch_mm, given), **given}
         variant: dict[str, Any] = {
             "patch_size": sides,
             "grid": patch_grid(known, sides, encoding.grid),
@@ -203,10 +204,10 @@ class OmniSat(Objective):
             self.load_pretraining_parts(reference_state)
 
     def _decoder(self, name: str, width: int, hidden: tuple[int, ...]) -> nn.Module:
-        channels, side = self.backbone.modalities[name].num_channels, self.backbone.patch_size[name]
+        channels, patch = self.backbone.modalities[name].num_channels, self.backbone.patch_of(name)
         if self.backbone.is_image(name):
-            return PatchDecoder(channels, width, side)
-        return SeriesDecoder(width, channels * side**2, tuple(hidden))
+            return PatchDecoder(channels, width, patch)
+        return SeriesDecoder(width, channels * math.prod(patch), tuple(hidden))
 
     def draw(self, batch: Batch, generators: Generators) -> OmniSatDraws:
         """Hide tokens of all modalities jointly (section 3.2), and choose dates of long series."""
@@ -243,9 +244,9 @@ class OmniSat(Objective):
         }
         pictures: dict[str, _Picture] = {}
         for name in names:
-            rebuild = self._rebuild_series
-            if self.backbone.modalities[name].kind == "image":
-                rebuild = self._rebuild_image
+            rebuild = self._rebuild_image
+            if self.backbone.modalities[name].kind == "series":
+                rebuild = self._rebuild_series
             loss, pictures[name] = rebuild(name, x, features, traces, hidden[name])
             losses[f"reconstruction_{name}"] = self.loss_weights["reconstruction"] * loss
         if not outputs:
@@ -340,7 +341,7 @@ class OmniSat(Objective):
     ) -> dict[str, Any]:
         """Pictures in normalised units, hidden patches NaN in `visible`, and contrasted vectors.
 
-        A series is shown on one of its reconstructed dates, (B, 1, C, H, W).
+        A series is shown on one of its reconstructed dates, (B, 1, C, *S).
         """
         reconstruction = {}
         for name, picture in pictures.items():
@@ -350,9 +351,9 @@ class OmniSat(Objective):
                 "visible": seen.masked_fill(hidden[name].unsqueeze(-1), float("nan")),
                 "predicted": picture.predicted.float() * picture.scale + picture.mean,
             }
-            side = self.backbone.patch_size[name]
+            patch = self.backbone.patch_of(name)
             images = {
-                kind: unpatchify(t, self.backbone.grid, side, channels_first=True).detach()
+                kind: unpatchify(t, self.backbone.grid, patch, channels_first=True).detach()
                 for kind, t in shown.items()
             }
             is_series = self.backbone.modalities[name].kind == "series"

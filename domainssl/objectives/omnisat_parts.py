@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from domainssl.backbones.omnisat import SeriesArchitecture
 from domainssl.errors import ConfigError, nearest
-from domainssl.modality import Modality
+from domainssl.modality import Modality, sides_of
 from domainssl.nn.calendar import Calendar
 from domainssl.options import as_dataclass, named_sizes
 
@@ -78,8 +78,10 @@ class OmniSatEncoding:
         architecture: Explicit sizes over the named one.
         patch_m: Side of a patch on the ground; with the modalities' resolution it decides
             `patch_size`.
-        patch_size: Side of a patch in pixels per modality, over `patch_m`.
-        grid: Patches along rows and columns; None takes them from the sizes of the modalities.
+        patch_mm: The same of volumes, with their spacing.
+        patch_size: Side of a patch in pixels or voxels per modality, one number or one per axis,
+            over `patch_m` and `patch_mm`.
+        grid: Patches along each axis; None takes them from the sizes of the modalities.
         calendar: How days are counted, one for all or one per series.
         normalization: Form for all modalities, or one per modality.
         weights: Start from an export, a checkpoint, or a checkpoint of the published code.
@@ -88,8 +90,9 @@ class OmniSatEncoding:
     size: Size = "base"
     architecture: OmniSatArchitecture = OmniSatArchitecture()
     patch_m: float = 10.0
-    patch_size: dict[str, int] | None = None
-    grid: tuple[int, int] | None = None
+    patch_mm: float = 16.0
+    patch_size: dict[str, int | tuple[int, ...]] | None = None
+    grid: tuple[int, ...] | None = None
     calendar: Calendar | dict[str, Calendar] = Calendar()
     normalization: str | dict[str, str] = "zscore"
     weights: str | None = None
@@ -129,41 +132,68 @@ def sizes_of(encoding: OmniSatEncoding) -> OmniSatArchitecture:
 
 
 def patch_sizes(
-    known: Mapping[str, Modality], patch_m: float, given: Mapping[str, int]
-) -> dict[str, int]:
-    """Return the side of a patch in pixels, from its side on the ground."""
+    known: Mapping[str, Modality],
+    patch_m: float,
+    patch_mm: float,
+    given: Mapping[str, int | tuple[int, ...]],
+) -> dict[str, int | tuple[int, ...]]:
+    """Return the sides of a patch in pixels or voxels, from its side on the ground or in the body.
+
+    Args:
+        known: The modalities.
+        patch_m: Side in metres, of images and their series.
+        patch_mm: Side in millimetres, of volumes and their series.
+        given: Sides in pixels that are not computed, per modality.
+
+    Raises:
+        ConfigError: A side is no whole number of pixels.
+    """
     for name in given:
         if name not in known:
             raise ConfigError(
                 f"model.init_args.encoding.patch_size: no modality {name!r}.{nearest(name, known)} "
                 f"The data have {list(known)}."
             )
-    sides = {}
+    sides: dict[str, int | tuple[int, ...]] = {}
     for name, modality in known.items():
         if name in given:
             continue
-        pixels = patch_m / modality.gsd_m if modality.gsd_m else 0.0
-        if pixels < 1 - 1e-6 or abs(pixels - round(pixels)) > 1e-3:
+        option, length, unit = "patch_m", patch_m, "m"
+        if modality.spatial_dims == 3:
+            option, length, unit = "patch_mm", patch_mm, "mm"
+        is_known = modality.gsd_m if unit == "m" else modality.spacing_mm
+        pixels = [length / step if is_known else 0.0 for step in modality.steps]
+        if any(n < 1 - 1e-6 or abs(n - round(n)) > 1e-3 for n in pixels):
+            shown = " x ".join(f"{n:g}" for n in dict.fromkeys(pixels))
             raise ConfigError(
-                f"model.init_args.encoding.patch_m: {patch_m:g} m are {pixels:g} pixels of "
-                f"{name!r} "
-                f"({modality.gsd_m} m); expected a whole number. Set "
+                f"model.init_args.encoding.{option}: {length:g} {unit} are {shown} pixels of "
+                f"{name!r} ({is_known} {unit}); expected a whole number. Set "
                 f"model.init_args.encoding.patch_size.{name}."
             )
-        sides[name] = round(pixels)
+        whole = [round(n) for n in pixels]
+        sides[name] = whole[0] if len(set(whole)) == 1 else tuple(whole)
     return sides
 
 
 def patch_grid(
-    known: Mapping[str, Modality], sides: Mapping[str, int], given: tuple[int, int] | None
-) -> tuple[int, int]:
-    """Return the patch grid, the same for all modalities."""
+    known: Mapping[str, Modality],
+    sides: Mapping[str, int | tuple[int, ...]],
+    given: tuple[int, ...] | None,
+) -> tuple[int, ...]:
+    """Return the patch grid, the same for all modalities.
+
+    Raises:
+        ConfigError: Sizes and patches give several grids, or none.
+    """
     if given is not None:
-        return (int(given[0]), int(given[1]))
+        return tuple(int(n) for n in given)
     grids = {
-        name: tuple(length / sides[name] for length in modality.size)
-        for name, modality in known.items()
-        if modality.size
+        name: tuple(
+            length / side
+            for length, side in zip(m.size, sides_of(sides[name], len(m.size)), strict=True)
+        )
+        for name, m in known.items()
+        if m.size
     }
     found = set(grids.values())
     whole = all(n == int(n) for grid in found for n in grid)
@@ -173,8 +203,7 @@ def patch_grid(
             f"give {grids}. Set model.init_args.encoding.patch_size or encoding.grid, or crop "
             "in the DataModule."
         )
-    rows, columns = next(iter(found))
-    return (int(rows), int(columns))
+    return tuple(int(n) for n in next(iter(found)))
 
 
 def check_shares(**shares: float) -> None:

@@ -225,6 +225,12 @@ def test_the_rows_of_a_panel_are_called_by_item_and_date(kind, dates, shape, exp
     assert row_labels(batch, modality, torch.zeros(shape)) == expected
 
 
+def test_the_rows_of_a_panel_say_which_items_lack_the_modality():
+    modality = Modality("flair", "volume", ("m",), "arbitrary", size=(4, 4, 4))
+    batch = {"id": ["a", "b"], "flair.present": torch.tensor([True, False])}
+    assert row_labels(batch, modality, torch.zeros(2, 1, 4, 4, 4)) == ["a", "b, not there"]
+
+
 def test_one_date_of_a_series_is_a_picture():
     modality = Modality("s2", "series", ("B02", "B03", "B04"), "dn", size=(8, 8))
     x = torch.rand(2, 3, 8, 8)

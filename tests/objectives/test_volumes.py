@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from grouped import grouped
 from torch import Tensor
 
+from domainssl import export_backbone, load_backbone
 from domainssl.backbones.croma import CROMABackbone
 from domainssl.backbones.maestro.backbone import MAESTROBackbone
+from domainssl.backbones.omnisat import OmniSatBackbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.modality import Batch, Modality
 from domainssl.nn.alibi import DistanceBias
@@ -25,11 +28,17 @@ from domainssl.objectives.croma import CROMA
 from domainssl.objectives.decur import DeCUR
 from domainssl.objectives.joint_embedding import EncoderSizes
 from domainssl.objectives.maestro import MAESTRO, MAESTROArchitecture
+from domainssl.objectives.omnisat import OmniSat
 from domainssl.objectives.simclr import SimCLR
 from domainssl.objectives.vicreg import VICReg
 from domainssl.training.module import Step
 
 SIZE, SPACING = (16, 8, 12), (1.0, 1.0, 2.5)  # no cube, thick slices
+
+
+def over_time(*names: str) -> dict[str, Any]:
+    facts: dict[str, Any] = {"spacing_mm": SPACING, "mean": (0,), "std": (1,)}
+    return {n: Modality(n, "series", ("c0",), "arbitrary", SIZE, **facts) for n in names}
 
 
 def volume(name: str, channels: int = 1, size: tuple[int, ...] = SIZE, **facts: Any) -> Modality:
@@ -68,7 +77,9 @@ def refilled(batch: Batch, known: dict[str, Modality], filler: float) -> Batch:
 def croma(**changes: Any) -> CROMA:
     known = {"pet": volume("pet"), "ct": volume("ct", 2)}
     roles = {"radar": "pet", "optical": "ct", "size": "tiny", "architecture": {"decoder_width": 48}}
-    return CROMA(known, **grouped(**{**roles, "context_size": SIZE, "patch_size": 4, **changes}))
+    return CROMA(
+        known, **grouped(**{**roles, "context_size": SIZE, "patch_size": (4, 4, 2), **changes})
+    )
 
 
 def decur(cls: Any = DeCUR, **changes: Any) -> Objective:
@@ -99,7 +110,17 @@ MAESTRO_SIZES = MAESTROArchitecture(
     decoder_heads=2, decoder_head_dim=8,
 )  # fmt: skip
 SIBLINGS = {cls.__name__: partial(decur, cls) for cls in (BarlowTwins, CLIP, SimCLR, VICReg)}
-METHODS = {"croma": croma, "decur": decur, "maestro": maestro, **SIBLINGS}
+
+
+def omnisat(**changes: Any) -> OmniSat:
+    """Two contrasts of one spacing and one of half of it through slices."""
+    known = {"t1": volume("t1"), "flair": volume("flair", 2)}
+    known["t1c"] = volume("t1c", size=(16, 8, 24), spacing_mm=(1.0, 1.0, 1.25))
+    sides = {"t1": 4, "flair": 4, "t1c": (4, 4, 8)}
+    return OmniSat(known, **grouped(size="tiny", patch_size=sides, **changes))
+
+
+METHODS = {"croma": croma, "decur": decur, "maestro": maestro, "omnisat": omnisat, **SIBLINGS}
 
 
 @pytest.fixture(params=METHODS)
@@ -134,6 +155,16 @@ def test_losses_do_not_depend_on_what_was_not_measured(model: Objective) -> None
     assert {n: x.item() for n, x in one.items()} == {n: x.item() for n, x in other.items()}
 
 
+def test_an_exported_backbone_returns_the_same_features(model: Objective, tmp_path: Path) -> None:
+    batch = exams(model.backbone.modalities)
+    export_backbone(model.backbone, tmp_path / "out")
+    again = load_backbone(tmp_path / "out")
+    with torch.no_grad():
+        one, other = model.backbone(batch), again.eval()(batch)
+    for name, tokens in one.tokens.items():
+        assert torch.equal(other.tokens[name], tokens)
+
+
 def test_features_name_the_grid_and_its_coordinates_in_order(model: Objective) -> None:
     known = model.backbone.modalities
     with torch.no_grad():
@@ -148,7 +179,7 @@ def test_features_name_the_grid_and_its_coordinates_in_order(model: Objective) -
     assert not features.token_valid[list(known)[-1]][-1].any()
 
 
-@pytest.mark.parametrize("method", ["croma", "maestro"])
+@pytest.mark.parametrize("method", ["croma", "maestro", "omnisat"])
 def test_pictures_show_the_scan_with_hidden_voxels_missing(method: str) -> None:
     model = METHODS[method]().eval()
     known = model.backbone.modalities
@@ -350,6 +381,78 @@ def test_maestro_refuses_images_beside_volumes_and_widths_without_room_for_three
         ConfigError, match=r"t1.patch_size: got \[4, 4\], expected one number, or 3"
     ):
         MAESTROBackbone({"t1": volume("t1")}, {"t1": {"patch_size": (4, 4)}}, width=24)
+
+
+# -- OmniSat -----------------------------------------------------------------------------------
+
+
+def test_one_slice_with_flat_patches_is_fused_like_an_image() -> None:
+    torch.manual_seed(0)
+    known = {n: Modality(n, "image", ("a",), "arbitrary", (12, 8)) for n in ("t1", "t2")}
+    slabs = {n: Modality(n, "volume", ("a",), "arbitrary", (12, 8, 1)) for n in known}
+    sizes = {"width": 16, "depth": 1, "heads": 2, "normalization": "identity"}
+    flat = OmniSatBackbone(known, dict.fromkeys(known, 4), (3, 2), **sizes).eval()
+    deep = OmniSatBackbone(slabs, dict.fromkeys(known, (4, 4, 1)), (3, 2, 1), **sizes).eval()
+    for parameter in flat.parameters():  # relative tables and queries begin at zero
+        parameter.data = torch.randn(parameter.shape) * 0.2
+    state = deep.state_dict()
+    assert list(state) == list(flat.state_dict())
+    for name, tensor in flat.state_dict().items():
+        target = state[name][..., 1] if state[name].ndim > tensor.ndim else state[name]
+        target.copy_(tensor)
+    x = {n: torch.randn(2, 1, 12, 8) for n in known}
+    with torch.no_grad():
+        a, b = flat(x), deep({n: v.unsqueeze(-1) for n, v in x.items()})
+    for name, tokens in a.tokens.items():
+        torch.testing.assert_close(b.tokens[name], tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_exams_over_time_are_attended_to_by_their_dates() -> None:
+    known = {
+        n: Modality(
+            n, "series", ("c0",), "arbitrary", SIZE, spacing_mm=SPACING, mean=(0,), std=(1,)
+        )
+        for n in ("t1", "t1c")
+    }
+    sides = dict.fromkeys(known, 4)
+    model = OmniSat(known, **grouped(size="tiny", patch_size=sides)).eval()
+    g = torch.Generator().manual_seed(0)
+    batch: Batch = {"id": ["a", "b"]}
+    for name in known:
+        batch[name] = torch.randn(2, 3, 1, *SIZE, generator=g)
+        batch[f"{name}.dates"] = torch.tensor([[18000, 18100, 18200]] * 2, dtype=torch.int32)
+        batch[f"{name}.frames"] = torch.tensor([[True, True, True], [True, True, False]])
+    other = {**batch, "t1.dates": batch["t1.dates"] + torch.tensor([0, 40, 0])}
+    with torch.no_grad():
+        losses = step(model, batch).losses
+        a, b = model.backbone(batch), model.backbone(other)
+    assert all(x.isfinite() for x in losses.values())
+    assert a.grid["joint"] == (4, 2, 3) and a.tokens["t1"].shape == (2, 24, 32)
+    assert not torch.equal(a.tokens["t1"], b.tokens["t1"])
+    for name in known:  # a filler frame is not seen
+        batch[name][1, 2] = 1e4
+    with torch.no_grad():
+        torch.testing.assert_close(model.backbone(batch).tokens["joint"], a.tokens["joint"])
+
+
+def test_omnisat_takes_the_side_of_a_patch_in_millimetres() -> None:
+    size, spacing = (32, 16, 8), (1.0, 1.0, 4.0)
+    known = {n: volume(n, size=size, spacing_mm=spacing) for n in ("t1", "t1c")}
+    model = OmniSat(known, **grouped(size="tiny"))
+    assert model.backbone.patch_of("t1") == (16, 16, 4) and model.backbone.grid == (2, 1, 2)
+    with pytest.raises(ConfigError, match=r"patch_mm: 10 mm are 10 x 2.5 pixels of 't1'"):
+        OmniSat(known, **grouped(size="tiny", patch_mm=10.0))
+    with pytest.raises(ConfigError, match="sides in the proportions"):
+        other = {**known, "t1c": volume("t1c", size=size, spacing_mm=(1.0, 1.0, 2.0))}
+        sides = {"t1": 8, "t1c": 8}
+        OmniSat(other, **grouped(size="tiny", patch_size=sides, grid=(4, 2, 1)))
+    with pytest.raises(ConfigError, match="'legacy' lays tokens on a square"):
+        OmniSat(known, **grouped(size="tiny", reference=True))
+    image = Modality("t1c", "image", ("r",), "rgb8", (8, 8), gsd_m=1.0)
+    with pytest.raises(ConfigError, match="share no footprint"):
+        OmniSatBackbone(
+            {"t1": known["t1"], "t1c": image}, {"t1": 4, "t1c": 4}, (2, 2), normalization="identity"
+        )
 
 
 # -- DeCUR and its siblings ---------------------------------------------------------------------
