@@ -224,7 +224,8 @@ class VolumeDataModule(DomainDataModule):
             return None
         asked = self.labels.classes
         if not asked:
-            return tuple(sorted(there))
+            are_numbers = all(label.isdecimal() for label in there)
+            return tuple(sorted(there, key=int) if are_numbers else sorted(there))
         unknown = sorted(there.difference(asked))
         if unknown:
             raise ConfigError(
@@ -238,6 +239,13 @@ class VolumeDataModule(DomainDataModule):
     def num_classes(self) -> int | None:
         """Number of classes of exams, None without labels; known after setup."""
         return len(self.label_names) if self.label_names is not None else None
+
+    @property
+    def mask_names(self) -> dict[int, str]:
+        """Names of the values of segmentation maps, where they are known; known after setup."""
+        if self.labels is None or self.found is None:
+            return {}
+        return dict(enumerate(self.labels.names)) or dict(self.found.mask_names)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells these exams from others, without a name or a path."""
@@ -279,7 +287,8 @@ class VolumeDataModule(DomainDataModule):
             )
         names, masks = self.label_names, sum(bool(exam.mask) for exam in found.exams)
         lines.append("labels: none" if names is None else f"labels: {', '.join(names)}")
-        lines.append(f"segmentation maps: {masks or 'none'}")
+        classes = ", ".join(f"{value} {name}" for value, name in self.mask_names.items())
+        lines.append(f"segmentation maps: {masks or 'none'}" + (f" ({classes})" if classes else ""))
         return lines + super().describe()
 
 

@@ -5,6 +5,7 @@ Orientation is done by the reader, resampling is MONAI's; both only happen where
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,8 @@ from domainssl.sources.volume_options import Contrast, Preparation
 
 __all__ = ["kept_exams", "key_of", "prepare", "split_volumes"]
 
+_log = logging.getLogger(__name__)
+_said: set[str] = set()  # warnings of this process: an exam may be read in every epoch
 Array = np.ndarray[Any, Any]
 _VERSION = 1  # raise it when the result of `prepare` changes
 _SAME_SIZE = 1e-3  # by which voxel sizes may differ and count as equal
@@ -173,6 +176,9 @@ def _read(exam: Exam, name: str, contrast: Contrast) -> Scan:
     if name in exam.volumes and reading.volume in (None, "split"):
         reading = replace(reading, volume=exam.volumes[name])
     scan = read_scan(exam.scans[name], reading)
+    for text in set(scan.facts.warnings) - _said:
+        _said.add(text)
+        _log.warning("%s", text)
     wanted = len(contrast.channels) or 1
     if len(scan.values) != wanted:
         raise DataError(

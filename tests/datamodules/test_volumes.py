@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -318,3 +320,54 @@ def test_volumes_of_a_file_are_exams_of_their_own_if_asked_for(tmp_path: Path) -
     one = Contrast(reading=Reading(volume=1))
     (batch,) = _batches(_data(tmp_path, {"mr": one}, window=size, preparation=tight))
     assert batch["id"] == ["p1"] and batch["mr"].unique().tolist() == [20.0]
+
+
+def test_a_source_is_the_same_after_pickling(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "p1" / "ct.nii.gz", noise=20)
+    data = _data(tmp_path)
+    data.setup("fit")
+    source = data.source("train")
+    here = source.load(Piece(0, 0, 1), 3).data
+    assert len(pickle.dumps(source)) < 20_000  # no volume travels to the workers
+    there = pickle.loads(pickle.dumps(source)).load(Piece(0, 0, 1), 3).data
+    assert torch.equal(here["ct"], there["ct"]) and torch.equal(here["ct.valid"], there["ct.valid"])
+
+
+def test_an_exam_that_cannot_be_read_is_named_or_replaced(tmp_path: Path) -> None:
+    for i in range(4):
+        spot_scan(tmp_path / f"p{i}" / "ct.nii.gz")
+    good = (tmp_path / "p2" / "ct.nii.gz").read_bytes()
+    (tmp_path / "p2" / "ct.nii.gz").write_bytes(good[: len(good) // 2])
+    with pytest.raises(DataError, match=r"p2/ct\.nii\.gz[\s\S]*on_bad_sample: replace"):
+        _batches(_data(tmp_path))
+    loading = Loading(workers=0, max_bad_fraction=0.5)
+    batches = _batches(_data(tmp_path, on_bad_sample="replace", loading=loading))
+    assert len(batches) == 4 and {b["id"][0] for b in batches} == {"p0", "p1", "p3"}
+
+
+def test_classes_that_are_numbers_keep_their_order(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "a.nii.gz")
+    rows = [f"e{i},a.nii.gz,{i}" for i in (10, 9, 2)]
+    (tmp_path / "manifest.csv").write_text("\n".join(["id,ct,label", *rows]))
+    data = _data(tmp_path, labels=ExamLabels(names=("air", "body")))
+    data.setup("fit")
+    assert data.label_names == ("2", "9", "10") and data.mask_names == {0: "air", 1: "body"}
+
+
+def test_real_scans_and_series_reach_the_batch(shared_data: Path) -> None:
+    """Means over the whole scan, as nibabel and pydicom give them; skipped without the files."""
+    whole = {"preparation": Preparation(foreground=False), "labels": None}
+    folder = shared_data / "medical" / "totalsegmentator"
+    ct = Contrast(contrast="example_ct_sm", value_unit="hu")
+    window = ExamWindow(size=(128, 128, 160))
+    (batch,) = _batches(_data(folder, {"ct": ct}, window=window, **whole))
+    stored = nibabel.nifti1.load(folder / "example_ct_sm.nii.gz")
+    values = batch["ct"][0, 0][batch["ct.valid"][0]]
+    assert len(values) == np.prod(stored.shape)
+    assert values.double().mean().item() == pytest.approx(stored.get_fdata().mean(), rel=1e-6)
+    series = {"ct": Contrast(contrast="*", value_unit="hu", sources=("ct", "mr"))}
+    (batch,) = _batches(
+        _data(folder / "ct_dicom", series, window=ExamWindow(size=(64, 64, 8)), **whole)
+    )
+    assert batch["ct.source"].tolist() == [0]
+    assert np.linalg.norm(np.array(batch["ct.affine"][0])[:3, 2]) == pytest.approx(2.0, rel=1e-4)

@@ -73,6 +73,14 @@ def test_every_scan_of_a_folder_is_an_exam_if_asked_for(tmp_path: Path) -> None:
         find_exams(str(tmp_path), Wanted(contrasts={"ct": "ct"}))
 
 
+def test_maps_named_after_a_scan_belong_to_its_exam(tmp_path: Path) -> None:
+    _touch(tmp_path, "p1/t1.nii", "p1/FLAIR.nii", "p1/flair_seg.nii", "p2/t1.nii", "p3/x_seg.nii")
+    found = find_exams(str(tmp_path), TWO)
+    assert [bool(exam.mask) for exam in found.exams] == [True, False]
+    (problem,) = found.problems
+    assert "x_seg.nii: belongs to no scan" in problem
+
+
 def test_a_second_scan_of_a_contrast_is_left_out_and_named(tmp_path: Path) -> None:
     _touch(tmp_path, "p1/t1.nii.gz", "p1/old_t1.nii.gz", "p1/FLAIR.nii.gz")
     found = find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from domainssl.errors import DataError, nearest
 from domainssl.io.volume.exam import Exam, Found, Wanted, split_of, stem_of
@@ -57,10 +57,8 @@ def read_folder(root: str, wanted: Wanted) -> Found:
             else:
                 files[name] = path
     _must_match(root, names, matched, seen)
-    exams = [
-        _exam(exam, files, extra.get(exam, {}), wanted.patient)
-        for exam, files in sorted(scans.items())
-    ]
+    problems += _assign(extra, scans, names)
+    exams = [_exam(exam, files, extra.get(exam, {})) for exam, files in sorted(scans.items())]
     return Found(layout="folder", exams=exams, problems=problems)
 
 
@@ -104,6 +102,25 @@ def _other(parts: Sequence[str], masks: Sequence[str]) -> tuple[str, str] | None
     return None
 
 
+def _assign(
+    extra: dict[str, dict[str, str]],
+    scans: Mapping[str, Mapping[str, str]],
+    names: Mapping[str, str],
+) -> list[str]:
+    """Give maps named after a scan (`t1_seg`) to its exam; return those that belong to none."""
+    problems = []
+    for name in sorted(set(extra).difference(scans)):
+        parts = name.split("/")
+        found = [_exam_of(parts, contrast) for contrast in names.values() if contrast != EVERY]
+        exam = next((e for e in found if e in scans), None)
+        for kind, path in extra[name].items():
+            if exam is None:
+                problems.append(f"{path}: belongs to no scan that is read; left out.")
+            else:
+                extra.setdefault(exam, {}).setdefault(kind, path)
+    return problems
+
+
 def _must_match(root: str, names: dict[str, str], matched: set[str], seen: Sequence[str]) -> None:
     if not seen:
         raise DataError(
@@ -122,7 +139,7 @@ def _must_match(root: str, names: dict[str, str], matched: set[str], seen: Seque
             )
 
 
-def _exam(name: str, scans: dict[str, str], extra: dict[str, str], pattern: str) -> Exam:
+def _exam(name: str, scans: dict[str, str], extra: dict[str, str]) -> Exam:
     folders = name.split("/")
     split = split_of(folders[0]) if len(folders) > 1 else ""
     return Exam(
