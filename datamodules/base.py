@@ -89,10 +89,9 @@ class DomainDataModule(Recorded, LightningDataModule):
         """What batches hold, by name; known without touching the disk."""
 
     @property
-    def context_size(self) -> int | tuple[int, ...]:
-        """Pixels (or voxels) of the finest modality, one number where all axes are equal."""
-        size = max(modality.size for modality in self.modalities.values())
-        return size[0] if len(set(size)) == 1 else size
+    def context_size(self) -> tuple[int, ...]:
+        """Pixels or voxels of the finest modality along each axis, (H, W) or (X, Y, Z)."""
+        return max(modality.size for modality in self.modalities.values())
 
     @abstractmethod
     def open_sources(self) -> dict[str, Source]:

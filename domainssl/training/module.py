@@ -21,7 +21,7 @@ from domainssl.arguments import Recorded, class_name, class_of, plain
 from domainssl.backbones.base import Backbone, Features
 from domainssl.distributed import all_reduce_sum, rank, world_size
 from domainssl.errors import ConfigError
-from domainssl.modality import Batch, Modality, as_modalities
+from domainssl.modality import Batch, Modality, as_modalities, sides_of
 from domainssl.options import as_dataclass
 from domainssl.training._lightning import (
     TransferHook,
@@ -310,12 +310,14 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
         modalities = getattr(datamodule, "modalities", None)
         if modalities:
             self.check(as_modalities(modalities))
-        found = getattr(datamodule, "context_size", None)
-        if not _fits(found, self.context_size):
-            raise ConfigError(
-                f"data yields windows of {found} pixels, but model.init_args.context_size is "
-                f"{self.context_size}. Set both to the same value."
-            )
+        found, wanted = getattr(datamodule, "context_size", None), self.context_size
+        if found is not None and wanted is not None:
+            axes = max(np.size(found), np.size(wanted))
+            if sides_of(found, axes) != sides_of(wanted, axes, "model.init_args.context_size"):
+                raise ConfigError(
+                    f"data yields windows of {found}, but model.init_args.context_size is "
+                    f"{wanted}. Set both to the same value."
+                )
         stated = getattr(datamodule, "units_stated", ())
         self._units = (
             UnitCheck(self.backbone.modalities, stated) if self.execution.check_units else None
@@ -394,12 +396,3 @@ def _seeds(*parts: int) -> tuple[int, int]:
 
 def _total(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([loss.float() for loss in losses.values()]).sum()
-
-
-def _fits(found: int | tuple[int, ...] | None, expected: int | tuple[int, ...] | None) -> bool:
-    """Compare sizes axis by axis; one number stands for every axis, None for any size."""
-    if found is None or expected is None:
-        return True
-    if isinstance(found, int) or isinstance(expected, int):
-        return {*np.atleast_1d(found)} == {*np.atleast_1d(expected)}
-    return tuple(found) == tuple(expected)

@@ -575,7 +575,7 @@ def test_mistakes_name_what_is_there(pair, tmp_path):
 
 def test_modalities_are_known_without_the_files():
     data = SentinelCubeDataModule(root="/nowhere", window=Window(size=640, unit="m"))
-    assert data.context_size == 64
+    assert data.context_size == (64, 64)
     assert data.modalities["s1"].mean == (-12.577, -20.265)
     assert data.modalities["s2"].channels[:3] == ("B01", "B02", "B03")
     assert data.modalities["s2"].wavelengths_nm is not None

@@ -260,7 +260,7 @@ def test_workers_of_any_start_method_read_the_same(release_a, method, workers):
 
 def test_modalities_are_known_without_the_disk(tmp_path):
     data = SSL4EOS12DataModule(root=str(tmp_path / "nothing"), modalities={"rgb": "S2RGB"})
-    assert data.context_size == 120
+    assert data.context_size == (120, 120)
     rgb = data.modalities["rgb"]
     assert (rgb.channels, rgb.value_unit, rgb.size) == (("B04", "B03", "B02"), "rgb8", (120, 120))
     s2 = SSL4EOS12DataModule().modalities["s2"]

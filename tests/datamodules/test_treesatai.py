@@ -150,7 +150,7 @@ def test_modality_sizes_follow_the_footprint() -> None:
     assert {m: x.size[0] for m, x in data.modalities.items()} == {
         "aerial": 200, "s2": 4, "s1_asc": 4, "s1_des": 4,
     }  # fmt: skip
-    assert data.context_size == 200
+    assert data.context_size == (200, 200)
 
 
 def test_a_tile_gives_several_windows_and_is_read_once(few: Path, monkeypatch: Any) -> None:
