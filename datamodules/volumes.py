@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -39,7 +38,7 @@ from domainssl.sources.volume_options import (
     Preparation,
     wanted,
 )
-from domainssl.sources.volumes import VolumeSource
+from domainssl.sources.volumes import VolumeSource, size_of
 
 __all__ = ["VolumeDataModule"]
 
@@ -296,7 +295,6 @@ def _digest(exams: Sequence[Exam]) -> str:
     """Return a hash over the sizes of the files of exams, in their order."""
     found = hashlib.sha256()
     for exam in exams:
-        for name, path in sorted(exam.scans.items()):
-            size = 0 if os.path.isdir(path) else os.path.getsize(path)
-            found.update(f"{name} {size}\n".encode())
+        for name, path in sorted({**exam.scans, "mask": exam.mask}.items()):
+            found.update(f"{name} {size_of(path) if path else 0}\n".encode())
     return found.hexdigest()[:16]

@@ -18,7 +18,7 @@ from domainssl.sources.windows import Window
 __all__ = ["Contrast", "ExamFiles", "ExamLabels", "ExamWindow", "Preparation"]
 
 _WHERE = "data.init_args"
-_RANGES = {"hu": (-2048.0, 32767.0)}
+_RANGES = {"hu": (-4096.0, 32767.0)}  # scanners fill what they do not see with -3024 and the like
 _DEFAULT = Window(size=96.0)
 
 

@@ -24,7 +24,7 @@ from domainssl.sources.preparation import prepare
 from domainssl.sources.volume_options import Contrast, ExamWindow, Preparation
 from domainssl.sources.windows import Cut
 
-__all__ = ["VolumeSource"]
+__all__ = ["VolumeSource", "size_of"]
 
 _WINDOW, _CHANGE = 51, 52  # tags that keep the streams of random numbers apart
 _UNPACKED = 3  # bytes that a byte of a packed scan holds, roughly
@@ -97,7 +97,7 @@ class VolumeSource:
     def num_bytes(self) -> int:
         """Bytes decoded in an epoch, roughly."""
         files = [path for exam in self.exams for path in exam.scans.values()]
-        return _UNPACKED * sum(_size_of(path) for path in files)
+        return _UNPACKED * sum(size_of(path) for path in files)
 
     def load(self, piece: Piece, epoch: int) -> Rows:
         """Read one exam and cut the windows asked for."""
@@ -234,7 +234,7 @@ def _padded(part: Prepared, start: Sequence[int], shape: Sequence[int]) -> Prepa
     return replace(part, values=values, valid=valid, mask=mask, affine=affine)
 
 
-def _size_of(path: str) -> int:
+def size_of(path: str) -> int:
     """Return the bytes of a file, or of all files of a folder."""
     if not os.path.isdir(path):
         return os.path.getsize(path)

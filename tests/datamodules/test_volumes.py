@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -371,3 +372,22 @@ def test_real_scans_and_series_reach_the_batch(shared_data: Path) -> None:
     )
     assert batch["ct.source"].tolist() == [0]
     assert np.linalg.norm(np.array(batch["ct.affine"][0])[:3, 2]) == pytest.approx(2.0, rel=1e-4)
+
+
+def test_contrasts_of_a_decathlon_file_reach_their_modalities(tmp_path: Path) -> None:
+    values = np.zeros((8, 8, 8, 2), np.float32)
+    values[..., 0], values[..., 1] = 5, np.arange(8) + 1
+    write_scan(tmp_path / "imagesTr" / "a.nii.gz", values, np.diag([-1.0, -1, 1, 1]))
+    labels = np.zeros((8, 8, 8), np.uint8)
+    labels[0] = 2  # the first stored column lies on the right
+    write_scan(tmp_path / "labelsTr" / "a.nii.gz", labels, np.diag([-1.0, -1, 1, 1]))
+    entry = {"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}
+    content = {"modality": {"0": "T2", "1": "ADC"}, "labels": {"0": "no", "2": "yes"}}
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "training": [entry]}))
+    contrasts = {"adc": Contrast(contrast="ADC"), "t2": Contrast(contrast="T2")}
+    data = _data(tmp_path, contrasts, window=ExamWindow(size=(8, 8, 8)))
+    (batch,) = _batches(data)
+    assert (batch["t2"] == 5).all() and batch["adc"][0, 0, 3, 3].tolist() == [*range(1, 9)]
+    assert (batch["mask"][0, -1] == 2).all() and not batch["mask"][0, :-1].any()
+    assert data.mask_names == {0: "no", 2: "yes"}
+    assert "segmentation maps: 1 (0 no, 2 yes)" in data.describe()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -79,6 +80,16 @@ def test_maps_named_after_a_scan_belong_to_its_exam(tmp_path: Path) -> None:
     assert [bool(exam.mask) for exam in found.exams] == [True, False]
     (problem,) = found.problems
     assert "x_seg.nii: belongs to no scan" in problem
+
+
+def test_a_folder_with_many_exams_is_doubted_to_be_one_patient(tmp_path: Path) -> None:
+    _touch(tmp_path, *(f"ct_train/c{i}_image.nii" for i in range(9)), "mr/1_image.nii")
+    wanted = Wanted(contrasts={"scan": "image"})
+    found = find_exams(str(tmp_path), wanted)
+    (problem,) = found.problems
+    assert "ct_train: taken for one patient with 9 exams" in problem
+    named = find_exams(str(tmp_path), replace(wanted, patient="([^/]+)$"))
+    assert not named.problems and len({exam.patient for exam in named.exams}) == 10
 
 
 def test_a_second_scan_of_a_contrast_is_left_out_and_named(tmp_path: Path) -> None:

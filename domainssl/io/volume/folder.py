@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from domainssl.errors import DataError, nearest
@@ -19,6 +20,7 @@ __all__ = ["EVERY", "MASKS", "read_folder"]
 
 EVERY = "*"  # as the name of a contrast: every scan is an exam
 MASKS = ("mask", "labels", "label", "seg", "segmentation", "dseg", "gt")
+_CROWD = 8  # exams of one patient that are no surprise
 _ANONYMIZED = "anon_mask"
 
 
@@ -59,6 +61,8 @@ def read_folder(root: str, wanted: Wanted) -> Found:
     _must_match(root, names, matched, seen)
     problems += _assign(extra, scans, names)
     exams = [_exam(exam, files, extra.get(exam, {})) for exam, files in sorted(scans.items())]
+    if not wanted.patient:
+        problems += _crowds(root, exams)
     return Found(layout="folder", exams=exams, problems=problems)
 
 
@@ -119,6 +123,18 @@ def _assign(
             else:
                 extra.setdefault(exam, {}).setdefault(kind, path)
     return problems
+
+
+def _crowds(root: str, exams: Sequence[Exam]) -> list[str]:
+    """Return a doubt about every folder that is taken for one patient with many exams."""
+    counts = Counter(exam.patient for exam in exams if "/" in exam.id)
+    return [
+        f"{os.path.join(root, name)}: taken for one patient with {count} exams, which stay in one "
+        "split. If it holds several, set data.init_args.exams.patient to a regular expression "
+        "with one group that finds the patient in an exam's path."
+        for name, count in counts.items()
+        if count > _CROWD
+    ]
 
 
 def _must_match(root: str, names: dict[str, str], matched: set[str], seen: Sequence[str]) -> None:
