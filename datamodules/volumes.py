@@ -20,13 +20,14 @@ from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule
 from domainssl.datamodules.statistics import statistics_of
-from domainssl.errors import ConfigError, nearest
+from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.volume.cache import Exams
 from domainssl.io.volume.exams import Exam, Found, find_exams
 from domainssl.io.volume.ids import ids_of, write_table
+from domainssl.io.volume.scan import describe_scan
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
-from domainssl.pieces import Buildable
+from domainssl.pieces import Buildable, spread
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.patients import split_exams
 from domainssl.sources.preparation import kept_exams, key_of, split_volumes
@@ -43,6 +44,7 @@ from domainssl.sources.volumes import VolumeSource, size_of
 __all__ = ["VolumeDataModule"]
 
 _log = logging.getLogger(__name__)
+_HEADERS = 4  # scans of a modality whose headers the description looks at
 # what the embedded samples hold
 _SAMPLES: dict[str, dict[str, Contrast]] = {
     "ctmr": {"scan": Contrast(sources=("ct", "mr"))},
@@ -270,6 +272,21 @@ class VolumeDataModule(DomainDataModule):
         """What was left out, and why."""
         return list(self.found.problems) if self.found else []
 
+    def _headers(self, name: str) -> str:
+        """Return sizes, orientations and types of a few of the scans of a modality."""
+        assert self.found is not None
+        scans = [exam.scans[name] for exam in self.found.exams if name in exam.scans]
+        reading = self.contrasts[name].reading
+        try:
+            facts = [describe_scan(path, reading) for path in spread(scans, _HEADERS)]
+        except DataError as error:
+            return f"; {error}"
+        shapes = _span([f.shape for f in facts], "{:d}")
+        steps = _span([f.spacing for f in facts], "{:.3g}")
+        codes, types = (" ".join(sorted({*found})) for found in
+                        ([f.orientation for f in facts], [f.dtype for f in facts]))  # fmt: skip
+        return f"; of {len(facts)}: {shapes} voxels of {steps} mm, {codes}, {types}"
+
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""
         found = self.found
@@ -282,13 +299,20 @@ class VolumeDataModule(DomainDataModule):
             count = sum(name in exam.scans for exam in found.exams)
             lines.append(
                 f"{name}: {modality.num_channels} channel(s) {' '.join(modality.channels)} "
-                f"({modality.value_unit}), {size} voxels, in {count} exams"
+                f"({modality.value_unit}), {size} voxels, in {count} exams{self._headers(name)}"
             )
         names, masks = self.label_names, sum(bool(exam.mask) for exam in found.exams)
         lines.append("labels: none" if names is None else f"labels: {', '.join(names)}")
         classes = ", ".join(f"{value} {name}" for value, name in self.mask_names.items())
         lines.append(f"segmentation maps: {masks or 'none'}" + (f" ({classes})" if classes else ""))
         return lines + super().describe()
+
+
+def _span(sizes: Sequence[tuple[Any, ...]], form: str) -> str:
+    """Return the least and the largest size along each axis."""
+    ends = [(min(axis), max(axis)) for axis in zip(*sizes, strict=True)]
+    texts = [(form.format(low), form.format(high)) for low, high in ends]
+    return " x ".join(low if low == high else f"{low}..{high}" for low, high in texts)
 
 
 def _digest(exams: Sequence[Exam]) -> str:

@@ -18,6 +18,7 @@ from domainssl.errors import ConfigError
 from domainssl.evaluation.raw import band_statistics
 from domainssl.evaluation.report import (
     Collected,
+    count_classes,
     has_classes,
     measure,
     measure_raw,
@@ -249,7 +250,7 @@ class OnlineEvaluation(Callback):
         classes = 0
         if has_classes(found.labels):
             assert found.labels is not None
-            classes = len(torch.unique(found.labels))
+            classes = count_classes(found.labels)
         elif not self._has_noted and trainer.is_global_zero:
             self._has_noted = True
             console_of(trainer).print(

@@ -15,7 +15,17 @@ from domainssl.evaluation.probes import SPLITS, knn_accuracy, linear_probe_accur
 from domainssl.evaluation.retrieval import recall_at_1
 from domainssl.evaluation.spread import embedding_std, rankme
 
-__all__ = ["Collected", "measure", "measure_raw", "subset_name", "subsets", "table", "verdict"]
+__all__ = [
+    "Collected",
+    "count_classes",
+    "has_classes",
+    "measure",
+    "measure_raw",
+    "subset_name",
+    "subsets",
+    "table",
+    "verdict",
+]
 
 
 @dataclass
@@ -27,7 +37,7 @@ class Collected:
         embeddings: (N, E) per modality, in the space the method contrasts.
         raw: (N, 2 C) per modality, mean and standard deviation per band.
         present: bool (N,) per modality.
-        labels: int (N,), or None.
+        labels: int (N,), -1 where unknown, or None.
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
@@ -57,11 +67,17 @@ def subset_name(subset: tuple[str, ...], modalities: tuple[str, ...]) -> str:
 
 
 def has_classes(labels: Tensor | None) -> bool:
-    """True when labels can be predicted: one per item, at least two classes."""
-    return labels is not None and labels.ndim == 1 and len(torch.unique(labels)) > 1
+    """True when labels can be predicted: one per item, at least two known classes."""
+    return labels is not None and labels.ndim == 1 and count_classes(labels) > 1
+
+
+def count_classes(labels: Tensor) -> int:
+    """Return how many classes occur; -1 stands for unknown."""
+    return len(torch.unique(labels[labels >= 0]))
 
 
 def _scores(x: Tensor, labels: Tensor, name: str, prefix: str, per_class: int) -> dict[str, float]:
+    x, labels = x[labels >= 0], labels[labels >= 0]
     return {
         f"{prefix}knn/{name}": knn_accuracy(x, labels),
         f"{prefix}probe/{name}": linear_probe_accuracy(x, labels, per_class),

@@ -16,9 +16,12 @@ from exam_files import SPOT_MM, spot, spot_scan, write_scan
 
 from domainssl.datamodules.volumes import VolumeDataModule
 from domainssl.errors import ConfigError, DataError
+from domainssl.inspection.data import subject_of
+from domainssl.inspection.statistics import measure
 from domainssl.io.volume.scan import Reading
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
+from domainssl.pieces import Plan
 from domainssl.sources.augmentation import Augmentation
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.volume_options import (
@@ -391,3 +394,25 @@ def test_contrasts_of_a_decathlon_file_reach_their_modalities(tmp_path: Path) ->
     assert (batch["mask"][0, -1] == 2).all() and not batch["mask"][0, :-1].any()
     assert data.mask_names == {0: "no", 2: "yes"}
     assert "segmentation maps: 1 (0 no, 2 yes)" in data.describe()
+
+
+def test_the_description_tells_sizes_and_orientations_of_files(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "p1" / "ct.nii.gz", codes="LPS")
+    spot_scan(tmp_path / "p2" / "ct.nii.gz", codes="RAS", shape=(40, 36, 34), spacing=(2, 2, 2.5))
+    data = _data(tmp_path)
+    data.setup("fit")
+    (line,) = [text for text in data.describe() if text.startswith("ct:")]
+    assert line.endswith("of 2: 40 x 36 x 30..34 voxels of 2 x 2 x 2.5..3 mm, LPS RAS, int16")
+
+
+def test_statistics_of_exams_are_measured_over_valid_voxels_and_used(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "p1" / "ct.nii.gz", shape=(20, 20, 12), noise=30, at_mm=(500, 0, 0))
+    window = ExamWindow(size=(24, 24, 16))
+    data = _data(tmp_path, window=window, preparation=Preparation(margin_mm=0))
+    data.setup("fit")
+    measured = measure(subject_of(data, "train"), tmp_path / "stats.yaml", Plan(jobs=0))
+    entry = measured.report["modalities"]["ct"]
+    body = nibabel.nifti1.load(tmp_path / "p1" / "ct.nii.gz").get_fdata()[4:16, 4:16, 4:8]
+    assert entry["mean"] == pytest.approx([body.mean()]) and entry["valid_pixels"] == body.size
+    used = _data(tmp_path, window=window, statistics=str(tmp_path / "stats.yaml"))
+    assert used.modalities["ct"].std == pytest.approx((body.std(),))

@@ -10,6 +10,7 @@ from domainssl.evaluation.probes import (
     standardize,
 )
 from domainssl.evaluation.raw import band_statistics
+from domainssl.evaluation.report import Collected, count_classes, has_classes, measure
 from domainssl.evaluation.retrieval import recall_at_1
 from domainssl.evaluation.spread import embedding_std, rankme
 from domainssl.modality import Modality
@@ -116,3 +117,14 @@ def test_band_statistics_of_a_series_and_of_nothing_valid():
     valid = torch.tensor([[True, True], [False, False]]).reshape(2, 2, 1, 1)
     out = band_statistics({"s1": x, "s1.valid": valid}, modality)
     assert out.tolist() == [[3.0, 2.0], [0.0, 0.0]]
+
+
+def test_items_of_unknown_class_do_not_count():
+    features, labels = clusters()
+    present = torch.ones(80, dtype=torch.bool)
+    x = torch.cat([features, torch.zeros(20, 16)])
+    unknown = torch.cat([labels, torch.full((20,), -1)])
+    found = Collected(features={"ct": x}, present={"ct": present}, labels=unknown)
+    scores = measure(found, ("ct",), "val/", 10)
+    assert scores["val/knn/ct"] == 1 and scores["val/probe/ct"] == 1
+    assert count_classes(unknown) == 3 and not has_classes(torch.tensor([-1, 0, 0]))
