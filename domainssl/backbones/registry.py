@@ -329,7 +329,7 @@ def _load_checkpoint(path: Path) -> Backbone:
     if not isinstance(facts.get("name"), str) or not isinstance(facts.get("arguments"), dict):
         raise WeightsError(f"{path}: its 'backbone' entry has no 'name' and 'arguments'.")
     cls = backbone_class(facts["name"])
-    prefix = "backbone."
+    prefix = str(facts.get("prefix", "backbone."))  # a teacher's, where the method has one
     with parsing(
         f"{path}: does not fit this version; the backbone",
         kind=WeightsError,

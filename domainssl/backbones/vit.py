@@ -22,7 +22,13 @@ from domainssl.backbones.vit_files import (
     read_vit_file,
     write_transformer,
 )
-from domainssl.backbones.vit_tokens import date_codes, per_date, position_codes, transform
+from domainssl.backbones.vit_tokens import (
+    date_codes,
+    grid_of_table,
+    per_date,
+    position_codes,
+    transform,
+)
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import (
     Modality,
@@ -36,7 +42,7 @@ from domainssl.nn.blocks import Transformer
 from domainssl.nn.dates import DATE_CHANNELS
 from domainssl.nn.masking import take_tokens
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction, patchify
-from domainssl.nn.positions import resized_positions
+from domainssl.nn.positions import PositionResizing, resized_positions
 from domainssl.options import as_dataclass
 
 __all__ = [
@@ -69,6 +75,7 @@ class ViTArchitecture:
         qkv_bias: Queries, keys and values have a bias; None is what the layout has.
         positions: `sincos`, computed for the grid at hand, or a `learned` table, resampled for
             other grids than its own.
+        resizing: How a learned table is resampled; see `nn.positions.resized_positions`.
         class_token: Put a learned token before those of the patches.
         mask_token: Have a learned token for `encode(replace=...)`.
         pooling: `pooled` is the mean of the valid tokens, or the `class` token.
@@ -81,6 +88,7 @@ class ViTArchitecture:
     layout: Layout | None = None
     qkv_bias: bool | None = None
     positions: Positions = "sincos"
+    resizing: PositionResizing = "antialias"
     class_token: bool = True
     mask_token: bool = False
     pooling: Literal["mean", "class"] = "mean"
@@ -125,7 +133,7 @@ class ViTBackbone(Backbone):
         self.name, modality = _only(self.modalities)
         dims = modality.spatial_dims
         self.patch_size = sides_of(patch_size, dims, "patch_size")
-        self.width, self.positions = a.width, a.positions
+        self.width, self.positions, self.resizing = a.width, a.positions, a.resizing
         self.layout: Layout = a.layout or ("monai" if dims == 3 else "timm")
         self.epsilon = _EPSILON[self.layout]
         self.qkv_bias = self.layout == "timm" if a.qkv_bias is None else a.qkv_bias
@@ -135,6 +143,9 @@ class ViTBackbone(Backbone):
         self.embed = nn.Linear(modality.num_channels * math.prod(self.patch_size), a.width)
         self.class_token = _token(a.width) if a.class_token else None
         self.mask_token = _token(a.width) if a.mask_token else None
+        # timm's tables have a row for the class token as well
+        has_row = self.positions == "learned" and self.layout == "timm" and a.class_token
+        self.table_prefix = int(has_row)
         self.position_table = self._table(image_size, dims)
         if modality.kind == "series":
             self.date_embed = nn.Linear(DATE_CHANNELS, a.width, bias=False)
@@ -154,7 +165,7 @@ class ViTBackbone(Backbone):
                     nn.init.zeros_(part.bias)
 
     def _table(self, image_size: int | tuple[int, ...] | None, dims: int) -> nn.Parameter | None:
-        """Return the learned table, (1, N, E); its grid is kept beside it."""
+        """Return the learned table, (1, prefix + N, E); its grid is kept beside it."""
         self.table_grid: tuple[int, ...] = ()
         if self.positions == "sincos":
             position_codes((1,) * dims, self.width)
@@ -166,7 +177,8 @@ class ViTBackbone(Backbone):
         self.table_grid = grid_of(
             sides_of(image_size, dims, "image_size"), self.patch_size, "image_size"
         )
-        table = torch.empty(1, math.prod(self.table_grid), self.width)
+        rows = self.table_prefix + math.prod(self.table_grid)
+        table = torch.empty(1, rows, self.width)
         return nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
 
     @property
@@ -225,8 +237,9 @@ class ViTBackbone(Backbone):
             codes = position_codes(places, self.width, device=x[self.name].device)
         else:
             codes = resized_positions(
-                self.position_table, self.table_grid, places, how="antialias"
-            )[0]
+                self.position_table, self.table_grid, places, prefix=self.table_prefix,
+                how=self.resizing,
+            )[0, self.table_prefix :]  # fmt: skip
         if self.modality.kind != "series":
             return codes
         dates = self.date_embed(date_codes(x, self.name))  # (B, T, E)
@@ -285,7 +298,7 @@ class ViTBackbone(Backbone):
         tokens = tokens + codes.to(tokens.dtype)
         if frames is not None and seen is not None:
             frames, valid = frames & seen, valid & seen
-        cls, tokens = transform(self.transformer, self.class_token, tokens, frames)
+        cls, tokens = transform(self.transformer, self._first(), tokens, frames)
         features = Features(
             tokens={name: tokens}, coords={name: coords}, grid={name: grid},
             token_valid={name: valid}, cls={} if cls is None else {name: cls},
@@ -297,6 +310,12 @@ class ViTBackbone(Backbone):
         if key(name, "dates") in x:
             features.dates[name] = x[key(name, "dates")]
         return features
+
+    def _first(self) -> Tensor | None:
+        """Return what stands before the patches, (1, 1, E): the class token with its position."""
+        if self.class_token is None or not self.table_prefix or self.position_table is None:
+            return self.class_token
+        return self.class_token + self.position_table[:, :1]
 
     def feature_maps(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return tokens on their grid, (B, E, h, w) or (B, E, x, y, z); of a series, their mean."""
@@ -324,8 +343,9 @@ class ViTBackbone(Backbone):
         x = self.normalize(batch)
         tokens = self.embed(self.patches(x[name], channels_first=True))
         tokens = tokens + self._codes(x).to(tokens.dtype)
-        if self.class_token is not None:
-            tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], 1)
+        first = self._first()
+        if first is not None:
+            tokens = torch.cat([first.expand(len(tokens), -1, -1), tokens], 1)
         places = math.prod(self.grid(x))
         states = self.transformer.hidden_states(tokens)
         maps = [s[:, -places:].transpose(1, 2).unflatten(2, self.grid(x)) for s in states]
@@ -411,7 +431,7 @@ class ViTBackbone(Backbone):
             table = position_codes(grid, self.width).unsqueeze(0).to(self.embed.weight.device)
         if layout == "monai":
             return {"patch_embedding.position_embeddings": table.detach()}
-        if self.class_token is not None:
+        if self.class_token is not None and not self.table_prefix:
             table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
         return {"pos_embed": table.detach()}
 
@@ -453,7 +473,7 @@ def _with_positions(file: ViTFile, arguments: dict[str, Any], is_asked: bool) ->
         return arguments
     _, modality = _only(as_modalities(arguments["modalities"]))
     patch = sides_of(arguments.get("patch_size", 16), modality.spatial_dims, "patch_size")
-    grid = _grid_of_table(file.table.shape[1], modality, patch, arguments.get("image_size"))
+    grid = grid_of_table(file.table.shape[1], modality, patch, arguments.get("image_size"))
     architecture = arguments["architecture"]
     asked = architecture["positions"] if is_asked else None
     is_sincos = file.table.shape[2] % (2 * len(grid)) == 0 and torch.allclose(
@@ -476,30 +496,6 @@ def _with_positions(file: ViTFile, arguments: dict[str, Any], is_asked: bool) ->
     }
 
 
-def _grid_of_table(
-    tokens: int,
-    modality: Modality,
-    patch: tuple[int, ...],
-    image_size: int | tuple[int, ...] | None,
-) -> tuple[int, ...]:
-    """Return the grid of a table: that of the size given or of the data, else equal sides."""
-    dims = modality.spatial_dims
-    side = round(tokens ** (1 / dims))
-    if image_size is not None:
-        candidates = [sides_of(image_size, dims, "image_size")]
-    else:
-        candidates = [modality.size] if modality.size else []
-        candidates.append(tuple(side * p for p in patch))
-    grids = [tuple(s // p for s, p in zip(c, patch, strict=True)) for c in candidates]
-    for grid in grids:
-        if math.prod(grid) == tokens:
-            return grid
-    raise WeightsError(
-        f"The file has positions of {tokens} patches; images of {candidates[0]} have "
-        f"{math.prod(grids[0])} of {patch}. Give the image_size and patch_size of the weights."
-    )
-
-
 def _fill(backbone: ViTBackbone, file: ViTFile) -> LoadReport:
     """Copy the file's tensors into a backbone.
 
@@ -509,8 +505,14 @@ def _fill(backbone: ViTBackbone, file: ViTFile) -> LoadReport:
     tensors = dict(file.tensors)
     channels = backbone.modality.num_channels
     tensors["embed.weight"] = patch_weight(tensors["embed.weight"], channels, backbone.patch_size)
+    row = file.class_position
+    if row is not None and not backbone.table_prefix and "class_token" in tensors:
+        tensors["class_token"] = tensors["class_token"] + row  # the sum is what goes in
     if backbone.position_table is not None and file.table is not None:
-        tensors["position_table"] = file.table
+        rows = [row] if backbone.table_prefix and row is not None else []
+        tensors["position_table"] = torch.cat([*rows, file.table], dim=1)
+    if backbone.mask_token is not None and file.mask_token is not None:
+        tensors["mask_token"] = file.mask_token.view_as(backbone.mask_token)
     report = backbone.load_tensors(tensors)
     missing = tuple(n for n in report.missing if not n.startswith("normalizer."))
     if len(report.matched) < _LEAST_SHARE * (len(report.matched) + len(missing)):

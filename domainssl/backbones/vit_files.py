@@ -36,8 +36,10 @@ _BLOCK = (
 _COLUMN: dict[Layout, int] = {"timm": 1, "monai": 2}
 # MONAI's blocks hold a norm that nothing uses; files from before 1.5 a whole unused layer.
 _UNUSED = re.compile(r"(norm_cross_attn|cross_attn)\.|attn\.relative")
-_WRAPPERS = ("state_dict", "model", "net", "network_weights")
+_WRAPPERS = ("teacher", "state_dict", "model", "net", "network_weights")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+# Students and teachers of DINO, iBOT, DINOv2 and SimDINO, beside heads; the teacher is used.
+_STUDENTS = ("teacher.backbone.", "backbone.", "module.backbone.", "student.backbone.")
 _STEM: dict[Layout, str] = {"timm": "patch_embed.proj", "monai": "patch_embedding.patch_embeddings"}
 # What is no part of the encoder: heads of classifiers, and decoders.
 _HEADS = re.compile(
@@ -54,6 +56,8 @@ class ViTFile:
         layout: Whose names it has.
         tensors: The encoder under our names; `embed.weight` as in the file.
         table: Positions of the patches, (1, N, E), if there are some.
+        class_position: Position of the class token, (1, 1, E), in timm's files.
+        mask_token: What stands for hidden patches, in files of DINOv2 and iBOT.
         others: Decoder and heads, under the file's names.
         unknown: Names that are neither.
     """
@@ -61,6 +65,8 @@ class ViTFile:
     layout: Layout
     tensors: dict[str, Tensor]
     table: Tensor | None
+    class_position: Tensor | None
+    mask_token: Tensor | None
     others: dict[str, Tensor]
     unknown: tuple[str, ...]
 
@@ -75,6 +81,10 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     flat = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    for prefix in _STUDENTS:
+        if any(name.startswith(prefix) for name in flat):
+            flat = {n.removeprefix(prefix): t for n, t in flat.items() if n.startswith(prefix)}
+            break
     for prefix in _PREFIXES:
         if flat and all(name.startswith(prefix) for name in flat):
             flat = {name.removeprefix(prefix): t for name, t in flat.items()}
@@ -150,8 +160,6 @@ def write_transformer(
 def read_vit_file(state: Mapping[str, Any]) -> ViTFile:
     """Sort the content of a weights file of timm, MAE, or MONAI's ViT family.
 
-    A row of positions for the class token is added to that token: the sum is what goes in.
-
     Raises:
         WeightsError: It is none of these files.
     """
@@ -178,18 +186,24 @@ def read_vit_file(state: Mapping[str, Any]) -> ViTFile:
         if f"{stem}.{kind}" in flat:
             tensors[f"embed.{kind}"] = flat[f"{stem}.{kind}"]
     table = flat.get("pos_embed", flat.get("patch_embedding.position_embeddings"))
+    class_position = None
     if "cls_token" in flat:
         tensors["class_token"] = flat["cls_token"]
         if table is not None and layout == "timm":
-            tensors["class_token"] = flat["cls_token"] + table[:, :1]
-            table = table[:, 1:]
+            class_position, table = table[:, :1], table[:, 1:]
     read = {*encoder, f"{stem}.weight", f"{stem}.bias", "cls_token", "pos_embed"}
     read.add("patch_embedding.position_embeddings")
+    mask_token = flat.get("masked_embed", flat.get("mask_token"))
+    if any(n.startswith("decoder") for n in flat):  # MAE's belongs to its decoder
+        mask_token = None
+    read.add("masked_embed")
     rest = {n: t for n, t in flat.items() if n not in read}
     return ViTFile(
         layout=layout,
         tensors=tensors,
         table=table,
+        class_position=class_position,
+        mask_token=mask_token,
         others={n: t for n, t in rest.items() if _HEADS.match(n)},
         unknown=tuple(n for n in rest if not _HEADS.match(n)),
     )

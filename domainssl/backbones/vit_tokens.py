@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from domainssl.errors import DataError
-from domainssl.modality import Modality, key
+from domainssl.errors import DataError, WeightsError
+from domainssl.modality import Modality, key, sides_of
 from domainssl.nn.alibi import KeyMask
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.dates import date_encoding, decimal_year
 from domainssl.nn.patching import grid_coordinates
 from domainssl.nn.positions import sincos_positions
 
-__all__ = ["date_codes", "per_date", "position_codes", "transform"]
+__all__ = ["date_codes", "grid_of_table", "per_date", "position_codes", "transform"]
 
 # Axes by their place in the code: MAE and MONAI put the column first, MONAI's 3D table x after y.
 _AXIS_ORDER = {2: (1, 0), 3: (1, 0, 2)}
@@ -77,3 +78,27 @@ def per_date(modality: Modality, x: Tensor, cut: Any) -> Tensor:
         return found
     flat: Tensor = cut(x.flatten(0, 1))
     return flat.unflatten(0, x.shape[:2]).flatten(1, 2)
+
+
+def grid_of_table(
+    tokens: int,
+    modality: Modality,
+    patch: tuple[int, ...],
+    image_size: int | tuple[int, ...] | None,
+) -> tuple[int, ...]:
+    """Return the grid of a table: that of the size given or of the data, else equal sides."""
+    dims = modality.spatial_dims
+    side = round(tokens ** (1 / dims))
+    if image_size is not None:
+        candidates = [sides_of(image_size, dims, "image_size")]
+    else:
+        candidates = [modality.size] if modality.size else []
+        candidates.append(tuple(side * p for p in patch))
+    grids = [tuple(s // p for s, p in zip(c, patch, strict=True)) for c in candidates]
+    for grid in grids:
+        if math.prod(grid) == tokens:
+            return grid
+    raise WeightsError(
+        f"The file has positions of {tokens} patches; images of {candidates[0]} have "
+        f"{math.prod(grids[0])} of {patch}. Give the image_size and patch_size of the weights."
+    )

@@ -40,7 +40,7 @@ class ExportBackbone(Callback):
         """Export, unless a loss was not finite."""
         module: Any = pl_module
         module.check_finite()
-        backbone = _gathered(module.backbone)
+        backbone = _gathered(module.get_submodule(module.exported))
         if trainer.is_global_zero:
             card = export_backbone(
                 backbone,

@@ -8,10 +8,12 @@ from typing import Literal
 
 from domainssl.errors import DataError
 
-__all__ = ["GAIN", "RETRIEVAL_FACTOR", "Criterion", "learning_criteria"]
+__all__ = ["GAIN", "RANK_SHARE", "RETRIEVAL_FACTOR", "Criterion", "learning_criteria"]
 
 GAIN = 0.05
 RETRIEVAL_FACTOR = 10.0
+RANK_SHARE = 0.5
+_RANKS = ("val/", "val/untrained/")
 _ROUNDING = 1e-6  # metrics pass through float32 on their way into a log
 
 
@@ -21,7 +23,7 @@ class Criterion:
 
     Attributes:
         name: What is judged, and against what.
-        found: Share between 0 and 1; NaN fails.
+        found: Share between 0 and 1, or an effective rank; NaN fails.
         needed: The bound.
         relation: How `found` has to stand to `needed`.
     """
@@ -44,13 +46,15 @@ class Criterion:
 
 
 def learning_criteria(
-    metrics: Mapping[str, float], items: int, contrastive: bool
+    metrics: Mapping[str, float], items: int, contrastive: bool, self_distilling: bool = False
 ) -> list[Criterion]:
     """Judge the last metrics of a run as `OnlineEvaluation` logs them.
 
     Every modality alone and all together (`joint`) has to reach the untrained backbone's probe
     plus 0.05 and to beat the one on statistics per band; subsets in between are reported but not
-    judged. A contrastive method has to retrieve at 10 times chance in every direction.
+    judged. A contrastive method has to retrieve at 10 times chance in every direction. One that
+    learns from its own teacher, which could give all items one answer, has to keep half of the
+    untrained backbone's effective rank.
 
     Args:
         metrics: `val/probe/<m>`, `val/untrained/probe/<m>`, `val/raw/probe/<m>` and, for
@@ -58,9 +62,10 @@ def learning_criteria(
         items: Number of held-out items; chance is one over it.
         contrastive: Whether the method compares items across modalities, which is what
             `Objective.contrastive` says.
+        self_distilling: Whether it learns from its own teacher (`Objective.self_distilling`).
 
     Returns:
-        Two criteria per representation and one per direction of retrieval; never empty.
+        Two or three criteria per representation and one per direction of retrieval; never empty.
 
     Raises:
         DataError: A metric that has to be judged is not there.
@@ -83,6 +88,10 @@ def learning_criteria(
             Criterion(f"probe of {name} over untrained + {GAIN:g}", trained, untrained + GAIN)
         )
         found.append(Criterion(f"probe of {name} over raw statistics", trained, raw, "above"))
+        if self_distilling:
+            rank, before = (_metric(metrics, f"{p}rankme/{name}") for p in _RANKS)
+            needed = before * RANK_SHARE
+            found.append(Criterion(f"effective rank of {name} over half", rank, needed))
     return found + (_retrieval(metrics, items) if contrastive else [])
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from domainssl.nn.spread import effective_rank
+
 __all__ = ["embedding_std", "rankme"]
 
 
@@ -33,6 +35,4 @@ def rankme(features: Tensor, eps: float = 1e-7) -> float:
 
     Source: Garrido et al., ICML 2023 (arXiv 2210.02885), eq. 1 and 2.
     """
-    values = torch.linalg.svdvals(features.double())
-    share = values / values.sum().clamp(min=1e-300) + eps
-    return float((-(share * share.log()).sum()).exp())
+    return float(effective_rank(features.double(), eps=eps))

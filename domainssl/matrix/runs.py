@@ -44,15 +44,17 @@ class Outcome:
         metrics: Last value of every metric whose name begins with `val/`.
         items: Number of held-out items.
         contrastive: Whether the method compares items across modalities.
+        self_distilling: Whether it learns from its own teacher.
     """
 
     metrics: dict[str, float]
     items: int
     contrastive: bool
+    self_distilling: bool = False
 
     def criteria(self) -> list[Criterion]:
         """Judge the run."""
-        return learning_criteria(self.metrics, self.items, self.contrastive)
+        return learning_criteria(self.metrics, self.items, self.contrastive, self.self_distilling)
 
 
 def read_outcome(folder: str | Path) -> Outcome:
@@ -76,7 +78,12 @@ def read_outcome(folder: str | Path) -> Outcome:
     config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     module, _, name = config["model"]["class_path"].rpartition(".")
     objective = getattr(importlib.import_module(module), name)
-    return Outcome(metrics, int(metrics["val/items"]), bool(objective.contrastive))
+    return Outcome(
+        metrics=metrics,
+        items=int(metrics["val/items"]),
+        contrastive=bool(objective.contrastive),
+        self_distilling=bool(objective.self_distilling),
+    )
 
 
 @dataclass(frozen=True)

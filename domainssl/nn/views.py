@@ -28,7 +28,8 @@ class Views:
         crop_area: Least and largest share of the window's area (volume) that a crop covers.
         crop_aspect: Largest ratio of two sides of a crop, beyond the ratio that the sides of the
             view have.
-        flip: Probability of a flip along each axis.
+        flip: Probability of a flip along each axis, one number or one per axis: 0 along x keeps
+            left and right apart, where organs lie on one side.
         brightness: Factors lie in [1 - x, 1 + x].
         contrast: The same around the mean of each channel.
         color_probability: Probability of brightness and contrast, drawn together.
@@ -37,6 +38,8 @@ class Views:
         blur_sigma: Least and largest standard deviation in pixels of the view.
         solarize_probability: Probability of inverting the darkest values.
         solarize_threshold: Values below it, in [0, 1], are inverted.
+        gamma: Least and largest exponent of values in [0, 1].
+        gamma_probability: Probability of such an exponent.
 
     Raises:
         ConfigError: A value lies outside its range.
@@ -44,7 +47,7 @@ class Views:
 
     crop_area: tuple[float, float] = (0.2, 1.0)
     crop_aspect: float = 4 / 3
-    flip: float = 0.5
+    flip: float | tuple[float, ...] = 0.5
     brightness: float = 0.4
     contrast: float = 0.4
     color_probability: float = 0.0
@@ -53,10 +56,14 @@ class Views:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_probability: float = 0.0
     solarize_threshold: float = 0.5 / 255
+    gamma: tuple[float, float] = (0.7, 1.5)
+    gamma_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("crop_area", "blur_sigma"):
+        for name in ("crop_area", "blur_sigma", "gamma"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.flip, int | float):
+            object.__setattr__(self, "flip", tuple(self.flip))
         low, high = self.crop_area
         checks = {
             "crop_area": 0 < low <= high <= 1,
@@ -64,12 +71,29 @@ class Views:
             "blur_sigma": 0 < self.blur_sigma[0] <= self.blur_sigma[1],
             "brightness": 0 <= self.brightness <= 1,
             "contrast": 0 <= self.contrast <= 1,
+            "gamma": 0 < self.gamma[0] <= self.gamma[1],
+            "flip": all(0 <= p <= 1 for p in self.flips(1)),
         }
         names = [f.name for f in fields(self) if f.name.endswith("probability")]
-        checks |= {name: 0 <= getattr(self, name) <= 1 for name in [*names, "flip"]}
+        checks |= {name: 0 <= getattr(self, name) <= 1 for name in names}
         for name, is_fine in checks.items():
             if not is_fine:
                 raise ConfigError(f"views.{name}: got {getattr(self, name)!r}, out of range.")
+
+    def flips(self, axes: int) -> tuple[float, ...]:
+        """Return the probability of a flip along each of so many axes.
+
+        Raises:
+            ConfigError: There are as many probabilities as another number of axes.
+        """
+        if isinstance(self.flip, int | float):
+            return (float(self.flip),) * axes
+        if axes > 1 and len(self.flip) != axes:
+            raise ConfigError(
+                f"views.flip: got {list(self.flip)!r}, expected one probability or {axes}, one "
+                "per axis."
+            )
+        return self.flip
 
     @property
     def is_photometric(self) -> bool:
@@ -91,6 +115,7 @@ class View:
         sigma: Standard deviation of the blur in pixels, (B,); 0 leaves values alone.
         solarize: bool (B,).
         date: Which date of a series, int64 (B,).
+        gamma: Exponent, (B,); 1 leaves values alone.
     """
 
     start: Tensor
@@ -102,6 +127,7 @@ class View:
     sigma: Tensor
     solarize: Tensor
     date: Tensor
+    gamma: Tensor
 
 
 def draw_view(
@@ -132,7 +158,8 @@ def draw_view(
         return torch.rand(items, generator=generator, device=device) < probability
 
     start, extent = _draw_crop(views, size, items, generator, view_size or (1,) * len(size))
-    flip = torch.rand(items, len(size), generator=generator, device=device) < views.flip
+    flip = torch.rand(items, len(size), generator=generator, device=device)
+    flip = flip < torch.tensor(views.flips(len(size)), device=device)
     color = happens(views.color_probability)
     brightness = uniform(1 - views.brightness, 1 + views.brightness)
     contrast = uniform(1 - views.contrast, 1 + views.contrast)
@@ -144,6 +171,9 @@ def draw_view(
     if frames is not None:
         noise = torch.rand(frames.shape, generator=generator, device=device)
         date = noise.masked_fill(~frames.to(device), -1.0).argmax(1)
+    gamma = torch.ones(items, device=device)
+    if views.gamma_probability > 0:
+        gamma = torch.where(happens(views.gamma_probability), uniform(*views.gamma), 1.0)
     return View(
         start=start,
         extent=extent,
@@ -154,6 +184,7 @@ def draw_view(
         sigma=torch.where(blur, sigma, 0.0),
         solarize=solarize,
         date=date,
+        gamma=gamma,
     )
 
 
@@ -229,7 +260,7 @@ def _sampling_grid(view: View, size: tuple[int, ...]) -> Tensor:
 
 
 def photometry(x: Tensor, valid: Tensor, view: View, views: Views) -> Tensor:
-    """Change brightness, contrast, colour and sharpness, in that order; clipped to [0, 1].
+    """Change gamma, brightness, contrast, colour and sharpness, in that order; within [0, 1].
 
     Args:
         x: Values in [0, 1], (B, C, *S).
@@ -243,7 +274,10 @@ def photometry(x: Tensor, valid: Tensor, view: View, views: Views) -> Tensor:
         return x
     each = [-1] + [1] * (x.ndim - 1)
     with torch.autocast(x.device.type, enabled=False):
-        x = (x.float() * view.brightness.view(each)).clamp(0, 1)
+        x = x.float()
+        if views.gamma_probability > 0:  # no gradient passes, so that 0 to a power is no trouble
+            x = x.clamp(0, 1).pow(view.gamma.view(each))
+        x = (x * view.brightness.view(each)).clamp(0, 1)
         weight = valid.unsqueeze(1).float()
         axes = list(range(2, x.ndim))
         mean = (x * weight).sum(axes, keepdim=True) / weight.sum(axes, keepdim=True).clamp(min=1)

@@ -31,6 +31,7 @@ class Objective(TrainingModule):
     """
 
     contrastive: ClassVar[bool] = False
+    self_distilling: ClassVar[bool] = False  # learns from a teacher of its own
     forward_methods: ClassVar[tuple[str, ...]] = ("features", "embed")
 
     def draw(self, batch: Batch, generators: Generators) -> Any:

@@ -31,12 +31,12 @@ from domainssl.modality import (
     key,
     present_mask,
     sides_of,
-    valid_mask,
 )
 from domainssl.nn.heads import ProjectionHead
 from domainssl.nn.norm import counted_rows
-from domainssl.nn.views import View, Views, draw_view, geometry, photometry
+from domainssl.nn.views import View, Views, draw_view
 from domainssl.objectives.base import Generators, Objective
+from domainssl.objectives.view_steps import check_photometric, unit_values, view_of
 from domainssl.options import as_dataclass
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
@@ -44,7 +44,6 @@ from domainssl.training.optimization import Optimization
 __all__ = ["EncoderSizes", "PairEncoding", "ViewDraws", "Views", "published_views"]
 
 ViewDraws = dict[str, tuple[View, ...]]
-_BOUNDED_FORMS = ("mean2std", "mean2std8", "scale", "window", "item", "batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +148,7 @@ class _JointEmbedding(Objective):
             own = given[name] if given and name in given else published_views(modality)
             chosen[name] = as_dataclass(Views, own)
             form = self.backbone.normalizer.forms[name]
-            if chosen[name].is_photometric and form.name not in _BOUNDED_FORMS:
-                raise ConfigError(
-                    f"model.init_args.views.{name}: photometric changes work on values in [0, 1], "
-                    f"which normalization {str(form)!r} does not give. Choose one of "
-                    f"{', '.join(_BOUNDED_FORMS)}, or set the probabilities to 0."
-                )
+            check_photometric(chosen[name], form, f"views.{name}")
         return chosen
 
     def setup(self, stage: str) -> None:
@@ -188,39 +182,20 @@ class _JointEmbedding(Objective):
     def encode_views(self, batch: Batch, draws: ViewDraws) -> dict[str, list[Tensor]]:
         """Make the views and encode them: pooled vectors (B, E) per modality and view."""
         check_batch(batch, self.backbone.modalities, training=True)
-        units = {name: self._unit(batch, name) for name in self.backbone.modalities}
+        units = {n: unit_values(self.backbone, batch, n) for n in self.backbone.modalities}
         pooled: dict[str, list[Tensor]] = {name: [] for name in units}
         for index in range(self.num_views):
             x: dict[str, Any] = {}
             for name, (values, usable) in units.items():
-                x |= self._view(name, values, usable, draws[name][index])
+                x |= view_of(
+                    self.backbone, batch, name, values, usable, draws[name][index],
+                    self.views[name], self.view_size,
+                )  # fmt: skip
                 if key(name, "present") in batch:
                     x[key(name, "present")] = batch[key(name, "present")]
             for name, vector in self.backbone.encode(x).pooled.items():
                 pooled[name].append(vector)
         return pooled
-
-    def _unit(self, batch: Batch, name: str) -> tuple[Tensor, Tensor]:
-        """Return values before `standardize`, and which are measured, channels removed."""
-        values = self.backbone.normalizer.to_unit(batch, name)
-        usable = valid_mask(batch, self.backbone.modalities[name])
-        present = present_mask(batch, name).view(-1, *[1] * (usable.ndim - 1))
-        return values, usable & present
-
-    def _view(self, name: str, values: Tensor, usable: Tensor, view: View) -> dict[str, Tensor]:
-        """Apply one view; a series becomes one of one date."""
-        modality = self.backbone.modalities[name]
-        is_series = modality.kind == "series"
-        if is_series:
-            items = torch.arange(len(values), device=values.device)
-            values, usable = values[items, view.date], usable[items, view.date]
-        values, usable = geometry(values, usable, view, self.view_size)
-        values = photometry(values, usable, view, self.views[name])
-        if is_series:
-            values, usable = values.unsqueeze(1), usable.unsqueeze(1)
-        values = self.backbone.normalizer.standardize(values, name)
-        values = torch.where(usable.unsqueeze(modality.channel_axis), values, 0.0)
-        return {name: values, key(name, "valid"): usable}
 
     def present(self, batch: Batch) -> dict[str, Tensor]:
         """Return which items have a modality, (B,) per name."""

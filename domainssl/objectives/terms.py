@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from domainssl.errors import ConfigError, nearest
 
@@ -12,23 +12,27 @@ __all__ = ["term_weights"]
 def term_weights(
     given: dict[str, float] | None,
     method: str,
-    terms: Sequence[str] = ("contrastive", "reconstruction"),
+    terms: Sequence[str] | Mapping[str, float] = ("contrastive", "reconstruction"),
 ) -> dict[str, float]:
-    """Return the weight of every loss term, 1 where none is given.
+    """Return the weight of every loss term, the usual one where none is given.
 
     Args:
         given: Weights by term.
         method: Name of the objective, for the message.
-        terms: Names of its terms.
+        terms: Names of its terms, of weight 1, or their usual weights.
 
     Raises:
-        ConfigError: There is no such term.
+        ConfigError: There is no such term, or a weight is below zero.
     """
-    known = dict.fromkeys(terms, 1.0)
-    for name in given or {}:
+    known = dict(terms) if isinstance(terms, Mapping) else dict.fromkeys(terms, 1.0)
+    for name, value in (given or {}).items():
         if name not in known:
             raise ConfigError(
                 f"model.init_args.loss_weights: unknown term {name!r}.{nearest(name, known)} "
                 f"{method} has {list(known)}."
+            )
+        if value < 0:
+            raise ConfigError(
+                f"model.init_args.loss_weights.{name}: got {value!r}, expected zero or more."
             )
     return {**known, **(given or {})}

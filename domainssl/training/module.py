@@ -88,6 +88,7 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
     """
 
     backbone: Backbone
+    exported: ClassVar[str] = "backbone"  # what a run leaves behind; a teacher, where there is one
     resume_may_change: ClassVar[tuple[str, ...]] = (
         "encoding.weights",
         *(f"execution.{f.name}" for f in fields(Execution) if f.name != "seed"),
@@ -132,6 +133,10 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
         the last batch, its losses detached.
         """
 
+    def monitors(self, step: Step) -> Mapping[str, Tensor]:
+        """Return what else is logged with the losses, equal on all ranks; the base has nothing."""
+        return {}
+
     def check(self, modalities: Mapping[str, Modality]) -> None:
         """Refuse modalities that cannot be used; the base asks the backbone.
 
@@ -168,7 +173,7 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
         self._guard.watch(step.losses, counter, batch.get("id", ()))
         self._last_step = Step({k: v.detach() for k, v in step.losses.items()}, step.outputs)
         if self._is_logging_step():
-            self._log_training(self._last_step.losses)
+            self._log_training(self._last_step)
         return _total(step.losses)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -347,9 +352,11 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
             self.check_finite()
             check_weights(self.named_parameters(), self.trainer.global_step)
         checkpoint["training"] = {"batches": self._batch_counter}
+        backbone = self.get_submodule(self.exported)
         checkpoint["backbone"] = {
-            "name": class_name(class_of(self.backbone)),
+            "name": class_name(class_of(backbone)),
             "arguments": copy.deepcopy(self.backbone.arguments),
+            "prefix": f"{self.exported}.",
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -371,8 +378,9 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
         trainer = attached_trainer(self)
         return trainer is not None and is_logging_step(trainer)
 
-    def _log_training(self, losses: Mapping[str, Tensor]) -> None:
-        """Log the mean over ranks of every term and of their sum, with one collective."""
+    def _log_training(self, step: Step) -> None:
+        """Log the mean over ranks of every term and of their sum, and what the method watches."""
+        losses = step.losses
         values = torch.stack([loss.float() for loss in losses.values()])
         values = all_reduce_sum(values) / world_size()
         self.log("train/loss", values.sum(), prog_bar=True, batch_size=1)
@@ -380,6 +388,9 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
             self.log(f"train/loss/{name}", value, prog_bar=True, batch_size=1)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/lr", float(rate), batch_size=1)
+        with torch.no_grad():
+            for name, value in self.monitors(step).items():
+                self.log(f"train/{name}", value, batch_size=1)
 
     def _batch_size(self, batch: Batch) -> int:
         return len(next(batch[name] for name in self.backbone.modalities if name in batch))

@@ -81,3 +81,13 @@ def test_metrics_that_are_missing_are_refused_not_passed(without, said):
 def test_no_held_out_items_are_refused():
     with pytest.raises(DataError, match="got 0 held-out items"):
         learning_criteria(metrics(), 0, contrastive=True)
+
+
+def test_a_method_with_a_teacher_keeps_half_of_the_untrained_rank():
+    ranks = {f"val/rankme/{n}": 5.0 for n in ("s1", "s2", "joint")}
+    ranks |= {f"val/untrained/rankme/{n}": 10.0 for n in ("s1", "s2", "joint")}
+    judged = learning_criteria(metrics(**ranks), 64, contrastive=False, self_distilling=True)
+    assert len(judged) == 9 and all(c.passed for c in judged)
+    ranks["val/rankme/s2"] = 4.9
+    judged = learning_criteria(metrics(**ranks), 64, contrastive=False, self_distilling=True)
+    assert [c.name for c in judged if not c.passed] == ["effective rank of s2 over half"]

@@ -34,6 +34,7 @@ def neutral(items: int, dims: int = 2, **changes: Tensor) -> View:
         sigma=torch.zeros(items),
         solarize=no,
         date=torch.zeros(items, dtype=torch.int64),
+        gamma=one,
     )
     return dataclasses.replace(view, **changes)
 
@@ -158,3 +159,16 @@ def test_grey_and_solarize_of_the_reference(golden_dir: Path) -> None:
 def test_values_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"views.{name}"):
         Views(**{name: (2.0, 1.0)})
+
+
+def test_gamma_is_an_exponent_of_each_item_and_flips_may_differ_per_axis() -> None:
+    x, valid = image()
+    views = Views(gamma_probability=1.0)
+    view = neutral(2, gamma=torch.tensor([0.5, 2.0]))
+    out = photometry(x, valid, view, views)
+    torch.testing.assert_close(out[0], x[0].sqrt())
+    torch.testing.assert_close(out[1], x[1].square())
+    drawn = draw_view(Views(flip=(0.0, 1.0), gamma_probability=1.0), (6, 8), 64, generator())
+    assert not drawn.flip[:, 0].any()
+    assert drawn.flip[:, 1].all()
+    assert 0.7 <= float(drawn.gamma.min()) < float(drawn.gamma.max()) <= 1.5

@@ -11,6 +11,7 @@ from golden_files import IS_OURS, Golden, close, close_gradient, golden_files
 from ranks import run_ranks
 from torch import Tensor, nn
 
+from domainssl.backbones.vit import ViTBackbone
 from domainssl.distributed import rank
 from domainssl.losses.self_distillation import (
     centered_softmax,
@@ -22,6 +23,10 @@ from domainssl.losses.self_distillation import (
 )
 from domainssl.nn.heads import PrototypeHead
 from domainssl.nn.positions import resized_positions
+from domainssl.objectives.base import Step
+from domainssl.objectives.dino import DINO, DINOHead, DINOOptions, DINOTeacher
+from domainssl.objectives.student_parts import Crops, StudentArchitecture, StudentEncoding
+from domainssl.objectives.student_teacher import CropTokens
 from domainssl.training.optimization import Optimization
 from domainssl.training.schedules import Progress, TeacherTemperature, cosine
 
@@ -373,3 +378,246 @@ def test_frozen_scales_are_one() -> None:
     assert isinstance(head.last_layer, nn.Module)
     assert not head.last_layer.weight_g.requires_grad
     close(head.last_layer.weight_g.detach(), torch.ones(5, 1))
+
+
+# -- the objectives themselves ----------------------------------------------------------------
+
+
+def objective(golden: Golden, name: str) -> DINO:
+    """Build a DINO whose heads are those of a file; its backbone is not used."""
+    c, wanted = golden.config, golden.config["objectives"][name]
+    is_separate = wanted["separate_head"]
+    model = DINO(
+        {"x": some_image(1, 16)},
+        encoding=StudentEncoding(
+            size="tiny",
+            architecture=StudentArchitecture(width=c["D"], depth=1, heads=1),
+            patch_size=4,
+            normalization="identity",
+        ),
+        crops=Crops(local_count=c["V"]),
+        head=DINOHead(
+            prototypes=c["K"],
+            patch_prototypes=c["Kp"] if is_separate else None,
+            hidden=c["hidden"],
+            bottleneck=c["bottleneck"],
+        ),
+        teacher=DINOTeacher(
+            temperature=TeacherTemperature(final=wanted["teacher_temp"], warmup_fraction=0),
+            patch_temperature=TeacherTemperature(final=wanted["teacher_temp"], warmup_fraction=0),
+            student_temperature=c["student_temp"],
+            center_momentum=c["center_momentum"],
+        ),
+        loss_weights={
+            "cls": wanted["dino_weight"],
+            "patch": wanted["ibot_weight"],
+            "koleo": wanted["koleo"],
+        },
+        context_size=16,
+        options=DINOOptions(
+            centering={"centering": "center", "sinkhorn_knopp": "sinkhorn"}[wanted["centering"]],  # type: ignore[arg-type]
+            patch_head="separate" if is_separate else "shared",
+            trains_scale=True,
+        ),
+    )
+    for who, owner in (("student", model), ("teacher", model.teacher)):
+        for theirs, ours in (("dino_head", "head"), ("ibot_head", "patch_head")):
+            state = golden.below(f"objective/{name}/state/{who}.{theirs}.")
+            if state:
+                owner.get_submodule(ours).load_state_dict(state)
+    return model
+
+
+def some_image(channels: int, size: int) -> dict[str, Any]:
+    return {
+        "name": "x", "kind": "image", "channels": [f"c{i}" for i in range(channels)],
+        "value_unit": "arbitrary", "size": [size, size],
+    }  # fmt: skip
+
+
+def test_dinov2_objectives(golden: Golden) -> None:
+    for name, wanted in golden.config["objectives"].items():
+        model, b = objective(golden, name), golden.config["B"]
+        for step in range(wanted["steps"]):
+            here = f"objective/{name}/step{step}"
+            inputs = {
+                n: golden[f"{here}/in/{n}"].clone().requires_grad_(n.startswith("student"))
+                for n in (
+                    "student_cls", "student_local", "student_patch", "teacher_cls", "teacher_patch",
+                )
+            }  # fmt: skip
+            mask = golden[f"{here}/in/mask"].unflatten(0, (2, b))
+            tokens = CropTokens(
+                student=torch.cat(
+                    [inputs["student_cls"], inputs["student_local"]]
+                ).unflatten(0, (-1, b)),
+                teacher=inputs["teacher_cls"].unflatten(0, (2, b)),
+                student_patches=inputs["student_patch"].unflatten(0, (2, b)),
+                teacher_patches=inputs["teacher_patch"].unflatten(0, (2, b)),
+                mask=mask,
+                present=torch.ones(b, dtype=torch.bool),
+                most_hidden=int(mask.sum()) + 2,
+            )  # fmt: skip
+            losses, kept = model.terms(tokens)
+            total = torch.stack(list(losses.values())).sum()
+            model.zero_grad()
+            total.backward()
+            logged = golden.below(f"{here}/logged/")
+            close(total.detach(), golden[f"{here}/total"])
+            close(losses["patch"].detach() / 2, logged["ibot_loss"] * wanted["ibot_weight"])
+            close(losses["koleo"].detach() / 2, logged["koleo_loss"])
+            both = logged["dino_global_crops_loss"] + logged["dino_local_crops_loss"]
+            close(losses["cls"].detach(), both * wanted["dino_weight"])
+            for parameter, gradient in golden.below(f"{here}/grad/").items():
+                if parameter in inputs:
+                    close_gradient(inputs[parameter].grad, gradient)
+                else:
+                    head, rest = parameter.split(".", 1)
+                    ours = {"dino_head": "head", "ibot_head": "patch_head"}[head]
+                    close_gradient(model.get_parameter(f"{ours}.{rest}").grad, gradient)
+            for term, center in (("class", model.center), ("patch", model.patch_center)):
+                moved = moved_center(
+                    center, kept[f"{term}_total"], kept[f"{term}_count"],
+                    golden.config["center_momentum"],
+                )  # fmt: skip
+                center.copy_(moved)
+        if wanted["centering"] == "centering":
+            close(model.center, golden[f"objective/{name}/center_after"])
+            close(model.patch_center, golden[f"objective/{name}/patch_center_after"])
+
+
+# -- complete steps of iBOT -------------------------------------------------------------------
+
+
+def ibot(golden: Golden) -> DINO:
+    """Build the model of a file, student and teacher filled."""
+    c, m = golden.config, golden.config["model"]
+    assert not m["init_values"], "layer scale"
+    model = DINO(
+        {"x": some_image(m["in_chans"], m["img_size"])},
+        encoding=StudentEncoding(
+            size="tiny",
+            architecture=StudentArchitecture(
+                width=m["embed_dim"], depth=m["depth"], heads=m["num_heads"],
+                hidden=int(m["embed_dim"] * m["mlp_ratio"]),
+            ),
+            patch_size=m["patch_size"],
+            normalization="identity",
+        ),
+        crops=Crops(local_count=c["V"], local_size=tuple(c["local_size"])),
+        head=DINOHead(
+            prototypes=c["K"], hidden=c["hidden"], bottleneck=c["bottleneck"],
+            frozen_epochs=c["freeze_last_layer"],
+        ),
+        teacher=DINOTeacher(
+            momentum=c["momentum"],
+            temperature=temperatures(c, "teacher"),
+            patch_temperature=temperatures(c, "teacher_patch"),
+        ),
+        loss_weights={"cls": 1.0, "patch": 1.0},
+        context_size=m["img_size"],
+        options=DINOOptions(
+            reference=True,
+            patch_head="shared" if c["shared_head"] else "last_layer",
+            teacher_patch_head="shared" if c["shared_head_teacher"] else "same",
+        ),
+        optimization=Optimization(clip=c["clip"], clip_by="tensor"),
+    )  # fmt: skip
+    for who, owner in (("student", model), ("teacher", model.teacher)):
+        state = golden.below(f"state/{who}/")
+        backbone = owner.get_submodule("backbone")
+        filled, report = ViTBackbone.from_reference({"teacher": state}, backbone_arguments(model))
+        assert not report.missing or report.missing == ("mask_token",)
+        backbone.load_state_dict(filled.state_dict())
+        head = owner.get_submodule("head")
+        own = head.state_dict()
+        head.load_state_dict({n: state[f"head.{n}"] for n in own})
+    return model
+
+
+def backbone_arguments(model: DINO) -> dict[str, Any]:
+    return dict(model.backbone.arguments)
+
+
+def temperatures(c: dict[str, Any], kind: str) -> TeacherTemperature:
+    return TeacherTemperature(
+        warmup=c[f"warmup_{kind}_temp"],
+        final=c[f"{kind}_temp"],
+        warmup_epochs=c["warmup_teacher_temp_epochs"],
+    )
+
+
+def ours_of(name: str) -> str:
+    """Return our name of a parameter of the file."""
+    for theirs, ours in (
+        ("masked_embed", "mask_token"), ("cls_token", "class_token"),
+        ("pos_embed", "position_table"), ("patch_embed.proj", "embed"),
+        ("attn.qkv", "attention.qkv"), ("backbone.blocks", "backbone.transformer.blocks"),
+        ("backbone.norm", "backbone.transformer.norm"),
+    ):  # fmt: skip
+        name = name.replace(theirs, ours)
+    return name
+
+
+def near(ours: Tensor, golden: Tensor) -> None:
+    """Compare outputs at the tolerance of the file."""
+    bound = 5e-5 * max(1.0, float(golden.abs().max()))
+    assert float((ours - golden.reshape(ours.shape)).abs().max()) <= bound
+
+
+def test_complete_ibot_steps(steps: Golden) -> None:
+    c, model = steps.config, ibot(steps)
+    items, views = c["batch"], 2 + c["V"]
+    present = torch.ones(items, dtype=torch.bool)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for step in range(c["steps"]):
+        here = f"step{step}"
+        model.progress = Progress(
+            step=0, total_steps=10**12, epoch=c["epoch_of_step"][step], total_epochs=c["epochs"]
+        )
+        crops = [steps[f"{here}/in/view{i}"] for i in range(views)]
+        large, small = ({"x": torch.cat(part)} for part in (crops[:2], crops[2:]))
+        mask = steps[f"{here}/in/mask"].flatten(2)
+        tokens = model.tokens(large, small, mask, present, int(mask.sum()))
+        student = model.head(tokens.student.flatten(0, 1))
+        near(student[: 2 * items], steps[f"{here}/student_cls"])
+        near(student[2 * items :], steps[f"{here}/student_local"])
+        near(
+            model.head.patches(tokens.student_patches.flatten(0, 1)), steps[f"{here}/student_patch"]
+        )
+        head = model.teacher["head"]
+        near(head(tokens.teacher.flatten(0, 1)), steps[f"{here}/teacher_cls"])
+        near(head.patches(tokens.teacher_patches.flatten(0, 1)), steps[f"{here}/teacher_patch"])
+        losses, kept = model.terms(tokens)
+        total = torch.stack(list(losses.values())).sum()
+        rtol = 1e-5 if step == 0 else 1e-4
+        close(losses["cls"].detach(), steps[f"{here}/loss_cls"], rtol=rtol)
+        close(losses["patch"].detach(), steps[f"{here}/loss_patch"], rtol=rtol)
+        close(total.detach(), steps[f"{here}/loss"], rtol=rtol)
+        model.zero_grad()
+        total.backward()
+        for name in c["grads"]:
+            same_gradient(trained[ours_of(name)], steps[f"{here}/grad/{name}"])
+        model.configure_gradient_clipping(torch.optim.SGD(trained.values()))
+        clipped = steps.below(f"{here}/grad_clipped/")
+        for name in c["grads"]:
+            if name in clipped:
+                same_gradient(trained[ours_of(name)], clipped[name])
+            else:
+                assert trained[ours_of(name)].grad is None
+        with torch.no_grad():
+            for parameter in trained.values():
+                if parameter.grad is not None:
+                    parameter -= c["lr"] * parameter.grad
+            model.after_step(Step(losses, kept))
+        close(model.center, steps[f"{here}/center"], atol=5e-5)
+        close(model.patch_center, steps[f"{here}/patch_center"], atol=5e-5)
+        for name, expected in steps.below(f"{here}/after/").items():
+            who, rest = name.split(".", 1)
+            owner = model if who == "student" else model.teacher
+            near(owner.get_parameter(ours_of(rest)), expected)
+
+
+def same_gradient(parameter: nn.Parameter, expected: Tensor) -> None:
+    assert parameter.grad is not None
+    close_gradient(parameter.grad.reshape(expected.shape), expected, share=2e-4)

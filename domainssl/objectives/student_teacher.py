@@ -1,0 +1,384 @@
+"""What DINO, iBOT and SimDINO share: crops of two sizes, a student, and a teacher that follows it.
+
+The teacher sees two large crops, the student those and several small ones. The teacher's weights
+are a running mean of the student's, so it gives targets that move slowly; it is what is exported,
+evaluated and loaded afterwards. Everything holds for images, series (each crop takes a date of its
+own) and volumes.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from domainssl.backbones.base import Backbone, Features
+from domainssl.distributed import all_reduce_sum, world_size
+from domainssl.errors import ConfigError
+from domainssl.modality import (
+    Batch,
+    Modality,
+    as_modalities,
+    check_batch,
+    key,
+    present_mask,
+)
+from domainssl.nn.block_masks import BlockMasks, draw_block_masks
+from domainssl.nn.patching import grid_of
+from domainssl.nn.spread import effective_rank
+from domainssl.nn.views import View, draw_view
+from domainssl.objectives.base import Generators, Objective, Step
+from domainssl.objectives.student_parts import Crops, StudentEncoding, make_student
+from domainssl.objectives.view_steps import check_photometric, unit_values, view_of
+from domainssl.options import as_dataclass
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
+from domainssl.training.schedules import Progress, cosine
+
+__all__ = ["CropDraws", "CropTokens", "Rows"]
+
+GLOBALS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropDraws:
+    """Random choices of one step.
+
+    Attributes:
+        views: The large crops, then the small ones.
+        mask: Hidden patches of the student's large crops, bool (B, 2, N); None without masks.
+        most_hidden: Number of hidden patches that no batch of this size exceeds.
+    """
+
+    views: tuple[View, ...]
+    mask: Tensor | None
+    most_hidden: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropTokens:
+    """What student and teacher say about the crops of a batch.
+
+    Attributes:
+        student: Vectors of all crops, the large ones first, (2 + V, B, E).
+        teacher: Vectors of the large crops, (2, B, E), constants.
+        student_patches: Patches of the masked large crops, (2, B, N, E).
+        teacher_patches: Patches of the same crops without a mask, (2, B, N, E), constants.
+        mask: bool (2, B, N), True where the student's patch was hidden and holds data.
+        present: bool (B,), True where the item has the modality.
+        most_hidden: See `CropDraws`.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    student_patches: Tensor | None
+    teacher_patches: Tensor | None
+    mask: Tensor | None
+    present: Tensor
+    most_hidden: int
+
+    @property
+    def images(self) -> Tensor:
+        """Number of large crops of items that are there, ()."""
+        return GLOBALS * self.present.sum()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Hidden patches of a batch, in a number of rows that does not depend on the draws.
+
+    Attributes:
+        student: (R, E).
+        teacher: (R, E).
+        weight: One over the number of hidden patches of the row's crop, (R,); 0 fills up.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, tokens: CropTokens) -> Rows:
+        """Gather the hidden patches without waiting for the device to count them."""
+        assert tokens.student_patches is not None
+        assert tokens.teacher_patches is not None
+        assert tokens.mask is not None
+        mask = tokens.mask & tokens.present.unsqueeze(-1)
+        weight = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+        flat = mask.flatten()
+        count = min(tokens.most_hidden, len(flat))
+        order = (~flat).to(torch.uint8).argsort(stable=True)[:count]
+        return cls(
+            tokens.student_patches.flatten(0, 2)[order],
+            tokens.teacher_patches.flatten(0, 2)[order],
+            weight.flatten()[order].float(),
+        )
+
+
+class _StudentTeacher(Objective):
+    """Base of methods whose targets come from a running mean of the student.
+
+    A subclass builds its heads, calls `make_teacher`, and writes `terms`.
+
+    Args:
+        modalities: Exactly one.
+        encoding: What the backbone is built from.
+        crops: Sizes, number and changes of the crops.
+        masks: Which patches of the large crops are hidden from the student; None hides none.
+        momentum: Share of the teacher that a step keeps, at the start of the run; it rises to 1
+            by half a cosine.
+        context_size: Size of the window that the DataModule yields.
+        optimization: Optimiser and schedule.
+        execution: Seed, speed and memory.
+    """
+
+    backbone: Backbone
+    self_distilling: ClassVar[bool] = True
+    exported: ClassVar[str] = "teacher.backbone"
+    drops_invalid_patches: bool = True
+    teacher: nn.ModuleDict
+
+    def __init__(
+        self,
+        modalities: Mapping[str, Modality | Mapping[str, Any]],
+        encoding: StudentEncoding,
+        *,
+        crops: Crops,
+        masks: BlockMasks | None,
+        momentum: float,
+        context_size: int | tuple[int, ...],
+        optimization: Optimization,
+        execution: Execution,
+    ) -> None:
+        super().__init__(optimization=optimization, execution=execution, context_size=context_size)
+        known = as_modalities(modalities)
+        method = type(self).__name__
+        if len(known) != 1:
+            raise ConfigError(
+                f"{method} compares crops of one modality, the data have {list(known)}. Choose "
+                "one in the DataModule; a scan that may be CT or MR is one modality, `scan`."
+            )
+        if not 0 <= momentum <= 1:
+            raise ConfigError(
+                f"model.init_args.momentum: got {momentum!r}, expected a share in [0, 1]."
+            )
+        ((self.name, modality),) = known.items()
+        chosen = as_dataclass(StudentEncoding, encoding)
+        self.crops = as_dataclass(Crops, crops).fitted(modality, context_size, chosen)
+        self.masks = masks
+        self.momentum = momentum
+        self.progress = Progress()
+        self.backbone = make_student(known, chosen, self.crops, has_masks=masks is not None)
+        form = self.backbone.normalizer.forms[self.name]
+        for which in ("first", "second", "local"):
+            check_photometric(self.crops.views(which), form, f"crops.{which}")
+        if masks is not None and masks.fraction == 0:
+            raise ConfigError("model.init_args.masks.fraction: got 0, expected a share above 0.")
+
+    def make_teacher(self, **parts: nn.Module) -> None:
+        """Copy backbone and heads; the copies are never trained.
+
+        Args:
+            parts: Heads of the teacher by the name that the student's has in this module.
+        """
+        self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(self.backbone), **parts})
+        self.teacher.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> _StudentTeacher:
+        """Keep the teacher in evaluation mode: no dropout, batch norms by running statistics."""
+        super().train(mode)
+        if "teacher" in self._modules:
+            self.teacher.eval()
+        return self
+
+    def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield everything that is trained: there is one modality."""
+        yield from (p for p in self.parameters() if p.requires_grad)
+
+    def features(self, batch: Batch) -> Features:
+        """Return the teacher's features."""
+        features: Features = self.teacher["backbone"](batch)
+        return features
+
+    # -- crops ------------------------------------------------------------------------------
+
+    @property
+    def modality(self) -> Modality:
+        """The one modality."""
+        return self.backbone.modalities[self.name]
+
+    def draw(self, batch: Batch, generators: Generators) -> CropDraws:
+        """Draw the crops of every item and the hidden patches of the large ones."""
+        x, modality = batch[self.name], self.modality
+        generator, items, frames = generators.local, len(x), None
+        if modality.kind == "series":
+            frames = batch.get(key(self.name, "frames"))
+            if frames is None:
+                frames = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        window = tuple(x.shape[-modality.spatial_dims :])
+        views = tuple(
+            draw_view(self.crops.views(which), window, items, generator, frames, size)
+            for which, size in self.crops.plan()
+        )
+        mask, most = None, 0
+        if self.masks is not None:
+            grid = self.mask_grid()
+            flat = draw_block_masks(self.masks, grid, GLOBALS * items, generator)
+            mask = flat.view(items, GLOBALS, -1)
+            most = self.masks.most_tokens(GLOBALS * items, math.prod(grid))
+        return CropDraws(views=self.same_dates(views), mask=mask, most_hidden=most)
+
+    def same_dates(self, views: tuple[View, ...]) -> tuple[View, ...]:
+        """Change the dates of some crops; the base leaves every crop its own."""
+        return views
+
+    def mask_grid(self) -> tuple[int, ...]:
+        """Return the patches of a large crop per axis."""
+        patch = getattr(self.backbone, "patch_size", 1)
+        return grid_of(self.crops.large, patch, "crops.global_size")
+
+    def encode_crops(self, batch: Batch, draws: CropDraws) -> CropTokens:
+        """Cut the crops and encode them, those of one size in one pass."""
+        check_batch(batch, self.backbone.modalities, training=True)
+        values, usable = unit_values(self.backbone, batch, self.name)
+        cut = [
+            view_of(
+                self.backbone, batch, self.name, values, usable, view, self.crops.views(w), size
+            )
+            for view, (w, size) in zip(draws.views, self.crops.plan(), strict=True)
+        ]
+        present = present_mask(batch, self.name)
+        large = self._joined(cut[:GLOBALS], present)
+        small = self._joined(cut[GLOBALS:], present) if cut[GLOBALS:] else None
+        mask = None if draws.mask is None else draws.mask.transpose(0, 1)
+        return self.tokens(large, small, mask, present, draws.most_hidden)
+
+    def _joined(self, crops: list[dict[str, Tensor]], present: Tensor) -> dict[str, Tensor]:
+        """Lay crops of one size behind each other, (views · B, ...)."""
+        joined = {name: torch.cat([crop[name] for crop in crops]) for name in crops[0]}
+        joined[key(self.name, "present")] = present.repeat(len(crops))
+        return joined
+
+    def tokens(
+        self,
+        large: Mapping[str, Tensor],
+        small: Mapping[str, Tensor] | None,
+        mask: Tensor | None,
+        present: Tensor,
+        most_hidden: int,
+    ) -> CropTokens:
+        """Run student and teacher on normalised crops.
+
+        Args:
+            large: Both large crops of all items, (2·B, ...), view by view.
+            small: The small ones, (V·B, ...); None for none.
+            mask: Hidden patches of the large crops, bool (2, B, N); None for none.
+            present: bool (B,).
+            most_hidden: See `CropDraws`.
+        """
+        items = len(present)
+        replace = None if mask is None else {self.name: mask.flatten(0, 1)}
+        seen = self.backbone.encode(large, replace=replace)
+        vectors = [self.vector(seen)]
+        if small is not None:
+            vectors.append(self.vector(self.backbone.encode(small)))
+        with torch.no_grad():
+            target = self.teacher["backbone"].encode(large)  # type: ignore[operator]
+        found: dict[str, Any] = {"student_patches": None, "teacher_patches": None, "mask": None}
+        if mask is not None:
+            split = (GLOBALS, items)
+            valid = target.token_valid[self.name].unflatten(0, split)
+            found = {
+                "student_patches": seen.tokens[self.name].unflatten(0, split),
+                "teacher_patches": target.tokens[self.name].unflatten(0, split),
+                "mask": mask & valid if self.drops_invalid_patches else mask,
+            }
+        return CropTokens(
+            student=torch.cat(vectors).unflatten(0, (-1, items)),
+            teacher=self.vector(target).unflatten(0, (GLOBALS, items)),
+            present=present,
+            most_hidden=most_hidden,
+            **found,
+        )
+
+    def vector(self, features: Features) -> Tensor:
+        """Return the class token of a crop, or what stands for it, (B, E)."""
+        found = features.cls.get(self.name)
+        return features.pooled[self.name] if found is None else found
+
+    def terms(self, tokens: CropTokens) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the weighted losses, and what `after_step` and `monitors` need."""
+        raise NotImplementedError(f"{type(self).__name__} must implement terms(tokens).")
+
+    def forward(self, batch: Batch, draws: CropDraws, outputs: bool = False) -> Step:
+        """Compute the terms; items without the modality do not count."""
+        tokens = self.encode_crops(batch, draws)
+        losses, kept = self.terms(tokens)
+        kept |= {"vectors": tokens.teacher[0], "present": tokens.present}
+        if outputs:
+            kept["embeddings"] = {self.name: tokens.teacher[0]}
+        return Step(losses, kept)
+
+    # -- what follows a step ----------------------------------------------------------------
+
+    def momentum_now(self) -> float:
+        """Return the share of the teacher that this step keeps."""
+        return cosine(self.momentum, 1.0, self.progress.step, self.progress.total_steps)
+
+    def after_step(self, step: Step) -> None:
+        """Move the teacher towards the student; names that only one of them has stay alone."""
+        student = dict(self.named_parameters())
+        share = self.momentum_now()
+        ours: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for name, target in self.teacher.named_parameters():
+            if name in student:
+                ours.append(target)
+                theirs.append(student[name].detach())
+        torch._foreach_mul_(ours, share)
+        torch._foreach_add_(ours, theirs, alpha=1 - share)
+        buffers = dict(self.named_buffers())
+        for name, running in self.teacher.named_buffers():  # statistics of batch norms
+            if name in buffers and running.is_floating_point():
+                running.lerp_(buffers[name], 1 - share)
+
+    def monitors(self, step: Step) -> dict[str, Tensor]:
+        """Return the teacher's effective rank and spread over the batch, and its momentum."""
+        rows = step.outputs["vectors"].float()
+        present = step.outputs["present"]
+        unit = nn.functional.normalize(rows, dim=-1) * present.unsqueeze(-1)
+        count = all_reduce_sum(present.float().sum()).clamp(min=1)
+        mean = all_reduce_sum(unit.sum(0)) / count
+        squares = all_reduce_sum(((unit - mean).square() * present.unsqueeze(-1)).sum(0)) / count
+        return {
+            "teacher_rank": all_reduce_sum(effective_rank(rows, present)) / world_size(),
+            "teacher_std": squares.sqrt().mean() * rows.shape[1] ** 0.5,
+            "momentum": torch.tensor(self.momentum_now()),
+        }
+
+    # -- how far the run is -----------------------------------------------------------------
+
+    def _note_progress(self) -> None:
+        if self.total_steps is None:
+            return
+        trainer = self.trainer
+        per_epoch = max(1.0, trainer.num_training_batches / trainer.accumulate_grad_batches)
+        self.progress = Progress(
+            step=trainer.global_step,
+            total_steps=self.total_steps,
+            epoch=trainer.current_epoch,
+            total_epochs=max(1, math.ceil(self.total_steps / per_epoch)),
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Learn which step this is."""
+        self._note_progress()
+
+    def on_validation_start(self) -> None:
+        """Learn which step it is, also where a resumed run begins with a validation."""
+        self._note_progress()
