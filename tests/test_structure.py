@@ -273,3 +273,14 @@ def test_every_module_imports_without_the_extras_and_without_side_effects(tmp_pa
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) >= 20
     assert not list(tmp_path.iterdir()), "importing wrote files"
+
+
+def test_constructors_take_twelve_arguments_at_most() -> None:
+    long = []
+    for path in sources():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                count = len(node.args.args) + len(node.args.kwonlyargs) - 1
+                if count > 12:
+                    long.append(f"{path}:{node.lineno}: {count} arguments; put some into a group")
+    assert not long

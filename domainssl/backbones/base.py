@@ -235,6 +235,11 @@ class Backbone(Recorded, nn.Module):
         )
 
     @classmethod
+    def current_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the constructor arguments of a card or checkpoint as this version takes them."""
+        return dict(arguments)
+
+    @classmethod
     def from_reference(
         cls,
         state: Mapping[str, Any],

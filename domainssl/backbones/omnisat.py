@@ -32,7 +32,14 @@ from domainssl.nn.patching import (
 )
 from domainssl.options import as_dataclass
 
-__all__ = ["OmniSatBackbone", "SeriesArchitecture", "Traces", "flatten_reference", "published_name"]
+__all__ = [
+    "FusionArchitecture",
+    "OmniSatBackbone",
+    "SeriesArchitecture",
+    "Traces",
+    "flatten_reference",
+    "published_name",
+]
 
 Pool = Literal["mean", "cls"]
 Traces = dict[str, Any]  # "poolings": {image: [Pooled]}, "attention": {series: (B, T)}
@@ -64,6 +71,30 @@ class SeriesArchitecture:
     constant_date: int = 120
 
 
+@dataclass(frozen=True, kw_only=True)
+class FusionArchitecture:
+    """Sizes of the fusion.
+
+    Attributes:
+        depth: Self-attention blocks; a readout block follows.
+        heads: Attention heads.
+        ffn_ratio: Width of the feed-forward layers over the token width.
+        dropout: Of tokens and layers.
+        attention_dropout: Of the attention weights.
+        drop_path: Rate of dropped branches of the last block.
+        rpe_layout: `aligned` compares the patches of two tokens whatever their modality; `legacy`
+            lays the whole sequence on one square, as the published code does.
+    """
+
+    depth: int = 6
+    heads: int = 16
+    ffn_ratio: float = 4
+    dropout: float = 0.2
+    attention_dropout: float = 0.2
+    drop_path: float = 0.2
+    rpe_layout: RelativeLayout = "aligned"
+
+
 class OmniSatBackbone(Backbone):
     """Encode any of its modalities, all on one patch grid over the same footprint.
 
@@ -79,17 +110,10 @@ class OmniSatBackbone(Backbone):
         patch_size: Side of a patch in pixels or voxels per modality, one number or one per axis.
         grid: Patches along each axis, the same for all modalities.
         width: Token width.
-        depth: Self-attention blocks of the fusion; a readout block follows.
-        heads: Attention heads of the fusion.
-        ffn_ratio: Width of the feed-forward layers over `width`.
         groups: Groups of the normalisations of the image encoder.
-        dropout: Of the fusion.
-        attention_dropout: Of the attention weights of the fusion.
-        drop_path: Rate of dropped branches of the last block.
+        fusion: Sizes of the fusion.
         series: Sizes of the temporal encoders.
         calendar: How days are counted, one for all or one per series.
-        rpe_layout: `aligned` compares the patches of two tokens whatever their modality; `legacy`
-            lays the whole sequence on one square, as the published code does.
         attend_to_padding: Let padded and invalid dates enter attention and statistics, as zeros
             of day 0, as the published code does.
         pool: `pooled["joint"]` is the mean of the valid fused tokens, or the class token.
@@ -102,11 +126,10 @@ class OmniSatBackbone(Backbone):
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "omnisat_tiny": {
             "width": 32,
-            "depth": 2,
-            "heads": 4,
+            "fusion": {"depth": 2, "heads": 4},
             "series": {"heads": 4, "widths_in": [16, 32], "widths_out": [32, 32]},
         },
-        "omnisat_base": {"width": 256, "depth": 6, "heads": 16},
+        "omnisat_base": {"width": 256, "fusion": {"depth": 6, "heads": 16}},
     }
     forward_methods: ClassVar[tuple[str, ...]] = ("encode", "encode_sensors", "fuse")
 
@@ -116,16 +139,10 @@ class OmniSatBackbone(Backbone):
         patch_size: Mapping[str, int | tuple[int, ...]],
         grid: tuple[int, ...],
         width: int = 256,
-        depth: int = 6,
-        heads: int = 16,
-        ffn_ratio: float = 4,
         groups: int = 4,
-        dropout: float = 0.2,
-        attention_dropout: float = 0.2,
-        drop_path: float = 0.2,
+        fusion: FusionArchitecture | Mapping[str, Any] = FusionArchitecture(),
         series: SeriesArchitecture | Mapping[str, Any] = SeriesArchitecture(),
         calendar: Calendar | Mapping[str, Any] = Calendar(),
-        rpe_layout: RelativeLayout = "aligned",
         attend_to_padding: bool = False,
         pool: Pool = "mean",
         normalization: str | dict[str, str] = "zscore",
@@ -147,9 +164,10 @@ class OmniSatBackbone(Backbone):
                     name, modality.num_channels * math.prod(patch), width
                 )
             self.add_module(f"projector_{name}", encoder)
+        sizes = as_dataclass(FusionArchitecture, fusion)
         self.combiner = Combiner(
-            width, depth, heads, self.grid, ffn_ratio, dropout, attention_dropout, drop_path,
-            rpe_layout, self._proportions(),
+            width, sizes.depth, sizes.heads, self.grid, sizes.ffn_ratio, sizes.dropout,
+            sizes.attention_dropout, sizes.drop_path, sizes.rpe_layout, self._proportions(),
         )  # fmt: skip
         self.embed_dim = dict.fromkeys([*self.modalities, "joint"], width)
 
@@ -343,6 +361,13 @@ class OmniSatBackbone(Backbone):
             grid={**features.grid, "joint": self.grid},
             token_valid={**features.token_valid, "joint": anywhere},
         )
+
+    @classmethod
+    def current_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Move the sizes of the fusion into their group, where older cards have them flat."""
+        flat = {field.name for field in dataclasses.fields(FusionArchitecture)} & set(arguments)
+        kept = {name: value for name, value in arguments.items() if name not in flat}
+        return {**kept, "fusion": {n: arguments[n] for n in flat}} if flat else kept
 
     @classmethod
     def from_reference(

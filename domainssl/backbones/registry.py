@@ -313,7 +313,7 @@ def _load_export(path: Path) -> Backbone:
         also=(SafetensorError,),
     ):
         tensors = load_safetensors_bytes(content)
-        backbone = cls(**card.arguments)
+        backbone = cls(**cls.current_arguments(card.arguments))
         backbone.load_state_dict(tensors, strict=True)
     return backbone
 
@@ -335,7 +335,7 @@ def _load_checkpoint(path: Path) -> Backbone:
         kind=WeightsError,
         advice="Use the version that wrote the checkpoint, or another checkpoint.",
     ):
-        backbone = cls(**facts["arguments"])
+        backbone = cls(**cls.current_arguments(facts["arguments"]))
         state = {
             name.removeprefix(prefix): tensor
             for name, tensor in content["state_dict"].items()

@@ -44,6 +44,7 @@ from domainssl.objectives.omnisat_parts import (
     OmniSatArchitecture,
     OmniSatEncoding,
     SeriesDecoder,
+    backbone_sizes,
     check_shares,
     decoder_name,
     patch_grid,
@@ -184,9 +185,8 @@ class OmniSat(Objective):
         variant: dict[str, Any] = {
             "patch_size": sides,
             "grid": patch_grid(known, sides, encoding.grid),
-            **{n: v for n, v in vars(sizes).items() if n != "decoder_widths"},
+            **backbone_sizes(sizes, self.options.rpe_layout),
             "calendar": encoding.calendar,
-            "rpe_layout": self.options.rpe_layout,
             "attend_to_padding": self.options.attend_to_padding,
             "pool": self.options.pool,
             "normalization": encoding.normalization,

@@ -18,6 +18,7 @@ __all__ = [
     "OmniSatArchitecture",
     "OmniSatEncoding",
     "SeriesDecoder",
+    "backbone_sizes",
     "Size",
     "check_shares",
     "decoder_name",
@@ -129,6 +130,13 @@ def sizes_of(encoding: OmniSatEncoding) -> OmniSatArchitecture:
     sizes = named_sizes(_SIZES, encoding.size, encoding.architecture, "OmniSat")
     series = as_dataclass(SeriesArchitecture, cast(Any, sizes.series))
     return replace(sizes, series=series)
+
+
+def backbone_sizes(sizes: OmniSatArchitecture, layout: str | None) -> dict[str, Any]:
+    """Return the sizes as the backbone takes them, those of its fusion in a group."""
+    given = {name: value for name, value in vars(sizes).items() if name != "decoder_widths"}
+    own = {name: given.pop(name) for name in ("width", "groups", "series")}
+    return {**own, "fusion": {**given, "rpe_layout": layout}}
 
 
 def patch_sizes(

@@ -26,7 +26,7 @@ from domainssl.objectives.omnisat import OmniSat, OmniSatArchitecture
 from domainssl.training.execution import Execution
 
 SERIES = {"heads": 4, "widths_in": [16, 32], "widths_out": [32, 32]}
-SIZES = {"width": 32, "depth": 1, "heads": 4, "series": SERIES}
+SIZES = {"width": 32, "fusion": {"depth": 1, "heads": 4}, "series": SERIES}
 
 
 def modalities(order: tuple[str, ...] = ("aerial", "s2", "s1")) -> dict[str, Modality]:
@@ -137,7 +137,9 @@ def test_distances_between_patches_fall_into_the_published_buckets() -> None:
 def test_a_sequence_whose_length_is_a_square_works_in_both_layouts() -> None:
     given = {k: v for k, v in batch().items() if k.startswith("s2")}
     for layout in ("aligned", "legacy"):
-        model = backbone(("s2",), rpe_layout=layout, grid=(3, 1))  # 1 + 3 tokens
+        model = backbone(
+            ("s2",), fusion={"depth": 1, "heads": 4, "rpe_layout": layout}, grid=(3, 1)
+        )  # 1 + 3 tokens
         x = {**given, "s2": given["s2"][..., :1]}
         assert model(x).tokens["joint"].shape == (2, 3, 32)
 
@@ -309,3 +311,12 @@ def test_another_footprint_and_missing_dates_are_refused() -> None:
         model({"s2": given["s2"]})
     with pytest.raises(ConfigError, match="pass `replace`"):
         model.encode(given, keep={"s2": torch.zeros(2, 1, dtype=torch.long)})
+
+
+def test_cards_with_the_sizes_of_the_fusion_laid_flat_still_build_the_backbone() -> None:
+    model = backbone()
+    flat = {k: v for k, v in model.arguments.items() if k != "fusion"} | model.arguments["fusion"]
+    again = OmniSatBackbone(**OmniSatBackbone.current_arguments(flat))
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert again.arguments == model.arguments
+    assert OmniSatBackbone.current_arguments(model.arguments) == model.arguments

@@ -390,7 +390,8 @@ def test_one_slice_with_flat_patches_is_fused_like_an_image() -> None:
     torch.manual_seed(0)
     known = {n: Modality(n, "image", ("a",), "arbitrary", (12, 8)) for n in ("t1", "t2")}
     slabs = {n: Modality(n, "volume", ("a",), "arbitrary", (12, 8, 1)) for n in known}
-    sizes = {"width": 16, "depth": 1, "heads": 2, "normalization": "identity"}
+    fusion = {"depth": 1, "heads": 2}
+    sizes = {"width": 16, "fusion": fusion, "normalization": "identity"}
     flat = OmniSatBackbone(known, dict.fromkeys(known, 4), (3, 2), **sizes).eval()
     deep = OmniSatBackbone(slabs, dict.fromkeys(known, (4, 4, 1)), (3, 2, 1), **sizes).eval()
     for parameter in flat.parameters():  # relative tables and queries begin at zero
