@@ -175,7 +175,7 @@ class VolumeDataModule(DomainDataModule):
         self.label_names = self._classes(found.exams)
         self.prepared = self._prepared(found.exams)
         if self.exams.id_table is not None and self._rank == 0:
-            write_table(self.exams.id_table, found.exams, self.exams.ids)
+            write_table(self.exams.id_table, found.exams, self._ids)
         sources: dict[str, Source] = {
             split: self._source(part, is_training=split == "train")
             for split, part in self.splits.items()
@@ -190,7 +190,7 @@ class VolumeDataModule(DomainDataModule):
         numbers = {name: i for i, name in enumerate(names or ())}
         return VolumeSource(
             exams=exams,
-            ids=ids_of([exam.id for exam in exams], self.exams.ids),
+            ids=ids_of([exam.id for exam in exams], self._ids),
             modalities=self._modalities,
             contrasts=self.contrasts,
             window=self.window,
@@ -202,6 +202,11 @@ class VolumeDataModule(DomainDataModule):
             prepared=self.prepared,
             keys=[] if self.prepared is None else [key_of(e, self.prepared.cache) for e in exams],
         )
+
+    @property
+    def _ids(self) -> str:
+        """How exams are named: phantoms have nothing to protect."""
+        return "plain" if self.root.startswith("sample:") else self.exams.ids
 
     @property
     def _has_masks(self) -> bool:
@@ -262,7 +267,7 @@ class VolumeDataModule(DomainDataModule):
     @property
     def withheld(self) -> tuple[str, ...]:
         """Root, table and patients, unless ids are plain."""
-        if self.exams.ids == "plain" or self.root.startswith("sample:"):
+        if self._ids == "plain":
             return ()
         texts = [self.root, self.exams.manifest or "", "held_out.patients"]
         return tuple(text for text in (*texts, *self.held_out.patients) if len(text) > 2)

@@ -89,7 +89,7 @@ class ExamFiles:
             empty takes the column `patient`, or the first folder below the root.
         id_table: CSV file to write that tells which id is which exam and patient; None writes none.
         ids: `hashed` ids tell nothing about names of files and patients; `plain` is for public
-            data.
+            data, as the embedded samples have them.
     """
 
     layout: str = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def holding(folder: Path, *words: str) -> list[str]:
 def test_no_file_of_a_run_names_a_patient(
     cli, clinic: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--config", RECIPE, f"--data.root={clinic}", "--data.exams.ids=hashed"]
+    words = ["--config", RECIPE, f"--data.root={clinic}"]
     words += ["--data.held_out.val_fraction=0.4", "--data.global_batch_size=4"]
     words += ["--data.preparation.cache=memmap", "--data.preparation.cache_dir=kept"]
     monkeypatch.setattr("sys.argv", ["domainssl", "fit", *words])
@@ -53,7 +54,7 @@ def test_no_file_of_a_run_names_a_patient(
     named = {found.split(":")[0] for found in holding(folder / "run", str(clinic))}
     assert named == {str(folder / "run" / "config.yaml")}  # the configuration is the user's own
     (clinic / "Miller05" / "ct.nii.gz").write_bytes(b"no scan")
-    stats = ["stats", *words[:4], "--jobs", "0", "--data.held_out.val_fraction=0"]
+    stats = ["stats", *words[:3], "--jobs", "0", "--data.held_out.val_fraction=0"]
     refused = cli(*stats)
     assert refused.status == 2 and "Miller05" in refused.err
     measured = cli(*stats, "--skip_bad")
@@ -90,3 +91,10 @@ def test_a_table_of_ids_is_written_where_the_user_asks_for_it(clinic: Path, tmp_
     source = data.source("val")
     assert len(rows) == 12
     assert [rows[i]["exam"] for i in source.ids] == [e.id for e in source.exams]  # type: ignore[attr-defined]
+
+
+def test_phantoms_keep_their_names() -> None:
+    sample = VolumeDataModule("sample:petct")
+    sample.setup("fit")
+    assert not sample.withheld
+    assert all(not re.fullmatch("[0-9a-f]{16}", i) for i in sample.source("val").ids)  # type: ignore[attr-defined]
