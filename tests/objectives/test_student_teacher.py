@@ -1,4 +1,4 @@
-"""DINO: who learns and who follows, on images, series and volumes."""
+"""DINO and SimDINO: who learns and who follows, on images, series and volumes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from domainssl.modality import Batch, Modality
 from domainssl.nn.views import Views
 from domainssl.objectives.base import Generators
 from domainssl.objectives.dino import DINO, DINOHead, DINOOptions, DINOTeacher
+from domainssl.objectives.simdino import SimDINO, SimDINOHead
 from domainssl.objectives.student_parts import Crops, StudentArchitecture, StudentEncoding
 from domainssl.training.schedules import Progress
 
@@ -47,6 +48,11 @@ def dino(kind: str = "image", **changes: Any) -> DINO:
     return DINO(**{**common(kind, **encoding), "head": sizes, **changes})
 
 
+def simdino(kind: str = "image", **changes: Any) -> SimDINO:
+    sizes = SimDINOHead(hidden=16, bottleneck=8)
+    return SimDINO(**{**common(kind), "head": sizes, **changes})
+
+
 def batch_of(kind: str, items: int = 4, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     frames = (3,) if kind == "series" else ()
@@ -61,7 +67,7 @@ def generators(seed: int = 1) -> Generators:
     return Generators(*(torch.Generator().manual_seed(seed + i) for i in (0, 1)))
 
 
-def step_of(model: DINO, batch: Batch, seed: int = 1) -> Any:
+def step_of(model: DINO | SimDINO, batch: Batch, seed: int = 1) -> Any:
     return model(batch, model.draw(batch, generators(seed)))
 
 
@@ -79,6 +85,16 @@ def test_dino_with_masked_patches_trains_the_student_alone(kind: str) -> None:
     assert all(p.grad is None and not p.requires_grad for p in model.teacher.parameters())
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(trained)
     assert "backbone.mask_token" in trained
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_simdino_trains_the_student_alone(kind: str) -> None:
+    model = simdino(kind, loss_weights={"patch": 1.0})
+    step = step_of(model, batch_of(kind))
+    assert set(step.losses) == {"compression", "expansion", "patch"}
+    total(step.losses).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.teacher.parameters())
 
 
 def test_the_teacher_moves_by_its_share_and_is_what_users_get() -> None:

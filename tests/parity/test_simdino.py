@@ -14,6 +14,9 @@ from torch import Tensor
 from domainssl.distributed import rank
 from domainssl.losses.coding_rate import coding_rate, masked_agreement, view_agreement
 from domainssl.nn.heads import BottleneckHead
+from domainssl.objectives.simdino import SimDINO, SimDINOHead, SimDINOOptions
+from domainssl.objectives.student_parts import Crops, StudentArchitecture, StudentEncoding
+from domainssl.objectives.student_teacher import CropTokens
 
 GOLDEN = ("simdino",)
 FILES = [path for prefix in GOLDEN for path in golden_files(prefix)]
@@ -170,3 +173,75 @@ def test_the_mean_over_ranks_is_one_process_with_all_rows(golden: Golden) -> Non
         )  # fmt: skip
         mean = sum(golden[f"two_ranks/rank{r}/reduce1/expa{kind}/loss"] for r in (0, 1)) / 2
         close(whole["loss"], torch.as_tensor(mean))
+
+
+def objective(golden: Golden, name: str) -> SimDINO:
+    """Build a SimDINO whose heads are those of a file; its backbone is not used."""
+    c, wanted = golden.config, golden.config["objectives"][name]
+    image = {"name": "x", "kind": "image", "channels": ["a"], "value_unit": "arbitrary"}
+    model = SimDINO(
+        {"x": image},
+        encoding=StudentEncoding(
+            size="tiny",
+            architecture=StudentArchitecture(width=c["D"], depth=1, heads=1),
+            patch_size=4,
+            normalization="identity",
+        ),
+        crops=Crops(local_count=c["V"]),
+        head=SimDINOHead(
+            hidden=c["hidden"], bottleneck=c["bottleneck"], separate_patches=wanted["separate_head"]
+        ),
+        eps=c["eps_v2"],
+        loss_weights={
+            "compression": wanted["coeff"],
+            "patch": wanted["ibot_weight"],
+            "koleo": wanted["koleo"],
+        },
+        context_size=16,
+        options=SimDINOOptions(
+            expansion_of="mean" if wanted["expa_type"] else "student", agreement="product"
+        ),
+    )
+    for who, owner in (("student", model), ("teacher", model.teacher)):
+        for theirs, ours in (("dino_head", "head"), ("ibot_head", "patch_head")):
+            state = golden.below(f"objective/{name}/state/{who}.{theirs}.")
+            if state:
+                owner.get_submodule(ours).load_state_dict(state)
+    return model
+
+
+def test_simdinov2_objectives(golden: Golden) -> None:
+    for name, wanted in golden.config["objectives"].items():
+        model, b, here = objective(golden, name), golden.config["B"], f"objective/{name}"
+        inputs = {
+            n: golden[f"{here}/in/{n}"].clone().requires_grad_(n.startswith("student"))
+            for n in (
+                "student_cls", "student_local", "student_patch", "teacher_cls", "teacher_patch",
+            )
+        }  # fmt: skip
+        mask = golden[f"{here}/in/mask"].unflatten(0, (2, b))
+        student = torch.cat([inputs["student_cls"], inputs["student_local"]])
+        tokens = CropTokens(
+            student=student.unflatten(0, (-1, b)),
+            teacher=inputs["teacher_cls"].unflatten(0, (2, b)),
+            student_patches=inputs["student_patch"].unflatten(0, (2, b)),
+            teacher_patches=inputs["teacher_patch"].unflatten(0, (2, b)),
+            mask=mask,
+            present=torch.ones(b, dtype=torch.bool),
+            most_hidden=int(mask.sum()) + 3,
+        )
+        losses, _ = model.terms(tokens)
+        total = torch.stack(list(losses.values())).sum()
+        total.backward()
+        logged = golden.below(f"{here}/logged/")
+        close(total.detach(), logged["total_loss"])
+        close(-losses["compression"].detach() / wanted["coeff"], logged["dino_mcr_comp_loss"])
+        close(-losses["expansion"].detach(), logged["dino_mcr_expa_loss"])
+        close(losses["patch"].detach() / wanted["ibot_weight"], logged["ibot_comp_loss"])
+        for parameter, gradient in golden.below(f"{here}/grad/").items():
+            if parameter in inputs:
+                close_gradient(inputs[parameter].grad, gradient)
+            else:
+                head, rest = parameter.split(".", 1)
+                ours = {"dino_head": "head", "ibot_head": "patch_head"}[head]
+                close_gradient(model.get_parameter(f"{ours}.{rest}").grad, gradient)
