@@ -272,7 +272,8 @@ class MultiContrastBackbone(Backbone):
             "monai", "blocks", "norm",
         )  # fmt: skip
         tensors = {f"transformer.{n}": t for n, t in blocks.items()}
-        tensors["class_token"] = flat.get("cls_token", torch.empty(0))
+        if "cls_token" in flat:
+            tensors["class_token"] = flat["cls_token"]
         used = set()
         for name in backbone.modalities:
             tensors |= backbone._read_tokenizer(flat, name)
@@ -294,10 +295,12 @@ class MultiContrastBackbone(Backbone):
                     f"{name}: the file's positions are not the sine-cosine table of a grid of "
                     f"{grid} patches: they are for another size of volume."
                 )
-        weight = flat[f"{prefix}.patch_embeddings.weight"]
+        weight, bias = (flat.get(f"{prefix}.patch_embeddings.{k}") for k in ("weight", "bias"))
+        if weight is None or bias is None:
+            return {}  # told as missing by the report
         return {
             f"embed.{name}.weight": patch_weight(weight, modality.num_channels, self.patch_size),
-            f"embed.{name}.bias": flat[f"{prefix}.patch_embeddings.bias"],
+            f"embed.{name}.bias": bias,
         }
 
     def to_reference(self) -> dict[str, Tensor]:

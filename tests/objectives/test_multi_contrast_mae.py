@@ -188,6 +188,10 @@ def test_files_that_call_a_contrast_otherwise_are_read(tmp_path: Any) -> None:
     again = mae(weights=str(tmp_path / "bmmae.pth"))
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    part = {n: t for n, t in state.items() if "embeddings.bias" not in n}
+    torch.save(part, tmp_path / "part.pth")
+    with pytest.raises(WeightsError, match=r"missing in the file: 2 \(embed\.t1\.weight"):
+        mae(modalities(("t1",)), weights=str(tmp_path / "part.pth"))
     with pytest.raises(WeightsError, match="no contrast 't2'"):
         mae(modalities(("t1", "t2")), weights=str(tmp_path / "bmmae.pth"))
     with pytest.raises(WeightsError, match="no state dict of BM-MAE"):
