@@ -23,9 +23,12 @@ from domainssl.objectives.barlow_twins import BarlowTwins
 from domainssl.objectives.base import Objective
 from domainssl.objectives.clip import CLIP
 from domainssl.objectives.decur import DeCUR
+from domainssl.objectives.dino import DINO, DINOHead
 from domainssl.objectives.maestro import MAESTRO, MAESTROEncoding
 from domainssl.objectives.omnisat import OmniSat, OmniSatEncoding
 from domainssl.objectives.simclr import SimCLR
+from domainssl.objectives.simdino import SimDINO, SimDINOHead
+from domainssl.objectives.student_parts import Crops, StudentEncoding
 from domainssl.objectives.vicreg import VICReg
 
 __all__ = ["measure"]
@@ -110,7 +113,27 @@ def _cases(settings: Settings) -> dict[str, _Case]:
         2,
         words,
     )
-    return cases
+    return cases | _students(settings, {"s2": pair["s2"]}, side)
+
+
+def _students(settings: Settings, modality: dict[str, Any], side: int) -> dict[str, _Case]:
+    """Return DINO and SimDINO, with masked patches, on one modality."""
+    size: Any = "tiny" if settings.quick else "small"
+    shared: dict[str, Any] = {
+        "encoding": StudentEncoding(size=size, patch_size=16 if side > 32 else 8),
+        "crops": Crops(local_count=2 if settings.quick else 8, local_size=side // 2 // 16 * 16),
+        "loss_weights": {"patch": 1.0},
+        "context_size": side,
+    }
+    dino, simdino = DINOHead(), SimDINOHead()
+    if settings.quick:
+        dino = DINOHead(prototypes=64, hidden=32, bottleneck=16)
+        simdino = SimDINOHead(hidden=32, bottleneck=16)
+    words = f"ViT {size}, two crops of {side} px and {shared['crops'].local_count} of half of it"
+    return {
+        "DINO": _Case(lambda: DINO(modality, head=dino, **shared), 4, words),
+        "SimDINO": _Case(lambda: SimDINO(modality, head=simdino, **shared), 4, words),
+    }
 
 
 def _footprint() -> dict[str, Modality]:

@@ -248,3 +248,35 @@ def test_several_modalities_and_tables_without_a_size_are_refused() -> None:
             architecture=ViTArchitecture(positions="learned"),
             normalization="identity",
         )
+
+
+@pytest.mark.parametrize("layout", ["dino", "dinov2", "student_of_dino", "module"])
+def test_students_and_teachers_of_dino_give_the_teachers_features(layout: str) -> None:
+    torch.manual_seed(0)
+    image = {"x": Modality("x", "image", ("a", "b"), "arbitrary", size=(16, 16))}
+    sizes = {"width": 24, "depth": 1, "heads": 2, "positions": "learned", "mask_token": True}
+    arguments = {
+        "architecture": {**sizes, "pooling": "class"}, "patch_size": 4, "image_size": 16,
+        "normalization": "identity",
+    }  # fmt: skip
+    ours = ViTBackbone(image, **arguments).eval()  # type: ignore[arg-type]
+    plain = {**ours.to_reference(), "mask_token": torch.ones(1, 24)}
+    other = {n: torch.zeros_like(t) for n, t in plain.items()}
+    head = {"head.mlp.0.weight": torch.zeros(3, 24)}
+
+    def below(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"{prefix}{n}": t for n, t in state.items()}
+
+    teacher = below("backbone.", plain) | head
+    files: dict[str, dict[str, Any]] = {
+        "dino": {"teacher": teacher, "student": below("module.backbone.", other), "epoch": 3},
+        "dinov2": {"model": below("teacher.backbone.", plain) | below("student.backbone.", other)},
+        "student_of_dino": below("module.backbone.", plain) | below("module.", head),
+        "module": below("module.", plain),
+    }
+    loaded, report = ViTBackbone.from_reference(files[layout], arguments, image)
+    assert not report.missing
+    assert float(loaded.mask_token.detach().sum()) == 24  # type: ignore[union-attr]
+    x = {"x": torch.randn(2, 2, 16, 16), "x.valid": torch.ones(2, 16, 16, dtype=torch.bool)}
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(x).pooled["x"], ours(x).pooled["x"])
