@@ -52,9 +52,9 @@ def learning_criteria(
 
     Every modality alone and all together (`joint`) has to reach the untrained backbone's probe
     plus 0.05 and to beat the one on statistics per band; subsets in between are reported but not
-    judged. A contrastive method has to retrieve at 10 times chance in every direction. One that
-    learns from its own teacher, which could give all items one answer, has to keep half of the
-    untrained backbone's effective rank.
+    judged. A contrastive method has to retrieve at 10 times chance in every direction, where there
+    are two modalities to retrieve between. One that learns from its own teacher, which could give
+    all items one answer, has to keep half of the untrained backbone's effective rank.
 
     Args:
         metrics: `val/probe/<m>`, `val/untrained/probe/<m>`, `val/raw/probe/<m>` and, for
@@ -92,7 +92,8 @@ def learning_criteria(
             rank, before = (_metric(metrics, f"{p}rankme/{name}") for p in _RANKS)
             needed = before * RANK_SHARE
             found.append(Criterion(f"effective rank of {name} over half", rank, needed))
-    return found + (_retrieval(metrics, items) if contrastive else [])
+    can_retrieve = len(set(judged) - {"joint"}) > 1
+    return found + (_retrieval(metrics, items) if contrastive and can_retrieve else [])
 
 
 def _retrieval(metrics: Mapping[str, float], items: int) -> list[Criterion]:

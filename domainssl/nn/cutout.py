@@ -131,13 +131,16 @@ def box_noise(boxes: Boxes, noise: Tensor, cutout: CutOut) -> Tensor:
     """
     size = noise.shape[2:]
     spans = [high - 1 for _, high in side_ranges(size, cutout)]
-    grid = torch.cartesian_prod(*(torch.arange(n, device=noise.device) for n in spans))
-    place = boxes.start.unsqueeze(2) + grid.view(-1, len(size))  # (B, K, P, D)
-    inside = (place < boxes.stop.unsqueeze(2)).all(-1) & boxes.used.unsqueeze(2)
-    flat = torch.zeros_like(place[..., 0])
-    for axis, side in enumerate(size):
-        flat = flat * side + place[..., axis].clamp(max=side - 1)
-    flat = torch.where(inside, flat, 0).flatten(1)  # (B, K·P)
+    flat = boxes.start.new_zeros(boxes.used.shape).view(*boxes.used.shape, *[1] * len(size))
+    inside = boxes.used.view(flat.shape)
+    for axis, (span, side) in enumerate(zip(spans, size, strict=True)):
+        steps = torch.arange(span, device=noise.device).view(-1, *[1] * (len(size) - 1 - axis))
+        rest = [1] * len(size)
+        place = boxes.start[..., axis].view(*boxes.used.shape, *rest) + steps
+        inside = inside & (place < boxes.stop[..., axis].view(*boxes.used.shape, *rest))
+        flat = flat * side + place.clamp(max=side - 1)
+    inside = inside.flatten(2)  # (B, K, P)
+    flat = torch.where(inside, flat.flatten(2), 0).flatten(1)  # (B, K·P)
 
     def extreme(values: Tensor, sign: int) -> Tensor:
         found = (sign * values).flatten(1).gather(1, flat).view(inside.shape)

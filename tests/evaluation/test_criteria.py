@@ -91,3 +91,8 @@ def test_a_method_with_a_teacher_keeps_half_of_the_untrained_rank():
     ranks["val/rankme/s2"] = 4.9
     judged = learning_criteria(metrics(**ranks), 64, contrastive=False, self_distilling=True)
     assert [c.name for c in judged if not c.passed] == ["effective rank of s2 over half"]
+
+
+def test_retrieval_is_not_asked_where_there_is_one_modality():
+    found = {"val/probe/ct": 0.6, "val/untrained/probe/ct": 0.5, "val/raw/probe/ct": 0.5}
+    assert missed(found) == [] and len(learning_criteria(found, 64, contrastive=True)) == 2
