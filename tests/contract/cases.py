@@ -29,9 +29,12 @@ def _recipes() -> dict[str, dict[str, Any]]:
 
 
 def _uses(section: str) -> dict[str, str]:
-    """Return the first recipe that uses each class, by class name."""
+    """Return the first recipe that uses each class, by class name; contrasts of MR come last.
+
+    MAESTRO and OmniSat are thus tried on series, whose dates volumes have not.
+    """
     found: dict[str, str] = {}
-    for name, recipe in _recipes().items():
+    for name, recipe in sorted(_recipes().items(), key=lambda item: item[0].startswith("mri_")):
         found.setdefault(recipe[section]["class_path"].rsplit(".", 1)[-1], name)
     return found
 
