@@ -18,6 +18,7 @@ __all__ = [
     "compile_variants",
     "conv_with_bias",
     "end_workers",
+    "follow",
     "has_ended_worker",
     "has_workers",
     "register_container",
@@ -49,6 +50,12 @@ def end_workers(loader: Any) -> None:
     """
     if has_workers(loader):
         loader._iterator._shutdown_workers()
+
+
+def follow(targets: Sequence[Tensor], sources: Sequence[Tensor], share: float) -> None:
+    """Move targets towards sources in place: share · target + (1 - share) · source."""
+    torch._foreach_mul_(list(targets), share)
+    torch._foreach_add_(list(targets), list(sources), alpha=1 - share)
 
 
 def has_ended_worker(loader: Any, timeout_s: float) -> bool:

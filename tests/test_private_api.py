@@ -174,7 +174,7 @@ class Looking(TinyObjective):
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
     """Four batches, a log every second optimiser step of two batches."""
-    model, watch = Looking(tiny_modalities(), allow_accumulation=True), Watch()
+    model, watch = Looking(tiny_modalities(), execution={"allow_accumulation": True}), Watch()
     assert _lightning.attached_trainer(model) is None
     trainer = tiny_trainer(
         tmp_path_factory.mktemp("watched"), max_epochs=1, accumulate_grad_batches=2,

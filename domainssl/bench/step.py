@@ -165,14 +165,14 @@ class _TabledBias(DistanceBias):
         return self._full[torch.float32]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, *, path: str = "") -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **_: Any) -> Tensor:
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))
     if bias is not None:
         scores = scores + bias.full(scores.dtype)
     return scores.softmax(-1) @ v
 
 
-def _values(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, *, path: str = "") -> Tensor:
+def _values(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **_: Any) -> Tensor:
     return v
 
 

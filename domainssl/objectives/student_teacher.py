@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from domainssl._torch import follow
 from domainssl.backbones.base import Backbone, Features
 from domainssl.distributed import all_reduce_sum, world_size
 from domainssl.errors import ConfigError
@@ -192,7 +193,7 @@ class _StudentTeacher(Objective):
     def train(self, mode: bool = True) -> _StudentTeacher:
         """Keep the teacher in evaluation mode: no dropout, batch norms by running statistics."""
         super().train(mode)
-        if "teacher" in self._modules:
+        if hasattr(self, "teacher"):  # Lightning's constructor calls this before there is one
             self.teacher.eval()
         return self
 
@@ -340,8 +341,7 @@ class _StudentTeacher(Objective):
             if name in student:
                 ours.append(target)
                 theirs.append(student[name].detach())
-        torch._foreach_mul_(ours, share)
-        torch._foreach_add_(ours, theirs, alpha=1 - share)
+        follow(ours, theirs, share)
         buffers = dict(self.named_buffers())
         for name, running in self.teacher.named_buffers():  # statistics of batch norms
             if name in buffers and running.is_floating_point():
