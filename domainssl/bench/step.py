@@ -165,14 +165,14 @@ class _TabledBias(DistanceBias):
         return self._full[torch.float32]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **_: Any) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **how: Any) -> Tensor:
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(q.shape[-1]))
     if bias is not None:
         scores = scores + bias.full(scores.dtype)
     return scores.softmax(-1) @ v
 
 
-def _values(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **_: Any) -> Tensor:
+def _values(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **how: Any) -> Tensor:
     return v
 
 
@@ -189,7 +189,7 @@ def materialised(side: int) -> Iterator[None]:
             yield
 
 
-def _unbiased(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, *, path: str = "") -> Tensor:
+def _unbiased(q: Tensor, k: Tensor, v: Tensor, bias: Any = None, **how: Any) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
