@@ -27,7 +27,13 @@ from dicom_files import (
 )
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import ExplicitVRBigEndian, HTJ2KLossless, JPEG2000Lossless, RLELossless
+from pydicom.uid import (
+    ExplicitVRBigEndian,
+    HTJ2KLossless,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    RLELossless,
+)
 from scan_files import at
 
 from domainssl.errors import DataError
@@ -349,6 +355,29 @@ def test_compressed_pixels_have_the_sign_of_the_header(tmp_path: Path) -> None:
     for name in ("rle", "j2k"):
         scan = read_scan(tmp_path / name)
         assert at(scan, affine_of(start=(0, 0, 0)), (1, 2, 0)) == tissue[2, 1], name
+
+
+@pytest.mark.parametrize(
+    ("kind", "syntax"), [("JPEG2000", JPEG2000Lossless), ("JPEG", JPEGBaseline8Bit)]
+)
+def test_a_compressed_image_of_another_size_is_not_decoded(
+    tmp_path: Path, kind: str, syntax: str
+) -> None:
+    for side in (5, 3000):
+        written = io.BytesIO()
+        more = {"irreversible": False, "no_jp2": True} if kind == "JPEG2000" else {}
+        Image.new("L", (4 if side == 5 else side, side), 90).save(written, kind, **more)
+        file = write_slice(tmp_path / "a", plane(0), save=False, intercept=0, signed=False)
+        file.BitsAllocated, file.BitsStored, file.HighBit = 8, 8, 7
+        file.file_meta.TransferSyntaxUID = syntax
+        file.PixelData = encapsulate([written.getvalue()])
+        file["PixelData"].VR = "OB"
+        file.save_as(tmp_path / "a")
+        if side == 5:
+            assert (read_scan(tmp_path / "a").values == 90).all()
+            continue
+        with pytest.raises(DataError, match="compressed image has 3000 × 3000 pixels.* 5 × 4"):
+            read_scan(tmp_path / "a")
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

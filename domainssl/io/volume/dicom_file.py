@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, parsing, require
+from domainssl.io.volume.codestream import image_size
 from domainssl.io.volume.stored import VOLUME_LIMIT, open_stored
 
 __all__ = [
@@ -468,9 +469,24 @@ def decode(file: DicomFile, frames: Sequence[int]) -> list[Array]:
     with reading_dicom(f"{file.path}: the pixels"):
         content = dicom().dcmread(file.path, force=True)
         content.file_meta.TransferSyntaxUID = dicom().uid.UID(file.syntax)
+        if content.file_meta.TransferSyntaxUID.is_encapsulated:
+            _check_images(file, content)
         found = pixels.pixel_array(content, raw=True)
         if len(file.planes) > 1:
             return [found[frame] for frame in frames]
         if found.ndim != 2:
             raise ValueError("not one plane")
         return [found]
+
+
+def _check_images(file: DicomFile, content: Any) -> None:
+    """Compare the size in each compressed image with that of the header, before it is decoded."""
+    encaps = require("pydicom.encaps", "medical")
+    frames = encaps.generate_frames(content.PixelData, number_of_frames=len(file.planes))
+    for plane, frame in zip(file.planes, frames, strict=False):
+        size = image_size(frame)
+        if size is not None and size != (plane.rows, plane.columns):
+            raise DataError(
+                f"{file.path}: the compressed image has {size[0]} × {size[1]} pixels, its header "
+                f"{plane.rows} × {plane.columns}. {_DAMAGED}"
+            )
