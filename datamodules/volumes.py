@@ -200,7 +200,7 @@ class VolumeDataModule(DomainDataModule):
             seed=self.seed,
             is_training=is_training,
             prepared=self.prepared,
-            keys=[] if self.prepared is None else [key_of(e, self.prepared.cache) for e in exams],
+            keys=self._keys(exams),
         )
 
     @property
@@ -218,6 +218,11 @@ class VolumeDataModule(DomainDataModule):
         if self.preparation.cache == "none":
             return None
         return kept_exams(exams, self.contrasts, self.preparation, with_masks=self._has_masks)
+
+    def _keys(self, exams: Sequence[Exam]) -> list[str]:
+        if self.prepared is None:
+            return []
+        return [key_of(exam, self.prepared.cache, self.preparation) for exam in exams]
 
     def preparations(self) -> list[Buildable]:
         """Return the exams that `cache build` can prepare before a run."""

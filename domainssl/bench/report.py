@@ -45,6 +45,7 @@ SUBJECTS = {
     "distances": "distances of a large grid, and the backbone on it with its memory",
     "attention3d": "attention over a volume with computed biases against biases held in memory",
     "wait": "time that training from files spends waiting for data",
+    "volumes": "boxes of prepared volumes from both tiers against MONAI's cached data sets",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
     "startup": "import and help against importing Lightning's command line",
 }
@@ -61,8 +62,9 @@ class Settings:
         batch: Items per step; None takes each subject's own for the device.
         precision: `32`, `bf16` (autocast), or None: bf16 on CUDA, 32 elsewhere.
         attention: Path of our side (see `nn.attention`).
-        workers: Loading processes of `stream`; None measures 0 and 2.
+        workers: Loading processes of `stream` (None measures 0 and 2) and `volumes` (None: 2).
         compile: Compile the transformer blocks of our side of `step`.
+        volume: Voxels of a volume of `volumes`; None takes a small one.
     """
 
     device: str = "auto"
@@ -73,6 +75,7 @@ class Settings:
     attention: Literal["fused", "flex"] = "fused"
     workers: int | None = None
     compile: bool = False
+    volume: tuple[int, int, int] | None = None
 
     def resolved(self) -> Settings:
         """Return the settings with device and precision decided.

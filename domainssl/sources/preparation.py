@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from domainssl.errors import DataError
 from domainssl.io.volume.cache import Exams, VolumeCache, identity_of
 from domainssl.io.volume.exams import Exam
 from domainssl.io.volume.geometry import check_same_grid, spacing_of
-from domainssl.io.volume.prepared import Prepared, compact, shifted
+from domainssl.io.volume.prepared import Prepared, compact, halve, shifted
 from domainssl.io.volume.scan import Scan, describe_scan, placed, read_labels, read_scan
 from domainssl.sources.resampling import resample_labels, resample_scan, straight_grid
 from domainssl.sources.volume_options import Contrast, Preparation
@@ -30,6 +31,7 @@ _said: set[str] = set()  # warnings of this process: an exam may be read in ever
 Array = np.ndarray[Any, Any]
 _VERSION = 1  # raise it when the result of `prepare` changes
 _SAME_SIZE = 1e-3  # by which voxel sizes may differ and count as equal
+_PRECISION = {"hu": 0.5}  # half a step of the unit's statistics; elsewhere a part of the value
 _AIR_HU = -500.0  # below: air; the lungs lie inside of what is above
 _AIR = 0.1  # of the range between the limits, where values have no unit
 _OF_FILE = {"CT": "ct", "MR": "mr", "PT": "pet"}
@@ -122,23 +124,40 @@ def kept_exams(
         options: What is done; `cache` is one of its tiers.
         with_masks: Keep the segmentation maps too.
     """
-    done = {"spacing_mm", "resample_to", "foreground", "margin_mm"}
+    done = {"spacing_mm", "resample_to", "foreground", "margin_mm", "cache_half"}
+    is_resampled = options.spacing_mm is not None or options.resample_to is not None
     transform = {
         "version": _VERSION,
         "contrasts": [[name, plain(contrast)] for name, contrast in contrasts.items()],  # in order
         "preparation": {name: v for name, v in plain(options).items() if name in done},
         "with_masks": with_masks,
+        "monai": metadata.version("monai") if is_resampled else None,
     }
     assert options.cache != "none"
     cache = VolumeCache(transform, options.cache, options.cache_dir)
-    work = partial(prepare, contrasts=contrasts, options=options, with_mask=with_masks)
-    return Exams(cache, {key_of(e, cache): e for e in exams}, work, partial(key_of, cache=cache))
+    work = partial(_compact, contrasts=contrasts, options=options, with_mask=with_masks)
+    name = partial(key_of, cache=cache, options=options)
+    return Exams(cache, {name(exam): exam for exam in exams}, work, name)
 
 
-def key_of(exam: Exam, cache: VolumeCache) -> str:
+def key_of(exam: Exam, cache: VolumeCache, options: Preparation) -> str:
     """Return the name of a prepared exam in a cache; it changes whenever one of its files does."""
     files = {**exam.scans, "(mask)": exam.mask, "(anonymized)": exam.anonymized}
-    return cache.key([identity_of(files), plain(exam.volumes), exam.source])
+    identity = identity_of(files, content=options.cache_key == "content")
+    return cache.key([identity, plain(exam.volumes), exam.source])
+
+
+def _compact(
+    exam: Exam, contrasts: Mapping[str, Contrast], options: Preparation, with_mask: bool
+) -> Prepared:
+    """Prepare an exam and keep every array in the smallest type that holds it."""
+    done = prepare(exam, contrasts, options, with_mask=with_mask)
+    values = {name: compact(array) for name, array in done.values.items()}
+    if options.cache_half:
+        for name, array in values.items():
+            values[name] = halve(array, _PRECISION.get(contrasts[name].value_unit), name)
+    mask = None if done.mask is None else compact(done.mask, is_classes=True)
+    return replace(done, values=values, mask=mask)
 
 
 def split_volumes(exams: Sequence[Exam], contrasts: Mapping[str, Contrast]) -> list[Exam]:

@@ -138,6 +138,9 @@ class Preparation:
         margin_mm: Left around that box.
         cache: Keep prepared exams on disk: `memmap` for speed, `zarr` for space, or `none`.
         cache_dir: Folder of that cache; None means the user's cache folder.
+        cache_key: `place` knows a file by path, size and time of change; `content` reads it all,
+            and finds the exam wherever a copy of it lies.
+        cache_half: Keep float values as float16; an error where that changes one noticeably.
         keep_mb: Prepared volumes that a process keeps in memory, without a cache on disk.
     """
 
@@ -147,6 +150,8 @@ class Preparation:
     margin_mm: float = 10.0
     cache: Literal["none", "memmap", "zarr"] = "none"
     cache_dir: str | None = None
+    cache_key: Literal["place", "content"] = "place"
+    cache_half: bool = False
     keep_mb: float = 512.0
 
     def __post_init__(self) -> None:
@@ -157,11 +162,12 @@ class Preparation:
                     f"{_WHERE}.preparation.spacing_mm: got {list(self.spacing_mm)!r}, expected "
                     "three numbers above 0: voxel sizes along x, y and z in mm."
                 )
-        if self.cache not in ("none", *TIERS):
-            raise ConfigError(
-                f"{_WHERE}.preparation.cache: got {self.cache!r}, expected none or one of "
-                f"{', '.join(TIERS)}.{nearest(self.cache, ('none', *TIERS))}"
-            )
+        for name, choices in (("cache", ("none", *TIERS)), ("cache_key", ("place", "content"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{_WHERE}.preparation.{name}: got {getattr(self, name)!r}, expected one of "
+                    f"{', '.join(choices)}.{nearest(getattr(self, name), choices)}"
+                )
         for name in ("margin_mm", "keep_mb"):
             if getattr(self, name) < 0:
                 raise ConfigError(

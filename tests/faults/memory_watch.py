@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from domainssl.bench.processes import pss_mb
+
 __all__ = ["MemoryWatch"]
-
-
-def _pss_mb(pid: int) -> float:
-    """Return the proportional set size: shared pages count once over all processes."""
-    found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
-    assert found is not None
-    return int(found.group(1)) / 1024
 
 
 class MemoryWatch(Callback):
@@ -40,8 +34,8 @@ class MemoryWatch(Callback):
         workers = [process.pid for process in multiprocessing.active_children()]
         line = {
             "step": trainer.global_step,
-            "parent": _pss_mb(os.getpid()),
-            "workers": sum(_pss_mb(pid) for pid in workers if pid is not None),
+            "parent": pss_mb(os.getpid()),
+            "workers": sum(pss_mb(pid) for pid in workers if pid is not None),
             "count": len(workers),
         }
         with self.path.open("a") as file:

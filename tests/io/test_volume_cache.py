@@ -204,17 +204,22 @@ def test_the_smallest_exact_type_is_kept(low, high, dtype, wanted) -> None:
     assert found.dtype == np.dtype(wanted) and found.tolist() == values.tolist()
 
 
+def test_classes_stay_whole_numbers() -> None:
+    found = compact(np.array([0, 65535], np.uint16), is_classes=True)
+    assert found.dtype == np.int32 and found.tolist() == [0, 65535]
+
+
 def test_numbers_beyond_32_bit_are_refused() -> None:
     with pytest.raises(ConfigError, match="do not fit into 32 bit"):
         compact(np.array([2**40]))
 
 
 def test_half_precision_is_refused_where_it_would_change_a_value() -> None:
-    fine = np.array([0.5, 1000, np.nan], np.float32)
-    assert halve(fine, 1e-3, "pet").dtype == np.float16
-    for values in ([2049.0], [1e6], [np.inf, 1.1]):
+    assert halve(np.array([0.5, 1000, np.nan], np.float32), 0.5, "ct").dtype == np.float16
+    assert halve(np.array([0, 1e-3, 30_001], np.float32), None, "pet").dtype == np.float16
+    for values, precision in (([2049.0], 0.5), ([1e6], None), ([np.inf, 1e-7], None)):
         with pytest.raises(ConfigError, match="float16 would change values of 'pet'"):
-            halve(np.array(values, np.float32), 1e-4, "pet")
+            halve(np.array(values, np.float32), precision, "pet")
     whole = np.array([1, 2], np.int16)
     assert halve(whole, 0, "ct") is whole
 

@@ -31,8 +31,12 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--precision", choices=("32", "bf16"), help="default: bf16 on CUDA only")
     parser.add_argument("--attention", choices=("fused", "flex"), default="fused")
     parser.add_argument("--compile", action="store_true", help="compile our side of `step`")
-    parser.add_argument("--workers", type=int, help="loading processes of `stream`")
+    parser.add_argument("--workers", type=int, help="loading processes of `stream` and `volumes`")
+    parser.add_argument(
+        "--volume", nargs=3, type=int, metavar=("X", "Y", "Z"), help="voxels of `volumes`"
+    )
     given = vars(parser.parse_args(argv))
+    given["volume"] = given["volume"] and tuple(given["volume"])
     names, path = given.pop("subjects") or list(SUBJECTS), given.pop("json")
     return _measure(names, path, Settings(**given), ["bench", *argv])
 

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -81,14 +81,18 @@ def _places(path: str) -> list[list[Any]]:
 
 
 def _content(path: str) -> list[str]:
-    rows = []
-    for name in _files(path):
-        found = hashlib.sha256()
-        with open_regular(name) as file:
-            while piece := file.read(_PIECE):
-                found.update(piece)
-        rows.append(found.hexdigest())
-    return sorted(rows)  # names do not count
+    found = [_digest(*place) for place in _places(path)]
+    return sorted(found)  # names do not count
+
+
+@lru_cache(2**16)
+def _digest(path: str, size: int, changed_ns: int) -> str:
+    """Hash a file; size and time of change only say when it has to be read again."""
+    found = hashlib.sha256()
+    with open_regular(path) as file:
+        while piece := file.read(_PIECE):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def _hash(value: object) -> str:

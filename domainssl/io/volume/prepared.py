@@ -150,11 +150,15 @@ def shifted(affine: Array, start: Sequence[int]) -> Array:
     return out
 
 
-def compact(values: Array) -> Array:
+def compact(values: Array, *, is_classes: bool = False) -> Array:
     """Return the values in the smallest type that keeps every one of them.
 
     Whole numbers stay whole: uint8, int16 where they fit, else float32 up to 2^24 and int32 beyond.
     Others become float32.
+
+    Args:
+        values: Numbers of any type.
+        is_classes: They are classes of voxels, which never become float32.
 
     Raises:
         ConfigError: Whole numbers beyond 32 bit.
@@ -170,19 +174,20 @@ def compact(values: Array) -> Array:
         (np.float32, -_EXACT, _EXACT),
         (np.int32, -(2**31), 2**31 - 1),
     ):
-        if least <= low and high <= most:
+        if least <= low and high <= most and not (is_classes and dtype is np.float32):
             return values.astype(dtype, copy=False)
     raise ConfigError(
         f"values from {low} to {high} do not fit into 32 bit; convert the scan to float."
     )
 
 
-def halve(values: Array, precision: float, name: str) -> Array:
-    """Return float values as float16 where that changes none of them by more than `precision`.
+def halve(values: Array, precision: float | None, name: str) -> Array:
+    """Return float values as float16 where that changes none of them noticeably.
 
     Args:
         values: Values in the type of `compact`; integers are returned as they are.
-        precision: Largest change, in the unit of the values: how exactly the statistics know them.
+        precision: Largest change, in the unit of the values: half a step of their statistics. None
+            for 1/1024 of each value, half a class of statistics that have no fixed step.
         name: Modality, for the message.
 
     Raises:
@@ -190,16 +195,16 @@ def halve(values: Array, precision: float, name: str) -> Array:
     """
     if values.dtype.kind in "iu":
         return values
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         half = values.astype(np.float16)
-    with np.errstate(invalid="ignore"):
         change = np.abs(half.astype(np.float32) - values)
-    change[np.isnan(values) & np.isnan(half)] = 0
-    worst = float(np.nan_to_num(change, nan=np.inf).max()) if values.size else 0.0
-    if worst > precision:
+        allowed = np.abs(values) / 1024 if precision is None else np.float32(precision)
+        bad = ~((change <= allowed) | (np.isnan(values) & np.isnan(half)))
+    if bad.any():
+        worst = float(values[bad].flat[np.argmax(np.nan_to_num(change[bad], nan=np.inf))])
+        limit = "1/1024 of itself" if precision is None else f"{precision:g}"
         raise ConfigError(
-            f"float16 would change values of {name!r} by up to {worst:.3g}, more than the "
-            f"{precision:.3g} that the statistics resolve (values reach "
-            f"{float(np.nanmax(np.abs(values))):.4g}). Keep float32, which is the default."
+            f"float16 would change values of {name!r} by more than {limit}, which their statistics "
+            f"resolve: {worst:.6g} for one. Set data.init_args.preparation.cache_half: false."
         )
     return half

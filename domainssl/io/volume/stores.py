@@ -27,19 +27,35 @@ from domainssl.io.storage.archives import FolderStore
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.volume.prepared import Prepared, check_box, shifted
 
-__all__ = ["CHUNK", "FORMAT", "SHARD", "TIERS", "Stored", "Tier", "forget", "write_entry"]
+__all__ = ["FORMAT", "TIERS", "Packing", "Stored", "Tier", "forget", "write_entry"]
 
 Array = np.ndarray[Any, Any]
 Tier = Literal["memmap", "zarr"]
 TIERS: tuple[Tier, ...] = ("memmap", "zarr")
 FORMAT = "domainssl prepared exam 1"
-CHUNK, SHARD = 64, 256  # voxels along each axis; measured with `bench volumes`
 _ENTRY, _MASK = "entry.json", "mask"
 _ZARR = "arrays"  # folder of the group
 _SAMPLES, _SAMPLE = 16, 4096  # blocks of a file that opening compares, and their bytes
 _PIECE = 2**24  # bytes written or read at a time
 _open = HandlePool(128)  # mapped arrays and Zarr arrays of this process
 _ADVICE = "Delete the folder; it is built again from the scans."
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the tier `zarr` cuts and packs arrays; measured with `bench volumes`.
+
+    Attributes:
+        chunk: Voxels along each axis of what is decoded at once.
+        shard: Voxels along each axis of a file.
+        codec: Compressor inside Blosc.
+        level: Its level.
+    """
+
+    chunk: int = 64
+    shard: int = 256
+    codec: Literal["zstd", "lz4"] = "zstd"
+    level: int = 3
 
 
 @dataclass(frozen=True)
@@ -209,7 +225,9 @@ class Stored:
             raise ValueError(f"{name} holds {found}, the entry says {list(facts.values())}")
 
 
-def write_entry(folder: Path, exam: Prepared, tag: str, tier: Tier) -> None:
+def write_entry(
+    folder: Path, exam: Prepared, tag: str, tier: Tier, packing: Packing | None = None
+) -> None:
     """Fill an empty folder; all is on the disk when this returns.
 
     Args:
@@ -217,6 +235,7 @@ def write_entry(folder: Path, exam: Prepared, tag: str, tier: Tier) -> None:
         exam: The exam.
         tag: Names exam and preparation; asked for again when the entry is opened.
         tier: Form of the arrays.
+        packing: Chunks and codec of the tier `zarr`; the measured ones by default.
 
     Raises:
         OSError: It cannot be written.
@@ -225,7 +244,10 @@ def write_entry(folder: Path, exam: Prepared, tag: str, tier: Tier) -> None:
     arrays |= {f"{name}.valid": a for name, a in exam.valid.items() if not a.all()}
     if exam.mask is not None:
         arrays[_MASK] = exam.mask
-    (_write_zarr if tier == "zarr" else _write_npy)(folder, arrays)
+    if tier == "zarr":
+        _write_zarr(folder, arrays, packing or Packing())
+    else:
+        _write_npy(folder, arrays)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     content = {
         "format": FORMAT,
@@ -265,19 +287,23 @@ def _write_npy(folder: Path, arrays: Mapping[str, Array]) -> None:
                 file.write(content[at : at + _PIECE])
 
 
-def _write_zarr(folder: Path, arrays: Mapping[str, Array]) -> None:
+def _write_zarr(folder: Path, arrays: Mapping[str, Array], packing: Packing) -> None:
     zarr: Any = require("zarr", "medical")
     from zarr.codecs import BloscCodec, Crc32cCodec
 
     group = zarr.open_group(str(folder / _ZARR), mode="w", zarr_format=3)
     for name, array in arrays.items():
-        lead = (1,) * (array.ndim - 3)
-        itemsize = array.dtype.itemsize
-        packed = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=itemsize)
-        chunks = [min(CHUNK, n) for n in array.shape[-3:]]
+        lead, grid = (1,) * (array.ndim - 3), array.shape[-3:]
+        chunks = [min(packing.chunk, n) for n in grid]
         shards = [
-            min(SHARD // c, -(-n // c)) * c for c, n in zip(chunks, array.shape[-3:], strict=True)
+            min(packing.shard // c, -(-n // c)) * c for c, n in zip(chunks, grid, strict=True)
         ]
+        packed = BloscCodec(
+            cname=packing.codec,
+            clevel=packing.level,
+            shuffle="bitshuffle",
+            typesize=array.dtype.itemsize,
+        )
         stored = group.create_array(
             name,
             shape=array.shape,
