@@ -194,3 +194,9 @@ def test_the_slurm_overlay_requeues_on_its_signal(folder, monkeypatch):
     assert environment.auto_requeue and environment.requeue_signal is signal.SIGUSR1
     script = (ROOT / "configs" / "trainer" / "slurm.sh").read_text()
     assert "--signal=SIGUSR1@" in script and "--requeue" in script
+
+
+def test_no_recipe_keeps_names_of_exams_plain() -> None:
+    """Samples are named plainly without being asked; on a hospital's data a recipe must not."""
+    asked = [p.name for p in Path("recipes").glob("*.yaml") if "ids: plain" in p.read_text()]
+    assert not asked
