@@ -70,8 +70,8 @@ class VolumeDataModule(DomainDataModule):
         exams: How exams are found and named.
         preparation: What is done to a whole exam before windows are cut.
         on_bad_sample: `raise`, or `replace` by the next good window.
-        statistics: `published` (none for volumes), a YAML or JSON file, or `card` (those of the
-            model's weights).
+        statistics: `published` (those that `modalities` state, if any), a YAML or JSON file, or
+            `card` (those of the model's weights).
         seed: Seed of order and windows.
         loading: Worker processes and memory.
 

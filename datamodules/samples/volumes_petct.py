@@ -1,7 +1,7 @@
 """Registered phantoms of CT and PET: the same layers in both, and uptake that CT does not show.
 
-Body, organs and layers are shared. Levels, grain and noise are drawn for each scan anew; foci of
-uptake reach the PET scan alone, calcifications the CT scan alone.
+Body, organs and layers are shared. Grain, noise and part of the level are drawn for each scan
+anew; foci of uptake reach the PET scan alone, calcifications the CT scan alone.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ __all__ = ["GRID", "PETCT", "PetCT", "petct", "write_petct"]
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
-PETCT = Plan("petct", {"train": 96, "val": 96}, (("ct", "pet"), ()))
+PETCT = Plan("petct", {"train": 160, "val": 96}, (("ct", "pet"), ()))
 GRID = Grid((40, 40, 36), (4.0, 4.0, 4.0))
 # centre and radii in mm, Hounsfield units, uptake over that of the tissue around
 _ORGANS = {
-    "liver": ((32, 10, 18), (34, 32, 38), 62, 1.5),
-    "spleen": ((-44, -14, 22), (17, 15, 20), 52, 1.3),
-    "right kidney": ((34, -28, -28), (12, 12, 20), 32, 1.8),
-    "left kidney": ((-34, -28, -28), (12, 12, 20), 32, 1.8),
-    "bowel": ((-14, 20, -30), (24, 18, 22), 10, 1.2),
+    "liver": ((46, 14, 20), (48, 42, 44), 62, 1.25),
+    "spleen": ((-62, -22, 24), (24, 22, 26), 54, 1.15),
+    "right kidney": ((44, -42, -30), (16, 16, 26), 32, 1.4),
+    "left kidney": ((-44, -42, -30), (16, 16, 26), 32, 1.4),
+    "bowel": ((-20, 28, -32), (32, 26, 26), 22, 1.1),
 }
-_HU_PER_LAYER, _UPTAKE_PER_LAYER = 55.0, 0.42
+_HU_PER_LAYER, _UPTAKE_PER_LAYER = 50.0, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class PetCT:
         ct: Hounsfield units, float32 (X, Y, Z).
         pet: Standardised uptake, float32 (X, Y, Z).
         layers: The layers that both scans show, unit variance, zero outside of tissue.
-        factors: `period_mm`, `contrast` and `size` are shared; `ct_level`, `calcifications` and
-            `pet_level`, `foci` reach one scan.
+        factors: `level`, `period_mm`, `contrast` and `size` are shared; `ct_level`,
+            `calcifications` and `pet_level`, `foci` reach one scan.
     """
 
     ct: Array
@@ -86,10 +86,10 @@ def _draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
     """
     places = GRID.places()
     size = float(np.exp(body_rng.normal(0, 0.04)))
-    body = ellipsoid(places, (*body_rng.normal(0, 3, 2), 0), (74 * size, 62 * size, 1e4))
+    body = ellipsoid(places, (*body_rng.normal(0, 3, 2), 0), (122 * size, 104 * size, 1e4))
     body *= np.exp(0.04 * smooth(body_rng, GRID, 30))
     inside, tissue = body < 1, body < 0.92
-    spine = (np.hypot(places[0], places[1] + 44 * size) < 11 * size) & tissue
+    spine = (np.hypot(places[0], places[1] + 72 * size) < 14 * size) & tissue
     organs = [
         (ellipsoid(places, np.add(c, body_rng.normal(0, 3, 3)), np.multiply(r, size)), hu, up)
         for c, r, hu, up in _ORGANS.values()
@@ -100,19 +100,21 @@ def _draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
     ct[tissue], uptake[tissue] = 40.0, 1.0
     for distance, hu, up in organs:
         ct[(distance < 1) & tissue], uptake[(distance < 1) & tissue] = hu, up
-    own = {"ct_level": rng.normal(0, 20), "pet_level": rng.normal(0, 0.2)}
-    scan = ct + np.where(inside, own["ct_level"], 0)
+    level = rng.normal()
+    own = {"ct_level": rng.normal(0, 10), "pet_level": rng.normal(0, 0.1)}
+    scan = ct + np.where(inside, 25 * level + own["ct_level"], 0)
     scan += _HU_PER_LAYER * contrast * np.exp(rng.normal(0, 0.1)) * layers
-    scan += np.where(tissue, 18 * _grain(rng), 0)
+    scan += np.where(tissue, 25 * _grain(rng), 0)
     scan[spine] = 260 + 0.5 * (scan[spine] - ct[spine])
     stones = _spots(rng, tissue & ~spine, 3.0)
     scan[stones[0]] += 180
     scan += 18 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(GRID.shape, np.float32)
     log = _UPTAKE_PER_LAYER * contrast * np.exp(rng.normal(0, 0.1)) * layers
-    log += np.where(tissue, 0.15 * _grain(rng), 0) + own["pet_level"]
+    log += np.where(tissue, 0.16 * _grain(rng), 0)
+    log += 0.25 * level + own["pet_level"]
     pet = uptake * np.exp(log)
     foci = _spots(rng, tissue & ~spine, 7.0)
-    pet[foci[0]] += 2.5
+    pet[foci[0]] *= 2.2
     noise = 0.12 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(GRID.shape, np.float32)
     pet += noise * np.sqrt(pet + 0.05)
     return PetCT(
@@ -120,6 +122,7 @@ def _draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
         pet=pet.clip(0).astype(np.float32),
         layers=layers.astype(np.float32),
         factors={
+            "level": float(level),
             "period_mm": float(period),
             "contrast": contrast,
             "size": size,

@@ -36,6 +36,9 @@ class Contrast:
             `<m>.window` that the normalisation form `item` scales by.
         window_hu: The limits in `<m>.window` where values are Hounsfield units: of the unit `hu`,
             or of the source `ct`.
+        mean: Mean per channel for the normalisation form `zscore`, where it is known; empty for
+            none. A file of `statistics` counts before it.
+        std: Standard deviation per channel, likewise.
         reading: How its files are read where they say too little.
     """
 
@@ -45,6 +48,8 @@ class Contrast:
     sources: tuple[str, ...] = ()
     percentiles: tuple[float, float] = (1.0, 99.0)
     window_hu: tuple[float, float] = (-1000.0, 1000.0)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
@@ -55,7 +60,7 @@ class Contrast:
                 f"window_hu={self.window_hu!r}; expected two ascending numbers each, percentiles "
                 "from 0 to 100."
             )
-        for name in ("channels", "sources"):
+        for name in ("channels", "sources", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def modality(
@@ -70,6 +75,8 @@ class Contrast:
             size=size,
             spacing_mm=spacing_mm,
             valid_range=_RANGES.get(self.value_unit),
+            mean=self.mean or None,
+            std=self.std or None,
         )
 
     def is_hu(self, source: str) -> bool:

@@ -416,3 +416,11 @@ def test_statistics_of_exams_are_measured_over_valid_voxels_and_used(tmp_path: P
     assert entry["mean"] == pytest.approx([body.mean()]) and entry["valid_pixels"] == body.size
     used = _data(tmp_path, window=window, statistics=str(tmp_path / "stats.yaml"))
     assert used.modalities["ct"].std == pytest.approx((body.std(),))
+
+
+def test_statistics_that_modalities_state_reach_the_model(tmp_path: Path) -> None:
+    stated = {"ct": Contrast(value_unit="hu", mean=[48.0], std=[69.0])}  # type: ignore[arg-type]
+    assert _data(tmp_path, stated).modalities["ct"].mean == (48.0,)
+    assert _data(tmp_path, stated).modalities["ct"].std == (69.0,)
+    assert _data(tmp_path, stated, statistics="card").modalities["ct"].mean is None
+    assert _data(tmp_path).modalities["ct"].mean is None
