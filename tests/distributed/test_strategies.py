@@ -23,8 +23,8 @@ OVERRIDES = {
     "trainer.max_epochs": "2",
     "trainer.check_val_every_n_epoch": "2",
     "trainer.log_every_n_steps": "1",
-    "model.architecture.width": "32",
-    "model.architecture.depth": "2",
+    "model.encoding.architecture.width": "32",
+    "model.encoding.architecture.depth": "2",
     "data.global_batch_size": "24",
 }
 

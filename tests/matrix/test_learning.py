@@ -25,7 +25,7 @@ callbacks:
   evaluation: OnlineEvaluation
 model:
   class_path: tiny.TinyObjective
-  init_args: {{seed: 0}}
+  init_args: {{execution: {{seed: 0}}}}
 data:
   class_path: learning_fakes.SeededData
   init_args: {{folder: {folder}, seed: 0}}
