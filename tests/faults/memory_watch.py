@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from domainssl.bench.processes import pss_mb
-
 __all__ = ["MemoryWatch"]
+
+
+def _own_mb(pid: int) -> float:
+    """Return memory that no file backs, pages shared among the run's processes counted once.
+
+    Libraries are left out: their part grows whenever a process outside of the run ends.
+    """
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(kb) for kb in re.findall(r"^Pss_(?:Anon|Shmem):\s+(\d+) kB", text, re.M)) / 1024
 
 
 class MemoryWatch(Callback):
@@ -34,8 +42,8 @@ class MemoryWatch(Callback):
         workers = [process.pid for process in multiprocessing.active_children()]
         line = {
             "step": trainer.global_step,
-            "parent": pss_mb(os.getpid()),
-            "workers": sum(pss_mb(pid) for pid in workers if pid is not None),
+            "parent": _own_mb(os.getpid()),
+            "workers": sum(_own_mb(pid) for pid in workers if pid is not None),
             "count": len(workers),
         }
         with self.path.open("a") as file:
