@@ -25,7 +25,7 @@ from domainssl.backbones.vit_tokens import position_codes, transform
 from domainssl.errors import ConfigError, DataError, WeightsError
 from domainssl.modality import Modality, key, present_mask, sides_of, valid_mask
 from domainssl.nn.blocks import Transformer
-from domainssl.nn.masking import take_tokens
+from domainssl.nn.masking import mean_of_valid, take_tokens
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction, patchify
 from domainssl.options import as_dataclass
 
@@ -222,13 +222,13 @@ class MultiContrastBackbone(Backbone):
         return features
 
     def _pool(self, cls: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-        return cls if self.pooling == "class" else _mean(tokens, valid, 1)
+        return cls if self.pooling == "class" else mean_of_valid(tokens, valid)
 
     def _join(self, features: Features, names: tuple[str, ...], encoded: ContrastTokens) -> None:
         """Add the mean of the contrasts that an item has, place by place."""
         tokens = torch.stack([features.tokens[name] for name in names], dim=1)  # (B, M, N, E)
         valid = torch.stack([features.token_valid[name] for name in names], dim=1)
-        features.tokens["joint"] = _mean(tokens, encoded.present.unsqueeze(2), 1)
+        features.tokens["joint"] = mean_of_valid(tokens, encoded.present.unsqueeze(2))
         features.token_valid["joint"] = valid.any(1)
         features.coords["joint"] = features.coords[names[0]]
         features.grid["joint"], features.cls["joint"] = encoded.grid, encoded.cls
@@ -329,12 +329,6 @@ def contrast_of_file(flat: Mapping[str, Tensor], name: str, group: str) -> str:
         if alias in known:
             return alias
     raise WeightsError(f"The file has no contrast {name!r}; it has {known}.")
-
-
-def _mean(tokens: Tensor, valid: Tensor, axis: int) -> Tensor:
-    """Return the mean of valid tokens along an axis; `valid` lacks the last one."""
-    weight = valid.to(tokens.dtype).unsqueeze(-1)
-    return (tokens * weight).sum(axis) / weight.sum(axis).clamp(min=1)
 
 
 def _common_axes(modalities: Mapping[str, Modality]) -> int:

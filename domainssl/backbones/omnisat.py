@@ -23,6 +23,7 @@ from domainssl.nn.bypass import PatchEncoder, Pooled
 from domainssl.nn.calendar import Calendar
 from domainssl.nn.fusion import Combiner, RelativeLayout
 from domainssl.nn.ltae import LTAE
+from domainssl.nn.masking import mean_of_valid
 from domainssl.nn.patching import (
     grid_coordinates,
     grid_of,
@@ -254,7 +255,7 @@ class OmniSatBackbone(Backbone):
                 tokens, valid, attention = self._encode_series(name, x)
                 traces["attention"][name] = attention
             features.tokens[name], features.token_valid[name] = tokens, valid
-            features.pooled[name] = mean_token(tokens, valid)
+            features.pooled[name] = mean_of_valid(tokens, valid)
             features.coords[name], features.grid[name] = coords, self.grid
             if key(name, "dates") in x:
                 features.dates[name] = x[key(name, "dates")]
@@ -350,7 +351,7 @@ class OmniSatBackbone(Backbone):
         valid = [features.token_valid[name] for name in names]
         fused = self.combiner([features.tokens[name] for name in names], valid, hidden)
         tokens, anywhere = fused[:, 1:], torch.stack(valid).any(0)
-        pooled = fused[:, 0] if self.pool == "cls" else mean_token(tokens, anywhere)
+        pooled = fused[:, 0] if self.pool == "cls" else mean_of_valid(tokens, anywhere)
         first = names[0]
         return dataclasses.replace(
             features,
@@ -414,12 +415,6 @@ class OmniSatBackbone(Backbone):
             for own, tensor in self.state_dict().items()
             if not own.startswith("normalizer.")
         }
-
-
-def mean_token(tokens: Tensor, valid: Tensor) -> Tensor:
-    """Average valid tokens: (B, P, E) and bool (B, P) -> (B, E); zero without any."""
-    weight = valid.unsqueeze(-1).to(tokens.dtype)
-    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def flatten_reference(state: Mapping[str, Any]) -> dict[str, Tensor]:

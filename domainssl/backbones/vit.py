@@ -40,7 +40,7 @@ from domainssl.modality import (
 )
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.dates import DATE_CHANNELS
-from domainssl.nn.masking import take_tokens
+from domainssl.nn.masking import mean_of_valid, take_tokens
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction, patchify
 from domainssl.nn.positions import PositionResizing, resized_positions
 from domainssl.options import as_dataclass
@@ -306,7 +306,7 @@ class ViTBackbone(Backbone):
         if cls is not None and self.pooling == "class":
             features.pooled[name] = cls
         else:
-            features.pooled[name] = _mean(tokens, valid)
+            features.pooled[name] = mean_of_valid(tokens, valid)
         if key(name, "dates") in x:
             features.dates[name] = x[key(name, "dates")]
         return features
@@ -325,10 +325,7 @@ class ViTBackbone(Backbone):
         if self.modality.kind == "series":
             valid = features.token_valid[name].unflatten(1, (grid[0], -1)).transpose(1, 2)
             tokens = tokens.unflatten(1, (grid[0], -1)).transpose(1, 2)  # (B, L, T, E)
-            tokens, grid = (
-                _mean(tokens.flatten(0, 1), valid.flatten(0, 1)).unflatten(0, tokens.shape[:2]),
-                grid[1:],
-            )
+            tokens, grid = mean_of_valid(tokens, valid, axis=2), grid[1:]
         return {name: tokens.transpose(1, 2).unflatten(2, grid)}
 
     def feature_pyramid(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -454,12 +451,6 @@ def _only(modalities: Mapping[str, Modality]) -> tuple[str, Modality]:
 
 def _token(width: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
-
-
-def _mean(tokens: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of the valid tokens, (B, N, E) and bool (B, N) -> (B, E)."""
-    weight = valid.to(tokens.dtype).unsqueeze(-1)
-    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def _with_positions(file: ViTFile, arguments: dict[str, Any], is_asked: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ __all__ = [
     "kept_count",
     "mask_from_keep",
     "mask_from_noise",
+    "mean_of_valid",
     "restore_tokens",
     "take_tokens",
 ]
@@ -84,3 +85,15 @@ def restore_tokens(visible: Tensor, restore: Tensor, filler: Tensor) -> Tensor:
     missing = restore.shape[1] - kept
     full = torch.cat([visible, filler.to(visible.dtype).expand(batch, missing, width)], dim=1)
     return take_tokens(full, restore)
+
+
+def mean_of_valid(tokens: Tensor, valid: Tensor, axis: int = 1) -> Tensor:
+    """Return the mean of valid tokens along an axis, zero where there is none.
+
+    Args:
+        tokens: (B, N, E), or with more axes before the last one.
+        valid: bool, the shape of the tokens without the last axis, or one that fits it.
+        axis: The axis that vanishes.
+    """
+    weight = valid.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weight).sum(axis) / weight.sum(axis).clamp(min=1)

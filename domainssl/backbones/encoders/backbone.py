@@ -26,6 +26,7 @@ from domainssl.backbones.encoders.residual import RESENC_L
 from domainssl.backbones.encoders.swin import SwinArchitecture
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality, key, present_mask, valid_mask
+from domainssl.nn.masking import mean_of_valid
 from domainssl.nn.norm import counted_rows
 from domainssl.nn.patching import grid_coordinates
 from domainssl.options import as_dataclass
@@ -202,8 +203,8 @@ class EncoderBackbone(Backbone):
         if frames is not None:
             grid = (frames.shape[1], *grid)
             tokens, seen = (t.unflatten(0, frames.shape).flatten(1, 2) for t in (tokens, seen))
-            pooled = _mean_over_dates(pooled, frames)
-            cls = None if cls is None else _mean_over_dates(cls, frames)
+            pooled = mean_of_valid(pooled.unflatten(0, frames.shape), frames)
+            cls = None if cls is None else mean_of_valid(cls.unflatten(0, frames.shape), frames)
         features.tokens[name], features.pooled[name] = tokens, pooled
         features.token_valid[name], features.grid[name] = seen, grid
         features.coords[name] = grid_coordinates(grid, device=tokens.device)
@@ -332,12 +333,6 @@ class EncoderBackbone(Backbone):
             else:
                 written |= {f"backbone.{n}": t for n, t in net.items()} | da if da else net
         return written
-
-
-def _mean_over_dates(x: Tensor, frames: Tensor) -> Tensor:
-    """(B·T, E) and bool (B, T) -> mean over real dates, (B, E)."""
-    weight = frames.to(x.dtype).unsqueeze(-1)
-    return (x.unflatten(0, frames.shape) * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def _choose(

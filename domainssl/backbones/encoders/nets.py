@@ -19,6 +19,7 @@ from domainssl.errors import ConfigError, nearest, require
 from domainssl.modality import Modality, sides_of
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.deformable import DeformableAttention
+from domainssl.nn.masking import mean_of_valid
 from domainssl.nn.norm import convert_batch_norm, counted_rows, current_rows, recomputing
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction, patchify
 from domainssl.nn.positions import sincos_positions
@@ -158,9 +159,7 @@ class TransformerEncoder(Encoder):
         tokens, grid = self._embed(x)
         tokens = self.transformer(tokens)  # (B, N, E)
         seen = patch_fraction(valid, self.patch_size) > 0
-        weight = seen.to(tokens.dtype).unsqueeze(-1)
-        pooled = (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return Encoded(tokens, pooled, grid, seen)
+        return Encoded(tokens, mean_of_valid(tokens, seen), grid, seen)
 
 
 def _timm_net(name: str, channels: int, image_size: int) -> nn.Module:

@@ -40,7 +40,7 @@ from domainssl.modality import (
 from domainssl.nn.alibi import KeyMask
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.dates import DATE_CHANNELS, date_encoding, decimal_year
-from domainssl.nn.masking import take_tokens
+from domainssl.nn.masking import mean_of_valid, take_tokens
 from domainssl.nn.metric_positions import metric_positions
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction
 
@@ -485,13 +485,13 @@ class MAESTROBackbone(Backbone):
                 coords, valid = take_tokens(coords, places), valid.gather(1, places)
             features.coords[name], features.token_valid[name] = coords, valid
             features.grid[name] = grid
-            features.pooled[name] = _masked_mean(features.tokens[name], valid)
+            features.pooled[name] = mean_of_valid(features.tokens[name], valid)
             if key(name, "dates") in x:
                 features.dates[name] = x[key(name, "dates")]
         if len(rasters) > 1:
             each = torch.stack([features.pooled[n] for n in rasters], dim=1)
             some = torch.stack([features.token_valid[n].any(1) for n in rasters], dim=1)
-            features.pooled["joint"] = _masked_mean(each, some)
+            features.pooled["joint"] = mean_of_valid(each, some)
         return features
 
     def feature_maps(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -503,7 +503,7 @@ class MAESTROBackbone(Backbone):
             places = math.prod(grid)
             x = tokens.unflatten(1, (-1, places)).transpose(1, 2).flatten(0, 1)
             seen = features.token_valid[name].unflatten(1, (-1, places)).transpose(1, 2)
-            mean = _masked_mean(x, seen.flatten(0, 1)).unflatten(0, (len(tokens), *grid))
+            mean = mean_of_valid(x, seen.flatten(0, 1)).unflatten(0, (len(tokens), *grid))
             maps[name] = mean.movedim(-1, 1)
         return maps
 
@@ -523,9 +523,3 @@ class MAESTROBackbone(Backbone):
         loaded = backbone.load_tensors(tensors)
         missing = tuple(n for n in loaded.missing if not n.startswith("normalizer."))
         return backbone, LoadReport(loaded.matched, missing, unexpected + loaded.unexpected)
-
-
-def _masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:
-    """(B, N, E) -> (B, E), over valid tokens; zero without any."""
-    weight = valid.unsqueeze(-1).to(tokens.dtype)
-    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
