@@ -16,7 +16,6 @@ from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import info_nce
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Step
-from domainssl.objectives.decur import published_optimization
 from domainssl.objectives.joint_embedding import (
     PairEncoding,
     ViewDraws,
@@ -24,7 +23,7 @@ from domainssl.objectives.joint_embedding import (
     _JointEmbedding,
     with_outputs,
 )
-from domainssl.options import MethodOptions, as_dataclass, decide, option
+from domainssl.options import MethodOptions, decide, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
@@ -75,14 +74,13 @@ class CLIP(_JointEmbedding):
         optimization: Optimization | None = None,
         execution: Execution = Execution(),
     ) -> None:
-        encoding = as_dataclass(PairEncoding, encoding)
         super().__init__(
             modalities,
             encoding,
             views=views,
             view_size=view_size,
             context_size=context_size,
-            optimization=optimization or published_optimization(encoding.encoder, "none"),
+            optimization=optimization,
             execution=execution,
         )
         if temperature <= 0:

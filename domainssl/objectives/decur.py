@@ -42,22 +42,7 @@ from domainssl.options import MethodOptions, as_dataclass, decide, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
-__all__ = ["DeCUR", "DeCUREncoding", "DeCUROptions", "published_optimization"]
-
-# Published rates of the released weights: LARS for plain ResNets, AdamW for all others.
-_LARS = Optimization(
-    optimizer="lars", lr=0.2, lr_bias=0.0048, weight_decay=1e-6, warmup_fraction=0.0
-)
-_ADAMW = Optimization(lr=1e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup_fraction=0.0)
-
-
-def published_optimization(
-    encoder: str | dict[str, str], attention: DeformableAttentionUse
-) -> Optimization:
-    """Return the optimiser of the released weights for such encoders."""
-    names = encoder.values() if isinstance(encoder, dict) else [encoder]
-    is_plain = attention == "none" and all(name.startswith("resnet") for name in names)
-    return _LARS if is_plain else _ADAMW
+__all__ = ["DeCUR", "DeCUREncoding", "DeCUROptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +140,7 @@ class DeCUR(_JointEmbedding):
             views=views,
             view_size=view_size,
             context_size=context_size,
-            optimization=optimization or published_optimization(encoding.encoder, attention),
+            optimization=optimization,
             execution=execution,
             num_views=2,
         )

@@ -41,9 +41,30 @@ from domainssl.options import as_dataclass
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
-__all__ = ["EncoderSizes", "PairEncoding", "ViewDraws", "Views", "published_views"]
+__all__ = [
+    "EncoderSizes",
+    "PairEncoding",
+    "ViewDraws",
+    "Views",
+    "published_optimization",
+    "published_views",
+]
 
+# Published rates of the released weights: LARS for plain ResNets, AdamW for all others.
+_LARS = Optimization(
+    optimizer="lars", lr=0.2, lr_bias=0.0048, weight_decay=1e-6, warmup_fraction=0.0
+)
+_ADAMW = Optimization(lr=1e-4, weight_decay=0.01, betas=(0.9, 0.999), warmup_fraction=0.0)
 ViewDraws = dict[str, tuple[View, ...]]
+
+
+def published_optimization(
+    encoder: str | dict[str, str], attention: DeformableAttentionUse
+) -> Optimization:
+    """Return the optimiser of the released weights for such encoders."""
+    names = encoder.values() if isinstance(encoder, dict) else [encoder]
+    is_plain = attention == "none" and all(name.startswith("resnet") for name in names)
+    return _LARS if is_plain else _ADAMW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +108,7 @@ class _JointEmbedding(Objective):
         views: How views are drawn, per modality; None takes `published_views`.
         view_size: Size of a view in pixels or voxels; None takes `context_size`.
         context_size: Size of the window that the DataModule yields.
-        optimization: Optimiser and schedule.
+        optimization: Optimiser and schedule; None takes the published one of the encoder.
         execution: Seed, speed and memory.
         num_views: Views per modality and item.
     """
@@ -98,17 +119,22 @@ class _JointEmbedding(Objective):
     def __init__(
         self,
         modalities: Mapping[str, Modality | Mapping[str, Any]],
-        encoding: PairEncoding,
+        encoding: PairEncoding | Mapping[str, Any],
         *,
         attention: DeformableAttentionUse = "none",
         views: Mapping[str, Views | Mapping[str, Any]] | None,
         view_size: int | tuple[int, ...] | None,
         context_size: int | tuple[int, ...],
-        optimization: Optimization,
+        optimization: Optimization | None,
         execution: Execution,
         num_views: int = 1,
     ) -> None:
-        super().__init__(optimization=optimization, execution=execution, context_size=context_size)
+        encoding = as_dataclass(PairEncoding, encoding)
+        super().__init__(
+            optimization=optimization or published_optimization(encoding.encoder, attention),
+            execution=execution,
+            context_size=context_size,
+        )
         known = as_modalities(modalities)
         method = type(self).__name__
         if len(known) != 2:

@@ -12,7 +12,6 @@ from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import nt_xent
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Step
-from domainssl.objectives.decur import published_optimization
 from domainssl.objectives.joint_embedding import (
     PairEncoding,
     ViewDraws,
@@ -20,7 +19,6 @@ from domainssl.objectives.joint_embedding import (
     _JointEmbedding,
     with_outputs,
 )
-from domainssl.options import as_dataclass
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
@@ -57,14 +55,13 @@ class SimCLR(_JointEmbedding):
         optimization: Optimization | None = None,
         execution: Execution = Execution(),
     ) -> None:
-        encoding = as_dataclass(PairEncoding, encoding)
         super().__init__(
             modalities,
             encoding,
             views=views,
             view_size=view_size,
             context_size=context_size,
-            optimization=optimization or published_optimization(encoding.encoder, "none"),
+            optimization=optimization,
             execution=execution,
         )
         if temperature <= 0:

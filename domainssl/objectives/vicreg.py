@@ -12,7 +12,6 @@ from domainssl.distributed import row_layout
 from domainssl.losses.decorrelation import vicreg
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Step
-from domainssl.objectives.decur import published_optimization
 from domainssl.objectives.joint_embedding import (
     PairEncoding,
     ViewDraws,
@@ -20,7 +19,7 @@ from domainssl.objectives.joint_embedding import (
     _JointEmbedding,
     with_outputs,
 )
-from domainssl.options import MethodOptions, as_dataclass, decide, option
+from domainssl.options import MethodOptions, decide, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
@@ -80,14 +79,13 @@ class VICReg(_JointEmbedding):
         optimization: Optimization | None = None,
         execution: Execution = Execution(),
     ) -> None:
-        encoding = as_dataclass(PairEncoding, encoding)
         super().__init__(
             modalities,
             encoding,
             views=views,
             view_size=view_size,
             context_size=context_size,
-            optimization=optimization or published_optimization(encoding.encoder, "none"),
+            optimization=optimization,
             execution=execution,
         )
         self.options = decide(VICRegOptions, options)
