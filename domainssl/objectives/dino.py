@@ -20,12 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from domainssl.distributed import all_reduce_sum, row_layout
+from domainssl.distributed import all_reduce_sum
 from domainssl.errors import ConfigError
 from domainssl.losses.self_distillation import (
     centered_softmax,
     class_distillation,
-    koleo,
     moved_center,
     patch_distillation,
     sinkhorn,
@@ -192,6 +191,8 @@ class DINO(_StudentTeacher):
         ConfigError: The modality, the encoder or sizes cannot be used.
     """
 
+    head: PrototypeHead
+
     def __init__(
         self,
         modalities: dict[str, Modality | dict[str, Any]],
@@ -280,23 +281,15 @@ class DINO(_StudentTeacher):
         """Compute the weighted terms from what student and teacher say about the crops."""
         present, weights = tokens.present, self.loss_weights
         large = present.repeat(len(tokens.teacher))
-        with counted_rows(present.repeat(len(tokens.student))):
-            student = self.head(tokens.student.flatten(0, 1)).unflatten(0, (-1, len(present)))
-        loss, kept = self._class_term(student, tokens, large)
+        loss, kept = self._class_term(self.project_crops(tokens), tokens, large)
         losses = {"cls": weights["cls"] * loss}
         if tokens.mask is not None:
             loss, more = self._patch_term(tokens)
             losses["patch"] = weights["patch"] * loss
             kept |= more
         if weights["koleo"] > 0:
-            layout = row_layout(present)
-            vectors = tokens.student[: len(tokens.teacher)]
             neighbours = self.options.koleo_neighbours or "global"
-            found = [
-                koleo(view, present=present, neighbours=neighbours, layout=layout)
-                for view in vectors
-            ]
-            losses["koleo"] = weights["koleo"] * torch.stack(found).sum()
+            losses["koleo"] = weights["koleo"] * self.koleo_term(tokens, neighbours)
         return losses, kept
 
     def _class_term(

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from domainssl.errors import ConfigError
 from domainssl.losses.coding_rate import coding_rate, masked_agreement, view_agreement
-from domainssl.losses.self_distillation import koleo
 from domainssl.modality import Modality
 from domainssl.nn.block_masks import BlockMasks
 from domainssl.nn.heads import BottleneckHead
@@ -170,8 +169,7 @@ class SimDINO(_StudentTeacher):
     def terms(self, tokens: CropTokens) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Compute the weighted terms from what student and teacher say about the crops."""
         present, weights, options = tokens.present, self.loss_weights, self.options
-        with counted_rows(present.repeat(len(tokens.student))):
-            student = self.head(tokens.student.flatten(0, 1)).unflatten(0, (-1, len(present)))
+        student = self.project_crops(tokens)
         with torch.no_grad():
             teacher = self.teacher["head"](tokens.teacher.flatten(0, 1))
             teacher = teacher.unflatten(0, (-1, len(present)))
@@ -193,8 +191,7 @@ class SimDINO(_StudentTeacher):
         if tokens.mask is not None:
             losses["patch"] = weights["patch"] * self._patch_term(tokens)
         if weights["koleo"] > 0:
-            found = [koleo(view, present=present) for view in tokens.student[: len(teacher)]]
-            losses["koleo"] = weights["koleo"] * torch.stack(found).sum()
+            losses["koleo"] = weights["koleo"] * self.koleo_term(tokens)
         return losses, {}
 
     def _patch_term(self, tokens: CropTokens) -> Tensor:

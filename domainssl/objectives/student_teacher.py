@@ -12,15 +12,16 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from domainssl._torch import follow
 from domainssl.backbones.base import Backbone, Features
-from domainssl.distributed import all_reduce_sum, world_size
+from domainssl.distributed import all_reduce_sum, row_layout, world_size
 from domainssl.errors import ConfigError
+from domainssl.losses.self_distillation import koleo
 from domainssl.modality import (
     Batch,
     Modality,
@@ -30,6 +31,7 @@ from domainssl.modality import (
     present_mask,
 )
 from domainssl.nn.block_masks import BlockMasks, draw_block_masks
+from domainssl.nn.norm import counted_rows
 from domainssl.nn.patching import grid_of
 from domainssl.nn.spread import effective_rank
 from domainssl.nn.views import View, draw_view
@@ -143,6 +145,7 @@ class _StudentTeacher(Objective):
     exported: ClassVar[str] = "teacher.backbone"
     drops_invalid_patches: bool = True
     teacher: nn.ModuleDict
+    head: nn.Module
 
     def __init__(
         self,
@@ -196,6 +199,23 @@ class _StudentTeacher(Objective):
         if hasattr(self, "teacher"):  # Lightning's constructor calls this before there is one
             self.teacher.eval()
         return self
+
+    def project_crops(self, tokens: CropTokens) -> Tensor:
+        """Return what the student's head makes of all crops, (V, B, K)."""
+        with counted_rows(tokens.present.repeat(len(tokens.student))):
+            out: Tensor = self.head(tokens.student.flatten(0, 1))
+        return out.unflatten(0, (-1, len(tokens.present)))
+
+    def koleo_term(
+        self, tokens: CropTokens, neighbours: Literal["global", "rank"] = "global"
+    ) -> Tensor:
+        """Return the sum of KoLeo over the large crops, from vectors before the head."""
+        layout = row_layout(tokens.present)
+        found = [
+            koleo(view, present=tokens.present, neighbours=neighbours, layout=layout)
+            for view in tokens.student[: len(tokens.teacher)]
+        ]
+        return torch.stack(found).sum()
 
     def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Yield everything that is trained: there is one modality."""
