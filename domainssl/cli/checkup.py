@@ -19,7 +19,11 @@ __all__ = ["Row", "checkup"]
 _EXTRAS = {
     "geo": ("zarr", "numcodecs", "xarray", "rasterio", "pyproj", "torchgeo"),
     "medical": ("monai", "nibabel", "pydicom", "gdcm", "nrrd", "pandas", "pyarrow"),
-    "pathology": ("openslide", "tifffile"),
+    "pathology": ("openslide", "tifffile", "imagecodecs", "h5py", "pandas", "pyarrow", "zarr"),
+    "finetune": ("segmentation_models_pytorch", "peft"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "hub": ("huggingface_hub",),
+    "scale": ("dask", "distributed"),
 }
 _LOGGERS = {"wandb": "Weights & Biases", "mlflow": "MLflow"}
 _MIN_FREE_GB = 1.0
@@ -136,7 +140,7 @@ def _extras() -> list[Row]:
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         other = _unfit(extra)
         if missing:
-            remedy = f"For this domain: pip install 'domainssl[{extra}]'"
+            remedy = f"Only if you need it: pip install 'domainssl[{extra}]'"
             rows.append(Row("absent", f"extra {extra}", f"without {', '.join(missing)}", remedy))
         elif other:
             found = ", ".join(f"{name} {version}" for name, version, _ in other)
