@@ -287,14 +287,14 @@ class DomainDataModule(Recorded, LightningDataModule):
 
         def plan(epoch: int) -> EpochPlan:
             return EpochPlan(
-                tuple(source.sizes),
-                self.seed,
-                epoch,
-                self._world_size,
-                self._rank,
-                self.batch_size,
-                self.loading.window_blocks if shuffle else 1,
-                shuffle,
+                sizes=tuple(source.sizes),
+                seed=self.seed,
+                epoch=epoch,
+                world_size=self._world_size,
+                rank=self._rank,
+                batch_size=self.batch_size,
+                window_blocks=self.loading.window_blocks if shuffle else 1,
+                shuffle=shuffle,
             )
 
         stream = BlockStream(

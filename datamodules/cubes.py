@@ -164,14 +164,14 @@ class SentinelCubeDataModule(DomainDataModule):
 
     def _source(self, blocks: list[Block], *, is_training: bool) -> CubeSource:
         return CubeSource(
-            self.sites,
-            blocks,
-            self.layers,
-            self.window,
-            self.dates,
-            self.seed,
-            is_training,
-            self.label_names,
+            sites=self.sites,
+            blocks=blocks,
+            layers=self.layers,
+            window=self.window,
+            dates=self.dates,
+            seed=self.seed,
+            is_training=is_training,
+            label_names=self.label_names,
         )
 
     def _label_layer(self, root: str) -> Layer | None:
@@ -184,9 +184,14 @@ class SentinelCubeDataModule(DomainDataModule):
             labels = Labels()
         first = next(iter(self.layers.values()))
         return Layer(
-            (labels.variable,), labels.path, "arbitrary", "arbitrary", first.gsd_m, crs=first.crs,
+            bands=(labels.variable,),
+            path=labels.path,
+            value_unit="arbitrary",
+            stored_unit="arbitrary",
+            gsd_m=first.gsd_m,
+            crs=first.crs,
             nodata=labels.nodata,
-        )  # fmt: skip
+        )
 
     def _names(self, layer: Layer) -> tuple[str, ...] | None:
         """Return the class names: as asked for, or what the first map says."""

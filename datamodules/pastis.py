@@ -188,17 +188,17 @@ class PastisDataModule(_FootprintDataModule):
     def _source(self, catalogue: PastisCatalogue, *, is_training: bool) -> TileSource:
         tile_m = catalogue.side * S2_M
         return TileSource(
-            _Tiles(catalogue, tuple(self.reads.values())),
-            self._modalities,
-            self.reads,
-            {},
-            self.window,
-            tile_m,
-            S2_M,
-            self.dates,
-            self.seed,
-            is_training,
-            self.windows_per_patch,
+            tiles=_Tiles(catalogue, tuple(self.reads.values())),
+            modalities=self._modalities,
+            reads=self.reads,
+            margins={},
+            window=self.window,
+            tile_m=tile_m,
+            step_m=S2_M,
+            dates=self.dates,
+            seed=self.seed,
+            is_training=is_training,
+            windows=self.windows_per_patch,
             tile_bytes=sum(_TILE_BYTES[name] for name in self.reads.values())
             * catalogue.side**2
             // 128**2,

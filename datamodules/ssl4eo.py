@@ -170,13 +170,13 @@ class SSL4EOS12DataModule(DomainDataModule):
         if found is not None:
             self.label_names = found.names
         return SSL4EOSource(
-            catalogue,
-            self.window,
-            self.dates,
-            self.seed,
-            is_training,
-            found,
-            self.dn_offset,
+            catalogue=catalogue,
+            window=self.window,
+            dates=self.dates,
+            seed=self.seed,
+            is_training=is_training,
+            labels=found,
+            dn_offset=self.dn_offset,
         )
 
     def _log_clipping(self, catalogue: Catalogue) -> None:

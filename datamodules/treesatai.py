@@ -167,17 +167,17 @@ class TreeSatAIDataModule(_FootprintDataModule):
 
     def _source(self, catalogue: TreeSatCatalogue, *, is_training: bool) -> TileSource:
         return TileSource(
-            _Tiles(catalogue, tuple(self.reads.values()), self.label_threshold),
-            self._modalities,
-            self.reads,
-            _MARGIN,
-            self.window,
-            _TILE_M,
-            S2_M,
-            self.dates,
-            self.seed,
-            is_training,
-            self.windows_per_tile if is_training else 1,
+            tiles=_Tiles(catalogue, tuple(self.reads.values()), self.label_threshold),
+            modalities=self._modalities,
+            reads=self.reads,
+            margins=_MARGIN,
+            window=self.window,
+            tile_m=_TILE_M,
+            step_m=S2_M,
+            dates=self.dates,
+            seed=self.seed,
+            is_training=is_training,
+            windows=self.windows_per_tile if is_training else 1,
             tile_bytes=sum(_TILE_BYTES[name] for name in self.reads.values()),
         )
 

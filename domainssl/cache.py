@@ -26,7 +26,7 @@ _MARK = ".domainssl.json"
 _REMEDY = "Point the environment variable DOMAINSSL_CACHE at a folder you can write to."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CacheEntry:
     """One finished build in the cache.
 
@@ -150,7 +150,11 @@ def entries() -> list[CacheEntry]:
             name, version = mark.parent.name, "?"
         size = sum(f.stat().st_size for f in mark.parent.rglob("*") if f.is_file())
         built = mark.stat().st_mtime
-        found.append(CacheEntry(name, version, mark.parent, size / 1e6, built))
+        found.append(
+            CacheEntry(
+                name=name, version=version, path=mark.parent, size_mb=size / 1e6, built_s=built
+            )
+        )
     return found
 
 

@@ -68,7 +68,7 @@ _CHANNEL_AXIS = {"image": 1, "series": 2, "volume": 1, "features": 2, "table": 1
 _SPATIAL_DIMS = {"image": 2, "series": 2, "volume": 3, "features": 0, "table": 0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Modality:
     """One sensor, contrast or stain: the facts that data own and backbones are built from.
 

@@ -110,7 +110,7 @@ class Shard:
         return [Shard(i, self.count) for i in range(1, self.count + 1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """How work in pieces is done.
 

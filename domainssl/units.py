@@ -59,7 +59,7 @@ _REMEDY = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Item:
     """What one fully valid item looks like; quantiles leave out half a percent at either end."""
 
@@ -72,7 +72,13 @@ class _Item:
     @classmethod
     def of(cls, values: Array) -> _Item:
         low, median, high = (float(q) for q in np.quantile(values, (0.005, 0.5, 0.995)))
-        return cls(values, low, high, median, float(np.mean(values != np.rint(values))))
+        return cls(
+            values=values,
+            low=low,
+            high=high,
+            median=median,
+            fractional=float(np.mean(values != np.rint(values))),
+        )
 
     def looks_normalised(self, high: float) -> bool:
         """Small numbers around zero, not whole ones."""

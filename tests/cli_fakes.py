@@ -102,7 +102,16 @@ class FakeDataModule(LightningDataModule):
     def modalities(self) -> dict[str, Modality]:
         """The one modality."""
         size = (self.window, self.window)
-        return {"a": Modality("a", "image", ("r", "g", "b"), "rgb8", size, gsd_m=10.0)}
+        return {
+            "a": Modality(
+                name="a",
+                kind="image",
+                channels=("r", "g", "b"),
+                value_unit="rgb8",
+                size=size,
+                gsd_m=10.0,
+            )
+        }
 
     def identity(self) -> dict[str, Any]:
         """Say which data these are."""

@@ -43,9 +43,9 @@ class FakeSource:
             x[i] = float(value)
         draw = np.array([generator(0, epoch, 9, int(i)).random() for i in index], np.float32)
         return Rows(
-            {"x": x, "index": index, "draw": draw, "id": [f"i{i}" for i in index],
+            data={"x": x, "index": index, "draw": draw, "id": [f"i{i}" for i in index],
              "block": np.full(len(piece), piece.block)},
-            len(piece),
+            count=len(piece),
             bytes_decoded=self.sizes[piece.block],
             bytes_needed=len(piece),
             bad={i: f"item {v} is damaged." for i, v in enumerate(index) if v in self.bad_items},
@@ -77,7 +77,7 @@ class LargeSource(FakeSource):
 def plan_of(source, **changes):
     options = {"seed": 0, "world_size": 1, "rank": 0, "batch_size": 5, "window_blocks": 3,
                "shuffle": True, **changes}  # fmt: skip
-    return lambda epoch: EpochPlan(tuple(source.sizes), epoch=epoch, **options)
+    return lambda epoch: EpochPlan(sizes=tuple(source.sizes), epoch=epoch, **options)
 
 
 def stream_of(source, position=(0, 0), policy="raise", loading=None, **changes):

@@ -19,7 +19,7 @@ PAGES = [*FIRST, *sorted((REPOSITORY / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """One fenced block of a page."""
 
@@ -44,7 +44,9 @@ def blocks(page: Path, *languages: str) -> list[Block]:
         text = textwrap.dedent("\n".join(lines[start + 1 : number]))
         is_run = not (start and NOT_RUN.fullmatch(lines[start - 1].strip()))
         if language in languages:
-            found.append(Block(page, start + 2, language, text, is_run))
+            found.append(
+                Block(page=page, line=start + 2, language=language, text=text, is_run=is_run)
+            )
         start = None
     assert start is None, f"{page.name}: a fenced block is not closed"
     return found

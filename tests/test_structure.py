@@ -284,3 +284,47 @@ def test_constructors_take_twelve_arguments_at_most() -> None:
                 if count > 12:
                     long.append(f"{path}:{node.lineno}: {count} arguments; put some into a group")
     assert not long
+
+
+def test_large_dataclasses_are_built_by_keyword() -> None:
+    """More than four fields, inherited ones counted, are never told apart by their order."""
+    known: dict[tuple[str, str], tuple[str, ast.ClassDef, dict[str, tuple[str, str]]]] = {}
+    for path in sources():
+        tree, module = parse(path), _module(path)
+        names = {name.rpartition(".")[2]: name.rpartition(".")[::2] for _, name in imports(tree)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and _dataclass_line(node):
+                known[module, node.name] = (f"{path}:{node.lineno}", node, names)
+
+    def with_bases(key: tuple[str, str]) -> Iterator[tuple[str, str]]:
+        yield key
+        for base in known[key][1].bases:
+            name = ast.unparse(base)
+            found = known[key][2].get(name, (key[0], name))
+            if found in known:
+                yield from with_bases(found)
+
+    wrong = []
+    for key in known:
+        line = list(with_bases(key))
+        count = sum(_fields_to_give(known[one][1]) for one in line)
+        positional = [one for one in line if "kw_only=True" not in _dataclass_line(known[one][1])]
+        if count > 4 and positional:
+            wrong.append(f"{known[key][0]}: {key[1]} has {count} fields; kw_only=True is wanted")
+    assert len(known) > 50
+    assert not wrong, "\n".join(wrong)
+
+
+def _dataclass_line(node: ast.ClassDef) -> str:
+    """The decorator that makes a dataclass of it, or nothing."""
+    lines = [ast.unparse(one) for one in node.decorator_list]
+    return next((line for line in lines if line.split("(")[0].endswith("dataclass")), "")
+
+
+def _fields_to_give(node: ast.ClassDef) -> int:
+    fields = [one for one in node.body if isinstance(one, ast.AnnAssign)]
+    return sum(
+        "ClassVar" not in ast.unparse(one.annotation)
+        and not (one.value and "init=False" in ast.unparse(one.value))
+        for one in fields
+    )

@@ -28,7 +28,13 @@ RNG = np.random.default_rng(0)
 def modality(product_name: str, name: str = "s2", **changes) -> Modality:
     facts = product(product_name)
     given = {"mean": facts.mean, "std": facts.std, "valid_range": facts.valid_range, **changes}
-    return Modality(name, "image", facts.bands, given.pop("value_unit", facts.value_unit), **given)
+    return Modality(
+        name=name,
+        kind="image",
+        channels=facts.bands,
+        value_unit=given.pop("value_unit", facts.value_unit),
+        **given,
+    )
 
 
 def image(low: float, high: float, count: int = 6, bands: int = 12) -> np.ndarray:
@@ -169,7 +175,14 @@ def test_items_must_agree(sample) -> None:
 
 def test_padded_dates_of_a_series_do_not_count(sample) -> None:
     facts = product("S2L2A")
-    kind = Modality("s2", "series", facts.bands, "dn", mean=facts.mean, std=facts.std)
+    kind = Modality(
+        name="s2",
+        kind="series",
+        channels=facts.bands,
+        value_unit="dn",
+        mean=facts.mean,
+        std=facts.std,
+    )
     series = np.stack([sample["S2L2A"] / 10_000] * 3, axis=1)  # (B, T, C, H, W)
     series[:, 2] = 30_000
     frames = np.ones((len(series), 3), bool)

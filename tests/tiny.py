@@ -20,10 +20,10 @@ def tiny_modalities(names=("s1", "s2")):
     bands = {"s1": ("VV", "VH"), "s2": ("B02", "B03", "B04")}
     return {
         name: Modality(
-            name,
-            "image",
-            bands.get(name, ("a", "b")),
-            "arbitrary",
+            name=name,
+            kind="image",
+            channels=bands.get(name, ("a", "b")),
+            value_unit="arbitrary",
             size=(SIDE, SIDE),
             mean=(0.0,) * len(bands.get(name, ("a", "b"))),
             std=(1.0,) * len(bands.get(name, ("a", "b"))),

@@ -39,7 +39,7 @@ _IS_NEAR_INFRARED = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
 _SPECTRA = np.stack([_SOIL, _LEAF, _DRY])
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Field:
     """Latent factors of one field.
 
@@ -103,16 +103,16 @@ def draw_field(rng: Rng, label: int) -> Field:
     kind = label if rng.random() < _TYPICAL else int(rng.choice(others))
     ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
     return Field(
-        label,
-        kind,
-        _unit((_shaped(rng, ring) - 0.9).clip(0, 0.8) ** 0.5),
-        _smooth(rng, 8),
-        float(np.exp(rng.uniform(-0.6, 0.6))),
-        float(rng.uniform(0.25, 0.75)),
-        float(rng.uniform(0.3, 0.7)),
-        float(rng.uniform(0.14, 0.2)),
-        float(rng.normal(0, 0.4)),
-        (0.15 * rng.dirichlet([12, 12, 12]) + 0.85 / 3).astype(np.float32),
+        label=label,
+        kind=kind,
+        objects=_unit((_shaped(rng, ring) - 0.9).clip(0, 0.8) ** 0.5),
+        roughness=_smooth(rng, 8),
+        strength=float(np.exp(rng.uniform(-0.6, 0.6))),
+        wetness=float(rng.uniform(0.25, 0.75)),
+        level=float(rng.uniform(0.3, 0.7)),
+        swing=float(rng.uniform(0.14, 0.2)),
+        delay=float(rng.normal(0, 0.4)),
+        mix=(0.15 * rng.dirichlet([12, 12, 12]) + 0.85 / 3).astype(np.float32),
     )
 
 

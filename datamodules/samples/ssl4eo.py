@@ -54,7 +54,7 @@ def sample_root(products: Iterable[str] = ("S1GRD", "S2L2A")) -> Path:
     return made_once(entry, VERSION, what, lambda folder: build(folder, names))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Factors:
     """The numbers that the locations of a split were made from, one value per location.
 
@@ -75,7 +75,7 @@ class Factors:
     optical: dict[str, Array]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Item:
     """Everything the files hold of one location."""
 
@@ -180,17 +180,17 @@ def _item(split: str, classes: Array, products: Sequence[str], number: int) -> _
         "S2RGB": lambda: _eight_bit(surface[:, _RGB], gone),
     }
     return _Item(
-        place,
-        {name: makers[name]() for name in products},
-        mask,
-        times,
-        radar_times,
-        [f"{_stamp(t)}_{_stamp(t + np.timedelta64(7, 's'))}_{tile}" for t in times],
-        [radar_names[i] for i in stored],
-        zone,
-        float(rng.integers(300_000, 700_000)) + 0.5,
-        float(rng.integers(1_000_000, 7_000_000)) + 0.25,
-        {"radar": radar_own, "optical": optical_own},
+        place=place,
+        values={name: makers[name]() for name in products},
+        mask=mask,
+        times=times,
+        s1_times=radar_times,
+        s2_names=[f"{_stamp(t)}_{_stamp(t + np.timedelta64(7, 's'))}_{tile}" for t in times],
+        s1_names=[radar_names[i] for i in stored],
+        crs=zone,
+        x0=float(rng.integers(300_000, 700_000)) + 0.5,
+        y0=float(rng.integers(1_000_000, 7_000_000)) + 0.25,
+        own={"radar": radar_own, "optical": optical_own},
     )  # fmt: skip
 
 
@@ -226,7 +226,9 @@ def _write_file(folder: Path, name: str, ids: Sequence[str], items: Sequence[_It
         is_radar = product_name == "S1GRD"
         names, times = s1 if is_radar else s2
         (folder / product_name).mkdir(parents=True, exist_ok=True)
-        tiles = TileTable(ids, times, names, lat, lon, crs, x0, y0)
+        tiles = TileTable(
+            ids=ids, times=times, file_ids=names, lat=lat, lon=lon, crs=crs, x0=x0, y0=y0
+        )
         values = np.stack([item.values[product_name] for item in items])
         path = folder / product_name / name
         write_release_a(path, product_name, values, tiles, None if is_radar else mask)

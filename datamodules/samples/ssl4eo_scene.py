@@ -42,7 +42,7 @@ _STEP_PX = {10: 1, 20: 2, 60: 6}
 _RESOLUTION_M = (60, 10, 10, 10, 20, 20, 20, 10, 20, 60, 60, 20, 20)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Location:
     """Latent factors of one location.
 
@@ -119,16 +119,16 @@ def draw_location(rng: Rng, label: int, month: Array) -> Location:
     relief, wetness = rng.uniform(0.0, 0.3), rng.uniform(0.25, 0.75)
     strength = np.exp(rng.uniform(-0.6, 0.6))
     return Location(
-        label,
-        cover,
-        _objects(rng, spacing),
-        _shaped(rng, 1 / np.maximum(_FREQUENCY, 0.5 / SIDE) ** 1.8),
-        relief,
-        wetness,
-        float(strength),
-        (green + swing * np.cos(2 * np.pi * (month - peak) / 12)).astype(np.float32),
-        _smooth(rng, 8),
-        {
+        label=label,
+        cover=cover,
+        objects=_objects(rng, spacing),
+        terrain=_shaped(rng, 1 / np.maximum(_FREQUENCY, 0.5 / SIDE) ** 1.8),
+        relief=relief,
+        wetness=wetness,
+        strength=float(strength),
+        greenness=(green + swing * np.cos(2 * np.pi * (month - peak) / 12)).astype(np.float32),
+        roughness=_smooth(rng, 8),
+        factors={
             "share": float((cover == label).mean()),
             "spacing_px": float(spacing),
             "strength": float(strength),

@@ -23,7 +23,7 @@ __all__ = ["Backbone", "Features", "LoadReport"]
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Features:
     """What a backbone says about a batch, keyed by modality name and `joint` for the fusion.
 

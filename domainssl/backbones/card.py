@@ -29,7 +29,7 @@ class ExportError(DomainSSLError, OSError):
     """A backbone could not be written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Card:
     """What goes into a backbone, in which units, and where it comes from.
 

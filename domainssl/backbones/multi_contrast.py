@@ -55,7 +55,7 @@ class ContrastArchitecture:
     pooling: Literal["mean", "class"] = "mean"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ContrastTokens:
     """Encoded tokens of several contrasts, one contrast after the other.
 
@@ -189,7 +189,7 @@ class MultiContrastBackbone(Backbone):
             attended = attended & seen
         cls, tokens = transform(self.transformer, self.class_token, tokens, attended)
         assert cls is not None
-        return ContrastTokens(names, grid, cls, tokens, present)
+        return ContrastTokens(names=names, grid=grid, cls=cls, tokens=tokens, present=present)
 
     def encode(
         self,

@@ -46,7 +46,7 @@ Pool = Literal["mean", "cls"]
 Traces = dict[str, Any]  # "poolings": {image: [Pooled]}, "attention": {series: (B, T)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SeriesArchitecture:
     """Sizes of the temporal encoders.
 

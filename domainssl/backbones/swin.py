@@ -182,7 +182,7 @@ def _published(file: SwinFile) -> dict[str, Modality]:
             f"The file is for {file.channels} channels and does not say which; pass modalities=… "
             "with their names and unit."
         )
-    return {"ct": Modality("ct", "volume", ("ct",), "hu")}
+    return {"ct": Modality(name="ct", kind="volume", channels=("ct",), value_unit="hu")}
 
 
 def _architecture(file: SwinFile, wanted: object) -> SwinArchitecture:

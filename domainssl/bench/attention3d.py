@@ -65,12 +65,12 @@ def measure(settings: Settings) -> Iterator[Row]:
         pairs = interleaved(ours, side, rounds, settings.device)
         yield ratio("attention3d", f"{name} / ours, time", pairs, None, note, ("ours", name))
         yield Row(
-            "attention3d",
-            f"ours / {name}, peak memory",
-            (peaks[0] / peak,),
-            "",
-            Goal("at most", 0.5),
-            f"{note}; ours {peaks[0] / 2**20:.0f} MiB, {name} {peak / 2**20:.0f} MiB",
+            subject="attention3d",
+            what=f"ours / {name}, peak memory",
+            values=(peaks[0] / peak,),
+            unit="",
+            goal=Goal("at most", 0.5),
+            note=f"{note}; ours {peaks[0] / 2**20:.0f} MiB, {name} {peak / 2**20:.0f} MiB",
         )
 
 

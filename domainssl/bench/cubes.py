@@ -98,7 +98,7 @@ def _items(folder: str, chunk: int, unit: str) -> Callable[[], Any]:
     """Return what makes the items of every block, each with one date."""
     data = SentinelCubeDataModule(
         root=folder,
-        modalities={"s2": Layer(L2A_BANDS, path="{site}.zarr", value_unit=unit)},
+        modalities={"s2": Layer(bands=L2A_BANDS, path="{site}.zarr", value_unit=unit)},
         global_batch_size=1,
         window=Window(size=chunk // 2, jitter=False),
         dates=Dates(mode="one"),

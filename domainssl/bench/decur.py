@@ -49,12 +49,12 @@ def measure(settings: Settings) -> Iterator[Row]:
         )
         peaks = {form: peak_memory(step, settings.device) for form, step in sides.items()}
         yield Row(
-            "decur",
-            f"{what}, Gram form / D x D form, peak memory",
-            (peaks["gram"] / peaks["matrix"],),
-            "",
-            Goal("at most", 0.05) if not (is_raw or is_gpu) else None,
-            f"{note}, beyond projections and their gradients; "
+            subject="decur",
+            what=f"{what}, Gram form / D x D form, peak memory",
+            values=(peaks["gram"] / peaks["matrix"],),
+            unit="",
+            goal=Goal("at most", 0.05) if not (is_raw or is_gpu) else None,
+            note=f"{note}, beyond projections and their gradients; "
             + ", ".join(f"{form} {peak / 2**20:.0f} MiB" for form, peak in peaks.items()),
         )
 

@@ -27,12 +27,12 @@ def measure(settings: Settings) -> Iterator[Row]:
         for _ in range(rounds)
     ]
     yield Row(
-        "distances",
-        f"distances of a {side} x {side} grid",
-        tuple(times),
-        "ms",
-        Goal("at most", 100.0),
-        "once per pass and pair of sensors",
+        subject="distances",
+        what=f"distances of a {side} x {side} grid",
+        values=tuple(times),
+        unit="ms",
+        goal=Goal("at most", 100.0),
+        note="once per pass and pair of sensors",
     )
     backbone = croma(settings, side * _PATCH).backbone.eval()
     batch = made_up_batch(1, side * _PATCH, settings.device)
@@ -48,19 +48,19 @@ def measure(settings: Settings) -> Iterator[Row]:
     scores = len(backbone.slopes) * side**4 * 4
     what = f"backbone on {side} x {side} patches"
     yield Row(
-        "distances",
-        what,
-        (seconds,),
-        "s",
-        None,
-        "batch 1, both sensors and joint, no gradients",
+        subject="distances",
+        what=what,
+        values=(seconds,),
+        unit="s",
+        goal=None,
+        note="batch 1, both sensors and joint, no gradients",
     )
     yield Row(
-        "distances",
-        f"{what}, peak memory / one float32 score per head and pair",
-        (peak / scores,),
-        "",
-        Goal("at most", 0.75),
-        f"batch 1; {peak / 2**20:.0f} MiB beyond weights and batch, heads x N x N is "
+        subject="distances",
+        what=f"{what}, peak memory / one float32 score per head and pair",
+        values=(peak / scores,),
+        unit="",
+        goal=Goal("at most", 0.75),
+        note=f"batch 1; {peak / 2**20:.0f} MiB beyond weights and batch, heads x N x N is "
         f"{scores / 2**20:.0f} MiB",
     )

@@ -111,8 +111,8 @@ def _fraction_of_peak(step: Callable[[], Any], settings: Settings, rounds: int, 
     pairs = interleaved(step, lambda: [a @ b for _ in range(10)], rounds, settings.device)
     own, peak = counter.get_total_flops(), 10 * 2 * side**3
     return Row(
-        "matmul",
-        f"operations per second of the step / of a {side} x {side} product",
-        tuple((own / ours) / (peak / theirs) for ours, theirs in pairs),
+        subject="matmul",
+        what=f"operations per second of the step / of a {side} x {side} product",
+        values=tuple((own / ours) / (peak / theirs) for ours, theirs in pairs),
         note=f"{note}; {own / 1e12:.2f} TFLOP a step, {dtype}",
     )

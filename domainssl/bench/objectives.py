@@ -141,22 +141,29 @@ def _footprint() -> dict[str, Modality]:
     side = _METRES // 10
     found = {
         "aerial": Modality(
-            "aerial",
-            "image",
-            ("R", "G", "B", "NIR"),
-            "rgb8",
+            name="aerial",
+            kind="image",
+            channels=("R", "G", "B", "NIR"),
+            value_unit="rgb8",
             size=(5 * _METRES, 5 * _METRES),
             gsd_m=0.2,
         ),
         "s2": Modality(
-            "s2",
-            "series",
-            ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
-            "dn",
+            name="s2",
+            kind="series",
+            channels=("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
+            value_unit="dn",
             size=(side, side),
             gsd_m=10.0,
         ),
-        "s1_asc": Modality("s1_asc", "series", ("VV", "VH"), "db", size=(side, side), gsd_m=10.0),
+        "s1_asc": Modality(
+            name="s1_asc",
+            kind="series",
+            channels=("VV", "VH"),
+            value_unit="db",
+            size=(side, side),
+            gsd_m=10.0,
+        ),
     }
     return {
         name: replace(m, mean=(100.0,) * m.num_channels, std=(30.0,) * m.num_channels)

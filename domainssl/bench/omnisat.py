@@ -112,12 +112,12 @@ def measure(settings: Settings) -> Iterator[Row]:
     )
     mine, theirs = (peak_memory(run, settings.device) for run in (ours, other))
     yield Row(
-        "omnisat",
-        "ours / full masks, peak memory",
-        (mine / theirs,),
-        "",
-        Goal("at most", 1.0),
-        f"{note}; ours {mine / 2**20:.1f} MiB, full masks {theirs / 2**20:.1f} MiB",
+        subject="omnisat",
+        what="ours / full masks, peak memory",
+        values=(mine / theirs,),
+        unit="",
+        goal=Goal("at most", 1.0),
+        note=f"{note}; ours {mine / 2**20:.1f} MiB, full masks {theirs / 2**20:.1f} MiB",
     )
 
 

@@ -83,12 +83,12 @@ def measure(settings: Settings) -> Iterator[Row]:
         pairs = [(getattr(b, name), getattr(a, name)) for a, b in clocks[1:]]
         row = ratio("overhead", "", pairs, None, note, ("bare", "recipe"))
         yield Row(
-            "overhead",
-            f"recipe / bare Trainer - 1, {name} time",
-            tuple(value - 1 for value in row.values),
-            "",
-            Goal("at most", 0.03),
-            row.note,
+            subject="overhead",
+            what=f"recipe / bare Trainer - 1, {name} time",
+            values=tuple(value - 1 for value in row.values),
+            unit="",
+            goal=Goal("at most", 0.03),
+            note=row.note,
         )
 
 

@@ -51,7 +51,7 @@ SUBJECTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the user may choose.
 
@@ -121,7 +121,7 @@ class Goal:
         return value >= self.bound if self.direction == "at least" else value <= self.bound
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One figure: a value per round.
 
@@ -217,7 +217,14 @@ def ratio(
     ours, other = (statistics.median(side) for side in zip(*pairs, strict=True))
     absolute = f"{unit_s[0]} {_seconds(ours)}, {unit_s[1]} {_seconds(other)}"
     values = tuple(b / a for a, b in pairs)
-    return Row(subject, what, values, "", goal, f"{note}; {absolute}" if note else absolute)
+    return Row(
+        subject=subject,
+        what=what,
+        values=values,
+        unit="",
+        goal=goal,
+        note=f"{note}; {absolute}" if note else absolute,
+    )
 
 
 def _seconds(value: float) -> str:

@@ -42,7 +42,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         subject = OfCatalogue(scan(folder, "train", _PRODUCTS))
 
         def ours(jobs: int) -> None:
-            measure_statistics(subject, Path(folder) / "stats.yaml", Plan(jobs))
+            measure_statistics(subject, Path(folder) / "stats.yaml", Plan(jobs=jobs))
 
         def plain() -> None:
             for path in paths:

@@ -106,18 +106,18 @@ def _memory(runs: dict[str, Any], settings: Settings, note: str) -> Iterator[Row
     ):
         mine, theirs = (peaks[name] - peaks[floor] for name in ("ours", "materialised"))
         yield Row(
-            "step",
-            f"ours / materialised, peak memory {what}",
-            (mine / max(theirs, 1),),
-            "",
-            Goal("at most", 0.5),
-            f"{note}; ours {_mib(mine)}, materialised {_mib(theirs)}",
+            subject="step",
+            what=f"ours / materialised, peak memory {what}",
+            values=(mine / max(theirs, 1),),
+            unit="",
+            goal=Goal("at most", 0.5),
+            note=f"{note}; ours {_mib(mine)}, materialised {_mib(theirs)}",
         )
     absolute = ", ".join(f"{name} {_mib(peak)}" for name, peak in peaks.items())
     yield Row(
-        "step",
-        "ours / materialised, peak memory of the whole step",
-        (peaks["ours"] / peaks["materialised"],),
+        subject="step",
+        what="ours / materialised, peak memory of the whole step",
+        values=(peaks["ours"] / peaks["materialised"],),
         note=f"beyond weights, gradients and batch: {absolute}",
     )
 

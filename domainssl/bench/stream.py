@@ -167,12 +167,12 @@ def _table(name: str, number: int, count: int) -> TileTable:
     s1 = "S1A_IW_GRDH_1SDV_20200301T100000_20200301T100025_034567_040ABC_1D2E"
     s2 = "20200301T100000_20200301T100007_T32ABC"
     return TileTable(
-        [f"{first + i:07d}" for i in range(count)],
-        times,
-        [[s1 if name == "S1GRD" else s2]] * count,
-        np.full(count, 48.0),
-        np.full(count, 11.0),
-        np.full(count, 32632),
-        500_000.0 + 2640.0 * np.arange(count),
-        np.full(count, 5_300_000.0),
+        ids=[f"{first + i:07d}" for i in range(count)],
+        times=times,
+        file_ids=[[s1 if name == "S1GRD" else s2]] * count,
+        lat=np.full(count, 48.0),
+        lon=np.full(count, 11.0),
+        crs=np.full(count, 32632),
+        x0=500_000.0 + 2640.0 * np.arange(count),
+        y0=np.full(count, 5_300_000.0),
     )

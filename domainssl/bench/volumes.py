@@ -40,7 +40,7 @@ _PACKINGS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Work:
     """What every side does.
 
@@ -67,9 +67,13 @@ def measure(settings: Settings) -> Iterator[Row]:
     workers = settings.pick(2, 0, settings.workers)
     with tempfile.TemporaryDirectory(prefix="domainssl-bench-") as folder:
         work = _Work(
-            folder, shape, settings.pick(4, 2), min(settings.pick(96, 16), *shape),
-            settings.pick(24, 4, settings.batch), workers,
-        )  # fmt: skip
+            folder=folder,
+            shape=shape,
+            volumes=settings.pick(4, 2),
+            box=min(settings.pick(96, 16), *shape),
+            boxes=settings.pick(24, 4, settings.batch),
+            workers=workers,
+        )
         for tier in ("memmap", "zarr"):
             _stored(work, tier)
         yield from _against_monai(work, settings.pick(5, 1, settings.rounds), settings.quick)
@@ -117,7 +121,14 @@ def _against_monai(work: _Work, rounds: int, is_quick: bool) -> Iterator[Row]:
         yield ratio("volumes", what, pairs, goal if is_full else None, note, (ours, other))
     for name, value in memory.items():
         note = f"{work.volumes * megabytes:.0f} MB of volumes; pages of mapped files count"
-        yield Row("volumes", f"PSS of main process and workers, {name}", (value,), "MB", None, note)
+        yield Row(
+            subject="volumes",
+            what=f"PSS of main process and workers, {name}",
+            values=(value,),
+            unit="MB",
+            goal=None,
+            note=note,
+        )
 
 
 # ------------------------------------------------------------------------------- sides

@@ -66,13 +66,14 @@ def measure(settings: Settings) -> Iterator[Row]:
             trainer = _trainer(settings, epochs, steps, [Throughput(), record])
             trainer.fit(croma(settings, side), datamodule=data)
     note = f"batch {count}, {side} px, random-resize crop, epochs of {steps} steps after one"
+    rate = sum(record.rate[1:]) / max(1, len(record.rate) - 1)
     yield Row(
-        "wait",
-        "time waiting for data / training time",
-        tuple(record.wait[1:]),
-        "",
-        Goal("at most", 0.05) if is_gpu else None,
-        f"{note}; {sum(record.rate[1:]) / max(1, len(record.rate) - 1):.0f} samples per second",
+        subject="wait",
+        what="time waiting for data / training time",
+        values=tuple(record.wait[1:]),
+        unit="",
+        goal=Goal("at most", 0.05) if is_gpu else None,
+        note=f"{note}; {rate:.0f} samples per second",
     )
 
 

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Collected:
     """Features of held-out items, one row per item in every tensor.
 

@@ -38,7 +38,11 @@ def subject_of(data: DomainDataModule, split: str) -> OfSource:
         "data": type(data).__name__,
     }
     return OfSource(
-        data.source(split), data.modalities, about, data.identity, is_private=is_private
+        source=data.source(split),
+        described=data.modalities,
+        about=about,
+        name_data=data.identity,
+        is_private=is_private,
     )
 
 

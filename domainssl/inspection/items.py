@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 _PIECE_BYTES = 64_000_000  # small blocks are measured together until they decode so much
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OfSource:
     """The items of a source, each once, as batches would hold them.
 

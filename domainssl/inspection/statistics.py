@@ -32,7 +32,7 @@ PERCENTS = (0.1, 1.0, 2.0, 5.0, 25.0, 50.0, 75.0, 95.0, 98.0, 99.0, 99.9)
 Array = np.ndarray[Any, Any]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Measurement:
     """What was measured.
 

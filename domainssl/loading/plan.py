@@ -79,7 +79,7 @@ def deal(sizes: Sequence[int], world_size: int, order: Sequence[int]) -> list[li
     return shards
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EpochPlan:
     """The order in which one rank reads one epoch.
 

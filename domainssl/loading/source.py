@@ -16,7 +16,7 @@ __all__ = ["Loading", "Rows", "Source", "empty"]
 _START_METHODS = ("fork", "spawn", "forkserver")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Loading:
     """How data are brought in; nothing here changes what a batch contains, but `window_blocks`.
 
@@ -55,7 +55,7 @@ class Loading:
             )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rows:
     """Items of one piece, stacked.
 

@@ -110,7 +110,7 @@ class _Blocks(Dataset[Rows]):
                     rows = self.source.load(piece, epoch)
                 return self.pool.pack(rows)
         except DataError as error:
-            return Rows({}, len(piece), bad={i: str(error) for i in range(len(piece))})
+            return Rows(data={}, count=len(piece), bad={i: str(error) for i in range(len(piece))})
 
 
 class _Tasks(Sampler[tuple[Piece, int]]):
@@ -130,7 +130,7 @@ def _as_it_is(rows: Any) -> Any:
     return rows
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Tally:
     """What a stream has read so far."""
 
@@ -197,7 +197,11 @@ class BlockStream:
         window, skip = plan.locate(done)
         if done >= len(plan.batch_sizes):
             return
-        before = _Tally(self.tally.bytes_decoded, self.tally.bytes_needed, self.tally.blocks)
+        before = _Tally(
+            bytes_decoded=self.tally.bytes_decoded,
+            bytes_needed=self.tally.bytes_needed,
+            blocks=self.tally.blocks,
+        )
         rows = self._rows(plan, window, skip)
         pin = bool(self.loading.pin_memory) and torch.cuda.is_available()
         for number, size in enumerate(plan.batch_sizes[done:], done + 1):

@@ -122,7 +122,7 @@ class Run:
         return ["fit", *config, f"--run_dir={folder}", "--trainer.accelerator=cpu", *seeds]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """A run that has ended.
 
@@ -250,7 +250,13 @@ def _known(run: Run, runs: Path) -> Finished | None:
     if content["identity"] != run.identity() or "outcome" not in content:
         return None
     outcome = Outcome(**content["outcome"])
-    return Finished(run, outcome, content["cost"], content["surroundings"], is_known=True)
+    return Finished(
+        run=run,
+        outcome=outcome,
+        cost=content["cost"],
+        surroundings=content["surroundings"],
+        is_known=True,
+    )
 
 
 def _make_room(folder: Path) -> None:
@@ -278,12 +284,14 @@ def _train(run: Run, folder: Path, processes: _Processes) -> Finished:
     command = [sys.executable, "-m", "domainssl.matrix.child", str(cost)]
     status = processes.run([*command, *run.words(folder)], log)
     if status != 0:
-        return Finished(run, None, error=f"fit ended with status {status}.\n{_end(log)}")
+        return Finished(
+            run=run, outcome=None, error=f"fit ended with status {status}.\n{_end(log)}"
+        )
     try:
         outcome = read_outcome(folder)
         outcome.criteria()
     except DataError as error:
-        return Finished(run, None, error=str(error))
+        return Finished(run=run, outcome=None, error=str(error))
     content = {
         "identity": identity,
         "recipe": run.name,
@@ -292,7 +300,9 @@ def _train(run: Run, folder: Path, processes: _Processes) -> Finished:
         "surroundings": json.loads((folder / "run.json").read_text(encoding="utf-8")),
     }
     write_json(folder / _RESULT, content)
-    return Finished(run, outcome, content["cost"], content["surroundings"])
+    return Finished(
+        run=run, outcome=outcome, cost=content["cost"], surroundings=content["surroundings"]
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -20,7 +20,7 @@ __all__ = ["View", "Views", "draw_view", "geometry", "photometry"]
 _TRIES = 10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Views:
     """How views of one modality are drawn; probabilities lie in [0, 1].
 
@@ -101,7 +101,7 @@ class Views:
         return any(getattr(self, f.name) > 0 for f in fields(self) if "probability" in f.name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class View:
     """Parameters of one view of every item, drawn; D is 2 or 3.
 

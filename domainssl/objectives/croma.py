@@ -64,7 +64,7 @@ __all__ = [
 _PUBLISHED = Optimization(lr=4e-6 * 7200 / 256, weight_decay=0.01, betas=(0.9, 0.999))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CROMAOptions(MethodOptions):
     """Where the paper, the released code and good sense differ; None follows `reference`."""
 

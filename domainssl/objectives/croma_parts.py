@@ -31,7 +31,7 @@ __all__ = [
 Size = Literal["tiny", "base", "large"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CROMAArchitecture:
     """Sizes; None takes the value of the named size.
 

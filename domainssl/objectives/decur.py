@@ -60,7 +60,7 @@ class DeCUREncoding(PairEncoding):
     deformable_attention: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeCUROptions(MethodOptions):
     """Where the paper, the released code and good sense differ; None follows `reference`."""
 

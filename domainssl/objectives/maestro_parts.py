@@ -29,7 +29,7 @@ __all__ = [
 Size = Literal["tiny", "small", "base", "large"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MAESTROArchitecture:
     """Sizes; None takes the value of the named size.
 
@@ -60,14 +60,14 @@ class MAESTROArchitecture:
 
 
 SIZES: dict[Size, MAESTROArchitecture] = {
-    "tiny": MAESTROArchitecture(192, 12, 3, ffn_ratio=2, decoder_depth=1),
-    "small": MAESTROArchitecture(384, 12, 6, ffn_ratio=2, decoder_depth=2),
-    "base": MAESTROArchitecture(768, 12, 12, ffn_ratio=4, decoder_depth=3),
-    "large": MAESTROArchitecture(1024, 24, 16, ffn_ratio=4, decoder_depth=4),
+    "tiny": MAESTROArchitecture(width=192, depth=12, heads=3, ffn_ratio=2, decoder_depth=1),
+    "small": MAESTROArchitecture(width=384, depth=12, heads=6, ffn_ratio=2, decoder_depth=2),
+    "base": MAESTROArchitecture(width=768, depth=12, heads=12, ffn_ratio=4, decoder_depth=3),
+    "large": MAESTROArchitecture(width=1024, depth=24, heads=16, ffn_ratio=4, decoder_depth=4),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MAESTROMasking:
     """How much is hidden, and in which structures.
 

@@ -61,7 +61,7 @@ __all__ = ["OmniSat", "OmniSatArchitecture", "OmniSatDraws", "OmniSatEncoding", 
 _PUBLISHED = Optimization(lr=1e-4, weight_decay=0.0, betas=(0.9, 0.999))  # Adam, section 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OmniSatOptions(MethodOptions):
     """Where the paper, the released code and good sense differ; None follows `reference`."""
 

@@ -30,7 +30,7 @@ __all__ = [
 Size = Literal["tiny", "base"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OmniSatArchitecture:
     """Sizes; None takes the value of the named size.
 

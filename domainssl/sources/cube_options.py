@@ -40,7 +40,7 @@ class Mask:
         return MaskRule(tuple(self.values), self.is_bits)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """One sensor: where it lies below the root, and what it is.
 
@@ -133,8 +133,8 @@ class Layer:
 def default_layers() -> dict[str, Layer]:
     """Return the layers of the embedded sample: Sentinel-1 and the 12 bands of L2A."""
     return {
-        "s1": Layer(("VV", "VH"), value_unit="db"),
-        "s2": Layer(PRODUCTS["S2L2A"].bands, value_unit="dn"),
+        "s1": Layer(bands=("VV", "VH"), value_unit="db"),
+        "s2": Layer(bands=PRODUCTS["S2L2A"].bands, value_unit="dn"),
     }
 
 

@@ -42,7 +42,7 @@ class SiteLayer:
     times: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """A place with one file or more per layer, all in one coordinate reference system.
 
@@ -162,7 +162,7 @@ def _site(
     if labels is not None and maps:
         cover = _describe(labels, maps[0], options)
         bounds = bounds.shared(cover.bands[0].grid.bounds)
-    return Site(name, opened, cover, crs, bounds, _metres(crs))
+    return Site(name=name, layers=opened, labels=cover, crs=crs, bounds=bounds, metres=_metres(crs))
 
 
 def _metres(crs: str) -> float:

@@ -30,7 +30,7 @@ _ATTEMPTS = 4  # dates looked at before a poor one is taken
 Chosen = dict[str, list[int]]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CubeSource:
     """Decodes blocks and cuts the same windows out of every layer.
 
@@ -92,7 +92,7 @@ class CubeSource:
         )
         rng = generator(self.seed, epoch, _DATES, piece.block)
         chosen, pixels, decoded = self._read(site, around, rng)
-        rows = Rows({}, len(piece), bytes_decoded=decoded)
+        rows = Rows(data={}, count=len(piece), bytes_decoded=decoded)
         for name in self.layers:
             self._cut(name, site, pixels[name], chosen[name], around, drawn, rows)
             rows.bytes_needed += pixels[name].bytes_needed
@@ -117,7 +117,7 @@ class CubeSource:
     ) -> tuple[float, float, Cut]:
         """Return left and top of a window, and its cut in the block."""
         snap, bounds, home = self._snap(site), block.bounds, self._home(block, number)
-        cut = Cut(home, self.window.shape, self.window.shape)
+        cut = Cut(begin=home, extent=self.window.shape, size=self.window.shape)
         if self.is_training:
             rng = generator(self.seed, epoch, _WINDOW, self._first[at] + number)
             room = int(bounds.height / snap + 1e-6), int(bounds.width / snap + 1e-6)

@@ -33,7 +33,7 @@ class Reads:
     channels: tuple[int, ...] = ()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DatasetSource:
     """Gives out the items of a data set whose items are dictionaries of tensors.
 
@@ -74,7 +74,7 @@ class DatasetSource:
         first = piece.block * self.per_block
         numbers = range(first + piece.start, first + piece.stop)
         items = [self._item(i, epoch if self.is_training else 0) for i in numbers]
-        return Rows(collate(items), len(items))
+        return Rows(data=collate(items), count=len(items))
 
     def _item(self, number: int, epoch: int) -> Batch:
         with torch.random.fork_rng(devices=[]):

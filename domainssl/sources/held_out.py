@@ -11,7 +11,7 @@ from domainssl.errors import ConfigError
 __all__ = ["HeldOut"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """Which part is held out for validation.
 

@@ -29,7 +29,7 @@ _STEP_M = 10.0
 _STORED = {"dn": torch.int16, "rgb8": torch.uint8}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SSL4EOSource:
     """Reads groups of co-registered locations and cuts the same window out of every product.
 
@@ -155,7 +155,7 @@ class _Writer:
         self.first = source._first[piece.block] + piece.start
         n, size = len(piece), source.window.shape
         time = (len(dates),) if source.dates.is_series else ()
-        self.rows = Rows({}, n)
+        self.rows = Rows(data={}, count=n)
         self.out: dict[str, tuple[Tensor, Tensor]] = {}
         data = self.rows.data
         for name, product_name in source.catalogue.products.items():

@@ -53,7 +53,7 @@ class Tiles(Protocol):
         """
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TileSource:
     """Cuts windows out of tiles.
 
@@ -108,7 +108,7 @@ class TileSource:
         """Read one tile and cut its windows; the number of dates is that of the longest."""
         tile = self.tiles.read(piece.block)
         items = [self._item(tile, piece, i, epoch) for i in range(piece.start, piece.stop)]
-        rows = Rows(collate(items), len(items), bytes_decoded=tile.bytes_decoded)
+        rows = Rows(data=collate(items), count=len(items), bytes_decoded=tile.bytes_decoded)
         values = [v for v in rows.data.values() if isinstance(v, Tensor)]
         rows.bytes_needed = sum(v.numel() * v.element_size() for v in values)
         rows.bytes_decoded = max(rows.bytes_decoded, rows.bytes_needed)
@@ -128,7 +128,7 @@ class TileSource:
                 room, self.window.shape, divmod(which, per_row), strict=True
             )
         )
-        return Cut(begin, self.window.shape, self.window.shape)
+        return Cut(begin=begin, extent=self.window.shape, size=self.window.shape)
 
     def _item(self, tile: Tile, piece: Piece, which: int, epoch: int) -> Batch:
         """Make one item out of a tile."""

@@ -46,7 +46,7 @@ class _Volume(Protocol):
         """Return a box."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VolumeSource:
     """Reads exams and cuts the same windows out of every contrast.
 
@@ -105,7 +105,7 @@ class VolumeSource:
         found, decoded = self._volume(piece.block)
         epoch = epoch if self.is_training else 0
         count = len(piece)
-        rows = Rows(self._empty(exam, count), count, bytes_decoded=decoded)
+        rows = Rows(data=self._empty(exam, count), count=count, bytes_decoded=decoded)
         for row, number in enumerate(range(piece.start, piece.stop)):
             index = piece.block * self.per_exam + number
             box, cut, shown = self._window(found, index, epoch)

@@ -194,7 +194,7 @@ class Window:
         """
         extent = self._extent(min(self.shape[0], self.fitting(room)))
         begin = tuple((r - e) // 2 for r, e in zip(room, extent, strict=True))
-        return Cut(begin, extent, self.shape)
+        return Cut(begin=begin, extent=extent, size=self.shape)
 
     def draw(
         self, rng: np.random.Generator, room: Sequence[int], home: Sequence[int] | None = None
@@ -230,15 +230,15 @@ class Window:
         elif self.shape[0] != self.shape[1]:
             turns &= 2
         return Cut(
-            tuple(begin),
-            extent,
-            self.shape,
-            tuple(bool(f) and may for f, may in zip(flips, may_flip, strict=True)),
-            turns,
+            begin=tuple(begin),
+            extent=extent,
+            size=self.shape,
+            flips=tuple(bool(f) and may for f, may in zip(flips, may_flip, strict=True)),
+            turns=turns,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cut:
     """A box of a scene or volume and the way it is laid down; flips come before turns.
 

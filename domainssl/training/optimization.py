@@ -28,7 +28,7 @@ _FIRST_LAYER = _PATCH_EMBEDDING | {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimization:
     """The optimiser and its learning rate over optimiser steps.
 

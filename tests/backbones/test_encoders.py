@@ -21,7 +21,12 @@ TINY = EncoderSizes(width=24, depth=1, heads=2, patch_size=4)
 
 
 def some(name: str, bands: int = 2, kind: str = "image") -> Modality:
-    return Modality(name, kind, tuple(f"{name}_{i}" for i in range(bands)), "arbitrary")  # type: ignore[arg-type]
+    return Modality(
+        name=name,
+        kind=kind,
+        channels=tuple(f"{name}_{i}" for i in range(bands)),
+        value_unit="arbitrary",
+    )  # type: ignore[arg-type]
 
 
 def build(*modalities: Modality, **options: Any) -> EncoderBackbone:
@@ -269,7 +274,7 @@ def test_the_untrained_blocks_of_modality_two_are_told(
 
 
 def test_safetensors_and_other_bands(tmp_path: Path) -> None:
-    rgb = Modality("rgb", "image", ("R", "G", "B"), "rgb8")
+    rgb = Modality(name="rgb", kind="image", channels=("R", "G", "B"), value_unit="rgb8")
     backbone = EncoderBackbone({"rgb": rgb}, "resnet18", normalization="scale(255)")
     path = tmp_path / "rgb.safetensors"
     save_file(backbone.to_reference("rgb"), path)

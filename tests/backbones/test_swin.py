@@ -17,7 +17,7 @@ from domainssl.backbones.swin import SwinBackbone
 from domainssl.errors import ConfigError, DataError, WeightsError
 from domainssl.modality import Modality
 
-CT = Modality("ct", "volume", ("ct",), "hu")
+CT = Modality(name="ct", kind="volume", channels=("ct",), value_unit="hu")
 SMALL = {"feature_size": 12, "merging": "standard"}
 
 
@@ -168,10 +168,10 @@ def test_files_that_are_no_encoder_raise(change: Any, words: str, tmp_path: Path
 
 def test_data_that_do_not_fit_the_file_are_refused(tmp_path: Path) -> None:
     torch.save(build().to_reference(), path := tmp_path / "x.pt")
-    two = Modality("ct", "volume", ("a", "b"), "hu")
+    two = Modality(name="ct", kind="volume", channels=("a", "b"), value_unit="hu")
     with pytest.raises(WeightsError, match="the data have 2 channels, the file 1"):
         load_backbone("swin_unetr", weights=path, modalities={"ct": two})
-    mr = Modality("t1", "volume", ("t1",), "arbitrary")
+    mr = Modality(name="t1", kind="volume", channels=("t1",), value_unit="arbitrary")
     with pytest.raises(WeightsError, match="trained on CT in HU"):
         load_backbone("swin_unetr", weights=path, modalities={"t1": mr})
     with pytest.raises(WeightsError, match="'feature_size': 48} was asked for"):
@@ -187,4 +187,6 @@ def test_sizes_that_are_not_divisible_by_32_are_refused() -> None:
 
 def test_one_volume_is_encoded() -> None:
     with pytest.raises(ConfigError, match=r"encodes one volume, the data have \['a', 'b'\]"):
-        SwinBackbone({n: Modality(n, "volume", ("x",), "hu") for n in "ab"})
+        SwinBackbone(
+            {n: Modality(name=n, kind="volume", channels=("x",), value_unit="hu") for n in "ab"}
+        )

@@ -17,7 +17,7 @@ SIZES = {"width": 24, "depth": 2, "heads": 4, "hidden": 40}
 
 def modality(kind: str, size: tuple[int, ...], channels: int = 2) -> dict[str, Any]:
     names = tuple(f"c{i}" for i in range(channels))
-    return {"m": Modality("m", kind, names, "arbitrary", size=size)}  # type: ignore[arg-type]
+    return {"m": Modality(name="m", kind=kind, channels=names, value_unit="arbitrary", size=size)}  # type: ignore[arg-type]
 
 
 def backbone(kind: str, size: tuple[int, ...], **changes: Any) -> ViTBackbone:
@@ -239,7 +239,10 @@ def test_feature_maps_lay_tokens_on_their_grid() -> None:
 
 
 def test_several_modalities_and_tables_without_a_size_are_refused() -> None:
-    two = {**modality("image", (8, 8)), "n": Modality("n", "image", ("a",), "arbitrary")}
+    two = {
+        **modality("image", (8, 8)),
+        "n": Modality(name="n", kind="image", channels=("a",), value_unit="arbitrary"),
+    }
     with pytest.raises(ConfigError, match="encodes one modality"):
         ViTBackbone(two, normalization="identity")
     with pytest.raises(ConfigError, match="needs image_size"):
@@ -253,7 +256,11 @@ def test_several_modalities_and_tables_without_a_size_are_refused() -> None:
 @pytest.mark.parametrize("layout", ["dino", "dinov2", "student_of_dino", "module"])
 def test_students_and_teachers_of_dino_give_the_teachers_features(layout: str) -> None:
     torch.manual_seed(0)
-    image = {"x": Modality("x", "image", ("a", "b"), "arbitrary", size=(16, 16))}
+    image = {
+        "x": Modality(
+            name="x", kind="image", channels=("a", "b"), value_unit="arbitrary", size=(16, 16)
+        )
+    }
     sizes = {"width": 24, "depth": 1, "heads": 2, "positions": "learned", "mask_token": True}
     arguments = {
         "architecture": {**sizes, "pooling": "class"}, "patch_size": 4, "image_size": 16,

@@ -16,7 +16,7 @@ from domainssl.backbones.encoders.backbone import EncoderBackbone, EncoderSizes
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality
 
-CT = Modality("ct", "volume", ("ct",), "hu")
+CT = Modality(name="ct", kind="volume", channels=("ct",), value_unit="hu")
 SWIN = {"feature_size": 12, "depths": (1, 1, 1, 1), "window": 4}
 SMALL = EncoderSizes(
     width=24, depth=4, heads=2, patch_size=8,
@@ -132,7 +132,7 @@ def test_checkpointing_changes_no_gradient(encoder: str) -> None:
 
 
 def test_two_dimensional_ones_exist_too() -> None:
-    image = Modality("rgb", "image", ("r", "g", "b"), "arbitrary")
+    image = Modality(name="rgb", kind="image", channels=("r", "g", "b"), value_unit="arbitrary")
     for encoder, grid in (("resenc", (8, 4)), ("monai:resnet10", (1, 1))):
         backbone = build(encoder, modality=image).eval()
         assert backbone({"rgb": torch.rand(1, 3, 32, 16)}).grid["rgb"] == grid
@@ -158,7 +158,7 @@ def test_sizes_that_do_not_fit_are_refused(encoder: str, sizes: dict[str, Any], 
 
 
 def test_a_swin_transformer_takes_volumes_only() -> None:
-    image = Modality("rgb", "image", ("r",), "arbitrary")
+    image = Modality(name="rgb", kind="image", channels=("r",), value_unit="arbitrary")
     with pytest.raises(ConfigError, match="takes volumes; modality 'rgb' is of kind 'image'"):
         build("monai:swin", modality=image)
 

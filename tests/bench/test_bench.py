@@ -78,5 +78,7 @@ def test_a_ratio_is_taken_per_pair_and_judged_by_its_median() -> None:
     row = ratio("step", "x", [(1.0, 2.0), (2.0, 2.0), (1.0, 3.0)], Goal("at least", 2.0))
     assert row.values == (2.0, 1.0, 3.0)
     assert row.median == 2.0 and row.verdict == "met"
-    assert Row("step", "x", (2.1,), goal=Goal("at most", 2.0)).verdict == "missed"
-    assert Row("step", "x", (2.1,)).verdict == ""
+    assert (
+        Row(subject="step", what="x", values=(2.1,), goal=Goal("at most", 2.0)).verdict == "missed"
+    )
+    assert Row(subject="step", what="x", values=(2.1,)).verdict == ""

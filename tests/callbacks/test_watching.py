@@ -172,7 +172,9 @@ def test_bands_are_chosen_as_people_look_at_them(channels, bands):
 
 
 def test_red_is_red_in_a_panel():
-    modality = Modality("s2", "image", ("B02", "B03", "B04"), "dn", size=(8, 8))
+    modality = Modality(
+        name="s2", kind="image", channels=("B02", "B03", "B04"), value_unit="dn", size=(8, 8)
+    )
     x = torch.zeros(1, 3, 8, 8)
     x[0, 2, :4] = 1.0  # B04 is high in the upper half
     hidden = torch.full_like(x, float("nan"))
@@ -220,25 +222,29 @@ def test_a_panel_tells_its_columns_bands_items_and_dates(tmp_path, monkeypatch):
     ],
 )  # fmt: skip
 def test_the_rows_of_a_panel_are_called_by_item_and_date(kind, dates, shape, expected):
-    modality = Modality("s2", kind, ("B04",), "dn", size=(4, 4))
+    modality = Modality(name="s2", kind=kind, channels=("B04",), value_unit="dn", size=(4, 4))
     batch = {"id": ["a", "b"], "s2.dates": torch.tensor(dates, dtype=torch.int32)}
     assert row_labels(batch, modality, torch.zeros(shape)) == expected
 
 
 def test_the_rows_of_a_panel_say_which_items_lack_the_modality():
-    modality = Modality("flair", "volume", ("m",), "arbitrary", size=(4, 4, 4))
+    modality = Modality(
+        name="flair", kind="volume", channels=("m",), value_unit="arbitrary", size=(4, 4, 4)
+    )
     batch = {"id": ["a", "b"], "flair.present": torch.tensor([True, False])}
     assert row_labels(batch, modality, torch.zeros(2, 1, 4, 4, 4)) == ["a", "b, not there"]
 
 
 def test_one_date_of_a_series_is_a_picture():
-    modality = Modality("s2", "series", ("B02", "B03", "B04"), "dn", size=(8, 8))
+    modality = Modality(
+        name="s2", kind="series", channels=("B02", "B03", "B04"), value_unit="dn", size=(8, 8)
+    )
     x = torch.rand(2, 3, 8, 8)
     assert panel({"input": x}, modality, "t").shape[2] == 3
 
 
 def test_a_volume_is_shown_as_its_middle_slice_front_up_and_right_on_the_left():
-    modality = Modality("ct", "volume", ("hu",), "hu", size=(6, 4, 6))
+    modality = Modality(name="ct", kind="volume", channels=("hu",), value_unit="hu", size=(6, 4, 6))
     x = torch.zeros(1, 1, 6, 4, 6)
     x[..., 3] = torch.linspace(0, 1, 6)[:, None]  # brighter to the patient's right
     x[:, :, 0, 3, 3] = 1.0  # and at the front of the patient's left
@@ -246,7 +252,7 @@ def test_a_volume_is_shown_as_its_middle_slice_front_up_and_right_on_the_left():
     expected = np.repeat(np.linspace(1, 0, 6, dtype=np.float32)[None], 4, axis=0)
     expected[0, 5] = 1.0
     np.testing.assert_allclose(plane, expected, rtol=1e-6)
-    series = Modality("ct", "series", ("hu",), "hu", size=(6, 4, 6))
+    series = Modality(name="ct", kind="series", channels=("hu",), value_unit="hu", size=(6, 4, 6))
     dates = torch.stack([torch.zeros_like(x), x, torch.zeros_like(x)], dim=1)
     np.testing.assert_array_equal(_planes(dates, series)[0, 0], plane)
     picture = panel({"input": x}, modality, "t")

@@ -16,7 +16,11 @@ from domainssl.modality import Modality
 class FakeDataModule(DomainDataModule):
     """Items without files."""
 
-    modalities = {"x": Modality("x", "image", ("a", "b"), "arbitrary", (3, 3))}
+    modalities = {
+        "x": Modality(
+            name="x", kind="image", channels=("a", "b"), value_unit="arbitrary", size=(3, 3)
+        )
+    }
     context_size = 3
 
     def __init__(self, num_bytes: int = 0, **options) -> None:

@@ -29,8 +29,8 @@ NOTHING_HELD = HeldOut(val_fraction=0)
 
 SIDE = 96
 LAYERS = {
-    "s1": Layer(("VV", "VH"), value_unit="db", stored_unit="db"),
-    "s2": Layer(("B02", "B03", "B04"), value_unit="dn"),
+    "s1": Layer(bands=("VV", "VH"), value_unit="db", stored_unit="db"),
+    "s2": Layer(bands=("B02", "B03", "B04"), value_unit="dn"),
 }
 WINDOWS = Window(size=160, unit="m")
 S2_TIMES = TIMES + np.timedelta64(2, "D")
@@ -128,7 +128,7 @@ def test_windows_cover_the_same_ground_at_different_resolutions(pair, tmp_path):
     coarse = coded(4, 3, SIDE // 2, step=20.0)
     write_cube(tmp_path / "s2" / "here.zarr", coarse.astype(np.uint16),
                ("B02", "B03", "B04"), times=S2_TIMES, step=20.0)  # fmt: skip
-    layers = {**LAYERS, "s2": Layer(LAYERS["s2"].bands, gsd_m=20.0)}
+    layers = {**LAYERS, "s2": Layer(bands=LAYERS["s2"].bands, gsd_m=20.0)}
     data = module(tmp_path, modalities=layers)
     batch = batches(data)[0]
     assert batch["s1"].shape[-1] == 16 and batch["s2"].shape[-1] == 8
@@ -143,7 +143,7 @@ def test_coarser_bands_are_repeated_and_finer_ones_averaged(tmp_path):
     write_cube(tmp_path / "a.zarr", fine, ("b5",), times=None, as_variables=True)
     for gsd, expected in ((10.0, fine[0, 0]), (20.0, _mean2(fine[0, 0])),
                           (5.0, fine[0, 0].repeat(2, 0).repeat(2, 1))):  # fmt: skip
-        layers = {"x": Layer(("B05",), "a.zarr", "arbitrary", gsd_m=gsd)}
+        layers = {"x": Layer(bands=("B05",), path="a.zarr", value_unit="arbitrary", gsd_m=gsd)}
         data = module(tmp_path, modalities=layers, window=Window(size=480, unit="m", **STILL),
                       held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
         assert np.allclose(batches(data)[0]["x"][0, 0].numpy(), expected)
@@ -159,7 +159,7 @@ def test_scale_offset_and_fill_count_once(tmp_path):
     attrs = {"scale_factor": 1e-4, "add_offset": -0.1, "_FillValue": 0}
     write_cube(tmp_path / "x.zarr", stored, ("B02",), times=None, attrs=attrs)
     for unit, ones in (("reflectance", 1.0), ("dn", 10_000.0)):
-        layers = {"s2": Layer(("B02",), "x.zarr", unit)}
+        layers = {"s2": Layer(bands=("B02",), path="x.zarr", value_unit=unit)}
         data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
                       held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
         batch = batches(data)[0]
@@ -175,7 +175,15 @@ def test_nodata_nan_mask_and_range_make_pixels_invalid(tmp_path):
     scl[0, 1, 0] = 9
     attrs = {"nodata": -9999.0, "_FillValue": "AAAAAAAA+H8=", "valid_max": 65535}
     write_cube(tmp_path / "x.zarr", stored, ("B02",), times=None, attrs=attrs, mask=scl)
-    layers = {"s2": Layer(("B02",), "x.zarr", "dn", "dn", mask=Mask("scl", (8, 9)))}
+    layers = {
+        "s2": Layer(
+            bands=("B02",),
+            path="x.zarr",
+            value_unit="dn",
+            stored_unit="dn",
+            mask=Mask("scl", (8, 9)),
+        )
+    }
     data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
                   held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
     batch = batches(data)[0]
@@ -193,7 +201,11 @@ def test_a_layer_declares_missing_values_that_no_file_does(tmp_path, suffix, nod
         write_geotiff(tmp_path / "x.tif", stored[0], ("VV",))
     else:
         write_cube(tmp_path / "x.zarr", stored, ("VV",), times=None)
-    layers = {"s1": Layer(("VV",), f"x{suffix}", "db", "db", nodata=nodata)}
+    layers = {
+        "s1": Layer(
+            bands=("VV",), path=f"x{suffix}", value_unit="db", stored_unit="db", nodata=nodata
+        )
+    }
     data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
                   held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
     batch = batches(data)[0]
@@ -204,7 +216,7 @@ def test_a_layer_declares_missing_values_that_no_file_does(tmp_path, suffix, nod
 def test_a_modality_that_is_never_valid_ends_the_run(tmp_path):
     stored = np.full((1, 1, 32, 32), -9999.0, np.float32)
     write_cube(tmp_path / "x.zarr", stored, ("VV",), times=None, attrs={"nodata": -9999})
-    layers = {"s1": Layer(("VV",), "x.zarr", "db", "db")}
+    layers = {"s1": Layer(bands=("VV",), path="x.zarr", value_unit="db", stored_unit="db")}
     data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
                   held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
     with pytest.raises(DataError, match="s1: not one pixel is valid in 1 train batches"):
@@ -218,7 +230,7 @@ def test_backscatter_is_delivered_in_db(tmp_path, stored_unit, value):
     stored = np.full((1, 1, 32, 32), value, np.float32)
     stored[0, 0, 0, 0] = np.nan if stored_unit == "db" else 0.0
     write_cube(tmp_path / "x.zarr", stored, ("VV",), times=None)
-    layers = {"s1": Layer(("VV",), "x.zarr", "db", stored_unit)}
+    layers = {"s1": Layer(bands=("VV",), path="x.zarr", value_unit="db", stored_unit=stored_unit)}
     data = module(tmp_path, modalities=layers, window=Window(size=320, unit="m", **STILL),
                   held_out=NOTHING_HELD, global_batch_size=1)  # fmt: skip
     batch = batches(data)[0]
@@ -249,7 +261,7 @@ def test_processing_baselines_of_one_series_have_their_own_offset(tmp_path, kind
         path = "S2?_MSIL2A_{date}_N*_R*_{site}.tif"
 
     def values(unit):
-        layers = {"s2": Layer(("B02",), path, "dn", unit)}
+        layers = {"s2": Layer(bands=("B02",), path=path, value_unit="dn", stored_unit=unit)}
         window = Window(size=320, unit="m", **STILL)
         data = module(tmp_path, modalities=layers, window=window, held_out=NOTHING_HELD,
                       dates=Dates(mode="all"), global_batch_size=1)  # fmt: skip
@@ -269,13 +281,13 @@ def test_scales_that_differ_by_date_are_refused(tmp_path):
     write_cube(tmp_path / "x.zarr", coded(2, 1, 32).astype(np.uint16), ("B02",), times=TIMES[:2],
                attrs={"scale_factor": [1e-4, 1e-3]})  # fmt: skip
     with pytest.raises(DataError, match="several numbers"):
-        module(tmp_path, modalities={"s2": Layer(("B02",), "x.zarr")})
+        module(tmp_path, modalities={"s2": Layer(bands=("B02",), path="x.zarr")})
 
 
 def test_numbers_without_a_unit_are_refused(tmp_path):
     write_cube(tmp_path / "x.zarr", np.ones((1, 1, 32, 32), np.float32), ("VV",), times=None)
     with pytest.raises(DataError, match="does not say what its numbers are.*stored_unit"):
-        module(tmp_path, modalities={"s1": Layer(("VV",), "x.zarr", "db")})
+        module(tmp_path, modalities={"s1": Layer(bands=("VV",), path="x.zarr", value_unit="db")})
 
 
 # ------------------------------------------------------------------------ GeoTIFF
@@ -294,8 +306,8 @@ def tiffs(tmp_path_factory):
 
 
 TIFF_LAYERS = {
-    "s1": Layer(("VV", "VH"), "S1/{site}_S1.tif", "db", "db"),
-    "s2": Layer(("B02", "B03", "B04"), "S2/{site}_S2.tif", "dn"),
+    "s1": Layer(bands=("VV", "VH"), path="S1/{site}_S1.tif", value_unit="db", stored_unit="db"),
+    "s2": Layer(bands=("B02", "B03", "B04"), path="S2/{site}_S2.tif", value_unit="dn"),
 }
 
 
@@ -322,8 +334,15 @@ def test_dates_in_file_names_make_a_time_axis(tmp_path):
             stamp = str(time)[:10].replace("-", "")
             write_geotiff(tmp_path / "here" / f"{name}_{stamp}.tif", values, bands)
     layers = {
-        "s1": Layer(("VV", "VH"), "{site}/s1_{date}.tif", "db", "db"),
-        "s2": Layer(("B02", "B03", "B04"), "{site}/s2_{date}.tif", "dn", "dn"),
+        "s1": Layer(
+            bands=("VV", "VH"), path="{site}/s1_{date}.tif", value_unit="db", stored_unit="db"
+        ),
+        "s2": Layer(
+            bands=("B02", "B03", "B04"),
+            path="{site}/s2_{date}.tif",
+            value_unit="dn",
+            stored_unit="dn",
+        ),
     }
     data = module(tmp_path, modalities=layers, dates=Dates(mode="all"), held_out=NOTHING_HELD)
     batch = batches(data)[0]
@@ -348,10 +367,10 @@ def test_a_file_per_band_is_joined_by_its_name_and_never_taken_for_a_date(tmp_pa
             (tmp_path / "s2" / "T32_20210301_B02_20m.tif").symlink_to(
                 tmp_path / "s2" / "T32_20210301_B02_10m.tif"
             )
-        layers = {"s2": Layer(("B02",), path)}
+        layers = {"s2": Layer(bands=("B02",), path=path)}
         with pytest.raises(DataError, match=r"(?s)one site.*T32_\w+_B0.*T32_\w+_B0.*\{site\}"):
             module(tmp_path, modalities=layers, **options)
-    layers = {"s2": Layer(("B04", "green"), "s2/{site}_{date}_{band}_10m.tif")}
+    layers = {"s2": Layer(bands=("B04", "green"), path="s2/{site}_{date}_{band}_10m.tif")}
     batch = batches(module(tmp_path, modalities=layers, **options))[0]
     assert np.array_equal(batch["s2"][0].numpy(), coded(2, 3, 32)[:, [2, 1]])
     (tmp_path / "s2" / "T32_20210320_B04_10m.tif").unlink()
@@ -398,7 +417,7 @@ def test_entries_of_one_time_are_merged_pixel_by_pixel(tmp_path):
     times = np.array(["2021-05-02", "2021-03-01", "2021-06-01", "2021-03-01"], "datetime64[s]")
     attrs = {"_FillValue": 0}
     write_cube(tmp_path / "s2.zarr", values, ("B02", "B03"), times=times, attrs=attrs)
-    layers = {"s2": Layer(("B02", "B03"), "s2.zarr")}
+    layers = {"s2": Layer(bands=("B02", "B03"), path="s2.zarr")}
     data = module(tmp_path, modalities=layers, global_batch_size=1,
                   window=Window(size=320, unit="m", **STILL), held_out=NOTHING_HELD,
                   dates=Dates(mode="all"))  # fmt: skip
@@ -413,7 +432,7 @@ def test_dates_that_show_nothing_are_passed_over(tmp_path):
     values = coded(4, 3, SIDE).astype(np.uint16)
     values[:3] = 0
     write_cube(tmp_path / "s2.zarr", values, ("B02", "B03", "B04"), attrs={"_FillValue": 0})
-    layers = {"s2": Layer(("B02", "B03", "B04"), "s2.zarr")}
+    layers = {"s2": Layer(bands=("B02", "B03", "B04"), path="s2.zarr")}
     for batch in batches(module(tmp_path, modalities=layers)):
         assert batch["s2.valid"].all()
 
@@ -460,8 +479,12 @@ def test_overlapping_tiles_do_not_leak(tmp_path):
         values = coded(1, 1, SIDE, left=LEFT + shift).astype(np.uint16)
         write_cube(tmp_path / "s2" / f"{site}.zarr", values, ("B02",), times=None,
                    left=LEFT + shift)  # fmt: skip
-    data = module(tmp_path, modalities={"s2": Layer(("B02",))}, held_out=HeldOut(sites=("a",)),
-                  global_batch_size=1)  # fmt: skip
+    data = module(
+        tmp_path,
+        modalities={"s2": Layer(bands=("B02",))},
+        held_out=HeldOut(sites=("a",)),
+        global_batch_size=1,
+    )
     assert {b.site for b in data.blocks["val"]} == {0}
     assert all(b.bounds.left >= LEFT + SIDE * 10 for b in data.blocks["train"])
 
@@ -481,8 +504,12 @@ def test_a_gap_keeps_training_away_from_held_out_blocks(pair):
 def test_large_chunks_are_cut_into_smaller_blocks(tmp_path):
     write_cube(tmp_path / "s2.zarr", coded(1, 1, SIDE).astype(np.uint16), ("B02",), times=None,
                chunk=SIDE)  # fmt: skip
-    data = module(tmp_path, modalities={"s2": Layer(("B02",), "s2.zarr")}, global_batch_size=1,
-                  window=Window(size=160, unit="m", per_block=2))  # fmt: skip
+    data = module(
+        tmp_path,
+        modalities={"s2": Layer(bands=("B02",), path="s2.zarr")},
+        global_batch_size=1,
+        window=Window(size=160, unit="m", per_block=2),
+    )
     assert sum(len(blocks) for blocks in data.blocks.values()) == 9
     stream = data.val_dataloader()
     list(stream)
@@ -511,7 +538,7 @@ def test_labels_are_the_most_frequent_class_of_a_window(tmp_path):
     write_cube(tmp_path / "labels" / "a.zarr", classes, ("label",), times=None,
                as_variables=True, attrs=attrs)  # fmt: skip
     still = Window(size=160, unit="m", jitter=False)
-    data = module(tmp_path, modalities={"s2": Layer(("B02",))}, held_out=NOTHING_HELD,
+    data = module(tmp_path, modalities={"s2": Layer(bands=("B02",))}, held_out=NOTHING_HELD,
                   window=still, global_batch_size=16)  # fmt: skip
     assert data.label_names == ("water", "class 1", "crops") and data.num_classes == 3
     [batch] = batches(data)
@@ -526,7 +553,7 @@ def test_classes_without_a_name_are_refused_unless_declared_nodata(tmp_path):
     classes = np.full((1, 1, 32, 32), 1, np.uint8)
     classes[..., 10:] = 7  # most of the window
     write_cube(tmp_path / "labels" / "a.zarr", classes, ("label",), times=None, as_variables=True)
-    options = {"modalities": {"s2": Layer(("B02",))}, "held_out": NOTHING_HELD,
+    options = {"modalities": {"s2": Layer(bands=("B02",))}, "held_out": NOTHING_HELD,
                "window": Window(size=320, unit="m", **STILL), "global_batch_size": 1}  # fmt: skip
     names = ("water", "crops")
     with pytest.raises(DataError, match="labels.a.zarr: .* holds 7, which has no name.*nodata"):
@@ -540,8 +567,8 @@ def test_different_reference_systems_are_refused(tmp_path):
     write_cube(tmp_path / "s2.zarr", coded(1, 3, 64).astype(np.uint16), ("B02", "B03", "B04"),
                times=None, crs="EPSG:32633")  # fmt: skip
     layers = {
-        "s1": Layer(("VV", "VH"), "s1.zarr", "db", "db"),
-        "s2": Layer(("B02", "B03", "B04"), "s2.zarr"),
+        "s1": Layer(bands=("VV", "VH"), path="s1.zarr", value_unit="db", stored_unit="db"),
+        "s2": Layer(bands=("B02", "B03", "B04"), path="s2.zarr"),
     }
     with pytest.raises(DataError, match=r"EPSG:32632.*EPSG:32633.*Reproject"):
         module(tmp_path, modalities=layers)
@@ -549,11 +576,11 @@ def test_different_reference_systems_are_refused(tmp_path):
 
 def test_mistakes_name_what_is_there(pair, tmp_path):
     with pytest.raises(DataError, match=r"no band 'B08'; there are: B02, B03, B04"):
-        module(pair, modalities={"s2": Layer(("B08",))})
+        module(pair, modalities={"s2": Layer(bands=("B08",))})
     with pytest.raises(DataError, match=r"s3: no zarr store.*holds: s1, s2.*path"):
-        module(pair, modalities={"s3": Layer(("B02",))})
+        module(pair, modalities={"s3": Layer(bands=("B02",))})
     with pytest.raises(DataError, match="no file fits the pattern"):
-        module(pair, modalities={"s2": Layer(("B02",), "{site}/x.tif")})
+        module(pair, modalities={"s2": Layer(bands=("B02",), path="{site}/x.tif")})
     with pytest.raises(ConfigError, match=r"165 m is no multiple of 10 m.*use 160"):
         module(pair, window=Window(size=165, unit="m"))
     with pytest.raises(ConfigError, match="no site 'here2'.*Did you mean 'here'"):
@@ -565,8 +592,8 @@ def test_mistakes_name_what_is_there(pair, tmp_path):
     write_cube(tmp_path / "s2.zarr", coded(1, 1, 64).astype(np.uint16), ("B02",), times=None,
                crs="")  # fmt: skip
     with pytest.raises(DataError, match="no coordinate reference system"):
-        module(tmp_path, modalities={"s2": Layer(("B02",), "s2.zarr")})
-    layer = Layer(("B02",), "s2.zarr", crs="EPSG:32632")
+        module(tmp_path, modalities={"s2": Layer(bands=("B02",), path="s2.zarr")})
+    layer = Layer(bands=("B02",), path="s2.zarr", crs="EPSG:32632")
     assert module(tmp_path, modalities={"s2": layer}, global_batch_size=1).sites
     with pytest.raises(ConfigError, match="expected 'auto', null"):
         SentinelCubeDataModule(labels="some")
@@ -586,7 +613,7 @@ def test_modalities_are_known_without_the_files():
 def test_the_identity_changes_with_the_headers(pair, tmp_path):
     a, b = module(pair).identity(), module(pair).identity()
     assert a == b and a["sites"]["here"]["crs"] == "EPSG:32632"
-    c = module(pair, modalities={"s2": Layer(("B02",))}).identity()
+    c = module(pair, modalities={"s2": Layer(bands=("B02",))}).identity()
     assert c["sites"]["here"]["headers"] != a["sites"]["here"]["headers"]
 
 

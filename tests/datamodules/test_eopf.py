@@ -92,13 +92,13 @@ def products(metadata: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_numbers_decode_to_missing_zero_and_one(products, product, bands):
     path = f"{product}.zarr"
-    data = module(products, {"s2": Layer(bands, path, "reflectance")})
+    data = module(products, {"s2": Layer(bands=bands, path=path, value_unit="reflectance")})
     assert data.sites[0].crs == "EPSG:32632"
     batch = first_corner(data)
     b02 = batch["s2"][0, bands.index("B02"), 0, :3].tolist()
     assert b02 == pytest.approx([0.0, 0.0, 1.0], abs=1e-6)
     assert batch["s2.valid"][0, 0, 0].item() is False
-    numbers = module(products, {"s2": Layer(bands, path)})
+    numbers = module(products, {"s2": Layer(bands=bands, path=path)})
     assert first_corner(numbers)["s2"][0, bands.index("B03"), 0, 2].item() == 10_000.0
 
 
@@ -113,7 +113,7 @@ def first_corner(data: SentinelCubeDataModule) -> dict[str, Any]:
 
 
 def test_bands_of_three_resolutions_lie_on_each_other(products):
-    layer = Layer(L2A_BANDS, f"{L2A}.zarr", mask=Mask("scl", (9,)))
+    layer = Layer(bands=L2A_BANDS, path=f"{L2A}.zarr", mask=Mask("scl", (9,)))
     data = module(products, {"s2": layer})
     files = data.sites[0].layers["s2"].files[0]
     steps = {band.name: band.grid.step for band in files.bands}
@@ -137,7 +137,7 @@ def test_products_of_one_tile_are_the_dates_of_a_site(products, tmp_path):
             if path.name in ("zarr.json", ".zattrs", ".zmetadata"):
                 text = path.read_text()
                 path.write_text(text.replace("2025-10-08T", f"{date[:4]}-{date[4:6]}-{date[6:8]}T"))
-    layer = Layer(("B02", "B03", "B04"), "S2?_MSIL2A_{date}_N*_R*_{site}_*.zarr")
+    layer = Layer(bands=("B02", "B03", "B04"), path="S2?_MSIL2A_{date}_N*_R*_{site}_*.zarr")
     data = module(tmp_path, {"s2": layer}, dates=Dates(mode="all"))
     assert [site.name for site in data.sites] == ["T32TQM"]
     batch = next(iter(data.train_dataloader()))
@@ -150,7 +150,7 @@ def test_the_geozarr_conversion_gives_the_same_numbers(metadata, products, tmp_p
     (tmp_path / "product.zarr").symlink_to(products / f"{L2A}.zarr")
     bands = ("B02", "B05", "B11")
     found = [
-        first_corner(module(tmp_path, {"s2": Layer(bands, f"{name}.zarr")}))
+        first_corner(module(tmp_path, {"s2": Layer(bands=bands, path=f"{name}.zarr")}))
         for name in ("converted", "product")
     ]
     assert np.allclose(found[0]["s2"], found[1]["s2"], atol=0.01)
@@ -182,7 +182,7 @@ def test_sentinel_1_grd_is_read_and_inspected_but_refused_as_a_partner(metadata,
     assert "radar geometry" in report["notes"][0] and not report["problems"]
     render(report)
     with pytest.raises(DataError, match=r"radar geometry.*Terrain-correct"):
-        module(tmp_path, {"s1": Layer(("VV", "VH"), "{site}.zarr", "db")})
+        module(tmp_path, {"s1": Layer(bands=("VV", "VH"), path="{site}.zarr", value_unit="db")})
 
 
 def test_inspect_understands_products(products):

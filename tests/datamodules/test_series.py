@@ -26,8 +26,12 @@ from domainssl.sources.tiles import TileSource
 from domainssl.sources.windows import Window
 
 CELLS, TIMES, MARGIN = 6, 5, 2
-S2 = Modality("s2", "series", ("A", "B"), "dn", (4, 4), gsd_m=10.0)
-FINE = Modality("aerial", "image", ("R",), "rgb8", (20, 20), gsd_m=2.0)
+S2 = Modality(
+    name="s2", kind="series", channels=("A", "B"), value_unit="dn", size=(4, 4), gsd_m=10.0
+)
+FINE = Modality(
+    name="aerial", kind="image", channels=("R",), value_unit="rgb8", size=(20, 20), gsd_m=2.0
+)
 NUMBERS = np.arange(1, CELLS * CELLS + 1).reshape(CELLS, CELLS)
 
 
@@ -49,7 +53,9 @@ class _Fake:
     def read(self, number: int) -> Tile:
         fine = np.pad(NUMBERS.repeat(TIMES, 0).repeat(TIMES, 1), MARGIN)[None].astype(np.uint8)
         image = Image(fine, 17_000, (1000.0 - MARGIN * 2.0, 5000.0 + MARGIN * 2.0), 25832)
-        return Tile(f"tile{number}", {"aerial": image}, self.series, NUMBERS)
+        return Tile(
+            id=f"tile{number}", images={"aerial": image}, series=self.series, classes=NUMBERS
+        )
 
     def labels(self, number: int, classes: Any) -> dict[str, Any]:
         return {"mask": torch.from_numpy(classes)}
@@ -69,7 +75,7 @@ def source(tiles: _Fake | None = None, **changes: Any) -> TileSource:
     given |= changes
     given["window"] = given["window"].on_grid(10.0, whole=(6, 6), name="pixels of the series")
     given["reads"] = {name: name for name in given["modalities"]}
-    return TileSource(tiles or _Fake(), **given)
+    return TileSource(tiles=tiles or _Fake(), **given)
 
 
 def item(tiles: TileSource, block: int = 0, epoch: int = 0) -> dict[str, Any]:

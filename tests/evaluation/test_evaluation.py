@@ -104,7 +104,7 @@ def test_rank_counts_the_directions_in_use():
 
 
 def test_band_statistics_use_valid_pixels_only():
-    modality = Modality("s2", "image", ("a", "b"), "dn", size=(2, 2))
+    modality = Modality(name="s2", kind="image", channels=("a", "b"), value_unit="dn", size=(2, 2))
     x = torch.tensor([[[[1.0, 3.0], [99.0, 99.0]], [[2.0, 2.0], [float("nan"), 0.0]]]])
     valid = torch.tensor([[[True, True], [False, False]]])
     out = band_statistics({"s2": x, "s2.valid": valid}, modality)
@@ -112,7 +112,7 @@ def test_band_statistics_use_valid_pixels_only():
 
 
 def test_band_statistics_of_a_series_and_of_nothing_valid():
-    modality = Modality("s1", "series", ("a",), "db", size=(1, 1))
+    modality = Modality(name="s1", kind="series", channels=("a",), value_unit="db", size=(1, 1))
     x = torch.tensor([[1.0, 5.0], [7.0, 7.0]]).reshape(2, 2, 1, 1, 1)
     valid = torch.tensor([[True, True], [False, False]]).reshape(2, 2, 1, 1)
     out = band_statistics({"s1": x, "s1.valid": valid}, modality)

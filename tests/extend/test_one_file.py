@@ -84,8 +84,8 @@ class NoiseDataModule(LightningDataModule):
         self.items = items
         self.modalities = {
             name: Modality(
-                name, "image", bands, "arbitrary", size=(32, 32), mean=(0.0,) * len(bands),
-                std=(1.0,) * len(bands),
+                name=name, kind="image", channels=bands, value_unit="arbitrary", size=(32, 32),
+                mean=(0.0,) * len(bands), std=(1.0,) * len(bands),
             )
             for name, bands in (("s1", ("VV", "VH")), ("s2", ("B02", "B03", "B04")))
         }

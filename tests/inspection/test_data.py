@@ -43,7 +43,7 @@ class _Source:
             "dem": torch.zeros(n, 1, 8, 8),
             "dem.valid": torch.zeros(n, 8, 8, dtype=torch.bool),
         }
-        return Rows(data, n)
+        return Rows(data=data, count=n)
 
 
 class _Data(DomainDataModule):
@@ -53,9 +53,15 @@ class _Data(DomainDataModule):
     def modalities(self) -> dict[str, Modality]:
         size = (8, 8)
         return {
-            "s2": Modality("s2", "image", ("B02", "B03"), "dn", size),
-            "heat": Modality("heat", "series", ("T",), "arbitrary", (4, 4)),
-            "dem": Modality("dem", "image", ("height",), "arbitrary", size),
+            "s2": Modality(
+                name="s2", kind="image", channels=("B02", "B03"), value_unit="dn", size=size
+            ),
+            "heat": Modality(
+                name="heat", kind="series", channels=("T",), value_unit="arbitrary", size=(4, 4)
+            ),
+            "dem": Modality(
+                name="dem", kind="image", channels=("height",), value_unit="arbitrary", size=size
+            ),
         }
 
     def open_sources(self) -> dict[str, Any]:

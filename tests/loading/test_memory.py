@@ -73,7 +73,7 @@ def test_what_is_in_use_when_a_pool_is_cleared_stays_whole() -> None:
 
 
 def sent(pool: SharedPool, worker: SharedPool, **data: torch.Tensor) -> Rows:
-    return pickle.loads(ForkingPickler.dumps(worker.pack(Rows(dict(data), 1))))
+    return pickle.loads(ForkingPickler.dumps(worker.pack(Rows(data=dict(data), count=1))))
 
 
 def pool_and_worker() -> tuple[SharedPool, SharedPool]:

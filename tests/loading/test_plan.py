@@ -11,7 +11,7 @@ UNEQUAL = (8, 3, 8, 8, 1, 8, 5)
 def plan(sizes=EQUAL, **changes):
     options = {"seed": 1, "epoch": 0, "world_size": 1, "rank": 0, "batch_size": 4,
                "window_blocks": 2, "shuffle": True, **changes}  # fmt: skip
-    return EpochPlan(tuple(sizes), **options)
+    return EpochPlan(sizes=tuple(sizes), **options)
 
 
 def items(pieces):

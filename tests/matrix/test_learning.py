@@ -143,15 +143,15 @@ def finished(seed: int, joint: float, contrastive: bool = True) -> Finished:
     versions = {"domainssl": "1.2", "python": "3.11", "torch": "2.15"}
     git = {"commit": "0123456789abcdef", "has_local_changes": seed == 1}
     return Finished(
-        Run(Path("a.yaml"), seed),
-        Outcome(made_up(joint), 64, contrastive),
-        {"cpu_seconds": 99.6},
-        {"versions": versions, "git": git},
+        run=Run(Path("a.yaml"), seed),
+        outcome=Outcome(made_up(joint), 64, contrastive),
+        cost={"cpu_seconds": 99.6},
+        surroundings={"versions": versions, "git": git},
     )
 
 
 def test_the_tables_hold_spread_verdicts_cost_and_versions():
-    failed = Finished(Run(Path("b.yaml"), 0), None, error="fit ended with status 1")
+    failed = Finished(run=Run(Path("b.yaml"), 0), outcome=None, error="fit ended with status 1")
     text = markdown([finished(0, 0.8), finished(1, 0.52), failed], "the command")
     lines = text.splitlines()
     assert "| `a` | 0 | 8 of 8 |  | 100 |" in lines

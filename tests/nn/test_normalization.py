@@ -11,7 +11,14 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.modality import Modality
 from domainssl.nn.normalization import Form, Normalizer
 
-S2 = Modality("s2", "image", ("B02", "B03"), "dn", mean=(100.0, 200.0), std=(10.0, 20.0))
+S2 = Modality(
+    name="s2",
+    kind="image",
+    channels=("B02", "B03"),
+    value_unit="dn",
+    mean=(100.0, 200.0),
+    std=(10.0, 20.0),
+)
 
 
 def _batch(value: float = 110.0) -> dict[str, Any]:
@@ -66,7 +73,14 @@ def test_integer_input_is_normalised_in_float32() -> None:
 
 
 def test_series_scale_the_right_axis() -> None:
-    series = Modality("s2", "series", ("B02", "B03"), "dn", mean=(100.0, 200.0), std=(10.0, 20.0))
+    series = Modality(
+        name="s2",
+        kind="series",
+        channels=("B02", "B03"),
+        value_unit="dn",
+        mean=(100.0, 200.0),
+        std=(10.0, 20.0),
+    )
     x = torch.full((1, 3, 2, 1, 1), 110.0)
     out = Normalizer({"s2": series}, "zscore")({"s2": x})["s2"]
     assert out[0, 2].flatten().tolist() == [1.0, -4.5]
@@ -88,7 +102,7 @@ def test_forms_that_cannot_be_read_say_why(text: str, message: str) -> None:
 
 
 def test_a_form_that_needs_statistics_says_so() -> None:
-    bare = Modality("ct", "volume", ("hu",), "hu")
+    bare = Modality(name="ct", kind="volume", channels=("hu",), value_unit="hu")
     with pytest.raises(ConfigError, match="needs mean and std"):
         Normalizer({"ct": bare}, "zscore")
 

@@ -18,7 +18,12 @@ SIZES = {"features": (4, 8), "blocks": (1, 1), "widen": 0.0625}
 
 
 def volume(channels: int = 1) -> Modality:
-    return Modality("ct", "volume", tuple(f"c{i}" for i in range(channels)), "arbitrary")
+    return Modality(
+        name="ct",
+        kind="volume",
+        channels=tuple(f"c{i}" for i in range(channels)),
+        value_unit="arbitrary",
+    )
 
 
 def build(modality: Modality | None = None, encoder: str = "resenc", **options: Any) -> ConvMAE:
@@ -135,7 +140,7 @@ def test_encoders_of_volumes_are_decoded_to_the_full_grid(encoder: str) -> None:
 
 
 def test_a_timm_resnet_learns_from_images() -> None:
-    image = Modality("s2", "image", ("a", "b", "c"), "arbitrary")
+    image = Modality(name="s2", kind="image", channels=("a", "b", "c"), value_unit="arbitrary")
     model = build(image, "resnet18", context_size=(64, 32))
     batch = {"s2": torch.rand(2, 3, 64, 32)}
     step = model(batch, draws(model, batch))
@@ -158,7 +163,7 @@ def test_what_cannot_be_used_is_refused(options: dict[str, Any], words: str) -> 
 
 
 def test_a_series_is_refused() -> None:
-    series = Modality("s2", "series", ("a",), "arbitrary")
+    series = Modality(name="s2", kind="series", channels=("a",), value_unit="arbitrary")
     with pytest.raises(ConfigError, match="takes images and volumes"):
         build(series, "resnet18")
 

@@ -110,7 +110,7 @@ def test_what_cannot_be_built_is_refused(options: dict[str, Any], text: str) -> 
 
 
 def test_exactly_two_modalities_are_compared() -> None:
-    extra = Modality("dem", "image", ("height",), "arbitrary")
+    extra = Modality(name="dem", kind="image", channels=("height",), value_unit="arbitrary")
     with pytest.raises(ConfigError, match="SimCLR compares two modalities"):
         SimCLR({**modalities(2, 13), "dem": extra}, **grouped(encoder="resnet18"))
 

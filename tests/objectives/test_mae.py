@@ -21,7 +21,7 @@ def mae(
     torch.manual_seed(0)
     architecture = changes.pop("architecture", MAEArchitecture(width=24, decoder_width=24))
     return MAE(
-        {"m": Modality("m", kind, ("a",), unit, size=size)},  # type: ignore[arg-type]
+        {"m": Modality(name="m", kind=kind, channels=("a",), value_unit=unit, size=size)},  # type: ignore[arg-type]
         encoding=MAEEncoding(
             size="tiny", architecture=architecture, patch_size=4, normalization="identity"
         ),
@@ -156,7 +156,7 @@ def test_what_cannot_be_used_is_refused() -> None:
         mae(architecture=MAEArchitecture(width=16))
     with pytest.raises(ConfigError, match="multiple of 6"):
         mae(architecture=MAEArchitecture(width=24, decoder_width=16))
-    table = Modality("m", "table", ("a",), "arbitrary")
+    table = Modality(name="m", kind="table", channels=("a",), value_unit="arbitrary")
     with pytest.raises(ConfigError, match="takes images, series and volumes"):
         MAE({"m": table}, encoding=MAEEncoding(normalization="identity"))
 

@@ -35,10 +35,22 @@ INPUTS: dict[str, Any] = {
 
 def modalities() -> dict[str, Any]:
     return {
-        "aerial": Modality("aerial", "image", ("R", "G"), "arbitrary", size=(12, 12)),
-        "s2": Modality("s2", "series", ("B2", "B4", "B8"), "arbitrary", size=(6, 6)),
-        "s1_asc": Modality("s1_asc", "series", ("VV", "VH"), "arbitrary", size=(6, 6)),
-        "s1_des": Modality("s1_des", "series", ("VV", "VH"), "arbitrary", size=(6, 6)),
+        "aerial": Modality(
+            name="aerial", kind="image", channels=("R", "G"), value_unit="arbitrary", size=(12, 12)
+        ),
+        "s2": Modality(
+            name="s2",
+            kind="series",
+            channels=("B2", "B4", "B8"),
+            value_unit="arbitrary",
+            size=(6, 6),
+        ),
+        "s1_asc": Modality(
+            name="s1_asc", kind="series", channels=("VV", "VH"), value_unit="arbitrary", size=(6, 6)
+        ),
+        "s1_des": Modality(
+            name="s1_des", kind="series", channels=("VV", "VH"), value_unit="arbitrary", size=(6, 6)
+        ),
     }
 
 
@@ -116,7 +128,13 @@ def test_masks_are_drawn_without_preparing_values(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_images_are_resized_before_elevation_becomes_depth(mode: Any) -> None:
-    dem = Modality("dem", "image", ("surface", "ground"), "arbitrary", size=(6, 6))
+    dem = Modality(
+        name="dem",
+        kind="image",
+        channels=("surface", "ground"),
+        value_unit="arbitrary",
+        size=(6, 6),
+    )
     inputs = {"dem": {"patch_size": 2, "image_size": 4, "interpolation": mode, "is_elevation": 1}}
     backbone = MAESTROBackbone({"dem": dem}, inputs, width=16, depth=1, heads=1, shared_depth=0)
     x = torch.rand(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -256,10 +274,15 @@ def test_mistakes_are_named(changes: dict[str, Any], words: str) -> None:
 def test_published_sizes_have_the_published_number_of_parameters() -> None:
     sizes = {"aerial": (4, 300), "s2": (10, 6), "s1_asc": (2, 6), "s1_des": (2, 6)}
     found = {
-        n: Modality(n, "image" if n == "aerial" else "series", tuple(map(str, range(c))),
-                    "arbitrary", size=(s, s))
+        n: Modality(
+            name=n,
+            kind="image" if n == "aerial" else "series",
+            channels=tuple(map(str, range(c))),
+            value_unit="arbitrary",
+            size=(s, s),
+        )
         for n, (c, s) in sizes.items()
-    }  # fmt: skip
+    }
     inputs: dict[str, Any] = {**INPUTS, "aerial": {"patch_size": 20}, "s2": {"patch_size": 2}}
     model = MAESTRO(dict(found), **grouped(inputs=inputs, size="tiny"))
     head = 192 + 4 * 192 + 2 * 192 * 192 + 15 * 192 + 15

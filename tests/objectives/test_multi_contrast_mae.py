@@ -31,7 +31,10 @@ SIZES = MultiContrastArchitecture(
 
 def modalities(names: tuple[str, ...] = NAMES, **facts: Any) -> dict[str, Any]:
     facts = {"size": CROP, **facts}
-    return {n: Modality(n, "volume", ("a",), "arbitrary", **facts) for n in names}
+    return {
+        n: Modality(name=n, kind="volume", channels=("a",), value_unit="arbitrary", **facts)
+        for n in names
+    }
 
 
 def mae(known: dict[str, Any] | None = None, **changes: Any) -> MultiContrastMAE:
@@ -201,11 +204,34 @@ def test_files_that_call_a_contrast_otherwise_are_read(tmp_path: Any) -> None:
 def test_what_cannot_be_used_is_refused() -> None:
     known = modalities()
     with pytest.raises(ConfigError, match="share a grid"):
-        mae({**known, "t2": Modality("t2", "volume", ("a",), "arbitrary", size=(8, 8, 8))})
+        mae(
+            {
+                **known,
+                "t2": Modality(
+                    name="t2",
+                    kind="volume",
+                    channels=("a",),
+                    value_unit="arbitrary",
+                    size=(8, 8, 8),
+                ),
+            }
+        )
     with pytest.raises(ConfigError, match="same number of channels"):
-        mae({**known, "t2": Modality("t2", "volume", ("a", "b"), "arbitrary", size=CROP)})
+        mae(
+            {
+                **known,
+                "t2": Modality(
+                    name="t2", kind="volume", channels=("a", "b"), value_unit="arbitrary", size=CROP
+                ),
+            }
+        )
     with pytest.raises(ConfigError, match="volumes, or images, on one grid"):
-        mae({**known, "t2": Modality("t2", "image", ("a",), "arbitrary")})
+        mae(
+            {
+                **known,
+                "t2": Modality(name="t2", kind="image", channels=("a",), value_unit="arbitrary"),
+            }
+        )
     with pytest.raises(ConfigError, match=r"contrast_dropout: got 1.0"):
         mae(options=MultiContrastOptions(contrast_dropout=1.0))
     batch = {"t1": torch.zeros(1, 1, *CROP), "flair": torch.zeros(1, 1, 8, 8, 8)}

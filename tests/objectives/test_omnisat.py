@@ -31,9 +31,25 @@ SIZES = {"width": 32, "fusion": {"depth": 1, "heads": 4}, "series": SERIES}
 
 def modalities(order: tuple[str, ...] = ("aerial", "s2", "s1")) -> dict[str, Modality]:
     every = {
-        "aerial": Modality("aerial", "image", ("r", "g"), "rgb8", (24, 24), gsd_m=1.25),
-        "s2": Modality("s2", "series", ("a", "b", "c"), "dn", (3, 3), gsd_m=10),
-        "s1": Modality("s1", "series", ("vv",), "db", (6, 6), gsd_m=5),
+        "aerial": Modality(
+            name="aerial",
+            kind="image",
+            channels=("r", "g"),
+            value_unit="rgb8",
+            size=(24, 24),
+            gsd_m=1.25,
+        ),
+        "s2": Modality(
+            name="s2",
+            kind="series",
+            channels=("a", "b", "c"),
+            value_unit="dn",
+            size=(3, 3),
+            gsd_m=10,
+        ),
+        "s1": Modality(
+            name="s1", kind="series", channels=("vv",), value_unit="db", size=(6, 6), gsd_m=5
+        ),
     }
     return {name: every[name] for name in order}
 

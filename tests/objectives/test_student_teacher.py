@@ -26,7 +26,9 @@ PATCHES = {"image": (8, 8), "series": (8, 8), "volume": (4, 4, 2)}
 
 
 def some(kind: str) -> Modality:
-    return Modality("m", kind, ("a", "b"), "arbitrary", size=SIZES[kind])  # type: ignore[arg-type]
+    return Modality(
+        name="m", kind=kind, channels=("a", "b"), value_unit="arbitrary", size=SIZES[kind]
+    )  # type: ignore[arg-type]
 
 
 def common(kind: str, **encoding: Any) -> dict[str, Any]:
@@ -191,7 +193,9 @@ def test_monitors_tell_a_teacher_that_gives_all_items_one_answer() -> None:
 
 
 def test_dates_volumes_and_values_that_do_not_fit_are_refused() -> None:
-    two = {n: some("image") for n in ("m",)} | {"n": Modality("n", "image", ("a",), "arbitrary")}
+    two = {n: some("image") for n in ("m",)} | {
+        "n": Modality(name="n", kind="image", channels=("a",), value_unit="arbitrary")
+    }
     with pytest.raises(ConfigError, match="one modality"):
         dino(modalities=two)
     with pytest.raises(ConfigError, match=r"crops.first: photometric changes"):

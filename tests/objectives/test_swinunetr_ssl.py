@@ -14,7 +14,7 @@ from domainssl.modality import Modality
 from domainssl.objectives.base import Generators
 from domainssl.objectives.swinunetr_ssl import SwinUNETRSSL, SwinUNETRSSLOptions
 
-CT = Modality("ct", "volume", ("ct",), "hu")
+CT = Modality(name="ct", kind="volume", channels=("ct",), value_unit="hu")
 SMALL = {"feature_size": 12, "depths": (1, 1, 1, 1), "window": 4}
 
 
@@ -138,4 +138,4 @@ def test_what_cannot_be_used_is_refused(options: dict[str, Any], words: str) -> 
 
 def test_an_image_is_refused() -> None:
     with pytest.raises(ConfigError, match="takes one volume"):
-        build(Modality("s2", "image", ("a",), "arbitrary"))
+        build(Modality(name="s2", kind="image", channels=("a",), value_unit="arbitrary"))

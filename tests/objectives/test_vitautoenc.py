@@ -29,7 +29,11 @@ def model(corruption: Corruption = Corruption(), patch: int = 4, **changes: Any)
         architecture=SIZES, patch_size=patch, normalization="identity", weights=weights
     )
     return ViTAutoEncSSL(
-        {"m": Modality("m", "volume", ("a", "b"), "arbitrary", size=CROP)},
+        {
+            "m": Modality(
+                name="m", kind="volume", channels=("a", "b"), value_unit="arbitrary", size=CROP
+            )
+        },
         encoding=encoding,
         context_size=CROP,
         corruption=corruption,

@@ -38,13 +38,23 @@ SIZE, SPACING = (16, 8, 12), (1.0, 1.0, 2.5)  # no cube, thick slices
 
 def over_time(*names: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"spacing_mm": SPACING, "mean": (0,), "std": (1,)}
-    return {n: Modality(n, "series", ("c0",), "arbitrary", SIZE, **facts) for n in names}
+    return {
+        n: Modality(
+            name=n, kind="series", channels=("c0",), value_unit="arbitrary", size=SIZE, **facts
+        )
+        for n in names
+    }
 
 
 def volume(name: str, channels: int = 1, size: tuple[int, ...] = SIZE, **facts: Any) -> Modality:
     facts = {"spacing_mm": SPACING, "mean": (1.0,) * channels, "std": (2.0,) * channels, **facts}
     return Modality(
-        name, "volume", tuple(f"c{i}" for i in range(channels)), "arbitrary", size, **facts
+        name=name,
+        kind="volume",
+        channels=tuple(f"c{i}" for i in range(channels)),
+        value_unit="arbitrary",
+        size=size,
+        **facts,
     )
 
 
@@ -199,7 +209,9 @@ def test_pictures_show_the_scan_with_hidden_voxels_missing(method: str) -> None:
 def backbone(kind: str, size: tuple[int, ...], patch: Any, **facts: Any) -> CROMABackbone:
     torch.manual_seed(0)
     known = {
-        n: Modality(n, kind, ("a", "b"), "arbitrary", size, **facts)  # type: ignore[arg-type]
+        n: Modality(
+            name=n, kind=kind, channels=("a", "b"), value_unit="arbitrary", size=size, **facts
+        )  # type: ignore[arg-type]
         for n in ("t1", "t2")
     }
     return CROMABackbone(
@@ -313,8 +325,12 @@ def test_one_place_has_one_position_in_scans_of_different_spacing() -> None:
 
 
 def test_one_slice_with_flat_patches_has_the_tokens_of_an_image() -> None:
-    image = Modality("t1", "image", ("a", "b"), "arbitrary", (8, 12))
-    slab = Modality("t1", "volume", ("a", "b"), "arbitrary", (8, 12, 1))
+    image = Modality(
+        name="t1", kind="image", channels=("a", "b"), value_unit="arbitrary", size=(8, 12)
+    )
+    slab = Modality(
+        name="t1", kind="volume", channels=("a", "b"), value_unit="arbitrary", size=(8, 12, 1)
+    )
     sizes = {"width": 24, "depth": 1, "heads": 2, "shared_depth": 0}
     flat = MAESTROBackbone({"t1": image}, {"t1": {"patch_size": 4}}, **sizes)
     deep = MAESTROBackbone({"t1": slab}, {"t1": {"patch_size": (4, 4, 1)}}, **sizes)
@@ -345,7 +361,14 @@ def test_hidden_tokens_cover_the_voxels_that_are_compared() -> None:
 def test_exams_over_time_are_dates_of_a_series_of_volumes() -> None:
     known: dict[str, Any] = {
         n: Modality(
-            n, "series", ("c0",), "arbitrary", SIZE, spacing_mm=SPACING, mean=(0,), std=(1,)
+            name=n,
+            kind="series",
+            channels=("c0",),
+            value_unit="arbitrary",
+            size=SIZE,
+            spacing_mm=SPACING,
+            mean=(0,),
+            std=(1,),
         )
         for n in ("t1", "t1c")
     }
@@ -372,7 +395,10 @@ def test_exams_over_time_are_dates_of_a_series_of_volumes() -> None:
 
 
 def test_maestro_refuses_images_beside_volumes_and_widths_without_room_for_three_axes() -> None:
-    known = {"t1": volume("t1"), "t1c": Modality("t1c", "image", ("r",), "rgb8", (8, 8))}
+    known = {
+        "t1": volume("t1"),
+        "t1c": Modality(name="t1c", kind="image", channels=("r",), value_unit="rgb8", size=(8, 8)),
+    }
     with pytest.raises(ConfigError, match="share no footprint"):
         maestro(known, normalization="identity")
     with pytest.raises(ConfigError, match="width 16 must be a multiple of 4 and at least 20"):
@@ -388,8 +414,14 @@ def test_maestro_refuses_images_beside_volumes_and_widths_without_room_for_three
 
 def test_one_slice_with_flat_patches_is_fused_like_an_image() -> None:
     torch.manual_seed(0)
-    known = {n: Modality(n, "image", ("a",), "arbitrary", (12, 8)) for n in ("t1", "t2")}
-    slabs = {n: Modality(n, "volume", ("a",), "arbitrary", (12, 8, 1)) for n in known}
+    known = {
+        n: Modality(name=n, kind="image", channels=("a",), value_unit="arbitrary", size=(12, 8))
+        for n in ("t1", "t2")
+    }
+    slabs = {
+        n: Modality(name=n, kind="volume", channels=("a",), value_unit="arbitrary", size=(12, 8, 1))
+        for n in known
+    }
     fusion = {"depth": 1, "heads": 2}
     sizes = {"width": 16, "fusion": fusion, "normalization": "identity"}
     flat = OmniSatBackbone(known, dict.fromkeys(known, 4), (3, 2), **sizes).eval()
@@ -411,7 +443,14 @@ def test_one_slice_with_flat_patches_is_fused_like_an_image() -> None:
 def test_exams_over_time_are_attended_to_by_their_dates() -> None:
     known = {
         n: Modality(
-            n, "series", ("c0",), "arbitrary", SIZE, spacing_mm=SPACING, mean=(0,), std=(1,)
+            name=n,
+            kind="series",
+            channels=("c0",),
+            value_unit="arbitrary",
+            size=SIZE,
+            spacing_mm=SPACING,
+            mean=(0,),
+            std=(1,),
         )
         for n in ("t1", "t1c")
     }
@@ -449,7 +488,9 @@ def test_omnisat_takes_the_side_of_a_patch_in_millimetres() -> None:
         OmniSat(other, **grouped(size="tiny", patch_size=sides, grid=(4, 2, 1)))
     with pytest.raises(ConfigError, match="'legacy' lays tokens on a square"):
         OmniSat(known, **grouped(size="tiny", reference=True))
-    image = Modality("t1c", "image", ("r",), "rgb8", (8, 8), gsd_m=1.0)
+    image = Modality(
+        name="t1c", kind="image", channels=("r",), value_unit="rgb8", size=(8, 8), gsd_m=1.0
+    )
     with pytest.raises(ConfigError, match="share no footprint"):
         OmniSatBackbone(
             {"t1": known["t1"], "t1c": image}, {"t1": 4, "t1c": 4}, (2, 2), normalization="identity"

@@ -68,7 +68,7 @@ class Golden:
     def modalities(self) -> dict[str, Modality]:
         def some(name: str, bands: int) -> Modality:
             channels = tuple(f"{name}_{i}" for i in range(bands))
-            return Modality(name, "image", channels, "arbitrary")
+            return Modality(name=name, kind="image", channels=channels, value_unit="arbitrary")
 
         c = self.config
         return {"s1": some("s1", c["radar_channels"]), "s2": some("s2", c["optical_channels"])}

@@ -38,7 +38,12 @@ def test_golden_files_exist() -> None:
 
 
 def some(name: str, bands: int) -> Modality:
-    return Modality(name, "image", tuple(f"{name}_{i}" for i in range(bands)), "arbitrary")
+    return Modality(
+        name=name,
+        kind="image",
+        channels=tuple(f"{name}_{i}" for i in range(bands)),
+        value_unit="arbitrary",
+    )
 
 
 class Golden:
@@ -259,7 +264,14 @@ def test_eight_bit_scaling_is_exact(golden: Golden) -> None:
         "s2_b4": ("norm/s2_dn", 1363.52445545, 1138.84957046),
     }
     for name, (source, mean, std) in values.items():
-        modality = Modality("m", "table", ("a",), "arbitrary", mean=(mean,), std=(std,))
+        modality = Modality(
+            name="m",
+            kind="table",
+            channels=("a",),
+            value_unit="arbitrary",
+            mean=(mean,),
+            std=(std,),
+        )
         out = Normalizer({"m": modality}, "mean2std8")({"m": golden[source].unsqueeze(1)})["m"]
         assert torch.equal((out * 255).round().byte().squeeze(1), golden[f"norm/{name}_u8"])
 

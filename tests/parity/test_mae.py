@@ -65,7 +65,7 @@ class Golden:
         size = tuple(self.values.shape[2:])
         kind = "volume" if len(size) == 3 else "image"
         channels = tuple(f"c{i}" for i in range(self.values.shape[1]))
-        return Modality("m", kind, channels, "arbitrary", size=size)
+        return Modality(name="m", kind=kind, channels=channels, value_unit="arbitrary", size=size)
 
     @property
     def patch(self) -> tuple[int, ...]:

@@ -87,7 +87,13 @@ class Golden:
         found = {}
         for name in self.names:
             size = tuple(self[f"input/{name}"].shape[-2:])
-            found[name] = Modality(name, "series", self.bands(name)[0], "arbitrary", size=size)
+            found[name] = Modality(
+                name=name,
+                kind="series",
+                channels=self.bands(name)[0],
+                value_unit="arbitrary",
+                size=size,
+            )
         return found
 
     def inputs(self) -> dict[str, MAESTROInput]:

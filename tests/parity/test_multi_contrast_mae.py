@@ -65,7 +65,12 @@ class Golden:
         architecture = {ours: c[theirs] for theirs, ours in SIZES.items()}
         channels = tuple(f"c{i}" for i in range(values.shape[1]))
         return MultiContrastMAE(
-            {n: Modality(n, "volume", channels, "arbitrary", size=size) for n in self.names},
+            {
+                n: Modality(
+                    name=n, kind="volume", channels=channels, value_unit="arbitrary", size=size
+                )
+                for n in self.names
+            },
             encoding=MultiContrastEncoding(
                 architecture=MultiContrastArchitecture(**architecture, decoder_hidden=hidden),
                 patch_size=_sides(c["patch_size"]),

@@ -83,7 +83,9 @@ class Golden:
         for name in self.names:
             kind = "series" if self.tensors[f"input/{name}"].ndim == 5 else "image"
             channels = tuple(f"band{i}" for i in range(self.tensors[f"input/{name}"].shape[-3]))
-            found[ours(name)] = Modality(ours(name), kind, channels, "arbitrary")  # type: ignore[arg-type]
+            found[ours(name)] = Modality(
+                name=ours(name), kind=kind, channels=channels, value_unit="arbitrary"
+            )  # type: ignore[arg-type]
         return found
 
     @property
@@ -364,7 +366,7 @@ def test_single_dates(golden: Golden) -> None:
     model = golden.build().eval()
     encoder = model.backbone.get_submodule(f"projector_{ours(source)}")
     channels = tuple(f"band{i}" for i in range(x.shape[1]))
-    kinds = {"mono": Modality("mono", "image", channels, "arbitrary")}
+    kinds = {"mono": Modality(name="mono", kind="image", channels=channels, value_unit="arbitrary")}
     arguments: dict[str, Any] = {**golden.build().arguments, "modalities": kinds}
     encoding = arguments["encoding"]
     encoding["patch_size"] = {"mono": x.shape[-1] // golden.grid[0]}

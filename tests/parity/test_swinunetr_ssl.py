@@ -74,7 +74,7 @@ class Golden:
         names = tuple(f"c{i}" for i in range(c["in_channels"]))
         state = self.state()
         model = SwinUNETRSSL(
-            {"ct": Modality("ct", "volume", names, "arbitrary")},
+            {"ct": Modality(name="ct", kind="volume", channels=names, value_unit="arbitrary")},
             SwinEncoding(architecture=self.architecture(merging), normalization="scale(1)"),
             temperature=c["temperature"],
             embedding=len(state["contrastive_head.bias"]),

@@ -51,7 +51,11 @@ class Golden:
             channels=c.get("deconv_chns", 16),
         )  # fmt: skip
         self.model = ViTAutoEncSSL(
-            {"m": Modality("m", kind, channels, "arbitrary", size=size)},
+            {
+                "m": Modality(
+                    name="m", kind=kind, channels=channels, value_unit="arbitrary", size=size
+                )
+            },
             encoding=ViTAutoEncEncoding(
                 architecture=architecture,
                 patch_size=_sides(c["patch_size"]),

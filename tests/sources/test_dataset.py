@@ -28,14 +28,20 @@ class Stacked(Dataset):
 
 
 MODALITIES = {
-    "s1": Modality("s1", "image", ("VV", "VH"), "db", size=(6, 6), gsd_m=10.0),
-    "s2": Modality("s2", "image", ("B03", "B04"), "dn", size=(6, 6), gsd_m=10.0),
+    "s1": Modality(
+        name="s1", kind="image", channels=("VV", "VH"), value_unit="db", size=(6, 6), gsd_m=10.0
+    ),
+    "s2": Modality(
+        name="s2", kind="image", channels=("B03", "B04"), value_unit="dn", size=(6, 6), gsd_m=10.0
+    ),
 }
 READS = {"s1": Reads("image", (0, 1)), "s2": Reads("image", (2, 3))}
 
 
 def source(**changes: Any) -> DatasetSource:
-    return DatasetSource(Stacked(), MODALITIES, READS, per_block=4, **changes)
+    return DatasetSource(
+        dataset=Stacked(), modalities=MODALITIES, reads=READS, per_block=4, **changes
+    )
 
 
 class DatasetData(DomainDataModule):
@@ -96,9 +102,13 @@ class _Recording(Dataset):
 
 
 def test_items_that_do_not_fit_are_refused_by_name():
-    wrong = DatasetSource(Stacked(), MODALITIES, {**READS, "s2": Reads("imge")})
+    wrong = DatasetSource(
+        dataset=Stacked(), modalities=MODALITIES, reads={**READS, "s2": Reads("imge")}
+    )
     with pytest.raises(DataError, match=r"no 'imge', only image.*Did you mean 'image'"):
         wrong.load(Piece(0, 0, 1), 0)
-    whole = DatasetSource(Stacked(), MODALITIES, {**READS, "s2": Reads("image")})
+    whole = DatasetSource(
+        dataset=Stacked(), modalities=MODALITIES, reads={**READS, "s2": Reads("image")}
+    )
     with pytest.raises(DataError, match=r"shape \(4, 6, 6\), but modality 's2' says \(2, 6, 6\)"):
         whole.load(Piece(0, 0, 1), 0)

@@ -19,7 +19,7 @@ def scene(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("flip_y", "flip_x", "turns"), EIGHT)
 def test_the_affine_map_leads_every_delivered_pixel_back_to_its_place(flip_y, flip_x, turns):
-    cut = Cut((2, 3), (4, 4), (4, 4), (flip_y, flip_x), turns)
+    cut = Cut(begin=(2, 3), extent=(4, 4), size=(4, 4), flips=(flip_y, flip_x), turns=turns)
     out = torch.empty(4, 4, dtype=torch.int16)
     cut.write(scene(9, 11), out)
     geo = cut.geo(x0=500.0, y0=900.0, step=10.0)
@@ -34,12 +34,14 @@ def test_the_affine_map_leads_every_delivered_pixel_back_to_its_place(flip_y, fl
 @pytest.mark.parametrize(("flip_y", "flip_x", "turns"), EIGHT)
 def test_views_are_those_of_numpy(flip_y, flip_x, turns):
     expected = scene(9, 11)[2:6, 3:7][:: -1 if flip_y else 1, :: -1 if flip_x else 1]
-    view = Cut((2, 3), (4, 4), (4, 4), (flip_y, flip_x), turns).view(scene(9, 11))
+    view = Cut(begin=(2, 3), extent=(4, 4), size=(4, 4), flips=(flip_y, flip_x), turns=turns).view(
+        scene(9, 11)
+    )
     assert np.array_equal(view, np.rot90(expected, turns))
 
 
 def test_a_resized_window_covers_the_same_ground():
-    geo = Cut((10, 20), (30, 30), (60, 60)).geo(0.0, 0.0, 10.0)
+    geo = Cut(begin=(10, 20), extent=(30, 30), size=(60, 60)).geo(0.0, 0.0, 10.0)
     assert (geo["a"], geo["c"], geo["c"] + 60 * geo["a"]) == (5.0, 200.0, 500.0)
     assert (geo["e"], geo["f"], geo["f"] + 60 * geo["e"]) == (-5.0, -100.0, -400.0)
 
@@ -47,14 +49,14 @@ def test_a_resized_window_covers_the_same_ground():
 def test_a_window_without_resize_keeps_dtype_and_values():
     out = torch.empty(2, 3, 3, dtype=torch.float16)
     array = np.stack([scene(5, 5), scene(5, 5) + 1]).astype(np.float16)
-    Cut((1, 1), (3, 3), (3, 3)).write(array, out)
+    Cut(begin=(1, 1), extent=(3, 3), size=(3, 3)).write(array, out)
     assert np.array_equal(out.numpy(), array[:, 1:4, 1:4])
 
 
 def test_resizing_keeps_a_constant_and_a_linear_ramp():
     ramp = np.broadcast_to(np.arange(40, dtype=np.int16), (2, 40, 40))
     out = torch.empty(2, 20, 20)
-    Cut((0, 0), (40, 40), (20, 20)).write(ramp, out)
+    Cut(begin=(0, 0), extent=(40, 40), size=(20, 20)).write(ramp, out)
     expected = torch.arange(20) * 2 + 0.5
     assert torch.allclose(out[:, 5, 2:-2], expected[2:-2].expand(2, -1), atol=1e-4)
 
@@ -66,7 +68,7 @@ def test_the_offset_goes_from_everything_but_no_data(side, dtype):
     array = np.full((2, 6, 6), 1200, np.int16)
     array[1] = 0
     out = torch.empty(2, 4, 4, dtype=dtype)
-    Cut((0, 0), (side, side), (4, 4)).write(array, out, offset=1000)
+    Cut(begin=(0, 0), extent=(side, side), size=(4, 4)).write(array, out, offset=1000)
     assert torch.allclose(out[0].float(), torch.tensor(200.0)) and (out[1] == 0).all()
     assert (array[0] == 1200).all()
 
@@ -74,7 +76,7 @@ def test_the_offset_goes_from_everything_but_no_data(side, dtype):
 def test_resizing_is_antialiased_bilinear():
     array = np.random.default_rng(0).normal(size=(3, 50, 50)).astype(np.float32)
     out = torch.empty(3, 20, 20)
-    Cut((0, 0), (50, 50), (20, 20)).write(array, out)
+    Cut(begin=(0, 0), extent=(50, 50), size=(20, 20)).write(array, out)
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(array)[None], (20, 20), mode="bilinear", antialias=True
     )
@@ -87,7 +89,7 @@ def test_a_resized_pixel_is_invalid_as_soon_as_one_of_its_sources_is(side):
     valid = np.ones((80, 80), bool)
     valid[side // 2, side // 3] = False
     values[0, side // 2, side // 3] = 1e9  # whatever stands there must not leak into valid pixels
-    cut = Cut((0, 0), (side, side), (20, 20))
+    cut = Cut(begin=(0, 0), extent=(side, side), size=(20, 20))
     out, mask = torch.empty(1, 20, 20), torch.empty(20, 20, dtype=torch.bool)
     cut.write(values, out)
     cut.write_valid(valid, mask)
@@ -122,8 +124,8 @@ def test_switching_flips_off_moves_no_other_choice():
 
 def test_the_evaluation_window_is_central():
     window = pixels(120, min_size=60, max_size=180)
-    assert window.middle((132, 264)) == Cut((6, 72), (120, 120), (120, 120))
-    assert window.middle((100, 264)) == Cut((0, 82), (100, 100), (120, 120))
+    assert window.middle((132, 264)) == Cut(begin=(6, 72), extent=(120, 120), size=(120, 120))
+    assert window.middle((100, 264)) == Cut(begin=(0, 82), extent=(100, 100), size=(120, 120))
 
 
 def test_a_window_without_jitter_stays_where_held_out_ones_lie():
@@ -151,12 +153,12 @@ def test_boxes_keep_their_order_of_axes_and_turn_by_halves_where_sides_differ():
     cuts[0].write(volume.astype(np.float32), out)
     part = volume[(0, *cuts[0].slices)]
     assert part.min() <= out.min() and out.max() <= part.max()
-    assert window.middle((20, 20, 5)) == Cut((8, 7, 1), (4, 6, 2), (4, 6, 2))
+    assert window.middle((20, 20, 5)) == Cut(begin=(8, 7, 1), extent=(4, 6, 2), size=(4, 6, 2))
 
 
 def test_cubes_turn_in_the_plane_of_their_first_two_axes():
     volume = np.arange(4 * 4 * 3).reshape(4, 4, 3)
-    cut = Cut((0, 0, 0), (4, 4, 3), (4, 4, 3), (False, True, True), 1)
+    cut = Cut(begin=(0, 0, 0), extent=(4, 4, 3), size=(4, 4, 3), flips=(False, True, True), turns=1)
     assert np.array_equal(cut.view(volume), np.rot90(volume[:, ::-1, ::-1], 1, axes=(0, 1)))
 
 
@@ -199,7 +201,13 @@ def test_axes_are_mirrored_by_their_own_answer() -> None:
 def test_a_cut_tells_where_its_cells_come_from() -> None:
     array = np.arange(5 * 6 * 7).reshape(5, 6, 7)
     for turns in range(4):
-        cut = Cut((1, 2, 3), (3, 2, 4), (3, 2, 4), (True, False, True), turns)
+        cut = Cut(
+            begin=(1, 2, 3),
+            extent=(3, 2, 4),
+            size=(3, 2, 4),
+            flips=(True, False, True),
+            turns=turns,
+        )
         delivered, matrix = cut.view(array), cut.to_source()
         for place in np.ndindex(delivered.shape):
             source = (matrix @ [*place, 1])[:3].astype(int)

@@ -13,7 +13,7 @@ from domainssl.errors import ConfigError
 __all__ = ["Encoded", "Encoder", "refuse_attention", "seen_cells"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoded:
     """One modality, encoded.
 

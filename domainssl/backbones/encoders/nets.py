@@ -95,7 +95,12 @@ class ResNetEncoder(Encoder):
         last = self.stages(x, valid, attention)[-1]
         grid = tuple(last.shape[2:])
         tokens = last.flatten(2).transpose(1, 2)
-        return Encoded(tokens, last.flatten(2).mean(2), grid, seen_cells(valid, grid))
+        return Encoded(
+            tokens=tokens,
+            pooled=last.flatten(2).mean(2),
+            grid=grid,
+            token_valid=seen_cells(valid, grid),
+        )
 
 
 class ViTEncoder(Encoder):
@@ -159,7 +164,9 @@ class TransformerEncoder(Encoder):
         tokens, grid = self._embed(x)
         tokens = self.transformer(tokens)  # (B, N, E)
         seen = patch_fraction(valid, self.patch_size) > 0
-        return Encoded(tokens, mean_of_valid(tokens, seen), grid, seen)
+        return Encoded(
+            tokens=tokens, pooled=mean_of_valid(tokens, seen), grid=grid, token_valid=seen
+        )
 
 
 def _timm_net(name: str, channels: int, image_size: int) -> nn.Module:

@@ -167,4 +167,6 @@ class ResidualEncoder(Encoder):
         last = self.stages(x, valid, attention)[-1]
         grid = tuple(last.shape[2:])
         tokens = last.flatten(2).transpose(1, 2)
-        return Encoded(tokens, tokens.mean(1), grid, seen_cells(valid, grid))
+        return Encoded(
+            tokens=tokens, pooled=tokens.mean(1), grid=grid, token_valid=seen_cells(valid, grid)
+        )

@@ -169,10 +169,12 @@ def _published(flat: Mapping[str, Tensor]) -> dict[str, Modality]:
         if len(bands) != count:
             bands = tuple(f"band_{i}" for i in range(count))
         found[name] = Modality(
-            name,
-            "image" if name in _IMAGES else "series",
-            bands,
-            _UNITS.get(name, "arbitrary") if len(_BANDS.get(name, ())) == count else "arbitrary",
+            name=name,
+            kind="image" if name in _IMAGES else "series",
+            channels=bands,
+            value_unit=_UNITS.get(name, "arbitrary")
+            if len(_BANDS.get(name, ())) == count
+            else "arbitrary",
         )
     return found
 

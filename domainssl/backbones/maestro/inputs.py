@@ -27,7 +27,7 @@ __all__ = [
 Interpolation = Literal["nearest", "bilinear"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MAESTROInput:
     """How one modality becomes tokens, and what its hidden tokens are compared with.
 

@@ -23,7 +23,7 @@ _FLAGS = ("--print_config",)
 _SWITCHES = ("--auto_resume",)  # `--auto_resume` alone means true
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Composition:
     """What the configuration files and the command line add up to.
 

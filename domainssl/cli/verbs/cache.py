@@ -74,7 +74,12 @@ def _build(options: argparse.Namespace, more: list[str]) -> int:
     from domainssl.cli.run.looking import data_at
     from domainssl.pieces import Plan, Shard, build
 
-    plan = Plan(options.jobs, options.limit, options.skip_bad, shard=Shard.parse(options.shard))
+    plan = Plan(
+        jobs=options.jobs,
+        limit=options.limit,
+        skip_bad=options.skip_bad,
+        shard=Shard.parse(options.shard),
+    )
     data = data_at(None, options.config, more, "cache build")
     data.prepare_data()
     data.setup("fit")

@@ -28,11 +28,11 @@ def run(argv: list[str]) -> int:
     from domainssl.pieces import Plan, Shard
 
     plan = Plan(
-        options.jobs,
-        options.limit,
-        options.skip_bad,
-        options.restart,
-        Shard.parse(options.shard),
+        jobs=options.jobs,
+        limit=options.limit,
+        skip_bad=options.skip_bad,
+        restart=options.restart,
+        shard=Shard.parse(options.shard),
     )
     screen = console()
     subject, found_there = _subject(options, more)

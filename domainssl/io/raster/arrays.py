@@ -23,7 +23,7 @@ _FILTERS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArrayInfo:
     """What a zarr array's metadata say."""
 

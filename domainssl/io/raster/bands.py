@@ -62,7 +62,7 @@ GRD_REASON = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredBand:
     """Where one band is stored and what its numbers mean.
 
@@ -105,7 +105,7 @@ class StoredBand:
         return self.scale != 1.0 or self.offset != 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerFile:
     """One sensor in one file.
 
@@ -266,7 +266,16 @@ def describe_zarr(
         if size != len(times):
             raise DataError(f"{path}: mask {mask!r} has {size} dates, the bands {len(times)}.")
     baselines = stored_baselines(cube, chosen[0].array, dim, len(times))
-    return LayerFile(path, "zarr", chosen, times, known, cover, options, baselines)
+    return LayerFile(
+        path=path,
+        kind="zarr",
+        bands=chosen,
+        times=times,
+        crs=known,
+        mask=cover,
+        options=options,
+        baselines=baselines,
+    )
 
 
 def stored_bands(cube: Cube, group: str = "") -> list[StoredBand]:
@@ -365,18 +374,18 @@ def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
             math.inf if high is None else float(high),
         )
     return StoredBand(
-        name,
-        info.name,
-        candidate.index,
-        axes,
-        _grid(cube, info, axes),
-        (info.chunks[axes.index("y")], info.chunks[axes.index("x")]),
-        1.0 if scale is None else _number(scale, info),
-        0.0 if offset is None else _number(offset, info),
-        tuple(sorted(n for n in numbers if not math.isnan(n))),
-        limits,
-        str(attrs.get("units", "")),
-        info.dtype.kind in "iu",
+        name=name,
+        array=info.name,
+        index=candidate.index,
+        axes=axes,
+        grid=_grid(cube, info, axes),
+        chunk=(info.chunks[axes.index("y")], info.chunks[axes.index("x")]),
+        scale=1.0 if scale is None else _number(scale, info),
+        offset=0.0 if offset is None else _number(offset, info),
+        nodata=tuple(sorted(n for n in numbers if not math.isnan(n))),
+        limits=limits,
+        unit=str(attrs.get("units", "")),
+        is_integer=info.dtype.kind in "iu",
     )
 
 
@@ -499,7 +508,17 @@ def _mask(cube: Cube, name: str, group: str) -> StoredBand:
         assert axes is not None
         grid = _grid(cube, info, axes)
         chunk = (info.chunks[axes.index("y")], info.chunks[axes.index("x")])
-        bands.append(StoredBand(name, path, None, axes, grid, chunk, is_integer=True))
+        bands.append(
+            StoredBand(
+                name=name,
+                array=path,
+                index=None,
+                axes=axes,
+                grid=grid,
+                chunk=chunk,
+                is_integer=True,
+            )
+        )
     return min(bands, key=lambda band: band.grid.step)
 
 

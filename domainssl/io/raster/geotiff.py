@@ -69,7 +69,9 @@ def describe_geotiff(
     time = parse_date(date) if date else product_time([path.rpartition("/")[2]])[0]
     times = np.array([time], "datetime64[s]")
     baselines = baselines_of([path])
-    return LayerFile(path, "geotiff", tuple(chosen), times, known, baselines=baselines)
+    return LayerFile(
+        path=path, kind="geotiff", bands=tuple(chosen), times=times, crs=known, baselines=baselines
+    )
 
 
 def _alpha(file: Any) -> int | None:
@@ -82,19 +84,19 @@ def _band(file: Any, name: str, index: int, grid: Grid) -> StoredBand:
     nodata = file.nodatavals[index]
     has_nodata = nodata is not None and not math.isnan(nodata)
     return StoredBand(
-        name,
-        "",
-        index,
-        ("band", "y", "x"),
-        grid,
-        tuple(file.block_shapes[index]),
-        float(file.scales[index]),
-        float(file.offsets[index]),
-        (float(nodata),) if has_nodata else (),
-        None,
-        str(file.units[index] or ""),
-        np.dtype(file.dtypes[index]).kind in "iu",
-        any(flag.name == "per_dataset" for flag in file.mask_flag_enums[index])
+        name=name,
+        array="",
+        index=index,
+        axes=("band", "y", "x"),
+        grid=grid,
+        chunk=tuple(file.block_shapes[index]),
+        scale=float(file.scales[index]),
+        offset=float(file.offsets[index]),
+        nodata=(float(nodata),) if has_nodata else (),
+        limits=None,
+        unit=str(file.units[index] or ""),
+        is_integer=np.dtype(file.dtypes[index]).kind in "iu",
+        has_mask=any(flag.name == "per_dataset" for flag in file.mask_flag_enums[index])
         or _alpha(file) is not None,
     )
 

@@ -56,7 +56,7 @@ class Bounds:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """A regular raster of square pixels.
 
@@ -100,7 +100,7 @@ class Grid:
                 "that are not square. Resample the raster to square pixels with north up."
             )
         top = f if e < 0 else f + height * a
-        return cls(c, top, a, height, width, e > 0)
+        return cls(left=c, top=top, step=a, height=height, width=width, is_y_ascending=e > 0)
 
 
 def plain_crs(value: Any, where: str) -> str:

@@ -222,7 +222,7 @@ def _together(bands: Sequence[StoredBand]) -> list[list[int]]:
     return list(groups.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Places:
     """Which rows and columns of a grid lie under the pixels of a rectangle.
 
@@ -264,11 +264,11 @@ class _Places:
             rows = grid.height - 1 - rows
         low = int(rows.min())
         return cls(
-            slice(low, int(rows.max()) + 1),
-            slice(int(columns[0]), int(columns[-1]) + 1),
-            rows - low,
-            columns - columns[0],
-            finer,
+            rows=slice(low, int(rows.max()) + 1),
+            columns=slice(int(columns[0]), int(columns[-1]) + 1),
+            down=rows - low,
+            across=columns - columns[0],
+            finer=finer,
         )
 
     def nearest(self, values: Array) -> Array:

@@ -130,18 +130,18 @@ class Cube:
             if not isinstance(dims, list) or not all(isinstance(dim, str) for dim in dims):
                 raise ValueError(f"_ARRAY_DIMENSIONS {dims!r} are no list of names")
             return ArrayInfo(
-                name,
-                shape,
-                chunks,
-                dtype,
-                tuple(dims),
-                attrs,
-                codec_name(compressor),
-                fill_of(meta.get("fill_value"), dtype),
-                order,
-                separator,
-                compressor,
-                tuple(filters),
+                name=name,
+                shape=shape,
+                chunks=chunks,
+                dtype=dtype,
+                dims=tuple(dims),
+                attrs=attrs,
+                codec=codec_name(compressor),
+                fill=fill_of(meta.get("fill_value"), dtype),
+                order=order,
+                separator=separator,
+                compressor=compressor,
+                filters=tuple(filters),
             )
 
     def info(self, name: str) -> ArrayInfo:
@@ -212,7 +212,7 @@ class Cube:
         # of format 2, an array without axes has its chunk in `0`
         stored = info.stored or ChunkFormat(separator=info.separator)
         most = packed_limit(TEXT_LIMIT if info.dtype.hasobject else info.chunk_bytes)
-        return ChunkReader(self.store, info.name, stored, most).during()
+        return ChunkReader(store=self.store, name=info.name, format=stored, most=most).during()
 
     def read_text(self, name: str) -> list[str]:
         """Read an array of names, whichever of zarr's text types it has."""
@@ -430,9 +430,9 @@ def _v3_arrays(members: Mapping[str, Any]) -> dict[str, ArrayInfo]:
         dtype = np.dtype(array.dtype)
         stored = chunk_format(meta.to_dict()) if dtype.kind in "biuf" else None
         found[name] = ArrayInfo(
-            name, sizes_of(list(array.shape), 0), sizes_of(list(array.chunks), 1),
-            dtype if stored is None else dtype.newbyteorder(stored.byte_order), dims,
-            dict(array.attrs), names, array.fill_value,
+            name=name, shape=sizes_of(list(array.shape), 0), chunks=sizes_of(list(array.chunks), 1),
+            dtype=dtype if stored is None else dtype.newbyteorder(stored.byte_order), dims=dims,
+            attrs=dict(array.attrs), codec=names, fill=array.fill_value,
             compressor=None if stored is None else stored.compressor, stored=stored,
         )  # fmt: skip
     return found

@@ -89,7 +89,7 @@ def chunk_format(metadata: Mapping[str, Any]) -> ChunkFormat | None:
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ChunkReader:
     """Gives out the stored bytes of the chunks of one array, during one read.
 

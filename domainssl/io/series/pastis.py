@@ -46,7 +46,7 @@ class Patch:
     days: Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PastisCatalogue:
     """The patches of some folds.
 
@@ -118,8 +118,13 @@ def scan_pastis(
     ]
     if not kept:
         raise DataError(f"{root}: no patch of the folds {list(folds)} is complete: {problems[0]}.")
-    return PastisCatalogue(str(base), tuple(folds), tuple(kept), _side(base, kept[0]),
-                           tuple(problems))  # fmt: skip
+    return PastisCatalogue(
+        root=str(base),
+        folds=tuple(folds),
+        patches=tuple(kept),
+        side=_side(base, kept[0]),
+        problems=tuple(problems),
+    )
 
 
 def _patch(feature: Mapping[str, Any]) -> Patch:
@@ -202,7 +207,7 @@ def read_pastis(catalogue: PastisCatalogue, patch: Patch, modalities: Collection
         decoded = images["spot"].values.nbytes
     target = base.joinpath(*_path("classes", patch.id))
     classes = _classes(target, side) if target.is_file() else None
-    return Tile(patch.id, images, series, classes, decoded)
+    return Tile(id=patch.id, images=images, series=series, classes=classes, bytes_decoded=decoded)
 
 
 def _classes(path: Path, side: int) -> Array:

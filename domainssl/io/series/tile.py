@@ -49,7 +49,7 @@ class Series:
     cloud: Array | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tile:
     """What the files hold of one place.
 

@@ -55,7 +55,7 @@ class TreeSatTile:
         return self.aerial.rsplit(".", 1)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TreeSatCatalogue:
     """The tiles of one split.
 
@@ -121,7 +121,13 @@ def scan_treesat(root: str, split: str, modalities: Collection[str]) -> TreeSatC
             "archives are unpacked beside the table."
         )
     return TreeSatCatalogue(
-        str(base), split, table.name, folder, tuple(kept), names, tuple(problems)
+        root=str(base),
+        split=split,
+        table=table.name,
+        folder=folder,
+        tiles=tuple(kept),
+        names=names,
+        problems=tuple(problems),
     )
 
 
@@ -244,7 +250,7 @@ def read_treesat(
         series = _read_series(base / catalogue.folder / tile.sentinel, wanted)
     decoded = sum(image.values.nbytes for image in images.values())
     decoded += sum(s.values.nbytes for s in series.values())
-    return Tile(tile.id, images, series, bytes_decoded=decoded)
+    return Tile(id=tile.id, images=images, series=series, bytes_decoded=decoded)
 
 
 def _read_aerial(path: Path, day: int) -> Image:

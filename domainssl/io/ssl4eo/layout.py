@@ -37,7 +37,7 @@ MEMBERS_PER_GROUP = 64
 _THREADS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Locations that lie together in the files of every product, in the same order.
 
@@ -64,7 +64,7 @@ class Group:
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Catalogue:
     """What a scan found."""
 
@@ -163,7 +163,14 @@ def scan(
     problems = tuple(problem for _, found in results for problem in found)
     for problem in problems:
         logger.warning("%s", problem)
-    return Catalogue(root, split, release, dict(products), groups, problems)
+    return Catalogue(
+        root=root,
+        split=split,
+        release=release,
+        products=dict(products),
+        groups=groups,
+        problems=problems,
+    )
 
 
 def _folders(
@@ -261,7 +268,19 @@ def _release_a(
             break
         except DataError as error:
             problems.append(str(error))
-    return [Group(key, "A", products, files, count, dates, (rows, columns), {}, options)], problems
+    return [
+        Group(
+            key=key,
+            release="A",
+            products=products,
+            files=files,
+            count=count,
+            dates=dates,
+            size=(rows, columns),
+            members={},
+            storage_options=options,
+        )
+    ], problems
 
 
 def _assume(groups: list[Group], problems: list[str]) -> tuple[Group, ...]:
@@ -310,10 +329,17 @@ def _release_b(
         run = {m: tuple(found[low : low + MEMBERS_PER_GROUP]) for m, found in members.items()}
         groups.append(
             Group(
-                f"{stem}#{low}", "B", products, files, len(run[first]), dates, (rows, columns),
-                run, options,
+                key=f"{stem}#{low}",
+                release="B",
+                products=products,
+                files=files,
+                count=len(run[first]),
+                dates=dates,
+                size=(rows, columns),
+                members=run,
+                storage_options=options,
             )
-        )  # fmt: skip
+        )
     return groups, []
 
 

@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 _TARS = HandlePool(limit=16)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Block:
     """What one read returns; n locations, T dates.
 
@@ -91,7 +91,7 @@ class Block:
         return values, self.validity.settle(values, cloud)[0]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Raw:
     """Stored arrays of the locations, dates already chosen and in order."""
 
@@ -159,11 +159,26 @@ def read(
     needed = values[0].nbytes * len(chosen) if len(chosen) else 0
     needed += 0 if raw.cloud is None else raw.cloud.nbytes
     return Block(
-        values, valid, days(times), meta.ids, meta.location_ids, meta.lat, meta.lon, meta.crs,
-        meta.x0, meta.y0, product.bands, offset,
-        (raw.order != np.asarray(dates)).any(axis=1), share, raw.decoded, needed,
-        group.files[modality], raw.cloud, validity,
-    )  # fmt: skip
+        values=values,
+        valid=valid,
+        dates=days(times),
+        ids=meta.ids,
+        location_ids=meta.location_ids,
+        lat=meta.lat,
+        lon=meta.lon,
+        crs=meta.crs,
+        x0=meta.x0,
+        y0=meta.y0,
+        bands=product.bands,
+        offset=offset,
+        reordered=(raw.order != np.asarray(dates)).any(axis=1),
+        finite_share=share,
+        bytes_decoded=raw.decoded,
+        bytes_needed=needed,
+        file=group.files[modality],
+        cloud=raw.cloud,
+        validity=validity,
+    )
 
 
 def _check_range(values: Array, product: Product, release: str, file: str) -> None:
@@ -261,7 +276,7 @@ def _load_a(
         chunk = cube.info("cloud_mask").chunks[1]
         cloud = _empty(chunk, shape, np.dtype(np.uint8), scratch, f"{modality}.cloud")
         decoded += _gather(cube, "cloud_mask", rows, order, dates, cloud)
-    return _Raw(values, cloud, meta, order, decoded)
+    return _Raw(values=values, cloud=cloud, meta=meta, order=order, decoded=decoded)
 
 
 def _load_b(
@@ -299,7 +314,13 @@ def _load_b(
             decoded += _cast_into(cube, "cloud_mask", wanted, cloud[i])
     if values is None:
         raise DataError(f"{group.key}: no location asked for")
-    return _Raw(values, cloud, joined(metas), np.concatenate(orders), decoded)
+    return _Raw(
+        values=values,
+        cloud=cloud,
+        meta=joined(metas),
+        order=np.concatenate(orders),
+        decoded=decoded,
+    )
 
 
 def _cubes_b(group: Group, modality: str, chosen: range) -> Iterator[Cube]:

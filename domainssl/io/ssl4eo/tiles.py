@@ -17,7 +17,7 @@ __all__ = ["TileFacts", "chosen_times", "date_order", "facts_a", "facts_b", "joi
 Array = np.ndarray[Any, Any]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TileFacts:
     """Ids, times and places of n locations; times are (n, stored dates), the rest (n,)."""
 
@@ -57,9 +57,16 @@ def facts_a(cube: Cube, rows: slice) -> TileFacts:
         else:
             corners.append(np.full(len(ids), np.nan))
     return TileFacts(
-        ids, ids, times, products, column("center_lat", np.nan), column("center_lon", np.nan),
-        column("crs", 0).astype(np.int64), *corners,
-    )  # fmt: skip
+        ids=ids,
+        location_ids=ids,
+        times=times,
+        product_times=products,
+        lat=column("center_lat", np.nan),
+        lon=column("center_lon", np.nan),
+        crs=column("crs", 0).astype(np.int64),
+        x0=corners[0],
+        y0=corners[1],
+    )
 
 
 def facts_b(cube: Cube, key: str) -> TileFacts:
@@ -82,9 +89,16 @@ def facts_b(cube: Cube, key: str) -> TileFacts:
         corners.append(np.array([line[0] + sign * abs(line[1] - line[0])], np.float64))
     stem = key.rsplit("/", 1)[-1].removesuffix(".zarr.zip")
     return TileFacts(
-        [stem], [str(scalar("sample", stem)[0])], times, products, scalar("center_lat", np.nan),
-        scalar("center_lon", np.nan), scalar("crs", 0).astype(np.int64), *corners,
-    )  # fmt: skip
+        ids=[stem],
+        location_ids=[str(scalar("sample", stem)[0])],
+        times=times,
+        product_times=products,
+        lat=scalar("center_lat", np.nan),
+        lon=scalar("center_lon", np.nan),
+        crs=scalar("crs", 0).astype(np.int64),
+        x0=corners[0],
+        y0=corners[1],
+    )
 
 
 def joined(metas: Sequence[TileFacts]) -> TileFacts:

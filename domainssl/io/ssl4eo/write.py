@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 _TIME = {"units": "nanoseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TileTable:
     """What a file says about its n locations besides the pixels.
 

@@ -32,7 +32,7 @@ class StoreError(DataError):
     """A store did not answer, although it was asked several times."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Retry:
     """How often, and after which pauses, a failed request is repeated.
 
