@@ -102,13 +102,14 @@ class _BatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
         x, rows, mean, divisor, count, scale = ctx.saved_tensors
         values, grad = x.to(mean.dtype), grads[0].to(mean.dtype)
-        # torch's kernel with fixed statistics: `grad * scale / sqrt(divisor)` and both sums
+        inverse = divisor.rsqrt()
+        # torch's kernel with fixed statistics: `grad * scale / sqrt(divisor)` and both sums; it takes
+        # them from the last two tensors on CUDA, from the two before on a CPU
         fixed, by_unit, total = torch.ops.aten.native_batch_norm_backward(
             grad, values, torch.ones_like(mean) if scale is None else scale, mean, divisor,
-            None, None, False, 0.0, [True, True, True],
+            mean, inverse, False, 0.0, [True, True, True],
         )  # fmt: skip
         sums = all_reduce_sum(torch.stack([total, by_unit])) / count.clamp(min=1)
-        inverse = divisor.rsqrt()
         factor = inverse if scale is None else inverse * scale
         slope = -factor * sums[1] * inverse
         start = -factor * sums[0] - slope * mean

@@ -18,7 +18,10 @@ from domainssl.datamodules.base import DomainDataModule
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Objective
 
-__all__ = ["DATAMODULES", "OBJECTIVES", "build", "build_data", "rows", "synthetic_batch"]
+__all__ = [
+    "DATAMODULES", "OBJECTIVES", "build", "build_data", "every_recipe", "rows", "synthetic_batch",
+    "to_device",
+]  # fmt: skip
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -49,6 +52,11 @@ def _cases(kind: str, section: str) -> list[str]:
 
 OBJECTIVES = _cases("model", "model")
 DATAMODULES = _cases("data", "data")
+
+
+def every_recipe() -> list[str]:
+    """Return the names of all pretraining recipes."""
+    return list(_recipes())
 
 
 def _instantiate(base: type, section: dict[str, Any], kind: str, **changes: Any) -> Any:
@@ -131,6 +139,22 @@ def rows(value: Any, start: int, stop: int, size: int) -> Any:
         if len(value) == size and not any(isinstance(v, Tensor) for v in value):
             return value[start:stop]
         return type(value)(rows(v, start, stop, size) for v in value)
+    return value
+
+
+def to_device(value: Any, device: str) -> Any:
+    """Move all tensors of nested containers, named tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: to_device(item, device) for name, item in value.items()}
+    if hasattr(value, "_asdict"):
+        return type(value)(*(to_device(item, device) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(item, device) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return type(value)(**{name: to_device(getattr(value, name), device) for name in names})
     return value
 
 

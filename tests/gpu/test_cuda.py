@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from cases import to_device
 from grouped import grouped
 from parity.test_croma import FILES, Golden
 from torch import Tensor
@@ -93,7 +93,7 @@ def _croma(device: str, path: AttentionPath = "fused") -> CROMA:
 def _losses_and_gradients(
     model: CROMA, batch: dict[str, Any], draws: Any, device: str
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    step = model.to(device)(_to(batch, device), _to(draws, device))
+    step = model.to(device)(to_device(batch, device), to_device(draws, device))
     model.zero_grad()
     torch.stack(list(step.losses.values())).sum().backward()
     gradients = {n: p.grad.cpu().clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -131,20 +131,6 @@ def _cpu_generators() -> Any:
     from domainssl.objectives.base import Generators
 
     return Generators(torch.Generator().manual_seed(1), torch.Generator().manual_seed(2))
-
-
-def _to(value: Any, device: str) -> Any:
-    """Move all tensors of nested dictionaries, named tuples and dataclasses."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _to(item, device) for name, item in value.items()}
-    if hasattr(value, "_asdict"):
-        return type(value)(*(_to(item, device) for item in value))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return type(value)(**{name: _to(getattr(value, name), device) for name in names})
-    return value
 
 
 @pytest.mark.parametrize("path", ["fused", "flex"])
