@@ -348,7 +348,7 @@ def test_a_named_pipe_is_said_to_be_one_and_not_waited_for(tmp_path, name):
 def test_hdf5_data_lie_in_the_file_itself(tmp_path, kind):
     import h5py
 
-    from domainssl.io.series.hdf5 import dataset, open_hdf5
+    from domainssl.io.storage.hdf5 import dataset, open_hdf5
 
     with h5py.File(tmp_path / "outside.h5", "w") as file:
         file["data"] = np.full((2, 8), 4242, np.int16)

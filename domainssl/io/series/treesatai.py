@@ -18,8 +18,8 @@ from domainssl.errors import DataError, parsing
 from domainssl.files import read_json, read_small
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.time import days, product_time
-from domainssl.io.series.hdf5 import dataset, open_hdf5
 from domainssl.io.series.tile import Array, Image, Series, Tile
+from domainssl.io.storage.hdf5 import dataset, open_hdf5
 
 __all__ = ["GENERA", "SERIES", "TreeSatCatalogue", "TreeSatTile", "read_treesat", "scan_treesat"]
 

@@ -1,0 +1,238 @@
+"""A feature bag: what an encoder said about the tiles of one slide, and where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError
+
+__all__ = ["Bag", "Cells", "FeatureGrid", "cells_of", "to_grid"]
+
+Array = np.ndarray[Any, Any]
+_TOLERANCE = 0.05  # of a step, beyond which a tile is not on the lattice
+_MOST_BYTES = 2**33  # of a grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bag:
+    """Features of the tiles of one slide.
+
+    Attributes:
+        slide: Name of the slide.
+        features: float32 (N, D).
+        coords: Top-left corner of every tile, (x, y) in pixels of level 0, int64 (N, 2); None
+            where the file holds none.
+        patch_size_level0: Side of a tile in pixels of level 0; None where it is not known.
+        overlap_level0: Pixels of level 0 that neighbouring tiles share.
+        patch_size: Side of a tile in the pixels that the encoder saw; None where unknown.
+        mpp_um: Microns per pixel of the tiles; None where unknown.
+        level0_mpp_um: Microns per pixel of the slide; None where unknown.
+        level0_size: Width and height of the slide; None where unknown.
+        encoder: What the features come from; empty where unknown.
+        layout: `clam`, `trident`, `zarr` or `tensor`.
+        dtype: Type that the features are stored in.
+        path: The file, for messages.
+        attributes: All that the file says besides, as plain data.
+    """
+
+    slide: str
+    features: Array
+    coords: Array | None
+    patch_size_level0: int | None = None
+    overlap_level0: int = 0
+    patch_size: int | None = None
+    mpp_um: float | None = None
+    level0_mpp_um: float | None = None
+    level0_size: tuple[int, int] | None = None
+    encoder: str = ""
+    layout: str = ""
+    dtype: str = "float32"
+    path: str = ""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+        return len(self.features)
+
+    @property
+    def dim(self) -> int:
+        """Width of the features, D."""
+        return int(self.features.shape[1])
+
+    @property
+    def step(self) -> int:
+        """Distance between neighbouring tiles in pixels of level 0.
+
+        Raises:
+            DataError: The file does not say how large a tile is, so that nothing has a place.
+        """
+        if self.coords is None or self.patch_size_level0 is None:
+            lacking = "coordinates" if self.coords is None else "the size of a tile at level 0"
+            raise DataError(
+                f"{self.path or self.slide}: a bag without {lacking}, which a grid needs. TRIDENT "
+                "writes patch_size_level0 beside coords; CLAM writes patch_size, patch_level and "
+                "downsample into patches/<slide>.h5 alone: give that folder (patches=…). For "
+                "coordinates with patch_size and patch_level but without downsample give that of "
+                "the slide's level (level_downsample=…). Without places use the features as a bag."
+            )
+        return self.patch_size_level0 - self.overlap_level0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """Where the tiles of a bag lie on the lattice that most of them share.
+
+    Attributes:
+        rows: int64 (N,), from 0.
+        columns: int64 (N,), from 0.
+        shape: Rows R and columns C that hold all tiles.
+        origin: (x, y) of the first cell in pixels of level 0.
+        step: Distance between cells in pixels of level 0.
+        off_lattice: Number of tiles more than a twentieth of a step away from it; they count to
+            the cell that holds their corner.
+    """
+
+    rows: Array
+    columns: Array
+    shape: tuple[int, int]
+    origin: tuple[int, int]
+    step: int
+    off_lattice: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureGrid:
+    """Features laid out as their tiles lie.
+
+    Attributes:
+        features: float32 (D, R, C); zero where no tile is, which `occupied` tells from a feature
+            that is zero.
+        occupied: bool (R, C), True where a tile with finite features is.
+        counts: Tiles in every cell, int64 (R, C); their features were averaged.
+        origin: (x, y) of the first cell in pixels of level 0.
+        step: Distance between cells in pixels of level 0.
+        off_lattice: See `Cells`.
+        not_finite: Tiles left out because a feature of theirs is not finite.
+    """
+
+    features: Array
+    occupied: Array
+    counts: Array
+    origin: tuple[int, int]
+    step: int
+    off_lattice: int
+    not_finite: int
+
+    @property
+    def shared_cells(self) -> int:
+        """Number of cells with more than one tile."""
+        return int(np.count_nonzero(self.counts > 1))
+
+
+def cells_of(bag: Bag) -> Cells:
+    """Find the lattice of a bag and the cell of every tile.
+
+    Raises:
+        DataError: The bag says nothing about places, or is empty.
+    """
+    step = bag.step
+    coords = bag.coords
+    assert coords is not None  # `step` has looked
+    if len(bag) == 0:
+        raise DataError(f"{bag.path or bag.slide}: no tile, so there is no grid.")
+    if step < 1:
+        raise DataError(
+            f"{bag.path or bag.slide}: tiles of {bag.patch_size_level0} pixels overlap by "
+            f"{bag.overlap_level0}; expected less than their size. Correct the attributes."
+        )
+    phases, numbers = np.unique(coords % step, axis=0, return_counts=True)
+    phase = phases[numbers.argmax()]
+    origin = phase + (coords.min(0) - phase) // step * step
+    places = (coords - origin) / step
+    nearest = np.rint(places)
+    on_lattice = (np.abs(places - nearest) <= _TOLERANCE).all(1)
+    cells = np.where(on_lattice[:, None], nearest, np.floor(places)).astype(np.int64)
+    first = cells.min(0)
+    cells -= first
+    origin = origin + first * step
+    columns, rows = cells.T
+    return Cells(
+        rows=rows,
+        columns=columns,
+        shape=(int(rows.max()) + 1, int(columns.max()) + 1),
+        origin=(int(origin[0]), int(origin[1])),
+        step=step,
+        off_lattice=int(np.count_nonzero(~on_lattice)),
+    )
+
+
+def to_grid(bag: Bag, *, legacy_titan_grid: bool = False) -> FeatureGrid:
+    """Lay the features of a bag out on a grid.
+
+    Args:
+        bag: A bag whose tiles have a place and a size.
+        legacy_titan_grid: Do as TITAN's released code: cells from the smallest coordinates,
+            features of one cell summed, x along the first axis (R), and a cell whose features are
+            all zero is background. Only for its released weights.
+
+    Raises:
+        DataError: The bag says nothing about places, is empty, or its grid is too large.
+    """
+    if legacy_titan_grid:
+        return _legacy(bag)
+    cells = cells_of(bag)
+    finite: Array = np.asarray(np.isfinite(bag.features).all(1))
+    sums, counts = _scatter(bag, cells.rows[finite], cells.columns[finite], cells.shape, finite)
+    sums /= np.maximum(counts, 1)
+    return FeatureGrid(
+        features=sums,
+        occupied=counts > 0,
+        counts=counts,
+        origin=cells.origin,
+        step=cells.step,
+        off_lattice=cells.off_lattice,
+        not_finite=int(np.count_nonzero(~finite)),
+    )
+
+
+def _scatter(
+    bag: Bag, rows: Array, columns: Array, shape: tuple[int, int], chosen: Array
+) -> tuple[Array, Array]:
+    """Sum the features of every cell, float32 (D, R, C), and count them, int64 (R, C)."""
+    size = shape[0] * shape[1]
+    if size * bag.dim * 4 > _MOST_BYTES:
+        raise DataError(
+            f"{bag.path or bag.slide}: a grid of {shape[0]} x {shape[1]} cells of {bag.dim} "
+            f"features takes {size * bag.dim * 4 / 1e9:.3g} GB. Coordinates that far apart are "
+            "damaged, or the slide is better read in regions (SlideFeatureDataModule)."
+        )
+    flat = rows * shape[1] + columns
+    sums = np.zeros((size, bag.dim), np.float32)
+    np.add.at(sums, flat, bag.features[chosen])
+    counts = np.bincount(flat, minlength=size).reshape(shape)
+    return np.ascontiguousarray(sums.T).reshape(bag.dim, *shape), counts
+
+
+def _legacy(bag: Bag) -> FeatureGrid:
+    step = bag.step + bag.overlap_level0  # the released code knows no overlap
+    assert bag.coords is not None
+    if len(bag) == 0:
+        raise DataError(f"{bag.path or bag.slide}: no tile, so there is no grid.")
+    origin = bag.coords.min(0)
+    along_x, along_y = ((bag.coords - origin) // step).T
+    shape = (int(along_x.max()) + 1, int(along_y.max()) + 1)
+    everything = np.ones(len(bag), bool)
+    sums, counts = _scatter(bag, along_x, along_y, shape, everything)
+    return FeatureGrid(
+        features=sums,
+        occupied=(sums != 0).any(0),
+        counts=counts,
+        origin=(int(origin[0]), int(origin[1])),
+        step=step,
+        off_lattice=0,
+        not_finite=int(np.count_nonzero(~np.isfinite(bag.features).all(1))),
+    )

@@ -1,0 +1,177 @@
+"""Feature bags of CLAM, TRIDENT and our own, read to the same thing, and laid out on grids."""
+
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from bag_files import CLAM, LATTICE, OTHER, SIZE, TRIDENT, D, clam, feature, trident, write
+
+from domainssl.errors import ConfigError, DataError
+from domainssl.io.slide.features import Bag, describe_bag, read_bag, to_grid, write_bag
+
+
+def by_place(bag):
+    return {tuple(place): values for place, values in zip(bag.coords.tolist(), bag.features)}
+
+
+def check(bag, places):
+    found = by_place(bag)
+    assert found.keys() == set(places)
+    assert bag.coords.dtype == np.int64 and bag.features.dtype == np.float32
+    for place in places:
+        assert found[place] == pytest.approx(feature(*place), abs=0.1)  # float16 in TRIDENT's
+
+
+def test_clam_and_trident_give_the_same_places_features_and_tile_size(tmp_path):
+    ours, theirs = read_bag(clam(tmp_path / "clam")), read_bag(trident(tmp_path / "trident"))
+    check(ours, [*LATTICE, *OTHER])
+    check(theirs, LATTICE)
+    assert ours.patch_size_level0 == theirs.patch_size_level0 == SIZE
+    assert (ours.layout, theirs.layout) == ("clam", "trident")
+    assert (ours.mpp_um, theirs.mpp_um, theirs.level0_mpp_um) == (None, 0.5, 0.25)
+    assert theirs.encoder == "uni_v1" and theirs.dtype == "float16"
+    assert theirs.level0_size == (12000, 10000)
+    assert theirs.attributes["mpp"] is None and theirs.attributes["more"] == {"a": [1, 2]}
+
+
+def test_a_grid_has_rows_along_y_and_its_background_is_a_mask(tmp_path):
+    grid = to_grid(read_bag(trident(tmp_path)))
+    assert grid.features.shape == (D, 4, 5) and grid.occupied.sum() == len(LATTICE)
+    assert not grid.occupied[1, 2] and (grid.features[:, 1, 2] == 0).all()
+    for x, y in ((1024, 2048), (3072, 2048), (1536, 3584)):
+        row, column = (y - 2048) // SIZE, (x - 1024) // SIZE
+        assert grid.features[:, row, column] == pytest.approx(feature(x, y), abs=0.1)
+    assert (grid.off_lattice, grid.origin, grid.step) == (0, (1024, 2048), SIZE)
+
+
+def test_tiles_of_a_second_contour_are_off_the_lattice_and_share_cells_by_their_mean(tmp_path):
+    grid = to_grid(read_bag(clam(tmp_path)))
+    assert grid.off_lattice == len(OTHER) and grid.shared_cells == 0
+    near = [(0, 0), (512, 0), (520, 0)]  # the last two fall into one cell
+    bag = read_bag(clam(tmp_path / "near", near))
+    grid = to_grid(bag)
+    assert grid.off_lattice == 0 and grid.counts.tolist() == [[1, 2]]  # 8 of 512 is on the lattice
+    assert grid.features[:, 0, 1] == pytest.approx((feature(512, 0) + feature(520, 0)) / 2)
+    summed = to_grid(bag, legacy_titan_grid=True)
+    assert summed.features.shape == (D, 2, 1)  # x is the first axis
+    assert summed.features[:, 1, 0] == pytest.approx(feature(512, 0) + feature(520, 0))
+
+
+def test_a_zero_vector_is_no_background_and_a_feature_that_is_not_finite_is():
+    features = np.array([[0.0, 0.0], [np.nan, 1.0], [1.0, 2.0]], np.float32)
+    coords = np.array([[0, 0], [10, 0], [20, 0]])
+    grid = to_grid(Bag(slide="a", features=features, coords=coords, patch_size_level0=10))
+    assert grid.occupied.tolist() == [[True, False, True]] and grid.not_finite == 1
+    assert np.isfinite(grid.features).all()
+
+
+def test_a_bag_without_attributes_is_readable_and_refused_as_a_grid(tmp_path):
+    bag = read_bag(write(tmp_path / "bare" / "slide.h5", LATTICE))
+    check(bag, LATTICE)
+    with pytest.raises(DataError, match=r"slide\.h5.*patch_size"):
+        to_grid(bag)
+    assert "no grid" in describe_bag(bag)[-1]
+
+
+def test_clam_era_coordinates_need_the_downsample_of_their_level(tmp_path):
+    facts = {"patch_size": 256, "patch_level": 1, "custom_downsample": 1, "name": "slide"}
+    path = write(tmp_path / "features_uni_v1" / "slide.h5", LATTICE, attrs=facts)
+    with pytest.raises(DataError, match=r"slide\.h5.*level_downsample"):
+        to_grid(read_bag(path))
+    assert read_bag(path, level_downsample=2.0).patch_size_level0 == SIZE
+    assert to_grid(read_bag(path, level_downsample=2.0005)).features.shape == (D, 4, 5)
+    native = write(tmp_path / "b" / "slide.h5", LATTICE, attrs={**facts, "patch_level": 0})
+    assert read_bag(native).patch_size_level0 == 256
+
+
+def test_a_tensor_takes_its_places_from_the_file_beside_it(tmp_path):
+    clam(tmp_path)
+    values = np.stack([feature(*place) for place in (*LATTICE, *OTHER)])
+    (tmp_path / "pt_files").mkdir()
+    torch.save(torch.from_numpy(values), tmp_path / "pt_files" / "slide.pt")
+    bag = read_bag(tmp_path / "pt_files" / "slide.pt")
+    check(bag, [*LATTICE, *OTHER])
+    assert bag.patch_size_level0 == SIZE
+    torch.save({"a": np.array([{}], object)}, tmp_path / "pt_files" / "slide.pt")
+    with pytest.raises(DataError, match="no other object is unpickled"):
+        read_bag(tmp_path / "pt_files" / "slide.pt")
+
+
+@pytest.mark.parametrize("shape", [(0, D), (0,)])
+def test_a_slide_without_tissue_is_an_empty_bag(tmp_path, shape):
+    path = tmp_path / "features_uni_v1" / "slide.h5"
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        file["features"] = np.zeros(shape, np.float32)
+        file["coords"] = np.zeros((0, 2), np.int64)
+        file["coords"].attrs.update(TRIDENT)
+    bag = read_bag(path)
+    assert len(bag) == 0 and bag.features.ndim == 2 and bag.coords.shape == (0, 2)
+    with pytest.raises(DataError, match="no tile"):
+        to_grid(bag)
+
+
+def test_one_tile_is_a_bag_and_a_grid(tmp_path):
+    bag = read_bag(clam(tmp_path, [(512, 1024)]))
+    assert len(bag) == 1 and to_grid(bag).features.shape == (D, 1, 1)
+
+
+@pytest.mark.parametrize("layout", ["clam", "trident", "zarr"])
+@pytest.mark.parametrize("source", [clam, trident])
+def test_every_layout_is_written_and_read_back(tmp_path, layout, source):
+    bag = read_bag(source(tmp_path / "from"))
+    again = read_bag(write_bag(tmp_path / "to", bag, layout))
+    assert by_place(again).keys() == by_place(bag).keys()
+    for place, values in by_place(bag).items():
+        assert by_place(again)[place] == pytest.approx(values, rel=1e-3)
+    assert again.patch_size_level0 == SIZE and again.slide == "slide"
+    assert to_grid(again).occupied.sum() == to_grid(bag).occupied.sum()
+    if layout != "clam":
+        assert (again.encoder or "unknown") == (bag.encoder or "unknown")
+    assert not list(tmp_path.rglob(".*part*"))
+
+
+def test_outliers_are_stored_in_float32():
+    from domainssl.io.slide.bag_zarr import stored_type
+
+    assert stored_type(np.array([[1000.0]])) == "float16"
+    assert stored_type(np.array([[-1000.5]])) == stored_type(np.array([[np.nan]])) == "float32"
+
+
+def test_what_is_no_bag_is_refused_with_its_name(tmp_path):
+    other = write(tmp_path / "patches" / "a.h5", LATTICE, attrs=CLAM, features=False)
+    with pytest.raises(DataError, match=r"a\.h5: places of tiles without features"):
+        read_bag(other)
+    vector = tmp_path / "slide_features" / "b.h5"
+    vector.parent.mkdir()
+    with h5py.File(vector, "w") as file:
+        file["features"] = np.zeros(D, np.float32)
+    with pytest.raises(DataError, match=r"b\.h5: one vector of 8 features"):
+        read_bag(vector)
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["features"], file["coords"] = np.zeros((3, D)), np.zeros((2, 2), int)
+    with pytest.raises(DataError, match=r"c\.h5: features of 3 tiles and coordinates of 2"):
+        read_bag(tmp_path / "c.h5")
+    mixed = clam(tmp_path / "mixed")
+    write(tmp_path / "mixed" / "patches" / "slide.h5", LATTICE[:4], attrs=CLAM, features=False)
+    with pytest.raises(DataError, match="another tiling"):
+        read_bag(mixed)
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        file["features"] = h5py.ExternalLink(str(other), "coords")
+    with pytest.raises(DataError, match=r"d\.h5: 'features' is a link"):
+        read_bag(tmp_path / "d.h5")
+    with h5py.File(tmp_path / "e.h5", "w") as file:  # 8 TB that were never written
+        file.create_dataset("features", (2**30, 2**11), np.float32, chunks=(1, 8))
+    with pytest.raises(DataError, match=r"e\.h5: 'features' has"):
+        read_bag(tmp_path / "e.h5")
+    with pytest.raises(ConfigError, match="Did you mean 'trident'"):
+        write_bag(tmp_path, read_bag(trident(tmp_path)), "tridnet")
+
+
+def test_coordinates_that_are_far_apart_make_no_grid():
+    coords = np.array([[0, 0], [2**40, 2**40]])
+    bag = Bag(slide="a", features=np.zeros((2, 4), np.float32), coords=coords, patch_size_level0=64)
+    with pytest.raises(DataError, match="GB"):
+        to_grid(bag)
