@@ -103,8 +103,8 @@ class _BatchNorm(torch.autograd.Function):
         x, rows, mean, divisor, count, scale = ctx.saved_tensors
         values, grad = x.to(mean.dtype), grads[0].to(mean.dtype)
         inverse = divisor.rsqrt()
-        # torch's kernel with fixed statistics: `grad * scale / sqrt(divisor)` and both sums; it takes
-        # them from the last two tensors on CUDA, from the two before on a CPU
+        # torch's kernel with fixed statistics: `grad * scale / sqrt(divisor)` and both sums. It
+        # reads the statistics from the last two tensors on CUDA, from the two before on a CPU.
         fixed, by_unit, total = torch.ops.aten.native_batch_norm_backward(
             grad, values, torch.ones_like(mean) if scale is None else scale, mean, divisor,
             mean, inverse, False, 0.0, [True, True, True],
