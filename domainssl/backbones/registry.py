@@ -7,10 +7,10 @@ import logging
 import pickle
 import pkgutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,11 +29,15 @@ __all__ = [
     "is_own_file",
     "list_backbones",
     "load_backbone",
+    "load_initial",
     "load_reference",
     "read_tensors",
 ]
 
 logger = logging.getLogger(__name__)
+
+_Kind = TypeVar("_Kind", bound=Backbone)
+_WHERE = "model.init_args.encoding.weights"
 
 
 def _families() -> dict[str, type[Backbone]]:
@@ -215,9 +219,70 @@ def load_reference(
     Raises:
         WeightsError: The file cannot be used, or the data do not fit.
     """
-    cls, variant = _variants()[name]
+    variants = _variants()
+    if name not in variants:
+        raise WeightsError(
+            f"{path}: files of others are read under the name of a backbone, and {name!r} is none."
+            f"{nearest(name, variants)} Known names: {', '.join(sorted(variants))}."
+        )
+    cls, variant = variants[name]
     content = _read_reference(cls, path)
     return _watched(_build(cls, {**variant, **arguments}, content, path, modalities, True)), content
+
+
+def load_initial(
+    kind: type[_Kind],
+    path: str | Path,
+    variant: str | None,
+    *,
+    modalities: Mapping[str, Modality],
+    arguments: Mapping[str, Any],
+    same: Sequence[str] = (),
+) -> tuple[_Kind, dict[str, Any]]:
+    """Load the backbone that an objective starts from, as `encoding.weights` names it.
+
+    Args:
+        kind: Class of the objective's backbone.
+        path: An export or checkpoint of ours, or a file of others.
+        variant: Name of `list_backbones()` that reads files of others; None refuses them.
+        modalities: Those of the data, all of which the backbone has to know.
+        arguments: Constructor arguments for a file of others.
+        same: Names out of `arguments` that an export must share, and `modalities`, which asks for
+            the same ones in the same order.
+
+    Returns:
+        The backbone in training mode, and the content of a file of others; empty for ours.
+
+    Raises:
+        WeightsError: The file cannot be used, or holds another backbone.
+    """
+    path = Path(path)
+    content: dict[str, Any] = {}
+    if is_own_file(path):
+        loaded = load_backbone(path, modalities=modalities)
+    elif variant is None:
+        raise WeightsError(
+            f"{_WHERE}: {str(path)!r} is no export or checkpoint of this library, and files of "
+            f"others are not read for these arguments; they are for "
+            f"{', '.join(vars(kind).get('variants', {})) or 'no ' + kind.__name__}. Load the file "
+            "with load_backbone and export it."
+        )
+    else:
+        loaded, content = load_reference(variant, path, modalities=modalities, arguments=arguments)
+    if not isinstance(loaded, kind):
+        raise WeightsError(
+            f"{_WHERE}: {str(path)!r} holds a {type(loaded).__name__}, expected a {kind.__name__}. "
+            "Name weights of this method, or leave weights out."
+        )
+    wanted = {**arguments, "modalities": list(modalities)}
+    own = {n: getattr(loaded, n) if n != "modalities" else list(loaded.modalities) for n in same}
+    differing = [f"{n} {own[n]!r}, expected {wanted[n]!r}" for n in same if own[n] != wanted[n]]
+    if differing:
+        raise WeightsError(
+            f"{_WHERE}: {str(path)!r} holds a {kind.__name__} with {'; '.join(differing)}. Set "
+            "model.init_args.encoding and data to what the weights have."
+        )
+    return loaded.train(), content
 
 
 def _watched(backbone: Backbone) -> Backbone:

@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 
 from domainssl.backbones.encoders.backbone import EncoderBackbone, EncoderSizes
 from domainssl.backbones.encoders.residual import ConvNormAct
-from domainssl.backbones.registry import is_own_file, load_backbone
+from domainssl.backbones.registry import load_initial
 from domainssl.distributed import global_mean
-from domainssl.errors import ConfigError, WeightsError
+from domainssl.errors import ConfigError
 from domainssl.modality import (
     Batch,
     Modality,
@@ -269,17 +268,8 @@ def _backbone(encoding: ConvEncoding, known: dict[str, Modality]) -> EncoderBack
             sizes=encoding.sizes,
             normalization=encoding.normalization,
         )
-    path = Path(encoding.weights)
-    if not is_own_file(path):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {encoding.weights!r} is no export or checkpoint of "
-            "ours. Load other files with load_backbone, and export them."
-        )
-    loaded = load_backbone(path, modalities=known)
-    if not isinstance(loaded, EncoderBackbone) or list(loaded.modalities) != list(known):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {encoding.weights!r} holds a "
-            f"{type(loaded).__name__} for {list(loaded.modalities)}; expected encoders for "
-            f"{list(known)}."
-        )
-    return loaded.train()
+    loaded, _ = load_initial(
+        EncoderBackbone, encoding.weights, None, modalities=known, arguments={},
+        same=("modalities",),
+    )  # fmt: skip
+    return loaded

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from domainssl.backbones.base import Features, LoadReport, common_size
 from domainssl.backbones.croma import CROMABackbone, flatten_reference
-from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
+from domainssl.backbones.registry import load_initial
 from domainssl.distributed import RowLayout, row_layout
 from domainssl.errors import WeightsError
 from domainssl.losses.contrastive import info_nce
@@ -360,23 +359,9 @@ def _from_weights(
     encoding: CROMAEncoding, known: dict[str, Modality], variant: dict[str, Any]
 ) -> tuple[CROMABackbone, dict[str, Tensor]]:
     """Load the backbone, and the file's tensors if it is a pretraining state dict."""
-    path = Path(str(encoding.weights))
-    state: dict[str, Tensor] = {}
-    if is_own_file(path):
-        loaded = load_backbone(path, modalities=known)
-    else:
-        loaded, content = load_reference(
-            f"croma_{encoding.size}", path, modalities=known, arguments=variant
-        )
-        state = flatten_reference(content)
-        if "decoder.mask_token" not in state:
-            state = {}
-    if not isinstance(loaded, CROMABackbone) or loaded.patch_size != variant["patch_size"]:
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {path} holds a {type(loaded).__name__} with "
-            "patches of "
-            f"{getattr(loaded, 'patch_size', None)} pixels; expected CROMA weights with patches of "
-            f"{variant['patch_size']}. Set model.init_args.encoding.patch_size to that of the "
-            "weights."
-        )
-    return loaded.train(), state
+    loaded, content = load_initial(
+        CROMABackbone, str(encoding.weights), f"croma_{encoding.size}",
+        modalities=known, arguments=variant, same=("patch_size",),
+    )  # fmt: skip
+    state = flatten_reference(content)
+    return loaded, state if "decoder.mask_token" in state else {}

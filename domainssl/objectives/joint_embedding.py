@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,8 +20,8 @@ from domainssl.backbones.encoders.backbone import (
     EncoderSizes,
 )
 from domainssl.backbones.encoders.nets import Encoder
-from domainssl.backbones.registry import is_own_file, load_backbone
-from domainssl.errors import ConfigError, WeightsError, nearest
+from domainssl.backbones.registry import load_initial
+from domainssl.errors import ConfigError, nearest
 from domainssl.modality import (
     Batch,
     Modality,
@@ -270,34 +269,19 @@ class _JointEmbedding(Objective):
 def _from_weights(
     weights: str, known: dict[str, Modality], variant: dict[str, Any]
 ) -> EncoderBackbone:
-    """Load an export or checkpoint of ours, or a reference file for the chosen encoder."""
-    path = Path(weights)
-    if is_own_file(path):
-        loaded = load_backbone(path, modalities=known)
-    else:
-        name = next(
-            (
-                n
-                for n, v in EncoderBackbone.variants.items()
-                if v["encoder"] == variant["encoder"]
-                and v.get("deformable_attention", "none") == variant["deformable_attention"]
-            ),
-            None,
-        )
-        if name is None:
-            raise WeightsError(
-                f"model.init_args.encoding.weights: reference files are known for "
-                f"{', '.join(sorted({v['encoder'] for v in EncoderBackbone.variants.values()}))}; "
-                f"the encoder is {variant['encoder']!r}."
-            )
-        sizes = {k: v for k, v in variant.items() if k != "sizes"}
-        loaded = load_backbone(name, weights=path, modalities=known, arguments=sizes)
-    if not isinstance(loaded, EncoderBackbone) or list(loaded.modalities) != list(known):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {weights!r} holds a {type(loaded).__name__} for "
-            f"{list(loaded.modalities)}; expected encoders for {list(known)}."
-        )
-    return loaded.train()
+    """Load an export or checkpoint of ours, or a published file of the chosen encoder."""
+    names = (
+        name
+        for name, published in EncoderBackbone.variants.items()
+        if published["encoder"] == variant["encoder"]
+        and published.get("deformable_attention", "none") == variant["deformable_attention"]
+    )
+    sizes = {k: v for k, v in variant.items() if k != "sizes"}
+    loaded, _ = load_initial(
+        EncoderBackbone, weights, next(names, None),
+        modalities=known, arguments=sizes, same=("modalities",),
+    )  # fmt: skip
+    return loaded
 
 
 def with_outputs(vectors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
+from domainssl.backbones.registry import load_initial
 from domainssl.backbones.vit import ViTBackbone, date_codes, position_codes, transform
 from domainssl.backbones.vit_files import read_transformer, tensors_of, write_transformer
 from domainssl.errors import WeightsError
@@ -221,15 +220,7 @@ def build_vit(
     """
     if weights is None:
         return ViTBackbone(known, **variant), {}
-    path = Path(weights)
-    state: dict[str, Any] = {}
-    if is_own_file(path):
-        loaded = load_backbone(path, modalities=known)
-    else:
-        loaded, state = load_reference("vit_base", path, modalities=known, arguments=variant)
-    if not isinstance(loaded, ViTBackbone):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {weights!r} holds a {type(loaded).__name__}; "
-            "expected weights of a ViT."
-        )
-    return loaded.train(), tensors_of(state)
+    loaded, state = load_initial(
+        ViTBackbone, weights, "vit_base", modalities=known, arguments=variant
+    )
+    return loaded, tensors_of(state)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -27,7 +26,7 @@ from domainssl.backbones.maestro.backbone import (
 )
 from domainssl.backbones.maestro.files import fit_shape, reference_name, reference_tensors
 from domainssl.backbones.maestro.inputs import check_width
-from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
+from domainssl.backbones.registry import load_initial
 from domainssl.distributed import all_reduce_sum
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.patch_groups import masked_error, patch_group_statistics
@@ -434,17 +433,9 @@ def _from_weights(
     encoding: MAESTROEncoding, known: dict[str, Modality], variant: dict[str, Any]
 ) -> tuple[MAESTROBackbone, dict[str, Any]]:
     """Load the backbone, and the file's content if it is a released checkpoint with decoders."""
-    path = Path(str(encoding.weights))
-    state: dict[str, Any] = {}
-    if is_own_file(path):
-        loaded = load_backbone(path, modalities=known)
-    else:
-        name = f"maestro_{encoding.size}"
-        loaded, state = load_reference(name, path, modalities=known, arguments=variant)
-    if not isinstance(loaded, MAESTROBackbone):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {path} holds a {type(loaded).__name__}; expected "
-            "MAESTRO weights."
-        )
-    has_decoder = any("decoder." in n for n in state.get("state_dict", state))
-    return loaded.train(), state if has_decoder else {}
+    loaded, content = load_initial(
+        MAESTROBackbone, str(encoding.weights), f"maestro_{encoding.size}",
+        modalities=known, arguments=variant,
+    )  # fmt: skip
+    has_decoder = any("decoder." in name for name in content.get("state_dict", content))
+    return loaded, content if has_decoder else {}

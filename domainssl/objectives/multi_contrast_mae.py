@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,7 @@ from domainssl.backbones.multi_contrast import (
     MultiContrastBackbone,
     contrast_of_file,
 )
-from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
+from domainssl.backbones.registry import load_initial
 from domainssl.backbones.vit_files import read_transformer, tensors_of, write_transformer
 from domainssl.backbones.vit_tokens import position_codes, transform
 from domainssl.distributed import global_mean
@@ -446,16 +445,8 @@ def _make_backbone(
     }
     if encoding.weights is None:
         return MultiContrastBackbone(known, **variant), {}
-    path = Path(encoding.weights)
-    state: dict[str, Any] = {}
-    if is_own_file(path):
-        loaded = load_backbone(path, modalities=known)
-    else:
-        loaded, state = load_reference("bmmae_base", path, modalities=known, arguments=variant)
-    if not isinstance(loaded, MultiContrastBackbone):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {encoding.weights!r} holds a "
-            f"{type(loaded).__name__}; expected weights of MultiContrastMAE or BM-MAE."
-        )
+    loaded, state = load_initial(
+        MultiContrastBackbone, encoding.weights, "bmmae_base", modalities=known, arguments=variant
+    )
     has_decoder = any(name.startswith("decoder.") for name in tensors_of(state))
-    return loaded.train(), state if has_decoder else {}
+    return loaded, state if has_decoder else {}

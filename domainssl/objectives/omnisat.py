@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,7 +26,7 @@ from domainssl.backbones.omnisat import (
     Traces,
     flatten_reference,
 )
-from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
+from domainssl.backbones.registry import load_initial
 from domainssl.distributed import RowLayout, row_layout
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
@@ -416,23 +415,9 @@ def _from_weights(
     encoding: OmniSatEncoding, known: dict[str, Modality], variant: dict[str, Any]
 ) -> tuple[OmniSatBackbone, dict[str, Tensor]]:
     """Load the backbone, and the file's tensors if it is a pretraining state dict."""
-    path = Path(str(encoding.weights))
-    state: dict[str, Tensor] = {}
-    if is_own_file(path):
-        loaded = load_backbone(path, modalities=known)
-    else:
-        loaded, content = load_reference(
-            f"omnisat_{encoding.size}", path, modalities=known, arguments=variant
-        )
-        state = flatten_reference(content)
-        if not any(name.startswith("decoder.") for name in state):
-            state = {}
-    if not isinstance(loaded, OmniSatBackbone) or loaded.patch_size != variant["patch_size"]:
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {path} holds a {type(loaded).__name__} with "
-            "patches of "
-            f"{getattr(loaded, 'patch_size', None)} pixels; expected OmniSat weights with patches "
-            f"of {variant['patch_size']}. Set model.init_args.encoding.patch_size to that of "
-            "the weights."
-        )
-    return loaded.train(), state
+    loaded, content = load_initial(
+        OmniSatBackbone, str(encoding.weights), f"omnisat_{encoding.size}",
+        modalities=known, arguments=variant, same=("patch_size",),
+    )  # fmt: skip
+    state = flatten_reference(content)
+    return loaded, state if any(name.startswith("decoder.") for name in state) else {}

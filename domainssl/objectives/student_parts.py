@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.encoders.backbone import EncoderBackbone, EncoderSizes
-from domainssl.backbones.registry import is_own_file, load_backbone
+from domainssl.backbones.registry import load_initial
 from domainssl.backbones.vit import Positions, ViTArchitecture, ViTBackbone
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality, sides_of
@@ -230,8 +229,6 @@ def make_student(
                 "the student. Use encoder: vit, or give patches no weight (loss_weights.patch: 0)."
             )
         return _convolutional(known, encoding, sizes, crops)
-    if encoding.weights is not None and is_own_file(Path(encoding.weights)):
-        return _checked(load_backbone(encoding.weights, modalities=known), known, has_masks)
     arguments: dict[str, Any] = {
         "architecture": ViTArchitecture(
             **vars(sizes), positions=encoding.positions, resizing=encoding.resizing,
@@ -243,9 +240,17 @@ def make_student(
     }  # fmt: skip
     if encoding.weights is None:
         return ViTBackbone(known, **arguments)
-    variant = f"vit_{encoding.size}"
-    loaded = load_backbone(variant, weights=encoding.weights, modalities=known, arguments=arguments)
-    return _checked(loaded, known, has_masks)
+    loaded, _ = load_initial(
+        ViTBackbone, encoding.weights, f"vit_{encoding.size}",
+        modalities=known, arguments=arguments, same=("modalities",),
+    )  # fmt: skip
+    if has_masks and loaded.mask_token is None:
+        raise WeightsError(
+            f"model.init_args.encoding.weights: {encoding.weights!r} holds a ViTBackbone without "
+            "a mask token, but patches are hidden from the student. Give patches no weight "
+            "(loss_weights.patch: 0), or start from weights with a mask token."
+        )
+    return loaded
 
 
 def _one_number(patch_size: int | tuple[int, ...]) -> int:
@@ -255,17 +260,6 @@ def _one_number(patch_size: int | tuple[int, ...]) -> int:
         f"model.init_args.encoding.patch_size: got {patch_size!r}; sides per axis need "
         "encoder: vit."
     )
-
-
-def _checked(loaded: Backbone, known: Mapping[str, Modality], has_masks: bool) -> Backbone:
-    is_fit = isinstance(loaded, ViTBackbone) and list(loaded.modalities) == list(known)
-    if not is_fit or (has_masks and loaded.mask_token is None):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: the file holds a {type(loaded).__name__} for "
-            f"{list(loaded.modalities)}{', without a mask token' if is_fit else ''}; expected a "
-            f"ViTBackbone for {list(known)}{' with a mask token' if has_masks else ''}."
-        )
-    return loaded.train()
 
 
 def _convolutional(
@@ -283,22 +277,9 @@ def _convolutional(
     }
     if encoding.weights is None:
         return EncoderBackbone(known, **arguments, normalization=encoding.normalization)
-    if is_own_file(Path(encoding.weights)):
-        loaded = load_backbone(encoding.weights, modalities=known)
-    else:
-        names = [n for n, v in EncoderBackbone.variants.items() if v["encoder"] == encoding.encoder]
-        if not names:
-            raise WeightsError(
-                "model.init_args.encoding.weights: published files are known for "
-                f"{sorted({v['encoder'] for v in EncoderBackbone.variants.values()})}, the encoder "
-                f"is {encoding.encoder!r}."
-            )
-        loaded = load_backbone(
-            names[-1], weights=encoding.weights, modalities=known, arguments=arguments
-        )
-    if not isinstance(loaded, EncoderBackbone):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: the file holds a {type(loaded).__name__}; "
-            "expected an EncoderBackbone."
-        )
-    return loaded.train()
+    names = [n for n, v in EncoderBackbone.variants.items() if v["encoder"] == encoding.encoder]
+    loaded, _ = load_initial(
+        EncoderBackbone, encoding.weights, names[-1] if names else None,
+        modalities=known, arguments=arguments,
+    )  # fmt: skip
+    return loaded

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from domainssl.backbones.base import LoadReport
 from domainssl.backbones.encoders.swin import SwinArchitecture
-from domainssl.backbones.registry import is_own_file, load_backbone, load_reference
+from domainssl.backbones.registry import load_initial
 from domainssl.backbones.swin import STRIDE, SwinBackbone, fits_stride
 from domainssl.backbones.swin_files import read_swin_file
 from domainssl.distributed import global_mean, row_layout
@@ -435,24 +434,13 @@ def _reconstruction_head(width: int, channels: int) -> nn.Sequential:
 def _from_weights(
     encoding: SwinEncoding, known: dict[str, Modality]
 ) -> tuple[SwinBackbone, dict[str, Tensor]]:
-    """Load an export or checkpoint of ours, or a file of others with the heads it may hold."""
-    path = Path(str(encoding.weights))
-    if is_own_file(path):
-        loaded, heads = load_backbone(path, modalities=known), {}
-    else:
-        sizes = vars(encoding.architecture)
-        is_default = sizes == {**vars(SwinArchitecture()), "merging": sizes["merging"]}
-        wanted = {"merging": sizes["merging"]} if is_default else sizes
-        loaded, content = load_reference(
-            "swin_unetr",
-            path,
-            modalities=known,
-            arguments={"architecture": wanted, "normalization": encoding.normalization},
-        )
-        heads = read_swin_file(content).heads
-    if not isinstance(loaded, SwinBackbone) or list(loaded.modalities) != list(known):
-        raise WeightsError(
-            f"model.init_args.encoding.weights: {str(path)!r} holds a {type(loaded).__name__} for "
-            f"{list(loaded.modalities)}; expected a SwinBackbone for {list(known)}."
-        )
-    return loaded.train(), heads
+    """Load the backbone, and the heads that a file of others may hold."""
+    sizes = vars(encoding.architecture)
+    is_default = sizes == {**vars(SwinArchitecture()), "merging": sizes["merging"]}
+    wanted = {"merging": sizes["merging"]} if is_default else sizes
+    loaded, content = load_initial(
+        SwinBackbone, str(encoding.weights), "swin_unetr", modalities=known,
+        arguments={"architecture": wanted, "normalization": encoding.normalization},
+        same=("modalities",),
+    )  # fmt: skip
+    return loaded, read_swin_file(content).heads if content else {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from domainssl.errors import ConfigError
 
-__all__ = ["Encoded", "Encoder", "refuse_attention", "seen_cells"]
+__all__ = ["Encoded", "Encoder", "MapEncoder", "refuse_attention", "seen_cells"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,22 @@ class Encoder(nn.Module):
     def pyramid(self, x: Tensor, valid: Tensor) -> list[Tensor]:
         """Return the maps that decoders of dense tasks take, finest first, (B, E_i, *S_i)."""
         return self.stages(x, valid)
+
+
+class MapEncoder(Encoder):
+    """A network whose last map is the tokens, as convolutional ones and Swin have it."""
+
+    def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
+        """Encode; tokens are the cells of the last map, pooled is its mean."""
+        last = self.stages(x, valid, attention)[-1]
+        grid = tuple(last.shape[2:])
+        tokens = last.flatten(2).transpose(1, 2)
+        return Encoded(
+            tokens=tokens,
+            pooled=last.flatten(2).mean(2),
+            grid=grid,
+            token_valid=seen_cells(valid, grid),
+        )
 
 
 def refuse_attention(attention: nn.ModuleDict | None, encoder: str) -> None:

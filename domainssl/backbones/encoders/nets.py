@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from domainssl.backbones.encoders.base import Encoded, Encoder, refuse_attention, seen_cells
+from domainssl.backbones.encoders.base import Encoded, Encoder, MapEncoder, refuse_attention
 from domainssl.backbones.encoders.monai_nets import monai_resnet, resnet_levels
 from domainssl.backbones.encoders.residual import ResidualEncoder
 from domainssl.backbones.encoders.swin import SwinEncoder
@@ -42,7 +42,7 @@ def _contexts() -> Callable[[], tuple[AbstractContextManager[None], AbstractCont
     return lambda: (counted_rows(rows), recomputing(rows))
 
 
-class ResNetEncoder(Encoder):
+class ResNetEncoder(MapEncoder):
     """A ResNet of timm or MONAI whose batch statistics are global, in 2D or 3D.
 
     Deformable attention goes behind the stages of 2D ones where it is given.
@@ -89,18 +89,6 @@ class ResNetEncoder(Encoder):
         """Return the map of the stem, at half resolution, and those of the four stages."""
         stem = self._stem(x)
         return [stem, *self._stages(stem, None)]
-
-    def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
-        """Encode; tokens are the cells of the last map, pooled is its mean."""
-        last = self.stages(x, valid, attention)[-1]
-        grid = tuple(last.shape[2:])
-        tokens = last.flatten(2).transpose(1, 2)
-        return Encoded(
-            tokens=tokens,
-            pooled=last.flatten(2).mean(2),
-            grid=grid,
-            token_valid=seen_cells(valid, grid),
-        )
 
 
 class ViTEncoder(Encoder):

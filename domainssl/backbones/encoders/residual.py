@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from domainssl.backbones.encoders.base import Encoded, Encoder, refuse_attention, seen_cells
+from domainssl.backbones.encoders.base import MapEncoder, refuse_attention
 from domainssl.errors import ConfigError
 from domainssl.modality import Modality
 
@@ -120,7 +120,7 @@ class _Net(nn.Module):
         )
 
 
-class ResidualEncoder(Encoder):
+class ResidualEncoder(MapEncoder):
     """Stem and stages of residual blocks; the first stage keeps the grid, the others halve it.
 
     Args:
@@ -161,12 +161,3 @@ class ResidualEncoder(Encoder):
                     x = block(x)
             maps.append(x)
         return maps
-
-    def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
-        """Encode; tokens are the cells of the last map, pooled is its mean."""
-        last = self.stages(x, valid, attention)[-1]
-        grid = tuple(last.shape[2:])
-        tokens = last.flatten(2).transpose(1, 2)
-        return Encoded(
-            tokens=tokens, pooled=tokens.mean(1), grid=grid, token_valid=seen_cells(valid, grid)
-        )

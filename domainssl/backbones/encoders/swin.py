@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from domainssl.backbones.encoders.base import Encoded, Encoder, refuse_attention, seen_cells
+from domainssl.backbones.encoders.base import MapEncoder, refuse_attention
 from domainssl.errors import ConfigError, require
 from domainssl.modality import Modality
 
@@ -97,7 +97,7 @@ class LegacyMerging(nn.Module):
         return out
 
 
-class SwinEncoder(Encoder):
+class SwinEncoder(MapEncoder):
     """MONAI's SwinTransformer over one volume; the same weights give the same maps.
 
     Dropout and stochastic depth are zero, as in every published pretraining. The integer tables
@@ -162,12 +162,3 @@ class SwinEncoder(Encoder):
         refuse_attention(attention, "monai:swin")
         maps: list[Tensor] = self.net(x)
         return maps
-
-    def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
-        """Encode; tokens are the cells of the deepest map, pooled is its mean."""
-        last = self.stages(x, valid, attention)[-1]
-        grid = tuple(last.shape[2:])
-        tokens = last.flatten(2).transpose(1, 2)
-        return Encoded(
-            tokens=tokens, pooled=tokens.mean(1), grid=grid, token_valid=seen_cells(valid, grid)
-        )
