@@ -16,7 +16,11 @@ from domainssl.errors import WeightsError
 from domainssl.modality import Modality
 
 RGB = {"rgb": Modality(name="rgb", kind="image", channels=("r", "g", "b"), value_unit="rgb8")}
-SIZES = {"architecture": ViTArchitecture(width=12, depth=1, heads=2), "patch_size": 4, "normalization": "scale(255)"}
+SIZES = {
+    "architecture": ViTArchitecture(width=12, depth=1, heads=2),
+    "patch_size": 4,
+    "normalization": "scale(255)",
+}
 
 
 @pytest.fixture
