@@ -1,1 +1,1 @@
-"""Whole slides, tiles and feature bags."""
+"""Whole slides: pyramids, tissue, tile grids, pictures, bags of features."""

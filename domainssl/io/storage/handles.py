@@ -48,6 +48,12 @@ class HandlePool:
                 self._open.popitem(last=False)
         return handle
 
+    def drop(self, key: Any) -> None:
+        """Drop one handle, if this process has it."""
+        if self._pid == os.getpid():
+            with self._lock:
+                self._open.pop(key, None)
+
     def clear(self) -> None:
         """Drop every handle."""
         self._reset()

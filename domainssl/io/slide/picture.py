@@ -1,0 +1,204 @@
+"""Tile pictures in every mode: RGB uint8 on white, turned as their EXIF says.
+
+rgb, valid = read_tile_picture("tile.png")     # (H, W, 3) uint8, (H, W) bool
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError, parsing
+from domainssl.files import open_regular
+from domainssl.io.slide.colors import on_white, to_rgb
+
+__all__ = ["ENDINGS", "PictureFacts", "is_picture", "picture_facts", "read_tile_picture"]
+
+Array = np.ndarray[Any, Any]
+ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "JPEG2000")
+_MAGIC = {
+    b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"\0\0\0\x0cjP  ": "JPEG2000",
+}  # fmt: skip
+_MOST_PIXELS = 2**27  # of a picture that is read whole
+_INCH_UM = 25_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFacts:
+    """What the header of a picture says.
+
+    Attributes:
+        path: Path as given.
+        format: `png`, `jpeg`, `tiff` ...
+        size: Width and height as shown, after the rotation that EXIF asks for.
+        mode: How colours are stored, in Pillow's words.
+        dtype: Type of the stored numbers.
+        mpp: Micrometres per pixel in x and y from the resolution of the file, which is often that
+            of a screen; None without one.
+        has_color_profile: Whether an ICC profile comes with it; it is never applied.
+    """
+
+    path: str
+    format: str
+    size: tuple[int, int]
+    mode: str
+    dtype: str
+    mpp: tuple[float, float] | None
+    has_color_profile: bool
+
+
+def is_picture(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a picture (TIFF apart), by its first bytes."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(16)
+    except OSError:
+        return False
+    return head.startswith(tuple(_MAGIC)) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def picture_facts(path: str | os.PathLike[str]) -> PictureFacts:
+    """Return what the header of a picture says.
+
+    Raises:
+        DataError: It is no picture, or too large.
+    """
+    path = str(path)
+    if _is_tiff(path):
+        return _tiff_facts(path)
+    with _pillow(path) as picture:
+        _check_size(path, picture.size)
+        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        width, height = picture.size[::-1] if turned else picture.size
+        dpi = picture.info.get("dpi")
+        return PictureFacts(
+            path=path,
+            format=str(picture.format).lower(),
+            size=(int(width), int(height)),
+            mode=picture.mode,
+            dtype="uint16" if picture.mode.startswith("I") else "uint8",
+            mpp=None
+            if not dpi or min(dpi) <= 0
+            else (_INCH_UM / float(dpi[0]), _INCH_UM / float(dpi[1])),
+            has_color_profile="icc_profile" in picture.info,
+        )
+
+
+def read_tile_picture(path: str | os.PathLike[str]) -> tuple[Array, Array]:
+    """Return colours on white, and which pixels are not transparent.
+
+    Alpha and palette transparency are composited on white, grey becomes three equal channels, 16
+    bit are scaled to 8, CMYK is converted and the rotation of EXIF applied. Colour profiles are
+    not applied.
+
+    Args:
+        path: A PNG, JPEG, TIFF, BMP, WebP or JPEG 2000 file.
+
+    Returns:
+        Colours (H, W, 3) uint8; valid (H, W) bool.
+
+    Raises:
+        DataError: It is no picture, damaged, too large, or no colours.
+    """
+    path = str(path)
+    if _is_tiff(path):
+        return _read_tiff(path)
+    from PIL import ImageOps
+
+    with _pillow(path) as picture:
+        _check_size(path, picture.size)
+        with parsing(f"{path}: the picture", also=(SyntaxError,)):
+            picture.load()
+            shown = ImageOps.exif_transpose(picture)
+            return _colors(path, shown)
+
+
+def _colors(path: str, picture: Any) -> tuple[Array, Array]:
+    mode = picture.mode
+    if mode.startswith("I") or mode == "F":
+        values = np.asarray(picture)
+        if mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise DataError(
+                f"{path}: holds numbers from {values.min():g} to {values.max():g} (mode {mode}), "
+                "expected colours of 8 or 16 bit. Convert it, saying which values are black and "
+                "white."
+            )
+        return to_rgb(values.astype(np.uint16)[..., None], "grey", what=path)
+    if mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        picture = picture.convert("RGB")
+    if picture.mode != "RGB":
+        rgba = np.asarray(picture.convert("RGBA"))
+        return on_white(rgba[..., :3], rgba[..., 3])
+    if "transparency" in picture.info:  # one colour that stands for nothing
+        rgba = np.asarray(picture.convert("RGBA"))
+        return on_white(rgba[..., :3], rgba[..., 3])
+    rgb = np.array(picture)
+    return rgb, np.ones(rgb.shape[:2], bool)
+
+
+def _pillow(path: str) -> Any:
+    """Open a picture; the caller closes it."""
+    from PIL import Image
+
+    with parsing(f"{path}: the picture", also=(Image.DecompressionBombError, SyntaxError)):
+        open_regular(path).close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are compared with our own limit
+            return Image.open(path, formats=_FORMATS)
+
+
+def _check_size(path: str, size: tuple[int, int]) -> None:
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise DataError(
+            f"{path}: a picture of {size[0]} x {size[1]} pixels, expected at most "
+            f"{_MOST_PIXELS / 1e6:.0f} million of a tile. Convert it to a tiled pyramid."
+        )
+
+
+def _is_tiff(path: str) -> bool:
+    with parsing(f"{path}: the picture"), open_regular(path) as file:
+        return file.read(4) in _TIFF
+
+
+def _tiff_facts(path: str) -> PictureFacts:
+    from domainssl.io.slide.by_tifffile import TiffPyramid
+
+    stored = TiffPyramid(path).stored
+    mpp = next(((x, y) for _, x, y in stored.stated), None)
+    return PictureFacts(
+        path=path,
+        format="tiff",
+        size=stored.levels[0],
+        mode=" ".join(stored.channels),
+        dtype=stored.dtype,
+        mpp=mpp,
+        has_color_profile=stored.has_color_profile,
+    )
+
+
+def _read_tiff(path: str) -> tuple[Array, Array]:
+    from domainssl.io.slide.by_tifffile import TiffPyramid
+
+    pyramid = TiffPyramid(path)
+    stored = pyramid.stored
+    width, height = stored.levels[0]
+    _check_size(path, (width, height))
+    if not stored.is_rgb:
+        raise DataError(
+            f"{path}: holds the channels {', '.join(stored.channels)} ({stored.dtype}), expected "
+            "colours. Choose three of them and write them as RGB."
+        )
+    region = pyramid.region(0, 0, 0, width, height)
+    pyramid.close()
+    if region.damaged:
+        raise DataError(
+            f"{path}: the picture cannot be read ({region.damaged[0][2]}). Get the file again."
+        )
+    valid = np.ones((height, width), bool) if region.valid is None else region.valid
+    return region.values, valid
