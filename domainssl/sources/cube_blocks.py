@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import ConfigError, DataError, nearest, require
+from domainssl.errors import ConfigError, nearest, require
 from domainssl.io.raster.bands import StoredBand
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.sources.cube_options import Layer, snap_m
@@ -27,7 +27,7 @@ _EDGE_POINTS = 5  # looked at along each edge of a rectangle that is turned into
 __all__ = ["Block", "blocks_of", "hold_out", "overlapping"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """A rectangle of a site and the windows in it.
 
@@ -117,14 +117,15 @@ def hold_out(
         ConfigError: A site is not known, or nothing would be left to train on.
     """
     names = [site.name for site in sites]
+    known, wanted = set(names), set(rule.sites)
     for name in rule.sites:
-        if name not in names:
+        if name not in known:
             raise ConfigError(
                 f"data.init_args.held_out.sites: no site {name!r}; there are "
                 f"{', '.join(names[:12])}.{nearest(name, names)}"
             )
     if rule.sites:
-        held = np.array([names[b.site] in rule.sites for b in blocks])
+        held = np.array([names[b.site] in wanted for b in blocks])
     else:
         count = round(rule.val_fraction * len(blocks))
         count = max(count, 1) if rule.val_fraction and len(blocks) > 1 else count
@@ -140,8 +141,6 @@ def hold_out(
             f"data.init_args.held_out: {len(val)} of {len(blocks)} blocks are held out and no "
             "other is left for training. Lower val_fraction or gap."
         )
-    if overlapping(sites, train, val, rule.gap).any():
-        raise DataError("training and held-out blocks overlap")
     return train, val, int(near.sum())
 
 
@@ -158,38 +157,49 @@ def overlapping(
     for crs in ours.keys() & theirs.keys():
         rows = ours[crs]
         gap = gap_m / sites[blocks[rows[0]].site].metres
-        left, right = _rectangles(blocks, rows), _rectangles(others, theirs[crs])
-        hit[np.array(rows)[_meeting(left, right, gap)[0]]] = True
+        hit[rows] = _meet(_rectangles(blocks, rows), _rectangles(others, theirs[crs]), gap)
     if len(ours.keys() | theirs.keys()) == 1 or not blocks or not others:
         return hit
     left, right = (_all_degrees(b, groups) for b, groups in ((blocks, ours), (others, theirs)))
-    numbers = {crs: number for number, crs in enumerate(ours | theirs)}
-    mine, foreign = (
-        np.array([numbers[sites[block.site].crs] for block in every]) for every in (blocks, others)
-    )
-    for turn in (-360.0, 0.0, 360.0):  # rectangles across the date line go on beyond 180 degrees
-        shifted = left + np.array([turn, 0, turn, 0])
-        a, b = _meeting(shifted, right, gap_m / METRES_PER_DEGREE)
-        hit[a[mine[a] != foreign[b]]] = True
+    for crs, rows in ours.items():
+        is_foreign = np.ones(len(others), bool)
+        is_foreign[theirs.get(crs, [])] = False
+        for turn in (-360.0, 0.0, 360.0):  # rectangles across the date line go beyond 180 degrees
+            shifted = left[rows] + np.array([turn, 0, turn, 0])
+            hit[rows] |= _meet(shifted, right[is_foreign], gap_m / METRES_PER_DEGREE)
     return hit
 
 
-def _meeting(
+def _meet(
     left: np.ndarray[Any, Any], right: np.ndarray[Any, Any], gap: float
-) -> np.ndarray[Any, Any]:
-    """Return the pairs of rectangles (left, bottom, right, top) that overlap or come too near.
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return which rectangles (left, bottom, right, top) overlap another or come too near.
 
-    Touching is no overlap.
+    Touching is no overlap. The others are asked in growing random parts, and a rectangle only
+    until one of them meets it: where all sites show one place, every one would meet every other.
+
+    Args:
+        left: (n, 4).
+        right: The others, (m, 4).
+        gap: Least distance along each axis.
 
     Returns:
-        Positions in `left` and in `right`, (2, pairs).
+        (n,)
     """
     shapely = require("shapely", "geo")
-    slack = gap - 1e-6 * (left[0, 2] - left[0, 0])
-    tree = shapely.STRtree(shapely.box(*right.T))
-    grown = left + slack * np.array([-1, -1, 1, 1])
-    found: np.ndarray[Any, Any] = tree.query(shapely.box(*grown.T), predicate="intersects")
-    return found
+    slack = 1e-6 * (left[0, 2] - left[0, 0])
+    grown = left + (gap - slack) * np.array([-1, -1, 1, 1])
+    low, high = grown[:, :2].min(0), grown[:, 2:].max(0)
+    near = right[(right[:, 2:] >= low).all(1) & (right[:, :2] <= high).all(1)]
+    near = near[np.random.default_rng(0).permutation(len(near))]
+    boxes, hit = shapely.box(*grown.T), np.zeros(len(left), bool)
+    start, size = 0, 64
+    while start < len(near):
+        tree = shapely.STRtree(shapely.box(*near[start : start + size].T))
+        left_over = np.flatnonzero(~hit)
+        hit[left_over[tree.query(boxes[left_over])[0]]] = True
+        start, size = start + size, 4 * size
+    return hit
 
 
 def _by_crs(sites: Sequence[Site], blocks: Sequence[Block]) -> dict[str, list[int]]:

@@ -27,7 +27,7 @@ __all__ = ["Site", "SiteLayer", "anchors", "open_sites"]
 _SHOWN = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SiteLayer:
     """One layer of a site: its files, and its dates in order.
 
@@ -42,7 +42,7 @@ class SiteLayer:
     times: Any
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
     """A place with one file or more per layer, all in one coordinate reference system.
 

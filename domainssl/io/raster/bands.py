@@ -62,7 +62,7 @@ GRD_REASON = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredBand:
     """Where one band is stored and what its numbers mean.
 
@@ -105,7 +105,7 @@ class StoredBand:
         return self.scale != 1.0 or self.offset != 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerFile:
     """One sensor in one file.
 
@@ -213,7 +213,8 @@ def open_store(path: str, options: Options | None = None) -> Cube:
             raise DataError(f"{path}: no zarr hierarchy lies there")
         return Cube(FolderStore(path, options), path, options)
 
-    key = (stamp(path), stamp(f"{path}/zarr.json" if not is_url(path) else path))
+    inner = () if is_url(path) else _MARKS
+    key = (stamp(path), *(stamp(f"{path}/{mark}") for mark in inner))
     cube: Cube = _STORES.get(key, opener)
     return cube
 

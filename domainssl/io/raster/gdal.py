@@ -12,6 +12,7 @@ from typing import Any
 
 from domainssl.errors import DataError, parsing, require
 from domainssl.files import open_regular
+from domainssl.io.storage.handles import names_in
 
 __all__ = ["open_raster", "reading"]
 
@@ -66,7 +67,7 @@ def _check(path: str | os.PathLike[str]) -> None:
                 "and other formats are not read under this name; convert it with gdal_translate."
             )
     folder, name = os.path.split(os.path.abspath(path))
-    beside = {entry.lower(): entry for entry in os.listdir(folder) if entry.startswith(name)}
+    beside = names_in(folder)
     for ending in _BESIDE:
         found = beside.get((name + ending).lower())
         if found is not None:

@@ -25,9 +25,11 @@ METRES_PER_DEGREE = 111_319.49079327358  # along the equator, as most tools that
 Y_NAMES = ("y", "lat", "latitude", "north", "northing")
 X_NAMES = ("x", "lon", "longitude", "east", "easting")
 _TOLERANCE = 1e-3  # of a pixel
+_KNOWN_TEXTS: dict[str, str] = {}
+_MOST_TEXTS = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Bounds:
     """A rectangle in the units of a coordinate reference system."""
 
@@ -56,7 +58,7 @@ class Bounds:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
     """A regular raster of square pixels.
 
@@ -113,15 +115,28 @@ def plain_crs(value: Any, where: str) -> str:
     found = re.fullmatch(r"(?:EPSG:)?(\d{4,6})", text, re.IGNORECASE)
     if found:
         return f"EPSG:{int(found.group(1))}"
+    return _plain_text(value, where) if isinstance(value, str) else _plain_any(value, where)
+
+
+def _plain_any(value: Any, where: str) -> str:
     pyproj = require("pyproj", "geo")
     try:
         crs = pyproj.CRS.from_user_input(value)
     except pyproj.exceptions.CRSError as error:
         raise DataError(
-            f"{where}: coordinate reference system {text[:80]!r} is not understood."
+            f"{where}: coordinate reference system {str(value).strip()[:80]!r} is not understood."
         ) from error
     number = crs.to_epsg()
     return f"EPSG:{number}" if number else str(crs.to_wkt())
+
+
+def _plain_text(text: str, where: str) -> str:
+    """Return what a text means, remembered: most sites of a data set share a few of them."""
+    if text not in _KNOWN_TEXTS:
+        if len(_KNOWN_TEXTS) >= _MOST_TEXTS:
+            _KNOWN_TEXTS.clear()
+        _KNOWN_TEXTS[text] = _plain_any(text, where)
+    return _KNOWN_TEXTS[text]
 
 
 def crs_of(cube: Cube, array: str) -> str | None:
@@ -191,14 +206,32 @@ def grid_of(cube: Cube, array: str, y: str, x: str) -> Grid:
     where = f"{cube.name}: {array}"
     folder = array.rpartition("/")[0]
     stated = _transform(cube, folder, info.attrs)
-    centres = [_coordinate(cube, folder, name, sizes[name]) for name in (y, x)]
+    # bands that lie on one grid share it, and their coordinates are read once
+    key = (folder, y, x, sizes[y], sizes[x], None if stated is None else tuple(stated))
+    if key not in cube.grids:
+        cube.grids[key] = _grid(cube, folder, (y, sizes[y]), (x, sizes[x]), stated, where)
+    grid: Grid = cube.grids[key]
+    return grid
+
+
+def _grid(
+    cube: Cube,
+    folder: str,
+    down: tuple[str, int],
+    across: tuple[str, int],
+    stated: Sequence[float] | None,
+    where: str,
+) -> Grid:
+    """Return the grid of dimensions (name, size) from coordinates and what attributes state."""
+    (y, height), (x, width) = down, across
+    centres = [_coordinate(cube, folder, *dim) for dim in (down, across)]
     if centres[0] is None or centres[1] is None:
         if stated is None:
             raise DataError(
                 f"{where}: neither coordinate arrays {y!r} and {x!r} nor a transform "
                 "(proj:transform, spatial:transform, GeoTransform) say where the pixels lie."
             )
-        return Grid.of_transform(stated, sizes[y], sizes[x], where)
+        return Grid.of_transform(stated, height, width, where)
     ys, xs = centres
     lines = [_line(values, f"{where}: {name}") for values, name in ((xs, x), (ys, y))]
     places = []
@@ -222,8 +255,9 @@ def grid_of(cube: Cube, array: str, y: str, x: str) -> Grid:
                     "coordinates count", where, list(stated[:6]), first,
                 )  # fmt: skip
         places.append((first - 0.5 * step, step))
-    (left, across), (top, down) = places
-    return Grid.of_transform((across, 0, left, 0, down, top), sizes[y], sizes[x], where)
+    (left, right_step), (top, down_step) = places
+    affine = (right_step, 0, left, 0, down_step, top)
+    return Grid.of_transform(affine, height, width, where)
 
 
 def _coordinate(cube: Cube, folder: str, name: str, size: int) -> Any:

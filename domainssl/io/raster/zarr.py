@@ -11,7 +11,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -48,6 +48,7 @@ class Cube:
 
     def __init__(self, store: Store, name: str, options: Options | None = None) -> None:
         self.store, self.name, self.options = store, name, dict(options or {})
+        self.grids: dict[Any, Any] = {}  # of the arrays looked at, by what they are read from
 
     @cached_property
     def _metadata(self) -> dict[str, Any]:
@@ -57,8 +58,7 @@ class Cube:
             if not isinstance(found, dict):
                 raise DataError(f"{self.name}: '.zmetadata' has no mapping 'metadata'")
         else:
-            keys = [k for k in self.store.names() if k.rsplit("/", 1)[-1] in _METADATA]
-            found = {key: self._json(key, self.store.get(key) or b"") for key in keys}
+            found = {key: self._json(key, raw) for key, raw in self._separate_metadata()}
         for key, facts in found.items():
             check_member(key, self.name)
             if not isinstance(facts, dict):
@@ -66,6 +66,21 @@ class Cube:
                     f"{self.name}: metadata {key!r} is a {type(facts).__name__}, expected a mapping"
                 )
         return found
+
+    def _separate_metadata(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the metadata files of format 2; nothing is listed below an array."""
+        if not isinstance(self.store, FolderStore) or self._is_remote:
+            for key in self.store.names():
+                if key.rsplit("/", 1)[-1] in _METADATA:
+                    yield key, self.store.get(key) or b""
+            return
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            found = [(f"{folder}{name}", self.store.get(f"{folder}{name}")) for name in _METADATA]
+            yield from ((key, raw) for key, raw in found if raw is not None)
+            if found[0][1] is None:
+                folders += [f"{folder}{name}/" for name in self.store.folders(folder)]
 
     def _json(self, key: str, raw: bytes) -> dict[str, Any]:
         with parsing(f"{self.name}: metadata {key!r} is not JSON; it"):

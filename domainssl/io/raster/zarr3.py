@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 from domainssl.errors import DataError, parsing, require
 from domainssl.io.storage.archives import FolderStore, Store, check_member
@@ -22,6 +22,7 @@ from domainssl.io.storage.bounded import (
     packed_limit,
     unpack,
 )
+from domainssl.io.storage.paths import is_url
 
 __all__ = ["open_v3", "v3_members"]
 
@@ -51,6 +52,17 @@ def _load(store: Store, key: str, wanted: Any) -> bytes | None:
     )
 
 
+def _is_local(store: Store) -> TypeGuard[FolderStore]:
+    return isinstance(store, FolderStore) and not is_url(store.name)
+
+
+async def _fetch(store: Store, key: str, wanted: Any) -> bytes | None:
+    """Load a value; small local files at once, because another thread costs more than reading."""
+    if _is_local(store) and wanted is None and key.rsplit("/", 1)[-1] == "zarr.json":
+        return _load(store, key, None)
+    return await asyncio.to_thread(_load, store, key, wanted)
+
+
 @cache
 def _store_class() -> type[Any]:
     """Build the adapter on first use: zarr is an optional library."""
@@ -73,7 +85,7 @@ def _store_class() -> type[Any]:
         async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Any:
             from zarr.core.buffer import default_buffer_prototype
 
-            found = await asyncio.to_thread(_load, self.store, key, byte_range)
+            found = await _fetch(self.store, key, byte_range)
             make = (prototype or default_buffer_prototype()).buffer.from_bytes
             return None if found is None else make(found)
 
@@ -100,6 +112,10 @@ def _store_class() -> type[Any]:
                     yield key
 
         async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+            if _is_local(self.store):
+                for name in self.store.folders(prefix.rstrip("/")):
+                    yield name
+                return
             inner = f"{prefix.rstrip('/')}/" if prefix else ""
             found: dict[str, None] = {}
             async for key in self.list_prefix(inner):

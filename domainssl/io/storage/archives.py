@@ -203,6 +203,19 @@ class FolderStore:
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
 
+    def folders(self, key: str) -> list[str]:
+        """Return the names of the local folders in a folder, sorted; links are not followed.
+
+        Raises:
+            DataError: It cannot be listed.
+        """
+        path = join(self.name, check_member(key, self.name)) if key else self.name
+        try:
+            with os.scandir(path) as entries:
+                return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be listed ({error})") from error
+
     def names(self) -> Sequence[str]:
         """Return the relative paths of all files."""
         if not is_url(self.name):

@@ -9,13 +9,16 @@ from __future__ import annotations
 import io
 import os
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, cast
 
-from domainssl.io.storage.paths import Options, open_file
+from domainssl.io.storage.paths import Options, open_file, stamp
 
-__all__ = ["HandlePool", "SharedFile", "window"]
+__all__ = ["HandlePool", "SharedFile", "names_in", "window"]
+
+_SETTLED_NS = 2_000_000_000  # clocks of file systems tell times of change apart after that
 
 
 class HandlePool:
@@ -63,6 +66,24 @@ class HandlePool:
 
     def __reduce__(self) -> tuple[type[HandlePool], tuple[int]]:
         return HandlePool, (self.limit,)
+
+
+_LISTINGS = HandlePool(limit=8)
+
+
+def names_in(folder: str) -> Mapping[str, str]:
+    """Return the names in a local folder by their lower-case form, listed once until it changes.
+
+    A folder of many files would otherwise be listed again for every one of them.
+    """
+
+    def listing() -> dict[str, str]:
+        return {name.lower(): name for name in sorted(os.listdir(folder))}
+
+    found = stamp(folder)
+    if time.time_ns() - found[2] < _SETTLED_NS:  # it may change again within the same tick
+        return listing()
+    return cast(Mapping[str, str], _LISTINGS.get(found, listing))
 
 
 class SharedFile:
