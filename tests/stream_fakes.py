@@ -52,6 +52,17 @@ class FakeSource:
         )  # fmt: skip
 
 
+class FailingSource(FakeSource):
+    """Fails with an error that is no bad sample."""
+
+    def __init__(self, sizes: Sequence[int], error: Exception) -> None:
+        super().__init__(sizes)
+        self.error = error
+
+    def load(self, piece: Piece, epoch: int) -> Rows:
+        raise self.error
+
+
 class SleepingSource(FakeSource):
     """Prints the process that reads, and never comes back."""
 

@@ -17,7 +17,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from domainssl.errors import ConfigError, DomainSSLError
 from domainssl.files import PART, new_file, sync_folder
-from domainssl.training._lightning import CheckpointHooks, is_last_batch, validation_follows
+from domainssl.training._lightning import (
+    CheckpointHooks,
+    is_last_batch,
+    repeat_validation,
+    validation_follows,
+)
 
 __all__ = ["AtomicCheckpoint", "AtomicCheckpointIO", "CheckpointError"]
 
@@ -173,10 +178,12 @@ class AtomicCheckpoint(CheckpointHooks):
     ) -> None:
         """Save on an interruption; after an error of ours the state is not worth saving.
 
-        SIGTERM in a validation leaves the checkpoint before it, from which it is done anew.
+        From what SIGTERM leaves in a validation, a resume does all of it anew.
         """
         if isinstance(exception, SIGTERMException):
-            if trainer.world_size == 1 and not trainer.validating:
+            if trainer.world_size == 1:
+                if trainer.validating:
+                    repeat_validation(trainer)
                 self._save(trainer)
         elif not isinstance(exception, DomainSSLError):
             super().on_exception(trainer, pl_module, exception)

@@ -10,74 +10,37 @@ the number of workers or their start method.
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from domainssl._torch import end_workers, has_ended_worker, has_workers
-from domainssl.errors import DataError
+from domainssl.errors import DataError, DomainSSLError
 from domainssl.loading.memory import KeptMemory, SharedPool, empty
 from domainssl.loading.plan import EpochPlan, Piece
 from domainssl.loading.source import Loading, Rows, Source
 from domainssl.loading.validity import ValidityCheck
+from domainssl.loading.workers import (
+    DEAD_WORKER,
+    Failure,
+    SharedHeap,
+    dead_worker,
+    end_with_main_process,
+)
 from domainssl.modality import Batch, collate
 
-__all__ = ["BlockStream", "Loading", "Rows", "Source", "dead_worker", "empty"]
+__all__ = ["BlockStream", "Loading", "Rows", "Source", "empty"]
 
 _log = logging.getLogger(__name__)
-_DEAD_WORKER = ("exited unexpectedly", "is killed by signal")
-_LOOK_AGAIN_S = 1.0  # for the case that another process holds the pipe of the main one open
-
-
-def dead_worker(error: BaseException, split: str | None = None) -> DataError | None:
-    """Return what the death of a data worker means, None for an error of another kind.
-
-    Under `fork` and `spawn` torch's handler of SIGCHLD raises it in whatever the main process
-    happens to do, outside the stream as well.
-
-    Args:
-        error: What was raised.
-        split: The data of the worker, where that is known.
-    """
-    if split is None and not any(text in str(error) for text in _DEAD_WORKER):
-        return None
-    return DataError(
-        f"A worker process of the {split + ' ' if split else ''}data died while reading ({error}). "
-        "The usual reasons are too little memory or shared memory (/dev/shm) and a "
-        "crash in a decoder. Lower data.init_args.loading.workers, prefetch or "
-        "window_blocks; workers: 0 reads in the main process and shows the crash."
-    )
-
-
-def _end_with_main_process(worker: int) -> None:
-    """Watch the main process from a worker, and end as soon as it is gone.
-
-    torch looks for its parent every five seconds while a worker has nothing to do; under
-    `forkserver` that parent is another process.
-    """
-    main = multiprocessing.parent_process()
-    if main is None:
-        return
-    parent, sentinel = os.getppid(), main.sentinel
-
-    def watch() -> None:
-        while not wait([sentinel], timeout=_LOOK_AGAIN_S) and os.getppid() == parent:
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-main-process", daemon=True).start()
+_HEAP = SharedHeap()
 
 
 @contextmanager
@@ -111,6 +74,10 @@ class _Blocks(Dataset[Rows]):
                 return self.pool.pack(rows)
         except DataError as error:
             return Rows(data={}, count=len(piece), bad={i: str(error) for i in range(len(piece))})
+        except (DomainSSLError, OSError) as error:
+            if get_worker_info() is None or not Failure.can_carry(error):
+                raise
+            return Failure(error)
 
 
 class _Tasks(Sampler[tuple[Piece, int]]):
@@ -176,6 +143,7 @@ class BlockStream:
         self._loader: DataLoader[Rows] | None = None
         self._memory = KeptMemory()  # of batches, and of pieces that are loaded in this process
         self._pool: SharedPool | None = None
+        self._is_forked = False  # workers are there
         self._tasks = _Tasks()
         self._validity = ValidityCheck(split)
         self._iteration = 0
@@ -248,6 +216,9 @@ class BlockStream:
         self._iteration += 1
         loader, self._loader = self._loader, None
         end_workers(loader)
+        if self._is_forked:
+            self._is_forked = False
+            _HEAP.ended(self.loading.start_method)
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -262,7 +233,7 @@ class BlockStream:
         if not has_workers(self._loader):
             return False
         try:
-            is_dead = any(text in str(error) for text in _DEAD_WORKER)
+            is_dead = any(text in str(error) for text in DEAD_WORKER)
             if not is_dead and isinstance(error, OSError | EOFError):
                 is_dead = has_ended_worker(self._loader, timeout_s=2.0)
         except RuntimeError:  # torch's handler of SIGCHLD, which also raises right here
@@ -283,7 +254,7 @@ class BlockStream:
                     "multiprocessing_context": self.loading.start_method,
                     "persistent_workers": True,
                     "prefetch_factor": self.loading.prefetch,
-                    "worker_init_fn": _end_with_main_process,
+                    "worker_init_fn": end_with_main_process,
                 }
             # A generator of its own: otherwise every new iterator would draw its base seed from
             # torch's global one, and a resumed run would differ from an uninterrupted one.
@@ -298,16 +269,27 @@ class BlockStream:
             )
         return self._loader
 
+    def _start(self, loader: DataLoader[Rows]) -> Iterator[Any]:
+        """Begin an iteration; the first one starts the workers."""
+        if self._is_forked or not self.loading.workers:
+            return iter(loader)
+        with _HEAP.forking(self.loading.start_method):
+            iterator = iter(loader)
+        self._is_forked = True
+        return iterator
+
     def _feed(self, plan: EpochPlan, window: int) -> Iterator[Rows]:
         """Yield the loaded pieces of this and all later windows, in order."""
         first = plan.windows[window].start
         pieces = plan.pieces[first:]
         loader = self._open()
         self._tasks.tasks = [(piece, plan.epoch) for piece in pieces]
-        iterator = iter(loader)
+        iterator = self._start(loader)
         for piece in pieces:
             start = time.perf_counter()
             rows = next(iterator)
+            if isinstance(rows, Failure):
+                raise rows.error
             self.tally.wait_s += time.perf_counter() - start
             self.tally.blocks += 1
             self.tally.bytes_decoded += rows.bytes_decoded

@@ -23,6 +23,7 @@ __all__ = [
     "is_last_batch",
     "is_logging_step",
     "record_hyperparameters",
+    "repeat_validation",
     "unwatch_fetches",
     "validation_follows",
     "watch_fetches",
@@ -80,6 +81,19 @@ def validation_follows(trainer: Trainer) -> bool:
 def is_last_batch(trainer: Trainer) -> bool:
     """Tell whether the batch that was trained on is the last of its epoch."""
     return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def repeat_validation(trainer: Trainer) -> None:
+    """Let a checkpoint of the middle of a validation say that none of it was done.
+
+    Lightning goes on with a validation that a checkpoint shows within a batch, and counts its
+    batches from there; here it is the first one.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    for tracker in (progress.total, progress.current):
+        tracker.reset()
+        tracker.ready = tracker.started = 1
+    progress.is_last_batch = False
 
 
 class TransferHook(LightningModule):

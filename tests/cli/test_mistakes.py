@@ -2,6 +2,9 @@
 
 import pytest
 
+from domainssl.cli.config.nodes import ConfigMistakes
+from domainssl.cli.run.train import prepare
+
 BROKEN = """\
 seed_everything: 0
 trainer:
@@ -292,3 +295,22 @@ def test_refused_values_of_the_command_line_name_their_option(cli, recipe, words
     assert found in result.err
     assert "(command line, --" in result.err
     assert len(result.err) < 2000
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "place", "why"),
+    [
+        ("data.window.flips", "yes", "data.init_args.window.flips", "write true or false"),
+        ("data.window.flips", "[true, yes]", "window.flips[1]", "write true or false"),
+        ("data.window.size", "['64', 64]", "window.size[0]", "leave the quotes out"),
+        ("model.optimization.betas", "['0.9', 0.9]", "betas[0]", "leave the quotes out"),
+        ("model.optimization.betas", "[.nan, 0.9]", "betas[0]", "not a number (nan)"),
+        ("model.loss_weights.contrastive", "'1'", "loss_weights.contrastive", "leave the quotes"),
+    ],
+)
+def test_a_text_among_numbers_is_refused_at_its_place(repository, key, value, place, why):
+    recipe = str(repository / "recipes" / "ssl4eo_croma.yaml")
+    with pytest.raises(ConfigMistakes) as found:
+        prepare("fit", ["--config", recipe, f"--{key}={value}"])
+    text = str(found.value)
+    assert text.startswith("1 mistake") and f"{place}' is " in text and why in text

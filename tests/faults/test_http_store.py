@@ -6,10 +6,11 @@ import json
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -137,8 +138,49 @@ def test_a_policy_that_makes_no_sense_is_a_configuration_error(retry):
 def test_a_server_without_ranges_is_named(server, tmp_path, monkeypatch):
     (tmp_path / "a.tar").write_bytes(bytes(1000))
     monkeypatch.setattr(Handler, "has_ranges", False)
-    with pytest.raises(DataError, match="does not support Range requests"):
+    with pytest.raises(DataError, match="all 1000 bytes where 10 .* does not support Range"):
         fetch_ranges(f"{server}/a.tar", [(100, 10)], QUICK)
+    assert fetch_ranges(f"{server}/a.tar", [(0, 1000)], QUICK) == [bytes(1000)]
+
+
+class Endless(SimpleHTTPRequestHandler):
+    """Sends a file of a terabyte to whoever asks for a part of it, and counts what is taken."""
+
+    sent: ClassVar[list[int]] = []
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(2**40))
+        self.end_headers()
+        self.sent.append(0)
+        with suppress(OSError):
+            while True:
+                self.sent[-1] += self.wfile.write(bytes(2**16))
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(2**40))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Stay silent."""
+
+
+def test_no_whole_file_is_received_for_a_part_of_it():
+    Endless.sent.clear()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    http.daemon_threads = True
+    thread = threading.Thread(target=partial(http.serve_forever, 0.05), daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{http.server_address[1]}/a.zarr.zip"
+    with pytest.raises(DataError, match="does not support Range"):
+        fetch_ranges(url, [(2**30 * i, 100) for i in range(20)])
+    with pytest.raises(DataError, match="does not support Range"):
+        open_cube(url)
+    http.shutdown()
+    http.server_close()
+    thread.join()
+    assert 2 <= len(Endless.sent) <= 21 and max(Endless.sent) < 2**25  # buffers of the system
 
 
 def write_v3(path: Path) -> np.ndarray[Any, Any]:

@@ -142,9 +142,10 @@ class Term(Callback):
     [
         (1, 2, {}),
         (2, 3, {"val_check_interval": 2}),
-        (3, None, {}),  # in a validation: there is no checkpoint before it
-        (5, 4, {"val_check_interval": 2}),
-        (7, 4, {}),
+        (3, 4, {}),  # in the validations from here on
+        (5, 6, {"val_check_interval": 2}),
+        (7, 8, {}),
+        (11, 12, {}),  # in the last one
     ],
 )
 def test_a_run_that_sigterm_ended_goes_on_as_if_it_had_not(tmp_path, step, saved, options):
@@ -225,9 +226,9 @@ def _is_running(pid: int) -> bool:
 
 
 def test_a_process_without_parent_watches_nothing():
-    from domainssl.loading.stream import _end_with_main_process
+    from domainssl.loading.workers import end_with_main_process
 
     assert multiprocessing.parent_process() is None
     count = threading.active_count()
-    _end_with_main_process(0)
+    end_with_main_process(0)
     assert threading.active_count() == count

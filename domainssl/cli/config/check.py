@@ -27,7 +27,12 @@ from domainssl.cli.config.schema import (
     rejects,
     takes_more,
 )
-from domainssl.cli.config.values import misplaced_classes, trainer_refusal, value_refusal
+from domainssl.cli.config.values import (
+    members,
+    misplaced_classes,
+    trainer_refusal,
+    value_refusal,
+)
 from domainssl.errors import nearest
 
 __all__ = ["LINKED", "Checker", "trainer_refusals"]
@@ -297,16 +302,31 @@ class Checker:
                 for key, child in node.children.items():
                     self.value(child, f"{path}.{key}", values)
                 return
+        if node.is_mapping or node.is_list:
+            before = len(self.mistakes)
+            for child, place, inner_hint in members(node, path, hint):
+                self._refused(child, place, inner_hint)
+            if len(self.mistakes) > before:
+                return
+        plain = node.plain()
+        if self._refused(node, path, hint):
+            return
+        if rejects(hint, plain):
+            close = nearest(plain, choices(hint)) if isinstance(plain, str) else ""
+            moved = new_value(path.rpartition(".")[2], plain)
+            advice = moved or f"{close} Accepted: {in_words(hint)}."
+            self.add(f"{path!r} is {shown(plain)}, which is not accepted", node.where, advice)
+
+    def _refused(self, node: Node, path: str, hint: Any) -> bool:
+        """Record a plain value that cannot be meant; containers pass."""
+        if node.is_mapping or node.is_list:
+            return False
         plain = node.plain()
         why = value_refusal(path, plain, hint)
         if why is not None:
             advice = f"It is not accepted: {why}. Accepted: {in_words(hint)}."
             self.add(f"{path!r} is {shown(plain)}", node.where, advice)
-        elif rejects(hint, plain):
-            close = nearest(plain, choices(hint)) if isinstance(plain, str) else ""
-            moved = new_value(path.rpartition(".")[2], plain)
-            advice = moved or f"{close} Accepted: {in_words(hint)}."
-            self.add(f"{path!r} is {shown(plain)}, which is not accepted", node.where, advice)
+        return why is not None
 
     def _import(
         self, node: Node, path: str, kind: str, hint: Any = None, quiet: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 from domainssl.cli.config.nodes import Node
 from domainssl.cli.config.schema import alternatives, mapping_values
 
-__all__ = ["misplaced_classes", "trainer_refusal", "value_refusal"]
+__all__ = ["members", "misplaced_classes", "trainer_refusal", "value_refusal"]
 
 _NUMBERS = (bool, int, float)
 _MAX_SEED = 2**32 - 1
@@ -74,8 +74,8 @@ def value_refusal(path: str, value: Any, hint: Any) -> str | None:
     if value is None:
         return "null is no value for it" if is_known and type(None) not in kinds else None
     if isinstance(value, str):
-        if is_known and kinds <= {*_NUMBERS, type(None)}:
-            return "it is text, not a number; leave the quotes out" if _is_number(value) else None
+        if is_known and all(map(_holds_no_text, kinds)):
+            return _why_no_text(value)
         if not value.strip() and not path.startswith("loggers.") and str in kinds:
             return "it is empty, as from a variable that is not set"
     if isinstance(value, bool):
@@ -90,30 +90,49 @@ def value_refusal(path: str, value: Any, hint: Any) -> str | None:
     return None
 
 
-def _is_number(text: str) -> bool:
+def _holds_no_text(kind: Any) -> bool:
+    """Tell whether an annotation is that of numbers, or of containers of them."""
+    if kind in (*_NUMBERS, type(None), Ellipsis):
+        return True
+    inner = typing.get_args(kind)
+    is_list = typing.get_origin(kind) in (list, tuple, set, frozenset)
+    return is_list and all(_holds_no_text(a) for k in inner for a in alternatives(k))
+
+
+def _why_no_text(text: str) -> str | None:
+    """Return what to say of a text that a parser would read as a number or as true or false."""
+    if text.lower() in ("yes", "no", "on", "off", "true", "false", "y", "n"):
+        return "it is text; write true or false, without quotes"
     try:
         float(text)
     except ValueError:
-        return text.lower() in ("yes", "no", "on", "off", "true", "false", "y", "n")
-    return True
+        return None
+    return "it is text, not a number; leave the quotes out"
+
+
+def members(node: Node, path: str, hint: Any) -> Iterator[tuple[Node, str, Any]]:
+    """Yield the values inside a list or a mapping with their places and annotations."""
+    if node.is_mapping:
+        inner = mapping_values(hint)
+        for key, child in node.children.items():
+            yield child, f"{path}.{key}", Any if inner is None else inner
+    elif node.is_list:
+        kinds = [a for kind in alternatives(hint) for a in typing.get_args(kind)]
+        kinds = [kind for kind in kinds if kind is not Ellipsis]
+        union = typing.Union[tuple(kinds)] if kinds else Any  # noqa: UP007
+        for position, child in enumerate(node.value):
+            yield child, f"{path}[{position}]", union
 
 
 def misplaced_classes(node: Node, path: str, hint: Any) -> Iterator[tuple[Node, str]]:
     """Yield every `class_path` in a place for plain data, where nothing may be built."""
     kinds = list(alternatives(hint))
-    if node.is_mapping:
-        if "class_path" in node.children:
-            if not any(_is_class(kind) for kind in kinds):
-                yield node.children["class_path"], f"{path}.class_path"
-            return
-        inner = mapping_values(hint)
-        for key, child in node.children.items():
-            yield from misplaced_classes(child, f"{path}.{key}", Any if inner is None else inner)
-    elif node.is_list:
-        members = [a for kind in kinds for a in typing.get_args(kind)]
-        for position, item in enumerate(node.value):
-            union = typing.Union[tuple(members)] if members else Any  # noqa: UP007
-            yield from misplaced_classes(item, f"{path}[{position}]", union)
+    if node.is_mapping and "class_path" in node.children:
+        if not any(_is_class(kind) for kind in kinds):
+            yield node.children["class_path"], f"{path}.class_path"
+        return
+    for child, place, inner in members(node, path, hint):
+        yield from misplaced_classes(child, place, inner)
 
 
 def _is_class(kind: Any) -> bool:

@@ -60,7 +60,7 @@ def _finished(trainer: Any, path: object, completed: Path | None) -> str:
 
 def _execute(run: Any, path: object) -> None:
     from domainssl.distributed import RankError, is_lost_connection
-    from domainssl.loading.stream import dead_worker
+    from domainssl.loading.workers import dead_worker
 
     if path and Path(str(path)).is_dir():  # whatever strategy reads it
         from domainssl.training.sharded_folder import check_sharded_folder

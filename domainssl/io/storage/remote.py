@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any, BinaryIO, TypeVar, cast
 
 from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.io.storage.http_ranges import http_ranges
 
 __all__ = ["Remote", "Retry", "StoreError"]
 
@@ -265,12 +266,8 @@ class Remote:
 
     def part(self, offset: int, size: int) -> bytes:
         """Return exactly `size` bytes from `offset` on."""
-
-        def asked() -> bytes:
-            data = bytes(self._ask("cat_file", self._path, start=offset, end=offset + size))
-            return self._complete(data, offset, size)
-
-        return self.retry.call(asked, self.url)
+        [data] = self.parts([(offset, size)])
+        return data
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return several (offset, size) ranges, fetched side by side; repeats only what failed."""
@@ -278,11 +275,8 @@ class Remote:
 
         def asked() -> None:
             open_ = [i for i in range(len(ranges)) if i not in done]
-            starts = [ranges[i][0] for i in open_]
-            ends = [sum(ranges[i]) for i in open_]
-            paths = [self._path] * len(open_)
             failed: list[Exception] = []
-            answers = self._ask("cat_ranges", paths, starts, ends, on_error="return")
+            answers = self._answers([ranges[i] for i in open_])
             for i, answer in zip(open_, answers, strict=True):
                 try:
                     if isinstance(answer, Exception):
@@ -296,17 +290,27 @@ class Remote:
         self.retry.call(asked, self.url)
         return [done[i] for i in range(len(ranges))]
 
+    def _answers(self, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | Exception]:
+        if self._is_http:
+            from fsspec.asyn import sync
+
+            limit = self.retry.timeout_s
+            found: list[bytes | Exception] = sync(
+                self._fs.loop, http_ranges, self._fs, self._path, ranges, timeout=limit
+            )
+            return found
+        starts, ends = [offset for offset, _ in ranges], [sum(each) for each in ranges]
+        paths = [self._path] * len(ranges)
+        answers: Sequence[bytes | Exception] = self._ask(
+            "cat_ranges", paths, starts, ends, on_error="return"
+        )
+        return answers
+
     def _complete(self, data: bytes, offset: int, size: int) -> bytes:
         if len(data) == size:
             return data
         text = f"{len(data)} bytes at offset {offset} where {size} belong"
         whole = self._ask("info", self._path).get("size")
-        if self._is_http and len(data) > size:
-            raise DataError(
-                f"{self.url}: the server sends the whole file where a part is asked for (it does "
-                f"not support Range requests): {text}. Copy the files to a local disk, or serve "
-                "them with a server that does."
-            )
         if whole is not None and offset + size > whole:
             raise DataError(f"{self.url}: truncated, {text}; the file has {whole} bytes in all")
         raise _ShortAnswerError(text)
