@@ -2,7 +2,7 @@
 
 `petct`: 160 training and 96 held-out exams of registered CT and PET. `ctmr`: 64 and 64 exams of
 the abdomen, half of them CT and half MR, with maps of the organs; one is a DICOM series. `brain`:
-96 and 96 exams of four MR contrasts, some of them missing, with maps of the lesions. As in real
+160 and 96 exams of four MR contrasts, some of them missing, with maps of the lesions. As in real
 files, stored axes point in several directions, integers have slopes and offsets, and some patients
 come twice.
 """
@@ -25,7 +25,7 @@ __all__ = ["SAMPLES", "build", "sample_root"]
 SAMPLES: dict[str, tuple[Plan, Callable[[Path, str, int], Mapping[str, str]], str]] = {
     "petct": (PETCT, write_petct, "3"),
     "ctmr": (CTMR, write_ctmr, "1"),
-    "brain": (BRAIN, write_brain, "1"),
+    "brain": (BRAIN, write_brain, "2"),
 }
 
 

@@ -1,8 +1,9 @@
 """Phantoms of the head in four MR contrasts: what they share, and lesions that only some show.
 
-Head, tracts and the places of lesions are shared. Oedema is bright in T2 and FLAIR and hardly shows
-in T1; its core enhances in T1 with contrast agent alone. Gain, bias field, contrast and noise are
-drawn for each scan anew; some exams lack a contrast.
+Head, tracts, the places of lesions and most of the gain are shared. Oedema is bright in T2 and
+FLAIR and hardly shows in T1; its core enhances in T1 with contrast agent alone. The rest of the
+gain, bias field, grain and noise are drawn for each scan anew; some exams lack a contrast. The
+brain fills the field of view, skull and scalp show in its corners.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from domainssl.datamodules.samples.volumes_files import affine_of, write_nifti
 from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
-from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, layered, smooth
+from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, grain, layered, smooth
 
 __all__ = ["BRAIN", "CONTRASTS", "GRID", "Head", "brain", "write_brain"]
 
@@ -23,16 +24,17 @@ Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
 CONTRASTS = ("t1", "t1c", "t2", "flair")
-BRAIN = Plan("brain", {"train": 96, "val": 96}, (CONTRASTS, ("mask",)))
-GRID = Grid((36, 40, 34), (4.0, 4.0, 4.5))
+BRAIN = Plan("brain", {"train": 160, "val": 96}, (CONTRASTS, ("mask",)))
+GRID = Grid((40, 40, 36), (2.5, 2.5, 2.75))
 # signal of air, scalp, skull, cerebrospinal fluid, grey and white matter
 _SIGNAL = {
-    "t1": (0.0, 0.9, 0.1, 0.2, 0.55, 0.75),
-    "t1c": (0.0, 0.95, 0.1, 0.22, 0.6, 0.75),
-    "t2": (0.0, 0.7, 0.08, 1.2, 0.62, 0.5),
-    "flair": (0.0, 0.6, 0.08, 0.15, 0.65, 0.55),
+    "t1": (0.0, 0.9, 0.15, 0.3, 0.6, 0.7),
+    "t1c": (0.0, 0.95, 0.15, 0.32, 0.64, 0.7),
+    "t2": (0.0, 0.7, 0.12, 1.2, 0.64, 0.56),
+    "flair": (0.0, 0.6, 0.12, 0.25, 0.64, 0.58),
 }
-_TRACTS = {"t1": 0.22, "t1c": 0.2, "t2": -0.24, "flair": 0.22}  # logarithm of signal per deviation
+_TRACTS = {"t1": 0.3, "t1c": 0.28, "t2": -0.3, "flair": 0.3}  # logarithm of signal per deviation
+_GRAIN, _GRAIN_MM = 0.12, (6.0, 9.0)  # finer than the layers, and of each scan its own
 _OEDEMA = {"t1": -0.12, "t1c": -0.12, "t2": 0.5, "flair": 0.6}
 _CORE = {"t1": 0.0, "t1c": 0.7, "t2": 0.0, "flair": 0.0}
 
@@ -56,11 +58,12 @@ def brain(split: str, number: int) -> Head:
     """Draw an exam of the sample, without writing any file."""
     rng, body_rng = BRAIN.generators(split, number)
     tissues = _anatomy(body_rng)
-    layers = layered(rng, GRID, int(BRAIN.classes(split)[number]), rng.uniform(36, 54))
+    layers = layered(rng, GRID, int(BRAIN.classes(split)[number]), rng.uniform(25, 37))
     layers *= tissues > 3
     lesions = _lesions(rng, tissues)
     contrast = np.exp(rng.normal(0, 0.15))
-    scans = {name: _scan(rng, name, tissues, layers * contrast, lesions) for name in CONTRASTS}
+    gain = float(np.exp(rng.normal(0, 0.2)))
+    scans = {n: _scan(rng, n, tissues, layers * contrast, lesions, gain) for n in CONTRASTS}
     if rng.random() < 0.2:
         del scans[str(rng.choice(CONTRASTS))]
     return Head(scans=scans, lesions=lesions, layers=layers)
@@ -116,10 +119,11 @@ def _lesions(rng: Rng, tissues: Array) -> Array:
     return found
 
 
-def _scan(rng: Rng, name: str, tissues: Array, layers: Array, lesions: Array) -> Array:
-    signal = np.asarray(_SIGNAL[name], np.float32) * np.exp(rng.normal(0, 0.06, 6))
-    log = _TRACTS[name] * np.exp(rng.normal(0, 0.1)) * layers + 0.12 * smooth(rng, GRID, 70)
+def _scan(rng: Rng, name: str, tissues: Array, layers: Array, lesions: Array, gain: float) -> Array:
+    signal = np.asarray(_SIGNAL[name], np.float32) * np.exp(rng.normal(0, 0.04, 6))
+    log = _TRACTS[name] * np.exp(rng.normal(0, 0.1)) * layers + 0.08 * smooth(rng, GRID, 70)
+    log += np.where(tissues > 3, _GRAIN * grain(rng, GRID, _GRAIN_MM), 0)
     log += np.array([0, _OEDEMA[name], _OEDEMA[name] + _CORE[name]])[lesions]
     noise = 0.05 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal((2, *GRID.shape), np.float32)
     values = np.hypot(signal[tissues] * np.exp(log) + noise[0], noise[1])
-    return np.asarray(600 * np.exp(rng.normal(0, 0.4)) * values, np.float32)
+    return np.asarray(600 * gain * np.exp(rng.normal(0, 0.08)) * values, np.float32)

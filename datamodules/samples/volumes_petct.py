@@ -14,7 +14,7 @@ import numpy as np
 
 from domainssl.datamodules.samples.volumes_files import affine_of, write_nifti
 from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
-from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, layered, shaped, smooth
+from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, grain, layered, smooth
 
 __all__ = ["GRID", "PETCT", "PetCT", "petct", "write_petct"]
 
@@ -32,6 +32,7 @@ _ORGANS = {
     "bowel": ((-20, 28, -32), (32, 26, 26), 22, 1.1),
 }
 _HU_PER_LAYER, _UPTAKE_PER_LAYER = 50.0, 0.3
+_GRAIN_MM = (10.0, 14.0)  # finer than the layers, and of each scan its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +105,13 @@ def _draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
     own = {"ct_level": rng.normal(0, 10), "pet_level": rng.normal(0, 0.1)}
     scan = ct + np.where(inside, 25 * level + own["ct_level"], 0)
     scan += _HU_PER_LAYER * contrast * np.exp(rng.normal(0, 0.1)) * layers
-    scan += np.where(tissue, 25 * _grain(rng), 0)
+    scan += np.where(tissue, 25 * grain(rng, GRID, _GRAIN_MM), 0)
     scan[spine] = 260 + 0.5 * (scan[spine] - ct[spine])
     stones = _spots(rng, tissue & ~spine, 3.0)
     scan[stones[0]] += 180
     scan += 18 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(GRID.shape, np.float32)
     log = _UPTAKE_PER_LAYER * contrast * np.exp(rng.normal(0, 0.1)) * layers
-    log += np.where(tissue, 0.16 * _grain(rng), 0)
+    log += np.where(tissue, 0.16 * grain(rng, GRID, _GRAIN_MM), 0)
     log += 0.25 * level + own["pet_level"]
     pet = uptake * np.exp(log)
     foci = _spots(rng, tissue & ~spine, 7.0)
@@ -131,13 +132,6 @@ def _draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
             "foci": float(foci[1]),
         },
     )
-
-
-def _grain(rng: Rng) -> Array:
-    """Return texture finer than the layers, which each scan has of its own."""
-    frequency = np.sqrt((GRID.frequencies() ** 2).sum(0))
-    centre = 1 / rng.uniform(10, 14)
-    return shaped(rng, GRID, np.exp(-(((frequency - centre) / (0.3 * centre)) ** 2)))
 
 
 def _spots(rng: Rng, where: Array, radius_mm: float) -> tuple[Array, int]:

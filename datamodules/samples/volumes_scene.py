@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PATTERNS", "Grid", "ellipsoid", "layered", "shaped", "smooth"]
+__all__ = ["PATTERNS", "Grid", "ellipsoid", "grain", "layered", "shaped", "smooth"]
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
@@ -70,6 +70,13 @@ def smooth(rng: Rng, grid: Grid, length_mm: float) -> Array:
     """Return a unit-variance field with the correlation length given."""
     squared = (grid.frequencies() ** 2).sum(0)
     return shaped(rng, grid, np.exp(-4 * length_mm**2 * squared))
+
+
+def grain(rng: Rng, grid: Grid, periods_mm: tuple[float, float]) -> Array:
+    """Return a unit-variance field without direction, its period drawn between two lengths."""
+    frequency = np.sqrt((grid.frequencies() ** 2).sum(0))
+    centre = 1 / rng.uniform(*periods_mm)
+    return shaped(rng, grid, np.exp(-(((frequency - centre) / (0.3 * centre)) ** 2)))
 
 
 def layered(

@@ -53,6 +53,8 @@ def recipe_of(overlay: str) -> str:
     """Return the recipe that an overlay is made for: a model's size names its method."""
     if overlay.endswith("_pastis.yaml"):
         return "pastis_maestro"
+    if overlay.endswith("_mri.yaml"):
+        return f"mri_{Path(overlay).stem.split('_')[0]}"
     if not overlay.startswith("configs/model/"):
         return "ssl4eo_croma"
     fitting = []
