@@ -77,6 +77,32 @@ class TiffPyramid:
         Stored tiles that cannot be read are not valid and named, those that were never written
         are not valid.
         """
+        values, seen, damaged = self.numbers(level, x, y, width, height)
+        if self.stored.is_rgb:
+            values, opaque = to_rgb(
+                values,
+                self._layout.coding,
+                what=self._path,
+                bits=self._layout.bits,
+                palette=self._layout.palette,
+                is_premultiplied=self._layout.is_premultiplied,
+            )
+            seen &= opaque
+        return Region(
+            values=values,
+            valid=None if seen.all() else seen,
+            origin=(float(x), float(y)),
+            damaged=damaged,
+        )
+
+    def numbers(
+        self, level: int, x: int, y: int, width: int, height: int
+    ) -> tuple[Array, Array, tuple[tuple[int, int, str], ...]]:
+        """Read a box as it is stored.
+
+        Returns:
+            Values (H, W, C); True where they were read, (H, W) bool; damaged tiles as in `Region`.
+        """
         layout = self._layout.levels[level]
         values = np.zeros((height, width, layout.channels), layout.dtype)
         seen = np.ones((height, width), bool)
@@ -99,21 +125,8 @@ class TiffPyramid:
                     part = tile[max(y - upper, 0) :, max(x - left, 0) :]
                     part = part[: box[0].stop - box[0].start, : box[1].stop - box[1].start]
                     values[box[0], box[1], start : start + part.shape[-1]] = part
-        origin = float(x), float(y)
         named = tuple((*place, reason) for place, reason in damaged.items())
-        if self.stored.is_rgb:
-            values, opaque = to_rgb(
-                values,
-                self._layout.coding,
-                what=self._path,
-                bits=self._layout.bits,
-                palette=self._layout.palette,
-                is_premultiplied=self._layout.is_premultiplied,
-            )
-            seen &= opaque
-        return Region(
-            values=values, valid=None if seen.all() else seen, origin=origin, damaged=named
-        )
+        return values, seen, named
 
     def _planes(self, level: int, index: int) -> Iterator[tuple[int, Array | None, str]]:
         """Yield first channel, pixels (H, W, C) or None, and what is wrong with them."""

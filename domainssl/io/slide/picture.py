@@ -16,7 +16,8 @@ from domainssl.errors import DataError, parsing
 from domainssl.files import open_regular
 from domainssl.io.slide.colors import on_white, to_rgb
 
-__all__ = ["ENDINGS", "PictureFacts", "is_picture", "picture_facts", "read_tile_picture"]
+__all__ = ["ENDINGS", "PictureFacts", "is_picture", "picture_facts", "read_label_picture",
+           "read_tile_picture"]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2")
@@ -119,6 +120,42 @@ def read_tile_picture(path: str | os.PathLike[str]) -> tuple[Array, Array]:
             return _colors(path, shown)
 
 
+def read_label_picture(path: str | os.PathLike[str]) -> Array:
+    """Return a picture whose numbers are classes, as stored.
+
+    Args:
+        path: A PNG or TIFF file: grey, 16 bit, palette (the entries' numbers count, not their
+            colours) or three equal channels.
+
+    Returns:
+        (H, W) uint8 or uint16.
+
+    Raises:
+        DataError: It is no such picture.
+    """
+    path = str(path)
+    if _is_tiff(path):
+        values = _tiff_numbers(path)
+    else:
+        with _pillow(path) as picture:
+            _check_size(path, picture.size)
+            with parsing(f"{path}: the picture", also=(SyntaxError,)):
+                values = np.array(picture)
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.dtype.kind == "i" and values.min() >= 0 and values.max() < 2**16:
+        values = values.astype(np.uint16)
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8)
+    same = values.shape[-1] == 1 or (values.shape[-1] == 3 and (values == values[..., :1]).all())
+    if values.dtype.kind != "u" or not same:
+        raise DataError(
+            f"{path}: holds colours, expected one number per pixel: 0 outside, 1, 2, ... for the "
+            "classes. Write it as a grey or palette picture."
+        )
+    return np.ascontiguousarray(values[..., 0])
+
+
 def _colors(path: str, picture: Any) -> tuple[Array, Array]:
     mode = picture.mode
     if mode.startswith("I") or mode == "F":
@@ -180,6 +217,19 @@ def _tiff_facts(path: str) -> PictureFacts:
         mpp=mpp,
         has_color_profile=stored.has_color_profile,
     )
+
+
+def _tiff_numbers(path: str) -> Array:
+    from domainssl.io.slide.by_tifffile import TiffPyramid
+
+    pyramid = TiffPyramid(path)
+    width, height = pyramid.stored.levels[0]
+    _check_size(path, (width, height))
+    values, _, damaged = pyramid.numbers(0, 0, 0, width, height)
+    pyramid.close()
+    if damaged:
+        raise DataError(f"{path}: the picture cannot be read ({damaged[0][2]}). Get it again.")
+    return values
 
 
 def _read_tiff(path: str) -> tuple[Array, Array]:

@@ -331,14 +331,65 @@ class Slide:
             raise ConfigError(
                 f"tile: got {size_px!r} pixels of {mpp_um!r} um, expected both above 0."
             )
-        if min(scale) * _ENLARGED < 1 and not self.reading.allow_upsample:
+        mpp = self.check_scale(mpp_um)
+        scale = mpp_um / mpp[0], mpp_um / mpp[1]
+        box = (x, y, x + size_px * scale[0], y + size_px * scale[1])
+        return self.read_box(box, (size_px, size_px))
+
+    def check_scale(self, mpp_um: float) -> tuple[float, float]:
+        """Return the resolution of level 0, which has to be fine enough for tiles.
+
+        Raises:
+            DataError: It is not known, or coarser.
+        """
+        mpp = self.facts.resolution()
+        if mpp_um * _ENLARGED < max(mpp) and not self.reading.allow_upsample:
             raise DataError(
                 f"{self.path}: tiles of {mpp_um:g} um per pixel would be enlarged, level 0 has "
                 f"{max(mpp):.4g} um. Ask for {max(mpp):.4g} um or more, or set "
                 "`allow_upsample: true`."
             )
-        box = (x, y, x + size_px * scale[0], y + size_px * scale[1])
-        return self.read_box(box, (size_px, size_px))
+        return mpp
+
+    def overview(
+        self, most_px: int, mpp_um: float | None = None
+    ) -> tuple[Array, Array, tuple[float, float]]:
+        """Read the whole slide at low resolution.
+
+        Args:
+            most_px: Longest side of the result.
+            mpp_um: Micrometres per pixel, where `most_px` allows it; as fine as possible if None.
+
+        Returns:
+            Values and valid as `read_channels`; level-0 pixels per pixel in x and y.
+
+        Raises:
+            DataError: Most of it is damaged, or it cannot be opened.
+        """
+        facts = self.facts
+        longest = max(facts.size)
+        down = (max(1.0, longest / most_px),) * 2
+        if mpp_um is not None:
+            x, y = facts.resolution()
+            down = max(1.0, mpp_um / x), max(1.0, mpp_um / y)
+            more = max(1.0, max(n / d for n, d in zip(facts.size, down, strict=True)) / most_px)
+            down = down[0] * more, down[1] * more
+        width, height = (
+            max(1, math.ceil(n / d - 1e-9)) for n, d in zip(facts.size, down, strict=True)
+        )
+        box = (0.0, 0.0, width * down[0], height * down[1])
+        values, valid = self.read_box(box, (width, height))
+        tile = facts.tile_size[0] * facts.tile_size[1]
+        lost = sum(
+            tile * facts.factors[d.level][0] * facts.factors[d.level][1] for d in self.damaged
+        )
+        if 2 * lost > facts.size[0] * facts.size[1]:
+            first = self.damaged[0]
+            raise DataError(
+                f"{self.path}: most of the slide cannot be read, {len(self.damaged)} stored tiles, "
+                f"the first at ({first.x}, {first.y}): {first.reason}. Get the file again."
+            )
+        return values, valid, down
 
     def read_box(self, box: Box, size: tuple[int, int]) -> tuple[Array, Array]:
         """Read any part of the slide.
