@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import runpy
 import sys
 import threading
@@ -21,8 +22,8 @@ def main(argv: list[str]) -> None:
     """Run the command line with `argv[1:]`, and write its cost into the file `argv[0]`.
 
     Args:
-        argv: File for `{"cpu_seconds": ..., "wall_seconds": ...}`, then the words after
-            `python -m domainssl`.
+        argv: File for `{"cpu_seconds": ..., "wall_seconds": ..., "memory_mb": ...}` (the largest
+            resident set), then the words after `python -m domainssl`.
     """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     start = time.perf_counter()
@@ -32,7 +33,12 @@ def main(argv: list[str]) -> None:
     finally:
         used = os.times()  # of this process and of the children it has waited for
         processor = used.user + used.system + used.children_user + used.children_system
-        cost = {"cpu_seconds": processor, "wall_seconds": time.perf_counter() - start}
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        cost = {
+            "cpu_seconds": processor,
+            "wall_seconds": time.perf_counter() - start,
+            "memory_mb": resident / 1e6,
+        }
         Path(argv[0]).write_text(json.dumps(cost), encoding="utf-8")
 
 

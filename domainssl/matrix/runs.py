@@ -19,18 +19,20 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
+import domainssl
 from domainssl import __version__
 from domainssl.errors import ConfigError, DataError
 from domainssl.evaluation.criteria import Criterion, learning_criteria
 from domainssl.files import write_json
 
-__all__ = ["Finished", "Outcome", "Run", "read_outcome", "train_all"]
+__all__ = ["Finished", "Outcome", "Run", "read_outcome", "source_sha256", "train_all"]
 
 _RESULT = "learning.json"
 _LAST_LINES = 15
@@ -86,6 +88,16 @@ def read_outcome(folder: str | Path) -> Outcome:
     )
 
 
+@cache
+def source_sha256() -> str:
+    """Return the hash of the code of this package."""
+    root, digest = Path(domainssl.__file__).parent, hashlib.sha256()
+    for folder, _, files in sorted(os.walk(root, followlinks=True)):
+        for path in sorted(Path(folder) / name for name in files if name.endswith(".py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Run:
     """A recipe and a seed.
@@ -106,7 +118,12 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Return what has to be equal for a finished run to stand for this one."""
         digest = hashlib.sha256(self.recipe.read_bytes()).hexdigest()
-        return {"recipe_sha256": digest, "version": __version__, "seed": self.seed}
+        return {
+            "recipe_sha256": digest,
+            "version": __version__,
+            "source_sha256": source_sha256(),
+            "seed": self.seed,
+        }
 
     def folder(self, runs: Path) -> Path:
         """Return where the run writes."""
@@ -169,7 +186,7 @@ def train_all(
             return _train_all(wanted, runs, jobs, restart, report)
     except Timeout as error:
         raise ConfigError(
-            f"learning --runs={runs}: another call is using this folder at the moment. Wait for "
+            f"matrix --runs={runs}: another call is using this folder at the moment. Wait for "
             "its end, or name another folder."
         ) from error
 
@@ -263,13 +280,13 @@ def _make_room(folder: Path) -> None:
     """Remove what an unfinished or outdated run has left, and nothing else.
 
     Raises:
-        ConfigError: The folder was not made by `learning`.
+        ConfigError: The folder was not made by `matrix`.
     """
     if not folder.exists():
         return
     if any(folder.iterdir()) and not (folder / _RESULT).is_file():
         raise ConfigError(
-            f"learning --runs: {folder} holds something that is no run of `learning`. Move it "
+            f"matrix --runs: {folder} holds something that is no run of `matrix`. Move it "
             "away, or name another folder."
         )
     shutil.rmtree(folder)
