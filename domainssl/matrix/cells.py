@@ -137,7 +137,8 @@ def _composed(
     base = recipes[column.base]
     candidates = [name for name in recipes if _objective(recipes[name]) == objective]
     donor = min(candidates, key=lambda name: (_distance(recipes[name], base), _rank(name)))
-    reason, config = "", {}
+    reason: str = ""
+    config: dict[str, Any] = {}
     for tried in _tries(recipes[donor], base):
         said = refusal(tried)
         if not config or not said:

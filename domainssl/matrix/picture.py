@@ -48,14 +48,14 @@ def write_picture(path: Path, entries: Sequence[Entry]) -> None:
         for row in rows
         for column in columns
     }
-    figure = Figure(figsize=(2.2 + 1.5 * len(columns), 1.7 + 0.5 * len(rows)), dpi=150)
+    figure = Figure(figsize=(2.2 + 1.5 * len(columns), 1.7 + 0.42 * len(rows)), dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
             colour, text = _square(squares[row, column])
             axes.add_patch(
-                Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="white", linewidth=1.5)
+                Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="#bbbbbb", linewidth=0.8)
             )
             axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8)
     axes.set_xlim(0, len(columns))
@@ -67,8 +67,9 @@ def write_picture(path: Path, entries: Sequence[Entry]) -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_xlabel(
-        "Points of the linear probe (10 labels per class) above the untrained backbone;\nbelow: "
-        "runs that met every criterion. Grey: the method cannot use these data.",
+        "Gain of the linear probe (10 labels per class) over the untrained backbone, in points;\n"
+        "below it the runs that met every criterion. Grey: the method cannot use these data; "
+        "–: not trained.",
         fontsize=8,
     )
     figure.tight_layout()
@@ -87,7 +88,7 @@ def _square(entries: Sequence[Entry]) -> tuple[object, str]:
         if failed:
             return "#f4a582", "failed"
         is_possible = any(not entry.reason for entry in entries)
-        return (_EMPTY, "not trained") if is_possible else (_GREY, "")
+        return (_EMPTY, "–") if is_possible else (_GREY, "")
     points = 100 * statistics.fmean(gains)
     share = (max(-_SCALE, min(_SCALE, points)) / _SCALE + 1) / 2
     runs = [run for entry in entries for run in entry.runs]

@@ -26,7 +26,6 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-import domainssl
 from domainssl import __version__
 from domainssl.errors import ConfigError, DataError
 from domainssl.evaluation.criteria import Criterion, learning_criteria
@@ -91,7 +90,7 @@ def read_outcome(folder: str | Path) -> Outcome:
 @cache
 def source_sha256() -> str:
     """Return the hash of the code of this package."""
-    root, digest = Path(domainssl.__file__).parent, hashlib.sha256()
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
     for folder, _, files in sorted(os.walk(root, followlinks=True)):
         for path in sorted(Path(folder) / name for name in files if name.endswith(".py")):
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

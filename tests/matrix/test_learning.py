@@ -104,7 +104,7 @@ def test_a_folder_of_somebody_else_is_not_touched(folder, capsys):
     path.parent.mkdir(parents=True)
     path.write_text("mine")
     assert main(["learning", "tiny.yaml", "--seeds=0"]) == 2
-    assert "holds something that is no run of `learning`" in capsys.readouterr().err
+    assert "holds something that is no run of `matrix`" in capsys.readouterr().err
     assert path.read_text() == "mine"
 
 
