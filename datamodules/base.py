@@ -10,6 +10,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,6 +46,10 @@ class DomainDataModule(Recorded, LightningDataModule):
     """
 
     label_names: tuple[str, ...] | None = None
+    # What the number in `<m>.source` stands for, of modalities that several scanners make.
+    source_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    # Id of an item -> number of the person it is of, where several items may be of one.
+    persons: Mapping[str, int] = MappingProxyType({})
     # Modalities whose files state unit, scale and offset: `domainssl.units` believes them.
     units_stated: tuple[str, ...] = ()
     _policies: ClassVar[tuple[str, ...]] = ("raise", "replace")

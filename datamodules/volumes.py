@@ -112,6 +112,7 @@ class VolumeDataModule(DomainDataModule):
                 "they read, such as ct: {contrast: ct, value_unit: hu}."
             )
         self.contrasts = dict(modalities or _SAMPLES[root.removeprefix("sample:")])
+        self.source_names = {name: c.sources for name, c in self.contrasts.items() if c.sources}
         self.preparation = preparation = preparation or Preparation()
         if preparation.resample_to not in (None, *self.contrasts):
             raise ConfigError(
@@ -173,6 +174,7 @@ class VolumeDataModule(DomainDataModule):
         if "val" not in self.splits:
             _log.warning("%s: nothing is held out for validation", root)
         self.label_names = self._classes(found.exams)
+        self.persons = self._persons(found.exams)
         self.prepared = self._prepared(found.exams)
         if self.exams.id_table is not None and self._rank == 0:
             write_table(self.exams.id_table, found.exams, self._ids)
@@ -207,6 +209,12 @@ class VolumeDataModule(DomainDataModule):
     def _ids(self) -> str:
         """How exams are named: phantoms have nothing to protect."""
         return "plain" if self.root.startswith("sample:") else self.exams.ids
+
+    def _persons(self, exams: Sequence[Exam]) -> dict[str, int]:
+        """Return a number per patient for the ids that items of evaluation have."""
+        patients = {name: i for i, name in enumerate(dict.fromkeys(e.patient for e in exams))}
+        ids = ids_of([exam.id for exam in exams], self._ids)
+        return {name: patients[e.patient] for name, e in zip(ids, exams, strict=True)}
 
     @property
     def _has_masks(self) -> bool:

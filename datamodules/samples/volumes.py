@@ -1,6 +1,6 @@
 """The embedded samples of scans: folders of files and a manifest, made from known factors.
 
-`petct`: 160 training and 96 held-out exams of registered CT and PET. `ctmr`: 64 and 64 exams of
+`petct`: 160 training and 96 held-out exams of registered CT and PET. `ctmr`: 96 and 96 exams of
 the abdomen, half of them CT and half MR, with maps of the organs; one is a DICOM series. `brain`:
 160 and 96 exams of four MR contrasts, some of them missing, with maps of the lesions. As in real
 files, stored axes point in several directions, integers have slopes and offsets, and some patients
@@ -24,7 +24,7 @@ __all__ = ["SAMPLES", "build", "sample_root"]
 # name -> plan, what writes an exam, and a version that changes with the values
 SAMPLES: dict[str, tuple[Plan, Callable[[Path, str, int], Mapping[str, str]], str]] = {
     "petct": (PETCT, write_petct, "3"),
-    "ctmr": (CTMR, write_ctmr, "1"),
+    "ctmr": (CTMR, write_ctmr, "2"),
     "brain": (BRAIN, write_brain, "2"),
 }
 

@@ -1,7 +1,8 @@
 """Phantoms of the abdomen in CT or in MR, never of one exam in both, with maps of the organs.
 
 Both scanners show the same kinds of layers and organs, each in its own contrast: Hounsfield units,
-or the arbitrary numbers of a T1-weighted sequence with fat bright, a bias field and a gain.
+or the arbitrary numbers of a T1-weighted sequence with fat bright, a bias field and a gain. Finer
+grain, which tells nothing, lies over the layers of both. Bodies fill the field of view.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ import numpy as np
 
 from domainssl.datamodules.samples.volumes_files import affine_of, write_dicom, write_nifti
 from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
-from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, layered, smooth
+from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, grain, layered, smooth
 
 __all__ = ["CTMR", "GRID", "TISSUES", "CtOrMr", "ctmr", "write_ctmr"]
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
-CTMR = Plan("ctmr", {"train": 64, "val": 64}, (("scan", "source"), ("mask",)))
-GRID = Grid((64, 64, 64), (2.5, 2.5, 3.0))
+CTMR = Plan("ctmr", {"train": 96, "val": 96}, (("scan", "source"), ("mask",)))
+GRID = Grid((48, 48, 64), (3.2, 3.2, 3.0))
 TISSUES = ("air", "fat", "muscle", "liver", "spleen", "kidneys", "spine")
 _HU = np.array([-1000, -95, 40, 62, 52, 32, 260], np.float32)
 _T1 = np.array([0, 1.0, 0.45, 0.55, 0.4, 0.42, 0.6], np.float32)
 # centre and radii in mm
 _ORGANS = (
-    ("liver", (34, 10, 26), (34, 34, 46)),
-    ("spleen", (-44, -14, 34), (17, 16, 26)),
-    ("kidneys", (34, -30, -34), (12, 12, 26)),
-    ("kidneys", (-34, -30, -34), (12, 12, 26)),
+    ("liver", (40, 12, 26), (40, 42, 46)),
+    ("spleen", (-52, -18, 34), (20, 20, 26)),
+    ("kidneys", (40, -38, -34), (14, 15, 26)),
+    ("kidneys", (-40, -38, -34), (14, 15, 26)),
 )
+_GRAIN_MM = (8.0, 11.0)
 _DICOM = ("train", 0)  # the exam that is written as a series
 
 
@@ -57,7 +59,7 @@ def ctmr(split: str, number: int) -> CtOrMr:
     """Draw an exam of the sample, without writing any file; even ones are CT."""
     rng, body_rng = CTMR.generators(split, number)
     labels = _anatomy(body_rng)
-    layers = layered(rng, GRID, int(CTMR.classes(split)[number]), rng.uniform(36, 54))
+    layers = layered(rng, GRID, int(CTMR.classes(split)[number]), rng.uniform(32, 48))
     layers *= (labels > 1) & (labels != TISSUES.index("spine"))
     draw = _ct if number % 2 == 0 else _mr
     return CtOrMr(
@@ -100,7 +102,7 @@ def _anatomy(rng: Rng) -> Array:
     """Return the tissue of each voxel."""
     places = GRID.places()
     size = float(np.exp(rng.normal(0, 0.05)))
-    body = ellipsoid(places, (*rng.normal(0, 3, 2), 0), (76 * size, 62 * size, 1e4))
+    body = ellipsoid(places, (*rng.normal(0, 3, 2), 0), (90 * size, 80 * size, 1e4))
     body *= np.exp(0.04 * smooth(rng, GRID, 30))
     labels = np.zeros(GRID.shape, np.uint8)
     labels[body < 1] = 1
@@ -111,22 +113,24 @@ def _anatomy(rng: Rng) -> Array:
         scale = size * np.exp(rng.normal(0, 0.08, 3))
         organ = ellipsoid(places, middle, np.multiply(radii, scale)) < 1
         labels[organ & tissue] = TISSUES.index(name)
-    spine = np.hypot(places[0] - rng.normal(0, 2), places[1] + 44 * size) < 10 * size
+    spine = np.hypot(places[0] - rng.normal(0, 2), places[1] + 56 * size) < 12 * size
     labels[spine & tissue] = TISSUES.index("spine")
     return labels
 
 
 def _ct(rng: Rng, labels: Array, layers: Array) -> Array:
-    level = rng.normal(0, 15) * (labels > 0)
+    level = rng.normal(0, 10) * (labels > 0)
     values = _HU[labels] + level + 50 * np.exp(rng.normal(0, 0.15)) * layers
-    values += 22 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(GRID.shape, np.float32)
+    values += 45 * grain(rng, GRID, _GRAIN_MM) * (layers != 0)
+    values += 18 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(GRID.shape, np.float32)
     outside = ellipsoid(GRID.places(), (0, 0, 0), (80, 80, 1e4)) > 1  # padding around the field
     return np.where(outside, -1024, values.clip(-1024, 3000)).astype(np.float32)
 
 
 def _mr(rng: Rng, labels: Array, layers: Array) -> Array:
-    contrast = 0.3 * np.exp(rng.normal(0, 0.15))
-    signal = _T1[labels] * np.exp(contrast * layers + 0.15 * smooth(rng, GRID, 80))
-    noise = 0.05 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal((2, *GRID.shape), np.float32)
+    log = 0.3 * np.exp(rng.normal(0, 0.15)) * layers + 0.12 * smooth(rng, GRID, 80)
+    log += 0.27 * grain(rng, GRID, _GRAIN_MM) * (layers != 0)
+    signal = _T1[labels] * np.exp(log)
+    noise = 0.04 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal((2, *GRID.shape), np.float32)
     gain = 900 * np.exp(rng.normal(0, 0.4))
     return np.asarray(gain * np.hypot(signal + noise[0], noise[1]), np.float32)

@@ -31,6 +31,7 @@ _ORGANS = {
     "left kidney": ((-44, -42, -30), (16, 16, 26), 32, 1.4),
     "bowel": ((-20, 28, -32), (32, 26, 26), 22, 1.1),
 }
+_GRAIN_MM = (10.0, 14.0)  # finer than the layers; each scan has its own
 _HU_PER_LAYER, _UPTAKE_PER_LAYER = 50.0, 0.3
 _GRAIN_MM = (10.0, 14.0)  # finer than the layers, and of each scan its own
 

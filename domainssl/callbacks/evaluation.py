@@ -27,6 +27,7 @@ from domainssl.evaluation.report import (
     table,
     verdict,
 )
+from domainssl.modality import key as companion
 from domainssl.modality import present_mask
 
 __all__ = ["OnlineEvaluation"]
@@ -73,6 +74,7 @@ class OnlineEvaluation(Callback):
         self._evaluated_at = -1
         self._parts: list[tuple[list[str], dict[str, Tensor]]] = []
         self._count = 0
+        self._data: Any = None
         self._has_warned = self._has_noted = False
 
     # -- before training ----------------------------------------------------------------------
@@ -188,6 +190,7 @@ class OnlineEvaluation(Callback):
         self, trainer: Trainer, module: Any, batch: Mapping[str, Any], *, with_raw: bool = False
     ) -> None:
         """Add the rows of one batch to what this rank has."""
+        self._data = getattr(trainer, "datamodule", None)
         known = module.backbone.modalities
         here = tuple(name for name in known if name in batch)
         if self._count * world_size() >= self.max_items:
@@ -207,6 +210,8 @@ class OnlineEvaluation(Callback):
             rows[f"present.{name}"] = present_mask(batch, name)
             if with_raw:
                 rows[f"raw.{name}"] = band_statistics(batch, known[name])
+            if companion(name, "source") in batch:
+                rows[f"sources.{name}"] = batch[companion(name, "source")]
         label = batch.get("label")
         if isinstance(label, Tensor) and label.ndim == 1:
             rows["labels"] = label
@@ -225,7 +230,13 @@ class OnlineEvaluation(Callback):
             return None
         position = {item: row for row, item in reversed(list(enumerate(ids)))}
         order = torch.tensor([position[item] for item in sorted(position)])
-        found = Collected()
+        persons: Mapping[str, int] = getattr(self._data, "persons", {})
+        found = Collected(
+            source_names=getattr(self._data, "source_names", {}),
+            groups=torch.tensor(  # items of nobody known are of a person each
+                [persons.get(item, -1 - row) for row, item in enumerate(sorted(position))]
+            ),
+        )
         for key, width in sorted(widths.items()):
             example = next(rows[key] for _, rows in parts if key in rows)
             blocks = [rows.get(key, example.new_zeros((len(i), *width))) for i, rows in parts]

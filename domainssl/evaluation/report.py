@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from domainssl.evaluation.probes import SPLITS, knn_accuracy, linear_probe_accuracy
-from domainssl.evaluation.retrieval import recall_at_1
+from domainssl.evaluation.retrieval import Side, class_retrieval, recall_at_1
 from domainssl.evaluation.spread import embedding_std, rankme
 
 __all__ = [
@@ -38,6 +38,9 @@ class Collected:
         raw: (N, 2 C) per modality, mean and standard deviation per band.
         present: bool (N,) per modality.
         labels: int (N,), -1 where unknown, or None.
+        sources: int (N,) per modality that several scanners make, position in `source_names`.
+        source_names: What such a modality may be, as `scan` is `ct` or `mr`.
+        groups: int (N,); items of one number are of one person. None tells nothing.
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
@@ -45,6 +48,9 @@ class Collected:
     raw: dict[str, Tensor] = field(default_factory=dict)
     present: dict[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
+    sources: dict[str, Tensor] = field(default_factory=dict)
+    source_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    groups: Tensor | None = None
 
     def rows(self, names: tuple[str, ...]) -> Tensor:
         """Return the items that have all these modalities, bool (N,)."""
@@ -117,6 +123,32 @@ def measure(
         pair = found.embeddings[a][rows], found.embeddings[b][rows]
         if pair[0].shape == pair[1].shape and all(torch.isfinite(x).all() for x in pair):
             metrics[f"{prefix}retrieval/{a}-{b}/R@1"] = recall_at_1(*pair)
+    return metrics | _across_sources(found, found.features, prefix)
+
+
+def _across_sources(
+    found: Collected, features: Mapping[str, Tensor], prefix: str
+) -> dict[str, float]:
+    """Return how well scans of one source find those of another by their class."""
+    metrics: dict[str, float] = {}
+    if not has_classes(found.labels):
+        return metrics
+    assert found.labels is not None
+    groups = torch.arange(len(found.labels)) if found.groups is None else found.groups
+    for name, words in found.source_names.items():
+        if name not in found.sources or name not in features:
+            continue
+        sides = {}
+        for number, word in enumerate(words):
+            rows = found.rows((name,)) & (found.sources[name] == number) & (found.labels >= 0)
+            side = Side(
+                features=features[name][rows], labels=found.labels[rows], groups=groups[rows]
+            )
+            if len(side.labels) > 1 and torch.isfinite(side.features).all():
+                sides[word if len(found.source_names) == 1 else f"{name}.{word}"] = side
+        for a, b in permutations(sides, 2):
+            scores = class_retrieval(sides[a], sides[b])
+            metrics |= {f"{prefix}retrieval/{a}-{b}/{key}": v for key, v in scores.items()}
     return metrics
 
 
@@ -134,10 +166,11 @@ def measure_raw(
             x = torch.cat([found.raw[name][rows] for name in subset], dim=1)
             name = subset_name(subset, modalities)
             metrics |= _scores(x, labels, name, "val/raw/", per_class)
-    return metrics
+    return metrics | _across_sources(found, found.raw, "val/raw/")
 
 
 _ROWS = (("knn", "kNN", 100), ("probe", "probe", 100), ("emb_std", "emb. std", 1))
+_SHOWN = ("R@1", "P@1", "mAP")  # of retrieval: of the partner, and of the class
 _SOURCES = ("val/", "val/untrained/", "val/raw/")
 
 
@@ -191,9 +224,12 @@ def table(metrics: Mapping[str, float], items: int, classes: int, per_class: int
     names = [n.removeprefix("val/rankme/") for n in metrics if n.startswith("val/rankme/")]
     pairs = {f"{a}-{b}": f"{a} → {b}" for a in names for b in names}
     for key in [n for n in metrics if n.startswith("val/retrieval/")]:
-        cells = _cells(metrics, key.removeprefix("val/"), 100)
-        pair = key.removeprefix("val/retrieval/").removesuffix("/R@1")
-        grid.add_row(pairs.get(pair, pair), "R@1", *cells, f"{100 / max(items, 1):.1f} %")
+        pair, _, kind = key.removeprefix("val/retrieval/").rpartition("/")
+        if kind in _SHOWN:
+            cells = _cells(metrics, key.removeprefix("val/"), 100)
+            by_chance = metrics.get(f"val/retrieval/{pair}/chance", 1 / max(items, 1))
+            label = pairs.get(pair, pair.replace("-", " → ") if kind != "R@1" else pair)
+            grid.add_row(label, kind, *cells, f"{100 * by_chance:.1f} %")
     grid.caption = _reliability(items, classes, per_class)
     return grid
 

@@ -54,6 +54,11 @@ def markdown(finished: Sequence[Finished], command: str) -> str:
                 ("recipe", "from", "to", "chance", "untrained", "trained", "met"),
                 (row for name, group in trained.items() for row in _retrievals(name, group)),
             ),
+            *_section(
+                "### Retrieval across scanners by class, mean average precision",
+                ("recipe", "from", "to", "chance", "raw statistics", "untrained", "trained"),
+                [row for name, group in trained.items() for row in _across_scanners(name, group)],
+            ),
             "### Versions",
             "\n".join(f"* {line}" for line in _versions(finished)),
         ]
@@ -63,6 +68,11 @@ def markdown(finished: Sequence[Finished], command: str) -> str:
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _section(title: str, titles: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Return a title and its table; nothing without rows."""
+    return (title, _table(titles, rows)) if rows else ()
 
 
 def _single(groups: Mapping[str, Sequence[Finished]]) -> Iterator[tuple[str, ...]]:
@@ -108,6 +118,17 @@ def _retrievals(name: str, group: Sequence[Outcome]) -> Iterator[tuple[str, ...]
             values = [_spread(group, f"val/{source}{key}") for source in ("untrained/", "")]
             met = _met(group, f"R@1 of {a}-{b} ")
             yield f"`{name}`", a, b, f"{100 / group[0].items:.1f}", *values, met
+
+
+def _across_scanners(name: str, group: Sequence[Outcome]) -> Iterator[tuple[str, ...]]:
+    prefix, suffix = "val/retrieval/", "/mAP"
+    for key in sorted(group[0].metrics):
+        if key.startswith(prefix) and key.endswith(suffix):
+            pair = key.removeprefix(prefix).removesuffix(suffix)
+            chance = _spread(group[:1], f"{prefix}{pair}/chance")
+            sources = ("raw/", "untrained/", "")
+            values = [_spread(group, f"val/{s}retrieval/{pair}{suffix}") for s in sources]
+            yield f"`{name}`", *pair.split("-"), chance, *values
 
 
 def _met(group: Sequence[Outcome], start: str) -> str:

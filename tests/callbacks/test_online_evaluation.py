@@ -190,6 +190,28 @@ def test_an_item_that_comes_twice_counts_once(tmp_path):
     assert len(callback._gathered(model).labels) == 16
 
 
+def test_scans_of_several_sources_are_looked_up_among_each_other(tmp_path):
+    data = TinyData(held_out=48)
+    data.source_names = {"s1": ("ct", "mr")}
+    loader = data.val_dataloader()
+    items = [name for batch in loader.batches for name in batch["id"]]
+    data.persons = {name: row // 2 for row, name in enumerate(items)}
+    for batch in loader.batches:
+        batch["s1.source"] = torch.arange(len(batch["id"])) % 2
+    data.val_dataloader = lambda: loader
+    callback = OnlineEvaluation()
+    _, trainer = run(tmp_path, [callback], data, max_epochs=6)
+    metrics = trainer.callback_metrics
+    for pair in ("ct-mr", "mr-ct"):
+        for kind in ("P@1", "P@5", "mAP"):
+            names = {f"val/{s}retrieval/{pair}/{kind}" for s in ("", "untrained/", "raw/")}
+            assert names <= set(metrics)
+        assert 0 < metrics[f"val/retrieval/{pair}/chance"] < 0.5
+    assert metrics["val/retrieval/ct-mr/mAP"] > metrics["val/raw/retrieval/ct-mr/mAP"]
+    found = [key for key in metrics if "/ct-" in key]
+    assert len(found) == 12 and "val/retrieval/s1-s2/R@1" in metrics
+
+
 def test_subsets_grow_slowly_with_many_modalities():
     assert subsets(("a", "b")) == [("a",), ("b",), ("a", "b")]
     assert len(subsets(tuple("abcd"))) == 15

@@ -57,6 +57,8 @@ def recipe_of(overlay: str) -> str:
         return f"mri_{Path(overlay).stem.split('_')[0]}"
     if not overlay.startswith("configs/model/"):
         return "ssl4eo_croma"
+    if overlay.endswith("_volumes.yaml"):  # of a method that images have too
+        return f"ctmr_{Path(overlay).stem.partition('_')[0]}"
     fitting = []
     for recipe in map(Path, RECIPES):
         data, _, method = recipe.stem.partition("_")

@@ -197,8 +197,10 @@ def test_a_scan_says_whether_it_is_ct_or_mr(tmp_path: Path) -> None:
     table = "id,scan,source\na,a.nii.gz,ct\nb,b.nii.gz,MR\n"
     (tmp_path / "manifest.csv").write_text(table)
     scan = {"scan": Contrast(sources=("ct", "mr"))}
-    batches = {b["id"][0]: b for b in _batches(_data(tmp_path, scan))}
+    data = _data(tmp_path, scan)
+    batches = {b["id"][0]: b for b in _batches(data)}
     assert batches["a"]["scan.source"].tolist() == [0]
+    assert data.source_names == {"scan": ("ct", "mr")} and set(data.persons) == {"a", "b"}
     assert batches["b"]["scan.source"].tolist() == [1]
     assert batches["a"]["scan.window"][0, 0].tolist() == [-1000.0, 1000.0]
     assert batches["b"]["scan.window"][0, 0].tolist() == [39.5, 40.5]

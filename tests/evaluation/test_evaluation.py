@@ -10,8 +10,15 @@ from domainssl.evaluation.probes import (
     standardize,
 )
 from domainssl.evaluation.raw import band_statistics
-from domainssl.evaluation.report import Collected, count_classes, has_classes, measure
-from domainssl.evaluation.retrieval import recall_at_1
+from domainssl.evaluation.report import (
+    Collected,
+    count_classes,
+    has_classes,
+    measure,
+    measure_raw,
+    table,
+)
+from domainssl.evaluation.retrieval import Side, class_retrieval, recall_at_1
 from domainssl.evaluation.spread import embedding_std, rankme
 from domainssl.modality import Modality
 
@@ -85,6 +92,76 @@ def test_retrieval_of_unrelated_vectors_is_at_chance():
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 500, 8, generator=g)
     assert recall_at_1(a, b) < 5 / 500
+
+
+def side(features, labels, groups=None):
+    labels = torch.tensor(labels)
+    groups = torch.arange(len(labels)) if groups is None else torch.tensor(groups)
+    return Side(features=torch.tensor(features), labels=labels, groups=groups)
+
+
+def test_class_retrieval_counts_how_early_the_class_comes():
+    queries = side([[1.0, 0.0], [-1.0, 0.0]], [0, 1], [10, 11])
+    gallery = side([[9.0, 0.1], [7.0, -0.1], [-7.0, 0.1], [-9.0, -0.1]], [0, 1, 0, 1])
+    found = class_retrieval(queries, gallery, k=2)
+    # from either side: hit, miss, hit, miss (or the reverse within a pair of equal distance)
+    ranks = {0: (1, 3), 1: (1, 3)}
+    expected = sum((1 / a + 2 / b) / 2 for a, b in ranks.values()) / 2
+    assert found == pytest.approx({"P@1": 1.0, "P@2": 0.5, "mAP": expected, "chance": 0.5})
+
+
+def test_class_retrieval_is_blind_to_level_and_scale_of_a_side():
+    features, labels = clusters(n=80, noise=0.2)
+    first = Side(features=features[:40], labels=labels[:40], groups=torch.arange(40))
+    other = Side(features=features[40:] * 7 + 100, labels=labels[40:], groups=torch.arange(40, 80))
+    found = class_retrieval(first, other)
+    assert found["mAP"] > 0.95 and found["P@5"] > 0.95
+
+
+def test_class_retrieval_of_unrelated_vectors_is_at_chance():
+    g = torch.Generator().manual_seed(0)
+    sides = [
+        Side(
+            features=torch.randn(400, 8, generator=g),
+            labels=torch.arange(400) % 4,
+            groups=torch.arange(400) + start,
+        )
+        for start in (0, 400)
+    ]
+    found = class_retrieval(*sides)
+    assert found["chance"] == pytest.approx(0.25)
+    assert found["mAP"] == pytest.approx(0.25, abs=0.03)
+
+
+def test_class_retrieval_leaves_out_scans_of_the_same_patient():
+    queries = side([[1.0, 0.0], [-1.0, 0.0]], [0, 1], [3, 4])
+    features = [[1.0, 0.1], [0.5, -0.1], [-0.5, 0.1], [-1.0, -0.1]]
+    found = class_retrieval(queries, side(features, [0, 1, 0, 1], [3, 5, 6, 4]), k=1)
+    assert found["P@1"] == 0 and found["chance"] == pytest.approx(1 / 3)
+    alone = class_retrieval(queries, side(features, [0, 2, 2, 2], [3, 5, 6, 7]), k=1)
+    assert all(math.isnan(value) for value in alone.values())  # no query has a candidate
+
+
+def test_scans_of_one_source_are_looked_up_among_those_of_another():
+    features, labels = clusters(n=80, noise=0.2)
+    source = torch.arange(80) // 40
+    moved = features + 50 * source.unsqueeze(1)
+    found = Collected(
+        features={"scan": moved}, raw={"scan": moved[:, :2]}, labels=labels,
+        present={"scan": torch.ones(80, dtype=torch.bool)},
+        sources={"scan": source}, source_names={"scan": ("ct", "mr")},
+    )  # fmt: skip
+    scores = measure(found, ("scan",), "val/", 10)
+    assert scores["val/retrieval/ct-mr/mAP"] > 0.95 and scores["val/retrieval/mr-ct/P@1"] > 0.95
+    raw = measure_raw(found, ("scan",))
+    assert 0.3 < raw["val/raw/retrieval/ct-mr/mAP"] < 0.95
+    text = str([list(c.cells) for c in table({**scores, **raw}, 80, 3).columns])
+    assert "ct → mr" in text and "mAP" in text
+    unknown = Collected(
+        features={"scan": moved}, present=found.present,
+        sources={"scan": source}, source_names={"scan": ("ct", "mr")},
+    )  # fmt: skip
+    assert not [key for key in measure(unknown, ("scan",)) if "retrieval" in key]
 
 
 def test_collapsed_features_have_no_std_and_rank_one():

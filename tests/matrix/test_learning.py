@@ -165,6 +165,16 @@ def test_the_tables_hold_spread_verdicts_cost_and_versions():
     assert "* domainssl 1.2 at 0123456789 with local changes, python 3.11, torch 2.15" in lines
 
 
+def test_retrieval_across_scanners_has_a_table_where_runs_measured_it():
+    run = finished(0, 0.8)
+    assert "### Retrieval across scanners" not in markdown([run], "the command")
+    for source, value in (("raw/", 0.3), ("untrained/", 0.4), ("", 0.6)):
+        run.outcome.metrics[f"val/{source}retrieval/ct-mr/mAP"] = value
+    run.outcome.metrics["val/retrieval/ct-mr/chance"] = 0.25
+    lines = markdown([run], "the command").splitlines()
+    assert "| `a` | ct | mr | 25.0 | 30.0 | 40.0 | 60.0 |" in lines
+
+
 def test_one_seed_has_no_spread_and_others_methods_are_not_asked_to_retrieve():
     lines = markdown([finished(0, 0.8, contrastive=False)], "the command").splitlines()
     assert "| `a` | 0 | 6 of 6 |  | 100 |" in lines
