@@ -29,7 +29,8 @@ from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.pieces import Buildable, spread
 from domainssl.sources.held_out import HeldOut
-from domainssl.sources.patients import split_exams
+from domainssl.sources.labels import class_names
+from domainssl.sources.patients import split_by_patient
 from domainssl.sources.preparation import kept_exams, key_of, split_volumes
 from domainssl.sources.volume_options import (
     Contrast,
@@ -170,14 +171,15 @@ class VolumeDataModule(DomainDataModule):
         self.found = found
         for problem in found.problems:
             _log.warning("%s", problem)
-        self.splits = split_exams(found.exams, self.held_out)
+        self.splits = split_by_patient(found.exams, self.held_out)
         if "val" not in self.splits:
             _log.warning("%s: nothing is held out for validation", root)
         self.label_names = self._classes(found.exams)
         self.persons = self._persons(found.exams)
         self.prepared = self._prepared(found.exams)
         if self.exams.id_table is not None and self._rank == 0:
-            write_table(self.exams.id_table, found.exams, self._ids)
+            named = [(exam.id, exam.patient) for exam in found.exams]
+            write_table(self.exams.id_table, named, self._ids)
         sources: dict[str, Source] = {
             split: self._source(part, is_training=split == "train")
             for split, part in self.splits.items()
@@ -241,18 +243,7 @@ class VolumeDataModule(DomainDataModule):
         there = {exam.label for exam in exams if exam.label}
         if self.labels is None or not there:
             return None
-        asked = self.labels.classes
-        if not asked:
-            are_numbers = all(label.isdecimal() for label in there)
-            return tuple(sorted(there, key=int) if are_numbers else sorted(there))
-        unknown = sorted(there.difference(asked))
-        if unknown:
-            raise ConfigError(
-                f"data.init_args.labels.classes: {', '.join(asked)}, but exams have the class "
-                f"{unknown[0]!r}.{nearest(unknown[0], asked)} "
-                f"List all of {', '.join(sorted(there))}."
-            )
-        return tuple(asked)
+        return class_names(there, self.labels.classes, "exams")
 
     @property
     def num_classes(self) -> int | None:

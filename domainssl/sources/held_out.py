@@ -20,6 +20,7 @@ class HeldOut:
             neighbours of the same site may be in both parts.
         sites: Names of sites held out as a whole; `val_fraction` then does not count.
         patients: Names of patients whose exams are held out; `val_fraction` then does not count.
+        slides: Names of slides that are held out; `val_fraction` then does not count.
         gap: Training blocks nearer than this to a held-out one are left out, in metres on maps.
         seed: Seed of the draw, apart from the data's seed.
     """
@@ -27,6 +28,7 @@ class HeldOut:
     val_fraction: float = 0.1
     sites: tuple[str, ...] = ()
     patients: tuple[str, ...] = ()
+    slides: tuple[str, ...] = ()
     gap: float = 0.0
     seed: int = 0
 

@@ -16,6 +16,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "ctmr": ("volumes.VolumeDataModule", "sample:ctmr"),
     "petct": ("volumes.VolumeDataModule", "sample:petct"),
     "brain": ("volumes.VolumeDataModule", "sample:brain"),
+    "tiles": ("tiles.TileDataModule", "sample:tiles"),
 }
 
 

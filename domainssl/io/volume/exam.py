@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from domainssl.errors import DataError
 
-__all__ = ["Exam", "Found", "Wanted", "patients_in_two_splits", "split_of", "stem_of"]
+__all__ = ["Exam", "Found", "Owned", "Wanted", "patients_in_two_splits", "split_of", "stem_of"]
 
 SPLITS = ("train", "val", "test")
 _OTHER_NAMES = {
@@ -91,19 +92,31 @@ def stem_of(path: str) -> str:
     return _SUFFIXES.sub("", os.path.basename(path.rstrip("/")))
 
 
-def patients_in_two_splits(exams: Iterable[Exam], where: str) -> None:
+class Owned(Protocol):
+    """What belongs to a patient and to a split: an exam, a slide."""
+
+    @property
+    def patient(self) -> str:
+        """Whose it is."""
+
+    @property
+    def split(self) -> str:
+        """`train`, `val`, `test`, or empty where the data do not say."""
+
+
+def patients_in_two_splits(found: Iterable[Owned], where: str, what: str = "Exams") -> None:
     """Refuse exams of one patient in two splits: results on held-out exams would mean nothing.
 
     Raises:
         DataError: Lists the patients.
     """
     splits: dict[str, set[str]] = {}
-    for exam in exams:
+    for exam in found:
         splits.setdefault(exam.patient, set()).add(exam.split or "no split")
     torn = [f"{name} ({', '.join(sorted(s))})" for name, s in sorted(splits.items()) if len(s) > 1]
     if torn:
         more = f", and {len(torn) - 20} more" if len(torn) > 20 else ""
         raise DataError(
             f"{where}: {len(torn)} patient(s) appear in two splits: {', '.join(torn[:20])}{more}. "
-            "Exams of one patient belong in one split; correct the column or the folders."
+            f"{what} of one patient belong in one split; correct the column or the folders."
         )

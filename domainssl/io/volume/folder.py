@@ -16,7 +16,7 @@ from domainssl.errors import DataError, nearest
 from domainssl.io.volume.exam import Exam, Found, Wanted, split_of, stem_of
 from domainssl.io.volume.scan import list_scans
 
-__all__ = ["EVERY", "MASKS", "read_folder"]
+__all__ = ["EVERY", "MASKS", "ends_with", "read_folder"]
 
 EVERY = "*"  # as the name of a contrast: every scan is an exam
 MASKS = ("mask", "labels", "label", "seg", "segmentation", "dseg", "gt")
@@ -74,7 +74,7 @@ def _parts(path: str, root: str) -> list[str]:
     return [*relative.split(os.sep)[:-1], stem_of(relative)]
 
 
-def _ends_with(stem: str, name: str) -> str | None:
+def ends_with(stem: str, name: str) -> str | None:
     """Return what stands before `name` at the end of a stem; None where it is not there."""
     found = re.fullmatch(rf"(?:(.*?)[^A-Za-z0-9]+)?{re.escape(name)}", stem, re.IGNORECASE)
     return None if found is None else found[1] or ""
@@ -82,7 +82,7 @@ def _ends_with(stem: str, name: str) -> str | None:
 
 def _exam_of(parts: Sequence[str], contrast: str) -> str | None:
     """Return the exam of a scan that shows a contrast; None where its name says another."""
-    before = _ends_with(parts[-1], contrast)
+    before = ends_with(parts[-1], contrast)
     if before is not None:
         folders = list(parts[:-1])
         if before and before not in folders[-1:]:  # BraTS repeats the case in the name

@@ -18,7 +18,6 @@ from pathlib import Path
 from domainssl.cache import cache_dir
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.files import new_file, open_regular
-from domainssl.io.volume.exam import Exam
 
 __all__ = ["IDS", "KEY_VARIABLE", "id_key", "ids_of", "write_table"]
 
@@ -109,18 +108,24 @@ def ids_of(names: Iterable[str], mode: str) -> Sequence[str]:
     return [hmac.new(key, n.encode(), hashlib.sha256).hexdigest()[:_DIGITS] for n in names]
 
 
-def write_table(path: str, exams: Sequence[Exam], mode: str) -> None:
+def write_table(path: str, named: Sequence[tuple[str, str]], mode: str, what: str = "exam") -> None:
     """Write which id is which exam and patient, readable by the owner alone.
+
+    Args:
+        path: File to write.
+        named: Name of every exam or tile, and its patient.
+        mode: As in `ids_of`.
+        what: Title of the column of names.
 
     Raises:
         DataError: The file cannot be written.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("id", "exam", "patient"))
-    names = [exam.id for exam in exams]
-    for identity, exam in zip(ids_of(names, mode), exams, strict=True):
-        writer.writerow((identity, exam.id, exam.patient))
+    writer.writerow(("id", what, "patient"))
+    names = [name for name, _ in named]
+    for identity, (name, patient) in zip(ids_of(names, mode), named, strict=True):
+        writer.writerow((identity, name, patient))
     try:
         with new_file(Path(path)) as file:
             if os.name == "posix":

@@ -1,0 +1,321 @@
+"""Find tiles and slides: which pictures show which place, in which stain, of which patient.
+
+found = find_tiles("/data/tiles", Wanted(stains={"he": "he", "ihc": "ihc"}))
+found.sets[0].pictures["he"][0]        # "/data/tiles/he/slide01/0_512.png"
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.io.slide.picture import ENDINGS
+from domainssl.io.volume.exam import patients_in_two_splits, split_of
+from domainssl.io.volume.folder import EVERY, ends_with
+from domainssl.io.volume.manifest import MANIFESTS, read_table
+
+__all__ = ["LAYOUTS", "FoundTiles", "TileSet", "WantedTiles", "find_tiles"]
+
+LAYOUTS = ("manifest", "folder")
+_NAMED = 5  # missing files that a message names
+_WHERE = "data.init_args"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileSet:
+    """The tiles of one slide, in all stains.
+
+    Attributes:
+        id: The slide.
+        patient: Whose it is; slides of one patient stay in one split.
+        split: `train`, `val`, `test`, or empty where the data do not say.
+        names: Id of every tile.
+        pictures: File per tile in every stain, by modality key; empty where a tile lacks one.
+        labels: Class per tile, empty where unknown.
+    """
+
+    id: str
+    patient: str
+    split: str = ""
+    names: Sequence[str]
+    pictures: Mapping[str, Sequence[str]]
+    labels: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+        return len(self.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedTiles:
+    """What is looked for.
+
+    Attributes:
+        stains: Name of the stain in the data, per modality key.
+        label: Column of a table that holds the class of a tile; empty for none.
+        patient: Regular expression whose first group, found in a tile's id, is the patient.
+        slide: The same for its slide.
+    """
+
+    stains: Mapping[str, str]
+    label: str = "label"
+    patient: str = ""
+    slide: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundTiles:
+    """What a folder holds.
+
+    Attributes:
+        layout: Which one it is.
+        sets: The slides, by id.
+        problems: What was left out, and why.
+    """
+
+    layout: str
+    sets: Sequence[TileSet]
+    problems: Sequence[str] = ()
+
+
+@dataclass(kw_only=True)
+class _Rows:
+    """The tiles of a slide while they are collected."""
+
+    patient: str
+    split: str
+    names: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    files: list[Mapping[str, str]] = field(default_factory=list)
+
+
+def find_tiles(
+    root: str, wanted: WantedTiles, *, manifest: str | None = None, layout: str = "auto"
+) -> FoundTiles:
+    """Return the tiles under a folder, by slide; those of one patient are in one split.
+
+    Args:
+        root: The folder.
+        wanted: Stains and labels that are looked for.
+        manifest: A table that lists the tiles; paths in it are relative to the root.
+        layout: One of `LAYOUTS`, or `auto`, which recognises it.
+
+    Raises:
+        ConfigError: There is no such folder or manifest.
+        DataError: Files or columns are missing, or a patient is in two splits.
+    """
+    if not os.path.isdir(root):
+        raise ConfigError(
+            f"{_WHERE}.root: {root!r} is no folder. Give one with tiles, or the embedded sample: "
+            "sample:tiles."
+        )
+    there = [name for name in MANIFESTS if os.path.isfile(os.path.join(root, name))]
+    if manifest is not None and not os.path.isfile(os.path.join(root, manifest)):
+        raise ConfigError(
+            f"{_WHERE}.tiles.manifest: there is no file {os.path.join(root, manifest)!r}; expected "
+            "a CSV, JSON lines or Parquet file, relative to the root or absolute."
+        )
+    if layout == "manifest" and manifest is None and not there:
+        raise ConfigError(
+            f"{_WHERE}.tiles.layout: manifest, but {root} has none of {', '.join(MANIFESTS)}. "
+            f"Name the table in {_WHERE}.tiles.manifest."
+        )
+    if layout != "folder" and (manifest is not None or there):
+        path = os.path.join(root, manifest or there[0])
+        found = _read_manifest(path, root, wanted)
+    else:
+        found = _read_folder(root, wanted)
+    patients_in_two_splits(found.sets, root, "Slides")
+    return replace(found, sets=sorted(found.sets, key=lambda each: each.id))
+
+
+# A table ------------------------------------------------------------------------------------
+
+
+def _read_manifest(path: str, root: str, wanted: WantedTiles) -> FoundTiles:
+    """Return the tiles of a table: `id`, `patient`, `slide`, `split`, a column per stain."""
+    columns, rows = read_table(path)
+    for name, column in wanted.stains.items():
+        if column not in columns:
+            raise DataError(
+                f"{path}: no column {column!r} for the modality {name!r}, only "
+                f"{', '.join(columns)}.{nearest(column, columns)} Set "
+                f"{_WHERE}.modalities.{name}.stain to one of them."
+            )
+    slides: dict[str, _Rows] = {}
+    seen: set[str] = set()
+    missing: list[str] = []
+    problems = []
+    for number, row in enumerate(rows, 2):
+        where = f"{path}, line {number}"
+        cells = {name: row[column] for name, column in wanted.stains.items() if row[column]}
+        if not cells:
+            problems.append(f"{where}: no picture of {', '.join(wanted.stains)}")
+            continue
+        tile = row.get("id") or os.path.splitext(next(iter(cells.values())))[0]
+        if tile in seen:
+            raise DataError(f"{where}: the id {tile!r} stands twice; every tile needs its own.")
+        seen.add(tile)
+        files = {name: os.path.join(root, cell) for name, cell in cells.items()}
+        missing += [file for file in files.values() if not os.path.isfile(file)]
+        split = row.get("split", "")
+        if split and not split_of(split):
+            raise DataError(f"{where}: split is {split!r}, expected train, val or test.")
+        slide = _group(wanted.slide, tile, "slide") or _first(row, "slide", "slide_id")
+        slide = slide or os.path.dirname(tile) or tile
+        named = _group(wanted.patient, tile, "patient")
+        patient = named or _first(row, "patient", "patient_id", "case_id") or slide
+        label = row.get(wanted.label, "") if wanted.label else ""
+        _add(slides, slide, patient, split_of(split), tile, label, files, where)
+    if missing:
+        raise DataError(
+            f"{path}: {len(missing)} files that it names are not there, such as "
+            f"{', '.join(missing[:_NAMED])}. Paths are relative to {root}; leave the cell empty "
+            "where a tile lacks a stain."
+        )
+    return FoundTiles(layout="manifest", sets=_sets(slides, wanted), problems=problems)
+
+
+def _first(row: Mapping[str, str], *columns: str) -> str:
+    return next((row[name] for name in columns if row.get(name)), "")
+
+
+# A folder -----------------------------------------------------------------------------------
+
+
+def _read_folder(root: str, wanted: WantedTiles) -> FoundTiles:
+    """Return the tiles of a folder: `[split/]<stain>/<slide>/<x>_<y>.png`, in any order of these.
+
+    A picture belongs to the stain that is one of its folders or ends its name. The rest of the
+    path is the tile, its last folder the slide, its first folder the patient.
+    """
+    files: dict[str, dict[str, str]] = {}
+    problems: list[str] = []
+    matched: set[str] = set()
+    names: list[str] = []
+    for path in _pictures(root):
+        relative = os.path.relpath(path, root)
+        parts = [*relative.split(os.sep)[:-1], os.path.splitext(os.path.basename(relative))[0]]
+        names.append(relative)
+        for name, stain in wanted.stains.items():
+            tile = "/".join(parts) if stain == EVERY else _tile_of(parts, stain)
+            if tile is None:
+                continue
+            matched.add(name)
+            own = files.setdefault(tile, {})
+            if name in own:
+                text = f"{path}: a second picture of {name!r} beside {own[name]}; left out."
+                problems.append(text)
+            else:
+                own[name] = path
+    _must_match(root, wanted, matched, names)
+    slides: dict[str, _Rows] = {}
+    for tile, own in sorted(files.items()):
+        folders = tile.split("/")[:-1]
+        split = split_of(folders[0]) if folders else ""
+        folders = folders[bool(split) :]
+        slide = _group(wanted.slide, tile, "slide") or "/".join(folders)
+        if not slide:
+            raise DataError(
+                f"{root}: the tile {tile!r} lies in no folder of a slide. Lay tiles out as "
+                f"<stain>/<slide>/<x>_<y>.png, or set {_WHERE}.tiles.slide to a regular "
+                "expression with one group that finds the slide in a tile's name."
+            )
+        patient = _group(wanted.patient, tile, "patient") or (folders[0] if folders else slide)
+        _add(slides, slide, patient, split, tile, "", own, os.path.join(root, tile))
+    return FoundTiles(layout="folder", sets=_sets(slides, wanted), problems=problems)
+
+
+def _tile_of(parts: Sequence[str], stain: str) -> str | None:
+    """Return the path of a picture without the stain; None where it shows another one."""
+    before = ends_with(parts[-1], stain)
+    if before:
+        return "/".join([*parts[:-1], before])
+    lowered = [part.lower() for part in parts[:-1]]
+    if stain.lower() not in lowered:
+        return None
+    at = lowered.index(stain.lower())
+    return "/".join([*parts[:at], *parts[at + 1 :]])
+
+
+def _pictures(root: str) -> Iterable[str]:
+    """Yield all pictures below a folder, sorted; names that begin with a dot are passed over."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(ENDINGS) and not name.startswith("."):
+                yield os.path.join(folder, name)
+
+
+def _must_match(root: str, wanted: WantedTiles, matched: set[str], names: Sequence[str]) -> None:
+    if not names:
+        raise DataError(
+            f"{root}: no tile there ({', '.join(ENDINGS)}). Check {_WHERE}.root, or take the "
+            "embedded sample: sample:tiles."
+        )
+    for name, stain in wanted.stains.items():
+        if name not in matched:
+            raise DataError(
+                f"{root}: no picture lies in a folder {stain!r} or has a name that ends with it, "
+                f"as modality {name!r} asks for; there are {len(names)} pictures, such as "
+                f"{', '.join(names[:3])}. Set {_WHERE}.modalities.{name}.stain to the name of the "
+                f"folder, or to '{EVERY}' where every picture is a tile."
+            )
+
+
+# Both ---------------------------------------------------------------------------------------
+
+
+def _group(pattern: str, name: str, option: str) -> str:
+    """Return what the group of a pattern finds in a name; empty without a pattern."""
+    if not pattern:
+        return ""
+    found = re.search(pattern, name)
+    if found is None or not found.re.groups or not found[1]:
+        raise DataError(
+            f"{_WHERE}.tiles.{option}: {pattern!r} finds no group in the id {name!r}; expected a "
+            "regular expression with one group, such as '(TCGA-..-....)'."
+        )
+    return found[1]
+
+
+def _add(
+    slides: dict[str, _Rows],
+    slide: str,
+    patient: str,
+    split: str,
+    tile: str,
+    label: str,
+    files: Mapping[str, str],
+    where: str,
+) -> None:
+    """Add a tile to its slide, which is of one patient and in one split."""
+    rows = slides.setdefault(slide, _Rows(patient=patient, split=split))
+    for what, now, before in (("patient", patient, rows.patient), ("split", split, rows.split)):
+        if now != before:
+            raise DataError(
+                f"{where}: the slide {slide!r} has the {what} {now!r} here and {before!r} before. "
+                f"Tiles of one slide belong to one {what}; correct the table or the folders."
+            )
+    rows.names.append(tile)
+    rows.labels.append(label)
+    rows.files.append(files)
+
+
+def _sets(slides: Mapping[str, _Rows], wanted: WantedTiles) -> list[TileSet]:
+    return [
+        TileSet(
+            id=slide,
+            patient=rows.patient,
+            split=rows.split,
+            names=rows.names,
+            pictures={
+                name: [files.get(name, "") for files in rows.files] for name in wanted.stains
+            },
+            labels=rows.labels if any(rows.labels) else (),
+        )
+        for slide, rows in slides.items()
+    ]

@@ -1,0 +1,180 @@
+"""Windows of stained tiles as a source of the block stream; a block is up to 64 tiles of a slide.
+
+All stains of a place are cut, flipped and turned together. In an epoch every slide gives at most
+`per_slide` tiles, drawn anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+
+from domainssl.errors import DataError
+from domainssl.io.slide.manifest import TileSet
+from domainssl.io.slide.picture import read_tile_picture
+from domainssl.io.volume.ids import ids_of
+from domainssl.loading.memory import empty
+from domainssl.loading.plan import Piece, generator
+from domainssl.loading.source import Rows
+from domainssl.modality import Modality, key
+from domainssl.sources.windows import Window
+
+__all__ = ["StainSource"]
+
+_WINDOW, _TILES = 61, 62  # tags that keep the streams of random numbers apart
+_BLOCK = 64  # tiles
+_WHITE = 255
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(kw_only=True)
+class StainSource:
+    """Reads tiles and cuts the same window out of every stain.
+
+    Attributes:
+        sets: The tiles of every slide.
+        modalities: What batches hold.
+        window: In pixels.
+        labels: Classes by number; None where batches carry none.
+        per_slide: Most tiles of a slide in an epoch.
+        ids: `hashed` or `plain`.
+        seed: Seed of windows and of the choice of tiles.
+        is_training: Draw anew in every epoch.
+    """
+
+    sets: Sequence[TileSet]
+    modalities: Mapping[str, Modality]
+    window: Window
+    labels: Sequence[str] | None
+    per_slide: int
+    ids: str
+    seed: int
+    is_training: bool
+
+    @cached_property
+    def _quotas(self) -> Array:
+        """Tiles of every slide in an epoch, and before it: (S + 1,), ascending from 0."""
+        return np.cumsum([0, *(min(len(each), self.per_slide) for each in self.sets)])
+
+    @cached_property
+    def _first(self) -> list[int]:
+        """Number of the first tile of every slide, over all slides."""
+        return [0, *accumulate(len(each) for each in self.sets)]
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Tiles per block; small slides share one."""
+        return [stop - start for start, stop in self._blocks]
+
+    @cached_property
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Begin and end of every block, counted over the tiles of an epoch."""
+        blocks: list[tuple[int, int]] = []
+        start = 0
+        for end in self._quotas[1:].tolist():
+            while end - start >= _BLOCK:
+                blocks.append((start, start + _BLOCK))
+                start += _BLOCK
+        last = int(self._quotas[-1])
+        return [*blocks, (start, last)] if start < last else blocks
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes decoded in an epoch, roughly."""
+        pixels = sum(3 * m.size[0] * m.size[1] for m in self.modalities.values())
+        return 2 * pixels * int(self._quotas[-1])  # tiles are larger than windows
+
+    def load(self, piece: Piece, epoch: int) -> Rows:
+        """Read the tiles of a piece."""
+        epoch = epoch if self.is_training else 0
+        begin = self._blocks[piece.block][0]
+        chosen = self._chosen(range(begin + piece.start, begin + piece.stop), epoch)
+        rows = Rows(data=self._empty(len(chosen)), count=len(chosen))
+        for row, (slide, tile) in enumerate(chosen):
+            try:
+                self._write(rows, row, self.sets[slide], tile, self._first[slide] + tile, epoch)
+            except DataError as error:
+                rows.bad[row] = str(error)
+        rows.data["index"] = np.array([self._first[slide] + tile for slide, tile in chosen])
+        rows.data["id"] = list(ids_of([self.sets[s].names[t] for s, t in chosen], self.ids))
+        if self.labels is not None:
+            numbers = {name: number for number, name in enumerate(self.labels)}
+            found = [self.sets[s].labels[t] if self.sets[s].labels else "" for s, t in chosen]
+            rows.data["label"] = np.array([numbers.get(name, -1) for name in found], np.int64)
+        return rows
+
+    def _chosen(self, places: range, epoch: int) -> list[tuple[int, int]]:
+        """Return slide and tile of places counted over the tiles of an epoch."""
+        slides = np.searchsorted(self._quotas, np.arange(places.start, places.stop), "right") - 1
+        orders = {slide: self._order(slide, epoch) for slide in np.unique(slides).tolist()}
+        begins = self._quotas.tolist()
+        return [
+            (slide, int(orders[slide][place - begins[slide]]))
+            for slide, place in zip(slides.tolist(), places, strict=True)
+        ]
+
+    def _order(self, slide: int, epoch: int) -> Array:
+        """Return the tiles that a slide gives in an epoch."""
+        count = len(self.sets[slide])
+        taken = min(count, self.per_slide)
+        if taken == count:
+            return np.arange(count)
+        if not self.is_training:  # evenly spread
+            return np.arange(taken) * count // taken
+        return generator(self.seed, epoch, _TILES, slide).permutation(count)[:taken]
+
+    def _empty(self, count: int) -> dict[str, Any]:
+        """Return what tiles are written into; a stain is absent until it is written."""
+        data: dict[str, Any] = {}
+        for name in self.modalities:
+            data[name] = empty((count, 3, *self.window.shape), torch.uint8).fill_(_WHITE)
+            data[key(name, "valid")] = empty((count, *self.window.shape), torch.bool).zero_()
+            data[key(name, "present")] = np.zeros(count, bool)
+        return data
+
+    def _write(
+        self, rows: Rows, row: int, tiles: TileSet, tile: int, index: int, epoch: int
+    ) -> None:
+        """Write one window of every stain.
+
+        Raises:
+            DataError: A picture cannot be read, or stains of a place differ in size.
+        """
+        read = {}
+        for name in self.modalities:
+            if path := tiles.pictures[name][tile]:
+                read[name] = read_tile_picture(path)
+        sizes = {name: picture.shape[:2] for name, (picture, _) in read.items()}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} {h} x {w}" for name, (h, w) in sizes.items())
+            paths = [tiles.pictures[name][tile] for name in read]
+            raise DataError(
+                f"{paths[0]}: the stains of this tile differ in size ({told} rows x columns; "
+                f"{paths[1]}). Stains of a place are cut on one grid at one resolution."
+            )
+        height, width = next(iter(sizes.values()))
+        room = [max(a, b) for a, b in zip((height, width), self.window.shape, strict=True)]
+        rng = generator(self.seed, epoch, _WINDOW, index)
+        cut = self.window.draw(rng, room) if self.is_training else self.window.middle(room)
+        for name, (picture, valid) in read.items():
+            values = _padded(picture.transpose(2, 0, 1), room, _WHITE)
+            cut.write(values, rows.data[name][row])
+            cut.write_valid(_padded(valid, room, False), rows.data[key(name, "valid")][row])
+            rows.data[key(name, "present")][row] = True
+            rows.bytes_decoded += picture.nbytes
+            rows.bytes_needed += 3 * cut.extent[0] * cut.extent[1]
+
+
+def _padded(values: Array, room: Sequence[int], fill: int) -> Array:
+    """Return (..., H, W) in the middle of a larger array, where it is smaller than `room`."""
+    missing = [r - s for r, s in zip(room, values.shape[-2:], strict=True)]
+    if not any(missing):
+        return values
+    sides = [(n // 2, n - n // 2) for n in missing]
+    return np.pad(values, [*[(0, 0)] * (values.ndim - 2), *sides], constant_values=fill)

@@ -1,0 +1,232 @@
+"""Tiles: stains of a place stay together, patients stay in one split, slides count equally."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tile_files import place_picture, write_tiles
+
+from domainssl.datamodules.tiles import TileDataModule
+from domainssl.errors import ConfigError, DataError
+from domainssl.loading.plan import Piece
+from domainssl.loading.source import Loading
+from domainssl.sources.held_out import HeldOut
+from domainssl.sources.tile_options import Stain, TileFiles, TileLabels
+from domainssl.sources.windows import Window
+
+NONE = HeldOut(val_fraction=0.0)
+PAIR = {"he": Stain(), "ihc": Stain()}
+
+
+def _data(root: Path, modalities: dict[str, Stain] | None = None, **more: Any) -> TileDataModule:
+    arguments: dict[str, Any] = {
+        "held_out": NONE,
+        "global_batch_size": 1,
+        "window": Window(size=8),
+        "tiles": TileFiles(ids="plain"),
+        "loading": Loading(workers=0),
+        **more,
+    }
+    data = TileDataModule(str(root), modalities or PAIR, **arguments)
+    data.setup("fit")
+    return data
+
+
+def _items(data: TileDataModule, epoch: int = 0) -> list[dict[str, Any]]:
+    data.epoch = epoch
+    return list(data.train_dataloader())
+
+
+def test_stains_of_a_place_are_cut_flipped_and_turned_together(tmp_path: Path) -> None:
+    write_tiles(tmp_path, ["he/s1/0_0.png", "ihc/s1/0_0.png"])
+    data, seen = _data(tmp_path), set()
+    for epoch in range(24):
+        (item,) = _items(data, epoch)
+        assert item["he"].shape == (1, 3, 8, 8) and item["he"].dtype == torch.uint8
+        assert torch.equal(item["he"][0, :2], item["ihc"][0, :2])  # red the column, green the row
+        assert item["he.valid"].all() and item["ihc.present"].all()
+        seen.add(tuple(item["he"][0, :2, 0, 0].tolist()))
+    assert len(seen) > 12  # drawn anew in every epoch
+    held = data.source("predict").load(Piece(0, 0, 1), 3).data["he"][0]
+    assert torch.equal(held, torch.from_numpy(place_picture()[4:12, 4:12]).permute(2, 0, 1))
+
+
+def test_a_stain_that_a_tile_lacks_is_absent(tmp_path: Path) -> None:
+    write_tiles(tmp_path, ["he/s1/0_0.png", "he/s1/0_16.png", "ihc/s1/0_16.png"])
+    rows = _data(tmp_path).source("train").load(Piece(0, 0, 2), 0).data
+    assert rows["id"] == ["s1/0_0", "s1/0_16"]
+    assert rows["ihc.present"].tolist() == [False, True] and rows["he.present"].all()
+    assert not rows["ihc.valid"][0].any() and (rows["ihc"][0] == 255).all()
+
+
+def test_a_small_tile_is_padded_in_white_and_the_rest_is_not_valid(tmp_path: Path) -> None:
+    write_tiles(tmp_path, ["he/s1/0_0.png"], side=4)
+    rows = _data(tmp_path, {"he": Stain()}).source("predict").load(Piece(0, 0, 1), 0).data
+    valid = rows["he.valid"][0]
+    assert valid.sum() == 16 and valid[2:6, 2:6].all()
+    assert (rows["he"][0][:, ~valid] == 255).all() and rows["he"][0, 0, 2, 2:6].tolist() == [
+        0, 1, 2, 3,
+    ]  # fmt: skip
+
+
+def test_a_window_may_be_given_in_microns(tmp_path: Path) -> None:
+    data = TileDataModule(
+        str(tmp_path), PAIR, window=Window(size=56.0, unit="um"), tiles=TileFiles(mpp_um=0.5)
+    )
+    assert data.context_size == (112, 112) and data.modalities["he"].mpp_um == 0.5
+    with pytest.raises(ConfigError, match="no multiple of 0.3"):
+        TileDataModule(
+            str(tmp_path), PAIR, window=Window(size=100.0, unit="um"), tiles=TileFiles(mpp_um=0.3)
+        )
+
+
+@pytest.mark.parametrize(
+    ("names", "slides", "patients"),
+    [
+        (["he/s1/0_0.png", "he/s2/0_0.png"], ["s1", "s2"], ["s1", "s2"]),
+        (["p1/s1/he/0_0.png", "p1/s2/he/0_0.png"], ["p1/s1", "p1/s2"], ["p1", "p1"]),
+        (["train/s1/0_0_he.png", "val/s2/0_0_he.png"], ["s1", "s2"], ["s1", "s2"]),
+    ],
+)
+def test_folders_are_read_in_several_orders(
+    tmp_path: Path, names: list[str], slides: list[str], patients: list[str]
+) -> None:
+    write_tiles(tmp_path, names)
+    data = _data(tmp_path, {"he": Stain()})
+    assert data.found is not None
+    assert [each.id for each in data.found.sets] == slides
+    assert [each.patient for each in data.found.sets] == patients
+    if names[0].startswith("train"):
+        assert {split: len(part) for split, part in data.splits.items()} == {"train": 1, "val": 1}
+
+
+def test_patterns_find_patient_and_slide_in_a_name(tmp_path: Path) -> None:
+    names = ["TCGA-AA-0001-01Z-00-DX1_0_0.png", "TCGA-AA-0001-01Z-00-DX2_0_0.png"]
+    write_tiles(tmp_path, names)
+    with pytest.raises(DataError, match="lies in no folder of a slide"):
+        _data(tmp_path, {"he": Stain(stain="*")})
+    files = TileFiles(ids="plain", patient="(TCGA-..-....)", slide="^([^_]+)")
+    data = _data(tmp_path, {"he": Stain(stain="*")}, tiles=files)
+    assert data.found is not None
+    assert [each.id[-3:] for each in data.found.sets] == ["DX1", "DX2"]
+    assert {each.patient for each in data.found.sets} == {"TCGA-AA-0001"}
+
+
+def _table(root: Path, *rows: str, head: str = "id,patient,slide,split,he,ihc,label") -> None:
+    (root / "manifest.csv").write_text("\n".join((head, *rows)) + "\n")
+
+
+def test_a_table_gives_splits_labels_and_missing_stains(tmp_path: Path) -> None:
+    write_tiles(tmp_path, ["a.png", "b.png", "c.png"])
+    _table(tmp_path, "t1,p1,s1,train,a.png,b.png,normal", "t2,p2,s2,val,c.png,,tumour")
+    data = _data(tmp_path)
+    assert data.label_names == ("normal", "tumour") and data.num_classes == 2
+    rows = data.source("val").load(Piece(0, 0, 1), 0).data
+    assert rows["id"] == ["t2"] and rows["label"].tolist() == [1]
+    assert rows["ihc.present"].tolist() == [False]
+    with pytest.raises(ConfigError, match="'normal'.* List all of normal, tumour"):
+        _data(tmp_path, labels=TileLabels(classes=("tumour",)))
+
+
+def test_mistakes_in_a_table_are_told(tmp_path: Path) -> None:
+    write_tiles(tmp_path, ["a.png", "b.png"])
+    _table(tmp_path, "t1,p1,s1,train,a.png,,x", "t2,p1,s2,val,b.png,,y")
+    with pytest.raises(DataError, match=r"1 patient\(s\) appear in two splits: p1 \(train, val\)"):
+        _data(tmp_path)
+    _table(tmp_path, "t1,p1,s1,train,a.png,,x", "t2,p2,s1,train,b.png,,y")
+    with pytest.raises(DataError, match="line 3: the slide 's1' has the patient 'p2' here"):
+        _data(tmp_path)
+    _table(tmp_path, "t1,p1,s1,train,a.png,,x", "t1,p1,s1,train,b.png,,y")
+    with pytest.raises(DataError, match="line 3: the id 't1' stands twice"):
+        _data(tmp_path)
+    _table(tmp_path, "t1,p1,s1,train,gone.png,,x")
+    with pytest.raises(
+        DataError, match=r"1 files that it names are not there, such as .*gone\.png"
+    ):
+        _data(tmp_path)
+    _table(tmp_path, "a.png", head="H&E")
+    with pytest.raises(DataError, match=r"no column 'he' .*modalities\.he\.stain"):
+        _data(tmp_path)
+
+
+def test_held_out_slides_take_their_patient_along(tmp_path: Path) -> None:
+    write_tiles(tmp_path, [f"he/p{p}/s{s}/0_0.png" for p in (1, 2) for s in (1, 2)])
+    stain = {"he": Stain()}
+    data = _data(tmp_path, stain, held_out=HeldOut(slides=("p1/s1", "p1/s2")))
+    assert [each.patient for each in data.splits["val"]] == ["p1", "p1"]
+    with pytest.raises(ConfigError, match="p1/s2 belong to patients whose other slides"):
+        _data(tmp_path, stain, held_out=HeldOut(slides=("p1/s1",)))
+    with pytest.raises(ConfigError, match=r"no slide 'p1/s9' among 4\. Did you mean"):
+        _data(tmp_path, stain, held_out=HeldOut(slides=("p1/s9",)))
+    with pytest.raises(ConfigError, match="no patient 'p3'"):
+        _data(tmp_path, stain, held_out=HeldOut(patients=("p3",)))
+
+
+def test_large_slides_do_not_outweigh_small_ones(tmp_path: Path) -> None:
+    write_tiles(tmp_path, [f"he/s{s}/0_{y}.png" for s, n in ((1, 150), (2, 10)) for y in range(n)])
+    data = _data(tmp_path, {"he": Stain()}, tiles=TileFiles(ids="plain", per_slide=20))
+    chosen = []
+    for epoch in range(2):
+        ids = [item["id"][0] for item in _items(data, epoch)]
+        assert len(ids) == len(set(ids)) == 30
+        assert sum(name.startswith("s2") for name in ids) == 10
+        chosen.append({name for name in ids if name.startswith("s1")})
+    assert chosen[0] != chosen[1]
+    held = data.source("predict").load(Piece(0, 0, 20), 0).data["index"]
+    assert np.diff(held).tolist() == [7, 8] * 9 + [7]  # evenly spread
+    assert data.source("train").sizes == [30]
+    whole = _data(tmp_path, {"he": Stain()})
+    assert whole.source("train").sizes == [64, 64, 32]  # blocks of a slide, small ones together
+    again = pickle.loads(pickle.dumps(whole.source("train")))
+    rows = again.load(Piece(2, 0, 32), 0).data
+    assert rows["index"].tolist() == list(range(128, 160))
+
+
+def test_a_damaged_picture_can_be_replaced(tmp_path: Path) -> None:
+    write_tiles(tmp_path, [f"he/s1/0_{n}.png" for n in range(4)])
+    (tmp_path / "he/s1/0_2.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    with pytest.raises(DataError, match=r"0_2\.png.*on_bad_sample: replace"):
+        _items(_data(tmp_path, {"he": Stain()}))
+    loading = Loading(workers=0, max_bad_fraction=0.5)
+    more: dict[str, Any] = {"on_bad_sample": "replace", "loading": loading}
+    ids = [item["id"][0] for item in _items(_data(tmp_path, {"he": Stain()}, **more))]
+    assert len(ids) == 4 and "s1/0_2" not in ids
+
+
+def test_stains_of_another_size_are_refused(tmp_path: Path) -> None:
+    write_tiles(tmp_path, ["he/s1/0_0.png"])
+    (tmp_path / "ihc/s1").mkdir(parents=True)
+    Image.new("RGB", (20, 16)).save(tmp_path / "ihc/s1/0_0.png")
+    with pytest.raises(DataError, match="he 16 x 16, ihc 16 x 20 rows x columns"):
+        _items(_data(tmp_path))
+
+
+def test_hashed_ids_and_identity_name_neither_patient_nor_path(tmp_path: Path) -> None:
+    root = tmp_path / "clinic"
+    write_tiles(root, ["he/anna/0_0.png", "he/bert/0_0.png"])
+    table = tmp_path / "ids.csv"
+    data = _data(root, {"he": Stain()}, tiles=TileFiles(id_table=str(table)))
+    ids = [item["id"][0] for item in _items(data)]
+    assert all(len(name) == 16 and name.isalnum() for name in ids)
+    told = json.dumps(data.identity())
+    assert "anna" not in told and "clinic" not in told
+    assert str(root) in data.withheld
+    assert "anna" in table.read_text() and table.stat().st_mode & 0o077 == 0
+
+
+def test_the_sample_is_described_and_says_its_classes(cache_folder: Path) -> None:
+    data = TileDataModule(window=Window(size=64), tiles=TileFiles(mpp_um=1.0))
+    data.setup("fit")
+    text = "\n".join(data.describe())
+    assert "480 tiles of 120 slides of 80 patients in sample:tiles (manifest)" in text
+    assert "ihc: 3 channels red green blue (rgb8), 64 x 64 px of 1 um, of 474 tiles" in text
+    assert data.label_names == ("glands", "keratin", "mucin", "nests")
+    with pytest.raises(ConfigError, match=r"expected sample:tiles .*Did you mean 'tiles'"):
+        TileDataModule("sample:tile", {"he": Stain()}).setup("fit")
