@@ -10,7 +10,7 @@ sequence, put mask tokens in the other places, and reconstruct the hidden patche
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -28,9 +28,17 @@ from domainssl.backbones.registry import load_initial
 from domainssl.backbones.vit_files import read_transformer, tensors_of, write_transformer
 from domainssl.backbones.vit_tokens import position_codes, transform
 from domainssl.distributed import global_mean
-from domainssl.errors import ConfigError, WeightsError
+from domainssl.errors import ConfigError, WeightsError, nearest
 from domainssl.losses.reconstruction import masked_patch_mse, patch_mse, patch_statistics
-from domainssl.modality import Batch, Modality, as_modalities, key, sides_of, valid_mask
+from domainssl.modality import (
+    Batch,
+    Modality,
+    as_modalities,
+    key,
+    present_mask,
+    sides_of,
+    valid_mask,
+)
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.contrast_masking import contrast_masking, drop_contrasts, random_shares
 from domainssl.nn.masking import restore_tokens
@@ -311,6 +319,56 @@ class MultiContrastMAE(Objective):
         is_masked = any(key(name, "present") in x for name in encoded.names)
         found: dict[str, Tensor] = self.decoder(encoded, draws, is_masked)
         return found
+
+    @torch.no_grad()
+    def synthesise(self, batch: Batch, names: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Predict contrasts from the others, as the authors do for one that an exam lacks.
+
+        Args:
+            batch: Raw values; a contrast may lack its key, or be absent from some of the exams.
+            names: Contrasts to predict, hidden where exams have them; empty predicts those that any
+                exam lacks.
+
+        Returns:
+            (B, C, X, Y, Z) per contrast, in the units of `backbone.normalize`: the scale of a
+            contrast that was never measured is not known.
+
+        Raises:
+            ConfigError: The model was trained on standardised patches, whose level it does not
+                predict; or a name is not one of its contrasts.
+        """
+        if self.options.target_norm == "patch":
+            raise ConfigError(
+                "synthesise needs a model trained with options.target_norm: none; this one "
+                "predicts standardised patches, whose mean and deviation stay hidden."
+            )
+        for name in names:
+            if name not in self.backbone.modalities:
+                raise ConfigError(
+                    f"synthesise: no contrast {name!r}.{nearest(name, self.backbone.modalities)} "
+                    f"The model has {', '.join(self.backbone.modalities)}."
+                )
+        x = dict(self.backbone.normalize(batch))
+        given = self.backbone.names(x)
+        some, whole = x[given[0]], torch.ones_like(self.backbone.present(x)[:, 0])
+        hidden = {}
+        for name, modality in self.backbone.modalities.items():
+            if name in given:
+                hidden[name] = ~present_mask(x, name) | (name in names)
+            else:
+                hidden[name] = whole
+                x[name] = some.new_zeros(len(some), modality.num_channels, *some.shape[2:])
+            x[key(name, "present")] = whole  # every contrast has its place in the decoder
+        tokens = math.prod(self.backbone.grid(x))
+        order = self.backbone.names(x)
+        seen = torch.stack([~hidden[n] for n in order], 1).repeat_interleave(tokens, dim=1)
+        every = torch.arange(seen.shape[1], device=seen.device).expand_as(seen)
+        draws = MultiContrastDraws(keep=every, restore=every, seen=seen, removed=~seen)
+        encoded = self.backbone.encode_seen(x, draws.keep, draws.seen)
+        found = self.predict(x, encoded, draws)
+        wanted = names or [name for name, mask in hidden.items() if bool(mask.any())]
+        patch = self.backbone.patch_size
+        return {name: unpatchify(found[name], encoded.grid, patch) for name in wanted}
 
     def _targets(self, x: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor | None]:
         """Return normalised patches (B, N, P), channels last, and which values are valid."""

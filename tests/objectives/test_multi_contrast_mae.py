@@ -237,3 +237,28 @@ def test_what_cannot_be_used_is_refused() -> None:
     batch = {"t1": torch.zeros(1, 1, *CROP), "flair": torch.zeros(1, 1, 8, 8, 8)}
     with pytest.raises(DataError, match="share a grid"):
         mae().backbone(batch)
+
+
+def test_a_contrast_that_some_exams_lack_is_synthesised_from_what_each_has():
+    options = MultiContrastOptions(target_norm="none")
+    model = mae(options=options).eval()
+    generator = torch.Generator().manual_seed(3)
+    batch: Batch = {n: torch.randn(2, 1, *CROP, generator=generator) for n in NAMES}
+    batch["t1c.present"] = torch.tensor([True, False])
+    found = model.synthesise(batch)
+    assert found.keys() == {"t1c"} and found["t1c"].shape == (2, 1, *CROP)
+    filled = {**batch, "t1c": batch["t1c"].index_fill(0, torch.tensor([1]), 7.0)}
+    torch.testing.assert_close(model.synthesise(filled)["t1c"][1], found["t1c"][1])
+    changed = {**batch, "t1": batch["t1"] + torch.linspace(-1, 1, CROP[2])}
+    assert not torch.allclose(model.synthesise(changed)["t1c"][1], found["t1c"][1])
+    alone = {n: batch[n][1:] for n in ("t1", "flair")}  # the key itself is not there
+    torch.testing.assert_close(model.synthesise(alone)["t1c"][0], found["t1c"][1])
+
+
+def test_synthesis_is_refused_where_levels_were_not_learned_or_names_are_wrong():
+    batch: Batch = {n: torch.zeros(1, 1, *CROP) for n in NAMES}
+    with pytest.raises(ConfigError, match="target_norm: none"):
+        mae().synthesise(batch)
+    model = mae(options=MultiContrastOptions(target_norm="none"))
+    with pytest.raises(ConfigError, match="no contrast 't1x'. Did you mean 't1"):
+        model.synthesise(batch, ("t1x",))

@@ -16,6 +16,7 @@ from domainssl.backbones.multi_contrast import ContrastTokens
 from domainssl.modality import Modality, sides_of
 from domainssl.nn.contrast_masking import contrast_masking
 from domainssl.nn.masking import mask_from_keep
+from domainssl.nn.patching import patchify
 from domainssl.objectives.multi_contrast_mae import (
     MultiContrastArchitecture,
     MultiContrastDraws,
@@ -154,6 +155,27 @@ def test_the_content_of_a_hidden_contrast_does_not_matter(golden: Golden) -> Non
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("is_absent", [True, False])
+def test_a_contrast_is_synthesised_as_the_authors_do(golden: Golden, is_absent: bool) -> None:
+    name = golden.missing
+    model = golden.model().eval()
+    batch = golden.batch(name if is_absent else None)
+    found = model.synthesise(batch, () if is_absent else (name,))
+    mask = torch.stack([torch.full((len(found[name]),), n == name) for n in golden.names], 1)
+    mask = mask.repeat_interleave(golden.tensors[f"full/mask/{name}"].shape[1], dim=1).long()
+    kept = mask.argsort(dim=1, stable=True)[:, : int((mask[0] == 0).sum())]  # all of the others
+    masking = mask_from_keep(kept, mask.shape[1])
+    draws = MultiContrastDraws(
+        keep=kept,
+        restore=masking.restore,
+        seen=torch.ones_like(kept, dtype=torch.bool),
+        removed=masking.removed,
+    )
+    expected = encode(model, golden.batch(), draws)[1][name]
+    assert found.keys() == {name} and found[name].shape == golden.batch()[name].shape
+    assert_output(patchify(found[name], model.backbone.patch_size), expected)
 
 
 LOSSES = [("full", False, "plain"), ("full", False, "norm"), ("absent", True, "")]
