@@ -270,7 +270,13 @@ class Built:
     missing: list[str] = field(default_factory=list)
 
 
-def build(what: Buildable, plan: Plan, progress: Callable[[int, int], None] | None = None) -> Built:
+def build(
+    what: Buildable,
+    plan: Plan,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    noun: str = "exams",
+) -> Built:
     """Make the entries that are not there.
 
     An entry that is there is its own mark of being done, so that a call that was killed goes on,
@@ -294,7 +300,7 @@ def build(what: Buildable, plan: Plan, progress: Callable[[int, int], None] | No
             if reason is not None:
                 found.skipped[key] = reason
 
-        pieces = Pieces(todo, len(own), noun="exams")
+        pieces = Pieces(todo, len(own), noun=noun)
         work_through(pieces, partial(_make, what), plan, take, progress)
     found.entries = len(own) - len(found.skipped)
     for shard in plan.shard.all():

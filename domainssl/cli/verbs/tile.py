@@ -1,0 +1,221 @@
+"""Lay a grid of tiles over slides, and draw what is kept."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from domainssl.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from domainssl.io.slide.tiling import GridOptions, SlideTiling
+    from domainssl.pieces import Built
+
+__all__ = ["run"]
+
+
+def run(argv: list[str]) -> int:
+    """Write grid, coordinates and picture of every slide that has none yet."""
+    options = _parser().parse_args(argv)
+    from domainssl.cli.console import console
+    from domainssl.cli.progress import Bar
+    from domainssl.pieces import Plan, Shard, build
+
+    plan = Plan(
+        jobs=options.jobs,
+        limit=options.limit,
+        skip_bad=options.skip_bad,
+        shard=Shard.parse(options.shard),
+    )
+    made = _tiling(options)
+    made.claim(restart=options.restart)
+    screen = console()
+    try:
+        with Bar("slides") as shown:
+            found = build(made, plan, shown, noun="slides")
+    except KeyboardInterrupt:
+        screen.print(
+            f"Stopped after {shown.done} of {shown.total} slides; they are kept in {made.folder}. "
+            "The same command goes on from there.",
+            markup=False,
+        )
+        raise
+    _report(screen, made, found, str(plan.shard))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m domainssl tile",
+        allow_abbrev=False,
+        description="Lay one grid of tiles over every slide, keep the tiles that hold tissue, and "
+        "write for each slide a table of tiles (Parquet), their coordinates in TRIDENT's layout "
+        "(HDF5) and a picture with the outline of tissue and the kept tiles: look at it before you "
+        "train. Slides that are done are not done again, so an interrupted call goes on.",
+    )
+    add = parser.add_argument
+    add("slides", nargs="+", metavar="SLIDES", help="slides, or folders with slides")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for the grids")
+    add("--mpp", type=float, default=0.5, help="um per pixel of the tiles (default: 0.5)")
+    add("--size", type=int, default=256, help="side of a tile in pixels (default: 256)")
+    add("--overlap", type=int, default=0, help="pixels that neighbours share (default: 0)")
+    add("--min_tissue", "--min-tissue", type=float, default=0.2,
+        help="least share of tissue in a tile; 0 keeps all (default: 0.2)")  # fmt: skip
+    add("--partial", action="store_true", help="keep tiles that reach beyond the slide")
+    add("--regions", metavar="PATH",
+        help="QuPath's GeoJSON or a mask picture (0 outside, 1, 2, ... classes), or a folder with "
+        "one per slide, named like it: they restrict the grid and label tiles")  # fmt: skip
+    add("--min_region", "--min-region", type=float, default=0.5,
+        help="least share of a tile that lies in regions (default: 0.5)")  # fmt: skip
+    add("--tissue", choices=("otsu", "fixed"), default="otsu",
+        help="thresholds from each slide's histogram, or fixed saturation 8")  # fmt: skip
+    add("--keep_pen", "--keep-pen", action="store_true",
+        help="green, strongly blue and black marks count as tissue, as for trichrome")  # fmt: skip
+    add("--mpp_um", type=float, metavar="UM",
+        help="um per pixel of level 0, for slides that state none or a wrong one")  # fmt: skip
+    add("--mpp_from", choices=("file", "objective_power"), default="file",
+        help="objective_power: 10 um / power where the file states one")  # fmt: skip
+    add("--allow_upsample", action="store_true", help="tiles may be finer than level 0")
+    add("--ids", choices=("hashed", "plain"), default="hashed",
+        help="names of the output: a keyed hash of each slide's path below the folder that is "
+        "given (default), or the slides' own names")  # fmt: skip
+    add("--id_table", type=Path, metavar="FILE",
+        help="write which id is which slide, readable by you alone")  # fmt: skip
+    add("--jobs", type=int, help="processes; 0 for this one alone (default: one per core)")
+    add("--shard", default="1/1", metavar="I/N",
+        help="do the I-th of N parts, for several machines that share the folder")  # fmt: skip
+    add("--limit", type=int, help="do so many slides only, evenly spread")
+    add("--skip_bad", action="store_true", help="leave out and list slides that cannot be read")
+    add("--restart", action="store_true", help="do again what is there")
+    return parser
+
+
+def _tiling(options: argparse.Namespace) -> SlideTiling:
+    from domainssl.io.slide.tiling import SlideTiling
+    from domainssl.io.volume.ids import ids_of
+
+    found = list(_slides(options.slides))
+    names = [name for _, name in found]
+    ids = list(ids_of(names, options.ids))
+    if options.ids == "plain":
+        ids = [name.replace("/", "__").replace(os.sep, "__") for name in ids]
+    twice = {key for key in ids if ids.count(key) > 1}
+    if twice:
+        same = [path for (path, _), key in zip(found, ids, strict=True) if key in twice]
+        raise ConfigError(
+            f"tile: {len(same)} slides have the same name below the folders that are given: "
+            f"{', '.join(same[:4])}. Give the folder above them instead."
+        )
+    if options.id_table is not None:
+        _write_ids(options.id_table, ids, [path for path, _ in found])
+    return SlideTiling(
+        folder=options.output,
+        slides=[path for path, _ in found],
+        ids=ids,
+        options=_grid_options(options),
+    )
+
+
+def _grid_options(options: argparse.Namespace) -> GridOptions:
+    from domainssl.io.slide.pyramid import SlideReading
+    from domainssl.io.slide.tiling import GridOptions
+    from domainssl.io.slide.tissue import TissueOptions
+
+    if options.regions is not None and not os.path.exists(options.regions):
+        raise ConfigError(
+            f"--regions {options.regions}: nothing lies there. Give a file or a folder with one "
+            "per slide."
+        )
+    return GridOptions(
+        size_px=options.size,
+        mpp_um=options.mpp,
+        overlap_px=options.overlap,
+        min_tissue=options.min_tissue,
+        min_region=options.min_region,
+        partial=options.partial,
+        regions=options.regions,
+        reading=SlideReading(
+            mpp_um=options.mpp_um,
+            mpp_from=options.mpp_from,
+            allow_upsample=options.allow_upsample,
+        ),
+        tissue=TissueOptions(method=options.tissue, remove_pen=not options.keep_pen),
+    )
+
+
+def _slides(given: Sequence[str]) -> list[tuple[str, str]]:
+    """Return path and name of every slide.
+
+    Raises:
+        DataError: A folder holds none, or nothing lies at a path.
+    """
+    from domainssl.io.slide.pyramid import ENDINGS, list_slides
+
+    found = []
+    for path in given:
+        if os.path.isdir(path):
+            inside = list_slides(path)
+            if not inside:
+                raise DataError(
+                    f"{path}: holds no slides, expected files that end in {', '.join(ENDINGS)}."
+                )
+            found += [(slide, os.path.relpath(slide, path)) for slide in inside]
+        elif os.path.exists(path):
+            found.append((path, os.path.basename(path)))
+        else:
+            raise DataError(f"{path}: nothing lies there. Give slides or folders with slides.")
+    return list(dict.fromkeys(found))
+
+
+def _write_ids(path: Path, ids: Sequence[str], slides: Sequence[str]) -> None:
+    import csv
+    import io
+
+    from domainssl.files import new_file
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("id", "slide"), *zip(ids, slides, strict=True)])
+    with new_file(path) as file:
+        if os.name == "posix":
+            os.fchmod(file.fileno(), 0o600)
+        file.write(text.getvalue().encode())
+
+
+def _report(screen: Any, made: SlideTiling, found: Built, shard: str) -> None:
+    """Print what was written, slides without tiles and odd ones by id."""
+    done = [made.described(key) for key in made.keys if made.is_ready(key)]
+    tiles = [entry["tiles"] for entry in done]
+    screen.print(
+        f"{len(done)} slides with {sum(tiles)} tiles are in {made.folder}"
+        + (f", {found.resumed} of them before" if found.resumed else ""),
+        markup=False,
+    )
+    if len(done) > 1:
+        middle = sorted(tiles)[len(tiles) // 2]
+        screen.print(f"tiles per slide: {min(tiles)} to {max(tiles)}, middle {middle}")
+    empty = [entry["id"] for entry in done if not entry["tiles"]]
+    if empty:
+        screen.print(
+            f"{len(empty)} slides without a tile, look at their pictures: {', '.join(empty[:8])}"
+        )
+    for entry in done:
+        for text in entry["warnings"][:2]:
+            screen.print(f"{entry['id']}: {text}", markup=False)
+        if entry["damaged"]:
+            screen.print(
+                f"{entry['id']}: {len(entry['damaged'])} stored tiles cannot be read, the first "
+                f"at {entry['damaged'][0][1:]} of level {entry['damaged'][0][0]}"
+            )
+        if entry["pen"] and entry["pen"] > 0.01:
+            screen.print(
+                f"{entry['id']}: {entry['pen']:.1%} left out as pen; --keep_pen counts it as tissue"
+            )
+    for reason in found.skipped.values():
+        screen.print(f"left out: {reason}", markup=False)
+    if found.missing:
+        screen.print(f"shard {shard} is done; missing: {', '.join(found.missing)}", markup=False)
+    screen.print(f"look at {made.folder / 'thumbnails'} before you train", markup=False)

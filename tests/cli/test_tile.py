@@ -1,0 +1,165 @@
+"""The verb `tile`: grids, pictures and ids of slides, in pieces."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from slide_files import damage_tile, write_tiff
+
+from domainssl.cli import main
+
+NAMES = ("miller/A-1.tif", "miller/A-2.tif", "smith/B-1.tif")
+
+
+def _slide(path: Path, seed: int = 0, **more: Any) -> Path:
+    """Pink tissue of 384 x 256 pixels at (128, 64) on glass of 640 x 448."""
+    rng = np.random.default_rng(seed)
+    rgb = np.full((448, 640, 3), (243, 241, 242)) + rng.integers(-2, 3, (448, 640, 3))
+    rgb[64:320, 128:512] = np.array((200, 110, 170)) + rng.integers(-9, 10, (256, 384, 3))
+    return write_tiff(path, [rgb.astype(np.uint8)], **more)
+
+
+@pytest.fixture
+def slides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DOMAINSSL_CACHE", str(tmp_path / "cache"))
+    for seed, name in enumerate(NAMES):
+        _slide(tmp_path / "slides" / name, seed)
+    return tmp_path / "slides"
+
+
+def _tile(slides: Path, output: Path, *more: str) -> int:
+    words = ["--mpp", "1.0", "--size", "64", "--min_tissue", "0.4", "--jobs", "0", *more]
+    return main(["tile", str(slides), "--output", str(output), *words])
+
+
+def _ids(output: Path) -> list[str]:
+    return sorted(path.stem for path in (output / "slides").glob("*.json"))
+
+
+def test_grid_is_written_as_table_coordinates_and_picture(slides: Path, tmp_path: Path) -> None:
+    assert _tile(slides, tmp_path / "out", "--ids", "plain") == 0
+    assert _ids(tmp_path / "out") == [name.replace("/", "__") for name in NAMES]
+    key = "miller__A-1.tif"
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "tiles" / f"{key}.parquet").to_pydict()
+    wanted = [(x, y) for y in (0, 128, 256) for x in (128, 256, 384)]
+    assert list(zip(table["x"], table["y"], strict=True)) == wanted
+    assert list(zip(table["row"], table["column"], strict=True)) == [
+        (y // 128, x // 128) for x, y in wanted
+    ]
+    assert set(table["slide_id"]) == {key}
+    assert set(table["size_level0"]) == {128}
+    assert min(table["tissue_fraction"]) >= 0.4
+    with h5py.File(tmp_path / "out" / "patches" / f"{key}_patches.h5") as file:
+        coords = file["coords"]
+        assert coords[:].tolist() == [list(place) for place in wanted]
+        facts = dict(coords.attrs)
+    assert (facts["patch_size"], facts["patch_size_level0"]) == (64, 128)
+    assert (facts["level0_magnification"], facts["target_magnification"]) == (20, 10)
+    assert (facts["level0_width"], facts["level0_height"], facts["overlap"]) == (640, 448, 0)
+    with Image.open(tmp_path / "out" / "thumbnails" / f"{key}.png") as picture:
+        assert picture.size[0] >= 640
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert (np.abs(pixels - (10, 150, 70)).sum(-1) < 20).sum() > 500, "the outline is drawn"
+
+
+def test_names_are_hashed_and_written_nowhere(slides: Path, tmp_path: Path) -> None:
+    table = tmp_path / "ids.csv"
+    assert _tile(slides, tmp_path / "out", "--id_table", str(table)) == 0
+    for path in (tmp_path / "out").rglob("*"):
+        assert not any(word in path.name for word in ("miller", "smith", "A-1", "B-1"))
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(word in content for word in (b"miller", b"smith"))
+    rows = [line.split(",") for line in table.read_text().splitlines()]
+    assert sorted(row[0] for row in rows[1:]) == _ids(tmp_path / "out")
+    assert {os.path.relpath(row[1], slides) for row in rows[1:]} == set(NAMES)
+    assert table.stat().st_mode & 0o077 == 0
+
+
+def test_what_is_done_is_not_done_again_and_other_options_are_refused(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert _tile(slides, output, "--shard", "1/2") == 0
+    assert "missing: 2/2" in capsys.readouterr().out
+    first = {key: (output / "slides" / f"{key}.json").stat().st_mtime_ns for key in _ids(output)}
+    assert len(first) == 2
+    assert _tile(slides, output) == 0
+    assert "3 slides with 27 tiles" in capsys.readouterr().out
+    assert len(_ids(output)) == 3
+    for key, time in first.items():
+        assert (output / "slides" / f"{key}.json").stat().st_mtime_ns == time
+    assert _tile(slides, output, "--overlap", "8") == 2
+    assert "overlap_px differ" in capsys.readouterr().err
+    assert _tile(slides, output, "--overlap", "8", "--restart") == 0
+    facts = json.loads((output / "slides" / f"{_ids(output)[0]}.json").read_text())
+    assert facts["step_level0"] == [112, 112]
+
+
+def test_slide_that_cannot_be_read_ends_it_or_is_left_out(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _slide(slides / "none.tif", mpp=None)
+    assert _tile(slides, tmp_path / "out") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "none.tif" in said
+    assert "mpp_um" in said
+    assert "--skip_bad" in said
+    assert _tile(slides, tmp_path / "out", "--skip_bad") == 0
+    assert len(_ids(tmp_path / "out")) == 3
+    assert _tile(slides, tmp_path / "other", "--mpp_um", "0.5") == 0
+    assert len(_ids(tmp_path / "other")) == 4
+
+
+def test_regions_restrict_and_label_tiles(slides: Path, tmp_path: Path) -> None:
+    ring = [[0, 0], [256, 0], [256, 448], [0, 448], [0, 0]]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": {"classification": {"name": "Tumor"}},
+    }
+    (tmp_path / "regions").mkdir()
+    (tmp_path / "regions" / "A-1.geojson").write_text(json.dumps([feature]))
+    slide = slides / "miller" / "A-1.tif"
+    more = ("--regions", str(tmp_path / "regions"), "--ids", "plain")
+    assert _tile(slide, tmp_path / "out", *more) == 0
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "tiles" / "A-1.tif.parquet").to_pydict()
+    assert set(table["x"]) == {128}
+    assert set(table["label"]) == {"Tumor"}
+    assert _tile(slides, tmp_path / "other", *more) == 2
+
+
+def test_damaged_tiles_are_told_and_the_rest_is_kept(
+    slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage_tile(slides / "smith" / "B-1.tif", 200, 130)
+    assert _tile(slides, tmp_path / "out", "--ids", "plain") == 0
+    assert "smith__B-1.tif: 1 stored tiles cannot be read" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "out" / "slides" / "smith__B-1.tif.json").read_text())
+    assert facts["damaged"] == [[0, 192, 128]]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["/nowhere.svs"], "nothing lies there"), (["{}"], "holds no slides"),
+        (["{}", "--regions", "/nowhere"], "--regions /nowhere"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(
+    tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    words = [word.format(tmp_path / "empty") for word in words]
+    if "--regions" in words:
+        _slide(tmp_path / "empty" / "a.tif")
+    assert main(["tile", *words, "--output", str(tmp_path / "out")]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
