@@ -11,11 +11,12 @@ cuts and splits places, `cubes.py` reads windows.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule
 from domainssl.datamodules.statistics import statistics_of
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, DataError
 from domainssl.io.raster.bands import LayerFile, open_store
 from domainssl.io.storage.paths import list_folder
 from domainssl.loading.source import Loading, Source
@@ -103,6 +104,7 @@ class SentinelCubeDataModule(DomainDataModule):
         self.sites: list[Site] = []
         self.blocks: dict[str, list[Block]] = {}
         self._problems: list[str] = []
+        self._opened: tuple[list[Site], list[str]] | None = None
         self._modalities = as_modalities(
             {name: self._modality(name, layer) for name, layer in self.layers.items()}
         )
@@ -121,8 +123,10 @@ class SentinelCubeDataModule(DomainDataModule):
         return self._modalities
 
     def prepare_data(self) -> None:
-        """Write the embedded sample, once per machine."""
+        """Write the embedded sample, and open the sites, once per machine for all processes."""
         self._root()
+        with suppress(DataError):  # setup says it, on every rank: here the others would wait
+            self._opened = self._open_sites()
 
     def _root(self) -> str:
         if self.root != "sample":
@@ -135,9 +139,7 @@ class SentinelCubeDataModule(DomainDataModule):
         """Find the sites, cut them into blocks and hold some out; predict on those."""
         root = self._root()
         labels = self._label_layer(root)
-        self.sites, self._problems = open_sites(
-            root, self.layers, self.dates, self.window, labels, self.storage_options
-        )
+        (self.sites, self._problems), self._opened = self._opened or self._open_sites(), None
         for problem in self._problems:
             _log.warning("%s: %s", root, problem)
         blocks = [
@@ -161,6 +163,17 @@ class SentinelCubeDataModule(DomainDataModule):
         }
         sources["predict"] = self._source(val or train, is_training=False)
         return sources
+
+    def _open_sites(self) -> tuple[list[Site], list[str]]:
+        root = self._root()
+        return open_sites(
+            root,
+            self.layers,
+            self.dates,
+            self.window,
+            self._label_layer(root),
+            self.storage_options,
+        )
 
     def _source(self, blocks: list[Block], *, is_training: bool) -> CubeSource:
         return CubeSource(

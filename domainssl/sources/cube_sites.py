@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, require
-from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile, describe_zarr
-from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
+from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile
+from domainssl.io.raster.describe import LayerFiles, Sought
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.io.raster.read import conversion
 from domainssl.io.raster.sites import Found, find_files
@@ -110,10 +110,12 @@ def open_sites(
     if len(maps) == len(names) == 1:
         maps = {names[0]: next(iter(maps.values()))}
     sides = [cells * snap_m(layers) for cells in window.shape]
+    files = LayerFiles(root, options)
+    files.fill(_wanted(layers, found, names, labels, maps))
     sites = []
     for name in names:
         parts = {n: found[n][name] for n in layers}
-        site = _site(name, layers, parts, labels, maps.get(name, []), options)
+        site = _site(name, layers, parts, labels, maps.get(name, []), files)
         reason = _reason_against(site, sides, dates)
         if reason:
             problems.append(f"site {name}: {reason}")
@@ -122,6 +124,28 @@ def open_sites(
     if not sites:
         raise DataError(f"{root}: no site can be used: {'; '.join(problems[:_SHOWN])}")
     return sites, problems
+
+
+def _wanted(
+    layers: Mapping[str, Layer],
+    found: Mapping[str, Mapping[str, list[Found]]],
+    names: Sequence[str],
+    labels: Layer | None,
+    maps: Mapping[str, list[Found]],
+) -> dict[Sought, list[Found]]:
+    """Return all files that will be described, by what is asked of them."""
+    wanted: dict[Sought, list[Found]] = {}
+    for key, layer in layers.items():
+        whole = _sought(layer)
+        single = {canonical_band(b): _sought(replace(layer, bands=(b,))) for b in layer.bands}
+        for name in names:
+            for each in found[key][name]:
+                sought = single.get(canonical_band(each.band)) if each.band else whole
+                if sought is not None:
+                    wanted.setdefault(sought, []).append(each)
+    if labels is not None:
+        wanted.setdefault(_sought(labels), []).extend(maps[n][0] for n in names if n in maps)
+    return wanted
 
 
 def _share_single_names(found: dict[str, dict[str, list[Found]]]) -> None:
@@ -138,14 +162,14 @@ def _site(
     parts: Mapping[str, list[Found]],
     labels: Layer | None,
     maps: list[Found],
-    options: Options | None,
+    files: LayerFiles,
 ) -> Site:
-    opened = {n: _layer(n, layer, parts[n], options) for n, layer in layers.items()}
-    files = {n: layer.files[0] for n, layer in opened.items()}
-    crs = next(iter(files.values())).crs
-    for layer, file in files.items():
+    opened = {n: _layer(n, layer, parts[n], files) for n, layer in layers.items()}
+    firsts = {n: layer.files[0] for n, layer in opened.items()}
+    crs = next(iter(firsts.values())).crs
+    for layer, file in firsts.items():
         if file.crs != crs:
-            first = next(iter(files))
+            first = next(iter(firsts))
             raise DataError(
                 f"site {name}: layer {first!r} is in {crs[:60]}, layer {layer!r} in "
                 f"{file.crs[:60]} ({file.path}). Reproject one of them: windows are cut, not "
@@ -160,7 +184,7 @@ def _site(
     assert bounds is not None
     cover = None
     if labels is not None and maps:
-        cover = _describe(labels, maps[0], options)
+        cover = _describe(labels, maps[0], files)
         bounds = bounds.shared(cover.bands[0].grid.bounds)
     return Site(name=name, layers=opened, labels=cover, crs=crs, bounds=bounds, metres=_metres(crs))
 
@@ -176,8 +200,8 @@ def _metres(crs: str) -> float:
     return float(known.axis_info[0].unit_conversion_factor) if known.axis_info else 1.0
 
 
-def _layer(name: str, layer: Layer, found: list[Found], options: Options | None) -> SiteLayer:
-    files = tuple(_joined(layer, found, options))
+def _layer(name: str, layer: Layer, found: list[Found], known: LayerFiles) -> SiteLayer:
+    files = tuple(_joined(layer, found, known))
     first = files[0]
     for file in files[1:]:
         if file.crs != first.crs:
@@ -244,14 +268,14 @@ def _refuse_equal_dates(name: str, first: LayerFile, second: LayerFile, time: An
     )
 
 
-def _joined(layer: Layer, found: Sequence[Found], options: Options | None) -> Iterator[LayerFile]:
+def _joined(layer: Layer, found: Sequence[Found], known: LayerFiles) -> Iterator[LayerFile]:
     """Describe files; those of one date that hold a band each become one.
 
     Raises:
         DataError: A date lacks a band, or has it twice.
     """
     if not found[0].band:
-        yield from (_describe(layer, each, options) for each in found)
+        yield from (_describe(layer, each, known) for each in found)
         return
     dates: dict[tuple[str, str], dict[str, Found]] = {}
     for each in found:
@@ -272,7 +296,7 @@ def _joined(layer: Layer, found: Sequence[Found], options: Options | None) -> It
             )
         files = []
         for band in layer.bands:
-            file = _describe(replace(layer, bands=(band,)), several[canonical_band(band)], options)
+            file = _describe(replace(layer, bands=(band,)), several[canonical_band(band)], known)
             files.append(file)
             if file.crs != files[0].crs or not np.array_equal(file.times, files[0].times, True):
                 raise DataError(
@@ -282,22 +306,17 @@ def _joined(layer: Layer, found: Sequence[Found], options: Options | None) -> It
         yield replace(files[0], bands=tuple(replace(f.bands[0], path=f.path) for f in files))
 
 
-def _describe(layer: Layer, found: Found, options: Options | None) -> LayerFile:
-    if found.path.lower().endswith(GEOTIFF_ENDINGS):
-        if layer.mask is not None:
-            raise DataError(f"{found.path}: masks are read from zarr stores only; set mask: null.")
-        file = describe_geotiff(found.path, layer.bands, crs=layer.crs, date=found.date)
-    else:
-        file = describe_zarr(
-            found.path,
-            layer.bands,
-            group=found.group,
-            step_hint=layer.gsd_m,
-            mask=layer.mask.variable if layer.mask else None,
-            crs=layer.crs,
-            date=found.date,
-            options=options,
-        )
+def _sought(layer: Layer) -> Sought:
+    return Sought(
+        bands=layer.bands,
+        step_hint=layer.gsd_m,
+        mask=layer.mask.variable if layer.mask else None,
+        crs=layer.crs,
+    )
+
+
+def _describe(layer: Layer, found: Found, files: LayerFiles) -> LayerFile:
+    file = files.get(_sought(layer), found)
     if layer.nodata is None:
         return file
     more = layer.nodata if isinstance(layer.nodata, tuple | list) else (layer.nodata,)

@@ -229,6 +229,7 @@ def describe_zarr(
     crs: str | None = None,
     date: str = "",
     options: Options | None = None,
+    cube: Cube | None = None,
 ) -> LayerFile:
     """Find the bands of one sensor in a store.
 
@@ -242,11 +243,12 @@ def describe_zarr(
         crs: Used where the store does not say.
         date: Date in the file's name, used where the store has no time.
         options: fsspec options of a URL.
+        cube: The store, where it is open; otherwise it is opened and stays open.
 
     Raises:
         DataError: A band is missing, or the store does not say where or what it is.
     """
-    cube = open_store(path, options)
+    cube = cube or open_store(path, options)
     if any("azimuth_time" in info.dims for info in cube.arrays.values()):
         raise DataError(f"{path}: {GRD_REASON}")
     found = _candidates(cube, group)

@@ -22,11 +22,13 @@ __all__ = ["GEOTIFF_ENDINGS", "describe_geotiff", "read_geotiff"]
 GEOTIFF_ENDINGS = (".tif", ".tiff")
 
 _FILES = HandlePool(limit=64)
+_BESIDE = (".msk", ".aux.xml")  # they change what a file says
 Array = np.ndarray[Any, Any]
 
 
 def _open(path: str) -> Any:
-    return _FILES.get(stamp(path), lambda: open_raster(path))
+    beside = (stamp(f"{path}{end}") for end in ("", *_BESIDE))
+    return _FILES.get(tuple(beside), lambda: open_raster(path))
 
 
 def describe_geotiff(

@@ -14,11 +14,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, cast
 
-from domainssl.io.storage.paths import Options, open_file, stamp
+from domainssl.io.storage.paths import Options, is_settled, open_file, stamp
 
 __all__ = ["HandlePool", "SharedFile", "names_in", "window"]
-
-_SETTLED_NS = 2_000_000_000  # clocks of file systems tell times of change apart after that
 
 
 class HandlePool:
@@ -80,10 +78,9 @@ def names_in(folder: str) -> Mapping[str, str]:
     def listing() -> dict[str, str]:
         return {name.lower(): name for name in sorted(os.listdir(folder))}
 
-    found = stamp(folder)
-    if time.time_ns() - found[2] < _SETTLED_NS:  # it may change again within the same tick
+    if not is_settled(os.stat(folder), time.time_ns()):
         return listing()
-    return cast(Mapping[str, str], _LISTINGS.get(found, listing))
+    return cast(Mapping[str, str], _LISTINGS.get(stamp(folder), listing))
 
 
 class SharedFile:

@@ -15,6 +15,7 @@ __all__ = [
     "fetch_ranges",
     "is_file",
     "is_folder",
+    "is_settled",
     "is_url",
     "join",
     "list_folder",
@@ -66,6 +67,17 @@ def stamp(path: str | os.PathLike[str]) -> tuple[str, int, int, int]:
     except OSError:
         return str(path), 0, 0, 0
     return str(path), facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+
+def is_settled(facts: os.stat_result, now_ns: int) -> bool:
+    """Return whether a change from now on would show in the times of a file.
+
+    File systems count in ticks of some milliseconds, a few in seconds: a file that has just been
+    written may be written again within the same tick.
+    """
+    last = max(facts.st_mtime_ns, facts.st_ctime_ns)
+    tick = 2_000_000_000 if facts.st_mtime_ns % 1_000_000_000 == 0 else 100_000_000
+    return bool(now_ns - last > tick)
 
 
 def list_folder(path: str | os.PathLike[str], options: Options | None = None) -> list[str]:
