@@ -28,6 +28,7 @@ from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.labels import class_names
 from domainssl.sources.patients import split_by_patient
+from domainssl.sources.slide_grids import SlideTiles, with_grids
 from domainssl.sources.stain_tiles import StainSource
 from domainssl.sources.tile_options import Stain, TileFiles, TileLabels, tile_window, wanted_tiles
 from domainssl.sources.windows import Window
@@ -35,7 +36,10 @@ from domainssl.sources.windows import Window
 __all__ = ["TileDataModule"]
 
 _log = logging.getLogger(__name__)
-_SAMPLES: dict[str, tuple[str, ...]] = {"tiles": ("he", "ihc")}  # name -> stains
+_SAMPLES: dict[str, tuple[str, ...]] = {  # name -> stains
+    "tiles": ("he", "ihc"),
+    "slide": ("he", "ihc"),
+}
 
 
 class TileDataModule(DomainDataModule):
@@ -45,13 +49,14 @@ class TileDataModule(DomainDataModule):
     not valid.
 
     Args:
-        root: `sample:tiles` (made on first use in the cache), or a folder.
+        root: `sample:tiles` or `sample:slide` (made on first use in the cache), or a folder.
         modalities: What is read by modality key; None takes everything of a sample.
         global_batch_size: Tiles per optimiser step, over all devices and accumulation.
         window: Their size, 224 pixels by default, and how they are drawn.
         held_out: Which patients or slides are held out, where the data state no validation split.
         labels: Class of a tile; `auto` takes that of a table; None.
         tiles: How tiles are found, named and counted.
+        slides: How tiles are cut out of whole slides.
         on_bad_sample: `raise`, or `replace` by the next good tile.
         statistics: `published` (those that `modalities` state, if any), a YAML or JSON file, or
             `card` (those of the model's weights).
@@ -71,6 +76,7 @@ class TileDataModule(DomainDataModule):
         held_out: HeldOut | None = None,
         labels: TileLabels | Literal["auto"] | None = "auto",
         tiles: TileFiles | None = None,
+        slides: SlideTiles | None = None,
         on_bad_sample: Literal["raise", "replace"] = "raise",
         statistics: str = "published",
         seed: int = 0,
@@ -96,6 +102,7 @@ class TileDataModule(DomainDataModule):
         self.root = root
         self.stains = dict(modalities or {name: Stain() for name in _SAMPLES[sample]})
         self.tiles = tiles or TileFiles()
+        self.slides = slides or SlideTiles()
         self.window = tile_window(window, self.tiles.mpp_um)
         used = ("val_fraction", "patients", "slides", "seed")
         self.held_out = (held_out or HeldOut()).of(used)
@@ -141,6 +148,9 @@ class TileDataModule(DomainDataModule):
             manifest=self.tiles.manifest,
             layout=self.tiles.layout,
         )
+        size = self.slides.size_px or max(self.window.shape)
+        sets, empty = with_grids(found.sets, self.slides, size, self.tiles.mpp_um)
+        found = replace(found, sets=sets, problems=[*found.problems, *empty])
         self.found = found
         for problem in found.problems:
             _log.warning("%s", problem)
@@ -164,6 +174,7 @@ class TileDataModule(DomainDataModule):
             sets=sets,
             modalities=self._modalities,
             window=self.window,
+            slides=self.slides,
             labels=self.label_names,
             per_slide=self.tiles.per_slide,
             ids=self._ids,
@@ -230,7 +241,7 @@ class TileDataModule(DomainDataModule):
         lines += [f"problem: {text}" for text in found.problems]
         size = " x ".join(str(n) for n in self.window.shape)
         for name, modality in self._modalities.items():
-            count = sum(bool(path) for each in found.sets for path in each.pictures[name])
+            count = sum(each.shows(name) for each in found.sets)
             lines.append(
                 f"{name}: {modality.num_channels} channels {' '.join(modality.channels)} "
                 f"({modality.value_unit}), {size} px of {modality.mpp_um:g} um, of {count} tiles"
@@ -269,6 +280,7 @@ def _digest(sets: Sequence[TileSet]) -> str:
     """Return a hash over the sizes of up to a thousand pictures, in their order, and all counts."""
     found = hashlib.sha256()
     files = [path for each in sets for paths in each.pictures.values() for path in paths if path]
+    files += [path for each in sets for path in each.slides.values()]
     found.update(f"{len(files)}\n".encode())
     for path in files[:: max(1, len(files) // 1000)]:
         found.update(f"{os.path.getsize(path)}\n".encode())

@@ -7,7 +7,7 @@ All stains of a place are cut, flipped and turned together. In an epoch every sl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -18,11 +18,13 @@ import torch
 from domainssl.errors import DataError
 from domainssl.io.slide.manifest import TileSet
 from domainssl.io.slide.picture import read_tile_picture
+from domainssl.io.slide.pyramid import Slide
 from domainssl.io.volume.ids import ids_of
 from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import Modality, key
+from domainssl.sources.slide_grids import SlideTiles
 from domainssl.sources.windows import Window
 
 __all__ = ["StainSource"]
@@ -41,6 +43,7 @@ class StainSource:
         sets: The tiles of every slide.
         modalities: What batches hold.
         window: In pixels.
+        slides: How tiles are cut out of slides.
         labels: Classes by number; None where batches carry none.
         per_slide: Most tiles of a slide in an epoch.
         ids: `hashed` or `plain`.
@@ -51,11 +54,17 @@ class StainSource:
     sets: Sequence[TileSet]
     modalities: Mapping[str, Modality]
     window: Window
+    slides: SlideTiles
     labels: Sequence[str] | None
     per_slide: int
     ids: str
     seed: int
     is_training: bool
+    _opened: dict[str, Slide] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave slides behind: every process opens its own."""
+        return {**self.__dict__, "_opened": {}}
 
     @cached_property
     def _quotas(self) -> Array:
@@ -146,10 +155,7 @@ class StainSource:
         Raises:
             DataError: A picture cannot be read, or stains of a place differ in size.
         """
-        read = {}
-        for name in self.modalities:
-            if path := tiles.pictures[name][tile]:
-                read[name] = read_tile_picture(path)
+        read = self._cut(tiles, tile) if tiles.slides else self._pictures(tiles, tile)
         sizes = {name: picture.shape[:2] for name, (picture, _) in read.items()}
         if len(set(sizes.values())) > 1:
             told = ", ".join(f"{name} {h} x {w}" for name, (h, w) in sizes.items())
@@ -169,6 +175,35 @@ class StainSource:
             rows.data[key(name, "present")][row] = True
             rows.bytes_decoded += picture.nbytes
             rows.bytes_needed += 3 * cut.extent[0] * cut.extent[1]
+
+    def _pictures(self, tiles: TileSet, tile: int) -> dict[str, tuple[Array, Array]]:
+        """Return colours and validity of every stain of a tile."""
+        paths = {name: tiles.pictures[name][tile] for name in self.modalities}
+        return {name: read_tile_picture(path) for name, path in paths.items() if path}
+
+    def _cut(self, tiles: TileSet, tile: int) -> dict[str, tuple[Array, Array]]:
+        """Read a tile out of the slides, at the same place in micrometres in all stains."""
+        x, y = tiles.corners[tile].tolist()
+        first = self._slide(next(iter(tiles.slides.values()))).facts.resolution()
+        read = {}
+        for name, modality in self.modalities.items():
+            if name not in tiles.slides:
+                continue
+            slide = self._slide(tiles.slides[name])
+            own = slide.facts.resolution()
+            assert modality.mpp_um is not None
+            read[name] = slide.read(
+                x * first[0] / own[0],
+                y * first[1] / own[1],
+                self.slides.size_px or max(self.window.shape),
+                modality.mpp_um,
+            )
+        return read
+
+    def _slide(self, path: str) -> Slide:
+        if path not in self._opened:
+            self._opened[path] = Slide(path, self.slides.reading)
+        return self._opened[path]
 
 
 def _padded(values: Array, room: Sequence[int], fill: int) -> Array:

@@ -58,13 +58,14 @@ class TileFiles:
     """How tiles are found, named and counted.
 
     Attributes:
-        layout: `auto` recognises it; `manifest` or `folder`.
+        layout: `auto` recognises it; `manifest`, `folder`, or `slides`, whose tiles are cut out
+            while they are read.
         manifest: A table of the tiles, CSV, JSON lines or Parquet, relative to the root; None
             takes `manifest.csv`, `.jsonl` or `.parquet` in it, if there is one.
         patient: Regular expression whose first group, found in the id of a tile, is its patient;
             empty takes the column `patient`, or the first folder of the tile.
         slide: The same for its slide; empty takes the column `slide`, or its folders.
-        mpp_um: Microns per pixel of the tiles.
+        mpp_um: Microns per pixel of the tiles; slides are read at it.
         per_slide: Most tiles of a slide in an epoch, drawn anew in each, so that large resections
             do not outweigh biopsies.
         id_table: CSV file to write that tells which id is which tile and patient; None writes

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from tile_files import place_picture, write_tiles
@@ -18,6 +19,7 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
 from domainssl.sources.held_out import HeldOut
+from domainssl.sources.slide_grids import SlideTiles
 from domainssl.sources.tile_options import Stain, TileFiles, TileLabels
 from domainssl.sources.windows import Window
 
@@ -228,5 +230,59 @@ def test_the_sample_is_described_and_says_its_classes(cache_folder: Path) -> Non
     assert "480 tiles of 120 slides of 80 patients in sample:tiles (manifest)" in text
     assert "ihc: 3 channels red green blue (rgb8), 64 x 64 px of 1 um, of 474 tiles" in text
     assert data.label_names == ("glands", "keratin", "mucin", "nests")
-    with pytest.raises(ConfigError, match=r"expected sample:tiles .*Did you mean 'tiles'"):
+    with pytest.raises(ConfigError, match=r"sample:tiles, sample:slide .* mean 'tiles'"):
         TileDataModule("sample:tile", {"he": Stain()}).setup("fit")
+
+
+def _slide_data(root: str, **more: Any) -> TileDataModule:
+    arguments: dict[str, Any] = {
+        "window": Window(size=64),
+        "tiles": TileFiles(mpp_um=1.0, ids="plain"),
+        "held_out": NONE,
+        "loading": Loading(workers=0),
+        **more,
+    }
+    data = TileDataModule(root, PAIR, **arguments)
+    data.setup("fit")
+    return data
+
+
+def test_tiles_are_cut_out_of_slides_where_tissue_is(cache_folder: Path) -> None:
+    data = _slide_data("sample:slide")
+    assert data.found is not None and data.found.layout == "slides"
+    (slide,) = data.found.sets
+    assert slide.id == "phantom" and 40 < len(slide) < 70  # of 12 x 8
+    root = Path(data._root())
+    whole = {s: tifffile.imread(root / s / "phantom.tif", key=0).astype(float) for s in PAIR}
+    rows = data.source("predict").load(Piece(0, 0, len(slide)), 0).data
+    for tile in (0, 20, 39):
+        x, y = slide.corners[tile].tolist()
+        assert rows["id"][tile] == f"phantom/{x}_{y}" and x % 128 == y % 128 == 0
+        for stain in PAIR:  # 64 px at 1 um are 128 px of level 0
+            part = whole[stain][y : y + 128, x : x + 128].reshape(64, 2, 64, 2, 3).mean((1, 3))
+            assert np.abs(rows[stain][tile].permute(1, 2, 0).numpy() - part).max() <= 1
+    assert rows["he.valid"].all() and (rows["he"].float().mean((1, 2, 3)) < 235).all()
+    again = pickle.loads(pickle.dumps(data.source("train")))
+    assert torch.equal(
+        again.load(Piece(0, 0, 4), 1).data["ihc"],
+        data.source("train").load(Piece(0, 0, 4), 1).data["ihc"],
+    )
+
+
+def test_a_slide_has_one_file_per_stain_and_labels_of_its_own(
+    tmp_path: Path, cache_folder: Path
+) -> None:
+    root = Path(_slide_data("sample:slide")._root())
+    for stain in PAIR:
+        (tmp_path / f"s1_{stain}.tif").symlink_to(root / stain / "phantom.tif")
+    _table(tmp_path, "s1,p1,,train,s1_he.tif,s1_ihc.tif,tumour", "s2,p2,,val,s1_he.tif,,stroma")
+    data = _slide_data(str(tmp_path), slides=SlideTiles(size_px=128, min_tissue=0.9))
+    assert data.found is not None
+    assert [each.labels[0] for each in data.found.sets] == ["tumour", "stroma"]
+    rows = data.source("val").load(Piece(0, 0, 2), 0).data
+    assert rows["label"].tolist() == [0, 0] and not rows["ihc.present"].any()
+    with pytest.raises(DataError, match=r"not one tile is left\. Lower .*min_tissue"):
+        _slide_data(str(tmp_path), slides=SlideTiles(size_px=600, min_tissue=1.0))
+    _table(tmp_path, "t1,p1,s1,train,s1_he.tif,,", "t2,p1,s1,train,s1_ihc.tif,,")
+    with pytest.raises(DataError, match="2 files are of the slide 's1': t1, t2"):
+        _slide_data(str(tmp_path))

@@ -17,6 +17,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "petct": ("volumes.VolumeDataModule", "sample:petct"),
     "brain": ("volumes.VolumeDataModule", "sample:brain"),
     "tiles": ("tiles.TileDataModule", "sample:tiles"),
+    "slide": ("tiles.TileDataModule", "sample:slide"),
 }
 
 

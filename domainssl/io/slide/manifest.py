@@ -10,16 +10,19 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.slide.picture import ENDINGS
+from domainssl.io.slide.pyramid import ENDINGS as SLIDES
+from domainssl.io.slide.pyramid import describe_slide, is_slide, list_slides
 from domainssl.io.volume.exam import patients_in_two_splits, split_of
 from domainssl.io.volume.folder import EVERY, ends_with
 from domainssl.io.volume.manifest import MANIFESTS, read_table
 
 __all__ = ["LAYOUTS", "FoundTiles", "TileSet", "WantedTiles", "find_tiles"]
 
-LAYOUTS = ("manifest", "folder")
+LAYOUTS = ("manifest", "folder", "slides")
 _NAMED = 5  # missing files that a message names
 _WHERE = "data.init_args"
 
@@ -33,16 +36,28 @@ class TileSet:
         patient: Whose it is; slides of one patient stay in one split.
         split: `train`, `val`, `test`, or empty where the data do not say.
         names: Id of every tile.
-        pictures: File per tile in every stain, by modality key; empty where a tile lacks one.
-        labels: Class per tile, empty where unknown.
+        pictures: File per tile in every stain, by modality key; empty where a tile lacks one. No
+            stains where tiles are cut out of slides.
+        labels: Class per tile, empty where unknown; of a slide before it has tiles, its own.
+        slides: File of the slide in every stain that it has, where tiles are cut out of slides.
+        corners: Upper left corners of tiles in pixels of level 0 of the first of `slides`, int64
+            (N, 2), x and y.
     """
 
     id: str
     patient: str
     split: str = ""
-    names: Sequence[str]
-    pictures: Mapping[str, Sequence[str]]
+    names: Sequence[str] = ()
+    pictures: Mapping[str, Sequence[str]] = field(default_factory=dict)
     labels: Sequence[str] = ()
+    slides: Mapping[str, str] = field(default_factory=dict)
+    corners: Any = None
+
+    def shows(self, name: str) -> int:
+        """Return the number of tiles that have a stain."""
+        if self.slides:
+            return len(self) if name in self.slides else 0
+        return sum(bool(path) for path in self.pictures[name])
 
     def __len__(self) -> int:
         """Return the number of tiles."""
@@ -101,7 +116,8 @@ def find_tiles(
         root: The folder.
         wanted: Stains and labels that are looked for.
         manifest: A table that lists the tiles; paths in it are relative to the root.
-        layout: One of `LAYOUTS`, or `auto`, which recognises it.
+        layout: One of `LAYOUTS`, or `auto`, which recognises it. `slides`: the files, in folders or
+            a table, are whole slides, whose tiles are not known here.
 
     Raises:
         ConfigError: There is no such folder or manifest.
@@ -125,9 +141,9 @@ def find_tiles(
         )
     if layout != "folder" and (manifest is not None or there):
         path = os.path.join(root, manifest or there[0])
-        found = _read_manifest(path, root, wanted)
+        found = _read_manifest(path, root, wanted, layout)
     else:
-        found = _read_folder(root, wanted)
+        found = _read_folder(root, wanted, layout)
     patients_in_two_splits(found.sets, root, "Slides")
     return replace(found, sets=sorted(found.sets, key=lambda each: each.id))
 
@@ -135,7 +151,7 @@ def find_tiles(
 # A table ------------------------------------------------------------------------------------
 
 
-def _read_manifest(path: str, root: str, wanted: WantedTiles) -> FoundTiles:
+def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> FoundTiles:
     """Return the tiles of a table: `id`, `patient`, `slide`, `split`, a column per stain."""
     columns, rows = read_table(path)
     for name, column in wanted.stains.items():
@@ -149,6 +165,8 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles) -> FoundTiles:
     seen: set[str] = set()
     missing: list[str] = []
     problems = []
+    first = next((row[c] for row in rows for c in wanted.stains.values() if row[c]), "")
+    are_slides = layout == "slides" or (layout == "auto" and _is_slide(os.path.join(root, first)))
     for number, row in enumerate(rows, 2):
         where = f"{path}, line {number}"
         cells = {name: row[column] for name, column in wanted.stains.items() if row[column]}
@@ -165,7 +183,7 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles) -> FoundTiles:
         if split and not split_of(split):
             raise DataError(f"{where}: split is {split!r}, expected train, val or test.")
         slide = _group(wanted.slide, tile, "slide") or _first(row, "slide", "slide_id")
-        slide = slide or os.path.dirname(tile) or tile
+        slide = slide or ("" if are_slides else os.path.dirname(tile)) or tile
         named = _group(wanted.patient, tile, "patient")
         patient = named or _first(row, "patient", "patient_id", "case_id") or slide
         label = row.get(wanted.label, "") if wanted.label else ""
@@ -176,7 +194,8 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles) -> FoundTiles:
             f"{', '.join(missing[:_NAMED])}. Paths are relative to {root}; leave the cell empty "
             "where a tile lacks a stain."
         )
-    return FoundTiles(layout="manifest", sets=_sets(slides, wanted), problems=problems)
+    sets = _slides(slides, path) if are_slides else _sets(slides, wanted)
+    return FoundTiles(layout="slides" if are_slides else "manifest", sets=sets, problems=problems)
 
 
 def _first(row: Mapping[str, str], *columns: str) -> str:
@@ -186,17 +205,23 @@ def _first(row: Mapping[str, str], *columns: str) -> str:
 # A folder -----------------------------------------------------------------------------------
 
 
-def _read_folder(root: str, wanted: WantedTiles) -> FoundTiles:
+def _read_folder(root: str, wanted: WantedTiles, layout: str) -> FoundTiles:
     """Return the tiles of a folder: `[split/]<stain>/<slide>/<x>_<y>.png`, in any order of these.
 
     A picture belongs to the stain that is one of its folders or ends its name. The rest of the
-    path is the tile, its last folder the slide, its first folder the patient.
+    path is the tile, its last folder the slide, its first folder the patient. Of whole slides,
+    the rest of the path is the slide.
     """
+    paths = list(_pictures(root)) if layout != "slides" else list_slides(root)
+    if layout == "auto":
+        others = [] if paths and not _is_slide(paths[0]) else list_slides(root)
+        if any(_is_slide(path) for path in others[:1]):
+            layout, paths = "slides", others
     files: dict[str, dict[str, str]] = {}
     problems: list[str] = []
     matched: set[str] = set()
     names: list[str] = []
-    for path in _pictures(root):
+    for path in paths:
         relative = os.path.relpath(path, root)
         parts = [*relative.split(os.sep)[:-1], os.path.splitext(os.path.basename(relative))[0]]
         names.append(relative)
@@ -217,7 +242,8 @@ def _read_folder(root: str, wanted: WantedTiles) -> FoundTiles:
         folders = tile.split("/")[:-1]
         split = split_of(folders[0]) if folders else ""
         folders = folders[bool(split) :]
-        slide = _group(wanted.slide, tile, "slide") or "/".join(folders)
+        slide = _group(wanted.slide, tile, "slide")
+        slide = slide or (tile if layout == "slides" else "/".join(folders))
         if not slide:
             raise DataError(
                 f"{root}: the tile {tile!r} lies in no folder of a slide. Lay tiles out as "
@@ -226,6 +252,8 @@ def _read_folder(root: str, wanted: WantedTiles) -> FoundTiles:
             )
         patient = _group(wanted.patient, tile, "patient") or (folders[0] if folders else slide)
         _add(slides, slide, patient, split, tile, "", own, os.path.join(root, tile))
+    if layout == "slides":
+        return FoundTiles(layout="slides", sets=_slides(slides, root), problems=problems)
     return FoundTiles(layout="folder", sets=_sets(slides, wanted), problems=problems)
 
 
@@ -264,6 +292,14 @@ def _must_match(root: str, wanted: WantedTiles, matched: set[str], names: Sequen
                 f"{', '.join(names[:3])}. Set {_WHERE}.modalities.{name}.stain to the name of the "
                 f"folder, or to '{EVERY}' where every picture is a tile."
             )
+
+
+def _is_slide(path: str) -> bool:
+    """Tell a whole slide from a picture of a tile: by its name, or by several levels of a TIFF."""
+    lower = path.lower()
+    if not lower.endswith((".tif", ".tiff")):
+        return lower.endswith(SLIDES)
+    return os.path.isfile(path) and is_slide(path) and len(describe_slide(path).levels) > 1
 
 
 # Both ---------------------------------------------------------------------------------------
@@ -316,6 +352,27 @@ def _sets(slides: Mapping[str, _Rows], wanted: WantedTiles) -> list[TileSet]:
                 name: [files.get(name, "") for files in rows.files] for name in wanted.stains
             },
             labels=rows.labels if any(rows.labels) else (),
+        )
+        for slide, rows in slides.items()
+    ]
+
+
+def _slides(slides: Mapping[str, _Rows], where: str) -> list[TileSet]:
+    """Return whole slides, a file per stain each."""
+    for slide, rows in slides.items():
+        if len(rows.files) > 1:
+            raise DataError(
+                f"{where}: {len(rows.files)} files are of the slide {slide!r}: "
+                f"{', '.join(rows.names[:_NAMED])}. A slide has one file per stain; correct the "
+                f"column `slide`, or {_WHERE}.tiles.slide."
+            )
+    return [
+        TileSet(
+            id=slide,
+            patient=rows.patient,
+            split=rows.split,
+            labels=rows.labels if any(rows.labels) else (),
+            slides=dict(rows.files[0]),
         )
         for slide, rows in slides.items()
     ]
