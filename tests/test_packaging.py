@@ -11,9 +11,12 @@ import sys
 import tomllib
 import zipfile
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IGNORED = (".*", "build", "dist", "site", "runs", "lightning_logs", "__pycache__", "*.egg-info")
@@ -150,3 +153,77 @@ def test_installed_wheel_runs_the_recipe_away_from_the_checkout(
         "--trainer.max_epochs=1", cwd=work, PYTHONPATH=str(site),
     )  # fmt: skip
     assert list(work.rglob("*.ckpt")), "the run left no checkpoint"
+
+
+# `sitecustomize` of an environment in which modules are not there
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Rest(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden!r}:
+            return None
+        return super().find_spec(name, path, target)
+
+    @classmethod
+    def find_distributions(cls, *args, **kwargs):  # libraries look there, too, for each other
+        for each in super().find_distributions(*args, **kwargs):
+            if each.metadata["Name"].lower().replace("_", "-") not in {gone!r}:
+                yield each
+
+sys.meta_path = [Rest if each is PathFinder else each for each in sys.meta_path]
+"""
+
+
+def _closure(wanted: list[str]) -> set[str]:
+    """Return the distributions that an installation of these requirements brings."""
+    found: set[str] = set()
+    waiting = [(Requirement(text).name, Requirement(text).extras) for text in wanted]
+    while waiting:
+        name, extras = waiting.pop()
+        name = canonicalize_name(name)
+        if name in found:
+            continue
+        try:
+            asked = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # of another platform
+        found.add(name)
+        for text in asked:
+            more = Requirement(text)
+            marks = [{"extra": extra} for extra in extras] or [{"extra": ""}]
+            if more.marker is None or any(more.marker.evaluate(mark) for mark in marks):
+                waiting.append((more.name, more.extras))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "recipe"), [("medical", "petct_croma"), ("pathology", "stains_croma")]
+)
+def test_a_domain_trains_where_only_its_extra_is_installed(
+    extra: str, recipe: str, tmp_path: Path
+) -> None:
+    declared = project()
+    extras = declared["optional-dependencies"]
+    there = _closure([*declared["dependencies"], *extras[extra]])  # type: ignore[misc,index]
+    modules = metadata.packages_distributions()
+    hidden = sorted(
+        module
+        for module, homes in modules.items()
+        if not {canonicalize_name(home) for home in homes} & (there | {"domainssl"})
+    )
+    assert "torchgeo" in hidden and "torch" not in hidden
+    installed = {canonicalize_name(each.metadata["Name"]) for each in metadata.distributions()}
+    gone = sorted(installed - there - {"domainssl"})
+    (tmp_path / "sitecustomize.py").write_text(
+        WITHOUT.format(hidden=hidden, gone=gone), encoding="utf-8"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    words = ["fit", "--config", f"recipes/{recipe}.yaml", "--trainer.max_epochs=1"]
+    run(sys.executable, "-m", "domainssl", *words, cwd=tmp_path, PYTHONPATH=paths)
+    assert list(tmp_path.rglob("*.ckpt")), "the run left no checkpoint"
+    code = "from importlib.util import find_spec; print(find_spec('torchgeo'))"
+    assert run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=paths) == "None\n"
