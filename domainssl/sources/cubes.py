@@ -16,11 +16,11 @@ from domainssl.io.raster.time import days
 from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
-from domainssl.modality import key
 from domainssl.sources.cube_blocks import Block
 from domainssl.sources.cube_options import Layer, snap_m
 from domainssl.sources.cube_sites import Site, anchors
 from domainssl.sources.dates import Dates
+from domainssl.sources.items import companions
 from domainssl.sources.windows import Cut, Window
 
 __all__ = ["CubeSource"]
@@ -246,15 +246,15 @@ class CubeSource:
             cut.write_valid(pixels.valid[dated], valid[i])
             geo.append({"crs": site.crs, **cut.geo(around.left, around.top, step)})
         stamps = days(layer.times[list(dates)])
-        data = rows.data
-        data[name], data[key(name, "valid")] = values, valid
-        data[key(name, "present")] = np.ones(n, bool)
-        if is_series:
-            data[key(name, "dates")] = np.tile(stamps, (n, 1))
-            data[key(name, "frames")] = np.ones((n, *time), bool)
-        else:
-            data[key(name, "dates")] = np.full(n, stamps[0], np.int32)
-        data[key(name, "geo")] = geo
+        rows.data |= companions(
+            name,
+            values,
+            valid,
+            count=n,
+            frames=len(dates) if is_series else None,
+            dates=stamps if is_series else stamps[0],
+            geo=geo,
+        )
 
     def _name(self, site: Site, block: Block, number: int, chosen: Chosen) -> str:
         row, column = (cells * self._snap(site) for cells in self._home(block, number))

@@ -20,6 +20,7 @@ from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import key
 from domainssl.sources.dates import Dates
+from domainssl.sources.items import companions
 from domainssl.sources.windows import Cut, Window
 
 __all__ = ["SSL4EOSource"]
@@ -160,14 +161,17 @@ class _Writer:
         data = self.rows.data
         for name, product_name in source.catalogue.products.items():
             bands = len(product(product_name).bands)
-            data[name] = empty((n, *time, bands, *size), source.dtype(name))
-            data[key(name, "valid")] = empty((n, *time, *size), torch.bool)
-            data[key(name, "present")] = np.ones(n, bool)
-            data[key(name, "dates")] = np.zeros((n, *time), np.int32)
-            if time:
-                data[key(name, "frames")] = np.ones((n, *time), bool)
-            data[key(name, "geo")] = [None] * n
-            values, valid = data[name], data[key(name, "valid")]
+            values = empty((n, *time, bands, *size), source.dtype(name))
+            valid = empty((n, *time, *size), torch.bool)
+            data |= companions(
+                name,
+                values,
+                valid,
+                count=n,
+                frames=len(dates) if time else None,
+                dates=0,
+                geo=[None] * n,
+            )
             self.out[name] = (values, valid) if time else (values[:, None], valid[:, None])
         data["index"] = np.arange(self.first, self.first + n)
         data["id"] = [""] * n

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 from zlib import crc32
 
 import numpy as np
-import torch
-from torch import Tensor, from_numpy
+from torch import Tensor
 
 from domainssl.io.series.tile import (
     Image,
@@ -28,6 +27,7 @@ from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import Batch, Modality, collate, key
 from domainssl.sources.dates import Dates
+from domainssl.sources.items import companions
 from domainssl.sources.windows import Cut, Window
 
 __all__ = ["TileSource", "Tiles"]
@@ -173,13 +173,13 @@ class TileSource:
             values = np.zeros((modality.num_channels, *cut.size), np.float32)
         else:
             values = np.ascontiguousarray(cut.view(image.values))
-        shape = values.shape[1:]
-        return {
-            name: from_numpy(values),
-            key(name, "valid"): from_numpy(np.full(shape, image is not None)),
-            key(name, "present"): image is not None,
-            key(name, "dates"): torch.tensor(0 if image is None else image.day, dtype=torch.int32),
-        }
+        return companions(
+            name,
+            values,
+            np.full(values.shape[1:], image is not None),
+            present=image is not None,
+            dates=0 if image is None else image.day,
+        )
 
     def _series(
         self,
@@ -191,6 +191,7 @@ class TileSource:
     ) -> Batch:
         """Return a series and its companions; one empty date where there is none."""
         found = None if series is None else self._choose(name, series, cut, rng)
+        is_present = found is not None
         if found is None:
             shape = (1, modality.num_channels, *cut.size)
             found = (
@@ -198,17 +199,16 @@ class TileSource:
                 np.zeros((1, *cut.size), bool),
                 np.zeros(1, np.int32),
             )
-            frames = np.zeros(1, bool)
-        else:
-            frames = np.ones(len(found[0]), bool)
         values, valid, days = found
-        return {
-            name: from_numpy(np.ascontiguousarray(values)),
-            key(name, "valid"): from_numpy(np.ascontiguousarray(valid)),
-            key(name, "present"): bool(frames.any()),
-            key(name, "dates"): from_numpy(days.astype(np.int32)),
-            key(name, "frames"): from_numpy(frames),
-        }
+        return companions(
+            name,
+            np.ascontiguousarray(values),
+            np.ascontiguousarray(valid),
+            frames=len(values),
+            present=is_present,
+            dates=days,
+            frame_mask=np.full(len(values), is_present),
+        )
 
     def _choose(
         self, name: str, series: Series, cut: Cut, rng: np.random.Generator

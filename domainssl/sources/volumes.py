@@ -20,6 +20,7 @@ from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import Modality, key
+from domainssl.sources.items import companions
 from domainssl.sources.preparation import prepare
 from domainssl.sources.volume_options import Contrast, ExamWindow, Preparation
 from domainssl.sources.windows import Cut
@@ -184,16 +185,19 @@ class VolumeSource:
         size = self.window.shape
         data: dict[str, Any] = {}
         for name, modality in self.modalities.items():
-            shape = (count, modality.num_channels, *size)
-            data[name] = empty(shape, torch.float32).zero_()
-            data[key(name, "valid")] = empty((count, *size), torch.bool).zero_()
-            data[key(name, "present")] = np.full(count, name in exam.scans)
             limits = np.zeros((count, modality.num_channels, 2), np.float32)
             limits[..., 1] = 1
-            data[key(name, "window")] = limits
-            data[key(name, "affine")] = [np.eye(4).tolist() for _ in range(count)]
-            if self.contrasts[name].sources:
-                data[key(name, "source")] = np.full(count, -1, np.int64)
+            words = np.full(count, -1, np.int64) if self.contrasts[name].sources else None
+            data |= companions(
+                name,
+                empty((count, modality.num_channels, *size), torch.float32).zero_(),
+                empty((count, *size), torch.bool).zero_(),
+                count=count,
+                present=name in exam.scans,
+                window=limits,
+                affine=[np.eye(4).tolist() for _ in range(count)],
+                source=words,
+            )
         if self.has_masks:
             data["mask"] = torch.full((count, *size), -1, dtype=torch.int64)
         return data
