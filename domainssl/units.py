@@ -20,7 +20,7 @@ from torch import Tensor
 from domainssl.errors import DataError
 from domainssl.modality import Modality, key
 
-__all__ = ["UnitCheck", "unit_of_item"]
+__all__ = ["UnitCheck", "unit_change", "unit_of_item"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -57,6 +57,31 @@ _REMEDY = {
     "range": "Check unit, scale factor and offset of the data, and nodata values that "
     "are not marked in '{name}.valid'.",
 }
+
+
+def unit_change(stored: str, wanted: str) -> tuple[str, float, float] | None:
+    """Return how stored values become another unit, or None where there is no way.
+
+    Args:
+        stored: `dn`, `dn+1000` (with the offset of baseline 04.00), `reflectance`, `db`, `linear`,
+            `amplitude`, or another name.
+        wanted: The unit of the batch.
+
+    Returns:
+        Kind, factor and addition of `factor * (stored + addition)`: `linear` is that value, `power`
+        10·log10 of it, `amplitude` 20·log10 of it.
+    """
+    addition = 0.0
+    if stored == "dn+1000":
+        stored, addition = "dn", -1000.0
+    if stored == wanted:
+        return "linear", 1.0, addition
+    factor = {("reflectance", "dn"): 1e4, ("dn", "reflectance"): 1e-4}.get((stored, wanted))
+    if factor is not None:
+        return "linear", factor, addition
+    if wanted == "db" and stored in ("linear", "amplitude"):
+        return ("power" if stored == "linear" else "amplitude"), 1.0, addition
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

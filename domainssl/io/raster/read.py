@@ -17,6 +17,7 @@ from domainssl.errors import DataError
 from domainssl.io.raster.bands import LayerFile, StoredBand, open_store
 from domainssl.io.raster.geotiff import read_geotiff
 from domainssl.io.raster.grid import Bounds, Grid
+from domainssl.units import unit_change
 
 __all__ = [
     "MaskRule",
@@ -117,17 +118,12 @@ def conversion(
         DataError: The attributes do not tell, or there is no way from one to the other.
     """
     source = _source_unit(band, unit, where) if stored_unit == "auto" else stored_unit
-    scale, offset = band.scale, band.offset
-    if source == "dn+1000":
-        source, offset = "dn", offset - 1000.0
-    if source == unit:
-        return "linear", scale, offset
-    if (source, unit) == ("reflectance", "dn"):
-        return "linear", _tidy(scale * 1e4), _tidy(offset * 1e4)
-    if (source, unit) == ("dn", "reflectance"):
-        return "linear", _tidy(scale / 1e4), _tidy(offset / 1e4)
-    if unit == "db" and source in ("linear", "amplitude"):
-        return ("power" if source == "linear" else "amplitude"), scale, offset
+    change = unit_change(source, unit)
+    if change is not None:
+        kind, factor, addition = change
+        if factor == 1.0:
+            return kind, band.scale, band.offset + addition
+        return kind, _tidy(band.scale * factor), _tidy((band.offset + addition) * factor)
     raise DataError(
         f"{where}: there is no way from stored {source!r} to value_unit {unit!r}. Set "
         "data.init_args.modalities.<name>.stored_unit to what the file holds: dn, dn+1000, "
