@@ -13,13 +13,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Row", "checkup"]
 
 _EXTRAS = {
     "geo": ("zarr", "numcodecs", "xarray", "rasterio", "pyproj", "torchgeo"),
     "medical": ("monai", "nibabel", "pydicom", "gdcm", "nrrd", "pandas", "pyarrow"),
-    "pathology": ("openslide", "tifffile", "imagecodecs", "h5py", "pandas", "pyarrow", "zarr"),
+    "pathology": (
+        "openslide",
+        "tifffile",
+        "imagecodecs",
+        "h5py",
+        "pandas",
+        "pyarrow",
+        "zarr",
+        "shapely",
+        "scipy",
+    ),
     "finetune": ("segmentation_models_pytorch", "peft"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "hub": ("huggingface_hub",),
@@ -49,6 +60,7 @@ def checkup() -> list[Row]:
         _processes,
         _gdal,
         _dicom,
+        _slides,
         _folders,
     ]
     return [row for part in parts for row in part()]
@@ -245,6 +257,31 @@ def _dicom() -> list[Row]:
         remedy = "To read them: pip install 'domainssl[medical]' (python-gdcm)"
         return [Row("warning", "DICOM decoders", f"without {', '.join(missing)}", remedy)]
     return [Row("ok", "DICOM decoders", ", ".join(syntaxes))]
+
+
+def _slides() -> list[Row]:
+    """Check the C library of OpenSlide, and what decodes the tiles that tifffile reads."""
+    if importlib.util.find_spec("openslide") is None:
+        return []  # told with the extra
+    try:
+        import openslide
+        from imagecodecs import JPEG, JPEG2K, LZW, ZLIB, ZSTD
+    except (ImportError, OSError, AttributeError) as error:  # a missing C library too
+        remedy = "pip install 'domainssl[pathology]' brings it (openslide-bin, imagecodecs)"
+        return [Row("warning", "slides", f"{type(error).__name__}: {error}", remedy)]
+    codecs: dict[str, Any] = {
+        "JPEG": JPEG,
+        "JPEG 2000": JPEG2K,
+        "LZW": LZW,
+        "deflate": ZLIB,
+        "zstd": ZSTD,
+    }
+    missing = [name for name, codec in codecs.items() if not codec.available]
+    found = f"OpenSlide {openslide.__library_version__}"
+    if missing:
+        remedy = "Reinstall imagecodecs: pip install --force-reinstall imagecodecs"
+        return [Row("warning", "slides", f"{found}, without {', '.join(missing)}", remedy)]
+    return [Row("ok", "slides", f"{found}; tifffile with {', '.join(codecs)}")]
 
 
 def _folders() -> list[Row]:

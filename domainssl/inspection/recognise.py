@@ -12,9 +12,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from domainssl.errors import DataError
+from domainssl.inspection.bags import bag_tables, inspect_bags, is_bags
 from domainssl.inspection.files import find_geotiffs, inspect_cube, inspect_geotiffs, inspect_tar
 from domainssl.inspection.layers import inspect_layers
 from domainssl.inspection.scans import inspect_scans, is_scans, scan_tables
+from domainssl.inspection.slides import (
+    inspect_pictures,
+    inspect_slides,
+    is_pictures,
+    is_slides,
+    picture_tables,
+    slide_tables,
+)
 from domainssl.inspection.ssl4eo import (
     EXPECTED,
     inspect_ssl4eo,
@@ -44,6 +53,7 @@ __all__ = ["FORMATS", "Format", "Place", "inspect_path", "recognise", "render"]
 
 _ARCHIVES = (".zarr.zip", ".zarr", ".tar")
 
+_NOUNS = {"scans": "scan", "slides": "slide", "pictures": "picture", "bags": "feature file"}
 _CUBE_MARKS = (".zgroup", ".zmetadata", ".zattrs", "zarr.json")
 
 
@@ -110,12 +120,13 @@ def recognise(
             return form, place
     if place.names is None:
         raise DataError(
-            f"{path}: this kind of file is not understood, expected .zarr.zip, .tar, .tif, or a "
-            "scan (NIfTI, NRRD, MetaImage, MGH or DICOM)"
+            f"{path}: this kind of file is not understood, expected .zarr.zip, .tar, .tif, a "
+            "scan (NIfTI, NRRD, MetaImage, MGH or DICOM), a slide, a tile picture or features (.h5)"
         )
     raise DataError(
         f"{path}: neither SSL4EO-S12 products (train/S2L2A/…), TreeSatAI or PASTIS, nor zarr "
-        f"cubes, nor GeoTIFF, nor scans. It holds: {', '.join(place.names[:12]) or 'nothing'}."
+        f"cubes, nor GeoTIFF, nor scans, nor slides, tiles or features. It "
+        f"holds: {', '.join(place.names[:12]) or 'nothing'}."
         + "".join(f" {text}" for text in _other_format(path, options))
     )
 
@@ -127,12 +138,14 @@ def inspect_path(path: str, *, storage_options: Mapping[str, Any] | None = None)
         path: An SSL4EO-S12 folder (root, split or product), the root of TreeSatAI, PASTIS or of
             cubes with a folder per sensor, a zarr cube (`.zarr.zip` or folder; EOPF products and
             GeoZarr too) or a folder of them, a tar of cubes, a GeoTIFF or a folder of them, a scan
-            (NIfTI, NRRD, MetaImage, MGH, DICOM) or a folder of them; fsspec URLs except for
-            GeoTIFF, scans, TreeSatAI and PASTIS.
+            (NIfTI, NRRD, MetaImage, MGH, DICOM), a slide, a tile picture or a feature file (HDF5,
+            Zarr) or a folder of them; fsspec URLs except for GeoTIFF, scans, slides, tiles,
+            features, TreeSatAI and PASTIS.
         storage_options: fsspec options for a URL.
 
     Returns:
-        Plain data: `path`, `kind` (`ssl4eo`, `data`, `layers`, `cube`, `tar`, `geotiff`, `scans`),
+        Plain data: `path`, `kind` (`ssl4eo`, `data`, `layers`, `cube`, `tar`, `geotiff`, `scans`,
+        `slides`, `pictures`, `bags`),
         `problems` (texts), and what the kind has: `release` and `splits`, `arrays` and `values`,
         `files` or `scans`.
 
@@ -286,6 +299,21 @@ FORMATS = (
         lambda p: inspect_scans(p.path),
     ),
     Format(
+        "bags",
+        lambda p: not is_url(p.path) and is_bags(p.path, p.names),
+        lambda p: inspect_bags(p.path),
+    ),
+    Format(
+        "slides",
+        lambda p: not is_url(p.path) and is_slides(p.path, p.names),
+        lambda p: inspect_slides(p.path),
+    ),
+    Format(
+        "pictures",
+        lambda p: not is_url(p.path) and is_pictures(p.path, p.names),
+        lambda p: inspect_pictures(p.path),
+    ),
+    Format(
         "tar",
         lambda p: p.names is None and p.ends(".tar"),
         lambda p: inspect_tar(p.path, p.options),
@@ -345,7 +373,8 @@ def render(report: Mapping[str, Any]) -> RenderableType:
 
     parts: list[Any] = [Text(f"{report['path']}: {_headline(report)}", style="bold")]
     tables = {"ssl4eo": _ssl4eo, "geotiff": _geotiff, "data": _data, "layers": _layers,
-              "scans": scan_tables}  # fmt: skip
+              "scans": scan_tables, "slides": slide_tables, "pictures": picture_tables,
+              "bags": bag_tables}  # fmt: skip
     parts += tables.get(report["kind"], _cube)(report)
     problems = report["problems"]
     if problems:
@@ -365,9 +394,10 @@ def _headline(report: Mapping[str, Any]) -> str:
         return f"as {report['data']} reads it"
     if report["kind"] == "layers":
         return f"{len(report['layers'])} folders, the first file of each shown"
-    if report["kind"] == "scans":
+    if report["kind"] in _NOUNS:
+        noun = _NOUNS[report["kind"]]
         return (
-            f"{report['count']} scan{'s' * (report['count'] != 1)}, {report['measured']} measured"
+            f"{report['count']} {noun}{'s' * (report['count'] != 1)}, {report['measured']} measured"
         )
     if report["kind"] == "geotiff":
         return f"{report['count']} GeoTIFF, {report['measured']} measured, CRS {report['crs']}"

@@ -11,8 +11,9 @@ def run(argv: list[str]) -> int:
     """Print what a data set or a file holds; the exit status is 1 when it has problems."""
     parser = argparse.ArgumentParser(
         prog="python -m domainssl inspect",
-        description="Say what is at a path: a folder, an archive, a cube, a GeoTIFF, a scan or a "
-        "DICOM folder, local or behind an fsspec URL. Values are measured on a part of the data. "
+        description="Say what is at a path: a folder, an archive, a cube, a GeoTIFF, a scan, a "
+        "DICOM folder, slides, tiles or features, local or behind an fsspec URL. Values are "
+        "measured on a part of the data. "
         "Exit status 1 when problems were found, 2 when nothing could be read.",
     )
     parser.add_argument(

@@ -1,0 +1,153 @@
+"""What feature files hold: tiles, width, places, encoder, values."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError, DomainSSLError, parsing, require
+from domainssl.files import read_json
+from domainssl.inspection.tables import add_row, new_table, note_lines
+from domainssl.io.slide.bag_folders import find_bags
+from domainssl.io.slide.features import Bag, describe_bag, read_bag
+
+__all__ = ["bag_tables", "inspect_bags", "is_bags"]
+
+_MEASURED = 64  # files that are read
+_HDF5 = (".h5", ".hdf5")
+_JOBS = ("h5_files", "pt_files", "features_")
+
+
+def is_bags(path: str, names: Sequence[str] | None) -> bool:
+    """Whether a local file holds the features of a slide, or a folder those of several.
+
+    Args:
+        path: File or folder.
+        names: What a folder holds, None for a file.
+    """
+    if names is None:
+        return _is_features(path)
+    if "zarr.json" in names:
+        return _is_zarr_bag(path)
+    if any(name.startswith(_JOBS) for name in names):
+        return True
+    if any(name.endswith("_overlap") for name in names):
+        return any(
+            inner.startswith(_JOBS)
+            for name in names
+            if name.endswith("_overlap") and os.path.isdir(os.path.join(path, name))
+            for inner in os.listdir(os.path.join(path, name))
+        )
+    first = next((n for n in names if n.lower().endswith((*_HDF5, ".zarr"))), None)
+    if first is None:
+        return False
+    inside = os.path.join(path, first)
+    return _is_zarr_bag(inside) if first.endswith(".zarr") else _is_features(inside)
+
+
+def _is_features(path: str) -> bool:
+    if not path.lower().endswith(_HDF5) or not os.path.isfile(path):
+        return False
+    try:
+        h5py = require("h5py", "pathology")
+        with parsing(path), h5py.File(path, "r", locking=False) as file:
+            return "features" in file and getattr(file["features"], "ndim", 0) in (1, 2)
+    except DomainSSLError:
+        return False
+
+
+def _is_zarr_bag(path: str) -> bool:
+    try:
+        found = read_json(os.path.join(path, "zarr.json"))
+    except DomainSSLError:
+        return False
+    is_group = isinstance(found, dict) and found.get("node_type") == "group"
+    return is_group and os.path.isfile(os.path.join(path, "features", "zarr.json"))
+
+
+def inspect_bags(path: str) -> dict[str, Any]:
+    """Describe the features of a slide, or of the slides of a folder.
+
+    Returns:
+        Plain data: `layout`; `bags` with counts, places and values; `notes`; `problems`.
+    """
+    problems: list[str] = []
+    layout, paths = "file", [path]
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "zarr.json")):
+        found = find_bags(path)
+        layout, paths = found.layout, [file.path for file in found.files]
+    bags = []
+    for name in paths[:_MEASURED]:
+        try:
+            bags.append(_described(name, read_bag(name), problems))
+        except DataError as error:
+            problems.append(str(error))
+    notes = []
+    for key in ("dim", "encoder", "patch_size_level0", "mpp_um"):
+        counts = Counter(str(bag[key]) for bag in bags)
+        if len(counts) > 1:
+            shown = ", ".join(f"{value} ({count})" for value, count in counts.most_common(4))
+            notes.append(f"{len(counts)} values of {key.replace('_', ' ')}: {shown}")
+    return {
+        "kind": "bags",
+        "count": len(paths),
+        "measured": len(bags),
+        "layout": layout,
+        "bags": bags,
+        "notes": notes,
+        "problems": problems,
+    }
+
+
+def _described(path: str, bag: Bag, problems: list[str]) -> dict[str, Any]:
+    values = bag.features
+    finite = np.isfinite(values)
+    if not finite.all():
+        problems.append(f"{path}: {int((~finite).any(1).sum())} tiles with features not finite")
+    if not len(bag):
+        problems.append(f"{path}: no tile")
+    kept = values[finite].astype(np.float64)
+    try:
+        lines = describe_bag(bag)
+    except DataError as error:
+        problems.append(str(error))
+        lines = []
+    return {
+        "path": path,
+        "slide": bag.slide,
+        "layout": bag.layout,
+        "tiles": len(bag),
+        "dim": bag.dim,
+        "dtype": bag.dtype,
+        "encoder": bag.encoder,
+        "has_places": bag.coords is not None,
+        "patch_size_level0": bag.patch_size_level0,
+        "overlap_level0": bag.overlap_level0,
+        "mpp_um": bag.mpp_um,
+        "min": float(kept.min()) if kept.size else None,
+        "mean": float(kept.mean()) if kept.size else None,
+        "max": float(kept.max()) if kept.size else None,
+        "std": float(kept.std()) if kept.size else None,
+        "said": lines,
+    }
+
+
+def bag_tables(report: Mapping[str, Any]) -> list[Any]:
+    """Return a report of `inspect_bags` as tables."""
+    from rich.text import Text
+
+    parts: list[Any] = note_lines(report)
+    if len(report["bags"]) == 1:
+        return [*parts, *(Text(line) for line in report["bags"][0]["said"])]
+    columns = ("slide", "tiles", "dim", "dtype", "encoder", "tile at level 0", "mean", "std")
+    table = new_table(f"layout {report['layout']}", *columns)
+    for bag in report["bags"]:
+        numbers = ("-" if bag[k] is None else f"{bag[k]:.4g}" for k in ("mean", "std"))
+        size = "-" if bag["patch_size_level0"] is None else str(bag["patch_size_level0"])
+        cells = (str(bag["tiles"]), str(bag["dim"]), bag["dtype"], bag["encoder"] or "-", size)
+        add_row(table, bag["slide"], *cells, *numbers)
+    return [*parts, table]
