@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+
+from domainssl.errors import ConfigError
 
 __all__ = ["Recorded", "class_name", "class_of", "plain"]
+
+
+# names of sizes; where some depth may be 0, that of a decoder may not
+_SIZE = re.compile(
+    r"(?:\w+_)?(?:width|heads|dim|size|channels|hidden|window|embedding)|decoder_depth"
+    r"|(?P<may_be_none>(?:\w+_)?depths?)"
+)
 
 
 def plain(value: object) -> Any:
@@ -56,6 +66,7 @@ class Recorded:
     """
 
     arguments: dict[str, Any]
+    arguments_at: ClassVar[str] = ""  # where a configuration has them
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Record the arguments before any constructor runs."""
@@ -70,5 +81,25 @@ class Recorded:
             is_open = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             value = plain(bound.arguments[name])
             recorded.update(value if is_open else {name: value})
+        place = cls.arguments_at or f"{cls.__name__}: "
+        for path, value, least in _sizes(recorded):
+            if value < least:
+                raise ConfigError(f"{place}{path}: got {value!r}, expected {least} or more.")
         object.__setattr__(self, "arguments", recorded)
         return self
+
+
+def _sizes(
+    value: Any, path: str = "", least: int | None = None
+) -> Iterator[tuple[str, float, int]]:
+    """Yield every number that is the size of something, its path, and the smallest possible."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            found = _SIZE.fullmatch(key)
+            smallest = None if found is None else 0 if found["may_be_none"] else 1
+            yield from _sizes(item, f"{path}.{key}" if path else key, smallest)
+    elif least is not None and isinstance(value, list):
+        for item in value:
+            yield from _sizes(item, path, least)
+    elif least is not None and isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value, least

@@ -37,19 +37,18 @@ _NAMES = {  # of STAC and its catalogues, without blanks, hyphens and underscore
     "cirrus": "B10", "swir1": "B11", "swir16": "B11", "swir2": "B12", "swir22": "B12",
     "vv": "VV", "vh": "VH",
 }  # fmt: skip
+_NUMBERED = re.compile(r"b(?:and)?(\d+)", re.ASCII)
 _SEPARATORS = re.compile(r"[\s_\-]+")
 
 
 def canonical_band(name: str) -> str:
-    """Return the canonical spelling of a band: `b2`, `B02`, `blue` -> `B02`; `vv` -> `VV`."""
+    """Return the canonical spelling of a band: `b2`, `Band 2`, `blue` -> `B02`; `vv` -> `VV`."""
     text = str(name).strip()
     plain = _SEPARATORS.sub("", text.lower())
     if plain in _NAMES:
         return _NAMES[plain]
-    text = text.upper()
-    if text.startswith("B") and text[1:].isdigit():
-        return f"B{int(text[1:]):02d}"
-    return text
+    numbered = _NUMBERED.fullmatch(plain)
+    return f"B{int(numbered[1]):02d}" if numbered else text.upper()
 
 
 def wavelengths_nm(bands: Sequence[str]) -> tuple[float, ...] | None:

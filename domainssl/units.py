@@ -20,7 +20,7 @@ from torch import Tensor
 from domainssl.errors import DataError
 from domainssl.modality import Modality, key
 
-__all__ = ["UnitCheck", "unit_change", "unit_of_item"]
+__all__ = ["UnitCheck", "unit_change", "unit_of_item", "unmarked_value"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -31,6 +31,10 @@ _LEAST_VOTES = 3
 _AGREEMENT = 0.9  # of the items that speak for any unit
 _OUTSIDE = 0.01  # share of an item's values outside valid_range
 FITS, UNDECIDED = "fits", ""
+_MISSING = (-9999.0, -99999.0, -999.0, -32768.0, -32767.0, -9999999.0, -1e20)
+_HUGE = 1e30  # beyond it lie GDAL's and netCDF's default fill values of floats
+_UNMARKED_SHARE = 1e-3
+_UNMARKED_ITEMS = 2
 
 _EXPECTED = {
     "dn": "digital numbers without offset (0..10000)",
@@ -207,6 +211,30 @@ _RULES: dict[str, Callable[[_Item, Modality], str]] = {
 }
 
 
+def unmarked_value(values: Array) -> float | None:
+    """Return a number that files use for missing values and that lies apart from all others.
+
+    Args:
+        values: Values that are taken for valid, any shape.
+
+    Returns:
+        -9999, -32768 or their like, or a number beyond 1e30; in at least 0.1 % of the values, and
+        at least twice as far from the others as they are from each other. None without one.
+    """
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if not finite.size:
+        return None
+    for number in (finite.min(), finite.max()):
+        rest = finite[finite != number]
+        is_known = number in _MISSING or abs(number) > _HUGE
+        if not is_known or not rest.size or finite.size - rest.size < _UNMARKED_SHARE * finite.size:
+            continue
+        low, high = rest.min(), rest.max()
+        if min(abs(number - low), abs(number - high)) > 2 * (high - low):
+            return float(number)
+    return None
+
+
 @dataclass
 class _Ballot:
     """What the items of one modality from one loader have said so far."""
@@ -214,9 +242,13 @@ class _Ballot:
     votes: Counter[str] = field(default_factory=Counter)
     low: float = np.inf
     high: float = -np.inf
+    unmarked: Counter[float] = field(default_factory=Counter)
 
     def add(self, verdict: str, values: Array) -> None:
         self.votes[verdict] += 1
+        number = unmarked_value(values)
+        if number is not None:
+            self.unmarked[number] += 1
         if verdict not in (FITS, UNDECIDED):
             self.low = min(self.low, float(values.min()))
             self.high = max(self.high, float(values.max()))
@@ -297,6 +329,9 @@ class UnitCheck:
                 values = _values_of(batch, x, name, i, modality)
                 if values is not None:
                     ballot.add(unit_of_item(values, modality), values)
+            for number, count in ballot.unmarked.items():
+                if count >= min(_UNMARKED_ITEMS, self.least_votes):
+                    return _said_unmarked(modality.name, number, count, source)
             verdict = ballot.decision(self.least_votes)
             if verdict not in (FITS, UNDECIDED):
                 return _message(modality, ballot, verdict, source)
@@ -324,6 +359,15 @@ def _values_of(
     step = max(1, pixels.numel() // _VALUES) | 1
     values = pixels[:, ::step].to(torch.float64).numpy()
     return values if np.isfinite(values).all() else None
+
+
+def _said_unmarked(name: str, number: float, count: int, source: str) -> str:
+    return (
+        f"{name} values are {number:g} in a part of {count} fully valid items of {source}, far "
+        "from all others: files use this number for missing values, but here nothing declares it, "
+        f"so it is not marked in '{name}.valid'. Declare it in the files (nodata, _FillValue), or "
+        f"for cubes with data.init_args.modalities.{name}.nodata: {number:g}."
+    )
 
 
 def _message(modality: Modality, ballot: _Ballot, verdict: str, source: str) -> str:

@@ -167,6 +167,17 @@ def test_items_that_are_not_fully_valid_have_no_voice(sample) -> None:
         look(values, modality("S2L2A"), valid=valid)
 
 
+def test_undeclared_missing_values_in_a_part_of_the_windows_are_told(sample) -> None:
+    values = image(-20, -6, bands=2)
+    values[:2, :, :, :20] = -9999
+    batch = {"s1": torch.from_numpy(values)}
+    found = UnitCheck({"s1": modality("S1GRD", "s1")}).find(batch, "train", "the data")
+    assert "s1 values are -9999 in a part of 2 fully valid items" in found
+    assert "data.init_args.modalities.s1.nodata: -9999" in found
+    values[:2, :, :, :20] = -25
+    assert UnitCheck({"s1": modality("S1GRD", "s1")}).find(batch, "train", "the data") == ""
+
+
 def test_items_must_agree(sample) -> None:
     values = sample["S2L2A"].copy()
     values[1::2] /= 10_000

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from domainssl.errors import DataError
+from domainssl.io.raster.bands import StoredBand
 from domainssl.io.raster.gdal import open_raster, reading
-from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
+from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, bands_in, hidden_by_alpha
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES
+from domainssl.io.raster.read import missing_of
 from domainssl.io.raster.zarr import Cube, open_cube
 from domainssl.io.storage.archives import tar_index
 from domainssl.io.storage.paths import Options, fetch_ranges
 from domainssl.sensors import L1C_BANDS
+from domainssl.units import unmarked_value
 
 __all__ = [
     "band_rows",
@@ -25,6 +29,8 @@ __all__ = [
     "inspect_cube",
     "inspect_geotiffs",
     "inspect_tar",
+    "unmarked_problems",
+    "unmarked_values",
 ]
 
 _MEASURED_FILES = 16
@@ -74,6 +80,9 @@ def inspect_geotiffs(paths: Sequence[str]) -> dict[str, Any]:
     for file in files:
         if file["crs"] is None:
             problems.append(f"{file['path']}: no coordinate reference system")
+        problems += unmarked_problems(file["path"], file.pop("unmarked"))
+        if not file["valid_share"]:
+            problems.append(f"{file['path']}: no pixel in which all bands are valid")
     return {
         "kind": "geotiff",
         "count": len(paths),
@@ -86,14 +95,16 @@ def inspect_geotiffs(paths: Sequence[str]) -> dict[str, Any]:
 
 def _geotiff(path: str) -> dict[str, Any]:
     with open_raster(path) as file, reading(path):
-        step, data = _sampled(file)
-        names = [name or f"{i}" for i, name in enumerate(file.descriptions or (), 1)] or [
-            str(i) for i in range(1, file.count + 1)
-        ]
-        valid = np.ones(data.shape[1:], bool)
-        if file.nodata is not None and not np.isnan(file.nodata):
-            valid = (data != file.nodata).any(axis=0)
+        bands = bands_in(file)
+        step, data, hidden = _sampled(file, bands)
+        missing = [missing_of(values, band) for values, band in zip(data, bands, strict=True)]
+        valid = ~(np.array(missing) | hidden).any(axis=0)
+        decoded = data
+        if any(band.is_scaled for band in bands):
+            decoded = np.stack([v * b.scale + b.offset for v, b in zip(data, bands, strict=True)])
         nan = float(np.isnan(data).mean()) if data.dtype.kind == "f" else 0.0
+        names = [band.name for band in bands]
+        nodata = sorted({number for band in bands for number in band.nodata})
         return {
             "path": path,
             "shape": [file.count, file.height, file.width],
@@ -102,44 +113,83 @@ def _geotiff(path: str) -> dict[str, Any]:
             "codec": str(file.compression.value).lower() if file.compression else "none",
             "crs": file.crs.to_string() if file.crs else None,
             "transform": list(file.transform)[:6],
-            "nodata": None if file.nodata is None else float(file.nodata),
+            "nodata": nodata[0] if len(nodata) == 1 else nodata or None,
+            "mask": any(band.has_mask for band in bands),
             "overviews": list(file.overviews(1)),
             "read_step": step,
             "nan_share": nan,
             "valid_share": float(valid.mean()),
             "offset": _offset(data, valid),
-            "values": band_rows(data, names, valid),
+            "values": band_rows(decoded, names, valid),
+            "unmarked": unmarked_values(data, names, valid),
         }
 
 
-def _sampled(file: Any) -> tuple[int, Array]:
+def unmarked_values(values: Array, names: Sequence[str], valid: Array) -> dict[str, float]:
+    """Return numbers among valid pixels that files use for missing ones, by band.
+
+    Args:
+        values: Values as stored, (C, ...).
+        names: Names of the bands.
+        valid: Pixels that count, broadcastable to (...).
+    """
+    found = {n: unmarked_value(v[valid]) for n, v in zip(names, values, strict=True)}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def unmarked_problems(where: str, found: Mapping[str, float]) -> list[str]:
+    """Say which numbers training would take for values."""
+    bands: dict[float, list[str]] = {}
+    for name, number in found.items():
+        bands.setdefault(number, []).append(name)
+    return [
+        f"{where}: {' '.join(names[:8])} hold{'s' * (len(names) == 1)} {number:g} far from all "
+        "other values, and nothing declares it as missing, so training takes it for a value: set "
+        f"data.init_args.modalities.<name>.nodata: {number:g}"
+        for number, names in bands.items()
+    ]
+
+
+def _sampled(file: Any, bands: Sequence[StoredBand]) -> tuple[int, Array, Any]:
     """Read the whole raster in steps, or squares spread over one that is too large for that.
 
     Returns:
-        The step in pixels, or the distance of the squares, and values (C, H, W).
+        The step in pixels, or the distance of the squares, values (C, H, W) of the bands, and
+        True where a mask hides them.
     """
     if file.count > _MEASURED_BANDS:
         raise DataError(f"{file.name}: {file.count} bands, expected at most {_MEASURED_BANDS}.")
     high, wide = file.height, file.width
     step = max(1, -(-max(high, wide) // _MEASURED_PIXELS))
+    numbers = [(band.index or 0) + 1 for band in bands]
+    has_mask = any(band.has_mask for band in bands)
     if file.count * high * wide * np.dtype(file.dtypes[0]).itemsize <= _MEASURED_BYTES:
-        return step, file.read(out_shape=(file.count, -(-high // step), -(-wide // step)))
+        shape = (len(numbers), -(-high // step), -(-wide // step))
+        hidden = hidden_by_alpha(file, numbers, out_shape=shape) if has_mask else False
+        return step, file.read(numbers, out_shape=shape), hidden
     rows, columns = (sorted({(n - _SQUARE) * i // 3 for i in range(4)} if n > _SQUARE else {0})
                      for n in (high, wide))  # fmt: skip
     size = min(high, _SQUARE), min(wide, _SQUARE)
-    parts = [[_square(file, y, x, *size) for x in columns] for y in rows]
-    return max(high, wide) // 4, np.concatenate([np.concatenate(row, 2) for row in parts], 1)
+    _refuse_large_blocks(file)
+
+    def joined(read: Callable[..., Array]) -> Array:
+        squares = [
+            [read(numbers, window=((y, y + size[0]), (x, x + size[1]))) for x in columns]
+            for y in rows
+        ]
+        return np.concatenate([np.concatenate(row, 2) for row in squares], 1)
+
+    hidden = joined(partial(hidden_by_alpha, file)) if has_mask else False
+    return max(high, wide) // 4, joined(file.read), hidden
 
 
-def _square(file: Any, y: int, x: int, high: int, wide: int) -> Array:
+def _refuse_large_blocks(file: Any) -> None:
     block = max(math.prod(shape) for shape in file.block_shapes) * np.dtype(file.dtypes[0]).itemsize
     if block > _MEASURED_BYTES:
         raise DataError(
             f"{file.name}: blocks of {block / 1e9:.3g} GB; write it in tiles: gdal_translate "
             "-co TILED=YES."
         )
-    values: Array = file.read(window=((y, y + high), (x, x + wide)))
-    return values
 
 
 def _offset(data: Array, valid: Array) -> dict[str, Any] | None:

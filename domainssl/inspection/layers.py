@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError
-from domainssl.inspection.files import band_rows
+from domainssl.inspection.files import band_rows, unmarked_problems, unmarked_values
 from domainssl.io.raster.bands import GRD_REASON, StoredBand, stored_bands, time_dim
 from domainssl.io.raster.grd import is_grd, polarisations, read_sigma0
 from domainssl.io.raster.grid import crs_of
@@ -29,7 +29,7 @@ def inspect_layers(cube: Cube) -> dict[str, Any]:
     """
     if is_grd(cube):
         return _grd(cube)
-    report: dict[str, Any] = {"layers": [], "values": [], "notes": []}
+    report: dict[str, Any] = {"layers": [], "values": [], "notes": [], "problems": []}
     groups: dict[tuple[Any, ...], list[StoredBand]] = {}
     for band in stored_bands(cube):
         folder = band.array.rpartition("/")[0]
@@ -37,7 +37,20 @@ def inspect_layers(cube: Cube) -> dict[str, Any]:
         groups.setdefault(facts, []).append(band)
     for bands in groups.values():
         report["layers"].append(_facts(cube, bands))
-        report["values"] += _values(cube, bands)
+        rows, unmarked = _values(cube, bands)
+        report["values"] += rows
+        where = f"{cube.name}: {bands[0].array}"
+        report["problems"] += unmarked_problems(where, unmarked)
+        empty = [row["band"] for row in rows if row["min"] is None]
+        if empty:
+            report["problems"].append(
+                f"{where}: no valid pixel of {' '.join(empty[:8])} in the middle of the first date"
+            )
+        facts = report["layers"][-1]
+        if facts["crs"] is None:
+            report["problems"].append(f"{where}: no coordinate reference system")
+        if isinstance(facts["dates"], str):
+            report["problems"].append(facts["dates"])
     return report
 
 
@@ -68,8 +81,10 @@ def _facts(cube: Cube, bands: list[StoredBand]) -> dict[str, Any]:
     return facts
 
 
-def _values(cube: Cube, bands: list[StoredBand]) -> list[dict[str, Any]]:
-    rows = []
+def _values(cube: Cube, bands: list[StoredBand]) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Return a row per band, and the numbers that look like undeclared missing values."""
+    rows: list[dict[str, Any]] = []
+    unmarked: dict[str, float] = {}
     for band in bands:
         grid = band.grid
         top, left = (max(0, (n - _SIDE) // 2) for n in (grid.height, grid.width))
@@ -82,7 +97,8 @@ def _values(cube: Cube, bands: list[StoredBand]) -> list[dict[str, Any]]:
         stored = cube.read(band.array, [place[axis] for axis in band.axes]).reshape(1, -1)
         valid = ~missing_of(stored[0], band)
         rows += band_rows(stored * band.scale + band.offset, [band.name], valid)
-    return rows
+        unmarked |= unmarked_values(stored, [band.name], valid)
+    return rows, unmarked
 
 
 def _grd(cube: Cube) -> dict[str, Any]:

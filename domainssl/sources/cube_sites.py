@@ -33,12 +33,12 @@ class SiteLayer:
 
     Attributes:
         files: The files.
-        places: File of each date and positions in it: several where acquisitions have one time.
+        places: Files of each date and positions in them: several where acquisitions have one time.
         times: datetime64[s] per date, ascending.
     """
 
     files: tuple[LayerFile, ...]
-    places: tuple[tuple[int, tuple[int, ...]], ...]
+    places: tuple[tuple[tuple[int, int], ...], ...]
     times: Any
 
 
@@ -216,16 +216,18 @@ def _layer(name: str, layer: Layer, found: list[Found], known: LayerFiles) -> Si
     order = np.argsort(times, kind="stable")  # unknown dates last
     for i, j in pairwise(order):
         (_, a, _), (_, b, _) = pairs[i], pairs[j]
-        if a != b and (times[i] == times[j] or np.isnat(times[i])):
+        if a != b and np.isnat(times[i]):
             _refuse_equal_dates(name, files[a], files[b], times[i])
-    places: list[tuple[int, tuple[int, ...]]] = []
+        if a != b and times[i] == times[j] and not (files[a].has_names and files[b].has_names):
+            _refuse_equal_dates(name, files[a], files[b], times[i])  # they may be other bands
+    places: list[tuple[tuple[int, int], ...]] = []
     starts: list[Any] = []
     for i in order:
         _, file_number, date = pairs[i]
         if starts and times[i] == times[starts[-1]]:
-            places[-1] = (file_number, (*places[-1][1], date))
+            places[-1] = (*places[-1], (file_number, date))
         else:
-            places.append((file_number, (date,)))
+            places.append(((file_number, date),))
             starts.append(i)
     return SiteLayer(files, tuple(places), times[starts])
 

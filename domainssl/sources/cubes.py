@@ -196,24 +196,24 @@ class CubeSource:
         step = options.gsd_m / site.metres
         target = Target(options.value_unit, options.stored_unit, step, rule)
         parts: list[Pixels] = []
-        places = [layer.places[d] for d in dates]
+        counts = [len(layer.places[d]) for d in dates]
+        places = [place for d in dates for place in layer.places[d]]
         order: list[int] = []
         for file in sorted({f for f, _ in places}):
             rows = [i for i, (f, _) in enumerate(places) if f == file]
             order += rows
-            local = [d for i in rows for d in places[i][1]]
-            part = read_pixels(layer.files[file], local, around, target)
-            counts = [len(places[i][1]) for i in rows]
-            parts.append(part if max(counts) == 1 else part.merged(counts))
-        if len(parts) == 1:
-            return parts[0]
-        back = np.argsort(order)
-        return Pixels(
-            np.concatenate([p.values for p in parts])[back],
-            np.concatenate([p.valid for p in parts])[back],
-            sum(p.bytes_decoded for p in parts),
-            sum(p.bytes_needed for p in parts),
-        )
+            local = [places[i][1] for i in rows]
+            parts.append(read_pixels(layer.files[file], local, around, target))
+        pixels = parts[0]
+        if len(parts) > 1:
+            back = np.argsort(order)
+            pixels = Pixels(
+                np.concatenate([p.values for p in parts])[back],
+                np.concatenate([p.valid for p in parts])[back],
+                sum(p.bytes_decoded for p in parts),
+                sum(p.bytes_needed for p in parts),
+            )
+        return pixels if max(counts) == 1 else pixels.merged(counts)
 
     # Windows --------------------------------------------------------------------------------
 

@@ -64,13 +64,11 @@ class Window:
         for name in ("size", "flips"):
             if isinstance(getattr(self, name), Sequence):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        sizes = self.size if isinstance(self.size, tuple) else (self.size,)
+        sizes = (self.size or (0,)) if isinstance(self.size, tuple) else (self.size,)
         least = sizes[0] if self.min_size is None else self.min_size
         most = sizes[0] if self.max_size is None else self.max_size
-        if (
-            not sizes
-            or any(s is not None and s <= 0 for s in (*sizes, least))
-            or (least is not None and (most is None or least > most))
+        if any(s is not None and s <= 0 for s in (*sizes, least)) or (
+            least is not None and (most is None or least > most)
         ):
             raise ConfigError(
                 f"{_WHERE}: got size={self.size!r}, min_size={self.min_size!r}, "

@@ -88,6 +88,7 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
     """
 
     backbone: Backbone
+    arguments_at: ClassVar[str] = "model.init_args."
     exported: ClassVar[str] = "backbone"  # what a run leaves behind; a teacher, where there is one
     resume_may_change: ClassVar[tuple[str, ...]] = (
         "encoding.weights",

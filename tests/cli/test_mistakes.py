@@ -3,7 +3,7 @@
 import pytest
 
 from domainssl.cli.config.nodes import ConfigMistakes
-from domainssl.cli.run.train import prepare
+from domainssl.cli.run.train import build, prepare
 
 BROKEN = """\
 seed_everything: 0
@@ -314,3 +314,21 @@ def test_a_text_among_numbers_is_refused_at_its_place(repository, key, value, pl
         prepare("fit", ["--config", recipe, f"--{key}={value}"])
     text = str(found.value)
     assert text.startswith("1 mistake") and f"{place}' is " in text and why in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("encoding.patch_size", 0),
+        ("encoding.patch_size", "[8, -1]"),
+        ("encoding.architecture.width", -1),
+        ("encoding.architecture.heads", 0),
+        ("encoding.architecture.depth", -2),
+        ("encoding.architecture.decoder_width", 0),
+    ],
+)
+def test_sizes_that_nothing_can_be_built_of_are_refused_with_their_place(repository, key, value):
+    recipe = str(repository / "recipes" / "ssl4eo_croma.yaml")
+    words = ["--config", recipe, "--trainer.accelerator=cpu", f"--model.{key}={value}"]
+    with pytest.raises(ConfigMistakes, match=rf"model\.init_args\.{key}: got .*command line"):
+        build("fit", words)

@@ -353,6 +353,21 @@ def test_dates_in_file_names_make_a_time_axis(tmp_path):
         assert np.array_equal(batch["s2"][0, date, 2].numpy(), expected)
 
 
+def test_files_of_one_time_that_name_their_bands_are_merged(tmp_path):
+    whole = coded(1, 3, 32)[0].astype(np.uint16) + 1
+    for part, name in enumerate("ab"):
+        values = whole.copy()
+        values[:, :, slice(16, None) if part == 0 else slice(0, 16)] = 0
+        path = tmp_path / "s2" / f"T32_20210301T101031_{name}.tif"
+        write_geotiff(path, values, ("B02", "B03", "B04"), nodata=0)
+    layers = {"s2": Layer(bands=("B02", "B03", "B04"), path="s2/{site}_{date}_*.tif")}
+    options = {"window": Window(size=320, unit="m", **STILL), "held_out": NOTHING_HELD}
+    data = module(tmp_path, modalities=layers, global_batch_size=1, **options)
+    [batch] = batches(data)
+    assert batch["s2.valid"].all() and np.array_equal(batch["s2"][0].numpy(), whole)
+    assert len(data.sites[0].layers["s2"].times) == 1
+
+
 def test_a_file_per_band_is_joined_by_its_name_and_never_taken_for_a_date(tmp_path):
     bands = ("B02", "B03", "B04")
     for date, time in enumerate(TIMES[:2]):

@@ -212,3 +212,8 @@ def test_a_cut_tells_where_its_cells_come_from() -> None:
         for place in np.ndindex(delivered.shape):
             source = (matrix @ [*place, 1])[:3].astype(int)
             assert delivered[place] == array[tuple(source)]
+
+
+def test_a_window_without_sizes_is_refused():
+    with pytest.raises(ConfigError, match=r"window: got size=\(\)"):
+        Window(size=())

@@ -15,6 +15,8 @@ from domainssl.errors import DomainSSLError
 __all__ = ["placed", "refusals", "said_for_the_user"]
 
 _MOST = 10  # refusals of one constructor
+# what libraries raise on values that they cannot build anything from, such as a width of -1
+_REFUSED = (ValueError, ArithmeticError, AssertionError, RuntimeError)
 
 
 def refusals(node: Node, path: str, cls: type, arguments: dict[str, Any]) -> list[Mistake]:
@@ -58,7 +60,9 @@ def said_for_the_user(error: BaseException | None) -> Exception | None:
     while error is not None:
         if isinstance(error, DomainSSLError):
             return error
-        if isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException":
+        if not str(error).strip():
+            pass  # an assertion without a word
+        elif isinstance(error, _REFUSED) or type(error).__name__ == "MisconfigurationException":
             last = error  # type: ignore[assignment]
         else:
             last = None

@@ -6,13 +6,10 @@ facts only, so it travels to worker processes.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import logging
 import math
 import os
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, nearest
+from domainssl.errors import DataError, nearest, parsing
+from domainssl.io.raster.attributes import check_scaling, limits_of, number_of
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
 from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
@@ -51,6 +49,7 @@ _MARKS = ("zarr.json", ".zmetadata", ".zgroup")
 _IS_ARRAY = re.compile(rb'"node_type"\s*:\s*"array"')
 _NODATA_NAMES = ("_FillValue", "missing_value", "nodata", "_nodata", "nodata_value", "no_data")
 OFFSET_BASELINE = 4.0  # from which on Sentinel-2 products store reflectance with 1000 added
+_MEND = "Correct the attributes, or remove those that are not needed."
 _SAMPLE = 128  # rows and columns that are looked at to tell packed limits from physical ones
 _STORES = HandlePool(limit=64)
 _PRODUCT_PARTS = ("quality", "conditions")  # of EOPF products: masks that carry band names
@@ -118,6 +117,7 @@ class LayerFile:
         mask: The array that says which pixels to leave out, if asked for.
         options: fsspec options of a URL.
         baselines: Sentinel-2 processing baseline of each date; None where unknown.
+        has_names: The file itself names its bands.
     """
 
     path: str
@@ -128,6 +128,7 @@ class LayerFile:
     mask: StoredBand | None = None
     options: Mapping[str, Any] | None = None
     baselines: tuple[float | None, ...] = ()
+    has_names: bool = True
 
     def stored_unit(self, asked: str, date: int) -> str:
         """Return the stored unit of a date: the one asked for, or what `baseline` means for it.
@@ -159,9 +160,15 @@ _SILENT = re.compile(
 
 
 def titles_or_none(titles: Sequence[str | None]) -> list[str] | None:
-    """Return the names of bands; None where they repeat, or say nothing as `Band 1` does."""
+    """Return the names of bands; None where they repeat, or say nothing as `Band 1` does.
+
+    Numbers that do not just count the bands say something: `Band 2`, `Band 4` are B02 and B04.
+    """
     plain = [str(title or "").strip() for title in titles]
-    said = [title for title in plain if not _SILENT.fullmatch(title)]
+    numbers = [int(found[-1]) for title in plain if (found := re.findall(r"\d+", title))]
+    counts = (list(range(len(plain))), list(range(1, len(plain) + 1)))
+    is_said = len(numbers) == len(plain) and numbers not in counts
+    said = [title for title in plain if is_said or not _SILENT.fullmatch(title)]
     if not said or (len(plain) > 1 and len(set(said)) < len(said)):
         return None
     return [canonical_band(title) if title in said else "" for title in plain]
@@ -249,42 +256,50 @@ def describe_zarr(
         DataError: A band is missing, or the store does not say where or what it is.
     """
     cube = cube or open_store(path, options)
-    if any("azimuth_time" in info.dims for info in cube.arrays.values()):
-        raise DataError(f"{path}: {GRD_REASON}")
-    found = _candidates(cube, group)
-    if not any(canonical_band(band) in found for band in bands):
-        found = _named_in_order(cube, found, bands)
-    chosen = tuple(_choose(cube, found, band, step_hint, group) for band in bands)
-    known = crs_of(cube, chosen[0].array) or crs
-    if known is None:
-        raise DataError(
-            f"{path}: no coordinate reference system (spatial_ref, proj:code, proj:epsg, STAC). "
-            "Name it in data.init_args.modalities.<name>.crs, such as EPSG:32632."
+    with parsing(f"{path}: the attributes", advice=_MEND):
+        if any("azimuth_time" in info.dims for info in cube.arrays.values()):
+            raise DataError(f"{path}: {GRD_REASON}")
+        found = _candidates(cube, group)
+        has_names = any(canonical_band(band) in found for band in bands)
+        if not has_names:
+            found = _named_in_order(cube, found, bands)
+        chosen = tuple(_choose(cube, found, band, step_hint, group) for band in bands)
+        known = crs_of(cube, chosen[0].array) or crs
+        if known is None:
+            raise DataError(
+                f"{path}: no coordinate reference system (spatial_ref, proj:code, proj:epsg, "
+                "STAC). Name it in data.init_args.modalities.<name>.crs, such as EPSG:32632."
+            )
+        cover = _mask(cube, mask, group) if mask else None
+        dim = time_dim(cube, chosen[0])
+        times = times_of(cube, chosen[0].array, dim, date)
+        if cover is not None and "time" in cover.axes:
+            size = _time_size(cube, cover)
+            if size != len(times):
+                raise DataError(f"{path}: mask {mask!r} has {size} dates, the bands {len(times)}.")
+        baselines = stored_baselines(cube, chosen[0].array, dim, len(times))
+        return LayerFile(
+            path=path,
+            kind="zarr",
+            bands=chosen,
+            times=times,
+            crs=known,
+            mask=cover,
+            options=options,
+            baselines=baselines,
+            has_names=has_names,
         )
-    cover = _mask(cube, mask, group) if mask else None
-    dim = time_dim(cube, chosen[0])
-    times = times_of(cube, chosen[0].array, dim, date)
-    if cover is not None and "time" in cover.axes:
-        size = _time_size(cube, cover)
-        if size != len(times):
-            raise DataError(f"{path}: mask {mask!r} has {size} dates, the bands {len(times)}.")
-    baselines = stored_baselines(cube, chosen[0].array, dim, len(times))
-    return LayerFile(
-        path=path,
-        kind="zarr",
-        bands=chosen,
-        times=times,
-        crs=known,
-        mask=cover,
-        options=options,
-        baselines=baselines,
-    )
 
 
 def stored_bands(cube: Cube, group: str = "") -> list[StoredBand]:
-    """Return every band of a store that lies on a map grid, for looking at."""
-    found = _candidates(cube, group)
-    every = [_stored(cube, name, each) for name, several in found.items() for each in several]
+    """Return every band of a store that lies on a map grid, for looking at.
+
+    Raises:
+        DataError: What its attributes say is not what they are for.
+    """
+    with parsing(f"{cube.name}: the attributes", advice=_MEND):
+        found = _candidates(cube, group)
+        every = [_stored(cube, name, each) for name, several in found.items() for each in several]
     return [_with_limits(cube, band) for band in every]
 
 
@@ -361,21 +376,19 @@ def _grid(cube: Cube, info: ArrayInfo, axes: tuple[str, ...]) -> Grid:
 def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
     """Take scale, offset, fill and limits from the attributes, each once."""
     info, axes = candidate.info, candidate.axes
-    attrs = info.attrs
+    attrs, where = info.attrs, f"{cube.name}: {info.name}"
     nodata = [v for n in _NODATA_NAMES for v in _list(attrs.get(n))]
     nodata += _list(_of_band(attrs.get("nodatavals"), candidate))
     if cube.format == 2:
         nodata.append(info.fill)  # as xarray; in format 3 it is what absent chunks read as
-    numbers = {_number(v, info) for v in nodata if v is not None}
-    low, high = attrs.get("valid_range") or (attrs.get("valid_min"), attrs.get("valid_max"))
+    numbers = {number_of(v, info, where) for v in nodata if v is not None}
     scale = attrs.get("scale_factor", _of_band(attrs.get("scales"), candidate))
     offset = attrs.get("add_offset", _of_band(attrs.get("offsets"), candidate))
-    limits = None
-    if low is not None or high is not None:
-        limits = (
-            -math.inf if low is None else float(low),
-            math.inf if high is None else float(high),
-        )
+    scaling = (
+        1.0 if scale is None else number_of(scale, info, where),
+        0.0 if offset is None else number_of(offset, info, where),
+    )
+    check_scaling(where, *scaling)
     return StoredBand(
         name=name,
         array=info.name,
@@ -383,10 +396,10 @@ def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
         axes=axes,
         grid=_grid(cube, info, axes),
         chunk=(info.chunks[axes.index("y")], info.chunks[axes.index("x")]),
-        scale=1.0 if scale is None else _number(scale, info),
-        offset=0.0 if offset is None else _number(offset, info),
+        scale=scaling[0],
+        offset=scaling[1],
         nodata=tuple(sorted(n for n in numbers if not math.isnan(n))),
-        limits=limits,
+        limits=limits_of(info, where),
         unit=str(attrs.get("units", "")),
         is_integer=info.dtype.kind in "iu",
     )
@@ -403,33 +416,6 @@ def _of_band(values: Any, candidate: _Candidate) -> Any:
     if isinstance(values, list) and candidate.index is not None and len(values) > candidate.index:
         return values[candidate.index]
     return None
-
-
-def _number(value: Any, info: ArrayInfo) -> float:
-    """Read a fill value, also as xarray writes it into format 3: base64 of a little-endian one."""
-    if isinstance(value, list) and value:
-        if any(other != value[0] for other in value):
-            raise DataError(
-                f"{info.name}: {value!r:.100} are several numbers where scale, offset and fill "
-                "value are one each. Apply them to the values first, or write a file per date."
-            )
-        value = value[0]
-    if isinstance(value, int | float | np.generic):
-        return float(value)
-    value = str(value)
-    try:
-        return float(value)
-    except ValueError:
-        pass
-    try:
-        raw = base64.standard_b64decode(value)
-        if info.dtype.kind == "f":
-            return float(struct.unpack("<d", raw)[0])
-        return float(np.frombuffer(raw, info.dtype.newbyteorder("<"))[0])
-    except (binascii.Error, struct.error, ValueError, IndexError) as error:
-        raise DataError(
-            f"{info.name}: {value!r} is no number, as fill value, scale and offset must be"
-        ) from error
 
 
 def _choose(

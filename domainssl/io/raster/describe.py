@@ -231,7 +231,7 @@ def _to_texts(file: LayerFile, heard: Sequence[tuple[int, str]]) -> tuple[str, s
     bands, mask = [plain(band) for band in file.bands], plain(file.mask)
     known = [None if np.isnat(time) else int(time.astype(np.int64)) for time in file.times]
     shape = {
-        "kind": file.kind, "crs": file.crs, "bands": bands, "mask": mask,
+        "kind": file.kind, "crs": file.crs, "bands": bands, "mask": mask, "named": file.has_names,
         "grids": [[g.step, g.height, g.width, g.is_y_ascending] for g in grids],
     }  # fmt: skip
     own: list[Any] = [[[g.left, g.top] for g in grids], known]
@@ -248,7 +248,7 @@ _FACTS = (
 
 def _from_texts(path: str, shape: str, own: str, options: Options | None) -> LayerFile:
     """Return a description from its texts; equal parts of different files are shared."""
-    kind, crs, bands, mask, grids = _template(shape)
+    kind, crs, bands, mask, grids, has_names = _template(shape)
     places, known, *more = json.loads(own)
     laid = [
         Grid(left=left, top=top, step=step, height=height, width=width, is_y_ascending=up)
@@ -266,6 +266,7 @@ def _from_texts(path: str, shape: str, own: str, options: Options | None) -> Lay
         mask=None if mask is None else StoredBand(grid=laid[mask[0]], **mask[1]),
         options=options if kind == "zarr" else None,
         baselines=tuple(more[0]) if more else (None,) * len(known),
+        has_names=has_names,
     )
 
 
@@ -275,7 +276,7 @@ def _say(level: int, text: str) -> None:
 
 
 @lru_cache(4096)
-def _template(shape: str) -> tuple[str, str, list[Any], Any, list[Any]]:
+def _template(shape: str) -> tuple[str, str, list[Any], Any, list[Any], bool]:
     """Parse what many files share."""
     facts = json.loads(shape)
 
@@ -284,4 +285,5 @@ def _template(shape: str) -> tuple[str, str, list[Any], Any, list[Any]]:
         return number, {k: tuple(v) if isinstance(v, list) else v for k, v in band.items()}
 
     mask = None if facts["mask"] is None else of(facts["mask"])
-    return facts["kind"], facts["crs"], [of(b) for b in facts["bands"]], mask, facts["grids"]
+    bands = [of(b) for b in facts["bands"]]
+    return facts["kind"], facts["crs"], bands, mask, facts["grids"], facts.get("named", False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from domainssl.errors import DataError, nearest, require
+from domainssl.io.raster.attributes import check_scaling
 from domainssl.io.raster.bands import LayerFile, StoredBand, titles_or_none, without_names
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.grid import Grid, plain_crs
@@ -17,10 +19,11 @@ from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import stamp
 from domainssl.sensors import canonical_band
 
-__all__ = ["GEOTIFF_ENDINGS", "describe_geotiff", "read_geotiff"]
+__all__ = ["GEOTIFF_ENDINGS", "bands_in", "describe_geotiff", "hidden_by_alpha", "read_geotiff"]
 
 GEOTIFF_ENDINGS = (".tif", ".tiff")
 
+_OPACITY = re.compile(r"alpha|opacity|mask|valid\w*|transparency", re.IGNORECASE)
 _FILES = HandlePool(limit=64)
 _BESIDE = (".msk", ".aux.xml")  # they change what a file says
 Array = np.ndarray[Any, Any]
@@ -57,7 +60,10 @@ def describe_geotiff(
     grid = Grid.of_transform(tuple(file.transform)[:6], file.height, file.width, path)
     alpha = _alpha(file)
     titles = titles_or_none([t for i, t in enumerate(file.descriptions) if i != alpha])
+    has_names = titles is not None
     if titles is None:
+        if file.count == len(bands):  # 4 bands of bytes are called alpha in passing
+            alpha = None
         titles = without_names(path, file.count - (alpha is not None), bands)
     if alpha is not None:
         titles.insert(alpha, "")
@@ -67,23 +73,72 @@ def describe_geotiff(
         if name not in titles:
             have = ", ".join(t for t in titles if t)
             raise DataError(f"{path}: no band {band!r}; there are: {have}.{nearest(name, titles)}")
-        chosen.append(_band(file, band, titles.index(name), grid))
+        chosen.append(_band(file, band, titles.index(name), grid, alpha))
     time = parse_date(date) if date else product_time([path.rpartition("/")[2]])[0]
     times = np.array([time], "datetime64[s]")
     baselines = baselines_of([path])
     return LayerFile(
-        path=path, kind="geotiff", bands=tuple(chosen), times=times, crs=known, baselines=baselines
-    )
+        path=path, kind="geotiff", bands=tuple(chosen), times=times, crs=known,
+        baselines=baselines, has_names=has_names,
+    )  # fmt: skip
+
+
+def bands_in(file: Any) -> list[StoredBand]:
+    """Return every band of an open file but alpha, for looking at; numbers where names say nothing.
+
+    Args:
+        file: The file, as `open_raster` returns it.
+    """
+    alpha = _alpha(file)
+    indices = [i for i in range(file.count) if i != alpha]
+    titles = titles_or_none([file.descriptions[i] for i in indices]) or [""] * len(indices)
+    grid = Grid(left=0.0, top=0.0, step=1.0, height=file.height, width=file.width)
+    return [
+        _band(file, title or str(index + 1), index, grid, alpha)
+        for index, title in zip(indices, titles, strict=True)
+    ]
+
+
+def hidden_by_alpha(file: Any, numbers: Sequence[int], **place: Any) -> Array:
+    """Return True where a mask band, a `.msk` file or alpha hides bands of an open file, (C, H, W).
+
+    Args:
+        file: The file.
+        numbers: The bands, from 1 on.
+        place: Window or shape to read, as rasterio takes them.
+    """
+    hidden = np.asarray(file.read_masks(numbers, **place) == 0)
+    if (alpha := _alpha(file)) is not None:
+        if "out_shape" in place:
+            place = {**place, "out_shape": place["out_shape"][-2:]}
+        hidden |= file.read(alpha + 1, **place) == 0
+    return hidden
 
 
 def _alpha(file: Any) -> int | None:
-    """Return the position of the band that says how opaque the others are."""
+    """Return the position of the band that says how opaque the others are.
+
+    Writers of four bands of bytes call the last one alpha, whatever it holds: what its description
+    names as a band is one.
+    """
     names = [color.name for color in file.colorinterp]
-    return names.index("alpha") if "alpha" in names else None
+    if "alpha" not in names:
+        return None
+    at = names.index("alpha")
+    title = str(file.descriptions[at] or "")
+    is_band = titles_or_none([title]) is not None and not _OPACITY.fullmatch(title.strip())
+    return None if is_band else at
 
 
-def _band(file: Any, name: str, index: int, grid: Grid) -> StoredBand:
+def _band(file: Any, name: str, index: int, grid: Grid, alpha: int | None) -> StoredBand:
     nodata = file.nodatavals[index]
+    if np.dtype(file.dtypes[index]).kind not in "iuf":
+        raise DataError(
+            f"{file.name}: band {name!r} holds {file.dtypes[index]} numbers; real ones are read. "
+            "Write amplitude or power, such as abs(x) ** 2 for radar."
+        )
+    flags = {flag.name for flag in file.mask_flag_enums[index]}
+    check_scaling(file.name, float(file.scales[index]), float(file.offsets[index]))
     has_nodata = nodata is not None and not math.isnan(nodata)
     return StoredBand(
         name=name,
@@ -98,8 +153,7 @@ def _band(file: Any, name: str, index: int, grid: Grid) -> StoredBand:
         limits=None,
         unit=str(file.units[index] or ""),
         is_integer=np.dtype(file.dtypes[index]).kind in "iu",
-        has_mask=any(flag.name == "per_dataset" for flag in file.mask_flag_enums[index])
-        or _alpha(file) is not None,
+        has_mask=("per_dataset" in flags and "alpha" not in flags) or alpha is not None,
     )
 
 
@@ -130,9 +184,7 @@ def read_geotiff(
     with reading(path):
         values = file.read(numbers, window=window)
         if has_mask:
-            hidden = file.read_masks(numbers, window=window) == 0
-            if (alpha := _alpha(file)) is not None:
-                hidden |= file.read(alpha + 1, window=window) == 0
+            hidden = hidden_by_alpha(file, numbers, window=window)
     bytes_decoded = 0
     is_interleaved = str(file.interleaving).lower().endswith("pixel")
     for index in range(file.count) if is_interleaved else indices:

@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,8 @@ def _cf_times(values: np.ndarray[Any, Any], attrs: Mapping[str, Any], where: str
         reason = str(error.__cause__ or error).splitlines()[0]
         raise DataError(
             f"{found} are not understood ({reason}). Expected e.g. 'days since 1970-01-01' in the "
-            "standard calendar; others need the package cftime, and dates that the standard one "
-            "has too."
+            "standard calendar; others need the package cftime (pip install cftime), and dates "
+            "that the standard one has too."
         ) from error
     if decoded.dtype.kind != "M":
         raise DataError(f"{found} are not understood, expected e.g. 'days since 1970-01-01'")
@@ -226,11 +227,11 @@ def _single_time(cube: Cube, array: str, date: str) -> Any:
     for attrs in (cube.arrays[array].attrs, cube.group_attrs(folder), cube.group_attrs("")):
         texts += [attrs.get(name) for name in ("datetime", "time_coverage_start", "date")]
     for text in texts:
-        try:
-            if text and str(text) != "null":
-                return np.datetime64(str(text)[:19].replace(" ", "T"), "s")
-        except ValueError:
-            continue
+        if text and str(text) != "null":
+            with suppress(DataError):
+                [time] = decode_times(np.array([str(text)]), {}, cube.name)
+                if not np.isnat(time):
+                    return time
     return parse_date(date) if date else product_time([cube.name.rpartition("/")[2]])[0]
 
 
