@@ -92,7 +92,7 @@ class OfSource:
 
 def channel_first(data: Mapping[str, Any], name: str, modality: Modality) -> tuple[Array, Array]:
     """Return values (C, n, ...) and validity (n, ...) of a modality of a batch."""
-    values = np.moveaxis(np.asarray(data[name]), 2 if modality.kind == "series" else 1, 0)
+    values = np.moveaxis(np.asarray(data[name]), modality.channel_axis, 0)
     given = data.get(key(name, "valid"))
     valid = np.ones(values.shape[1:], bool) if given is None else np.asarray(given)
     for companion in ("present", "frames"):  # (n,) and (n, T)

@@ -55,6 +55,8 @@ class DistanceBias:
         slopes: Slope per head, (Hd,).
         key_valid: bool (B, K); False keys are never attended to. An item without any valid key
             attends to all of them, so that its (unused) output stays finite.
+        unplaced: So many leading queries and keys have no place, such as a class token: their
+            bias is 0 in both directions, whatever their coordinates.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class DistanceBias:
         keys: Tensor,
         slopes: Tensor,
         key_valid: Tensor | None = None,
+        unplaced: int = 0,
     ) -> None:
         self.queries = queries
         self.keys = keys
+        self.unplaced = unplaced
         self.slopes = slopes
         self.key_valid = key_valid
         if key_valid is not None:
@@ -106,10 +110,18 @@ class DistanceBias:
         queries = self.queries.shape[1]
         size = max(len(self.queries), len(self.keys)) * queries * self.keys.shape[1]
         if size > _MAX_DISTANCES or stop - start >= queries:
-            return pairwise_distance(self.queries[:, start:stop], self.keys)
+            return self._between(start, stop)
         if self._distance is None:
-            self._distance = pairwise_distance(self.queries, self.keys)
+            self._distance = self._between(0, queries)
         return self._distance[:, start:stop]
+
+    def _between(self, start: int, stop: int) -> Tensor:
+        """Compute the distances of some rows, zero from and to tokens without a place."""
+        found = pairwise_distance(self.queries[:, start:stop], self.keys)
+        if self.unplaced:
+            found[:, :, : self.unplaced] = 0
+            found[:, : max(0, self.unplaced - start)] = 0
+        return found
 
     def full(self, dtype: torch.dtype) -> Tensor:
         """Return the whole bias, (B or 1, Hd, Q, K); computed once and shared by all layers."""

@@ -90,7 +90,7 @@ def _attention_flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> Tens
     from torch.nn.attention.flex_attention import flex_attention
 
     queries, keys, slopes = bias.queries.float(), bias.keys.float(), bias.slopes.float()
-    valid = bias.key_valid
+    valid, unplaced = bias.key_valid, bias.unplaced
 
     def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         at_q = b if len(queries) > 1 else 0
@@ -98,7 +98,10 @@ def _attention_flex(q: Tensor, k: Tensor, v: Tensor, bias: DistanceBias) -> Tens
         squares = [
             (queries[at_q, i, axis] - keys[at_k, j, axis]) ** 2 for axis in range(keys.shape[-1])
         ]
-        s = s - slopes[h] * sum(squares[1:], squares[0]).sqrt()
+        distance = sum(squares[1:], squares[0]).sqrt()
+        if unplaced:
+            distance = torch.where((i < unplaced) | (j < unplaced), 0.0, distance)
+        s = s - slopes[h] * distance
         return s if valid is None else torch.where(valid[b, j], s, float("-inf"))
 
     if q.is_cuda:

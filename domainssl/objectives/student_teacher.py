@@ -53,12 +53,12 @@ class CropDraws:
     """Random choices of one step.
 
     Attributes:
-        views: The large crops, then the small ones.
+        views: The large crops, then the small ones: `View`, or what a subclass draws.
         mask: Hidden patches of the student's large crops, bool (B, 2, N); None without masks.
         most_hidden: Number of hidden patches that no batch of this size exceeds.
     """
 
-    views: tuple[View, ...]
+    views: tuple[Any, ...]
     mask: Tensor | None
     most_hidden: int
 
@@ -171,18 +171,46 @@ class _StudentTeacher(Objective):
             raise ConfigError(
                 f"model.init_args.momentum: got {momentum!r}, expected a share in [0, 1]."
             )
-        ((self.name, modality),) = known.items()
-        chosen = as_dataclass(StudentEncoding, encoding)
-        self.crops = as_dataclass(Crops, crops).fitted(modality, context_size, chosen)
+        (self.name,) = known
         self.masks = masks
         self.momentum = momentum
         self.progress = Progress()
-        self.backbone = make_student(known, chosen, self.crops, has_masks=masks is not None)
-        form = self.backbone.normalizer.forms[self.name]
-        for which in ("first", "second", "local"):
-            check_photometric(self.crops.views(which), form, f"crops.{which}")
+        self.crops, self.backbone = self.build_student(
+            known, encoding, crops, context_size, has_masks=masks is not None
+        )
         if masks is not None and masks.fraction == 0:
             raise ConfigError("model.init_args.masks.fraction: got 0, expected a share above 0.")
+
+    def build_student(
+        self,
+        known: Mapping[str, Modality],
+        encoding: StudentEncoding,
+        crops: Crops,
+        context_size: int | tuple[int, ...],
+        *,
+        has_masks: bool,
+    ) -> tuple[Any, Backbone]:
+        """Return the crops, fitted to the data, and the student.
+
+        A subclass with crops of another kind gives them `large`, the size of the large ones.
+
+        Args:
+            known: The one modality.
+            encoding: What the backbone is built from.
+            crops: As configured.
+            context_size: Size of the window that the DataModule yields.
+            has_masks: Patches are hidden from the student.
+
+        Raises:
+            ConfigError: Encoder, sizes or changes do not fit.
+        """
+        chosen = as_dataclass(StudentEncoding, encoding)
+        fitted = as_dataclass(Crops, crops).fitted(known[self.name], context_size, chosen)
+        backbone = make_student(known, chosen, fitted, has_masks=has_masks)
+        form = backbone.normalizer.forms[self.name]
+        for which in ("first", "second", "local"):
+            check_photometric(fitted.views(which), form, f"crops.{which}")
+        return fitted, backbone
 
     def make_teacher(self, **parts: nn.Module) -> None:
         """Copy backbone and heads; the copies are never trained.

@@ -16,6 +16,7 @@ from torch import Tensor
 from domainssl.cli.config.catalog import find_classes
 from domainssl.datamodules.base import DomainDataModule
 from domainssl.modality import Batch, Modality
+from domainssl.nn.patching import grid_coordinates
 from domainssl.objectives.base import Objective
 
 __all__ = [
@@ -109,8 +110,13 @@ def synthetic_batch(model: Objective, size: int = 4, seed: int = 0) -> Batch:
     batch: Batch = {"id": [f"item{i}" for i in range(size)], "index": torch.arange(size)}
     for name, modality in model.backbone.modalities.items():
         spatial = list(modality.size)
+        if modality.kind == "features":  # the cells of a grid, row by row, with their places
+            places = grid_coordinates(modality.size)
+            batch[f"{name}.coords"] = places.expand(size, -1, -1).clone()
+            spatial = [len(places)]
         frames = [3] if modality.kind == "series" else []
-        shape = [size, *frames, modality.num_channels, *spatial]
+        shape = [size, *frames, *spatial]
+        shape.insert(modality.channel_axis, modality.num_channels)
         batch[name] = _values(modality, shape, generator)
         batch[f"{name}.valid"] = torch.rand([size, *frames, *spatial], generator=generator) > 0.05
         batch[f"{name}.present"] = torch.ones(size, dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def test_batches_are_what_the_modalities_say(
         for name, modality in data.modalities.items():
             x = batch[name]
             assert x.isfinite().all() if x.is_floating_point() else True
+            if modality.kind == "features":  # tokens of a grid, or of a bag
+                assert x.shape[1] == math.prod(modality.size)
+                assert batch[f"{name}.coords"].shape == (*x.shape[:2], 2)
+                continue
             sides = x.shape[-modality.spatial_dims :] if modality.spatial_dims else ()
             assert tuple(sides) == modality.size  # co-registered ones may differ in resolution
         largest = max(modality.size for modality in data.modalities.values())

@@ -18,6 +18,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "brain": ("volumes.VolumeDataModule", "sample:brain"),
     "tiles": ("tiles.TileDataModule", "sample:tiles"),
     "slide": ("tiles.TileDataModule", "sample:slide"),
+    "bags": ("slides.SlideFeatureDataModule", "sample:bags"),
 }
 
 

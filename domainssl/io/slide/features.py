@@ -12,15 +12,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args
 
-from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.errors import ConfigError, DataError, nearest, parsing
 from domainssl.io.slide.bag import Bag, FeatureGrid, to_grid
 from domainssl.io.slide.bag_hdf5 import read_hdf5, read_tensor, write_clam, write_trident
 from domainssl.io.slide.bag_zarr import read_zarr, write_zarr
+from domainssl.io.storage.hdf5 import dataset, open_hdf5
 
-__all__ = ["Bag", "FeatureGrid", "Layout", "describe_bag", "read_bag", "to_grid", "write_bag"]
+__all__ = [
+    "Bag",
+    "FeatureGrid",
+    "Layout",
+    "bag_shape",
+    "describe_bag",
+    "read_bag",
+    "to_grid",
+    "write_bag",
+]
 
 Layout = Literal["clam", "trident", "zarr"]
 _HDF5 = (".h5", ".hdf5")
+_LIMIT = 2**33  # bytes of the features of one slide
 
 
 def read_bag(
@@ -68,6 +79,21 @@ def _beside(path: Path) -> Path | None:
         if (folder / name).is_file():
             return folder / name
     return None
+
+
+def bag_shape(path: str | Path) -> tuple[int, int]:
+    """Return the number of tiles and of features of a bag, without reading HDF5 files whole.
+
+    Raises:
+        DataError: It is no bag.
+    """
+    place = Path(path)
+    if place.suffix.lower() not in _HDF5 or not place.is_file():
+        bag = read_bag(place)
+        return len(bag), bag.dim
+    with open_hdf5(place, "pathology") as file, parsing(f"{place}: the HDF5"):
+        shape = dataset(place, file, "features", dims=(1, 2), kinds="fiu", limit=_LIMIT).shape
+    return (int(shape[0]), int(shape[1])) if len(shape) == 2 else (int(shape[0]), 0)
 
 
 def write_bag(path: str | Path, bag: Bag, layout: Layout, *, dtype: str | None = None) -> Path:

@@ -1,0 +1,200 @@
+"""Which slides have features, of which patients, in which split, of which class."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from domainssl.errors import ConfigError, DataError
+from domainssl.io.slide.bag_folders import BagFile, Bags, find_bags
+from domainssl.io.slide.features import bag_shape
+from domainssl.io.volume.exam import patients_in_two_splits, split_of
+from domainssl.io.volume.manifest import MANIFESTS, read_table
+
+__all__ = ["FoundSlides", "SlideBag", "WantedSlides", "find_slides"]
+
+_SLIDES = ("slide", "slide_id", "id")
+_PATIENTS = ("patient", "patient_id", "case_id")
+_TCGA = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}")
+_WHERE = "data.init_args"
+_NAMED = 5  # slides that a message names
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideBag:
+    """A slide with features.
+
+    Attributes:
+        id: Name of the slide.
+        patient: Whose it is; slides of one patient stay in one split.
+        file: Where its features lie.
+        tiles: Number of tiles N.
+        split: `train`, `val`, `test`, or empty where the data do not say.
+        label: Class of the slide; empty where unknown.
+    """
+
+    id: str
+    patient: str
+    file: BagFile
+    tiles: int
+    split: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedSlides:
+    """What is looked for.
+
+    Attributes:
+        dim: Width of the features.
+        manifest: Table of the slides, relative to the root; None takes one that is there.
+        patches: Folder of the tiling step, relative to the root; None searches beside the features.
+        encoder: Which features, where there are several.
+        patient: Regular expression whose first group, found in the name of a slide, is its patient.
+        label: Column of the table that holds the class; empty for none.
+    """
+
+    dim: int
+    manifest: str | None = None
+    patches: str | None = None
+    encoder: str = ""
+    patient: str = ""
+    label: str = "label"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundSlides:
+    """What a folder holds.
+
+    Attributes:
+        layout: Which one it is.
+        slides: The slides, by name.
+        problems: What was left out, and why.
+    """
+
+    layout: str
+    slides: Sequence[SlideBag]
+    problems: Sequence[str] = ()
+
+
+def find_slides(root: str, wanted: WantedSlides) -> FoundSlides:
+    """Find the bags of a folder, and what a table says of their slides.
+
+    Raises:
+        DataError: There are none, their features have another width, or a patient is in two splits.
+        ConfigError: The table, or a choice among several encoders, is missing.
+    """
+    patches = None if wanted.patches is None else os.path.join(root, wanted.patches)
+    bags = find_bags(root, patches=patches, encoder=wanted.encoder)
+    path = _table(root, wanted.manifest)
+    rows, problems = ({}, []) if path is None else _rows(path, bags, wanted)
+    slides = []
+    for file in bags.files:
+        if path is not None and file.slide not in rows:
+            continue
+        tiles, dim = bag_shape(file.path)
+        if tiles == 0:
+            problems.append(f"{file.slide}: no tile (a slide without tissue)")
+            continue
+        if dim != wanted.dim:
+            raise DataError(
+                f"{file.path}: {dim} features per tile, the configuration says {wanted.dim}. Set "
+                f"{_WHERE}.modalities.<name>.dim to {dim}, or give the features of the encoder "
+                "that is meant."
+            )
+        known = rows.get(file.slide, {})
+        patient = _first(known, _PATIENTS) or _patient(file.slide, wanted.patient)
+        slides.append(
+            SlideBag(
+                id=file.slide,
+                patient=patient,
+                file=file,
+                tiles=tiles,
+                split=_split(path, file.slide, known.get("split", "")),
+                label=known.get(wanted.label, "") if wanted.label else "",
+            )
+        )
+    if not slides:
+        raise DataError(f"{root}: none of {len(bags.files)} slides is left ({problems[:_NAMED]}).")
+    patients_in_two_splits(slides, path or root, "Slides")
+    return FoundSlides(layout=bags.layout, slides=slides, problems=problems)
+
+
+def _table(root: str, manifest: str | None) -> str | None:
+    if manifest is None:
+        there = [os.path.join(root, n) for n in MANIFESTS if os.path.isfile(os.path.join(root, n))]
+        return there[0] if there else None
+    path = os.path.join(root, manifest)
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"{_WHERE}.slides.manifest: there is no file {path!r}; expected a CSV, JSON lines or "
+            "Parquet file, relative to the root or absolute, with a column slide_id."
+        )
+    return path
+
+
+def _rows(
+    path: str, bags: Bags, wanted: WantedSlides
+) -> tuple[dict[str, Mapping[str, str]], list[str]]:
+    """Return the rows of a table by slide, and what is in one of both only."""
+    columns, rows = read_table(path)
+    column = next((name for name in _SLIDES if name in columns), None)
+    if column is None:
+        raise DataError(
+            f"{path}: no column {', '.join(_SLIDES)}, only {', '.join(columns)}. One of them names "
+            "the slides as the files of features are named."
+        )
+    found: dict[str, Mapping[str, str]] = {}
+    for row in rows:
+        name = _stem(row[column])
+        if name in found:
+            raise DataError(f"{path}: slide {name!r} is there twice; keep one row per slide.")
+        found[name] = row
+    there = {file.slide for file in bags.files}
+    problems = []
+    for names, text in (
+        (sorted(found.keys() - there), f"slides of {os.path.basename(path)} have no features"),
+        (sorted(there - found.keys()), f"slides are not in {os.path.basename(path)}"),
+    ):
+        if names:
+            more = ", …" if len(names) > _NAMED else ""
+            problems.append(
+                f"{len(names)} {text} and are left out: {', '.join(names[:_NAMED])}{more}"
+            )
+    if not found.keys() & there:
+        raise DataError(
+            f"{path}: none of its {len(found)} slides has features in {bags.folder}, whose files "
+            f"are named like {sorted(there)[0]!r}. Name the slides as the files are named."
+        )
+    return found, problems
+
+
+def _stem(name: str) -> str:
+    """Return the name of a slide without the ending of its file, as feature files are named."""
+    return re.sub(r"\.(svs|ndpi|mrxs|scn|bif|tiff?|ome\.tiff?|dcm|h5|pt)\Z", "", name.strip())
+
+
+def _first(row: Mapping[str, str], names: Sequence[str]) -> str:
+    return next((row[name] for name in names if row.get(name)), "")
+
+
+def _patient(slide: str, pattern: str) -> str:
+    """Return the patient in the name of a slide; TCGA's barcodes are known."""
+    if pattern:
+        found = re.search(pattern, slide)
+        if found is None or not found.groups():
+            raise ConfigError(
+                f"{_WHERE}.slides.patient: {pattern!r} finds no group in {slide!r}; expected a "
+                "regular expression whose first group is the patient."
+            )
+        return found[1]
+    barcode = _TCGA.match(slide)
+    return barcode[0] if barcode else slide
+
+
+def _split(path: str | None, slide: str, text: str) -> str:
+    if text and not split_of(text):
+        raise DataError(f"{path}: split of {slide!r} is {text!r}, expected train, val or test.")
+    return split_of(text)

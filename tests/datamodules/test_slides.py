@@ -1,0 +1,218 @@
+"""Slides with feature bags: regions and samples, splits by patient, what files and tables say."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from bag_files import LATTICE, TRIDENT, write
+
+from domainssl.datamodules.slides import SlideFeatureDataModule
+from domainssl.errors import ConfigError, DataError
+from domainssl.io.slide.features import Bag, read_bag, to_grid, write_bag
+from domainssl.sources.held_out import HeldOut
+from domainssl.sources.slide_options import SlideFiles, SlideWindow, TileFeatures
+from domainssl.sources.slides import batch_of_grid
+
+D, STEP = 4, 100
+NAME = "tile_features"
+
+
+def bag(slide, cells, seed=0):
+    """Features that tell their cell: row, column, and two random numbers."""
+    rng = np.random.default_rng(seed)
+    places = np.array(cells)
+    values = np.concatenate([places, rng.normal(size=(len(places), 2))], 1)
+    return Bag(
+        slide=slide,
+        features=values.astype(np.float32),
+        coords=places[:, ::-1] * STEP + 1000,
+        patch_size_level0=STEP,
+        patch_size=50,
+        mpp_um=0.5,
+        encoder="uni_v1",
+    )
+
+
+def block(rows, columns):
+    return [(r, c) for r in range(rows) for c in range(columns)]
+
+
+def slides(root, names=("a", "b", "c", "d"), cells=None, rows=None):
+    for i, name in enumerate(names):
+        write_bag(root, bag(name, cells or block(8, 6), i), "zarr", dtype="float32")
+    if rows is not None:
+        with open(root / "manifest.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+    return root
+
+
+def data(root, **arguments):
+    given = {"modalities": {NAME: TileFeatures(dim=D)}, "global_batch_size": 2, **arguments}
+    given.setdefault("slides", SlideFiles(ids="plain"))
+    module = SlideFeatureDataModule(root=str(root), **given)
+    module.setup("fit")
+    return module
+
+
+def train(module, epoch=0):
+    module.epoch = epoch
+    return list(module.train_dataloader())
+
+
+def test_a_region_holds_its_cells_row_by_row_and_says_where_it_lies(tmp_path):
+    module = data(slides(tmp_path), window=SlideWindow(size=(3, 4)))
+    (batch, *_) = train(module)
+    assert batch[NAME].shape == (2, 12, D) and batch[f"{NAME}.valid"].all()
+    for values, geo in zip(batch[NAME], batch[f"{NAME}.geo"], strict=True):
+        rows, columns = values[:, 0].view(3, 4), values[:, 1].view(3, 4)
+        assert (rows.diff(dim=0) == 1).all() and (columns.diff(dim=1) == 1).all()
+        x, y = geo["origin"]
+        assert (y - 1000, x - 1000) == (STEP * int(rows[0, 0]), STEP * int(columns[0, 0]))
+    places = batch[f"{NAME}.coords"][0].view(3, 4, 2)
+    assert places[2, 3].tolist() == [2.0, 3.0]
+
+
+def test_background_and_what_lies_beyond_a_slide_are_not_valid(tmp_path):
+    cells = [(r, c) for r, c in block(3, 3) if (r, c) != (1, 1)]
+    module = data(slides(tmp_path, cells=cells), window=SlideWindow(size=5))
+    (batch, *_) = train(module)
+    valid = batch[f"{NAME}.valid"][0].view(5, 5)
+    expected = torch.zeros(5, 5, dtype=torch.bool)
+    expected[1:4, 1:4] = True
+    expected[2, 2] = False
+    assert torch.equal(valid, expected)
+    assert (batch[NAME][0][~valid.flatten()] == 0).all()
+    assert batch[f"{NAME}.geo"][0]["origin"] == [1000 - STEP, 1000 - STEP]
+
+
+def test_held_out_slides_show_their_densest_region_every_time(tmp_path):
+    sparse = [(r, c) for r, c in block(8, 6) if r >= 4 or (r + c) % 2]
+    module = data(slides(tmp_path, cells=sparse), window=SlideWindow(size=4))
+    (first,), (second,) = list(module.val_dataloader()), list(module.val_dataloader())
+    assert torch.equal(first[NAME], second[NAME]) and first[f"{NAME}.valid"].all()
+    assert first[NAME][0, 0, 0] == 4
+
+
+def test_samples_of_tiles_are_drawn_anew_per_epoch_without_repetition(tmp_path):
+    module = data(slides(tmp_path), window=SlideWindow(mode="bag", tokens=10, per_slide=2))
+    assert module.modalities[NAME].size == (10,)
+    first, again, other = train(module), train(module), train(module, 1)
+    assert all(torch.equal(a[NAME], b[NAME]) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0][NAME], other[0][NAME])
+    for batch in first:
+        for values, places in zip(batch[NAME], batch[f"{NAME}.coords"], strict=True):
+            assert torch.equal(values[:, :2], places) and len(places.unique(dim=0)) == 10
+
+
+@pytest.mark.parametrize("fill", ["mask", "repeat"])
+def test_a_bag_of_few_tiles_is_filled_as_asked(tmp_path, fill):
+    window = SlideWindow(mode="bag", tokens=8, fill=fill)
+    module = data(slides(tmp_path, cells=block(1, 3)), window=window)
+    valid = train(module)[0][f"{NAME}.valid"]
+    assert valid.sum(1).tolist() == ([3, 3] if fill == "mask" else [8, 8])
+
+
+def test_slides_of_a_patient_stay_together_and_labels_follow_the_table(tmp_path):
+    rows = [
+        {"slide_id": f"{name}.svs", "case_id": patient, "label": label}
+        for name, patient, label in zip("abcdef", "ppqqrr", "xyxyxy", strict=True)
+    ]
+    module = data(slides(tmp_path, "abcdef", rows=rows), held_out=HeldOut(patients=("q",)))
+    assert module.label_names == ("x", "y") and module.num_classes == 2
+    assert [s.id for s in module.splits["val"]] == ["c", "d"]
+    (held,) = list(module.val_dataloader())
+    assert held["id"] == ["c", "d"] and held["label"].tolist() == [0, 1]
+    torn = [{**row, "split": "train" if row["slide_id"] == "a.svs" else "val"} for row in rows]
+    with pytest.raises(DataError, match=r"1 patient\(s\) appear in two splits: p"):
+        data(slides(tmp_path / "torn", "abcdef", rows=torn))
+
+
+def test_patients_are_read_from_names(tmp_path):
+    names = ("TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "TCGA-AA-0002-01Z-00-DX1")
+    module = data(slides(tmp_path, names), window=SlideWindow(size=2))
+    assert {s.patient for s in module.found.slides} == {"TCGA-AA-0001", "TCGA-AA-0002"}
+    files = SlideFiles(patient=r"-(\d{4})-", ids="plain")
+    assert {s.patient for s in data(tmp_path, slides=files).found.slides} == {"0001", "0002"}
+    with pytest.raises(ConfigError, match=r"slides\.patient.*finds no group"):
+        data(tmp_path, slides=SlideFiles(patient="x(y)"))
+
+
+def test_ids_tell_nothing_about_names_and_no_record_holds_paths(tmp_path):
+    module = data(slides(tmp_path), slides=SlideFiles(), window=SlideWindow(size=2))
+    ids = [item for batch in train(module) for item in batch["id"]]
+    assert all(len(item) == 16 and int(item, 16) >= 0 for item in ids)
+    assert str(tmp_path) in module.withheld and str(tmp_path) not in str(module.identity())
+
+
+def test_what_is_missing_or_without_tissue_is_left_out_and_said(tmp_path):
+    rows = [{"slide_id": name, "patient_id": name} for name in ("a", "b", "z")]
+    slides(tmp_path, ("a", "b", "c", "d"), rows=rows)
+    module = data(tmp_path, window=SlideWindow(size=2))
+    assert module.problems == [
+        "1 slides of manifest.csv have no features and are left out: z",
+        "2 slides are not in manifest.csv and are left out: c, d",
+    ]
+    assert any("problem: 1 slides" in line for line in module.describe())
+    empty = tmp_path / "empty"
+    slides(empty)
+    write_bag(empty, Bag(slide="e", features=np.zeros((0, D), np.float32), coords=np.zeros((0, 2))),
+              "zarr")  # fmt: skip
+    assert data(empty, window=SlideWindow(size=2)).problems == [
+        "e: no tile (a slide without tissue)"
+    ]
+
+
+def test_files_of_another_encoder_or_resolution_are_refused(tmp_path):
+    slides(tmp_path)
+    with pytest.raises(DataError, match=r"4 features per tile, the configuration says 5.*dim to 4"):
+        data(tmp_path, modalities={NAME: TileFeatures(dim=5)})
+    for wrong in ({"encoder": "uni_v2"}, {"mpp_um": 0.25}):
+        module = data(tmp_path, modalities={NAME: TileFeatures(dim=D, **wrong)})
+        with pytest.raises(DataError, match=rf"{next(iter(wrong))} is .* the configuration says"):
+            train(module)
+    train(data(tmp_path, modalities={NAME: TileFeatures(dim=D, mpp_um=0.52)}))
+
+
+def test_bags_without_places_are_refused_with_the_file_that_lacks_them(tmp_path):
+    for name in "ab":
+        write(tmp_path / "h5_files" / f"{name}.h5", LATTICE)
+    module = data(tmp_path, modalities={NAME: TileFeatures(dim=8)}, global_batch_size=1)
+    with pytest.raises(DataError, match=r"patch_size.*patches"):
+        train(module)
+
+
+def test_both_layouts_of_the_sample_give_the_same_items(sample_root):
+    found = []
+    for root in ("sample:bags", "sample:bags_clam"):
+        module = SlideFeatureDataModule(root=root, window=SlideWindow(size=6), global_batch_size=4)
+        module.prepare_data()
+        module.setup("fit")
+        found.append(next(iter(module.train_dataloader())))
+    ours, theirs = found
+    assert ours["id"] == theirs["id"] and torch.equal(ours["label"], theirs["label"])
+    torch.testing.assert_close(ours[NAME], theirs[NAME])
+    assert ours[f"{NAME}.geo"] == theirs[f"{NAME}.geo"]
+
+
+def test_a_whole_slide_is_a_batch_of_its_tiles(tmp_path):
+    grid = to_grid(read_bag(write_bag(tmp_path, bag("a", [(0, 0), (2, 1)]), "zarr")))
+    batch = batch_of_grid(grid)
+    assert batch[NAME].shape == (1, 2, D)
+    assert batch[f"{NAME}.coords"].tolist() == [[[0.0, 0.0], [2.0, 1.0]]]
+    assert batch[NAME][0, :, :2].tolist() == [[0.0, 0.0], [2.0, 1.0]]
+
+
+def test_choices_that_cannot_be_used_are_said(tmp_path):
+    with pytest.raises(ConfigError, match="Did you mean 'grid'"):
+        SlideWindow(mode="gird")
+    with pytest.raises(ConfigError, match=r"modalities: missing.*tile_features"):
+        SlideFeatureDataModule(root=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"sample:bag'.*Did you mean 'bags'"):
+        SlideFeatureDataModule(root="sample:bag", modalities={NAME: TileFeatures(dim=D)}).setup()
+    assert math.prod(SlideWindow(size=5).shape) == 25 and TRIDENT["patch_size"] == 256
