@@ -7,14 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import DATAMODULES, build, build_data, tensors
 from lightning.pytorch import Callback, Trainer
+from plain_readers import READERS
 from torch import Tensor
 
 from domainssl.callbacks.checkpoint import AtomicCheckpoint
 from domainssl.datamodules.base import DomainDataModule
+from domainssl.loading.plan import Piece
 from domainssl.modality import check_batch
 
 
@@ -92,6 +95,28 @@ def test_raw_physical_values_reach_the_batch(
                 mean, std = torch.tensor(modality.mean), torch.tensor(modality.std)
                 assert ((level - mean).abs() < 5 * std).all(), (name, level, mean)
                 assert (spread > 0.005 * std).all() and (spread < 10 * std).all(), (name, spread)
+
+
+def test_delivered_values_are_those_in_the_files(recipe: str, data: DomainDataModule) -> None:
+    """A held-out item equals what other libraries read; all of its valid pixels are compared."""
+    name = type(data).__name__
+    assert name in READERS, f"write into plain_readers.py how the files of {name} are read"
+    source = data.source("val")
+    batch = source.load(Piece(0, 0, 1), 0).data
+    expected = READERS[name](source, batch)
+    assert expected and set(expected) <= set(data.modalities)
+    for modality in map(data.modalities.get, expected):
+        assert modality is not None
+        key = modality.name
+        assert bool(batch[f"{key}.present"][0])
+        valid = np.asarray(batch[f"{key}.valid"])[0]
+        found = np.moveaxis(np.asarray(batch[key], np.float64)[0], modality.channel_axis - 1, -1)
+        wanted = np.moveaxis(expected[key], modality.channel_axis - 1, -1)
+        assert found.shape == wanted.shape
+        known = valid & np.isfinite(wanted).all(-1)
+        assert known.sum() >= 0.5 * valid.sum() > 0
+        assert np.abs(found[known]).max() > 0
+        np.testing.assert_allclose(found[known], wanted[known], rtol=1e-6, atol=1e-5)
 
 
 def test_an_epoch_holds_no_item_twice(epoch: list[dict[str, Any]]) -> None:
