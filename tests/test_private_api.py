@@ -146,21 +146,12 @@ class Watch(Callback):
     def __init__(self) -> None:
         self.seen: list[tuple[bool, bool]] = []
         self.ends: list[tuple[bool, bool]] = []
-        self.fetches: list[str] = []
-
-    def on_train_start(self, trainer, pl_module):
-        _lightning.watch_fetches(
-            trainer, lambda: self.fetches.append("begin"), lambda: self.fetches.append("end")
-        )
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         own = (_lightning.is_logging_step(trainer), _lightning.is_accumulating(trainer))
         self.seen.append(own)
         ends = (_lightning.validation_follows(trainer), _lightning.is_last_batch(trainer))
         self.ends.append(ends)
-
-    def on_train_end(self, trainer, pl_module):
-        _lightning.unwatch_fetches(trainer)
 
 
 class Looking(TinyObjective):
@@ -192,12 +183,6 @@ def test_logging_and_accumulating_steps_are_told(watched) -> None:
 def test_validation_and_the_end_of_an_epoch_are_foreseen(watched) -> None:
     assert [follows for follows, _ in watched[1].ends] == [False, False, True, False]
     assert [last for _, last in watched[1].ends] == [False, False, False, True]
-
-
-def test_every_fetch_is_watched_until_it_is_not(watched) -> None:
-    fetches = watched[1].fetches
-    assert fetches[:2] == ["begin", "end"] and fetches.count("end") >= 4
-    assert "_on_before_fetch" not in watched[2].fit_loop.epoch_loop.__dict__
 
 
 def test_every_batch_is_looked_at_before_it_moves(watched) -> None:

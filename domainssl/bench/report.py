@@ -42,6 +42,7 @@ SUBJECTS = {
     "objectives": "the step of each other objective against its own matrix products",
     "decur": "DeCUR's loss from Gram matrices against the one from correlation matrices",
     "omnisat": "OmniSat's image path and token contrast against plain forms, time and memory",
+    "scan": "opening many sites, cold and from the index, against plain loops over their files",
     "distances": "distances of a large grid, and the backbone on it with its memory",
     "attention3d": "attention over a volume with computed biases against biases held in memory",
     "wait": "time that training from files spends waiting for data",
@@ -65,6 +66,7 @@ class Settings:
         workers: Loading processes of `stream` (None measures 0 and 2) and `volumes` (None: 2).
         compile: Compile the transformer blocks of our side of `step`.
         volume: Voxels of a volume of `volumes`; None takes a small one.
+        sites: Most sites of `scan`; None takes 10,000.
     """
 
     device: str = "auto"
@@ -76,6 +78,7 @@ class Settings:
     workers: int | None = None
     compile: bool = False
     volume: tuple[int, int, int] | None = None
+    sites: int | None = None
 
     def resolved(self) -> Settings:
         """Return the settings with device and precision decided.
@@ -85,7 +88,7 @@ class Settings:
         """
         import torch
 
-        for name, least in (("rounds", 1), ("batch", 2), ("workers", 0)):
+        for name, least in (("rounds", 1), ("batch", 2), ("workers", 0), ("sites", 8)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"bench --{name}: got {value}, expected at least {least}.")

@@ -158,6 +158,7 @@ class BlockStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches that are left of the epoch."""
+        asked = time.perf_counter()
         epoch, done = self._position()  # a generator: runs with the first next(), not with iter()
         plan = self.plan(epoch)
         self._iteration += 1
@@ -192,7 +193,9 @@ class BlockStream:
             if done == 0 and number == len(plan.batch_sizes):
                 self._validity.end()
             del items  # pieces that are used up make room before the next ones come
+            self.tally.wait_s += time.perf_counter() - asked
             yield batch
+            asked = time.perf_counter()
         rows.close()
         self._log_reads(epoch, before)
 
@@ -205,6 +208,11 @@ class BlockStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Ignore `state`: the DataModule keeps the position."""
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds between asking for a batch and getting it, over all batches so far."""
+        return self.tally.wait_s
 
     @property
     def read_amplification(self) -> float:
@@ -286,11 +294,9 @@ class BlockStream:
         self._tasks.tasks = [(piece, plan.epoch) for piece in pieces]
         iterator = self._start(loader)
         for piece in pieces:
-            start = time.perf_counter()
             rows = next(iterator)
             if isinstance(rows, Failure):
                 raise rows.error
-            self.tally.wait_s += time.perf_counter() - start
             self.tally.blocks += 1
             self.tally.bytes_decoded += rows.bytes_decoded
             self.tally.bytes_needed += rows.bytes_needed

@@ -6,7 +6,7 @@ Private API of torch stands in `domainssl/_torch.py`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -24,9 +24,7 @@ __all__ = [
     "is_logging_step",
     "record_hyperparameters",
     "repeat_validation",
-    "unwatch_fetches",
     "validation_follows",
-    "watch_fetches",
 ]
 
 
@@ -48,28 +46,6 @@ def is_logging_step(trainer: Trainer) -> bool:
 def is_accumulating(trainer: Trainer) -> bool:
     """True while the last batch was not the end of an optimiser step."""
     return bool(trainer.fit_loop._should_accumulate())
-
-
-def watch_fetches(trainer: Trainer, begin: Callable[[], None], end: Callable[[], None]) -> None:
-    """Call `begin` and `end` around every fetch of a training batch."""
-    loop: Any = trainer.fit_loop.epoch_loop
-    before, after = loop._on_before_fetch, loop._on_after_fetch
-    loop._on_before_fetch = _both(before, begin)
-    loop._on_after_fetch = _both(end, after)
-
-
-def _both(first: Callable[[], None], then: Callable[[], None]) -> Callable[[], None]:
-    def call() -> None:
-        first()
-        then()
-
-    return call
-
-
-def unwatch_fetches(trainer: Trainer) -> None:
-    """Undo `watch_fetches`."""
-    for name in ("_on_before_fetch", "_on_after_fetch"):
-        trainer.fit_loop.epoch_loop.__dict__.pop(name, None)
 
 
 def validation_follows(trainer: Trainer) -> bool:

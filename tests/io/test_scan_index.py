@@ -217,8 +217,9 @@ def test_the_longest_unused_indexes_go_first(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob("scans-1/[!.]*.json"))) == 2
 
 
-def test_processes_find_the_same_as_one(tmp_path, opened, monkeypatch):
-    monkeypatch.setattr(scan_index, "_FEW", 0)
+def test_processes_find_the_same_as_one_and_start_where_they_pay(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(scan_index, "_TRIED", 1)
+    monkeypatch.setattr(scan_index, "_PAYS_S", 0.0)
     monkeypatch.setattr(scan_index, "_TASK", 1)
     monkeypatch.setattr(scan_index, "cores", lambda: 2)
     paths = [
@@ -227,7 +228,7 @@ def test_processes_find_the_same_as_one(tmp_path, opened, monkeypatch):
     ]
     lefts = [file.bands[0].grid.left for file in scan(tmp_path, *paths)]
     assert lefts == [1e5, 2e5, 3e5, 4e5]
-    assert not opened  # in this process
+    assert opened == ["1.tif"]  # in this process, to see how long it takes
 
 
 def test_one_process_opens_while_others_wait(tmp_path, opened, monkeypatch):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from stream_fakes import FakeSource, ids, plan_of, stream_of
@@ -165,3 +167,20 @@ def test_mistakes_in_loading_are_refused_with_the_nearest_name():
         Loading(start_method="spwan")
     with pytest.raises(ValueError, match="loading.workers: got -1"):
         Loading(workers=-1)
+
+
+def test_the_stream_counts_the_time_in_which_batches_are_waited_for(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(
+        "domainssl.loading.stream.time", SimpleNamespace(perf_counter=lambda: clock.now)
+    )
+
+    class Slow(FakeSource):
+        def load(self, piece, epoch):
+            clock.now += 3.0  # of each of the four blocks
+            return super().load(piece, epoch)
+
+    stream = stream_of(Slow([4] * 4))
+    for _ in stream:
+        clock.now += 100.0  # a step is no waiting
+    assert stream.waited_s == 12.0

@@ -35,6 +35,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "--volume", nargs=3, type=int, metavar=("X", "Y", "Z"), help="voxels of `volumes`"
     )
+    parser.add_argument("--sites", type=int, help="most sites of `scan`, such as 100000")
     given = vars(parser.parse_args(argv))
     given["volume"] = given["volume"] and tuple(given["volume"])
     names, path = given.pop("subjects") or list(SUBJECTS), given.pop("json")

@@ -97,15 +97,20 @@ class LayerFiles:
         self._root, self._options = root, options
         self._indexes: dict[Sought, ScanIndex] = {}
 
-    def fill(self, wanted: Mapping[Sought, Sequence[Found]]) -> None:
-        """Look up many files, and open those that are not known; errors are left to `get`."""
+    def fill(self, wanted: Mapping[Sought, Sequence[Found]], jobs: int | None = None) -> None:
+        """Look up many files, and open those that are not known; errors are left to `get`.
+
+        Args:
+            wanted: The files, by what is asked of them.
+            jobs: Processes; 0 opens in this one, None takes one per core where it pays.
+        """
         for sought, files in wanted.items():
             local = {_key(found): found.path for found in files if not is_url(found.path)}
             if not local:
                 continue
             request = {"root": os.path.abspath(self._root), **asdict(sought)}
             index = self._indexes.setdefault(sought, ScanIndex("cubes", request))
-            index.fill(local, partial(_look, sought))
+            index.fill(local, partial(_look, sought), jobs)
             if index.opened:
                 _log.info("%s: opened %d of %d files", self._root, index.opened, len(local))
 

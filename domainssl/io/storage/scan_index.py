@@ -41,7 +41,8 @@ _VERSION = "1"  # of the file's form
 _MOST_FILES, _MOST_BYTES = 256, 2**31  # of all indexes; the longest unused go first
 _LARGEST = 2**29  # bytes of one
 _TASK = 32  # files that a process opens at a time
-_FEW = 256  # fewer are opened in this process: others take a second to start
+_TRIED = 2  # tasks that this process does first, to see whether others pay
+_PAYS_S = 20.0  # of work that is left: processes take seconds to start
 _SLOW_S = 1e-3  # to check one row: a file system that is asked from many threads
 _THREADS = 16
 _TABLES = HandlePool(limit=16)
@@ -171,13 +172,11 @@ class ScanIndex:
         jobs: int | None,
     ) -> _Table:
         """Open files; return the rows that may be kept."""
-        if jobs is None:
-            jobs = 0 if len(missing) < _FEW else cores()
         tasks = [missing[i : i + _TASK] for i in range(0, len(missing), _TASK)]
         self.opened += len(missing)
         kept = _Table()
         began = time.time_ns()
-        for keys, found in in_order(look, tasks, jobs):
+        for keys, found in _looked_at(look, tasks, jobs):
             for key, seen in zip(keys, found, strict=True):
                 if seen is None:
                     continue
@@ -262,6 +261,22 @@ class ScanIndex:
                 _tidy(path)
         except OSError as error:
             _log.warning("%s: cannot be written (%s)", path, error.strerror or error)
+
+
+def _looked_at(
+    look: Callable[[Sequence[str]], list[Seen | None]],
+    tasks: Sequence[Sequence[str]],
+    jobs: int | None,
+) -> Iterator[tuple[Sequence[str], list[Seen | None]]]:
+    """Yield every task with what was found, in order; see `ScanIndex.fill`."""
+    if jobs is None:
+        first, tasks = tasks[:_TRIED], tasks[_TRIED:]
+        start = time.perf_counter()
+        results = list(in_order(look, first, 0))
+        each = (time.perf_counter() - start) / len(first)
+        yield from results
+        jobs = cores() if each * len(tasks) > _PAYS_S else 0
+    yield from in_order(look, tasks, jobs)
 
 
 def _mark(path: str, rests: Sequence[Rest], now_ns: int) -> tuple[str, bool]:
