@@ -305,6 +305,10 @@ def _load(
         )
     path = Path(name_or_path)
     if not path.exists():
+        for cls in _families().values():
+            if str(name_or_path) in getattr(cls, "not_loadable", {}):
+                reason = cls.not_loadable[str(name_or_path)]  # type: ignore[attr-defined]
+                raise WeightsError(f"{str(name_or_path)!r} cannot be loaded: {reason}.")
         raise WeightsError(
             f"{str(name_or_path)!r} is neither a file or folder nor the name of a backbone."
             f"{nearest(name_or_path, variants)} Known names: {', '.join(sorted(variants))}."
