@@ -173,6 +173,7 @@ class TileDataModule(DomainDataModule):
         return StainSource(
             sets=sets,
             modalities=self._modalities,
+            normalize={name: stain.normalize for name, stain in self.stains.items()},
             window=self.window,
             slides=self.slides,
             labels=self.label_names,

@@ -40,6 +40,10 @@ class Views:
         solarize_threshold: Values below it, in [0, 1], are inverted.
         gamma: Least and largest exponent of values in [0, 1].
         gamma_probability: Probability of such an exponent.
+        stain: Largest change of the amounts of hematoxylin, eosin and DAB in colours (rgb8):
+            factors lie in [1 - x, 1 + x], shifts in [-x, x] of optical density; 0.05 is light, 0.2
+            strong, which can hide how much of a dye there is.
+        stain_probability: Probability of such a change.
 
     Raises:
         ConfigError: A value lies outside its range.
@@ -58,6 +62,8 @@ class Views:
     solarize_threshold: float = 0.5 / 255
     gamma: tuple[float, float] = (0.7, 1.5)
     gamma_probability: float = 0.0
+    stain: float = 0.05
+    stain_probability: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("crop_area", "blur_sigma", "gamma"):
@@ -71,6 +77,7 @@ class Views:
             "blur_sigma": 0 < self.blur_sigma[0] <= self.blur_sigma[1],
             "brightness": 0 <= self.brightness <= 1,
             "contrast": 0 <= self.contrast <= 1,
+            "stain": 0 <= self.stain < 1,
             "gamma": 0 < self.gamma[0] <= self.gamma[1],
             "flip": all(0 <= p <= 1 for p in self.flips(1)),
         }
@@ -97,8 +104,9 @@ class Views:
 
     @property
     def is_photometric(self) -> bool:
-        """True when values change, not only places."""
-        return any(getattr(self, f.name) > 0 for f in fields(self) if "probability" in f.name)
+        """True when values in [0, 1] change, not only places; stains apart."""
+        names = [f.name for f in fields(self) if "probability" in f.name]
+        return any(getattr(self, name) > 0 for name in names if name != "stain_probability")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +124,7 @@ class View:
         solarize: bool (B,).
         date: Which date of a series, int64 (B,).
         gamma: Exponent, (B,); 1 leaves values alone.
+        stain: Factor and shift of the amounts of three dyes, (B, 2, 3); 1 and 0 leave them alone.
     """
 
     start: Tensor
@@ -128,6 +137,7 @@ class View:
     solarize: Tensor
     date: Tensor
     gamma: Tensor
+    stain: Tensor
 
 
 def draw_view(
@@ -174,6 +184,11 @@ def draw_view(
     gamma = torch.ones(items, device=device)
     if views.gamma_probability > 0:
         gamma = torch.where(happens(views.gamma_probability), uniform(*views.gamma), 1.0)
+    stain = torch.tensor([1.0, 0.0], device=device).view(1, 2, 1).repeat(items, 1, 3)
+    if views.stain_probability > 0:
+        change = 2 * torch.rand(items, 2, 3, generator=generator, device=device) - 1
+        change = views.stain * change * happens(views.stain_probability).view(-1, 1, 1)
+        stain = stain + change
     return View(
         start=start,
         extent=extent,
@@ -185,6 +200,7 @@ def draw_view(
         solarize=solarize,
         date=date,
         gamma=gamma,
+        stain=stain,
     )
 
 

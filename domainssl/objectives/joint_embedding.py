@@ -173,7 +173,7 @@ class _JointEmbedding(Objective):
             own = given[name] if given and name in given else published_views(modality)
             chosen[name] = as_dataclass(Views, own)
             form = self.backbone.normalizer.forms[name]
-            check_photometric(chosen[name], form, f"views.{name}")
+            check_photometric(chosen[name], form, modality, f"views.{name}")
         return chosen
 
     def setup(self, stage: str) -> None:

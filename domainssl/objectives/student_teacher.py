@@ -209,7 +209,7 @@ class _StudentTeacher(Objective):
         backbone = make_student(known, chosen, fitted, has_masks=has_masks)
         form = backbone.normalizer.forms[self.name]
         for which in ("first", "second", "local"):
-            check_photometric(fitted.views(which), form, f"crops.{which}")
+            check_photometric(fitted.views(which), form, known[self.name], f"crops.{which}")
         return fitted, backbone
 
     def make_teacher(self, **parts: nn.Module) -> None:

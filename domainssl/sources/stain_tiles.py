@@ -25,6 +25,7 @@ from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import Modality, key
 from domainssl.sources.slide_grids import SlideTiles
+from domainssl.sources.stain_normalization import normalized
 from domainssl.sources.windows import Window
 
 __all__ = ["StainSource"]
@@ -42,6 +43,7 @@ class StainSource:
     Attributes:
         sets: The tiles of every slide.
         modalities: What batches hold.
+        normalize: Stain normalisation by modality key.
         window: In pixels.
         slides: How tiles are cut out of slides.
         labels: Classes by number; None where batches carry none.
@@ -53,6 +55,7 @@ class StainSource:
 
     sets: Sequence[TileSet]
     modalities: Mapping[str, Modality]
+    normalize: Mapping[str, str]
     window: Window
     slides: SlideTiles
     labels: Sequence[str] | None
@@ -169,6 +172,7 @@ class StainSource:
         rng = generator(self.seed, epoch, _WINDOW, index)
         cut = self.window.draw(rng, room) if self.is_training else self.window.middle(room)
         for name, (picture, valid) in read.items():
+            picture = normalized(picture, valid, self.normalize[name])
             values = _padded(picture.transpose(2, 0, 1), room, _WHITE)
             cut.write(values, rows.data[name][row])
             cut.write_valid(_padded(valid, room, False), rows.data[key(name, "valid")][row])

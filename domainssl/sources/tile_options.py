@@ -9,6 +9,7 @@ from domainssl.errors import ConfigError, nearest
 from domainssl.io.slide.manifest import LAYOUTS, WantedTiles
 from domainssl.io.volume.ids import IDS
 from domainssl.modality import Modality
+from domainssl.sources.stain_normalization import NORMALIZATIONS
 from domainssl.sources.windows import Window
 
 __all__ = ["Stain", "TileFiles", "TileLabels", "tile_window", "wanted_tiles"]
@@ -28,15 +29,23 @@ class Stain:
         mean: Mean per colour for the normalisation form `zscore`, where it is known; empty for
             none. A file of `statistics` counts before it.
         std: Standard deviation per colour, likewise.
+        normalize: Bring the colours of every tile to those of a reference: `macenko` for H&E,
+            `reinhard`, or `none`. A tile without tissue stays as it is.
     """
 
     stain: str = ""
+    normalize: Literal["none", "macenko", "reinhard"] = "none"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.normalize not in NORMALIZATIONS:
+            raise ConfigError(
+                f"{_WHERE}.modalities: got normalize={self.normalize!r}, expected one of "
+                f"{', '.join(NORMALIZATIONS)}.{nearest(self.normalize, NORMALIZATIONS)}"
+            )
 
     def modality(self, name: str, size: tuple[int, ...], mpp_um: float) -> Modality:
         """Return the facts of the modality under a key."""

@@ -55,6 +55,10 @@ def recipe_of(overlay: str) -> str:
         return "pastis_maestro"
     if overlay.endswith("_mri.yaml"):
         return f"mri_{Path(overlay).stem.split('_')[0]}"
+    if overlay.endswith("_tiles.yaml"):
+        method = Path(overlay).stem.partition("_")[0]
+        names = [Path(recipe).stem for recipe in RECIPES]
+        return next(n for n in (f"tiles_{method}", f"stains_{method}") if n in names)
     if not overlay.startswith("configs/model/"):
         return "ssl4eo_croma"
     if overlay.endswith("_volumes.yaml"):  # of a method that images have too

@@ -35,6 +35,7 @@ def neutral(items: int, dims: int = 2, **changes: Tensor) -> View:
         solarize=no,
         date=torch.zeros(items, dtype=torch.int64),
         gamma=one,
+        stain=torch.tensor([1.0, 0.0]).view(1, 2, 1).repeat(items, 1, 3),
     )
     return dataclasses.replace(view, **changes)
 
