@@ -10,7 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,7 @@ from domainssl import backbones
 from domainssl.arguments import class_name
 from domainssl.backbones.base import Backbone, LoadReport
 from domainssl.backbones.card import read_card
+from domainssl.backbones.pretrained import PRETRAINED, Pretrained
 from domainssl.errors import WeightsError, nearest, parsing
 from domainssl.modality import Modality
 
@@ -62,12 +63,27 @@ def _variants() -> dict[str, tuple[type[Backbone], dict[str, Any]]]:
     return found
 
 
-def list_backbones(pattern: str = "*") -> list[str]:
+@overload
+def list_backbones(pattern: str = "*", *, pretrained: Literal[False] = False) -> list[str]: ...
+
+
+@overload
+def list_backbones(pattern: str = "*", *, pretrained: Literal[True]) -> list[Pretrained]: ...
+
+
+def list_backbones(pattern: str = "*", *, pretrained: bool = False) -> list[str] | list[Pretrained]:
     """Return the names that `load_backbone` knows, such as `croma_base`.
+
+        for weights in list_backbones("croma_*", pretrained=True):
+            print(weights.tag, weights.file, weights.licence)
 
     Args:
         pattern: Shell pattern, such as `croma_*`.
+        pretrained: Return the published weights instead, such as `croma_base.ssl4eo`: who publishes
+            them, bands, units and licence.
     """
+    if pretrained:
+        return [found for tag, found in PRETRAINED.items() if fnmatch(tag, pattern)]
     return sorted(name for name in _variants() if fnmatch(name, pattern))
 
 
@@ -180,7 +196,8 @@ def load_backbone(
 
     Args:
         name_or_path: An export (folder, card or tensors file), a checkpoint of a run (`.ckpt`),
-            or a name of `list_backbones()` together with `weights`.
+            or a name of `list_backbones()`, with or without a tag of published weights, together
+            with `weights`.
         weights: File in a layout that the family reads, for a name; `"random"` for a backbone
             without weights.
         modalities: What your data look like; bands, order and unit are compared with those of
@@ -298,10 +315,15 @@ def _load(
     strict: bool,
 ) -> Backbone:
     variants = _variants()
-    if str(name_or_path) in variants:
-        cls, variant = variants[str(name_or_path)]
+    name = str(name_or_path)
+    if name in PRETRAINED:
+        name = PRETRAINED[name].backbone
+        if weights is None:
+            raise WeightsError(_where_to_get(PRETRAINED[str(name_or_path)]))
+    if name in variants:
+        cls, variant = variants[name]
         return _load_variant(
-            str(name_or_path), cls, {**variant, **(arguments or {})}, weights, modalities, strict
+            name, cls, {**variant, **(arguments or {})}, weights, modalities, strict
         )
     path = Path(name_or_path)
     if not path.exists():
@@ -311,7 +333,9 @@ def _load(
                 raise WeightsError(f"{str(name_or_path)!r} cannot be loaded: {reason}.")
         raise WeightsError(
             f"{str(name_or_path)!r} is neither a file or folder nor the name of a backbone."
-            f"{nearest(name_or_path, variants)} Known names: {', '.join(sorted(variants))}."
+            f"{nearest(name_or_path, [*variants, *PRETRAINED])} Known names: "
+            f"{', '.join(sorted(variants))}; list_backbones(pretrained=True) lists published "
+            "weights of them."
         )
     if weights is not None:
         raise WeightsError(
@@ -326,6 +350,16 @@ def _load(
     return backbone
 
 
+def _where_to_get(found: Pretrained) -> str:
+    what = f"the file {found.file}" if found.file else "the file"
+    place = f" from {found.repository}" if found.repository else " from its publisher"
+    licence = f" (licence {found.licence})" if found.licence else ""
+    return (
+        f"{found.tag!r} names published weights of {found.method}, and nothing is downloaded. Get "
+        f"{what}{place}{licence}, and pass it: load_backbone({found.tag!r}, weights='…')."
+    )
+
+
 def _load_variant(
     name: str,
     cls: type[Backbone],
@@ -338,12 +372,18 @@ def _load_variant(
         raise WeightsError(
             f"{name!r} is an architecture; pass the file of its weights, "
             f"load_backbone({name!r}, weights='…'), or weights='random' for an untrained one."
+            f"{_published(name)}"
         )
     if str(weights) == "random":
         if modalities is None:
             raise WeightsError(f"{name!r} without weights needs modalities=… to be built for.")
         return cls(**{"modalities": modalities, **variant})
     return _build(cls, variant, _read_reference(cls, weights), weights, modalities, strict)
+
+
+def _published(name: str) -> str:
+    tags = [tag for tag, found in PRETRAINED.items() if found.backbone == name]
+    return f" Published weights: {', '.join(tags)}." if tags else ""
 
 
 def _read_reference(cls: type[Backbone], path: str | Path) -> dict[str, Any]:

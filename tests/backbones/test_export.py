@@ -13,6 +13,7 @@ from tiny import TinyBackbone, tiny_modalities
 from domainssl import export_backbone, list_backbones, load_backbone
 from domainssl.backbones.card import ExportError
 from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
+from domainssl.backbones.encoders.files import published_modality
 from domainssl.backbones.registry import backbone_class
 from domainssl.errors import DataError, WeightsError
 
@@ -204,3 +205,32 @@ def test_a_class_of_ours_is_found_after_its_file_moved():
     )
     with pytest.raises(WeightsError, match="Unknown backbone class 'other.CROMABackbone'"):
         backbone_class("other.CROMABackbone")
+
+
+def test_published_weights_are_listed_with_what_is_known_of_them() -> None:
+    every = list_backbones(pretrained=True)
+    tags = [found.tag for found in every]
+    assert tags == sorted(set(tags)) and {found.backbone for found in every} <= set(
+        list_backbones()
+    )
+    (base,) = list_backbones("croma_base.*", pretrained=True)
+    assert (base.tag, base.file, base.licence) == ("croma_base.ssl4eo", "CROMA_base.pt", "MIT")
+    assert base.units == {"s1": "db", "s2": "dn"} and base.sha256 is None
+    assert base.bands["s1"] == ("VV", "VH") and len(base.bands["s2"]) == 12
+    for found in every:  # what the loader assumes of such a file is what the list says
+        for name, bands in found.bands.items():
+            known = None if name == "ct" else published_modality(len(bands))
+            assert known is None or (known.channels, known.value_unit) == (bands, found.units[name])
+
+
+def test_a_tag_without_its_file_says_where_to_get_it() -> None:
+    with pytest.raises(
+        WeightsError, match="Get the file CROMA_base.pt from its publisher .licence"
+    ):
+        load_backbone("croma_base.ssl4eo")
+    with pytest.raises(WeightsError, match="Did you mean 'croma_base.ssl4eo'"):
+        load_backbone("croma_base.ssl4e")
+    with pytest.raises(WeightsError, match="Published weights: croma_large.ssl4eo"):
+        load_backbone("croma_large")
+    with pytest.raises(WeightsError, match="no/such.pt does not exist"):
+        load_backbone("croma_base.ssl4eo", weights="no/such.pt")
