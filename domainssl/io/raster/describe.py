@@ -70,7 +70,11 @@ def describe(
     """
     if found.path.lower().endswith(GEOTIFF_ENDINGS):
         if sought.mask is not None:
-            raise DataError(f"{found.path}: masks are read from zarr stores only; set mask: null.")
+            raise DataError(
+                f"{found.path}: the mask {sought.mask!r} is asked for, as recipes/cube_croma.yaml "
+                "does, but masks are read from zarr stores only. Set data.init_args.modalities."
+                "<name>.mask: null; nodata and masks of the GeoTIFF itself count all the same."
+            )
         return describe_geotiff(found.path, sought.bands, crs=sought.crs, date=found.date)
     return describe_zarr(
         found.path,

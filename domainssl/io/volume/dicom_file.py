@@ -50,7 +50,11 @@ _OTHERS = {
 }
 # CT, MR, secondary capture and PET, single and multi-frame
 _IMAGES = ("2", "2.1", "2.2", "4", "4.1", "4.3", "4.4", "7", "128", "128.1", "130")
-_DEFLATED = (b"1.2.840.10008.1.2.1.99\0", b"1.2.840.10008.1.2.1.99 ", b"1.2.840.10008.1.2.8.")
+_DEFLATED = {  # pydicom inflates them whole, whatever comes out
+    b"1.2.840.10008.1.2.1.99\0": "Deflated Explicit VR Little Endian (1.2.840.10008.1.2.1.99)",
+    b"1.2.840.10008.1.2.1.99 ": "Deflated Explicit VR Little Endian (1.2.840.10008.1.2.1.99)",
+    b"1.2.840.10008.1.2.8.": "Deflated Image Frame Compression (1.2.840.10008.1.2.8.1)",
+}
 _HEAD = 1024
 _QUIET = r"pydicom(\..*)?"
 _PHASES = ("EchoTime", "TemporalPositionIdentifier", "TriggerTime", "DiffusionBValue",
@@ -192,10 +196,11 @@ def look(path: str) -> DicomFile:
     pydicom = dicom()
     with open_stored(path, packing=None) as file:
         head, size = file.head(_HEAD), file.size
-    if any(syntax in head for syntax in _DEFLATED):
+    deflated = next((name for syntax, name in _DEFLATED.items() if syntax in head), None)
+    if deflated is not None:
         raise DataError(
-            f"{path}: a deflated or video transfer syntax, which is not read. Export it as "
-            "explicit VR little endian."
+            f"{path}: its transfer syntax {deflated} is not read. Export it as explicit VR little "
+            "endian, for instance with dcmtk's `dcmconv +te`."
         )
     with reading_dicom(f"{path}: the DICOM header"):
         found = pydicom.dcmread(
@@ -452,7 +457,8 @@ def check_decoder(file: DicomFile) -> None:
         raise DataError(
             f"{file.path}: no decoder for its transfer syntax {uid.name} ({uid}). JPEG, JPEG-LS, "
             "JPEG 2000 and RLE are read with python-gdcm: pip install 'domainssl[medical]'; HTJ2K "
-            "needs pylibjpeg with pylibjpeg-openjpeg. Or export it as explicit VR little endian."
+            "with pip install pylibjpeg pylibjpeg-openjpeg. Or export it as explicit VR little "
+            "endian."
         )
 
 
