@@ -44,6 +44,8 @@ def run(argv: list[str]) -> int:
         )
         raise
     _report(screen, made, found, str(plan.shard))
+    if options.features is not None:
+        _embed(options, made, plan)
     return 0
 
 
@@ -84,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
         "given (default), or the slides' own names")  # fmt: skip
     add("--id_table", type=Path, metavar="FILE",
         help="write which id is which slide, readable by you alone")  # fmt: skip
+    add("--features", metavar="BACKBONE",
+        help="write the features of every tile as bags: an export, a checkpoint, or a name such as "
+        "uni with --weights")  # fmt: skip
+    add("--weights", metavar="FILE", help="weights of a backbone that is named")
+    add("--any_mpp", action="store_true", help="accept tiles that an encoder was not trained on")
+    add("--batch_size", type=int, default=64, help="tiles at once for --features (default: 64)")
+    add("--device", default="cpu", help="where --features computes, such as cuda (default: cpu)")
+    add("--autocast", choices=("bfloat16", "float16"),
+        help="type of the matrix products of --features (default: float32)")  # fmt: skip
+    add("--layout", choices=("trident", "zarr"), default="trident",
+        help="layout of the bags (default: trident)")  # fmt: skip
     add("--jobs", type=int, help="processes; 0 for this one alone (default: one per core)")
     add("--shard", default="1/1", metavar="I/N",
         help="do the I-th of N parts, for several machines that share the folder")  # fmt: skip
@@ -183,6 +196,52 @@ def _write_ids(path: Path, ids: Sequence[str], slides: Sequence[str]) -> None:
         if os.name == "posix":
             os.fchmod(file.fileno(), 0o600)
         file.write(text.getvalue().encode())
+
+
+def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any) -> None:
+    """Write the features of the tiles of all slides of this part."""
+    from dataclasses import replace
+
+    from domainssl.backbones.registry import load_backbone
+    from domainssl.cli.console import console
+    from domainssl.cli.progress import Bar
+    from domainssl.inference.embed import SlideEmbedding
+    from domainssl.pieces import build
+
+    if options.batch_size < 1:
+        raise ConfigError(f"--batch_size: got {options.batch_size}, expected 1 or more.")
+    arguments = {"any_mpp": True} if options.any_mpp else None
+    backbone = load_backbone(options.features, weights=options.weights, arguments=arguments)
+    (name, *more), grid = backbone.modalities, made.options
+    modality = backbone.modalities[name]
+    if more or modality.kind != "image" or modality.value_unit != "rgb8":
+        raise ConfigError(
+            f"--features {options.features}: takes {', '.join(backbone.modalities)} "
+            f"({modality.kind}, {modality.value_unit}); expected a backbone of one image of 8-bit "
+            "colours, such as he."
+        )
+    backbone.check({name: {**modality.to_dict(), "mpp_um": grid.mpp_um}})
+    ready = [key for key in made.keys if made.is_ready(key)]
+    slides = dict(zip(made.ids, made.slides, strict=True))
+    embedding = SlideEmbedding(
+        folder=made.folder,
+        slides=[slides[key] for key in ready],
+        ids=ready,
+        backbone=backbone,
+        encoder=Path(options.features).name.removesuffix(".ckpt"),
+        reading=grid.reading,
+        batch_size=options.batch_size,
+        device=options.device,
+        autocast=options.autocast,
+        layout=options.layout,
+    )
+    with Bar("slides") as shown:
+        found = build(embedding, replace(plan, jobs=0), shown, noun="slides")
+    console().print(
+        f"features of {found.entries} slides are in {made.folder}"
+        + (f", {found.resumed} of them before" if found.resumed else ""),
+        markup=False,
+    )
 
 
 def _report(screen: Any, made: SlideTiling, found: Built, shard: str) -> None:

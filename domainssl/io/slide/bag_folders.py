@@ -12,7 +12,7 @@ from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.slide.features import Layout, read_bag, write_bag
 from domainssl.pieces import Pieces, Plan, spread, work_through
 
-__all__ = ["BagFile", "Bags", "convert_bags", "find_bags"]
+__all__ = ["BagFile", "Bags", "convert_bags", "find_bags", "has_bag"]
 
 _ENDINGS = (".h5", ".hdf5", ".pt")
 _FEATURES, _TILING = "features_", "_overlap"
@@ -161,7 +161,7 @@ def convert_bags(
     if target.resolve() in {Path(bags.folder).resolve(), *Path(bags.folder).resolve().parents}:
         raise ConfigError(f"{target}: the bags themselves lie there; choose another output.")
     own = plan.shard.mine(spread(bags.files, plan.limit))
-    todo = [file for file in own if plan.restart or not _is_there(target, layout, file.slide)]
+    todo = [file for file in own if plan.restart or not has_bag(target, layout, file.slide)]
     bad: list[str] = []
 
     def take(file: BagFile, reason: str | None) -> None:
@@ -182,9 +182,10 @@ def _convert(file: BagFile, output: Path, layout: Layout, dtype: str | None) -> 
     return None
 
 
-def _is_there(output: Path, layout: Layout, slide: str) -> bool:
+def has_bag(output: Path, layout: Layout, slide: str, encoder: str = "*") -> bool:
+    """Tell whether `write_bag` has written a slide, of an encoder or of any."""
     if layout == "zarr":
         return (output / f"{slide}.zarr" / "zarr.json").is_file()
     if layout == "clam":
         return all((output / f / f"{slide}.h5").is_file() for f in ("h5_files", "patches"))
-    return any(output.glob(f"**/{_FEATURES}*/{slide}.h5"))
+    return any(output.glob(f"**/{_FEATURES}{encoder}/{slide}.h5"))

@@ -22,7 +22,7 @@ from domainssl.files import PART, open_regular
 from domainssl.io.slide.bag import Bag
 from domainssl.io.storage.hdf5 import attributes, dataset, open_hdf5
 
-__all__ = ["new_hdf5", "read_hdf5", "read_tensor", "write_clam", "write_trident"]
+__all__ = ["read_hdf5", "read_places", "read_tensor", "write_clam", "write_trident"]
 
 Array = np.ndarray[Any, Any]
 _LIMIT = 2**33  # bytes of the features of one slide
@@ -60,6 +60,23 @@ def read_hdf5(path: Path, patches: Path | None, level_downsample: float | None) 
         path=str(path),
     )
     return _placed(bag, {**facts, **places}, patches, level_downsample)
+
+
+def read_places(path: Path) -> Bag:
+    """Read a file of the tiling step: the places of tiles, and features of width 0.
+
+    Raises:
+        DataError: It is no such file.
+    """
+    with open_hdf5(path, "pathology") as file, parsing(f"{path}: the HDF5"):
+        coords, facts = _coords(path, file)
+    bag = Bag(
+        slide=path.stem.removesuffix("_patches"),
+        features=np.zeros((len(coords), 0), np.float32),
+        coords=coords,
+        path=str(path),
+    )
+    return _placed(bag, facts, None, None)
 
 
 def read_tensor(path: Path, patches: Path | None, level_downsample: float | None) -> Bag:
@@ -234,7 +251,7 @@ def write_clam(root: Path, bag: Bag) -> Path:
     torch = require("torch", "pathology")
     target = root / "h5_files" / f"{bag.slide}.h5"
     coords = _needed(bag)
-    with new_hdf5(target) as file:
+    with _new_hdf5(target) as file:
         file.create_dataset("features", data=bag.features, chunks=_rows(bag.features, 32))
         file.create_dataset("coords", data=coords.astype(np.int32))
     with _hidden(root / "pt_files" / f"{bag.slide}.pt") as hidden:
@@ -251,7 +268,7 @@ def write_clam(root: Path, bag: Bag) -> Path:
                 "level_dim": [width, height],
             }
         own |= {"name": bag.slide, "save_path": str(root / "patches")}
-        with new_hdf5(root / "patches" / f"{bag.slide}.h5") as file:
+        with _new_hdf5(root / "patches" / f"{bag.slide}.h5") as file:
             found = file.create_dataset("coords", data=coords)
             _attach(found, own)
     return target
@@ -283,12 +300,15 @@ def write_trident(root: Path, bag: Bag, dtype: str = "float32") -> Path:
     encoder = bag.encoder or "unknown"
     target = root / f"features_{encoder}" / f"{bag.slide}.h5"
     places = {**facts, "savetodir": str(root / "patches")}
-    with new_hdf5(target) as file:
+    with _new_hdf5(target) as file:
         values = bag.features.astype(dtype)
         found = file.create_dataset("features", data=values, chunks=_rows(values, 1))
-        _attach(found, {"name": bag.slide, "savetodir": str(target.parent), "encoder": encoder})
+        own = {"name": bag.slide, "savetodir": str(target.parent), "encoder": encoder}
+        if "computed_in" in bag.attributes:
+            own["computed_in"] = bag.attributes["computed_in"]
+        _attach(found, own)
         _attach(file.create_dataset("coords", data=coords), places)
-    with new_hdf5(root / "patches" / f"{bag.slide}_patches.h5") as file:
+    with _new_hdf5(root / "patches" / f"{bag.slide}_patches.h5") as file:
         _attach(file.create_dataset("coords", data=coords), places)
     return target
 
@@ -316,7 +336,7 @@ def _attach(found: Any, facts: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def new_hdf5(path: Path) -> Iterator[Any]:
+def _new_hdf5(path: Path) -> Iterator[Any]:
     """Open a new HDF5 file that takes its name when the block ends without an error."""
     h5py = require("h5py", "pathology")
     with _hidden(path) as hidden, h5py.File(hidden, "w", locking=False) as file:

@@ -14,7 +14,13 @@ from typing import Literal, get_args
 
 from domainssl.errors import ConfigError, DataError, nearest, parsing
 from domainssl.io.slide.bag import Bag, FeatureGrid, to_grid
-from domainssl.io.slide.bag_hdf5 import read_hdf5, read_tensor, write_clam, write_trident
+from domainssl.io.slide.bag_hdf5 import (
+    read_hdf5,
+    read_places,
+    read_tensor,
+    write_clam,
+    write_trident,
+)
 from domainssl.io.slide.bag_zarr import read_zarr, write_zarr
 from domainssl.io.storage.hdf5 import dataset, open_hdf5
 
@@ -25,6 +31,7 @@ __all__ = [
     "bag_shape",
     "describe_bag",
     "read_bag",
+    "read_places",
     "to_grid",
     "write_bag",
 ]

@@ -1,0 +1,183 @@
+"""Features of a backbone for many items: the tiles of slides, in pieces that survive a kill.
+
+    for vectors in embed_batches(backbone, batches, "he"):      # any batches, (B, D) each
+        ...
+
+`embed_batches` knows nothing about slides, so that rasters and volumes can use it too.
+`SlideEmbedding` reads the tiles that `tile` has kept and writes a bag per slide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from domainssl.backbones.base import Backbone
+from domainssl.errors import ConfigError, DataError
+from domainssl.io.slide.bag_folders import has_bag
+from domainssl.io.slide.features import Bag, Layout, read_places, write_bag
+from domainssl.io.slide.pyramid import Slide, SlideReading
+from domainssl.modality import Batch, key
+
+__all__ = ["Autocast", "SlideEmbedding", "embed_batches"]
+
+Autocast = Literal["bfloat16", "float16"]
+_TYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+Array = np.ndarray[Any, Any]
+
+
+def embed_batches(
+    backbone: Backbone,
+    batches: Iterable[Batch],
+    name: str,
+    *,
+    device: str = "cpu",
+    autocast: Autocast | None = None,
+) -> Iterator[Tensor]:
+    """Yield the pooled features of every batch, float32 (B, D), on the CPU.
+
+    Args:
+        backbone: In evaluation mode; it is moved to the device.
+        batches: Raw physical values and companions.
+        name: Which feature, a modality or `joint`.
+        device: Where to compute.
+        autocast: Type of the matrix products; None computes in float32.
+
+    Raises:
+        ConfigError: There is no such feature.
+    """
+    if name not in backbone.embed_dim:
+        raise ConfigError(
+            f"embed: the backbone has no feature {name!r}, only {', '.join(backbone.embed_dim)}."
+        )
+    backbone = backbone.to(device).eval()
+    for batch in batches:
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        context: Any = nullcontext()
+        if autocast is not None:
+            context = torch.autocast(torch.device(device).type, _TYPES[autocast])
+        with torch.inference_mode(), context:
+            found = backbone(moved).pooled[name]
+        yield found.float().cpu()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideEmbedding:
+    """The features of the tiles of some slides: entries that are made one by one.
+
+    Attributes:
+        folder: Folder that `tile` has written, with `patches`; features go there too.
+        slides: Paths of the slides.
+        ids: Their ids.
+        backbone: What computes.
+        encoder: Name of the features.
+        reading: What the user says about slides.
+        batch_size: Tiles at once.
+        device: Where to compute.
+        autocast: See `embed_batches`.
+        layout: Of the bags.
+        dtype: Of the features as stored; None is the layout's own.
+    """
+
+    folder: Path
+    slides: Sequence[str]
+    ids: Sequence[str]
+    backbone: Backbone
+    encoder: str
+    reading: SlideReading
+    batch_size: int = 64
+    device: str = "cpu"
+    autocast: Autocast | None = None
+    layout: Layout = "trident"
+    dtype: str | None = None
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Ids of the slides."""
+        return self.ids
+
+    @property
+    def _root(self) -> Path:
+        """Folder of the bags: TRIDENT's layout makes its own folders below."""
+        return self.folder / f"features_{self.encoder}" if self.layout == "zarr" else self.folder
+
+    @property
+    def name(self) -> str:
+        """Modality that the tiles are."""
+        return next(iter(self.backbone.modalities))
+
+    def is_ready(self, key: str) -> bool:
+        """Tell whether the features of a slide are there."""
+        return has_bag(self._root, self.layout, key, self.encoder)
+
+    def make(self, key: str) -> None:
+        """Compute the features of a slide; the file takes its name when it is complete.
+
+        Tiles without a valid pixel, beyond the slide or damaged, have none and are left out.
+
+        Raises:
+            DataError: The slide or its tiles cannot be read, or the features not written.
+        """
+        places = read_places(self.folder / "patches" / f"{key}_patches.h5")
+        assert places.coords is not None
+        if not places.patch_size or not places.mpp_um:
+            raise DataError(f"{places.path}: no patch_size and target_magnification of the tiles.")
+        path, kept = self.slides[self.ids.index(key)], list[int]()
+        with Slide(path, self.reading) as slide:
+            batches = self._tiles(slide, places, kept)
+            found = [
+                vectors.numpy()
+                for vectors in embed_batches(
+                    self.backbone, batches, self.name, device=self.device, autocast=self.autocast
+                )
+            ]
+        dim = self.backbone.embed_dim[self.name]
+        features = np.concatenate(found) if found else np.zeros((0, dim), np.float32)
+        bag = Bag(
+            slide=key,
+            features=features,
+            coords=places.coords[kept],
+            patch_size_level0=places.patch_size_level0,
+            overlap_level0=places.overlap_level0,
+            patch_size=places.patch_size,
+            mpp_um=places.mpp_um,
+            level0_mpp_um=places.level0_mpp_um,
+            level0_size=places.level0_size,
+            encoder=self.encoder,
+            attributes={
+                "computed_in": self.autocast or "float32",
+                "left_out": len(places) - len(kept),
+            },
+        )
+        write_bag(self._root, bag, self.layout, dtype=self.dtype)
+
+    def _tiles(self, slide: Slide, places: Bag, kept: list[int]) -> Iterator[Batch]:
+        """Read tiles in batches; `kept` collects which have a valid pixel."""
+        assert places.coords is not None and places.patch_size and places.mpp_um
+        pictures: list[Array] = []
+        masks: list[Array] = []
+        for number, (x, y) in enumerate(places.coords):
+            rgb, valid = slide.read(float(x), float(y), places.patch_size, places.mpp_um)
+            if valid.any():
+                kept.append(number)
+                pictures.append(rgb)
+                masks.append(valid)
+            if len(pictures) == self.batch_size:
+                yield self._batch(pictures, masks)
+                pictures, masks = [], []
+        if pictures:
+            yield self._batch(pictures, masks)
+
+    def _batch(self, pictures: Sequence[Array], masks: Sequence[Array]) -> Batch:
+        values = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (B, H, W, 3) uint8
+        return {
+            self.name: values.float(),
+            key(self.name, "valid"): torch.from_numpy(np.stack(masks)),
+        }

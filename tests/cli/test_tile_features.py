@@ -1,0 +1,84 @@
+"""`tile --features`: a bag per slide of what a backbone says about its tiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from slide_files import write_tiff
+
+from domainssl import export_backbone, load_backbone
+from domainssl.backbones.vit import ViTBackbone
+from domainssl.cli import main
+from domainssl.io.slide.features import read_bag
+from domainssl.io.slide.pyramid import Slide
+
+HE = {
+    "kind": "image", "channels": ("red", "green", "blue"), "value_unit": "rgb8", "size": (32, 32),
+    "mpp_um": 1.0, "mean": (128.0,) * 3, "std": (64.0,) * 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        rgb = rng.integers(90, 220, (192, 256, 3)).astype(np.uint8)
+        write_tiff(tmp_path / "slides" / f"{name}.tif", [rgb])
+    torch.manual_seed(0)
+    sizes = {"width": 24, "depth": 1, "heads": 2}
+    export_backbone(ViTBackbone({"he": HE}, sizes, patch_size=16), tmp_path / "tiny")
+    return tmp_path / "slides"
+
+
+def _tile(slides: Path, *more: str) -> int:
+    words = ["--mpp=1.0", "--size=32", "--min_tissue=0", "--jobs=0", "--ids=plain"]
+    output = f"--output={slides.parent / 'out'}"
+    return main(
+        ["tile", str(slides), output, *words, f"--features={slides.parent / 'tiny'}", *more]
+    )
+
+
+def test_features_of_all_tiles_lie_in_tridents_layout(slides: Path) -> None:
+    assert _tile(slides) == 0
+    (path,) = (slides.parent / "out").glob("*_overlap/features_tiny/a.tif.h5")
+    bag = read_bag(path)
+    assert bag.encoder == "tiny" and bag.mpp_um == 1.0 and bag.dtype == "float32"
+    assert len(bag) == 12 and bag.patch_size_level0 == 64
+    backbone = load_backbone(slides.parent / "tiny")
+    with Slide(slides / "a.tif") as slide, torch.no_grad():
+        for number in (0, 7):
+            rgb, _ = slide.read(*map(float, bag.coords[number]), 32, 1.0)
+            tile = torch.from_numpy(rgb.copy()).permute(2, 0, 1).unsqueeze(0).float()
+            expected = backbone({"he": tile}).pooled["he"][0]
+            torch.testing.assert_close(
+                torch.from_numpy(bag.features[number]), expected, atol=1e-5, rtol=1e-5
+            )
+
+
+def test_what_is_there_is_not_computed_again_and_parts_do_their_share(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _tile(slides, "--shard=1/2", "--layout=zarr") == 0
+    folder = slides.parent / "out" / "features_tiny"
+    assert [path.name for path in sorted(folder.glob("*.zarr"))] == ["a.tif.zarr"]
+    first = (folder / "a.tif.zarr" / "zarr.json").stat().st_mtime_ns
+    assert _tile(slides, "--layout=zarr", "--batch_size=5", "--autocast=bfloat16") == 0
+    assert (folder / "a.tif.zarr" / "zarr.json").stat().st_mtime_ns == first
+    assert "features of 2 slides are in" in capsys.readouterr().out
+    kinds = [read_bag(path).attributes["computed_in"] for path in sorted(folder.glob("*.zarr"))]
+    assert kinds == ["float32", "bfloat16"]
+
+
+def test_a_backbone_of_other_images_is_refused(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"s2": {**HE, "value_unit": "dn"}}
+    sizes = {"width": 24, "depth": 1, "heads": 2}
+    export_backbone(
+        ViTBackbone(other, sizes, patch_size=16), slides.parent / "tiny", overwrite=True
+    )
+    assert _tile(slides) == 2
+    assert "takes s2 (image, dn)" in capsys.readouterr().err
