@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 from pathlib import Path
+from tempfile import gettempdir
+
+from filelock import FileLock
 
 import domainssl
 from domainssl.cli import main
 from domainssl.evaluation.criteria import Criterion
-from domainssl.matrix.runs import Outcome, read_outcome
+from domainssl.matrix.runs import Outcome, read_outcome, source_sha256
 
-__all__ = ["RECIPES", "assert_learned", "train"]
+__all__ = ["RECIPES", "assert_learned", "kept", "train"]
 
 RECIPES = Path(domainssl.__file__).parent / "recipes"
 
@@ -26,6 +32,25 @@ def train(folder: Path, recipe: Path, seed: int = 0, *more: str) -> Outcome:
     words += [f"--seed_everything={seed}", f"--model.execution.seed={seed}", f"--data.seed={seed}"]
     assert main([*words, *more]) == 0
     return read_outcome(folder)
+
+
+def kept(name: str) -> Path:
+    """Return the folder of a finished run of a recipe with its own seed.
+
+    Tests of one session, and of later ones while neither recipe nor code changes, share it; do not
+    write into it. `DOMAINSSL_TEST_RUNS` names the folder that keeps runs.
+    """
+    recipe = RECIPES / f"{name}.yaml"
+    root = Path(os.environ.get("DOMAINSSL_TEST_RUNS", Path(gettempdir()) / "domainssl-test-runs"))
+    text = recipe.read_bytes() + source_sha256().encode()
+    folder = root / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            train(folder, recipe)
+            (folder / "done").touch()
+    return folder
 
 
 def assert_learned(outcome: Outcome) -> None:

@@ -34,7 +34,7 @@ class Column:
 
 
 COLUMNS = (
-    Column("S1/S2 images", ("ssl4eo", "cube", "eurosat"), "ssl4eo_croma"),
+    Column("S1/S2 images", ("ssl4eo", "cube", "so2sat"), "ssl4eo_croma"),
     Column("series", ("treesat", "pastis"), "pastis_maestro"),
     Column("CT and MR volumes", ("ct", "ctmr", "petct"), "petct_croma"),
     Column("contrasts of MRI", ("mri",), "mri_croma"),
@@ -190,8 +190,9 @@ def _joined(
     if "normalization" in encoding and "normalization" in of_data:
         encoding["normalization"] = of_data["normalization"]
     patch = _patch(patches["model"]["init_args"].get("encoding", {}))
-    if isinstance(encoding.get("patch_size"), int) and isinstance(patch, int):
-        encoding["patch_size"] = patch
+    for part in (encoding, encoding.get("sizes") or {}):
+        if isinstance(part.get("patch_size"), int) and isinstance(patch, int):
+            part["patch_size"] = patch
     config["model"] = model
     left_out = set(_modalities(base)) - set(names)
     config["data"]["init_args"] = _without(config["data"]["init_args"], left_out)

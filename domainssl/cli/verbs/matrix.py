@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from domainssl.matrix.cells import Cell
     from domainssl.matrix.runs import Finished
 
-__all__ = ["run"]
+__all__ = ["find_all", "run"]
 
 _PLACE = re.compile(r" \([^()]*\.yaml, line \d+\)")
 
@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     if page is not None:
         check_page(page)
     before = read_record(page.with_suffix(".json")) if page is not None else []
-    cells = _cells()
+    cells = find_all()
     chosen = [cell for cell in _chosen(cells, options.cells) if not cell.reason]
     screen = console()
     if options.list:
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cells() -> list[Cell]:
+def find_all() -> list[Cell]:
     """Return all cells of the recipes that come with the package."""
     import yaml
 
