@@ -24,6 +24,7 @@ from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import Modality, key
+from domainssl.sources.items import companions
 from domainssl.sources.slide_grids import SlideTiles
 from domainssl.sources.stain_normalization import normalized
 from domainssl.sources.windows import Window
@@ -145,9 +146,13 @@ class StainSource:
         """Return what tiles are written into; a stain is absent until it is written."""
         data: dict[str, Any] = {}
         for name in self.modalities:
-            data[name] = empty((count, 3, *self.window.shape), torch.uint8).fill_(_WHITE)
-            data[key(name, "valid")] = empty((count, *self.window.shape), torch.bool).zero_()
-            data[key(name, "present")] = np.zeros(count, bool)
+            data |= companions(
+                name,
+                empty((count, 3, *self.window.shape), torch.uint8).fill_(_WHITE),
+                empty((count, *self.window.shape), torch.bool).zero_(),
+                count=count,
+                present=False,
+            )
         return data
 
     def _write(
