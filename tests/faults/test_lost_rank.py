@@ -14,7 +14,7 @@ def run(folder: Path, rank: int, how: str) -> tuple[int, str]:
     """Return status and output; nothing of the run is left afterwards."""
     # A rank that is gone is noticed at once, or this run would hang; only one that does not answer
     # needs the time limit, which must leave enough time for both to start on a busy machine.
-    limit = "0:02:00" if how == "hang" else "10:00:00"
+    limit = "0:05:00" if how == "hang" else "10:00:00"
     (folder / "two.yaml").write_text(RECIPE)
     strategy = "{class_path: DDPStrategy, init_args: {process_group_backend: gloo, timeout: '%s'}}"
     words = [

@@ -17,6 +17,7 @@ from domainssl.io.raster.zarr import open_cube
 from domainssl.io.ssl4eo.layout import scan
 from domainssl.io.ssl4eo.read import check_same, read
 from domainssl.io.ssl4eo.write import write_release_a
+from domainssl.io.storage import archives
 from domainssl.io.storage.archives import tar_index
 
 PAIR = {"s1": "S1GRD", "s2": "S2L2A"}
@@ -249,3 +250,19 @@ def test_damaged_member_is_named_by_tar_and_key(root_b: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"shard_000001.tar:.*0000001.zarr.zip: not a complete zip"):
         read(first_group(root_b), "s2", [0])
+
+
+def test_a_file_that_the_system_cannot_read_is_one_error_in_every_way_of_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: str) -> None:
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "a").write_bytes(b"content")
+    store = archives.FolderStore(tmp_path)
+    assert (store.get("a"), store.part("a", -4, 2), store.get("b")) == (b"content", b"te", None)
+    assert store.open("b") is None and store.part("b", 0, 1) is None
+    monkeypatch.setattr(archives, "open_regular", broken)
+    for read in (store.get, store.open, lambda key: store.part(key, 0, 1)):
+        with pytest.raises(DataError, match="/a: cannot be read .*Input/output error"):
+            read("a")

@@ -7,9 +7,9 @@ import os
 import struct
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
 from domainssl.errors import DataError, parsing
 from domainssl.files import open_regular
@@ -20,6 +20,8 @@ from domainssl.io.storage.remote import Remote
 from domainssl.io.storage.scratch import stored_member
 
 __all__ = ["FolderStore", "Member", "Store", "ZipFileStore", "check_member", "tar_index"]
+
+_Content = TypeVar("_Content")
 
 
 class Member(NamedTuple):
@@ -151,43 +153,37 @@ class FolderStore:
         Raises:
             DataError: It cannot be read, or is larger than `limit`.
         """
-        path = join(self.name, check_member(key, self.name))
-        try:
+
+        def content(path: str) -> bytes:
             if is_url(path):
-                content = Remote(path, self._options).content()
+                found = Remote(path, self._options).content()
             else:
                 with open_regular(path) as file:
-                    content = file.read(limit + 1)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
-        except DataError:
-            raise
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({error})") from error
-        if len(content) > limit:
-            raise _too_large(path, len(content), limit)
-        return content
+                    found = file.read(limit + 1)
+            if len(found) > limit:
+                raise _too_large(path, len(found), limit)
+            return found
+
+        return self._found(key, content)
 
     def part(self, key: str, offset: int, size: int) -> bytes | None:
         """Return `size` bytes of a file from `offset` on, None when there is no such file.
 
         A negative offset counts from the end.
+
+        Raises:
+            DataError: It cannot be read.
         """
-        path = join(self.name, check_member(key, self.name))
-        try:
-            if offset < 0:
-                offset += size_of(path, self._options)
+
+        def content(path: str) -> bytes:
+            start = offset + size_of(path, self._options) if offset < 0 else offset
             if is_url(path):
-                return Remote(path, self._options).part(offset, size)
+                return Remote(path, self._options).part(start, size)
             with open_regular(path) as file:
-                file.seek(offset)
+                file.seek(start)
                 return file.read(size)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
-        except DataError:
-            raise
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read at offset {offset} ({error})") from error
+
+        return self._found(key, content)
 
     def open(self, key: str) -> BinaryIO | None:
         """Open a local file, None where there is no such file.
@@ -195,12 +191,22 @@ class FolderStore:
         Raises:
             DataError: It cannot be read.
         """
+        return self._found(key, open_regular)
+
+    def _found(self, key: str, read: Callable[[str], _Content]) -> _Content | None:
+        """Return what `read` makes of a file, None where there is no such file.
+
+        Raises:
+            DataError: It cannot be read.
+        """
         path = join(self.name, check_member(key, self.name))
         try:
-            return open_regular(path)
+            return read(path)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
-        except OSError as error:
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({error})") from error
 
     def folders(self, key: str) -> list[str]:

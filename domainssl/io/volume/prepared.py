@@ -9,7 +9,7 @@ Values are what a batch holds before normalisation; nothing here is scaled.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,30 +75,26 @@ class Prepared:
         arrays = [*self.values.values(), *self.valid.values()]
         return sum(a.nbytes for a in arrays) + (0 if self.mask is None else self.mask.nbytes)
 
-    def crop(
-        self, start: Sequence[int], size: Sequence[int], names: Iterable[str] | None = None
-    ) -> Prepared:
+    def crop(self, start: Sequence[int], size: Sequence[int]) -> Prepared:
         """Return a copy of a box; `valid` then has every modality.
 
         Args:
             start: First voxel along X, Y, Z.
             size: Voxels along X, Y, Z.
-            names: Modalities; those of the exam by default.
 
         Raises:
             DataError: The box leaves the exam.
         """
         box = check_box(start, size, self.shape)
-        chosen = [name for name in self.values if names is None or name in names]
         return Prepared(
-            values={name: np.array(self.values[name][(slice(None), *box)]) for name in chosen},
+            values={name: np.array(v[(slice(None), *box)]) for name, v in self.values.items()},
             valid={
                 name: np.array(self.valid[name][box])
                 if name in self.valid
                 else np.broadcast_to(True, tuple(size))
-                for name in chosen
+                for name in self.values
             },
-            limits={name: self.limits[name] for name in chosen if name in self.limits},
+            limits=dict(self.limits),
             mask=None if self.mask is None else np.array(self.mask[box]),
             affine=shifted(self.affine, start),
             facts=self.facts,

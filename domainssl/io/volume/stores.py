@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,13 +74,12 @@ class Stored:
     entry: Mapping[str, Any]
 
     @classmethod
-    def open(cls, folder: Path, tag: str, *, fully: bool = False) -> Stored:
+    def open(cls, folder: Path, tag: str) -> Stored:
         """Open an entry and check it: names, sizes, headers and some blocks of every file.
 
         Args:
             folder: The entry.
             tag: What `write_entry` was given; says which exam and preparation it is.
-            fully: Compare every byte.
 
         Raises:
             FileNotFoundError: There is no entry.
@@ -96,7 +95,7 @@ class Stored:
             if content["format"] != FORMAT or content["tag"] != tag:
                 raise ValueError("it is of another exam, preparation or version")
             for name, facts in content["files"].items():
-                _check_file(folder / name, facts, fully)
+                _check_file(folder / name, facts)
         found = cls(folder, content)
         if content["tier"] == "zarr":
             found._group()
@@ -143,21 +142,12 @@ class Stored:
         arrays = self.entry["arrays"].values()
         return sum(int(np.prod(a["shape"])) * np.dtype(a["dtype"]).itemsize for a in arrays)
 
-    def crop(
-        self,
-        start: Sequence[int],
-        size: Sequence[int],
-        names: Iterable[str] | None = None,
-        *,
-        mask: bool = True,
-    ) -> Prepared:
+    def crop(self, start: Sequence[int], size: Sequence[int]) -> Prepared:
         """Read a box and nothing else.
 
         Args:
             start: First voxel along X, Y, Z.
             size: Voxels along X, Y, Z.
-            names: Modalities; those of the exam by default.
-            mask: Read the classes of voxels too, where there are any.
 
         Returns:
             Arrays of their own, not views of the file; `valid` has every modality.
@@ -166,19 +156,18 @@ class Stored:
             DataError: The box leaves the exam, or the entry is damaged.
         """
         box = check_box(start, size, self.shape)
-        chosen = [name for name in self.modalities if names is None or name in names]
         valid: dict[str, Array] = {}
-        for name in chosen:
+        for name in self.modalities:
             array = f"{name}.valid"
             is_stored = array in self.entry["arrays"]
             valid[name] = (
                 self._read(array, box) if is_stored else np.broadcast_to(True, tuple(size))
             )
         return Prepared(
-            values={name: self._read(f"{name}.values", (slice(None), *box)) for name in chosen},
+            values={n: self._read(f"{n}.values", (slice(None), *box)) for n in self.modalities},
             valid=valid,
-            limits={name: self.limits[name] for name in chosen if name in self.limits},
-            mask=self._read(_MASK, box) if mask and self.has_mask else None,
+            limits=dict(self.limits),
+            mask=self._read(_MASK, box) if self.has_mask else None,
             affine=shifted(self.affine, start),
             facts=self.facts,
         )
@@ -322,17 +311,17 @@ def _digest(content: Mapping[str, Any]) -> int:
 
 
 def _facts_of(path: Path) -> list[int]:
-    """Return size, checksum of some blocks and checksum of the whole of a file."""
+    """Return the size of a file and the checksum of some of its blocks."""
     size = path.stat().st_size
-    return [size, _sample(path, size), _whole(path)]
+    return [size, _sample(path, size)]
 
 
-def _check_file(path: Path, facts: Sequence[int], fully: bool) -> None:
-    size, sample, whole = facts
+def _check_file(path: Path, facts: Sequence[int]) -> None:
+    size, sample = facts[:2]  # older entries have a third number
     found = path.stat().st_size
     if found != size:
         raise ValueError(f"{path.name} has {found} bytes, expected {size}")
-    if _sample(path, size) != sample or (fully and _whole(path) != whole):
+    if _sample(path, size) != sample:
         raise ValueError(f"the content of {path.name} differs from what was written")
 
 
@@ -344,14 +333,6 @@ def _sample(path: Path, size: int) -> int:
             found = zlib.crc32(file.read(_SAMPLE), found)
             if size <= _SAMPLE:
                 break
-    return found
-
-
-def _whole(path: Path) -> int:
-    found = 0
-    with open_regular(path) as file:
-        while piece := file.read(_PIECE):
-            found = zlib.crc32(piece, found)
     return found
 
 
