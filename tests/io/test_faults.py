@@ -263,6 +263,6 @@ def test_a_file_that_the_system_cannot_read_is_one_error_in_every_way_of_reading
     assert (store.get("a"), store.part("a", -4, 2), store.get("b")) == (b"content", b"te", None)
     assert store.open("b") is None and store.part("b", 0, 1) is None
     monkeypatch.setattr(archives, "open_regular", broken)
-    for read in (store.get, store.open, lambda key: store.part(key, 0, 1)):
+    for reading in (store.get, store.open, lambda key: store.part(key, 0, 1)):
         with pytest.raises(DataError, match="/a: cannot be read .*Input/output error"):
-            read("a")
+            reading("a")
