@@ -22,7 +22,7 @@ COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside 
 # They train, but that they learn their sample is not shown yet; docs/learning.md lists them.
 NOT_SHOWN = {
     "ct_swinunetr_ssl", "mri_maestro",
-    "mri_omnisat", "slides_titan",
+    "slides_titan",
 }  # fmt: skip
 # one per objective, and one per kind of data
 LEARN = (
