@@ -156,7 +156,7 @@ class FolderStore:
 
         def content(path: str) -> bytes:
             if is_url(path):
-                found = Remote(path, self._options).content()
+                found = Remote(path, self._options).content(limit)
             else:
                 with open_regular(path) as file:
                     found = file.read(limit + 1)

@@ -1,4 +1,4 @@
-"""Parts of files over HTTP, from servers that may send the whole file instead.
+"""Parts of files over HTTP, from servers that may send the whole file, or never stop sending.
 
 fsspec reads the answer before anybody sees that it is not the part: a server without Range would
 send a file of gigabytes again for every part. Here only the head of such an answer is received.
@@ -12,9 +12,11 @@ from typing import Any
 
 from domainssl.errors import DataError
 
-__all__ = ["http_ranges"]
+__all__ = ["http_ranges", "http_whole"]
 
 _AT_ONCE = 64
+_PIECE = 2**16
+_ABSENT = (404, 410)
 
 
 async def http_ranges(
@@ -35,9 +37,7 @@ async def http_ranges(
         asked = f"bytes={offset}-{offset + size - 1}"
         options["headers"] = {**options.get("headers", {}), "Range": asked}
         async with gate, session.get(fs.encode_url(url), **options) as answer:
-            if answer.status == 404:
-                raise FileNotFoundError(url)
-            answer.raise_for_status()
+            _check(answer, url)
             length = answer.content_length
             if answer.status == 200 and (length is None or length > size):
                 said = "the whole file" if length is None else f"all {length} bytes"
@@ -55,3 +55,32 @@ async def http_ranges(
             return error
 
     return list(await asyncio.gather(*(settled(*each) for each in ranges)))
+
+
+async def http_whole(fs: Any, url: str, limit: int) -> bytes:
+    """Return a file, at most `limit` bytes of it as they are received and unfolded.
+
+    Args:
+        fs: fsspec's file system of HTTP.
+        url: The file.
+        limit: Bytes.
+
+    Raises:
+        DataError: It has more.
+    """
+    session = await fs.set_session()
+    content = bytearray()
+    async with session.get(fs.encode_url(url), **fs.kwargs) as answer:
+        _check(answer, url)
+        async for piece in answer.content.iter_chunked(_PIECE):
+            content += piece
+            if len(content) > limit:
+                raise DataError(f"{url}: more than {limit} bytes, which is refused.")
+    return bytes(content)
+
+
+def _check(answer: Any, url: str) -> None:
+    """Raise what an answer means that holds no file."""
+    if answer.status in _ABSENT:
+        raise FileNotFoundError(url)
+    answer.raise_for_status()

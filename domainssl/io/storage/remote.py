@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any, BinaryIO, TypeVar, cast
 
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.io.storage.http_ranges import http_ranges
+from domainssl.io.storage.http_ranges import http_ranges, http_whole
 
 __all__ = ["Remote", "Retry", "StoreError"]
 
@@ -260,9 +260,25 @@ class Remote:
         found = self.retry.call(lambda: self._ask("find", inner), self.url)
         return [str(path)[len(inner) :].lstrip("/") for path in found]
 
-    def content(self) -> bytes:
-        """Return the whole file."""
-        return self.retry.call(lambda: cast(bytes, self._ask("cat_file", self._path)), self.url)
+    def content(self, limit: int) -> bytes:
+        """Return the whole file; over HTTP, no more than `limit` bytes are received.
+
+        Raises:
+            DataError: A server sends more.
+        """
+
+        def asked() -> bytes:
+            if self._is_http:
+                return cast(bytes, self._sync(http_whole, self._fs, self._path, limit))
+            return cast(bytes, self._ask("cat_file", self._path))
+
+        return self.retry.call(asked, self.url)
+
+    def _sync(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a request of our own in the loop of the file system, for `timeout_s` seconds."""
+        from fsspec.asyn import sync
+
+        return sync(self._fs.loop, action, *arguments, timeout=self.retry.timeout_s)
 
     def part(self, offset: int, size: int) -> bytes:
         """Return exactly `size` bytes from `offset` on."""
@@ -292,12 +308,7 @@ class Remote:
 
     def _answers(self, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | Exception]:
         if self._is_http:
-            from fsspec.asyn import sync
-
-            limit = self.retry.timeout_s
-            found: list[bytes | Exception] = sync(
-                self._fs.loop, http_ranges, self._fs, self._path, ranges, timeout=limit
-            )
+            found: list[bytes | Exception] = self._sync(http_ranges, self._fs, self._path, ranges)
             return found
         starts, ends = [offset for offset, _ in ranges], [sum(each) for each in ranges]
         paths = [self._path] * len(ranges)
