@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_files import FOLDER, golden_files
+from golden_files import Golden as GoldenFile
 from grouped import grouped
-from safetensors.torch import load_file
 from torch import Tensor
 
 from domainssl.backbones.croma import CROMABackbone, reference_name
@@ -29,32 +27,15 @@ from domainssl.objectives.croma import (
     pretraining_name,
 )
 
-IS_OURS = "DOMAINSSL_GOLDEN_DIR" not in os.environ
-GOLDEN = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-FILES = sorted(GOLDEN.glob("croma_*.safetensors"))
+FILES = golden_files("croma")
 
 
 def test_golden_files_exist() -> None:
-    assert FILES, f"no croma_*.safetensors in {GOLDEN}"
+    assert FILES, f"no croma_*.safetensors in {FOLDER}"
 
 
-class Golden:
+class Golden(GoldenFile):
     """One golden file, and the models it describes."""
-
-    def __init__(self, path: Path) -> None:
-        self.tensors = load_file(path)
-        self.facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-        self.config: dict[str, Any] = self.facts["config"]
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.need(name in self.tensors, name)
-        return self.tensors[name]
-
-    def need(self, found: bool, name: str) -> None:
-        """Fail on an incomplete file of ours, skip what a foreign one does not have."""
-        if not found:
-            assert not IS_OURS, f"{name} is missing in the golden file"
-            pytest.skip(f"this golden file has no {name}")
 
     def step_of_predictions(self, tokens: int) -> int:
         """Return every how-manieth patch the file holds predictions of."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_files import FOLDER, golden_files
+from golden_files import Golden as GoldenFile
 from grouped import grouped
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from domainssl.backbones.encoders.backbone import EncoderSizes
@@ -26,15 +24,13 @@ from domainssl.nn.normalization import Normalizer
 from domainssl.objectives.decur import DeCUR, DeCUROptions
 from domainssl.training.lars import LARS
 
-IS_OURS = "DOMAINSSL_GOLDEN_DIR" not in os.environ
-GOLDEN = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-FILES = sorted(GOLDEN.glob("decur_*.safetensors"))
+FILES = golden_files("decur")
 VIEWS = {"s1": ("f1_1", "f1_2"), "s2": ("f2_1", "f2_2")}
 FORMS = ("gram", "matrix")
 
 
 def test_golden_files_exist() -> None:
-    assert FILES, f"no decur_*.safetensors in {GOLDEN}"
+    assert FILES, f"no decur_*.safetensors in {FOLDER}"
 
 
 def some(name: str, bands: int) -> Modality:
@@ -46,23 +42,8 @@ def some(name: str, bands: int) -> Modality:
     )
 
 
-class Golden:
+class Golden(GoldenFile):
     """One golden file, and the objective it describes."""
-
-    def __init__(self, path: Path) -> None:
-        self.tensors = load_file(path)
-        self.facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-        self.config: dict[str, Any] = self.facts["config"]
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.need(name in self.tensors, name)
-        return self.tensors[name]
-
-    def need(self, found: bool, name: str) -> None:
-        """Fail on an incomplete file of ours, skip what a foreign one does not have."""
-        if not found:
-            assert not IS_OURS, f"{name} is missing in the golden file"
-            pytest.skip(f"this golden file has no {name}")
 
     def head(self) -> dict[str, Tensor]:
         state = {

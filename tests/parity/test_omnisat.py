@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_files import FOLDER, golden_files
+from golden_files import Golden as GoldenFile
 from grouped import grouped
-from safetensors.torch import load_file
 from torch import Tensor
 
 from domainssl.backbones.omnisat import OmniSatBackbone, SeriesArchitecture, published_name
@@ -31,41 +30,27 @@ from domainssl.objectives.omnisat import (
     OmniSatOptions,
 )
 
-IS_OURS = "DOMAINSSL_GOLDEN_DIR" not in os.environ
-GOLDEN = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-FILES = sorted(GOLDEN.glob("omnisat_*.safetensors"))
+FILES = golden_files("omnisat")
 ORIGIN = "2018-09-01"
 ORIGIN_DAY = 17775  # of that date, in days since 1970-01-01
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def test_golden_files_exist() -> None:
-    assert FILES, f"no omnisat_*.safetensors in {GOLDEN}"
+    assert FILES, f"no omnisat_*.safetensors in {FOLDER}"
 
 
 def ours(name: str) -> str:
     return name.replace("-", "_")
 
 
-class Golden:
+class Golden(GoldenFile):
     """One golden file, and the models it describes."""
 
     def __init__(self, path: Path) -> None:
-        self.tensors = load_file(path)
-        self.facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-        self.config: dict[str, Any] = self.facts["config"]
+        super().__init__(path)
         self.names: list[str] = self.config["modalities"]
         self.semantics: dict[str, Any] = self.facts["semantics"]
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.need(name in self.tensors, name)
-        return self.tensors[name]
-
-    def need(self, found: bool, name: str) -> None:
-        """Fail on an incomplete file of ours, skip what a foreign one does not have."""
-        if not found:
-            assert not IS_OURS, f"{name} is missing in the golden file"
-            pytest.skip(f"this golden file has no {name}")
 
     def state(self) -> dict[str, Tensor]:
         prefix = "state_dict/"

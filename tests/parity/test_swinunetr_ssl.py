@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_files import FOLDER, golden_files
+from golden_files import Golden as GoldenFile
 from torch import Tensor
 
 from domainssl.backbones.encoders.swin import SwinArchitecture
@@ -18,32 +15,15 @@ from domainssl.modality import Modality
 from domainssl.nn.cutout import Boxes, CutOut, box_mask, box_noise, side_ranges
 from domainssl.objectives.swinunetr_ssl import SwinEncoding, SwinUNETRSSL, SwinUNETRSSLOptions
 
-IS_OURS = "DOMAINSSL_GOLDEN_DIR" not in os.environ
-GOLDEN = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-FILES = sorted(GOLDEN.glob("swinunetr_ssl_*.safetensors"))
+FILES = golden_files("swinunetr_ssl")
 
 
 def test_golden_files_exist() -> None:
-    assert FILES, f"no swinunetr_ssl_*.safetensors in {GOLDEN}"
+    assert FILES, f"no swinunetr_ssl_*.safetensors in {FOLDER}"
 
 
-class Golden:
+class Golden(GoldenFile):
     """One golden file, and the objective it describes."""
-
-    def __init__(self, path: Path) -> None:
-        self.tensors = load_file(path)
-        self.facts: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-        self.config: dict[str, Any] = self.facts["config"]
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.need(name in self.tensors, name)
-        return self.tensors[name]
-
-    def need(self, found: bool, name: str) -> None:
-        """Fail on an incomplete file of ours, skip what a foreign one does not have."""
-        if not found:
-            assert not IS_OURS, f"{name} is missing in the golden file"
-            pytest.skip(f"this golden file has no {name}")
 
     def below(self, prefix: str) -> dict[str, Tensor]:
         found = {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
