@@ -47,6 +47,7 @@ SUBJECTS = {
     "attention3d": "attention over a volume with computed biases against biases held in memory",
     "wait": "time that training from files spends waiting for data",
     "volumes": "boxes of prepared volumes from both tiers against MONAI's cached data sets",
+    "tiles": "tiles of slides against plain OpenSlide reads of the same tiles, and memory",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
     "startup": "import and help against importing Lightning's command line",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ Bounds = tuple[int, int, int, int]
 _CENTIMETRE_UM, _INCH_UM = 10_000.0, 25_400.0
 _TILE = 256  # where a format names no size
 _MOST_TILE_PIXELS = 2**26
+_ALPHA = 24 if sys.byteorder == "little" else 0  # its bits in a pixel of RGBA
 _MEMBERS = (".mrxs", ".vms", ".vmu")  # whose index names the files with pixels
 
 
@@ -142,11 +144,14 @@ class OpenSlidePyramid:
         """Return RGB on white and which pixels are scanned."""
         downsample = self._downsamples[level]
         place = round(x * downsample), round(y * downsample)
-        with self._slide.read_region(place, level, (w, h)) as picture:
-            rgba = np.asarray(picture)
+        rgba = np.asarray(self._slide.read_region(place, level, (w, h)))
+        opaque = int(np.bitwise_and.reduce(rgba.view(np.uint32), None))
+        if opaque >> _ALPHA & 255 == 255:
+            rgb = np.empty((h, w, 3), np.uint8)
+            for channel in range(3):  # four times as fast as a copy of rgba[..., :3]
+                rgb[..., channel] = rgba[..., channel]
+            return rgb, None
         alpha = rgba[..., 3]
-        if alpha.min() == 255:
-            return rgba[..., :3], None
         share = alpha[..., None].astype(np.uint16)
         rgb = (rgba[..., :3] * share + 255 * (255 - share) + 127) // 255
         return rgb.astype(np.uint8), alpha >= 128

@@ -75,20 +75,27 @@ def picture_facts(path: str | os.PathLike[str]) -> PictureFacts:
         return _tiff_facts(path)
     with _pillow(path) as picture:
         _check_size(path, picture.size)
-        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        width, height = picture.size[::-1] if turned else picture.size
-        dpi = picture.info.get("dpi")
+        with parsing(f"{path}: the header", also=(SyntaxError,)):  # EXIF may lie behind the pixels
+            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            width, height = picture.size[::-1] if turned else picture.size
+            dpi = _dpi(picture.info.get("dpi"))
         return PictureFacts(
             path=path,
             format=str(picture.format).lower(),
             size=(int(width), int(height)),
             mode=picture.mode,
             dtype="uint16" if picture.mode.startswith("I") else "uint8",
-            mpp=None
-            if not dpi or min(dpi) <= 0
-            else (_INCH_UM / float(dpi[0]), _INCH_UM / float(dpi[1])),
+            mpp=None if dpi is None else (_INCH_UM / dpi[0], _INCH_UM / dpi[1]),
             has_color_profile="icc_profile" in picture.info,
         )
+
+
+def _dpi(stated: Any) -> tuple[float, float] | None:
+    """Return pixels per inch in x and y, None where none are stated."""
+    if not isinstance(stated, tuple) or len(stated) != 2:
+        return None
+    x, y = float(stated[0]), float(stated[1])
+    return (x, y) if 0 < x < 1e9 and 0 < y < 1e9 else None
 
 
 def read_tile_picture(path: str | os.PathLike[str]) -> tuple[Array, Array]:

@@ -251,6 +251,7 @@ class Slide:
         self._facts: SlideFacts | None = None
         self._form: Format | None = None
         self._tried = 0
+        self._key: Any = None
 
     def __enter__(self) -> Self:
         """Open the slide."""
@@ -263,17 +264,22 @@ class Slide:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process."""
-        return {**self.__dict__, "damaged": [], "_places": set(), "_tried": 0}
+        kept = {"damaged": [], "_places": set(), "_tried": 0, "_key": None}
+        return {**self.__dict__, **kept}
 
     def close(self) -> None:
         """Give the file free; reading opens it again."""
-        _pool.drop(stamp(self.path))
+        if self._key is not None:
+            _pool.drop(self._key)
+            self._key = None
 
     def _open(self) -> Pyramid:
         if self._form is None:
             self._form = _format(self.path)
         form = self._form
-        pyramid: Pyramid = _pool.get(stamp(self.path), lambda: form.open(self.path))
+        if self._key is None:
+            self._key = stamp(self.path)
+        pyramid: Pyramid = _pool.get(self._key, lambda: form.open(self.path))
         if self._facts is None:
             self._facts = form.describe(pyramid, self.reading)
         return pyramid
@@ -404,7 +410,6 @@ class Slide:
         Raises:
             DataError: Most of the slide is damaged, or it cannot be opened.
         """
-        self._open()
         facts = self.facts
         scale = (box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1]
         level = 0

@@ -29,9 +29,8 @@ def resampled(region: Region, box: Box, size: tuple[int, int]) -> tuple[Array, A
         Values (H, W, C) of the region's type, white (the largest number) where not valid, and
         valid (H, W) bool.
     """
-    left, upper, right, lower = (
-        edge - start for edge, start in zip(box, (*region.origin, *region.origin), strict=True)
-    )
+    left, upper = box[0] - region.origin[0], box[1] - region.origin[1]
+    right, lower = box[2] - region.origin[0], box[3] - region.origin[1]
     values, valid = region.values, region.valid
     height, width = values.shape[:2]
     x, y = round(left), round(upper)

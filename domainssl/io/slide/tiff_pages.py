@@ -267,8 +267,9 @@ def _channels(
     """Return names of channels, whether they are colours, and what is odd about it."""
     count = level.channels
     if coding in ("rgb", "ycbcr", "palette", "cmyk"):
-        most = {"palette": 2, "cmyk": 5}.get(coding, 4)
-        return (_RGB, True, []) if count <= most else (_numbered(count), False, [])
+        least = {"palette": 1, "cmyk": 4}.get(coding, 3)  # one more may be alpha
+        is_rgb = count in (least, least + 1)
+        return (_RGB, True, []) if is_rgb else (_numbered(count), False, [])
     names = tuple(image.channels) if image and len(image.channels) == count else ()
     colors = tuple(image.colors) if image and names else ()
     is_named = bool(names) and all(names)
