@@ -235,3 +235,29 @@ def test_damaged_labels(tmp_path):
     for seed in range(TRIES):
         (tmp_path / "labels" / "train.csv").write_bytes(damaged(whole, random.Random(seed)))
         survives(lambda: labels(str(tmp_path), "train"), "train.csv", seed)
+
+
+@pytest.mark.parametrize("part", ["trident", "patches", "tensor", "zarr.json", "features/c/0/0"])
+def test_damaged_feature_bags_are_refused_by_name_or_read(tmp_path, part):
+    from bag_files import clam, trident
+
+    from domainssl.io.slide.features import read_bag, to_grid, write_bag
+
+    opened = trident(tmp_path / "t")
+    path = opened
+    if part == "patches":
+        opened = clam(tmp_path / "c")
+        path = opened.parents[1] / "patches" / opened.name
+    elif part == "tensor":
+        write_bag(tmp_path / "p", read_bag(opened), "clam")
+        path = opened = tmp_path / "p" / "pt_files" / "slide.pt"
+    elif part != "trident":
+        opened = write_bag(tmp_path / "z", read_bag(opened), "zarr")
+        path = opened / part
+    raw, draw = path.read_bytes(), random.Random(1)
+    for _ in range(TRIES):
+        path.write_bytes(damaged(raw, draw))
+        try:
+            to_grid(read_bag(opened))
+        except DomainSSLError as error:
+            assert "slide" in str(error)

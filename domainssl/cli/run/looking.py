@@ -19,6 +19,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "tiles": ("tiles.TileDataModule", "sample:tiles"),
     "slide": ("tiles.TileDataModule", "sample:slide"),
     "bags": ("slides.SlideFeatureDataModule", "sample:bags"),
+    "bags_clam": ("slides.SlideFeatureDataModule", "sample:bags_clam"),
 }
 
 
