@@ -257,3 +257,24 @@ def test_files_that_change_every_second_settle_later():
     fine = os.stat_result((0,) * 10 + (0.0, 0.0, 0.0, now - 1, now - 1, now - 1))
     assert not is_settled(fine, now)
     assert is_settled(fine, now + 10**9)
+
+
+class DiesElsewhere:
+    """Looks at files in one process only."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def __call__(self, keys):
+        if os.getpid() != self.pid:
+            os._exit(1)
+        return [scan_index.Seen("shape", "own", ((0, ""),)) for _ in keys]
+
+
+def test_processes_that_die_leave_the_work_to_this_one(tmp_path, caplog):
+    path = write_geotiff(tmp_path / "a.tif", coded(1, 2, 32)[0], BANDS)
+    look = DiesElsewhere(os.getpid())
+    index = scan_index.ScanIndex("cubes", {"root": str(tmp_path)})
+    index.fill({str(i): str(path) for i in range(3 * scan_index._TASK)}, look, 2)
+    assert index.get("95") == ("shape", "own")
+    assert "Going on in this process" in caplog.text

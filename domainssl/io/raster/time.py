@@ -28,6 +28,12 @@ __all__ = [
 
 TIME_NAMES = ("time", "t", "date", "datetime")
 UNKNOWN = np.datetime64("NaT", "s")
+_SECONDS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
+_SINCE = re.compile(
+    r"(days|hours|minutes|seconds) since ((?:19|20)\d{2}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2}:\d{2}))?"
+)
+_CALENDARS = ("standard", "gregorian", "proleptic_gregorian")
+_YEARS = ("1900", "2200")
 _NANOSECONDS = "nanoseconds since 1970-01-01"
 _BASELINE = re.compile(r"S2[A-D]_MSIL(?:1C|2A)_\d{8}T\d{6}_N(\d\d)(\d\d)_")
 _VERSION = re.compile(r"(\d{1,2})\.(\d{1,2})")
@@ -60,11 +66,36 @@ def decode_times(values: np.ndarray[Any, Any], attrs: Mapping[str, Any], where: 
     return np.where(times > np.datetime64("1970-01-01", "s"), times, UNKNOWN)
 
 
+def _plain_times(values: np.ndarray[Any, Any], stated: Mapping[str, Any]) -> Any:
+    """Decode whole numbers since a date of the last century or this one, as xarray would.
+
+    The import of xarray takes a second of processor time in every process. None where anything
+    else is stated, or a date lies outside of 1900 to 2200.
+    """
+    found = _SINCE.fullmatch(str(stated["units"]).strip())
+    if found is None or values.dtype.kind not in "iu" or set(stated) != {"units"}:
+        return None
+    seconds = _SECONDS[found[1]]
+    try:
+        first = np.datetime64(f"{found[2]}T{found[3] or '00:00:00'}", "s")
+    except ValueError:
+        return None
+    low, high = ((np.datetime64(year, "s") - first).astype(np.int64) for year in _YEARS)
+    if values.size and (int(values.min()) * seconds < low or int(values.max()) * seconds > high):
+        return None
+    return first + values.astype(np.int64) * np.timedelta64(seconds, "s")
+
+
 def _cf_times(values: np.ndarray[Any, Any], attrs: Mapping[str, Any], where: str) -> Any:
     names = ("units", "calendar", "_FillValue", "missing_value", "scale_factor", "add_offset")
     stated = {"units": _NANOSECONDS, **{n: attrs[n] for n in names if attrs.get(n) is not None}}
+    if stated.get("calendar") in _CALENDARS:  # they differ before 1582 only
+        del stated["calendar"]
     if stated == {"units": _NANOSECONDS} and values.dtype.kind in "iu":
         return values.astype("datetime64[ns]")  # most files; spares the import of xarray
+    plain = _plain_times(values, stated)
+    if plain is not None:
+        return plain
     xarray = require("xarray", "geo")
     variable = xarray.Variable([f"axis{i}" for i in range(values.ndim)], values, stated)
     found = f"{where}: time units {stated['units']!r}"

@@ -276,7 +276,14 @@ def _looked_at(
         each = (time.perf_counter() - start) / len(first)
         yield from results
         jobs = cores() if each * len(tasks) > _PAYS_S else 0
-    yield from in_order(look, tasks, jobs)
+    done = 0
+    try:
+        for result in in_order(look, tasks, jobs):
+            yield result
+            done += 1
+    except DataError as error:  # looking raises none; scripts without a main guard end here
+        _log.warning("%s Going on in this process.", error)
+        yield from in_order(look, tasks[done:], 0)
 
 
 def _mark(path: str, rests: Sequence[Rest], now_ns: int) -> tuple[str, bool]:
