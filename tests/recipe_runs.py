@@ -56,7 +56,7 @@ def kept(name: str) -> Path:
 def assert_learned(outcome: Outcome) -> None:
     """Assert every criterion of learning with room for a bad seed, and list those that are missed.
 
-    The page `docs/learning.md` judges by the bounds themselves. Over its seeds, R@1 of some recipes
+    The page `docs/matrix.md` judges by the bounds themselves. Over its seeds, R@1 of some recipes
     spreads by as much as it exceeds the bound by, and rounding that differs between processors acts
     like another seed. A test therefore asks for half of the bound of retrieval, which is 5 times
     chance, and takes 3 points off that of a probe.

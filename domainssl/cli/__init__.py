@@ -21,6 +21,7 @@ from domainssl.screen import printable
 __all__ = ["main", "verb_table"]
 
 _ORDER = ("fit", "validate", "test", "predict", "recipes", "inspect", "stats", "export", "doctor")
+_REPLACED = {"learning": "matrix"}
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _TERMINATED = 128 + signal.SIGTERM
 _PLACE = (
@@ -119,6 +120,8 @@ def _unknown_verb(word: str) -> str:
             f"Option {word!r} stands before the verb. Write the verb first:\n"
             f"python -m domainssl fit {word} …   Verbs: {', '.join(verb_table())}"
         )
+    if word in _REPLACED:
+        return f"The verb {word!r} was replaced by {_REPLACED[word]!r}: see {_REPLACED[word]} --help."
     return f"Unknown verb {word!r}.{nearest(word, verb_table())} Verbs: {', '.join(verb_table())}"
 
 

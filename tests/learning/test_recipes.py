@@ -19,7 +19,7 @@ from domainssl.matrix.cells import COLUMNS, Cell
 from domainssl.matrix.runs import read_outcome
 
 COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside this one
-# They train, but that they learn their sample is not shown yet; docs/learning.md lists them.
+# They train, but that they learn their sample is not shown yet; docs/matrix.md lists them.
 NOT_SHOWN = {
     "ct_swinunetr_ssl", "mri_maestro",
     "slides_titan",
@@ -54,7 +54,7 @@ def test_each_objective_and_each_kind_of_data_learns_once():
 
 
 def test_the_page_says_of_which_recipes_learning_is_not_shown():
-    page = (Path(__file__).parents[2] / "docs/learning.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/matrix.md").read_text(encoding="utf-8")
     listed = page.split("## Not shown")[1].split("\n## ")[0]
     assert {name for name in (p.stem for p in FOUND) if f"`{name}`" in listed} == NOT_SHOWN
 
