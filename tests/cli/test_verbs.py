@@ -13,7 +13,7 @@ from domainssl.cli import verb_table
 
 VERBS = (
     "fit", "validate", "test", "predict",
-    "inspect", "stats", "recipes", "export", "doctor", "cache", "learning",
+    "inspect", "stats", "recipes", "export", "doctor", "cache", "matrix",
 )  # fmt: skip
 
 
@@ -34,6 +34,12 @@ def test_an_unknown_verb_names_the_nearest(cli):
     result = cli("fitt")
     assert result.status == 2
     assert "Unknown verb 'fitt'. Did you mean 'fit'?" in result.err
+
+
+def test_a_verb_that_was_replaced_is_answered_with_the_new_one(cli):
+    result = cli("learning")
+    assert result.status == 2
+    assert "The verb 'learning' was replaced by 'matrix'" in result.err
 
 
 def test_an_option_before_the_verb_is_explained(cli):
