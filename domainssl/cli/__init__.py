@@ -121,7 +121,9 @@ def _unknown_verb(word: str) -> str:
             f"python -m domainssl fit {word} …   Verbs: {', '.join(verb_table())}"
         )
     if word in _REPLACED:
-        return f"The verb {word!r} was replaced by {_REPLACED[word]!r}: see {_REPLACED[word]} --help."
+        return (
+            f"The verb {word!r} was replaced by {_REPLACED[word]!r}: see {_REPLACED[word]} --help."
+        )
     return f"Unknown verb {word!r}.{nearest(word, verb_table())} Verbs: {', '.join(verb_table())}"
 
 

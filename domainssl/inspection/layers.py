@@ -111,4 +111,4 @@ def _grd(cube: Cube) -> dict[str, Any]:
         part = (slice(top, top + _SIDE), slice(left, left + _SIDE))
         values, valid = read_sigma0(cube, name, *part)
         rows += band_rows(values[None], [f"{name} sigma0 dB"], valid)
-    return {"layers": facts, "values": rows, "notes": [GRD_REASON]}
+    return {"layers": facts, "values": rows, "notes": [GRD_REASON], "problems": []}

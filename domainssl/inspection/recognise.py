@@ -352,7 +352,7 @@ def _cube_report(path: str, options: dict[str, Any]) -> dict[str, Any]:
         found = inspect_layers(open_store(path, options))
     except DataError as error:
         return {**report, "problems": [*report["problems"], str(error)]}
-    return {**report, **found, "problems": [*report["problems"], *found.get("problems", ())]}
+    return {**report, **found, "problems": [*report["problems"], *found["problems"]]}
 
 
 def _as_stored(report: Mapping[str, Any]) -> list[str]:
