@@ -225,6 +225,52 @@ def test_slide_that_is_mostly_damaged_is_given_up(tmp_path: Path) -> None:
             slide.read(at % 10 * 64, at // 10 * 64, 64, 0.5)
 
 
+def test_slide_with_many_damaged_tiles_among_more_good_ones_is_read(tmp_path: Path) -> None:
+    """One read of 1,024 stored tiles that meets 70 damaged ones is no reason to give up."""
+    rgb = squares(2048, 2048, cell=256)
+    path = write_tiff(tmp_path / "a.tif", [rgb])
+    damaged = [(x, y) for y in range(0, 640, 64) for x in range(0, 448, 64)]
+    for x, y in damaged:
+        damage_tile(path, x, y)
+    with Slide(path) as slide:
+        picture, valid, _ = slide.overview(512)
+        last, seen = slide.read(1984, 1984, 64, 0.5)
+    assert len(slide.damaged) == len(damaged) == 70
+    assert (~valid).sum() == 70 * 16 * 16
+    assert (picture[valid] == shrink(rgb, 4)[valid]).all()
+    assert seen.all()
+    assert (last == rgb[1984:, 1984:]).all()
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
+def test_orientation_of_a_slide_turns_no_stored_tile(tmp_path: Path, orientation: int) -> None:
+    """OpenSlide turns every tile within itself."""
+    rgb = squares(192, 128, cell=16)
+    tag = [(274, 3, 1, orientation, True)]
+    path = write_tiff(tmp_path / "a.tif", [rgb], extratags=tag)
+    with Slide(path) as slide:
+        tile, _ = slide.read(64, 64, 64, 0.5)
+        assert slide.facts.warnings[-1].startswith(f"orientation {orientation} is not applied")
+    assert (tile == rgb[64:128, 64:128]).all()
+
+
+@pytest.mark.parametrize("compression", ["webp", "jpeg2000", "lzma"])
+def test_compressions_that_openslide_lacks_are_read(tmp_path: Path, compression: str) -> None:
+    rgb = squares(256, 128)
+    path = write_tiff(tmp_path / "a.tif", [rgb], compression=compression)
+    with Slide(path) as slide:
+        tile, valid = slide.read(64, 0, 128, 0.5)
+        assert slide.facts.backend == "tifffile"
+    assert valid.all()
+    assert np.abs(tile.astype(int) - rgb[:128, 64:192]).max() <= 1
+
+
+def test_compression_that_is_not_read_is_named(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", [squares(128, 128)], compression="png")
+    with pytest.raises(DataError, match=r"a\.tif: compression PNG is not read"):
+        describe_slide(path)
+
+
 def test_large_parts_are_read_in_bounded_pieces(tmp_path: Path, monkeypatch: Any) -> None:
     from domainssl.io.slide import pyramid
 

@@ -94,10 +94,11 @@ def test_every_mode_is_read_as_it_is_shown(tmp_path: Path, name: str, expected: 
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_rotation_of_exif_is_applied(tmp_path: Path, orientation: int) -> None:
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_rotation_of_exif_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / "a.jpg"
+    path = tmp_path / name
     Image.fromarray(RGB).save(path, quality=97, subsampling=0, exif=exif)
     turned = {
         2: RGB[:, ::-1], 3: RGB[::-1, ::-1], 4: RGB[::-1], 5: RGB.transpose(1, 0, 2),
@@ -106,6 +107,32 @@ def test_rotation_of_exif_is_applied(tmp_path: Path, orientation: int) -> None:
     rgb, _ = read_tile_picture(path)
     assert picture_facts(path).size == rgb.shape[1::-1]
     assert np.abs(rgb[4::8, 4::8].astype(int) - turned[4::8, 4::8]).max() <= 3
+
+
+@pytest.mark.parametrize("bits", [4, 6, 10, 12, 14])
+def test_numbers_of_fewer_bits_are_scaled(tmp_path: Path, bits: int) -> None:
+    import tifffile
+
+    path, most = tmp_path / "a.tif", 2**bits - 1
+    stored = (RGB.astype(np.uint32) * most // 255).astype(np.uint8 if bits < 8 else np.uint16)
+    tifffile.imwrite(path, stored, photometric="rgb", bitspersample=bits, metadata=None)
+    rgb, _ = read_tile_picture(path)
+    assert np.abs(rgb.astype(float) - stored * (255 / most)).max() <= 0.5
+
+
+def test_grey_with_transparency_is_laid_on_white(tmp_path: Path) -> None:
+    """As a TIFF of two channels, and as 16 bit with one number that stands for nothing."""
+    import tifffile
+
+    expected = np.repeat(SHOWN[..., :1], 3, -1)
+    tifffile.imwrite(tmp_path / "a.tif", np.dstack([GREY, ALPHA]), photometric="minisblack",
+                     planarconfig="contig", extrasamples=[2], metadata=None)  # fmt: skip
+    picture = Image.fromarray(GREY.astype(np.uint16) * 257)
+    picture.save(tmp_path / "a.png", transparency=int(QUARTERS[1, 1, 0]) * 257)
+    for name in ("a.tif", "a.png"):
+        rgb, valid = read_tile_picture(tmp_path / name)
+        assert (rgb == expected).all()
+        assert valid.mean() == 0.75
 
 
 def test_cmyk_is_converted(tmp_path: Path) -> None:

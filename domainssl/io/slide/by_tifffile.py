@@ -71,6 +71,11 @@ class TiffPyramid:
     def __del__(self) -> None:
         self.close()
 
+    @property
+    def orientation(self) -> int:
+        """How the stored rows and columns are to be shown, 1 to 8 of TIFF; never applied here."""
+        return self._layout.orientation
+
     def region(self, level: int, x: int, y: int, width: int, height: int) -> Region:
         """Read a box that lies inside a level, in pixels of the level.
 

@@ -49,7 +49,7 @@ def to_rgb(
         values: (H, W, C) bool, uint8 or uint16; a channel behind the colours is alpha.
         coding: What the channels are.
         what: File, for messages.
-        bits: Bits that are used of 16; all if None.
+        bits: Bits that are used of 8 or 16; all if None.
         palette: (3, entries) uint8 or uint16.
         is_premultiplied: Whether colours are multiplied by alpha already.
 
@@ -91,11 +91,11 @@ def _as_rgb(values: Array, coding: Coding) -> Array:
 
 def _eight(values: Array, bits: int | None, what: str) -> Array:
     """Scale to 0..255; never cut off, never wrap around."""
-    if values.dtype == np.uint8:
+    if values.dtype == np.uint8 and (bits is None or bits >= 8):
         return values
     if values.dtype == np.bool_:
         return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype != np.uint16:
+    if values.dtype not in (np.uint8, np.uint16):
         raise DataError(
             f"{what}: holds {values.dtype} numbers, expected colours of 8 or 16 bit. Convert it, "
             "saying which values are black and white."

@@ -102,8 +102,8 @@ def read_tile_picture(path: str | os.PathLike[str]) -> tuple[Array, Array]:
     """Return colours on white, and which pixels are not transparent.
 
     Alpha and palette transparency are composited on white, grey becomes three equal channels, 16
-    bit are scaled to 8, CMYK is converted and the rotation of EXIF applied. Colour profiles are
-    not applied.
+    bit are scaled to 8, CMYK is converted and the rotation of EXIF, which is the orientation of
+    TIFF, applied. Colour profiles are not applied.
 
     Args:
         path: A PNG, JPEG, TIFF, BMP, WebP or JPEG 2000 file.
@@ -173,7 +173,11 @@ def _colors(path: str, picture: Any) -> tuple[Array, Array]:
                 "expected colours of 8 or 16 bit. Convert it, saying which values are black and "
                 "white."
             )
-        return to_rgb(values.astype(np.uint16)[..., None], "grey", what=path)
+        rgb, valid = to_rgb(values.astype(np.uint16)[..., None], "grey", what=path)
+        hidden = picture.info.get("transparency")  # one number that stands for nothing
+        if not isinstance(hidden, int):
+            return rgb, valid
+        return on_white(rgb, np.where(values == hidden, 0, 255).astype(np.uint8))
     if mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         picture = picture.convert("RGB")
     if picture.mode != "RGB":
@@ -213,12 +217,15 @@ def _is_tiff(path: str) -> bool:
 def _tiff_facts(path: str) -> PictureFacts:
     from domainssl.io.slide.by_tifffile import TiffPyramid
 
-    stored = TiffPyramid(path).stored
+    pyramid = TiffPyramid(path)
+    stored, width, height = pyramid.stored, *pyramid.stored.levels[0]
+    turned = pyramid.orientation >= 5
+    pyramid.close()
     mpp = next(((x, y) for _, x, y in stored.stated), None)
     return PictureFacts(
         path=path,
         format="tiff",
-        size=stored.levels[0],
+        size=(height, width) if turned else (width, height),
         mode=" ".join(stored.channels),
         dtype=stored.dtype,
         mpp=mpp,
@@ -258,4 +265,15 @@ def _read_tiff(path: str) -> tuple[Array, Array]:
             f"{path}: the picture cannot be read ({region.damaged[0][2]}). Get the file again."
         )
     valid = np.ones((height, width), bool) if region.valid is None else region.valid
-    return region.values, valid
+    return _shown(region.values, pyramid.orientation), _shown(valid, pyramid.orientation)
+
+
+def _shown(values: Array, orientation: int) -> Array:
+    """Turn rows and columns as the orientation of TIFF says, 1 to 8."""
+    if orientation >= 5:  # the first row is shown as a column
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return np.ascontiguousarray(values)

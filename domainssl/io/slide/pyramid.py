@@ -23,7 +23,7 @@ from domainssl.io.slide.by_tifffile import TiffPyramid, opened
 from domainssl.io.slide.facts import Pyramid, Region, SlideFacts, SlideReading, facts_of
 from domainssl.io.slide.picture import is_picture
 from domainssl.io.slide.resample import resampled
-from domainssl.io.slide.tiff_pages import is_ome
+from domainssl.io.slide.tiff_pages import is_ome, orientation_of
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import stamp
 
@@ -54,11 +54,15 @@ _MOST_READ = 2**24  # pixels of a level at a time
 _ENLARGED = 1.001  # rounding of resolutions, no enlarging
 _MANY = 64  # damaged tiles; a slide with more of them than others is given up
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_OPENSLIDE = (1, 5, 7, 8, 32773, 32946, 50000)  # compressions of TIFF that it reads
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
-    """A file whose format is looked for: what its first page is, if it is TIFF."""
+    """A file whose format is looked for: what its first page is, if it is TIFF.
+
+    `is_plain_rgb` tells whether OpenSlide reads a TIFF of no vendor as it is stored.
+    """
 
     path: str
     is_tiff: bool
@@ -150,20 +154,19 @@ def _candidate(path: str) -> _Candidate:
         ) from error
     if not is_tiff:
         return _Candidate(path=path, is_tiff=False, has_levels_inside=False, is_plain_rgb=False)
-    with opened(path) as tiff:
-        page = _first_page(tiff, path)
+    with opened(path) as tiff, parsing(f"{path}: the first page"):
+        page = tiff.pages[0]
         is_eight = getattr(page.dtype, "name", None) == "uint8"
         return _Candidate(
             path=path,
             is_tiff=True,
             has_levels_inside=is_ome(page) or bool(page.subifds),
-            is_plain_rgb=int(page.photometric) in (2, 6) and is_eight and page.samplesperpixel >= 3,
+            is_plain_rgb=int(page.photometric) in (2, 6)
+            and is_eight
+            and page.samplesperpixel >= 3
+            and int(page.compression) in _OPENSLIDE
+            and orientation_of(page) == 1,  # else it turns every tile by itself
         )
-
-
-def _first_page(tiff: Any, path: str) -> Any:
-    with parsing(f"{path}: the first page"):
-        return tiff.pages[0]
 
 
 def _format(path: str) -> Format:
@@ -445,7 +448,9 @@ class Slide:
             return self._nothing(size)
         assert self._form is not None
         region = self._form.read(pyramid, level, left, upper, right - left, lower - upper)
-        self._note(level, region)
+        wide, high = facts.tile_size
+        tiles = (-(-right // wide) - left // wide) * (-(-lower // high) - upper // high)
+        self._note(level, region, tiles)
         return resampled(region, inside, size)
 
     def _nothing(self, size: tuple[int, int]) -> tuple[Array, Array]:
@@ -455,13 +460,18 @@ class Slide:
         white = np.iinfo(dtype).max
         return np.full(shape, white, dtype), np.zeros(shape[:2], bool)
 
-    def _note(self, level: int, region: Region) -> None:
+    def _note(self, level: int, region: Region, tiles: int) -> None:
         """Count damaged tiles, name the first one, give up where most are damaged.
 
+        Args:
+            level: The level.
+            region: What was read.
+            tiles: Stored tiles that it lies on.
+
         Raises:
-            DataError: Most reads met nothing but damage.
+            DataError: Most stored tiles that were read so far are damaged.
         """
-        self._tried += 1
+        self._tried += tiles
         for x, y, reason in region.damaged:
             if (level, x, y) in self._places:
                 continue

@@ -15,7 +15,15 @@ from domainssl.io.slide.facts import Stored
 from domainssl.io.slide.ome import OmeImage, ome_images
 from domainssl.io.volume.codestream import image_size
 
-__all__ = ["Layout", "Level", "decoded", "is_ome", "layout_of", "resolution_tags"]
+__all__ = [
+    "Layout",
+    "Level",
+    "decoded",
+    "is_ome",
+    "layout_of",
+    "orientation_of",
+    "resolution_tags",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -65,7 +73,7 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """All levels, and what their numbers mean."""
+    """All levels, what their numbers mean, and how they are to be shown (1 to 8 of TIFF)."""
 
     stored: Stored
     levels: tuple[Level, ...]
@@ -73,12 +81,19 @@ class Layout:
     bits: int | None
     palette: Array | None
     is_premultiplied: bool
+    orientation: int
 
 
 def is_ome(page: Any) -> bool:
     """Whether the first page holds OME-XML."""
     text = page.description[: 2**20] if page.description else ""
     return "<OME" in text or "openmicroscopy.org" in text
+
+
+def orientation_of(page: Any) -> int:
+    """Return how the stored rows and columns are to be shown, 1 to 8; 1 is as they are."""
+    value = page.tags.valueof(274, 1)
+    return int(value) if value in range(1, 9) else 1
 
 
 def layout_of(tiff: Any, path: str) -> Layout:
@@ -102,10 +117,14 @@ def layout_of(tiff: Any, path: str) -> Layout:
             "channel to a page of its own, such as OME-TIFF does."
         )
     coding = _coding(page, path)
-    names, is_rgb, odd = _channels(levels[0], coding, image, path)
+    extra = [int(kind) for kind in page.extrasamples or ()]
+    names, is_rgb, odd = _channels(levels[0], coding, image, extra)
     if coding in ("grey", "white_is_zero") and is_rgb and levels[0].channels == 3:
         coding = "rgb"
-    extra = [int(kind) for kind in page.extrasamples or ()]
+    orientation = orientation_of(first)
+    if orientation != 1:
+        odd = [*odd, f"orientation {orientation} is not applied: places are those of the pixels "
+                     "as they are stored"]  # fmt: skip
     layout = Stored(
         path=path,
         backend="tifffile",
@@ -124,9 +143,10 @@ def layout_of(tiff: Any, path: str) -> Layout:
         stored=layout,
         levels=levels,
         coding=coding,
-        bits=image.bits if image else None,
+        bits=image.bits if image and image.bits else _bits(page),
         palette=None if page.colormap is None else np.asarray(page.colormap, np.uint16),
         is_premultiplied=extra[:1] == [1],
+        orientation=orientation,
     )
 
 
@@ -262,7 +282,7 @@ def _coding(page: Any, path: str) -> Coding:
 
 
 def _channels(
-    level: Level, coding: Coding, image: OmeImage | None, path: str
+    level: Level, coding: Coding, image: OmeImage | None, extra: Sequence[int]
 ) -> tuple[tuple[str, ...], bool, list[str]]:
     """Return names of channels, whether they are colours, and what is odd about it."""
     count = level.channels
@@ -270,6 +290,8 @@ def _channels(
         least = {"palette": 1, "cmyk": 4}.get(coding, 3)  # one more may be alpha
         is_rgb = count in (least, least + 1)
         return (_RGB, True, []) if is_rgb else (_numbered(count), False, [])
+    if count == 2 and image is None and extra in ([1], [2]):
+        return _RGB, True, ["grey with alpha is read as colours"]
     names = tuple(image.channels) if image and len(image.channels) == count else ()
     colors = tuple(image.colors) if image and names else ()
     is_named = bool(names) and all(names)
@@ -282,6 +304,12 @@ def _channels(
         return _RGB, True, ["one channel without a name is read as grey"]
     shown = names if is_named else _numbered(count)
     return tuple(shown), False, []
+
+
+def _bits(page: Any) -> int | None:
+    """Return the bits that a page states for every number, where it is one and at most 16."""
+    bits = page.bitspersample
+    return bits if isinstance(bits, int) and 1 < bits <= 16 else None
 
 
 def _numbered(count: int) -> tuple[str, ...]:
