@@ -71,7 +71,7 @@ def to_rgb(planes: Array, limits: tuple[Array, Array]) -> NDArray[np.uint8]:
     return np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels[..., :3]
 
 
-def bands_line(modality: Modality) -> str:
+def bands_line(modality: Modality, limits: tuple[float, float] | None = None) -> str:
     """Return which bands a picture shows and how, for its legend."""
     names = [modality.channels[band] for band in colour_bands(modality.channels)]
     if len(names) == 2:
@@ -79,6 +79,8 @@ def bands_line(modality: Modality) -> str:
     shown = f"{names[0]} in grey" if len(names) == 1 else f"{', '.join(names)} as red, green, blue"
     part = " of the middle slice, front at the top, right on the left"
     part = part if modality.spatial_dims == 3 else ""
+    if limits is not None:
+        return f"{shown}{part}, from {limits[0]:g} to {limits[1]:g}"
     return f"{shown}{part}, normalised, each stretched between percentiles 2 and 98 of the input"
 
 
@@ -91,6 +93,7 @@ def panel(
     title: str,
     rows: Sequence[str] = (),
     reference: str = "input",
+    limits: tuple[float, float] | None = None,
 ) -> NDArray[np.uint8]:
     """Lay pictures out, one row per item and one column per name, with a legend above.
 
@@ -100,18 +103,22 @@ def panel(
         title: Written above.
         rows: Text above each row: which item it is.
         reference: Column whose percentiles stretch all of them, so that they compare.
+        limits: Values shown black and full in every item and band, instead of percentiles.
 
     Returns:
         The panel, (H, W, 3) uint8.
     """
     planes = {name: _planes(x, modality) for name, x in columns.items()}
-    limits = stretch_limits(planes[reference])
-    pictures = {name: to_rgb(p, limits) for name, p in planes.items()}
+    ends = stretch_limits(planes[reference])
+    if limits is not None:
+        low, high = limits
+        ends = np.full_like(ends[0], low), np.full_like(ends[1], high)
+    pictures = {name: to_rgb(p, ends) for name, p in planes.items()}
     count, height, width = next(iter(pictures.values())).shape[:3]
     zoom = max(1, round(120 / max(height, width)))
     height, width = height * zoom, width * zoom
     across = max(_GAP + len(pictures) * (width + _GAP), _MIN_WIDTH)
-    legend = [bands_line(modality), *([_LEGEND] if "visible" in pictures else [])]
+    legend = [bands_line(modality, limits), *([_LEGEND] if "visible" in pictures else [])]
     head = [line for text in (title, *legend) for line in _wrapped(text, across - 2 * _GAP)]
     label = _LINE if rows else 0
     heads = _LINE * len(head) + _GAP  # where the names of the columns stand

@@ -17,6 +17,7 @@ from domainssl.callbacks._picture import panel
 from domainssl.errors import ConfigError
 from domainssl.files import new_file
 from domainssl.modality import Modality, key
+from domainssl.nn.normalization import Normalizer
 
 __all__ = ["ReconstructionPanels"]
 
@@ -31,8 +32,9 @@ class ReconstructionPanels(Callback):
     `reconstruction/<modality>` in loggers that take them. The items and masks are the same every
     time. Optical bands are shown in natural colour, radar as VV, VH and their difference, other
     modalities as their first three or only channel, volumes as their middle axial slice; the 2nd
-    and 98th percentile of the input stretch all three pictures. Every picture names its columns,
-    its bands, and the item and date of each row.
+    and 98th percentile of the input stretch all three pictures. Images of 8-bit colours, such as
+    stained tissue, are shown in their own colours where the normalisation form can be undone.
+    Every picture names its columns, its bands, and the item and date of each row.
 
     Args:
         every_n_epochs: Epochs between panels; the end of the run always gets one.
@@ -96,7 +98,8 @@ class ReconstructionPanels(Callback):
                 title = f"{name} after step {trainer.global_step}"
                 modality = module.backbone.modalities[name]
                 rows = row_labels(self._batch, modality, columns["input"])
-                picture = panel(columns, modality, title, rows)
+                shown, limits = own_colours(columns, modality, module.backbone.normalizer)
+                picture = panel(shown, modality, title, rows, limits=limits)
                 self._write(trainer, name, picture)
 
     def _write(self, trainer: Trainer, name: str, picture: np.ndarray) -> None:
@@ -109,6 +112,25 @@ class ReconstructionPanels(Callback):
             add_image = getattr(getattr(target, "experiment", None), "add_image", None)
             if add_image is not None:
                 add_image(f"reconstruction/{name}", picture, trainer.global_step, dataformats="HWC")
+
+
+def own_colours(
+    columns: dict[str, Tensor], modality: Modality, normalizer: Normalizer
+) -> tuple[dict[str, Tensor], tuple[float, float] | None]:
+    """Return pictures of 8-bit colours before normalisation, and between which values they lie.
+
+    Others, and those whose form cannot be undone, stay as they are, without limits.
+
+    Args:
+        columns: Normalised pictures, (B, C, H, W) of an image.
+        modality: What they are.
+        normalizer: What has normalised them.
+    """
+    if modality.kind != "image" or modality.value_unit != "rgb8":
+        return columns, None
+    if not normalizer.can_undo(modality.name):
+        return columns, None
+    return {n: normalizer.undo(x.float(), modality.name) for n, x in columns.items()}, (0.0, 255.0)
 
 
 def row_labels(batch: Mapping[str, Any], modality: Modality, shown: Tensor) -> list[str]:

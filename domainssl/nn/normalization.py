@@ -204,6 +204,30 @@ class Normalizer(nn.Module):
         mean, std = (self._per_channel(s, modality, x) for s in self.statistics(name) or (x, x))
         return (x - mean) / std
 
+    def can_undo(self, name: str) -> bool:
+        """Tell whether `undo` knows the form: not where it depends on the item or the batch."""
+        return self.forms[name].name not in ("item", "batch")
+
+    def undo(self, x: Tensor, name: str) -> Tensor:
+        """Return physical values of normalised ones; what was clipped stays at its limit.
+
+        Args:
+            x: Values in the modality's layout, such as (B, C, H, W).
+            name: Which modality, one for which `can_undo` holds.
+        """
+        modality, form = self.modalities[name], self.forms[name]
+        if form.name == "identity":
+            return x
+        if form.name == "scale":
+            return x * form.numbers[0]
+        if form.name == "log":
+            return (x * form.numbers[0]).exp()
+        if form.name == "window":
+            low, high = form.numbers
+            return x * (high - low) + low
+        mean, std = (self._per_channel(s, modality, x) for s in self.statistics(name) or (x, x))
+        return x * std + mean if form.name == "zscore" else (x * 4 - 2) * std + mean
+
     def mask(self, x: Tensor, batch: Mapping[str, Any], name: str) -> Tensor:
         """Set values to zero where they are not valid or the modality is absent."""
         return torch.where(self._usable(batch, name, x), x, 0.0)

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +16,11 @@ from domainssl.callbacks._picture import _planes, bands_line, colour_bands, pane
 from domainssl.callbacks.export import ExportBackbone
 from domainssl.callbacks.gradients import GradientNorm
 from domainssl.callbacks.progress import ProgressBar
-from domainssl.callbacks.reconstruction import ReconstructionPanels, row_labels
+from domainssl.callbacks.reconstruction import ReconstructionPanels, own_colours, row_labels
 from domainssl.callbacks.summary import Summary
 from domainssl.callbacks.throughput import Throughput
 from domainssl.modality import Modality
+from domainssl.nn.normalization import Normalizer
 
 
 def run(folder, callbacks, data=None, **options):
@@ -191,6 +193,33 @@ def test_red_is_red_in_a_panel():
     assert picture[-110, 20].tolist() == [255, 0, 0]
     assert picture[-10, 20].tolist() == [0, 0, 0]
     assert picture[-110, 160].tolist() == [128, 128, 128]
+
+
+@pytest.mark.parametrize("form", ["zscore", "scale(255)", "mean2std"])
+def test_stained_tissue_is_shown_in_its_own_colours(form):
+    modality = Modality(
+        name="he", kind="image", channels=("red", "green", "blue"), value_unit="rgb8",
+        size=(8, 8), mean=(176.0, 132.0, 206.0), std=(26.0, 23.0, 26.0),
+    )  # fmt: skip
+    raw = torch.tensor([160.0, 120.0, 180.0]).view(1, 3, 1, 1).repeat(1, 1, 8, 8)
+    normalizer = Normalizer({"he": modality}, form)
+    x = normalizer({"he": raw})["he"]
+    hidden = torch.full_like(x, float("nan"))
+    shown, limits = own_colours({"input": x, "visible": hidden}, modality, normalizer)
+    assert limits == (0.0, 255.0) and bands_line(modality, limits).endswith("from 0 to 255")
+    picture = panel(shown, modality, "t", limits=limits)
+    assert picture[-10, 20].tolist() == [160, 120, 180]
+    assert picture[-10, 160].tolist() == [128, 128, 128]
+
+
+def test_what_cannot_be_undone_or_has_no_colours_is_stretched():
+    modality = Modality(
+        name="he", kind="image", channels=("red", "green", "blue"), value_unit="rgb8", size=(8, 8)
+    )
+    columns = {"input": torch.rand(1, 3, 8, 8)}
+    assert own_colours(columns, modality, Normalizer({"he": modality}, "batch")) == (columns, None)
+    optical = replace(modality, value_unit="dn")
+    assert own_colours(columns, optical, Normalizer({"he": optical}, "identity")) == (columns, None)
 
 
 def words_of(monkeypatch):

@@ -42,6 +42,23 @@ def test_forms(form: str, expected: list[float]) -> None:
     torch.testing.assert_close(out.flatten(), torch.tensor(expected))
 
 
+@pytest.mark.parametrize(
+    "form", ["identity", "zscore", "mean2std", "scale(10)", "log(2)", "window(100,140)"]
+)
+def test_what_was_normalised_can_be_undone(form: str) -> None:
+    normalizer = Normalizer({"s2": S2}, form)
+    raw = torch.tensor([[[[105.0, 119.0]], [[170.0, 239.0]]]])
+    if form.startswith("window"):
+        raw[:, 1] = raw[:, 0]
+    assert normalizer.can_undo("s2")
+    torch.testing.assert_close(normalizer.undo(normalizer({"s2": raw})["s2"], "s2"), raw)
+
+
+def test_forms_of_items_and_batches_cannot_be_undone() -> None:
+    assert not Normalizer({"s2": S2}, "item").can_undo("s2")
+    assert not Normalizer({"s2": S2}, "batch").can_undo("s2")
+
+
 def test_item_limits_come_with_the_batch() -> None:
     normalizer = Normalizer({"s2": S2}, "item")
     limits = torch.tensor([[[100.0, 120.0], [0.0, 220.0]]])
