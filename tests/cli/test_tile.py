@@ -135,6 +135,25 @@ def test_regions_restrict_and_label_tiles(slides: Path, tmp_path: Path) -> None:
     assert set(table["x"]) == {128}
     assert set(table["label"]) == {"Tumor"}
     assert _tile(slides, tmp_path / "other", *more) == 2
+    own = ("--regions", str(tmp_path / "regions" / "A-1.geojson"))  # named like the slide
+    for _ in range(2):
+        assert _tile(slide, tmp_path / "hashed", *own) == 0
+    for path in (tmp_path / "hashed").rglob("*.*"):
+        assert b"A-1" not in path.read_bytes()
+
+
+def test_names_in_brackets_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s" / "one [bold]a.tif"
+    write_tiff(path, [np.full((128, 128, 3), 242, np.uint8)])
+    assert _tile(path, tmp_path / "out", "--ids", "plain", "--mpp", "0.5") == 0
+    assert "1 slides without a tile" in capsys.readouterr().out
+    damage_tile(path, 64, 64)
+    assert _tile(path, tmp_path / "other", "--ids", "plain", "--mpp", "0.5") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "look at their pictures: one [bold]a.tif" in said
+    assert "one [bold]a.tif: 1 stored tiles cannot be read" in said
 
 
 def test_damaged_tiles_are_told_and_the_rest_is_kept(

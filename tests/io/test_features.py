@@ -140,6 +140,41 @@ def test_outliers_are_stored_in_float32():
     assert stored_type(np.array([[-1000.5]])) == stored_type(np.array([[np.nan]])) == "float32"
 
 
+@pytest.mark.parametrize("stated", [[512], [512, 512], np.bytes_(b"512"), "512"])
+def test_size_of_a_tile_is_read_in_every_form(tmp_path, stated):
+    path = write(tmp_path / "a.h5", LATTICE, attrs={**TRIDENT, "patch_size_level0": stated})
+    bag = read_bag(path)
+    assert (bag.patch_size_level0, bag.step) == (512, 512)
+    assert int(to_grid(bag).occupied.sum()) == len(LATTICE)
+
+
+@pytest.mark.parametrize("downsample", ["abc", [2.0, 2.0, 2.0], [2.0, 4.0], [np.nan, 2.0], 0.5])
+def test_a_downsample_that_is_none_is_named(tmp_path, downsample):
+    path = write(tmp_path / "a.h5", LATTICE, attrs={**CLAM, "downsample": downsample})
+    with pytest.raises(DataError, match=r"a\.h5: 'downsample' is .*, expected a factor of 1"):
+        read_bag(path)
+
+
+@pytest.mark.parametrize(
+    "value", [np.uint64(2**63 + 5), np.int64(-(2**62)), np.float64(1e300)], ids=str
+)
+def test_places_that_no_slide_has_are_refused(tmp_path, value):
+    coords = np.array(LATTICE).astype(value.dtype)
+    coords[0, 0] = value
+    path = write(tmp_path / "a.h5", LATTICE, attrs=TRIDENT)
+    with h5py.File(path, "a") as file:
+        del file["coords"]
+        file["coords"] = coords
+    with pytest.raises(DataError, match=r"a\.h5: 'coords' reaches from"):
+        read_bag(path)
+
+
+def test_a_negative_overlap_makes_no_grid(tmp_path):
+    bag = read_bag(write(tmp_path / "a.h5", LATTICE, attrs={**TRIDENT, "overlap": -16}))
+    with pytest.raises(DataError, match="overlap by -32; expected 0 or more"):
+        to_grid(bag)
+
+
 def test_what_is_no_bag_is_refused_with_its_name(tmp_path):
     other = write(tmp_path / "patches" / "a.h5", LATTICE, attrs=CLAM, features=False)
     with pytest.raises(DataError, match=r"a\.h5: places of tiles without features"):

@@ -259,7 +259,8 @@ def _report(screen: Any, made: SlideTiling, found: Built, shard: str) -> None:
     empty = [entry["id"] for entry in done if not entry["tiles"]]
     if empty:
         screen.print(
-            f"{len(empty)} slides without a tile, look at their pictures: {', '.join(empty[:8])}"
+            f"{len(empty)} slides without a tile, look at their pictures: {', '.join(empty[:8])}",
+            markup=False,
         )
     for entry in done:
         for text in entry["warnings"][:2]:
@@ -267,11 +268,14 @@ def _report(screen: Any, made: SlideTiling, found: Built, shard: str) -> None:
         if entry["damaged"]:
             screen.print(
                 f"{entry['id']}: {len(entry['damaged'])} stored tiles cannot be read, the first "
-                f"at {entry['damaged'][0][1:]} of level {entry['damaged'][0][0]}"
+                f"at {entry['damaged'][0][1:]} of level {entry['damaged'][0][0]}",
+                markup=False,
             )
         if entry["pen"] and entry["pen"] > 0.01:
             screen.print(
-                f"{entry['id']}: {entry['pen']:.1%} left out as pen; --keep_pen counts it as tissue"
+                f"{entry['id']}: {entry['pen']:.1%} left out as pen; --keep_pen counts it as "
+                "tissue",
+                markup=False,
             )
     for reason in found.skipped.values():
         screen.print(f"left out: {reason}", markup=False)

@@ -144,10 +144,11 @@ def cells_of(bag: Bag) -> Cells:
     assert coords is not None  # `step` has looked
     if len(bag) == 0:
         raise DataError(f"{bag.path or bag.slide}: no tile, so there is no grid.")
-    if step < 1:
+    if step < 1 or bag.overlap_level0 < 0:
         raise DataError(
             f"{bag.path or bag.slide}: tiles of {bag.patch_size_level0} pixels overlap by "
-            f"{bag.overlap_level0}; expected less than their size. Correct the attributes."
+            f"{bag.overlap_level0}; expected 0 or more, and less than their size. Correct the "
+            "attributes."
         )
     phases, numbers = np.unique(coords % step, axis=0, return_counts=True)
     phase = phases[numbers.argmax()]

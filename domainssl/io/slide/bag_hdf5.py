@@ -26,6 +26,7 @@ __all__ = ["read_hdf5", "read_places", "read_tensor", "write_clam", "write_tride
 
 Array = np.ndarray[Any, Any]
 _LIMIT = 2**33  # bytes of the features of one slide
+_FARTHEST = 2**40  # pixels of level 0; slides have up to some 2**18 in a row
 _NOMINAL_MPP = 10.0  # microns per pixel times magnification
 _DROPPED = {"patch_size_level0", "overlap"}
 
@@ -126,7 +127,8 @@ def _features(path: Path, found: Array, coords: Array | None) -> Array:
         found = found.reshape(0, 0)
     if coords is not None:
         _same_count(path, len(found), len(coords), "")
-    return np.ascontiguousarray(found, np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is not finite, and counted as that
+        return np.ascontiguousarray(found, np.float32)
 
 
 def _same_count(path: Path, features: int, coords: int, where: str) -> None:
@@ -147,6 +149,11 @@ def _coords(path: Path, file: Any) -> tuple[Array, dict[str, Any]]:
         raise DataError(
             f"{path}: 'coords' has the shape {coords.shape} and type {coords.dtype}, expected "
             "whole numbers (N, 2): x and y at level 0."
+        )
+    if coords.size and not -_FARTHEST < min(coords.min(), 0) <= max(coords.max(), 0) < _FARTHEST:
+        raise DataError(
+            f"{path}: 'coords' reaches from {coords.min():.6g} to {coords.max():.6g}, expected "
+            "places in pixels of level 0. The file is damaged; write it again."
         )
     return coords.astype(np.int64), attributes(found)
 
@@ -213,8 +220,9 @@ def _size_level0(
         scales = level_downsample
     if scales is None:
         return None
-    pair = np.broadcast_to(np.asarray(scales, np.float64), 2)
-    if not (np.isfinite(pair).all() and pair.min() >= 1 and np.ptp(pair) <= 0.02 * pair.max()):
+    listed = list(scales) if isinstance(scales, list | tuple) else [scales]
+    pair = np.array([_number(each) or 0.0 for each in listed])
+    if len(pair) not in (1, 2) or pair.min() < 1 or np.ptp(pair) > 0.02 * pair.max():
         raise DataError(
             f"{source}: 'downsample' is {_plain(scales)}, expected a factor of 1 or more, "
             "nearly equal along x and y."
@@ -228,6 +236,9 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> float | None:
+    """Return a finite number; of a list the one that all its entries are."""
+    if isinstance(value, list | tuple) and value and all(each == value[0] for each in value):
+        value = value[0]
     try:
         found = float(value)
     except (TypeError, ValueError):

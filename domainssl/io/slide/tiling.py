@@ -26,6 +26,7 @@ from domainssl.io.slide.overview import draw_overview
 from domainssl.io.slide.pyramid import Slide, SlideReading
 from domainssl.io.slide.regions import ENDINGS, read_regions, regions_for
 from domainssl.io.slide.tissue import TissueMask, TissueOptions, slide_tissue
+from domainssl.io.volume.ids import ids_of
 
 __all__ = ["GridOptions", "SlideTiling", "write_grid"]
 
@@ -90,6 +91,8 @@ class SlideTiling:
         """
         path = self.folder / _FACTS
         wanted = json.loads(json.dumps(asdict(self.options)))
+        if self.options.regions is not None:  # the name may be that of a slide
+            wanted["regions"] = ids_of([self.options.regions], "hashed")[0]
         if path.is_file() and not restart:
             found = read_json(path)
             known = found.get("options", {}) if isinstance(found, dict) else {}
