@@ -6,7 +6,8 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from domainssl._torch import register_container
 from domainssl.arguments import Recorded
 from domainssl.errors import ConfigError, DataError, WeightsError, nearest
+from domainssl.lazy import lazily
 from domainssl.modality import Modality, as_modalities, check_batch
 from domainssl.nn.normalization import Normalizer
 from domainssl.units import UnitCheck
@@ -257,6 +259,72 @@ class Backbone(Recorded, nn.Module):
             WeightsError: The family has no reference files, or the file is none of them.
         """
         raise WeightsError(f"{cls.__name__} has no reference weights to read.")
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, revision: str | None = None, **options: Any
+    ) -> Self:
+        """Load a backbone, as `load_backbone` does; `owner/repository` is one on the hub.
+
+        Args:
+            name_or_path: See `load_backbone`; `owner/repository` stands for
+                `hf://owner/repository` where there is no such folder.
+            revision: Branch, tag or commit on the hub.
+            options: Further arguments of `load_backbone`.
+
+        Raises:
+            WeightsError: See `load_backbone`; or it is a backbone of another class.
+        """
+        source = str(name_or_path)
+        is_repository = source.count("/") == 1 and not Path(source).exists()
+        if is_repository and isinstance(name_or_path, str):
+            source = f"hf://{source}"
+        if revision is not None:
+            if not source.startswith("hf://") or "@" in source:
+                raise WeightsError(
+                    f"revision={revision!r} is for an address on the hub without one, such as "
+                    f"'owner/repository'; got {source!r}."
+                )
+            source = f"{source}@{revision}"
+        load = cast(Any, lazily("domainssl.backbones", "load_backbone"))
+        found = load(source, **options)
+        if not isinstance(found, cls):
+            raise WeightsError(
+                f"{source} holds a {type(found).__name__}, expected a {cls.__name__}. Use "
+                f"{type(found).__name__}.from_pretrained, or load_backbone."
+            )
+        return found
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Write the backbone and its card; see `export_backbone`, which takes the same options.
+
+        Args:
+            folder: Created where it does not exist.
+            options: `licence`, `provenance`, `overwrite`.
+
+        Returns:
+            Path of the card.
+        """
+        export = cast(Any, lazily("domainssl.backbones", "export_backbone"))
+        return Path(export(self, folder, **options))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the export and a model card to the Hugging Face Hub.
+
+        Args:
+            repo_id: `owner/repository`; created where it does not exist.
+            options: `licence` and `provenance` as in `export_backbone`; `commit_message`,
+                `private`, `token`, `revision` and `create_pr` as in huggingface_hub.
+
+        Returns:
+            The address for `load_backbone`, with the commit.
+
+        Raises:
+            WeightsError: The hub refuses it, or there is no connection.
+            MissingExtraError: huggingface_hub is not installed.
+        """
+        push = cast(Any, lazily("domainssl.backbones", "push_backbone"))
+        return str(push(self, repo_id, **options))
 
 
 def _differences(name: str, found: Modality, wanted: Modality) -> list[str]:

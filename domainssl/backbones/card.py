@@ -19,7 +19,7 @@ from domainssl.backbones.base import Backbone
 from domainssl.errors import DomainSSLError, WeightsError, parsing
 from domainssl.files import open_regular, read_json
 
-__all__ = ["Card", "ExportError", "export_backbone", "read_card"]
+__all__ = ["Card", "ExportError", "export_backbone", "export_files", "read_card"]
 
 FORMAT = "domainssl.backbone/1"
 CARD_NAME, TENSORS_NAME = "backbone.json", "backbone.safetensors"
@@ -149,6 +149,20 @@ def export_backbone(
     return target
 
 
+def export_files(path: Path) -> tuple[Path, Path]:
+    """Return where the card and the tensors of an export are, whether or not they exist.
+
+    Args:
+        path: The folder of the export or of its run, the card or the tensors file.
+    """
+    if path.suffix in (".json", ".safetensors") and not path.is_dir():
+        return path.with_suffix(".json"), path.with_suffix(".safetensors")
+    if path.is_dir() and not (path / CARD_NAME).exists() and (path / "backbone").is_dir():
+        path = path / "backbone"  # the folder of a run
+    folder = path if path.is_dir() else path.parent
+    return folder / CARD_NAME, folder / TENSORS_NAME
+
+
 def read_card(path: Path) -> tuple[Card, bytes]:
     """Read a card and the bytes of its tensors file, and compare their hash.
 
@@ -158,14 +172,7 @@ def read_card(path: Path) -> tuple[Card, bytes]:
     Raises:
         WeightsError: A file is missing, damaged, or of another export.
     """
-    if path.is_dir() and not (path / CARD_NAME).exists() and (path / "backbone").is_dir():
-        path = path / "backbone"  # the folder of a run
-    folder = path if path.is_dir() else path.parent
-    card_path, tensors_path = folder / CARD_NAME, folder / TENSORS_NAME
-    if path.suffix == ".json":
-        card_path, tensors_path = path, path.with_suffix(".safetensors")
-    elif path.suffix == ".safetensors":
-        card_path, tensors_path = path.with_suffix(".json"), path
+    card_path, tensors_path = export_files(path)
     for needed in (card_path, tensors_path):
         if not needed.is_file():
             raise WeightsError(

@@ -1,7 +1,7 @@
 """Published weights that `load_backbone` reads: who publishes them, what goes in, which licence.
 
-Nothing is downloaded: get the file from its publisher and pass it as `weights`. What is not known
-of a file is None.
+Nothing is downloaded unasked: get the file from its publisher and pass it as `weights`, or its
+address on the hub. What is not known of a file is None.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from domainssl import backbones
 from domainssl.arguments import class_name
 from domainssl.backbones.base import Backbone, LoadReport
-from domainssl.backbones.card import read_card
+from domainssl.backbones.card import export_files, read_card
+from domainssl.backbones.hub import HubAddress, check_sha256, fetch_weights
 from domainssl.backbones.pretrained import PRETRAINED, Pretrained
 from domainssl.errors import WeightsError, nearest, parsing
 from domainssl.modality import Modality
@@ -191,28 +192,90 @@ def load_backbone(
     modalities: Mapping[str, Modality | Mapping[str, Any]] | None = None,
     arguments: Mapping[str, Any] | None = None,
     strict: bool = True,
+    sha256: str | None = None,
 ) -> Backbone:
     """Load a backbone that takes raw physical values and normalises them itself.
 
     Args:
         name_or_path: An export (folder, card or tensors file), a checkpoint of a run (`.ckpt`),
-            or a name of `list_backbones()`, with or without a tag of published weights, together
-            with `weights`.
-        weights: File in a layout that the family reads, for a name; `"random"` for a backbone
-            without weights.
+            one of both on the Hugging Face Hub (`hf://owner/repository[/path][@revision]`), or a
+            name of `list_backbones()`, with or without a tag of published weights, together with
+            `weights`.
+        weights: File in a layout that the family reads, for a name, here or on the hub
+            (`hf://owner/repository/path/file@revision`); `"random"` for a backbone without weights.
         modalities: What your data look like; bands, order and unit are compared with those of
             the weights. Only with `weights="random"` do they decide the statistics.
         arguments: Constructor arguments over those of the named variant.
         strict: Raise when the file lacks tensors; otherwise only log what is missing.
+        sha256: Of the file of the weights, compared before anything in it is parsed; None takes
+            that of the published record, where it has one.
 
     Returns:
         The backbone in evaluation mode, on the CPU. Its first forward pass warns of values that
         must be in another unit, where they lie on the CPU.
 
     Raises:
-        WeightsError: The name is unknown, the file cannot be used, or the data do not fit.
+        WeightsError: The name is unknown, the file cannot be fetched or used, or the data do not
+            fit.
+        MissingExtraError: An address on the hub is given and huggingface_hub is not installed.
     """
+    name_or_path, weights = _local(name_or_path, weights, sha256)
     return _watched(_load(name_or_path, weights, modalities, arguments, strict))
+
+
+def _local(
+    name_or_path: str | Path, weights: str | Path | None, sha256: str | None
+) -> tuple[str | Path, str | Path | None]:
+    """Fetch what is on the hub, and compare the hash of the file before it is parsed."""
+    source = name_or_path if weights is None else weights
+    if HubAddress.matches(name_or_path):
+        if weights is not None:
+            raise WeightsError(
+                f"{name_or_path} brings its own weights; leave out weights={str(weights)!r}, or "
+                "pass a name."
+            )
+        address = HubAddress.parse(name_or_path)
+        found = _recorded(address)
+        if found is not None:
+            name_or_path, weights = found.tag, source
+        elif address.is_file and not address.path.endswith((".safetensors", ".json", ".ckpt")):
+            raise WeightsError(
+                f"{address} is no export or checkpoint of this library. Pass the name of its "
+                f"architecture: load_backbone(NAME, weights={str(address)!r}); names: "
+                f"{', '.join(list_backbones())}."
+            )
+        else:
+            name_or_path = fetch_weights(address, with_card=True)
+    known = PRETRAINED.get(str(name_or_path))
+    is_named = known is not None or str(name_or_path) in _variants()
+    if is_named and weights is not None and HubAddress.matches(weights):
+        address = HubAddress.parse(weights)
+        if not address.is_file:
+            raise WeightsError(f"weights={str(weights)!r} names no file; add its path.")
+        if known and known.repository == address.repository and not address.revision:
+            address = HubAddress(address.repository, address.path, known.revision)
+        weights = fetch_weights(address, with_card=False)
+    expected, said_by = sha256, "sha256=…"
+    if expected is None and known is not None:
+        expected, said_by = known.sha256, f"the record of {known.tag!r}"
+    if sha256 is not None and str(weights) == "random":
+        raise WeightsError("weights='random' reads no file; leave out sha256.")
+    path = Path(name_or_path if weights is None else weights)
+    if weights is None and path.suffix != ".ckpt":
+        path = export_files(path)[1]
+    if expected is not None and path.is_file():  # what is missing is told when it is loaded
+        check_sha256(path, expected, source, said_by)
+    return name_or_path, weights
+
+
+def _recorded(address: HubAddress) -> Pretrained | None:
+    """Return the published weights that an address names."""
+    rows = [
+        row
+        for row in PRETRAINED.values()
+        if (row.repository, row.file) == (address.repository, address.path)
+    ]
+    return rows[0] if len(rows) == 1 else None
 
 
 def load_reference(
@@ -260,7 +323,7 @@ def load_initial(
 
     Args:
         kind: Class of the objective's backbone.
-        path: An export or checkpoint of ours, or a file of others.
+        path: An export or checkpoint of ours, or a file of others; here or on the hub (`hf://…`).
         variant: Name of `list_backbones()` that reads files of others; None refuses them.
         modalities: Those of the data, all of which the backbone has to know.
         arguments: Constructor arguments for a file of others.
@@ -273,6 +336,9 @@ def load_initial(
     Raises:
         WeightsError: The file cannot be used, or holds another backbone.
     """
+    if HubAddress.matches(path):
+        address = HubAddress.parse(path)
+        path = fetch_weights(address, with_card=address.is_export)
     path = Path(path)
     content: dict[str, Any] = {}
     if is_own_file(path):
@@ -355,8 +421,9 @@ def _where_to_get(found: Pretrained) -> str:
     place = f" from {found.repository}" if found.repository else " from its publisher"
     licence = f" (licence {found.licence})" if found.licence else ""
     return (
-        f"{found.tag!r} names published weights of {found.method}, and nothing is downloaded. Get "
-        f"{what}{place}{licence}, and pass it: load_backbone({found.tag!r}, weights='…')."
+        f"{found.tag!r} names published weights of {found.method}, and nothing is downloaded "
+        f"unasked. Get {what}{place}{licence}, and pass it: load_backbone({found.tag!r}, "
+        "weights='…'), a path or hf://owner/repository/file@revision."
     )
 
 
