@@ -437,7 +437,7 @@ def _load_variant(
 ) -> Backbone:
     if weights is None:
         raise WeightsError(
-            f"{name!r} is an architecture; pass the file of its weights, "
+            f"{name!r} is an architecture; pass the file of its weights, `--weights FILE` or "
             f"load_backbone({name!r}, weights='…'), or weights='random' for an untrained one."
             f"{_published(name)}"
         )

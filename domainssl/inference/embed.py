@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
+from domainssl.files import read_json, write_json
 from domainssl.io.slide.bag_folders import has_bag
 from domainssl.io.slide.features import Bag, Layout, read_places, write_bag
 from domainssl.io.slide.pyramid import Slide, SlideReading
@@ -113,9 +115,33 @@ class SlideEmbedding:
         """Modality that the tiles are."""
         return next(iter(self.backbone.modalities))
 
+    def claim(self) -> None:
+        """Write which weights the name of the features stands for, or compare it.
+
+        Raises:
+            ConfigError: Features of other weights lie there under this name.
+        """
+        path = self.folder / "encoders" / f"{self.encoder}.json"
+        digest = sha256()
+        for name, tensor in sorted(self.backbone.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        wanted = {"weights": digest.hexdigest()}
+        if path.is_file() and read_json(path) != wanted:
+            raise ConfigError(
+                f"{self.folder}: holds features of other weights as features_{self.encoder}. "
+                "Choose another --output, or give the file or folder of the weights another name."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+
     def is_ready(self, key: str) -> bool:
-        """Tell whether the features of a slide are there."""
-        return has_bag(self._root, self.layout, key, self.encoder)
+        """Tell whether the features of a slide are there, and no older than its grid."""
+        grid = self._places(key).stat().st_mtime_ns
+        return has_bag(self._root, self.layout, key, self.encoder, since_ns=grid)
+
+    def _places(self, key: str) -> Path:
+        return self.folder / "patches" / f"{key}_patches.h5"
 
     def make(self, key: str) -> None:
         """Compute the features of a slide; the file takes its name when it is complete.
@@ -125,7 +151,7 @@ class SlideEmbedding:
         Raises:
             DataError: The slide or its tiles cannot be read, or the features not written.
         """
-        places = read_places(self.folder / "patches" / f"{key}_patches.h5")
+        places = read_places(self._places(key))
         assert places.coords is not None
         if not places.patch_size or not places.mpp_um:
             raise DataError(f"{places.path}: no patch_size and target_magnification of the tiles.")

@@ -12,6 +12,7 @@ from slide_files import write_tiff
 from domainssl import export_backbone, load_backbone
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
+from domainssl.cli.verbs.tile import _encoder
 from domainssl.io.slide.features import read_bag
 from domainssl.io.slide.pyramid import Slide
 
@@ -67,7 +68,7 @@ def test_what_is_there_is_not_computed_again_and_parts_do_their_share(
     first = (folder / "a.tif.zarr" / "zarr.json").stat().st_mtime_ns
     assert _tile(slides, "--layout=zarr", "--batch_size=5", "--autocast=bfloat16") == 0
     assert (folder / "a.tif.zarr" / "zarr.json").stat().st_mtime_ns == first
-    assert "features of 2 slides are in" in capsys.readouterr().out
+    assert "features of 2 slide(s) are in" in capsys.readouterr().out
     kinds = [read_bag(path).attributes["computed_in"] for path in sorted(folder.glob("*.zarr"))]
     assert kinds == ["float32", "bfloat16"]
 
@@ -82,3 +83,48 @@ def test_a_backbone_of_other_images_is_refused(
     )
     assert _tile(slides) == 2
     assert "takes s2 (image, dn)" in capsys.readouterr().err
+
+
+def _export_other(slides: Path, **changes: object) -> None:
+    torch.manual_seed(1)
+    other = ViTBackbone(
+        {"he": {**HE, **changes}}, {"width": 24, "depth": 1, "heads": 2}, patch_size=16
+    )
+    export_backbone(other, slides.parent / "tiny", overwrite=True)
+
+
+def test_features_of_other_weights_are_not_taken_for_these(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _tile(slides) == 0 and _tile(slides) == 0
+    _export_other(slides)
+    assert _tile(slides) == 2
+    assert "holds features of other weights as features_tiny" in capsys.readouterr().err
+
+
+def test_tiles_of_another_resolution_than_the_training_are_refused_before_slides_are_read(
+    slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _export_other(slides, mpp_um=0.5)
+    assert _tile(slides) == 2
+    assert "was trained on tiles of 0.5 um per pixel" in capsys.readouterr().err
+    assert not (slides.parent / "out").exists()
+    assert _tile(slides, "--any_mpp") == 0
+
+
+def test_features_older_than_their_grid_are_computed_again(slides: Path) -> None:
+    assert _tile(slides) == 0
+    assert _tile(slides, "--restart", "--overlap=16") == 0
+    out = slides.parent / "out"
+    bags = [read_bag(path) for path in out.glob("*_overlap/features_tiny/a.tif.h5")]
+    assert len(bags) == 2 and min(map(len, bags)) == 12 < max(map(len, bags))
+
+
+def test_the_backbone_of_a_run_is_called_by_the_run(tmp_path: Path) -> None:
+    for part in ("backbone", "checkpoints"):
+        (tmp_path / "first" / part).mkdir(parents=True)
+    (tmp_path / "first" / "checkpoints" / "last.ckpt").touch()
+    first = tmp_path / "first"
+    given = [first, first / "backbone", first / "checkpoints" / "last.ckpt"]
+    assert [_encoder(str(path)) for path in given] == ["first"] * 3
+    assert _encoder("uni") == "uni"

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from domainssl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from domainssl.backbones.base import Backbone
     from domainssl.io.slide.tiling import GridOptions, SlideTiling
     from domainssl.pieces import Built
 
 __all__ = ["run"]
+
+_MPP_TOLERANCE = 0.1  # as of published encoders
 
 
 def run(argv: list[str]) -> int:
@@ -30,6 +33,7 @@ def run(argv: list[str]) -> int:
         skip_bad=options.skip_bad,
         shard=Shard.parse(options.shard),
     )
+    backbone = None if options.features is None else _backbone(options)
     made = _tiling(options)
     made.claim(restart=options.restart)
     screen = console()
@@ -44,8 +48,8 @@ def run(argv: list[str]) -> int:
         )
         raise
     _report(screen, made, found, str(plan.shard))
-    if options.features is not None:
-        _embed(options, made, plan)
+    if backbone is not None:
+        _embed(options, made, plan, backbone)
     return 0
 
 
@@ -198,21 +202,20 @@ def _write_ids(path: Path, ids: Sequence[str], slides: Sequence[str]) -> None:
         file.write(text.getvalue().encode())
 
 
-def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any) -> None:
-    """Write the features of the tiles of all slides of this part."""
-    from dataclasses import replace
+def _backbone(options: argparse.Namespace) -> Backbone:
+    """Return the backbone of `--features`, before slides are read.
 
+    Raises:
+        ConfigError: It takes something else than tiles of this resolution.
+        WeightsError: It cannot be loaded.
+    """
     from domainssl.backbones.registry import load_backbone
-    from domainssl.cli.console import console
-    from domainssl.cli.progress import Bar
-    from domainssl.inference.embed import SlideEmbedding
-    from domainssl.pieces import build
 
     if options.batch_size < 1:
         raise ConfigError(f"--batch_size: got {options.batch_size}, expected 1 or more.")
     arguments = {"any_mpp": True} if options.any_mpp else None
     backbone = load_backbone(options.features, weights=options.weights, arguments=arguments)
-    (name, *more), grid = backbone.modalities, made.options
+    name, *more = backbone.modalities
     modality = backbone.modalities[name]
     if more or modality.kind != "image" or modality.value_unit != "rgb8":
         raise ConfigError(
@@ -220,7 +223,35 @@ def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any) -> None:
             f"({modality.kind}, {modality.value_unit}); expected a backbone of one image of 8-bit "
             "colours, such as he."
         )
-    backbone.check({name: {**modality.to_dict(), "mpp_um": grid.mpp_um}})
+    backbone.check({name: {**modality.to_dict(), "mpp_um": options.mpp}})
+    trained = modality.mpp_um
+    if trained and not options.any_mpp and abs(options.mpp / trained - 1) > _MPP_TOLERANCE:
+        raise ConfigError(
+            f"--mpp {options.mpp:g}: {options.features} was trained on tiles of {trained:g} um per "
+            f"pixel. Cut tiles with --mpp {trained:g}, or accept others with --any_mpp."
+        )
+    return backbone
+
+
+def _encoder(features: str) -> str:
+    """Return a name for features: the run's, where a file or folder in it has none of its own."""
+    path = Path(features)
+    names = [path.name.removesuffix(".ckpt")]
+    if path.exists():
+        names += [parent.name for parent in path.resolve().parents if parent.name]
+    own = (n for n in names if n not in ("backbone", "backbone.safetensors", "checkpoints", "last"))
+    return next(own, names[0])
+
+
+def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any, backbone: Backbone) -> None:
+    """Write the features of the tiles of all slides of this part."""
+    from dataclasses import replace
+
+    from domainssl.cli.console import console
+    from domainssl.cli.progress import Bar
+    from domainssl.inference.embed import SlideEmbedding
+    from domainssl.pieces import build
+
     ready = [key for key in made.keys if made.is_ready(key)]
     slides = dict(zip(made.ids, made.slides, strict=True))
     embedding = SlideEmbedding(
@@ -228,17 +259,18 @@ def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any) -> None:
         slides=[slides[key] for key in ready],
         ids=ready,
         backbone=backbone,
-        encoder=Path(options.features).name.removesuffix(".ckpt"),
-        reading=grid.reading,
+        encoder=_encoder(options.features),
+        reading=made.options.reading,
         batch_size=options.batch_size,
         device=options.device,
         autocast=options.autocast,
         layout=options.layout,
     )
+    embedding.claim()
     with Bar("slides") as shown:
         found = build(embedding, replace(plan, jobs=0), shown, noun="slides")
     console().print(
-        f"features of {found.entries} slides are in {made.folder}"
+        f"features of {found.entries} slide(s) are in {made.folder}, features_{embedding.encoder}"
         + (f", {found.resumed} of them before" if found.resumed else ""),
         markup=False,
     )
@@ -249,7 +281,7 @@ def _report(screen: Any, made: SlideTiling, found: Built, shard: str) -> None:
     done = [made.described(key) for key in made.keys if made.is_ready(key)]
     tiles = [entry["tiles"] for entry in done]
     screen.print(
-        f"{len(done)} slides with {sum(tiles)} tiles are in {made.folder}"
+        f"{len(done)} slide(s) with {sum(tiles)} tiles are in {made.folder}"
         + (f", {found.resumed} of them before" if found.resumed else ""),
         markup=False,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -182,10 +182,15 @@ def _convert(file: BagFile, output: Path, layout: Layout, dtype: str | None) -> 
     return None
 
 
-def has_bag(output: Path, layout: Layout, slide: str, encoder: str = "*") -> bool:
-    """Tell whether `write_bag` has written a slide, of an encoder or of any."""
+def has_bag(
+    output: Path, layout: Layout, slide: str, encoder: str = "*", since_ns: int = 0
+) -> bool:
+    """Tell whether `write_bag` has written a slide, of an encoder or of any, not before a time."""
+    files: Iterable[Path] = output.glob(f"**/{_FEATURES}{encoder}/{slide}.h5")
     if layout == "zarr":
-        return (output / f"{slide}.zarr" / "zarr.json").is_file()
-    if layout == "clam":
-        return all((output / f / f"{slide}.h5").is_file() for f in ("h5_files", "patches"))
-    return any(output.glob(f"**/{_FEATURES}{encoder}/{slide}.h5"))
+        files = [output / f"{slide}.zarr" / "zarr.json"]
+    elif layout == "clam":
+        if not (output / "patches" / f"{slide}.h5").is_file():
+            return False
+        files = [output / "h5_files" / f"{slide}.h5"]
+    return any(file.is_file() and file.stat().st_mtime_ns >= since_ns for file in files)
