@@ -169,6 +169,13 @@ def test_places_that_no_slide_has_are_refused(tmp_path, value):
         read_bag(path)
 
 
+@pytest.mark.parametrize("layout", ["clam", "trident"])
+def test_a_slide_of_a_long_name_is_written(tmp_path, layout):
+    bag = Bag(slide="s" * 240, features=np.ones((2, 4), np.float32), coords=np.eye(2, dtype=int))
+    found = read_bag(write_bag(tmp_path, bag, layout))
+    assert (found.slide, found.features.sum()) == ("s" * 240, 8)
+
+
 def test_a_negative_overlap_makes_no_grid(tmp_path):
     bag = read_bag(write(tmp_path / "a.h5", LATTICE, attrs={**TRIDENT, "overlap": -16}))
     with pytest.raises(DataError, match="overlap by -32; expected 0 or more"):

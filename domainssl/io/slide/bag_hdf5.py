@@ -356,7 +356,8 @@ def _new_hdf5(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _hidden(path: Path) -> Iterator[Path]:
-    hidden = path.with_name(f".{path.name}{PART}{uuid.uuid4().hex}")
+    # of a long name the beginning, so that no file system finds this one too long
+    hidden = path.with_name(f".{path.name[:40]}{PART}{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield hidden
