@@ -44,7 +44,7 @@ def find_classes(kind: str) -> dict[str, str]:
     homes: dict[str, list[str]] = {}
     for folder in _FOLDERS[kind]:
         for path in _sources(folder):
-            body = ast.parse(path.read_text(encoding="utf-8")).body
+            body = _parsed(path).body
             renamed = _renamed_imports(body)
             for node in body:
                 if isinstance(node, ast.ClassDef):
@@ -72,10 +72,19 @@ def summaries(kind: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in _FOLDERS[kind]:
         for path in _sources(folder):
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for node in _parsed(path).body:
                 if isinstance(node, ast.ClassDef) and node.name in find_classes(kind):
                     found[node.name] = (ast.get_docstring(node) or "").partition("\n")[0]
     return found
+
+
+def _parsed(path: Path) -> ast.Module:
+    text = path.read_text(encoding="utf-8")
+    try:
+        return ast.parse(text)
+    except SystemError:
+        # CPython 3.11: a finalizer that runs while the tree is built upsets the parser's counter
+        return ast.parse(text)
 
 
 def _sources(folder: str) -> list[Path]:
