@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from domainssl.api import build, list_datamodules, list_objectives
     from domainssl.backbones.card import export_backbone
+    from domainssl.backbones.graph import export_graph
     from domainssl.backbones.registry import list_backbones, load_backbone
     from domainssl.modality import Modality
 
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "build",
     "export_backbone",
+    "export_graph",
     "list_backbones",
     "list_datamodules",
     "list_objectives",
@@ -33,6 +35,7 @@ _HOMES = {
     "list_datamodules": "domainssl.api",
     "list_objectives": "domainssl.api",
     "export_backbone": "domainssl.backbones.card",
+    "export_graph": "domainssl.backbones.graph",
     "list_backbones": "domainssl.backbones.registry",
     "load_backbone": "domainssl.backbones.registry",
 }

@@ -263,7 +263,7 @@ def present_mask(batch: Mapping[str, Any], name: str) -> Tensor:
     if found is not None:
         return cast(Tensor, found)
     x: Tensor = batch[name]
-    return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
 
 
 def check_shape(x: Tensor, axes: str, *, name: str, **sizes: int) -> None:
@@ -411,9 +411,9 @@ def check_batch(
                 f"C={modality.num_channels} channels in the order {' '.join(modality.channels)}."
             )
         check_shape(x, axes, name=f"batch.{name}", C=modality.num_channels)
-        if size is not None and len(x) != size:
+        if size is not None and x.shape[0] != size:
             raise DataError(f"batch.{name}: {len(x)} items, but {found[0]!r} has {size}.")
-        size = len(x)
+        size = x.shape[0]  # `len` would fix it in exported graphs
         items = axes.replace(" C", "")
         expected = {a: s for a, s in zip(axes.split(), x.shape, strict=True) if a != "C"}
         for companion, letters in (("valid", items), ("present", "B"), ("frames", "B T")):

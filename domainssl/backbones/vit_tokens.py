@@ -63,7 +63,7 @@ def transform(
         The class token, (B, E) or None, and the others, (B, N, E).
     """
     if first is not None:
-        first = first.to(tokens.dtype).expand(len(tokens), -1, -1)
+        first = first.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([first, tokens], dim=1)
         if attended is not None:
             attended = torch.cat([torch.ones_like(attended[:, :1]), attended], dim=1)

@@ -35,6 +35,9 @@ def alibi_slopes(heads: int) -> Tensor:
 def pairwise_distance(a: Tensor, b: Tensor) -> Tensor:
     """Return Euclidean distances, (..., Q, D) and (..., K, D) -> (..., Q, K), in float32."""
     a, b = a.float(), b.float()
+    if torch.compiler.is_exporting():  # ONNX has no cdist, and graphs change nothing in place
+        parts = [a[..., i, None] - b[..., None, :, i] for i in range(a.shape[-1])]
+        return torch.stack([part.square() for part in parts]).sum(0).sqrt()
     if not a.is_cuda:
         with torch.autocast(a.device.type, enabled=False):
             return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -57,7 +57,8 @@ def attention(
         return _attention_flex(q, k, v, bias)
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-    if math.prod(bias.shape) <= _MAX_BIAS_ELEMENTS:
+    # an exported graph serves every size: its bias is never cut
+    if torch.compiler.is_exporting() or math.prod(bias.shape) <= _MAX_BIAS_ELEMENTS:
         mask = bias.full(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return _attention_by_rows(q, k, v, bias, dropout)

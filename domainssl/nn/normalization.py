@@ -191,7 +191,7 @@ class Normalizer(nn.Module):
                 f"batch.{name}.window is missing: the normalisation form 'item' scales every item "
                 "by limits that the DataModule measures on the whole item, (B, C, 2)."
             )
-        shape = [len(x)] + [1] * (x.ndim - 1)
+        shape = [x.shape[0]] + [1] * (x.ndim - 1)
         shape[self.modalities[name].channel_axis] = x.shape[self.modalities[name].channel_axis]
         low, high = (limits[..., i].float().view(shape) for i in (0, 1))
         return low, torch.maximum(high, low + 1e-6)

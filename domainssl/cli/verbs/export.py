@@ -1,4 +1,4 @@
-"""Write the backbone of a checkpoint as safetensors with a card."""
+"""Write the backbone of a checkpoint with a card: as safetensors, or as a graph that runs alone."""
 
 from __future__ import annotations
 
@@ -18,16 +18,33 @@ def run(argv: list[str]) -> int:
         prog="python -m domainssl export",
         description="Write backbone.safetensors and backbone.json (the card: bands, units, "
         "statistics, origin) from a checkpoint. Load them with "
-        "domainssl.load_backbone(FOLDER).",
+        "domainssl.load_backbone(FOLDER). With --format onnx or torch_export: a graph that takes "
+        "raw values and runs without this library.",
     )
     parser.add_argument("--checkpoint", required=True, help="a .ckpt file, or the folder of a run")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--licence", default="unspecified", help="licence of the weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument(
+        "--format", choices=("safetensors", "onnx", "torch_export"), default="safetensors",
+        help="onnx and torch_export (.pt2) are checked against PyTorch before they are kept",
+    )  # fmt: skip
+    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="inputs of the graph")
+    parser.add_argument(
+        "--size", nargs="+", type=int, metavar="N",
+        help="size that the graph is traced with, one number or one per axis (default: the data's)",
+    )  # fmt: skip
     options = parser.parse_args(argv)
+    is_graph = options.format != "safetensors"
+    if not is_graph and (options.modalities or options.size):
+        raise ConfigError(
+            "--modalities and --size belong to graphs; add --format onnx or --format torch_export."
+        )
     checkpoint = _checkpoint(Path(options.checkpoint).expanduser())
     output = Path(options.output).expanduser()
-    _check_target(output, options.overwrite)
+    _check_target(output, options.overwrite, is_graph)
+    if is_graph:
+        return _graph(options, checkpoint, output)
 
     from rich.markup import escape
 
@@ -58,6 +75,45 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
+    """Write ONNX or a program of torch.export, and say what was measured."""
+    from domainssl import load_backbone
+    from domainssl.backbones.graph import export_graph
+    from domainssl.cli.console import console
+
+    size = options.size
+    card = export_graph(
+        load_backbone(checkpoint),
+        output,
+        format=options.format,
+        modalities=options.modalities,
+        size=size[0] if size and len(size) == 1 else size,
+        licence=options.licence,
+        provenance={"checkpoint": checkpoint.name, **_run_facts(checkpoint)},
+        overwrite=options.overwrite,
+    )
+    facts = json.loads(card.read_text(encoding="utf-8"))
+    screen = console()
+    screen.print(f"exported {facts['backbone']} to {output / facts['file']}", markup=False)
+    for entry in facts["inputs"]:
+        free = "any size" if entry["size_is_free"] else f"size {entry['size']} only"
+        screen.print(
+            f"  in   {entry['name']}: {entry['axes']}, {' '.join(entry['bands'])} "
+            f"({entry['unit']}), {entry['dtype']}, {free}",
+            markup=False,
+        )
+    for entry in facts["outputs"]:
+        screen.print(f"  out  {entry['name']}: {entry['axes']}, E={entry['width']}", markup=False)
+    check = facts["check"]
+    screen.print(
+        f"  largest difference from PyTorch {check['largest_difference']:.2g}, at values up to "
+        f"{check['largest_value']:.2g}",
+        markup=False,
+    )
+    screen.print(f"  card: {card}", markup=False)
+    return 0
+
+
 def _checkpoint(path: Path) -> Path:
     """Return the file to read; for the folder of a run its last checkpoint."""
     if path.is_file():
@@ -78,10 +134,10 @@ def _checkpoint(path: Path) -> Path:
     )
 
 
-def _check_target(output: Path, overwrite: bool) -> None:
+def _check_target(output: Path, overwrite: bool, is_graph: bool) -> None:
     if output.is_file():
         raise ConfigError(f"--output {str(output)!r} is a file; give a folder.")
-    if (output / "backbone.json").exists() and not overwrite:
+    if not is_graph and (output / "backbone.json").exists() and not overwrite:
         raise ConfigError(
             f"--output {str(output)!r} holds an export already. Choose another folder, or add "
             "--overwrite."

@@ -1,0 +1,150 @@
+"""Graphs: what the written file computes, what its card says, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from domainssl.backbones.base import Backbone
+from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
+from domainssl.backbones.encoders.backbone import EncoderBackbone
+from domainssl.backbones.graph import export_graph
+from domainssl.backbones.vit import ViTBackbone
+from domainssl.errors import ConfigError, WeightsError
+from domainssl.modality import Modality
+from domainssl.nn.blocks import set_attention_path
+
+
+def _image(**changes) -> dict[str, Modality]:
+    facts = {
+        "name": "img", "kind": "image", "channels": ("a", "b", "c"), "value_unit": "arbitrary",
+        "mean": (100.0, 200.0, 300.0), "std": (10.0, 20.0, 30.0), "size": (16, 16), **changes,
+    }  # fmt: skip
+    return {"img": Modality(**facts)}
+
+
+def _vit(depth: int = 1) -> ViTBackbone:
+    torch.manual_seed(0)
+    sizes = {"width": 24, "depth": depth, "heads": 2}
+    return ViTBackbone(_image(), architecture=sizes, patch_size=8)
+
+
+def _croma() -> CROMABackbone:
+    torch.manual_seed(0)
+    return CROMABackbone(dict(PUBLISHED_MODALITIES), width=32, depth=2, heads=4)
+
+
+def _encoder(name: str) -> EncoderBackbone:
+    torch.manual_seed(0)
+    sizes = {"width": 24, "depth": 1, "heads": 2, "patch_size": 8}
+    size = (64, 64) if name == "resnet18" else (16, 16)
+    return EncoderBackbone(_image(size=size), encoder=name, sizes=sizes)
+
+
+def _run(card: Path, *values: torch.Tensor) -> list[torch.Tensor]:
+    """Run a graph as a user does who has only the file and its card."""
+    path = card.with_suffix("")
+    if path.suffix == ".pt2":
+        return list(torch.export.load(path).module()(*values))
+    ort = pytest.importorskip("onnxruntime")
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [entry["name"] for entry in json.loads(card.read_text())["inputs"]]
+    feeds = {name: v.numpy() for name, v in zip(names, values, strict=True)}
+    return [torch.from_numpy(found) for found in session.run(None, feeds)]
+
+
+def _check(backbone: Backbone, card: Path, size: tuple[int, ...]) -> dict:
+    """Compare a graph with its backbone on values with a gap, and return the card."""
+    facts = json.loads(card.read_text())
+    batch = {}
+    for entry in facts["inputs"]:
+        modality = backbone.modalities[entry["name"]]
+        mean, std = (torch.tensor(m) for m in (modality.mean, modality.std))
+        values = torch.randn(5, len(mean), *size) * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+        values[1, :, :3, :5] = float("nan")
+        batch[entry["name"]] = values
+    with torch.no_grad():
+        wanted = backbone.eval()(batch)
+        found = _run(card, *batch.values())
+    assert len(found) == len(facts["outputs"])
+    for entry, value in zip(facts["outputs"], found, strict=True):
+        name, kind = entry["name"].split(".")
+        expected = getattr(wanted, kind)[name]
+        assert value.shape[-1] == entry["width"]
+        torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
+    assert facts["check"]["largest_difference"] <= 1e-4 * facts["check"]["largest_value"]
+    return facts
+
+
+@pytest.mark.slow
+def test_a_program_of_a_vit_takes_raw_values_of_other_sizes(tmp_path: Path) -> None:
+    backbone = _vit()
+    card = export_graph(backbone, tmp_path, format="torch_export", licence="MIT")
+    facts = _check(backbone, card, (24, 40))
+    (entry,) = facts["inputs"]
+    assert entry["bands"] == ["a", "b", "c"] and entry["unit"] == "arbitrary"
+    assert (entry["size"], entry["size_is_free"], entry["dtype"]) == ([16, 16], True, "float32")
+    assert [out["name"] for out in facts["outputs"]] == ["img.pooled", "img.tokens"]
+    assert facts["licence"] == "MIT"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder.pt2", "encoder.pt2.json"]
+    with pytest.raises(WeightsError, match="overwrite"):
+        export_graph(backbone, tmp_path, format="torch_export")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "transformer", "resnet18"])
+def test_onnx_of_one_image(tmp_path: Path, name: str) -> None:
+    backbone = _vit(2) if name == "vit" else _encoder(name)
+    is_free = name != "resnet18"
+    card = export_graph(backbone, tmp_path)
+    facts = _check(backbone, card, (24, 40) if is_free else (64, 64))
+    assert facts["inputs"][0]["size_is_free"] is is_free
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["s2"], ["s1", "s2"]])
+def test_onnx_of_croma(tmp_path: Path, names: list[str]) -> None:
+    backbone = _croma()
+    facts = _check(backbone, export_graph(backbone, tmp_path, modalities=names, size=16), (24, 32))
+    outputs = [f"{n}.{k}" for n in [*names, "joint"] for k in ("pooled", "tokens")]
+    assert [out["name"] for out in facts["outputs"]] == outputs[: 2 if len(names) == 1 else None]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "message"),
+    [
+        (_croma, {"size": 16, "modalities": ["s3"]}, "no 's3'. It knows s1, s2"),
+        (_croma, {"modalities": ["s2"]}, "'s2' has none of its own.*--size"),
+        (_vit, {"format": "onx"}, "'onx' is not one of onnx, torch_export. Did you mean 'onnx'"),
+        (_vit, {"size": (16, 16, 16)}, "size: got .16, 16, 16., expected one number, or 2"),
+    ],
+)
+def test_what_is_asked_wrongly_is_refused(tmp_path, backbone, options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_graph(backbone(), tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_graph_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    sizes = {"width": 24, "depth": 1, "heads": 2}
+    series = ViTBackbone(_image(kind="series"), architecture=sizes, patch_size=8)
+    with pytest.raises(ConfigError, match=r"'img' is of kind 'series'.*load_backbone"):
+        export_graph(series, tmp_path)
+    item = ViTBackbone(_image(), architecture=sizes, patch_size=8, normalization="item")
+    with pytest.raises(ConfigError, match=r"normalization.img: 'item' depends on limits"):
+        export_graph(item, tmp_path)
+    flex = _vit()
+    set_attention_path(flex, "flex")
+    with pytest.raises(ConfigError, match=r"FlexAttention.*set_attention_path.*'fused'"):
+        export_graph(flex, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_graph_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("domainssl.backbones.graph.TOLERANCE", -1.0)
+    with pytest.raises(WeightsError, match=r"img.pooled of 2 items of \(16, 16\) differs"):
+        export_graph(_vit(), tmp_path, format="torch_export", dynamic_size=False)
+    assert list(tmp_path.iterdir()) == []
