@@ -322,7 +322,8 @@ def _compare(
     chosen = {name: graph.backbone.modalities[name] for name in graph.names}
     cases = [(items, sizes) for items in _BATCHES]
     if is_dynamic:
-        cases.append((_BATCHES[1], {n: tuple(2 * s for s in side) for n, side in sizes.items()}))
+        other = {n: tuple((2 + i) * s for i, s in enumerate(side)) for n, side in sizes.items()}
+        cases.append((_BATCHES[1], other))  # other proportions too
     worst, scale = 0.0, 1.0
     for items, side in cases:
         values = _values(graph.backbone, chosen, side, items)

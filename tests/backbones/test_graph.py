@@ -98,10 +98,16 @@ def test_a_program_of_a_vit_takes_raw_values_of_other_sizes(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["vit", "transformer", "resnet18"])
 def test_onnx_of_one_image(tmp_path: Path, name: str) -> None:
     backbone = _vit(2) if name == "vit" else _encoder(name)
-    is_free = name != "resnet18"
-    card = export_graph(backbone, tmp_path)
-    facts = _check(backbone, card, (24, 40) if is_free else (64, 64))
-    assert facts["inputs"][0]["size_is_free"] is is_free
+    facts = _check(backbone, export_graph(backbone, tmp_path), (24, 40))
+    assert facts["inputs"][0]["size_is_free"] is True
+
+
+@pytest.mark.slow
+def test_a_program_of_a_resnet_has_one_size_and_says_so(tmp_path: Path) -> None:
+    backbone = _encoder("resnet18")
+    card = export_graph(backbone, tmp_path, format="torch_export")
+    (entry,) = _check(backbone, card, (64, 64))["inputs"]
+    assert (entry["size"], entry["size_is_free"]) == ([64, 64], False)
 
 
 @pytest.mark.slow
