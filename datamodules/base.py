@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -25,7 +25,7 @@ from domainssl.loading.stream import BlockStream
 from domainssl.modality import Batch, Modality
 from domainssl.pieces import Buildable, cores
 
-__all__ = ["DomainDataModule"]
+__all__ = ["DomainDataModule", "check_labels", "named_sample"]
 
 _log = logging.getLogger(__name__)
 _SMALL_BYTES = 256_000_000  # an epoch that decodes less is read without worker processes
@@ -327,6 +327,36 @@ class DomainDataModule(Recorded, LightningDataModule):
             small = source.num_bytes / self._world_size < _SMALL_BYTES
             workers = 0 if small else min(own, pieces, _MOST_WORKERS)
         return replace(loading, workers=workers, pin_memory=pin and torch.cuda.is_available())
+
+
+def named_sample(root: str, names: Collection[str]) -> str | None:
+    """Return NAME of the embedded sample `sample:NAME`, None where `root` is a folder.
+
+    Raises:
+        ConfigError: There is no such sample.
+    """
+    word, _, name = root.partition(":")
+    if word != "sample":
+        return None
+    if name not in names:
+        raise ConfigError(
+            f"data.init_args.root: got {root!r}, expected sample:{', sample:'.join(names)} or a "
+            f"folder.{nearest(name, names)}"
+        )
+    return name
+
+
+def check_labels(labels: object, keys: str) -> None:
+    """Refuse a word other than `auto` where a mapping with `keys` may stand.
+
+    Raises:
+        ConfigError: `labels` is such a word.
+    """
+    if isinstance(labels, str) and labels != "auto":
+        raise ConfigError(
+            f"data.init_args.labels: got {labels!r}, expected 'auto', null, or a mapping with "
+            f"{keys}."
+        )
 
 
 def _from_the_start() -> tuple[int, int]:

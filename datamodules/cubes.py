@@ -14,7 +14,7 @@ import logging
 from contextlib import suppress
 from typing import Any, Literal
 
-from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.base import DomainDataModule, check_labels
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.raster.bands import LayerFile, open_store
@@ -84,11 +84,7 @@ class SentinelCubeDataModule(DomainDataModule):
             on_bad_sample=on_bad_sample,
             loading=loading,
         )
-        if isinstance(labels, str) and labels != "auto":
-            raise ConfigError(
-                f"data.init_args.labels: got {labels!r}, expected 'auto', null, or a mapping with "
-                "path, variable and names."
-            )
+        check_labels(labels, "path, variable and names")
         self.root = root
         self.layers = dict(modalities or default_layers())
         self._asked = (window or Window()).sized(_WINDOW)

@@ -16,9 +16,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
-from domainssl.errors import ConfigError, nearest
+from domainssl.errors import ConfigError
 from domainssl.io.slide.bag_slides import FoundSlides, SlideBag, find_slides
 from domainssl.io.volume.ids import ids_of, write_table
 from domainssl.loading.source import Loading, Source
@@ -89,11 +89,7 @@ class SlideFeatureDataModule(DomainDataModule):
             on_bad_sample=on_bad_sample,
             loading=loading,
         )
-        if isinstance(labels, str) and labels != "auto":
-            raise ConfigError(
-                f"data.init_args.labels: got {labels!r}, expected 'auto', null, or a mapping with "
-                "column and classes."
-            )
+        check_labels(labels, "column and classes")
         if not modalities and root.removeprefix("sample:") not in _SAMPLES:
             raise ConfigError(
                 "data.init_args.modalities: missing; expected a mapping of one key to the features "
@@ -125,14 +121,9 @@ class SlideFeatureDataModule(DomainDataModule):
         self._root()
 
     def _root(self) -> str:
-        word, _, name = self.root.partition(":")
-        if word != "sample":
+        name = named_sample(self.root, _SAMPLES)
+        if name is None:
             return self.root
-        if name not in _SAMPLES:
-            raise ConfigError(
-                f"data.init_args.root: got {self.root!r}, expected sample:"
-                f"{', sample:'.join(_SAMPLES)} or a folder.{nearest(name, _SAMPLES)}"
-            )
         module = importlib.import_module("domainssl.datamodules.samples.bags")
         return str(module.sample_root() / _SAMPLES[name])
 

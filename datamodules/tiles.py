@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
 from domainssl.io.slide.manifest import FoundTiles, TileSet, find_tiles
@@ -88,11 +88,7 @@ class TileDataModule(DomainDataModule):
             on_bad_sample=on_bad_sample,
             loading=loading,
         )
-        if isinstance(labels, str) and labels != "auto":
-            raise ConfigError(
-                f"data.init_args.labels: got {labels!r}, expected 'auto', null, or a mapping with "
-                "column and classes."
-            )
+        check_labels(labels, "column and classes")
         sample = root.removeprefix("sample:")
         if not modalities and sample not in _SAMPLES:
             raise ConfigError(
@@ -128,14 +124,9 @@ class TileDataModule(DomainDataModule):
         self._root()
 
     def _root(self) -> str:
-        word, _, name = self.root.partition(":")
-        if word != "sample":
+        name = named_sample(self.root, _SAMPLES)
+        if name is None:
             return self.root
-        if name not in _SAMPLES:
-            raise ConfigError(
-                f"data.init_args.root: got {self.root!r}, expected sample:"
-                f"{', sample:'.join(_SAMPLES)} or a folder.{nearest(name, _SAMPLES)}"
-            )
         module = importlib.import_module(f"domainssl.datamodules.samples.{name}")
         return str(module.sample_root())
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.volume.cache import Exams
@@ -101,11 +101,7 @@ class VolumeDataModule(DomainDataModule):
             on_bad_sample=on_bad_sample,
             loading=loading,
         )
-        if isinstance(labels, str) and labels != "auto":
-            raise ConfigError(
-                f"data.init_args.labels: got {labels!r}, expected 'auto', null, or a mapping with "
-                "column, classes, mask and names."
-            )
+        check_labels(labels, "column, classes, mask and names")
         self.root = root
         if not modalities and root.removeprefix("sample:") not in _SAMPLES:
             raise ConfigError(
@@ -147,14 +143,9 @@ class VolumeDataModule(DomainDataModule):
         self._root()
 
     def _root(self) -> str:
-        word, _, name = self.root.partition(":")
-        if word != "sample":
+        name = named_sample(self.root, _SAMPLES)
+        if name is None:
             return self.root
-        if name not in _SAMPLES:
-            raise ConfigError(
-                f"data.init_args.root: got {self.root!r}, expected sample:"
-                f"{', sample:'.join(_SAMPLES)} or a folder.{nearest(name, _SAMPLES)}"
-            )
         module = importlib.import_module("domainssl.datamodules.samples.volumes")
         return str(module.sample_root(name))
 

@@ -77,7 +77,7 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    joint = _joint(entry)
+    joint = entry.outcomes[0].joint if entry.outcomes else "joint"
     values = [_spread(entry.outcomes, f"val/{s}probe/{joint}") for s in ("raw/", "untrained/", "")]
     found = gain(entry)
     met = f"{sum(run.has_learned for run in entry.runs)} of {len(entry.runs)}"
@@ -87,17 +87,6 @@ def _row(entry: Entry) -> tuple[str, ...]:
         _mean_cost(entry.runs, "cpu_seconds"), _mean_cost(entry.runs, "memory_mb"),
         f"`{entry.sha256[:10]}`" + ("" if entry.is_recipe else ", composed"),
     )  # fmt: skip
-
-
-def _joint(entry: Entry) -> str:
-    """Return the features of all modalities together, or those of the only one."""
-    names = [
-        key.removeprefix("val/probe/")
-        for outcome in entry.outcomes[:1]
-        for key in outcome.metrics
-        if key.startswith("val/probe/")
-    ]
-    return "joint" if "joint" in names or not names else names[0]
 
 
 def _mean_cost(runs: Sequence[Measured], key: str) -> str:

@@ -24,8 +24,7 @@ def gain(entry: Entry) -> float | None:
     """
     values = []
     for outcome in entry.outcomes:
-        names = [k.removeprefix("val/probe/") for k in outcome.metrics if k.startswith("val/probe")]
-        name = "joint" if "joint" in names else names[0]
+        name = outcome.joint
         metrics = outcome.metrics
         values.append(metrics[f"val/probe/{name}"] - metrics[f"val/untrained/probe/{name}"])
     return statistics.fmean(values) if values else None

@@ -49,7 +49,7 @@ class Measured:
     @property
     def has_learned(self) -> bool:
         """Whether the run ended and met every criterion."""
-        return self.outcome is not None and all(c.passed for c in self.criteria())
+        return self.outcome is not None and self.outcome.has_learned
 
 
 @dataclass(frozen=True, kw_only=True)

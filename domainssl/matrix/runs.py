@@ -57,6 +57,18 @@ class Outcome:
         """Judge the run."""
         return learning_criteria(self.metrics, self.items, self.contrastive, self.self_distilling)
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether every criterion is met."""
+        return all(criterion.passed for criterion in self.criteria())
+
+    @property
+    def joint(self) -> str:
+        """The features of all modalities together, or those of the only one."""
+        prefix = "val/probe/"
+        names = [key.removeprefix(prefix) for key in self.metrics if key.startswith(prefix)]
+        return "joint" if "joint" in names else names[0]
+
 
 def read_outcome(folder: str | Path) -> Outcome:
     """Read the folder of a run that `fit` has finished.

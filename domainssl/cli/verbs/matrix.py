@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
         write_picture(picture, entries)
         write_page(page, markdown(entries, picture.name))
         screen.print(f"written to {page}", markup=False)
-    return 0 if all(_has_learned(each) for each in found) else 1
+    return 0 if all(each.outcome is not None and each.outcome.has_learned for each in found) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,11 +181,6 @@ def _train(
         wanted, folder, jobs=options.jobs, restart=options.restart, report=report
     )
     return found
-
-
-def _has_learned(finished: Finished) -> bool:
-    outcome = finished.outcome
-    return outcome is not None and all(c.passed for c in outcome.criteria())
 
 
 def _line(finished: Finished) -> str:
