@@ -104,6 +104,7 @@ class Backbone(Recorded, nn.Module):
     embed_dim: dict[str, int]
     forward_methods: ClassVar[tuple[str, ...]] = ("encode",)  # entry points besides `forward`
     reference_holds_classes: ClassVar[bool] = False  # published files pickle their configuration
+    band_changes: tuple[object, ...] = ()  # `BandChange`s of weights for other bands
 
     def __init__(
         self,
@@ -188,6 +189,24 @@ class Backbone(Recorded, nn.Module):
         """
         raise NotImplementedError
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Return the weights that take the bands of a modality, by name in the state dict.
+
+        Values say how they are laid out: `convolution` (E, C, *S), `bands first` (E, C·P) or
+        `bands last` (E, P·C).
+
+        Raises:
+            WeightsError: The method does not take bands one by one.
+        """
+        raise self.no_bands(name, "its input weights do not take bands one by one")
+
+    def no_bands(self, name: str, why: str) -> WeightsError:
+        """Return the error that refuses other bands than those of the weights."""
+        return WeightsError(
+            f"{name}: {type(self).__name__} cannot be fitted to other bands: {why}. Choose the "
+            f"bands {', '.join(self.modalities[name].channels[:20])} in the DataModule."
+        )
+
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute transformer blocks in the backward pass instead of keeping activations."""
         for module in self.modules():
@@ -259,6 +278,32 @@ class Backbone(Recorded, nn.Module):
             WeightsError: The family has no reference files, or the file is none of them.
         """
         raise WeightsError(f"{cls.__name__} has no reference weights to read.")
+
+    @classmethod
+    def published_modalities(
+        cls,
+        state: Mapping[str, Any],
+        variant: Mapping[str, Any],
+        modalities: Mapping[str, Modality],
+    ) -> dict[str, Modality]:
+        """Return what a published file was trained on, under the names of the data.
+
+        Args:
+            state: What the file holds.
+            variant: Constructor arguments; `modalities` among them describe the file.
+            modalities: The data.
+
+        Raises:
+            WeightsError: Neither the file nor `variant` says it.
+        """
+        given = variant.get("modalities")
+        if given is None:
+            raise WeightsError(
+                f"Files for {cls.__name__} do not say which bands they were trained on. Pass them, "
+                "with unit and statistics, as arguments={'modalities': …}; for a run, export that "
+                "backbone (export_backbone) and name the export."
+            )
+        return as_modalities(given)
 
     @classmethod
     def from_pretrained(

@@ -68,6 +68,15 @@ def _describe(backbone: Backbone) -> dict[str, dict[str, Any]]:
     return described
 
 
+def _changes(backbone: Backbone) -> dict[str, Any]:
+    """Return how weights were fitted to other bands, where they were."""
+    return (
+        {"bands": [vars(change) for change in backbone.band_changes]}
+        if (backbone.band_changes)
+        else {}
+    )
+
+
 def _write_pair(contents: dict[Path, bytes]) -> None:
     """Write files under hidden names and rename them, in order, once all are on the disk.
 
@@ -135,7 +144,7 @@ def export_backbone(
         embed_dim=dict(backbone.embed_dim),
         sha256=hashlib.sha256(content).hexdigest(),
         licence=licence,
-        provenance=plain({"torch": torch.__version__, **(provenance or {})}),
+        provenance=plain({"torch": torch.__version__, **_changes(backbone), **(provenance or {})}),
     )
     text = json.dumps(asdict(card), indent=1, allow_nan=False)
     try:

@@ -166,6 +166,10 @@ class CROMABackbone(Backbone):
         for part in ("encoder", "pool"):
             yield from self.get_submodule(f"{self._role(name)}_{part}").parameters()
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Return the patch embedding of a sensor; see `Backbone.band_tensors`."""
+        return {f"{self._role(name)}_encoder.embed.weight": "bands first"}
+
     def tokenize(self, x: Tensor) -> Tensor:
         """Cut a normalised grid into tokens (B, N, C·P), channel-major inside a token."""
         return patchify(x, self.patch_size, channels_first=True)
@@ -297,12 +301,7 @@ class CROMABackbone(Backbone):
         chosen: Mapping[str, Any] = PUBLISHED_MODALITIES
         arguments = {"normalization": "mean2std", **variant}
         if modalities is not None and "modalities" not in variant:
-            names = {arguments.get("radar", "s1"): "s1", arguments.get("optical", "s2"): "s2"}
-            chosen = {
-                name: {**PUBLISHED_MODALITIES[names[name]].to_dict(), "name": name}
-                for name in modalities
-                if name in names
-            }
+            chosen = _published(arguments, modalities)
         backbone = cls(**{"modalities": chosen, **arguments})
         if modalities is not None and "modalities" not in variant:
             backbone.check(modalities)
@@ -327,6 +326,16 @@ class CROMABackbone(Backbone):
             loaded.matched, missing, tuple(n for n in flat if n not in used)
         )
 
+    @classmethod
+    def published_modalities(
+        cls,
+        state: Mapping[str, Any],
+        variant: Mapping[str, Any],
+        modalities: Mapping[str, Modality],
+    ) -> dict[str, Modality]:
+        """Return the bands of SSL4EO-S12 in the roles of the data; see the base class."""
+        return _published(variant, modalities)
+
     def to_reference(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights in the released five-group layout."""
         groups: dict[str, dict[str, Tensor]] = {}
@@ -335,6 +344,18 @@ class CROMABackbone(Backbone):
                 group, name = reference_name(own, "released").split(".", 1)
                 groups.setdefault(group, {})[name] = tensor
         return groups
+
+
+def _published(
+    variant: Mapping[str, Any], names: Mapping[str, Modality | Mapping[str, Any]]
+) -> dict[str, Modality]:
+    """Return the published description of the modalities that have a role."""
+    roles = {variant.get("radar", "s1"): "s1", variant.get("optical", "s2"): "s2"}
+    return {
+        name: dataclasses.replace(PUBLISHED_MODALITIES[roles[name]], name=name)
+        for name in names
+        if name in roles
+    }
 
 
 def _rescale(coords: Tensor, grid: tuple[int, ...], target: tuple[int, ...]) -> Tensor:

@@ -236,6 +236,10 @@ class MultiContrastBackbone(Backbone):
             encoded.cls, tokens.flatten(1, 2), valid.flatten(1, 2)
         )
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Return the embedding of a contrast; see `Backbone.band_tensors`."""
+        return {f"embed.{name}.weight": "bands first"}
+
     # -- reference files --------------------------------------------------------------------
 
     @classmethod

@@ -370,6 +370,12 @@ class OmniSatBackbone(Backbone):
         kept = {name: value for name, value in arguments.items() if name not in flat}
         return {**kept, "fusion": {n: arguments[n] for n in flat}} if flat else kept
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Return the first layer of a sensor; see `Backbone.band_tensors`."""
+        if self.is_image(name):
+            return {f"projector_{name}.proj.0.weight": "convolution"}
+        return {f"projector_{name}.inconv.0.weight": "bands first"}
+
     @classmethod
     def from_reference(
         cls,

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 
 from domainssl import backbones
 from domainssl.arguments import class_name
+from domainssl.backbones.bands import BandPolicy, adapt_bands, check_policy
 from domainssl.backbones.base import Backbone, LoadReport
 from domainssl.backbones.card import export_files, read_card
 from domainssl.backbones.hub import HubAddress, check_sha256, fetch_weights
 from domainssl.backbones.pretrained import PRETRAINED, Pretrained
-from domainssl.errors import WeightsError, nearest, parsing
-from domainssl.modality import Modality
+from domainssl.errors import ConfigError, WeightsError, nearest, parsing
+from domainssl.modality import Modality, as_modalities
 
 __all__ = [
     "backbone_class",
@@ -192,6 +193,7 @@ def load_backbone(
     modalities: Mapping[str, Modality | Mapping[str, Any]] | None = None,
     arguments: Mapping[str, Any] | None = None,
     strict: bool = True,
+    bands: BandPolicy = "strict",
     sha256: str | None = None,
 ) -> Backbone:
     """Load a backbone that takes raw physical values and normalises them itself.
@@ -207,6 +209,9 @@ def load_backbone(
             the weights. Only with `weights="random"` do they decide the statistics.
         arguments: Constructor arguments over those of the named variant.
         strict: Raise when the file lacks tensors; otherwise only log what is missing.
+        bands: `strict` refuses other bands than those of the weights; `subset` keeps the weights
+            of the bands that the data have; `average` gives new bands averaged weights besides.
+            See `adapt_bands`.
         sha256: Of the file of the weights, compared before anything in it is parsed; None takes
             that of the published record, where it has one.
 
@@ -217,10 +222,17 @@ def load_backbone(
     Raises:
         WeightsError: The name is unknown, the file cannot be fetched or used, or the data do not
             fit.
+        ConfigError: `bands` is no policy, or no modalities are given for it.
         MissingExtraError: An address on the hub is given and huggingface_hub is not installed.
     """
+    check_policy(bands)
+    if bands != "strict" and modalities is None:
+        raise ConfigError(
+            f"bands={bands!r} fits the weights to your data; pass modalities=… that describe them, "
+            "such as those of your DataModule."
+        )
     name_or_path, weights = _local(name_or_path, weights, sha256)
-    return _watched(_load(name_or_path, weights, modalities, arguments, strict))
+    return _watched(_load(name_or_path, weights, modalities, arguments, strict, bands))
 
 
 def _local(
@@ -284,6 +296,7 @@ def load_reference(
     *,
     modalities: Mapping[str, Modality | Mapping[str, Any]],
     arguments: Mapping[str, Any],
+    bands: BandPolicy = "strict",
 ) -> tuple[Backbone, dict[str, Any]]:
     """Load a named backbone from a file of others, and return all that the file holds besides.
 
@@ -292,6 +305,7 @@ def load_reference(
         path: File in a layout that the family reads.
         modalities: See `load_backbone`.
         arguments: See `load_backbone`.
+        bands: See `load_backbone`.
 
     Returns:
         The backbone as `load_backbone` returns it, and the content of the file.
@@ -307,7 +321,8 @@ def load_reference(
         )
     cls, variant = variants[name]
     content = _read_reference(cls, path)
-    return _watched(_build(cls, {**variant, **arguments}, content, path, modalities, True)), content
+    built = _build(cls, {**variant, **arguments}, content, path, modalities, True, bands)
+    return _watched(built), content
 
 
 def load_initial(
@@ -318,6 +333,7 @@ def load_initial(
     modalities: Mapping[str, Modality],
     arguments: Mapping[str, Any],
     same: Sequence[str] = (),
+    bands: BandPolicy = "strict",
 ) -> tuple[_Kind, dict[str, Any]]:
     """Load the backbone that an objective starts from, as `encoding.weights` names it.
 
@@ -329,9 +345,11 @@ def load_initial(
         arguments: Constructor arguments for a file of others.
         same: Names out of `arguments` that an export must share, and `modalities`, which asks for
             the same ones in the same order.
+        bands: See `load_backbone`.
 
     Returns:
-        The backbone in training mode, and the content of a file of others; empty for ours.
+        The backbone in training mode, and the content of a file of others; empty for ours, and
+        where the backbone was fitted to other bands, which its decoder and heads are not.
 
     Raises:
         WeightsError: The file cannot be used, or holds another backbone.
@@ -342,7 +360,7 @@ def load_initial(
     path = Path(path)
     content: dict[str, Any] = {}
     if is_own_file(path):
-        loaded = load_backbone(path, modalities=modalities)
+        loaded = load_backbone(path, modalities=modalities, bands=bands)
     elif variant is None:
         raise WeightsError(
             f"{_WHERE}: {str(path)!r} is no export or checkpoint of this library, and files of "
@@ -351,7 +369,12 @@ def load_initial(
             "with load_backbone and export it."
         )
     else:
-        loaded, content = load_reference(variant, path, modalities=modalities, arguments=arguments)
+        loaded, content = load_reference(
+            variant, path, modalities=modalities, arguments=arguments, bands=bands
+        )
+    if content and loaded.band_changes:
+        logger.warning("%s: decoder and heads are for other bands and start anew.", path)
+        content = {}
     if not isinstance(loaded, kind):
         raise WeightsError(
             f"{_WHERE}: {str(path)!r} holds a {type(loaded).__name__}, expected a {kind.__name__}. "
@@ -379,6 +402,7 @@ def _load(
     modalities: Mapping[str, Modality | Mapping[str, Any]] | None,
     arguments: Mapping[str, Any] | None,
     strict: bool,
+    bands: BandPolicy,
 ) -> Backbone:
     variants = _variants()
     name = str(name_or_path)
@@ -389,7 +413,7 @@ def _load(
     if name in variants:
         cls, variant = variants[name]
         return _load_variant(
-            name, cls, {**variant, **(arguments or {})}, weights, modalities, strict
+            name, cls, {**variant, **(arguments or {})}, weights, modalities, strict, bands
         )
     path = Path(name_or_path)
     if not path.exists():
@@ -412,7 +436,7 @@ def _load(
     else:
         backbone = _load_export(path)
     if modalities is not None:
-        backbone.check(modalities)
+        backbone = adapt_bands(backbone, modalities, bands)
     return backbone
 
 
@@ -434,6 +458,7 @@ def _load_variant(
     weights: str | Path | None,
     modalities: Mapping[str, Modality | Mapping[str, Any]] | None,
     strict: bool,
+    bands: BandPolicy,
 ) -> Backbone:
     if weights is None:
         raise WeightsError(
@@ -445,7 +470,8 @@ def _load_variant(
         if modalities is None:
             raise WeightsError(f"{name!r} without weights needs modalities=… to be built for.")
         return cls(**{"modalities": modalities, **variant})
-    return _build(cls, variant, _read_reference(cls, weights), weights, modalities, strict)
+    content = _read_reference(cls, weights)
+    return _build(cls, variant, content, weights, modalities, strict, bands)
 
 
 def _published(name: str) -> str:
@@ -464,10 +490,18 @@ def _build(
     source: str | Path,
     modalities: Mapping[str, Modality | Mapping[str, Any]] | None,
     strict: bool,
+    bands: BandPolicy,
 ) -> Backbone:
-    backbone, report = cls.from_reference(content, variant, modalities)
+    if modalities is None or bands == "strict":
+        backbone, report = cls.from_reference(content, variant, modalities)
+        _tell(report, source, strict)
+        return backbone
+    known = as_modalities(modalities)
+    published = cls.published_modalities(content, variant, known)
+    variant = {name: value for name, value in variant.items() if name != "modalities"}
+    backbone, report = cls.from_reference(content, variant, published)
     _tell(report, source, strict)
-    return backbone
+    return adapt_bands(backbone, known, bands)
 
 
 def _tell(report: LoadReport, source: object, strict: bool) -> None:

@@ -188,6 +188,10 @@ class TITANBackbone(Backbone):
         size = self.modality.size
         return tuple(size) if len(size) == 2 and math.prod(size) == tiles else (tiles,)
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Refuse: components of features are no bands."""
+        raise self.no_bands(name, "components of the features of one tile encoder are no bands")
+
     @classmethod
     def from_reference(
         cls,

@@ -125,6 +125,10 @@ class SwinBackbone(Backbone):
         """Return SwinUNETR's five hidden states at 1/2 to 1/32, (B, F·2^i, *S / 2^(i+1))."""
         return {self.name: self.encoder.pyramid(*self._inputs(self.normalize(batch)))}
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Return the patch embedding; see `Backbone.band_tensors`."""
+        return {f"encoder.{n}": layout for n, layout in self.encoder.band_tensors.items()}
+
     # -- files of others --------------------------------------------------------------------
 
     @classmethod
@@ -167,6 +171,19 @@ class SwinBackbone(Backbone):
             )
         missing = tuple(n for n in report.missing if n.startswith("encoder."))
         return backbone, LoadReport(report.matched, missing, report.unexpected)
+
+    @classmethod
+    def published_modalities(
+        cls,
+        state: Mapping[str, Any],
+        variant: Mapping[str, Any],
+        modalities: Mapping[str, Modality],
+    ) -> dict[str, Modality]:
+        """Return CT under the name of the data, for files of one channel; see the base class."""
+        if "modalities" in variant or len(modalities) != 1:
+            return super().published_modalities(state, variant, modalities)
+        (known,) = _published(read_swin_file(state)).values()
+        return {name: dataclasses.replace(known, name=name) for name in modalities}
 
     def to_reference(self, layout: SwinLayout = "monai") -> dict[str, Any]:
         """Return the content of a file for MONAI's SwinUNETR (see `write_swin_file`)."""

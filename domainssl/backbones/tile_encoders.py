@@ -236,6 +236,10 @@ class TileEncoderBackbone(Backbone):
                 "arguments={'any_mpp': True}."
             )
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Refuse: tile encoders take the three colours of a stain."""
+        raise self.no_bands(name, "tile encoders take the three colours of a stain")
+
     @classmethod
     def from_reference(
         cls,

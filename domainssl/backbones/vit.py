@@ -190,6 +190,10 @@ class ViTBackbone(Backbone):
         """Yield all parameters: there is one modality."""
         yield from self.parameters()
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Return the patch embedding; see `Backbone.band_tensors`."""
+        return {"embed.weight": "bands first"}
+
     # -- tokens -----------------------------------------------------------------------------
 
     def grid(self, x: Mapping[str, Any]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.encoders.backbone import EncoderBackbone, EncoderSizes
 from domainssl.backbones.encoders.residual import ConvNormAct
 from domainssl.backbones.registry import load_initial
@@ -59,12 +60,15 @@ class ConvEncoding:
             nnssl's ResEnc-L.
         normalization: Form for all modalities, or one per modality.
         weights: Start from this export or checkpoint.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     encoder: str | dict[str, str] = "resenc"
     sizes: EncoderSizes = field(default_factory=EncoderSizes)
     normalization: str | dict[str, str] = "zscore"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", as_dataclass(EncoderSizes, self.sizes))
@@ -270,6 +274,6 @@ def _backbone(encoding: ConvEncoding, known: dict[str, Modality]) -> EncoderBack
         )
     loaded, _ = load_initial(
         EncoderBackbone, encoding.weights, None, modalities=known, arguments={},
-        same=("modalities",),
+        same=("modalities",), bands=encoding.bands,
     )  # fmt: skip
     return loaded

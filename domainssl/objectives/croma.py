@@ -361,7 +361,7 @@ def _from_weights(
     """Load the backbone, and the file's tensors if it is a pretraining state dict."""
     loaded, content = load_initial(
         CROMABackbone, str(encoding.weights), f"croma_{encoding.size}",
-        modalities=known, arguments=variant, same=("patch_size",),
+        modalities=known, arguments=variant, same=("patch_size",), bands=encoding.bands,
     )  # fmt: skip
     state = flatten_reference(content)
     return loaded, state if "decoder.mask_token" in state else {}

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.croma import reference_name
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Modality
@@ -76,6 +77,8 @@ class CROMAEncoding:
         normalization: Form for both modalities, or one per modality.
         weights: Start from these released, torchgeo, pretraining or exported weights, with the
             statistics they were trained with.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     size: Size = "base"
@@ -85,6 +88,7 @@ class CROMAEncoding:
     optical: str = "s2"
     normalization: str | dict[str, str] = "mean2std"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
 
 class Decoder(nn.Module):

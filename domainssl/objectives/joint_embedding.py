@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.base import Features
 from domainssl.backbones.encoders.backbone import (
     DeformableAttentionUse,
@@ -75,12 +76,15 @@ class PairEncoding:
         sizes: Sizes of the encoder `transformer`.
         normalization: Form for both modalities, or one per modality.
         weights: Start from this export, checkpoint or published file.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     encoder: str | dict[str, str] = "resnet50"
     sizes: EncoderSizes = EncoderSizes()
     normalization: str | dict[str, str] = "mean2std"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
 
 def published_views(modality: Modality) -> Views:
@@ -155,7 +159,7 @@ class _JointEmbedding(Objective):
             forms = encoding.normalization
             self.backbone = EncoderBackbone(known, **variant, normalization=forms)
         else:
-            self.backbone = _from_weights(encoding.weights, known, variant)
+            self.backbone = _from_weights(encoding, known, variant)
         self.first, self.second = known
         self.views = self._views(views, known)
 
@@ -267,7 +271,7 @@ class _JointEmbedding(Objective):
 
 
 def _from_weights(
-    weights: str, known: dict[str, Modality], variant: dict[str, Any]
+    encoding: PairEncoding, known: dict[str, Modality], variant: dict[str, Any]
 ) -> EncoderBackbone:
     """Load an export or checkpoint of ours, or a published file of the chosen encoder."""
     names = (
@@ -278,8 +282,8 @@ def _from_weights(
     )
     sizes = {k: v for k, v in variant.items() if k != "sizes"}
     loaded, _ = load_initial(
-        EncoderBackbone, weights, next(names, None),
-        modalities=known, arguments=sizes, same=("modalities",),
+        EncoderBackbone, str(encoding.weights), next(names, None),
+        modalities=known, arguments=sizes, same=("modalities",), bands=encoding.bands,
     )  # fmt: skip
     return loaded
 

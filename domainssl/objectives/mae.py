@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.base import Features, LoadReport
 from domainssl.backbones.vit import ViTBackbone, per_date
 from domainssl.errors import ConfigError, WeightsError
@@ -57,6 +58,8 @@ class MAEEncoding:
         patch_size: Side of a patch in pixels or voxels, one number or one per axis.
         normalization: Form of the modality.
         weights: Start from these released or exported weights.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     size: Size = "base"
@@ -64,6 +67,7 @@ class MAEEncoding:
     patch_size: int | tuple[int, ...] = 16
     normalization: str | dict[str, str] = "zscore"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,5 +317,5 @@ def _make_backbone(
         "normalization": encoding.normalization,
         "image_size": context_size if sizes.positions == "learned" else None,
     }
-    backbone, state = build_vit(known, variant, encoding.weights)
+    backbone, state = build_vit(known, variant, encoding.weights, encoding.bands)
     return backbone, state if any("decoder_pred" in n for n in state) else {}

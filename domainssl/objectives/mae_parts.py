@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.registry import load_initial
 from domainssl.backbones.vit import ViTBackbone, date_codes, position_codes, transform
 from domainssl.backbones.vit_files import read_transformer, tensors_of, write_transformer
@@ -203,7 +204,10 @@ def decoder_to_reference(decoder: MAEDecoder, backbone: ViTBackbone) -> dict[str
 
 
 def build_vit(
-    known: dict[str, Modality], variant: Mapping[str, Any], weights: str | None
+    known: dict[str, Modality],
+    variant: Mapping[str, Any],
+    weights: str | None,
+    bands: BandPolicy = "strict",
 ) -> tuple[ViTBackbone, dict[str, Any]]:
     """Build a ViT, or load it with all that its file holds besides.
 
@@ -211,6 +215,7 @@ def build_vit(
         known: The modality.
         variant: Arguments of `ViTBackbone`.
         weights: File of others, or an export or checkpoint of ours.
+        bands: See `load_backbone`.
 
     Returns:
         The backbone in training mode, and the tensors of a file of others.
@@ -221,6 +226,6 @@ def build_vit(
     if weights is None:
         return ViTBackbone(known, **variant), {}
     loaded, state = load_initial(
-        ViTBackbone, weights, "vit_base", modalities=known, arguments=variant
+        ViTBackbone, weights, "vit_base", modalities=known, arguments=variant, bands=bands
     )
     return loaded, tensors_of(state)

@@ -435,7 +435,7 @@ def _from_weights(
     """Load the backbone, and the file's content if it is a released checkpoint with decoders."""
     loaded, content = load_initial(
         MAESTROBackbone, str(encoding.weights), f"maestro_{encoding.size}",
-        modalities=known, arguments=variant,
+        modalities=known, arguments=variant, bands=encoding.bands,
     )  # fmt: skip
     has_decoder = any("decoder." in name for name in content.get("state_dict", content))
     return loaded, content if has_decoder else {}

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.maestro.backbone import Fusion
 from domainssl.backbones.maestro.inputs import MAESTROInput
 from domainssl.errors import ConfigError
@@ -107,6 +108,8 @@ class MAESTROEncoding:
             image or volume.
         normalization: Form for all modalities, or one per modality.
         weights: Start from a released checkpoint, one of ours, or an export.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     inputs: dict[str, MAESTROInput] = field(default_factory=dict)
@@ -118,6 +121,7 @@ class MAESTROEncoding:
     date_reference: str | None = None
     normalization: str | dict[str, str] = "identity"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
 
 class Decoder(nn.Module):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.base import LoadReport
 from domainssl.backbones.multi_contrast import (
     ContrastArchitecture,
@@ -86,12 +87,15 @@ class MultiContrastEncoding:
         patch_size: Side of a patch, one number or one per axis.
         normalization: Form for all contrasts, or one per contrast.
         weights: Start from a state dict of BM-MAE, or from exported weights.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     architecture: MultiContrastArchitecture = field(default_factory=MultiContrastArchitecture)
     patch_size: int | tuple[int, ...] = 16
     normalization: str | dict[str, str] = "item"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,7 +508,8 @@ def _make_backbone(
     if encoding.weights is None:
         return MultiContrastBackbone(known, **variant), {}
     loaded, state = load_initial(
-        MultiContrastBackbone, encoding.weights, "bmmae_base", modalities=known, arguments=variant
-    )
+        MultiContrastBackbone, encoding.weights, "bmmae_base",
+        modalities=known, arguments=variant, bands=encoding.bands,
+    )  # fmt: skip
     has_decoder = any(name.startswith("decoder.") for name in tensors_of(state))
     return loaded, state if has_decoder else {}

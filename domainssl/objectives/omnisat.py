@@ -417,7 +417,7 @@ def _from_weights(
     """Load the backbone, and the file's tensors if it is a pretraining state dict."""
     loaded, content = load_initial(
         OmniSatBackbone, str(encoding.weights), f"omnisat_{encoding.size}",
-        modalities=known, arguments=variant, same=("patch_size",),
+        modalities=known, arguments=variant, same=("patch_size",), bands=encoding.bands,
     )  # fmt: skip
     state = flatten_reference(content)
     return loaded, state if any(name.startswith("decoder.") for name in state) else {}

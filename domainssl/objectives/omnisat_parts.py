@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.omnisat import SeriesArchitecture
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Modality, sides_of
@@ -86,6 +87,8 @@ class OmniSatEncoding:
         calendar: How days are counted, one for all or one per series.
         normalization: Form for all modalities, or one per modality.
         weights: Start from an export, a checkpoint, or a checkpoint of the published code.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     size: Size = "base"
@@ -97,6 +100,7 @@ class OmniSatEncoding:
     calendar: Calendar | dict[str, Calendar] = Calendar()
     normalization: str | dict[str, str] = "zscore"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
 
 class SeriesDecoder(nn.Module):

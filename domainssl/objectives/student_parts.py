@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.encoders.backbone import EncoderBackbone, EncoderSizes
 from domainssl.backbones.registry import load_initial
@@ -78,6 +79,8 @@ class StudentEncoding:
         resizing: How a learned table is fitted to small crops; see `nn.positions`.
         normalization: Form of the modality.
         weights: Start student and teacher from this export, checkpoint or published file.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     encoder: str = "vit"
@@ -88,6 +91,7 @@ class StudentEncoding:
     resizing: PositionResizing = "offset"
     normalization: str | dict[str, str] = "mean2std"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +246,7 @@ def make_student(
         return ViTBackbone(known, **arguments)
     loaded, _ = load_initial(
         ViTBackbone, encoding.weights, f"vit_{encoding.size}",
-        modalities=known, arguments=arguments, same=("modalities",),
+        modalities=known, arguments=arguments, same=("modalities",), bands=encoding.bands,
     )  # fmt: skip
     if has_masks and loaded.mask_token is None:
         raise WeightsError(
@@ -280,6 +284,6 @@ def _convolutional(
     names = [n for n, v in EncoderBackbone.variants.items() if v["encoder"] == encoding.encoder]
     loaded, _ = load_initial(
         EncoderBackbone, encoding.weights, names[-1] if names else None,
-        modalities=known, arguments=arguments,
+        modalities=known, arguments=arguments, bands=encoding.bands,
     )  # fmt: skip
     return loaded

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.base import LoadReport
 from domainssl.backbones.encoders.swin import SwinArchitecture
 from domainssl.backbones.registry import load_initial
@@ -61,11 +62,14 @@ class SwinEncoding:
         normalization: Form that brings values to [0, 1], where the noise of the boxes lies.
         weights: Start from this export, checkpoint, `model_swinvit.pt`, or state dict of MONAI's
             SwinUNETR or of the research code.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     architecture: SwinArchitecture = SwinArchitecture()
     normalization: str = "window(-1000,1000)"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "architecture", as_dataclass(SwinArchitecture, self.architecture))
@@ -441,6 +445,6 @@ def _from_weights(
     loaded, content = load_initial(
         SwinBackbone, str(encoding.weights), "swin_unetr", modalities=known,
         arguments={"architecture": wanted, "normalization": encoding.normalization},
-        same=("modalities",),
+        same=("modalities",), bands=encoding.bands,
     )  # fmt: skip
     return loaded, read_swin_file(content).heads if content else {}

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.base import Features, LoadReport
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.distributed import RowLayout, all_reduce_sum, global_mean, row_layout, world_size
@@ -82,12 +83,15 @@ class ViTAutoEncEncoding:
         patch_size: Side of a patch, one number or one per axis; a square number, 4, 9 or 16.
         normalization: Form of the modality.
         weights: Start from these weights, with the decoder where the file has one.
+        bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
+            the weights of the bands that are there, `average` gives new ones averaged weights.
     """
 
     architecture: ViTAutoEncArchitecture = field(default_factory=ViTAutoEncArchitecture)
     patch_size: int | tuple[int, ...] = 16
     normalization: str | dict[str, str] = "zscore"
     weights: str | None = None
+    bands: BandPolicy = "strict"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +238,7 @@ class ViTAutoEncSSL(Objective):
             "image_size": context_size,
             "normalization": encoding.normalization,
         }
-        self.backbone, state = build_vit(known, variant, encoding.weights)
+        self.backbone, state = build_vit(known, variant, encoding.weights, encoding.bands)
         modality = self.backbone.modality
         if modality.kind == "series":
             raise ConfigError(

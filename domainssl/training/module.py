@@ -92,6 +92,7 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
     exported: ClassVar[str] = "backbone"  # what a run leaves behind; a teacher, where there is one
     resume_may_change: ClassVar[tuple[str, ...]] = (
         "encoding.weights",
+        "encoding.bands",
         *(f"execution.{f.name}" for f in fields(Execution) if f.name != "seed"),
     )
     forward_methods: ClassVar[tuple[str, ...]] = ("features",)

@@ -162,6 +162,11 @@ class EncoderBackbone(Backbone):
         if name in self.attention:
             yield from self.attention[name].parameters()
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Return the first layer of a modality's encoder; see `Backbone.band_tensors`."""
+        own = self._encoder(name).band_tensors
+        return {f"encoders.{name}.{tensor}": layout for tensor, layout in own.items()}
+
     def encode(
         self,
         x: Mapping[str, Any],
@@ -309,6 +314,19 @@ class EncoderBackbone(Backbone):
                 f"{', '.join(cls.variants)}."
             )
         return backbone, LoadReport(report.matched, missing, ())
+
+    @classmethod
+    def published_modalities(
+        cls,
+        state: Mapping[str, Any],
+        variant: Mapping[str, Any],
+        modalities: Mapping[str, Modality],
+    ) -> dict[str, Modality]:
+        """Return SSL4EO's bands that a file has encoders for; see the base class."""
+        if "modalities" in variant:
+            return super().published_modalities(state, variant, modalities)
+        found = _choose(read_encoder_file(state), None)
+        return {name: known for name, (known, _) in found.items() if name in modalities}
 
     def to_reference(self, name: str | None = None) -> dict[str, Tensor]:
         """Return the weights in DeCUR's layout.

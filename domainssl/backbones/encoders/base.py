@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -45,6 +46,7 @@ class Encoder(nn.Module):
     width: int
     levels: tuple[tuple[int, int], ...] = ()
     is_own = False
+    band_tensors: Mapping[str, str] = {}  # see `Backbone.band_tensors`
 
     def forward(self, x: Tensor, valid: Tensor, attention: nn.ModuleDict | None = None) -> Encoded:
         """Encode normalised values (B, C, *S) with their bool validity (B, *S)."""

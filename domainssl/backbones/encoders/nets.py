@@ -48,6 +48,8 @@ class ResNetEncoder(MapEncoder):
     Deformable attention goes behind the stages of 2D ones where it is given.
     """
 
+    band_tensors: Mapping[str, str] = {"net.conv1.weight": "convolution"}
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net: Any = net
@@ -94,6 +96,8 @@ class ResNetEncoder(MapEncoder):
 class ViTEncoder(Encoder):
     """A timm ViT; other sizes than its own resample the position table."""
 
+    band_tensors: Mapping[str, str] = {"net.patch_embed.proj.weight": "convolution"}
+
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net: Any = net
@@ -121,6 +125,7 @@ class TransformerEncoder(Encoder):
     """Linear patch embedding, sine-cosine positions, our own blocks; images and volumes."""
 
     is_own = True
+    band_tensors: Mapping[str, str] = {"embed.weight": "bands last"}
 
     def __init__(self, modality: Modality, sizes: Mapping[str, Any]) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ leaky ReLU. Parameter names are those of its state dict, without the copies unde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -133,6 +133,7 @@ class ResidualEncoder(MapEncoder):
     """
 
     is_own = True
+    band_tensors: Mapping[str, str] = {"net.stem.convs.0.conv.weight": "convolution"}
 
     def __init__(self, modality: Modality, features: Sequence[int], blocks: Sequence[int]) -> None:
         super().__init__()

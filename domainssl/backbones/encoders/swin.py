@@ -7,6 +7,7 @@ code and give other features without any warning. `merging: legacy` is the old o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -110,6 +111,8 @@ class SwinEncoder(MapEncoder):
     Raises:
         ConfigError: The modality is no volume.
     """
+
+    band_tensors: Mapping[str, str] = {"net.patch_embed.proj.weight": "convolution"}
 
     def __init__(self, modality: Modality, sizes: SwinArchitecture) -> None:
         super().__init__()

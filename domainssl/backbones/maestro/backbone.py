@@ -507,6 +507,15 @@ class MAESTROBackbone(Backbone):
             maps[name] = mean.movedim(-1, 1)
         return maps
 
+    def band_tensors(self, name: str) -> dict[str, str]:
+        """Return the patch embedding of a modality; see `Backbone.band_tensors`."""
+        given = self.inputs[name]
+        if given.token_bands is not None or given.is_elevation:
+            raise self.no_bands(name, "its tokens are made of groups of bands (token_bands)")
+        if self.own_parts(name)[0] is None:
+            raise self.no_bands(name, "it shares its patch embedding with another modality")
+        return {f"patch_embed.{self.embedding_of(name)}.bands.0.conv.weight": "convolution"}
+
     @classmethod
     def from_reference(
         cls,
