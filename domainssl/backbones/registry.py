@@ -407,6 +407,7 @@ def _load(
     variants = _variants()
     name = str(name_or_path)
     if name in PRETRAINED:
+        arguments = {**PRETRAINED[name].arguments, **(arguments or {})}
         name = PRETRAINED[name].backbone
         if weights is None:
             raise WeightsError(_where_to_get(PRETRAINED[str(name_or_path)]))
@@ -447,7 +448,7 @@ def _where_to_get(found: Pretrained) -> str:
     return (
         f"{found.tag!r} names published weights of {found.method}, and nothing is downloaded "
         f"unasked. Get {what}{place}{licence}, and pass it: load_backbone({found.tag!r}, "
-        "weights='…'), a path or hf://owner/repository/file@revision."
+        f"weights='…'), a path or {found.address or 'hf://owner/repository/file@revision'}."
     )
 
 

@@ -77,6 +77,11 @@ class Form:
             raise ConfigError(f"normalization: {text!r} would divide by zero.")
         return cls(cast(Name, name), numbers)
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Mean and standard deviation per channel are needed."""
+        return self.name in _STATISTICS
+
     def __str__(self) -> str:
         numbers = ",".join(f"{n:g}" for n in self.numbers)
         return f"{self.name}({numbers})" if numbers else self.name

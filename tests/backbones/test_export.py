@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from tiny import TinyBackbone, tiny_modalities
 from domainssl import export_backbone, list_backbones, load_backbone
 from domainssl.backbones.card import ExportError
 from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
+from domainssl.backbones.encoders.backbone import EncoderBackbone
 from domainssl.backbones.encoders.files import published_modality
+from domainssl.backbones.pretrained import weights_table
 from domainssl.backbones.registry import backbone_class
+from domainssl.backbones.tile_encoders import TILE_ENCODERS
 from domainssl.errors import DataError, WeightsError
+from domainssl.modality import Modality
 
 SIZES = {"width": 32, "depth": 2, "heads": 4}
 
@@ -213,24 +218,57 @@ def test_published_weights_are_listed_with_what_is_known_of_them() -> None:
     assert tags == sorted(set(tags)) and {found.backbone for found in every} <= set(
         list_backbones()
     )
-    (base,) = list_backbones("croma_base.*", pretrained=True)
+    base, mirror = list_backbones("croma_base.*", pretrained=True)
     assert (base.tag, base.file, base.licence) == ("croma_base.ssl4eo", "CROMA_base.pt", "MIT")
-    assert base.units == {"s1": "db", "s2": "dn"} and base.sha256 is None
+    assert base.units == {"s1": "db", "s2": "dn"}
+    assert base.sha256 is not None and base.sha256[:8] in str(mirror.file)  # as torchgeo names it
+    assert base.address == f"hf://antofuller/CROMA/CROMA_base.pt@{base.revision}"
     assert base.bands["s1"] == ("VV", "VH") and len(base.bands["s2"]) == 12
     for found in every:  # what the loader assumes of such a file is what the list says
         for name, bands in found.bands.items():
             known = None if name == "ct" else published_modality(len(bands))
             assert known is None or (known.channels, known.value_unit) == (bands, found.units[name])
+        assert found.revision is None or re.fullmatch("[0-9a-f]{40}", found.revision)
+        assert found.sha256 is None or re.fullmatch("[0-9a-f]{64}", found.sha256)
+
+
+def test_every_architecture_with_published_weights_has_a_record() -> None:
+    named = {found.backbone for found in list_backbones(pretrained=True)}
+    without = {"croma_tiny", "omnisat_tiny", "titan_tiny", "vit_tiny"}  # of this library alone
+    without |= {"maestro_tiny", "maestro_small", "maestro_large"}  # sizes of the paper, no weights
+    without |= {"swin_unetr_standard"}  # files written with MONAI 1.5 and later
+    assert set(list_backbones()) - named == without
+    assert {*TILE_ENCODERS, "titan"} <= named
+
+
+def test_the_page_of_weights_is_made_from_the_records() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "weights.md").read_text(encoding="utf-8")
+    assert weights_table() in page, "print(weights_table()) of domainssl.backbones.pretrained"
+
+
+def test_a_tag_brings_the_arguments_that_its_file_does_not_tell(tmp_path: Path) -> None:
+    bands = tuple(f"SR_B{i}" for i in range(1, 8))
+    landsat = {"landsat": Modality(
+        name="landsat", kind="image", channels=bands, value_unit="arbitrary",
+    )}  # fmt: skip
+    encoder = EncoderBackbone(landsat, "resnet18", normalization="identity")
+    torch.save(encoder.to_reference("landsat"), tmp_path / "resnet18.pth")
+    asked: dict[str, Any] = {"weights": tmp_path / "resnet18.pth", "modalities": landsat}
+    loaded = load_backbone("ssl4eo_resnet18.landsat_oli_sr_moco", **asked)
+    assert str(loaded.normalizer.forms["landsat"]) == "scale(255)"
+    own = {"normalization": "scale(10000)"}
+    loaded = load_backbone("ssl4eo_resnet18.landsat_oli_sr_moco", **asked, arguments=own)
+    assert str(loaded.normalizer.forms["landsat"]) == "scale(10000)"
 
 
 def test_a_tag_without_its_file_says_where_to_get_it() -> None:
     with pytest.raises(
-        WeightsError, match="Get the file CROMA_base.pt from its publisher .licence"
+        WeightsError, match="CROMA_base.pt from antofuller/CROMA .licence MIT.* hf://antofuller"
     ):
         load_backbone("croma_base.ssl4eo")
     with pytest.raises(WeightsError, match="Did you mean 'croma_base.ssl4eo'"):
         load_backbone("croma_base.ssl4e")
-    with pytest.raises(WeightsError, match="Published weights: croma_large.ssl4eo"):
+    with pytest.raises(WeightsError, match="Published weights: croma_large.ssl4eo, croma_large"):
         load_backbone("croma_large")
     with pytest.raises(WeightsError, match="no/such.pt does not exist"):
         load_backbone("croma_base.ssl4eo", weights="no/such.pt")

@@ -28,6 +28,7 @@ from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality, key, present_mask, valid_mask
 from domainssl.nn.masking import mean_of_valid
 from domainssl.nn.norm import counted_rows
+from domainssl.nn.normalization import Form
 from domainssl.nn.patching import grid_coordinates
 from domainssl.options import as_dataclass
 
@@ -110,6 +111,9 @@ class EncoderBackbone(Backbone):
         "ssl4eo_resnet18": {"encoder": "resnet18"},
         "ssl4eo_resnet50": {"encoder": "resnet50"},
         "ssl4eo_vit_small": {"encoder": "vit_small_patch16_224"},
+        "ssl4eo_vit_base": {"encoder": "vit_base_patch16_224"},
+        "ssl4eo_vit_large": {"encoder": "vit_large_patch16_224"},
+        "ssl4eo_vit_huge": {"encoder": "vit_huge_patch14_224"},
         "monai_resnet10": {"encoder": "monai:resnet10"},
         "monai_resnet18": {"encoder": "monai:resnet18"},
         "monai_resnet34": {"encoder": "monai:resnet34"},
@@ -400,10 +404,11 @@ def _published_form(modality: Modality, wanted: object) -> str | None:
                 "arguments={'normalization': …}, such as 'window(-1000,1000)', 'zscore' or 'item'."
             )
         return str(wanted)
+    is_known = modality.mean is not None
+    if wanted is not None and (is_known or not Form.parse(str(wanted)).needs_statistics):
+        return str(wanted)
     if modality.mean is None:
         return "identity"
-    if wanted is not None:
-        return str(wanted)
     return "window(0,10000)" if modality.value_unit == "dn" else "mean2std8"
 
 
