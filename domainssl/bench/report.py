@@ -48,6 +48,7 @@ SUBJECTS = {
     "wait": "time that training from files spends waiting for data",
     "volumes": "boxes of prepared volumes from both tiers against MONAI's cached data sets",
     "tiles": "tiles of slides against plain OpenSlide reads of the same tiles, and memory",
+    "sliding": "sliding windows over volumes against MONAI's in memory, and memory at 384³",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
     "startup": "import and help against importing Lightning's command line",
 }
