@@ -19,6 +19,7 @@ from torch import Tensor
 
 from domainssl.arguments import Recorded
 from domainssl.errors import ConfigError, nearest
+from domainssl.loading.part import PartSource
 from domainssl.loading.plan import ORDER_VERSION, EpochPlan
 from domainssl.loading.source import Loading, Source
 from domainssl.loading.stream import BlockStream
@@ -92,6 +93,11 @@ class DomainDataModule(Recorded, LightningDataModule):
     @abstractmethod
     def modalities(self) -> dict[str, Modality]:
         """What batches hold, by name; known without touching the disk."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes that tasks learn, by number; None where they are not known (yet)."""
+        return self.label_names
 
     @property
     def context_size(self) -> tuple[int, ...]:
@@ -169,7 +175,17 @@ class DomainDataModule(Recorded, LightningDataModule):
                 "trainer.accumulate_grad_batches."
             )
         if not self._sources:
-            self._sources = self.open_sources()
+            self._sources = self._part_of(self.open_sources())
+
+    def _part_of(self, sources: dict[str, Source]) -> dict[str, Source]:
+        """Take the fraction of the training items that is asked for."""
+        loading, train = self.loading, sources.get("train")
+        if loading.train_fraction < 1 and train is not None:
+            sources = dict(sources)
+            sources["train"] = PartSource(
+                source=train, fraction=loading.train_fraction, draw=loading.train_draw
+            )
+        return sources
 
     def train_dataloader(self) -> BlockStream:
         """Return the stream of shuffled training batches, on from the restored position."""
@@ -228,7 +244,9 @@ class DomainDataModule(Recorded, LightningDataModule):
     def _fingerprint(self) -> dict[str, Any]:
         """What a position inside an epoch depends on."""
         train = self._sources.get("train")
+        few = self.loading.train_fraction < 1
         return {
+            **({"train_draw": self.loading.train_draw} if few else {}),
             "order_version": ORDER_VERSION,
             "world_size": self._world_size,
             "batch_size": self.batch_size,

@@ -14,7 +14,7 @@ import logging
 from contextlib import suppress
 from typing import Any, Literal
 
-from domainssl.datamodules.base import DomainDataModule, check_labels
+from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.raster.bands import LayerFile, open_store
@@ -43,15 +43,16 @@ class SentinelCubeDataModule(DomainDataModule):
     borders, is decoded at once.
 
     Args:
-        root: `sample` (made on first use in the cache), a folder, a store, or an fsspec URL.
+        root: `sample` (made on first use in the cache) or `sample:change` (two dates and a map of
+            what changed), a folder, a store, or an fsspec URL.
         modalities: The sensors by modality key; None means Sentinel-1 in `s1` and the 12 bands of
             Sentinel-2 L2A in `s2`.
         global_batch_size: Windows per optimiser step, over all devices and accumulation.
         window: Their size, 1200 m by default, and how they are drawn.
         dates: Dates, drawn per block and epoch; `one` by default.
         held_out: Which part is held out.
-        labels: A map of classes beside the data; `auto` takes the folder `labels` if there is
-            one; None.
+        labels: A map of classes beside the data, delivered as `mask` with `labels.mask`; `auto`
+            takes the folder `labels` if there is one; None.
         on_bad_sample: `raise`, or `replace` by the next good window.
         statistics: `published` (of SSL4EO-S12, and what layers state), a YAML or JSON file, or
             `card` (those of the model's weights).
@@ -125,11 +126,15 @@ class SentinelCubeDataModule(DomainDataModule):
             self._opened = self._open_sites()
 
     def _root(self) -> str:
-        if self.root != "sample":
-            return self.root
-        from domainssl.datamodules.samples.cubes import sample_root
+        if self.root == "sample":
+            from domainssl.datamodules.samples.cubes import sample_root
 
-        return str(sample_root())
+            return str(sample_root())
+        if named_sample(self.root, ("change",)) is not None:
+            from domainssl.datamodules.samples.change import sample_root as change_root
+
+            return str(change_root())
+        return self.root
 
     def open_sources(self) -> dict[str, Source]:
         """Find the sites, cut them into blocks and hold some out; predict on those."""
@@ -181,6 +186,7 @@ class SentinelCubeDataModule(DomainDataModule):
             seed=self.seed,
             is_training=is_training,
             label_names=self.label_names,
+            has_mask=isinstance(self.labels, Labels) and self.labels.mask,
         )
 
     def _label_layer(self, root: str) -> Layer | None:
@@ -216,6 +222,12 @@ class SentinelCubeDataModule(DomainDataModule):
                 "flag_meanings). List them in data.init_args.labels.names."
             )
         return names
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes: those of the maps, known after setup, or those asked for."""
+        asked = self.labels.names if isinstance(self.labels, Labels) else ()
+        return self.label_names or tuple(asked) or None
 
     @property
     def num_classes(self) -> int | None:

@@ -10,27 +10,44 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.io.ssl4eo.facts import PRODUCTS, product
+from domainssl.io.ssl4eo.facts import LAND_COVER, PRODUCTS, product
 from domainssl.io.ssl4eo.labels import labels
-from domainssl.io.ssl4eo.layout import Catalogue, scan
+from domainssl.io.ssl4eo.land_cover import LAND_COVER_NAMES
+from domainssl.io.ssl4eo.layout import Catalogue, Group, scan
 from domainssl.io.ssl4eo.read import read
 from domainssl.io.storage.paths import is_folder, join
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality
+from domainssl.options import as_dataclass
 from domainssl.sources.dates import Dates
 from domainssl.sources.ssl4eo import SSL4EOSource
 from domainssl.sources.windows import Window
 
-__all__ = ["SSL4EOS12DataModule"]
+__all__ = ["LocationLabels", "SSL4EOS12DataModule"]
 
 _log = logging.getLogger(__name__)
 _GSD_M = 10.0
 _WINDOW = Window(size=120, min_size=60, max_size=180)
+
+
+@dataclass(frozen=True)
+class LocationLabels:
+    """What is known about locations besides their images.
+
+    Attributes:
+        table: `auto` (the one beside the data, if any), the path of a table, or None.
+        mask: Deliver the land cover of every pixel, from the product LULC beside the images: that
+            of the chosen date, of the last one of a series; -1 where it is not known.
+    """
+
+    table: str | None = "auto"
+    mask: bool = False
 
 
 class SSL4EOS12DataModule(DomainDataModule):
@@ -47,7 +64,8 @@ class SSL4EOS12DataModule(DomainDataModule):
         window: Training windows, 60 to 180 pixels resized to 120 unless `size` is given. Held-out
             items are the central `size` pixels.
         dates: Dates, drawn per file and epoch; `one` by default.
-        labels: `auto` (those beside the data, if any), the path of a table, or None.
+        labels: `auto` (the table beside the data, if any), the path of a table, None, or a mapping
+            with `table` and `mask`: whether batches carry land cover per pixel.
         dn_offset: What stored Sentinel-2 values carry: 0, 1000, or `auto`.
         on_bad_sample: `raise`, or `replace` by the next good location.
         statistics: `published`, a YAML or JSON file, or `card` (those of the model's weights).
@@ -67,7 +85,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         global_batch_size: int = 128,
         window: Window | None = None,
         dates: Dates | None = None,
-        labels: str | None = "auto",
+        labels: LocationLabels | str | None = "auto",
         dn_offset: Literal[0, 1000, "auto"] = "auto",
         on_bad_sample: Literal["raise", "replace"] = "raise",
         statistics: str = "published",
@@ -99,7 +117,9 @@ class SSL4EOS12DataModule(DomainDataModule):
             ("one", "views", "all", "fixed"), ("max_dates", "positions", "mask_clouds")
         )
         self.dates.check(())
-        self.labels = labels
+        if labels is None or isinstance(labels, str):
+            labels = LocationLabels(labels)
+        self.labels = as_dataclass(LocationLabels, labels)
         self.dn_offset = dn_offset
         self.statistics = statistics
         self.catalogues: dict[str, Catalogue] = {}
@@ -164,8 +184,8 @@ class SSL4EOS12DataModule(DomainDataModule):
 
     def _source(self, catalogue: Catalogue, *, is_training: bool) -> SSL4EOSource:
         found = None
-        if self.labels is not None:
-            path = None if self.labels == "auto" else self.labels
+        if self.labels.table is not None:
+            path = None if self.labels.table == "auto" else self.labels.table
             found = labels(catalogue.root, catalogue.split, self.storage_options, path)
         if found is not None:
             self.label_names = found.names
@@ -176,8 +196,20 @@ class SSL4EOS12DataModule(DomainDataModule):
             seed=self.seed,
             is_training=is_training,
             labels=found,
+            land_cover=self._land_cover(catalogue) if self.labels.mask else None,
             dn_offset=self.dn_offset,
         )
+
+    def _land_cover(self, catalogue: Catalogue) -> dict[str, Group]:
+        """Return the groups of the product LULC that lie beside those of a split."""
+        products = {"mask": LAND_COVER.name}
+        found = scan(catalogue.root, catalogue.split, products, self.storage_options)
+        return {group.key: group for group in found.groups}
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes: of land cover where batches carry it, else of the labels."""
+        return LAND_COVER_NAMES if self.labels.mask else self.label_names
 
     def _log_clipping(self, catalogue: Catalogue) -> None:
         window, side = self.window, self.window.fitting(catalogue.size)

@@ -20,7 +20,9 @@ from domainssl.datamodules.samples.cubes_scene import CROPS, FIELD, draw_field, 
 from domainssl.errors import require
 from domainssl.sensors import L2A_BANDS
 
-__all__ = ["DATES", "SITES", "VERSION", "build", "sample_root"]
+__all__ = [
+    "DATES", "SITES", "VERSION", "build", "sample_root", "stored_numbers", "write_layers",
+]  # fmt: skip
 
 VERSION = "3"
 DATES = 6
@@ -58,7 +60,7 @@ def _write_site(folder: Path, number: int, site: str, epsg: int) -> None:
         field = draw_field(own, int(labels[at]))
         row, column = (FIELD * v for v in divmod(at, _ACROSS))
         part = (slice(row, row + FIELD), slice(column, column + FIELD))
-        s2[(..., *part)] = _numbers(optical(own, field, _months(s2_times)))
+        s2[(..., *part)] = stored_numbers(optical(own, field, _months(s2_times)))
         # steps of 0.5 dB, stored in hundredths
         s1[(..., *part)] = np.round(radar(own, field, _months(s1_times)) * 2) * 50
         crops[part] = field.label
@@ -67,9 +69,44 @@ def _write_site(folder: Path, number: int, site: str, epsg: int) -> None:
         list(pool.map(fill, range(count)))
     scl = _clouds(rng, s2)
     corner = (300_000.0 + 40_000 * number, 5_200_000.0 - 10_000 * number)
+    write_layers(
+        folder, site, s2=s2, scl=scl, s2_times=s2_times, s1=s1, s1_times=s1_times, classes=crops,
+        names=CROPS, epsg=epsg, corner=corner,
+    )  # fmt: skip
+
+
+def write_layers(
+    folder: Path,
+    site: str,
+    *,
+    s2: Array,
+    scl: Array,
+    s2_times: Array,
+    s1: Array,
+    s1_times: Array,
+    classes: Array,
+    names: Sequence[str],
+    epsg: int,
+    corner: tuple[float, float],
+) -> None:
+    """Write both sensors and the map of classes of one site.
+
+    Args:
+        folder: Of all sites.
+        site: Name of the site.
+        s2: Stored numbers, uint16 (T, 12, Y, X).
+        scl: Scene classes, uint8 (T, Y, X).
+        s2_times: Times of `s2`, (T,).
+        s1: Hundredths of dB, int16 (T, 2, Y, X).
+        s1_times: Times of `s1`, (T,).
+        classes: Class of each pixel, uint8 (Y, X).
+        names: Of the classes.
+        epsg: Reference system.
+        corner: Left and top edge in it.
+    """
     _write_optical(folder / "s2" / f"{site}.zarr", s2, scl, s2_times, epsg, corner)
     _write_radar(folder / "s1" / f"{site}.zarr", s1, s1_times, epsg, corner)
-    _write_labels(folder / "labels" / f"{site}.zarr", crops, epsg, corner)
+    _write_labels(folder / "labels" / f"{site}.zarr", classes, names, epsg, corner)
 
 
 def _times(rng: np.random.Generator) -> tuple[Array, Array]:
@@ -85,7 +122,7 @@ def _months(times: Array) -> Array:
     return (times - np.datetime64("2021-01-01")).astype(np.float64) / (86_400 * 30.44)
 
 
-def _numbers(reflectance: Array) -> Array:
+def stored_numbers(reflectance: Array) -> Array:
     """Return stored numbers: 1000 is reflectance 0, 0 is no data."""
     return (np.round(reflectance * (10_000 / _STEP_DN)) * _STEP_DN + 1000).astype(np.uint16)
 
@@ -127,9 +164,11 @@ def _write_radar(
         _array(group, name, values[:, at], ("time", "y", "x"), attrs)
 
 
-def _write_labels(path: Path, crops: Array, epsg: int, corner: tuple[float, float]) -> None:
+def _write_labels(
+    path: Path, crops: Array, names: Sequence[str], epsg: int, corner: tuple[float, float]
+) -> None:
     group = _group(path, epsg, corner, crops.shape, None)
-    attrs = {"flag_values": list(range(len(CROPS))), "flag_meanings": " ".join(CROPS),
+    attrs = {"flag_values": list(range(len(names))), "flag_meanings": " ".join(names),
              "grid_mapping": "spatial_ref"}  # fmt: skip
     _array(group, "label", crops, ("y", "x"), attrs)
 

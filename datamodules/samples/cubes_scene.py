@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CROPS", "FIELD", "Field", "draw_field", "optical", "radar"]
+__all__ = [
+    "CROPS", "FIELD", "Field", "draw_field", "draw_objects", "optical", "radar", "smooth",
+]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
@@ -92,8 +94,15 @@ def _unit(field: Array) -> Array:
     return field / max(float(field.std()), 1e-6)
 
 
-def _smooth(rng: Rng, length_px: float) -> Array:
+def smooth(rng: Rng, length_px: float) -> Array:
+    """Return a unit-variance field with the correlation length given."""
     return _shaped(rng, np.exp(-((_FREQUENCY * length_px * 2.0) ** 2)))
+
+
+def draw_objects(rng: Rng, spacing: float) -> Array:
+    """Return flat objects of a quarter of their spacing on even ground, unit variance."""
+    ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
+    return _unit((_shaped(rng, ring) - 0.9).clip(0, 0.8) ** 0.5)
 
 
 def draw_field(rng: Rng, label: int) -> Field:
@@ -101,12 +110,11 @@ def draw_field(rng: Rng, label: int) -> Field:
     spacing = rng.uniform(8.0, 20.0)
     others = [crop for crop in range(len(CROPS)) if crop != label]
     kind = label if rng.random() < _TYPICAL else int(rng.choice(others))
-    ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
     return Field(
         label=label,
         kind=kind,
-        objects=_unit((_shaped(rng, ring) - 0.9).clip(0, 0.8) ** 0.5),
-        roughness=_smooth(rng, 8),
+        objects=draw_objects(rng, spacing),
+        roughness=smooth(rng, 8),
         strength=float(np.exp(rng.uniform(-0.6, 0.6))),
         wetness=float(rng.uniform(0.25, 0.75)),
         level=float(rng.uniform(0.3, 0.7)),

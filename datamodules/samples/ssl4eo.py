@@ -3,7 +3,9 @@
 96 training and 64 held-out locations of 132 px and 4 dates, in files of 32 locations, for the
 products asked for: S1GRD with S2L2A are about 115 MB. All sets of products show the same
 locations. `labels/<split>.csv` beside them holds the dominant cover of each location
-and the other factors, `labels/<split>_cover.npz` the cover of each pixel.
+and the other factors, `labels/<split>_cover.npz` the cover of each pixel, which the product LULC
+holds too, in the numbers of the published land cover. (It is published for release B alone; here
+it has the form of the other products.)
 """
 
 from __future__ import annotations
@@ -29,19 +31,23 @@ from domainssl.datamodules.samples.ssl4eo_scene import (
     radar,
 )
 from domainssl.errors import ConfigError, nearest, require
-from domainssl.io.ssl4eo.facts import PRODUCTS, product
+from domainssl.io.ssl4eo.facts import LAND_COVER, LAND_COVER_CLASSES, PRODUCTS, product
 from domainssl.io.ssl4eo.write import TileTable, write_release_a
 from domainssl.sensors import L1C_BANDS, L2A_BANDS
 
 __all__ = ["LOCATIONS", "VERSION", "Factors", "build", "factors", "sample_root"]
 
-VERSION = "7"
+VERSION = "8"
 LOCATIONS = {"train": 96, "val": 64}
 _PER_FILE = 32
 _SEED = 20260101
 _STEP = np.array([64 if band > "B04" else 32 for band in L1C_BANDS])[:, None, None]
 _ZONES = (32610, 32618, 32632, 32633, 32645, 32651, 32719, 32736, 32755)
 _L2A = [L1C_BANDS.index(band) for band in L2A_BANDS]
+# number of each cover in the product LULC: as which land such objects are mapped
+_LAND = 1 + np.array(
+    [LAND_COVER_CLASSES.index(name) for name in ("trees", "water", "built", "rangeland")]
+)
 _RGB = [L1C_BANDS.index(band) for band in ("B04", "B03", "B02")]
 Array = np.ndarray[Any, Any]
 
@@ -232,6 +238,27 @@ def _write_file(folder: Path, name: str, ids: Sequence[str], items: Sequence[_It
         values = np.stack([item.values[product_name] for item in items])
         path = folder / product_name / name
         write_release_a(path, product_name, values, tiles, None if is_radar else mask)
+    _write_land_cover(folder / LAND_COVER.name / name, ids, items, (lat, lon))
+
+
+def _write_land_cover(
+    path: Path, ids: Sequence[str], items: Sequence[_Item], centres: tuple[Array, Array]
+) -> None:
+    """Write the cover of each pixel as the product LULC, the same at all dates."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tiles = TileTable(
+        ids=ids,
+        times=np.stack([item.times for item in items]),
+        file_ids=[item.s2_names for item in items],
+        lat=centres[0],
+        lon=centres[1],
+        crs=np.array([item.crs for item in items]),
+        x0=np.array([item.x0 for item in items]),
+        y0=np.array([item.y0 for item in items]),
+    )
+    land = _LAND[np.stack([item.place.cover for item in items])].astype(np.uint8)
+    values = np.broadcast_to(land[:, None, None], (len(ids), DATES, 1, SIDE, SIDE))
+    write_release_a(path, LAND_COVER.name, values, tiles)
 
 
 def _centres(crs: Array, x: Array, y: Array) -> tuple[Array, Array]:

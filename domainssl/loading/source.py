@@ -18,7 +18,7 @@ _START_METHODS = ("fork", "spawn", "forkserver")
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How data are brought in; nothing here changes what a batch contains, but `window_blocks`.
+    """How data are brought in; the order changes with `window_blocks`, the items with `train_*`.
 
     Attributes:
         workers: Decoding processes per rank; None chooses by CPU count and size of the data.
@@ -27,6 +27,8 @@ class Loading:
         prefetch: Blocks each worker prepares ahead.
         pin_memory: Page-locked batches; None does so when training on CUDA.
         max_bad_fraction: Fraction of bad items, with `on_bad_sample: replace`, that ends the run.
+        train_fraction: Share of the training items that is used, for learning from few labels.
+        train_draw: Which items those are; another number draws others.
     """
 
     workers: int | None = None
@@ -35,9 +37,13 @@ class Loading:
     prefetch: int = 2
     pin_memory: bool | None = None
     max_bad_fraction: float = 0.01
+    train_fraction: float = 1.0
+    train_draw: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("workers", 0), ("window_blocks", 1), ("prefetch", 1)):
+        for name, low in (
+            ("workers", 0), ("window_blocks", 1), ("prefetch", 1), ("train_draw", 0),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(
@@ -47,6 +53,11 @@ class Loading:
             raise ConfigError(
                 f"data.init_args.loading.start_method: got {self.start_method!r}, expected one of "
                 f"{_START_METHODS}.{nearest(self.start_method, _START_METHODS)}"
+            )
+        if not 0 < self.train_fraction <= 1:
+            raise ConfigError(
+                f"data.init_args.loading.train_fraction: got {self.train_fraction!r}, expected a "
+                "share of the training items above 0 and up to 1, such as 0.1."
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(

@@ -148,7 +148,7 @@ def finest_m(layers: Mapping[str, Layer]) -> float:
     return min(layer.gsd_m for layer in layers.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Labels:
     """A map of classes; the label of a window is its most frequent class.
 
@@ -157,9 +157,11 @@ class Labels:
         variable: Band or array.
         names: Class names, by number; taken from `flag_meanings` where left out.
         nodata: A number, or several, that stand for no class and that the files do not declare.
+        mask: Also deliver the class of every pixel of the finest modality, -1 where there is none.
     """
 
     path: str = "labels"
     variable: str = "label"
     names: tuple[str, ...] = ()
     nodata: float | tuple[float, ...] | None = None
+    mask: bool = False

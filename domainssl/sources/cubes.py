@@ -17,7 +17,7 @@ from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.sources.cube_blocks import Block
-from domainssl.sources.cube_options import Layer, snap_m
+from domainssl.sources.cube_options import Layer, finest_m, snap_m
 from domainssl.sources.cube_sites import Site, anchors
 from domainssl.sources.dates import Dates
 from domainssl.sources.items import companions
@@ -43,6 +43,7 @@ class CubeSource:
         seed: Seed of windows and dates.
         is_training: Draw windows and dates anew in every epoch.
         label_names: Names of the classes by number; None where batches carry no labels.
+        has_mask: Deliver the class of every pixel of the finest layer as well.
     """
 
     sites: Sequence[Site]
@@ -53,6 +54,7 @@ class CubeSource:
     seed: int
     is_training: bool
     label_names: Sequence[str] | None = None
+    has_mask: bool = False
     _first: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +103,8 @@ class CubeSource:
         rows.data["id"] = [self._name(site, block, i, chosen) for i in numbers]
         if self.label_names is not None:
             rows.data["label"] = self._label(site, around, drawn)
+            if self.has_mask:
+                rows.data["mask"] = self._mask(site, around, drawn)
         return rows
 
     def _snap(self, site: Site) -> float:
@@ -287,13 +291,40 @@ class CubeSource:
             part = (slice(row, row + height), slice(column, column + width))
             inside = classes[part][known[part]]
             inside = inside[inside >= 0]
-            if inside.size and inside.max() >= len(names):
-                raise DataError(
-                    f"{site.labels.path}: the map holds {inside.max()}, which has no name; "
-                    f"classes 0 to {len(names) - 1} are {', '.join(names[:8])}. Name it in "
-                    "data.init_args.labels.names, or set data.init_args.labels.nodata to it if it "
-                    "stands for no class."
-                )
+            _check_named(inside, names, site.labels.path)
             if inside.size:
                 found[i] = np.bincount(inside).argmax()
         return found
+
+    def _mask(
+        self, site: Site, around: Bounds, drawn: Sequence[tuple[float, float, Cut]]
+    ) -> np.ndarray[Any, Any]:
+        """Return the class of each pixel of the finest layer, int64 (n, H, W), -1 for none."""
+        finest = finest_m(self.layers)
+        times = snap_m(self.layers) / finest
+        size = tuple(round(cells * times) for cells in self.window.shape)
+        out = np.full((len(drawn), *size), -1, np.int64)
+        if site.labels is None:
+            return out
+        step = finest / site.metres
+        classes, known = read_classes(site.labels, around, step)
+        classes[~known | (classes < 0)] = -1
+        _check_named(classes, self.label_names or (), site.labels.path)
+        for i, (left, top, drawn_cut) in enumerate(drawn):
+            begin = round((around.top - top) / step), round((left - around.left) / step)
+            replace(drawn_cut, begin=begin, extent=size, size=size).write_classes(classes, out[i])
+        return out
+
+
+def _check_named(classes: np.ndarray[Any, Any], names: Sequence[str], path: str) -> None:
+    """Refuse classes without a name.
+
+    Raises:
+        DataError: Names the map and the class.
+    """
+    if classes.size and classes.max() >= len(names):
+        raise DataError(
+            f"{path}: the map holds {classes.max()}, which has no name; classes 0 to "
+            f"{len(names) - 1} are {', '.join(names[:8])}. Name it in data.init_args.labels.names, "
+            "or set data.init_args.labels.nodata to it if it stands for no class."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.ssl4eo.facts import product
 from domainssl.io.ssl4eo.labels import Labels
+from domainssl.io.ssl4eo.land_cover import read_land_cover
 from domainssl.io.ssl4eo.layout import Catalogue, Group
 from domainssl.io.ssl4eo.read import Block, check_same, read
 from domainssl.io.storage.scratch import Scratch
@@ -41,6 +43,8 @@ class SSL4EOSource:
         seed: Seed of windows and dates.
         is_training: Draw windows; otherwise the centre, with the dates of epoch 0.
         labels: Labels by location, if there are any.
+        land_cover: Groups of the product LULC by key, where batches carry its map as `mask`: that
+            of the last of the dates chosen.
         dn_offset: What the stored Sentinel-2 values carry.
     """
 
@@ -50,6 +54,7 @@ class SSL4EOSource:
     seed: int
     is_training: bool
     labels: Labels | None = None
+    land_cover: Mapping[str, Group] | None = None
     dn_offset: Literal[0, 1000, "auto"] = "auto"
     _first: list[int] = field(init=False, repr=False)
     _scratch: Scratch = field(init=False, repr=False, default_factory=Scratch)
@@ -92,7 +97,7 @@ class SSL4EOSource:
         dates = self.dates.choose(generator(self.seed, epoch, _DATES, piece.block), group.dates)
         writer = _Writer(self, piece, dates, epoch)
         try:
-            writer.write(self._read(group, dates, piece.start, piece.stop), 0)
+            writer.write(*self._read(group, dates, piece.start, piece.stop), 0)
         except DataError:
             if group.release == "A":
                 raise  # a chunk holds all locations: they are lost together
@@ -100,12 +105,14 @@ class SSL4EOSource:
             for i in range(len(piece)):
                 at = piece.start + i
                 try:
-                    writer.write(self._read(group, dates, at, at + 1), i)
+                    writer.write(*self._read(group, dates, at, at + 1), i)
                 except DataError as error:
                     writer.rows.bad[i] = str(error)
         return writer.finish()
 
-    def _read(self, group: Group, dates: list[int], start: int, stop: int) -> dict[str, Block]:
+    def _read(
+        self, group: Group, dates: list[int], start: int, stop: int
+    ) -> tuple[dict[str, Block], np.ndarray[Any, Any] | None]:
         """Read all products of some locations, and check that they belong together."""
         blocks = {
             name: read(
@@ -127,7 +134,27 @@ class SSL4EOSource:
                     f"{block.file}: array 'bands' has {block.values.shape[-2:]} pixels, its "
                     f"partner {group.size}. Co-registered products have one grid."
                 )
-        return blocks
+        if self.land_cover is None:
+            return blocks, None
+        return blocks, self._classes(group, dates[-1], slice(start, stop), block)
+
+    def _classes(
+        self, group: Group, date: int, locations: slice, block: Block
+    ) -> np.ndarray[Any, Any]:
+        """Read the map of land cover, (n, Y, X), and check that it belongs to `block`."""
+        partner = (self.land_cover or {}).get(group.key)
+        if partner is None:
+            raise DataError(
+                f"{block.file}: its partner of the product LULC is not there. Download it, or set "
+                "data.init_args.labels.mask: false."
+            )
+        classes, ids = read_land_cover(partner, date, locations)
+        if ids != block.ids or classes.shape[1:] != group.size:
+            raise DataError(
+                f"{partner.files['mask']}: holds {ids[:2]} of {classes.shape[1:]} pixels, its "
+                f"partner {block.file} {block.ids[:2]} of {group.size}. Download both again."
+            )
+        return classes
 
     def cut(self, epoch: int, index: int, size: tuple[int, int]) -> Cut:
         """Return the cut of one location, the same for all its products."""
@@ -177,8 +204,12 @@ class _Writer:
         data["id"] = [""] * n
         if source.labels is not None:
             data["label"] = np.full(n, -1, np.int64)
+        if source.land_cover is not None:
+            data["mask"] = np.full((n, *size), -1, np.int64)
 
-    def write(self, blocks: dict[str, Block], at: int) -> None:
+    def write(
+        self, blocks: dict[str, Block], classes: np.ndarray[Any, Any] | None, at: int
+    ) -> None:
         """Write read locations to the rows from `at` on."""
         source, data = self.source, self.rows.data
         some = next(iter(blocks.values()))
@@ -206,6 +237,9 @@ class _Writer:
                 }
             self.rows.bytes_decoded += block.bytes_decoded
             self.rows.bytes_needed += block.bytes_needed
+        if classes is not None:
+            for i, cut in enumerate(cuts):
+                cut.write_classes(classes[i], data["mask"][at + i])
         self._write_names(some, at)
 
     def _write_names(self, block: Block, at: int) -> None:

@@ -359,6 +359,17 @@ class Cut:
             _resize((~view).astype(np.float32, order="C"), hidden, len(self.size))
             torch.le(hidden, 1e-6, out=out)
 
+    def write_classes(self, classes: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
+        """Write the cut of a map of classes (*axes) into `out` (*size), nearest neighbour."""
+        view = self.view(classes)
+        if self.is_resized:
+            nearest_cells = [
+                ((np.arange(into) + 0.5) * cells / into).astype(np.int64)
+                for cells, into in zip(view.shape, out.shape, strict=True)
+            ]
+            view = view[np.ix_(*nearest_cells)]
+        np.copyto(out, view)
+
     def geo(self, x0: float, y0: float, step: float) -> dict[str, float]:
         """Return where an image lies: its affine map from (column, row) to CRS coordinates.
 

@@ -63,8 +63,8 @@ def test_sample_fits_its_budget_and_is_laid_out_like_release_a(sample_root: Path
     size = sum(p.stat().st_size for p in sample_root.rglob("*") if p.is_file())
     assert size <= 150e6
     names = sorted(p.relative_to(sample_root).as_posix() for p in sample_root.rglob("*.zarr.zip"))
-    assert len(names) == 10
-    assert names[0] == "train/S1GRD/ssl4eos12_train_seasonal_data_000001.zarr.zip"
+    assert len(names) == 15
+    assert names[0] == "train/LULC/ssl4eos12_train_seasonal_data_000001.zarr.zip"
     listed = (sample_root / "splits" / "ssl4eos12_val.txt").read_text().split()
     assert listed == [f"ssl4eos12_val_seasonal_data_{i:06d}.zarr.zip" for i in (1, 2)]
 

@@ -17,6 +17,8 @@ from domainssl.sensors import (
 
 __all__ = [
     "CLOUD_CLASSES",
+    "LAND_COVER",
+    "LAND_COVER_CLASSES",
     "NO_DATA_CLASS",
     "OBSCURED_CLASSES",
     "PRODUCTS",
@@ -96,6 +98,14 @@ PRODUCTS: dict[str, Product] = {
     )
 }  # fmt: skip
 
+# The map of land cover (Esri, Impact Observatory) is no modality: it is delivered as `mask`.
+LAND_COVER = Product(name="LULC", bands=("LULC",), value_unit="class", mean=(0.0,), std=(1.0,))
+# Class of each stored number from 1 on; 0 is no data, and `clouds` means that nothing is known.
+LAND_COVER_CLASSES = (
+    "water", "trees", "flooded vegetation", "crops", "built", "bare ground", "snow and ice",
+    "clouds", "rangeland",
+)  # fmt: skip
+
 
 def product(name: str) -> Product:
     """Look up a product by its name.
@@ -103,6 +113,8 @@ def product(name: str) -> Product:
     Raises:
         DataError: There is no such product.
     """
+    if name == LAND_COVER.name:
+        return LAND_COVER
     if name not in PRODUCTS:
         raise DataError(
             f"SSL4EO-S12: unknown product {name!r}, expected one of {', '.join(PRODUCTS)}."

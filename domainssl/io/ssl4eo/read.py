@@ -26,7 +26,7 @@ from domainssl.io.storage.handles import HandlePool, SharedFile, window
 from domainssl.io.storage.paths import fetch_ranges, is_url, stamp
 from domainssl.io.storage.scratch import Scratch
 
-__all__ = ["Block", "DNOffset", "check_same", "read"]
+__all__ = ["Block", "DNOffset", "check_same", "cubes_b", "read"]
 
 Array = np.ndarray[Any, Any]
 
@@ -293,7 +293,7 @@ def _load_b(
     values: Array | None = None
     cloud: Array | None = None
     decoded = 0
-    for i, cube in enumerate(_cubes_b(group, modality, chosen)):
+    for i, cube in enumerate(cubes_b(group, modality, chosen)):
         info = cube.info("bands")
         _check_cube(cube, product, ("time", "band", "y", "x"))
         if values is None:
@@ -323,7 +323,8 @@ def _load_b(
     )
 
 
-def _cubes_b(group: Group, modality: str, chosen: range) -> Iterator[Cube]:
+def cubes_b(group: Group, modality: str, chosen: range) -> Iterator[Cube]:
+    """Open the members of a release-B group one after the other."""
     path = group.files[modality]
     members = [group.members[modality][i] for i in chosen]
     if is_url(path):

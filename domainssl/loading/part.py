@@ -1,0 +1,81 @@
+"""A part of a source: some of its items, drawn once and the same in every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from domainssl.loading.plan import Piece, generator
+from domainssl.loading.source import Rows, Source
+
+__all__ = ["PartSource"]
+
+_PART = 3  # tag that keeps its random numbers apart
+
+
+@dataclass(kw_only=True)
+class PartSource:
+    """Gives out a fraction of the items of another source, as training on few labels needs it.
+
+    Blocks without a chosen item are left out. Larger fractions of one draw contain smaller ones.
+
+    Attributes:
+        source: Where all items come from.
+        fraction: Share of the items, above 0; at least one is taken.
+        draw: Which draw.
+    """
+
+    source: Source
+    fraction: float
+    draw: int = 0
+    _chosen: list[tuple[int, np.ndarray[Any, np.dtype[np.int64]]]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes = list(self.source.sizes)
+        total = sum(sizes)
+        order = generator(self.draw, 0, _PART, total).permutation(total)
+        taken = np.sort(order[: max(1, round(self.fraction * total))])
+        first = np.cumsum([0, *sizes])
+        blocks = np.searchsorted(first, taken, side="right") - 1
+        self._chosen = [(int(b), taken[blocks == b] - first[b]) for b in np.unique(blocks)]
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Chosen items per block that has some."""
+        return [len(places) for _, places in self._chosen]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes decoded in an epoch, roughly."""
+        blocks = len(list(self.source.sizes))
+        return int(self.source.num_bytes * len(self._chosen) / max(blocks, 1))
+
+    def load(self, piece: Piece, epoch: int) -> Rows:
+        """Load the items from the first to the last one wanted, and keep the chosen ones.
+
+        Raises:
+            DataError: Nothing of the piece can be read.
+        """
+        block, places = self._chosen[piece.block]
+        places = places[piece.start : piece.stop]
+        start = int(places[0])
+        rows = self.source.load(Piece(block, start, int(places[-1]) + 1), epoch)
+        wanted = [int(place) - start for place in places]
+        return Rows(
+            data={name: _rows(values, wanted) for name, values in rows.data.items()},
+            count=len(wanted),
+            bytes_decoded=rows.bytes_decoded,
+            bytes_needed=rows.bytes_needed * len(wanted) // max(rows.count, 1),
+            bad={i: rows.bad[place] for i, place in enumerate(wanted) if place in rows.bad},
+        )
+
+
+def _rows(values: Any, wanted: list[int]) -> Any:
+    """Return some items of what a batch key holds."""
+    if isinstance(values, Tensor | np.ndarray):
+        return values[wanted]
+    return [values[i] for i in wanted]
