@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from domainssl.backbones.card import export_backbone
     from domainssl.backbones.graph import export_graph
     from domainssl.backbones.registry import list_backbones, load_backbone
+    from domainssl.backbones.timm_models import export_timm, register_timm
     from domainssl.modality import Modality
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "build",
     "export_backbone",
     "export_graph",
+    "export_timm",
     "list_backbones",
     "list_datamodules",
     "list_objectives",
     "load_backbone",
+    "register_timm",
 ]
 
 __version__ = "0.1.0"
@@ -38,6 +41,8 @@ _HOMES = {
     "export_graph": "domainssl.backbones.graph",
     "list_backbones": "domainssl.backbones.registry",
     "load_backbone": "domainssl.backbones.registry",
+    "export_timm": "domainssl.backbones.timm_models",
+    "register_timm": "domainssl.backbones.timm_models",
 }
 
 

@@ -23,7 +23,7 @@ from domainssl.errors import ConfigError, DomainSSLError, WeightsError, nearest,
 from domainssl.modality import Modality, sides_of
 from domainssl.nn.blocks import CrossAttention, SelfAttention
 
-__all__ = ["GraphFormat", "export_graph"]
+__all__ = ["GraphFormat", "export_graph", "plausible_values"]
 
 GraphFormat = Literal["onnx", "torch_export"]
 FORMAT = "domainssl.graph/1"
@@ -126,7 +126,7 @@ def export_graph(
         torch.no_grad(),
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".graph-") as hidden,
     ):
-        example = _values(copied, chosen, sizes, _BATCHES[0])
+        example = plausible_values(copied, chosen, sizes, _BATCHES[0])
         graph = _Graph(copied, list(chosen), _outputs(copied, chosen, example))
         is_free = dynamic_size and all(m.kind == "image" for m in chosen.values())
         written = _write(graph, Path(hidden) / target.name, format, sizes, is_free)
@@ -198,13 +198,20 @@ def _size(modality: Modality, size: int | Sequence[int] | None) -> tuple[int, ..
     return modality.size
 
 
-def _values(
+def plausible_values(
     backbone: Backbone,
     chosen: Mapping[str, Modality],
     sizes: Mapping[str, tuple[int, ...]],
     items: int,
 ) -> tuple[Tensor, ...]:
-    """Return plausible raw values, float32 (items, C, *size) per modality, the same every time."""
+    """Return plausible raw values, float32 (items, C, *size) per modality, the same every time.
+
+    Args:
+        backbone: Whose statistics and forms say what is plausible.
+        chosen: Modalities, images or volumes.
+        sizes: Size of each.
+        items: Number of items.
+    """
     generator = torch.Generator().manual_seed(items)
     made = []
     for name, modality in chosen.items():
@@ -290,7 +297,7 @@ def _trace(
         for side in sizes.values()
     ]
     chosen = {name: graph.backbone.modalities[name] for name in graph.names}
-    example = _values(graph.backbone, chosen, sizes, _BATCHES[0])
+    example = plausible_values(graph.backbone, chosen, sizes, _BATCHES[0])
     program = torch.export.export(graph, example, dynamic_shapes=(tuple(axes),), strict=False)
     if format == "torch_export":
         torch.export.save(program, path)
@@ -326,7 +333,7 @@ def _compare(
         cases.append((_BATCHES[1], other))  # other proportions too
     worst, scale = 0.0, 1.0
     for items, side in cases:
-        values = _values(graph.backbone, chosen, side, items)
+        values = plausible_values(graph.backbone, chosen, side, items)
         wanted = graph(*values)
         for (kind, name), found, expected in zip(graph.outputs, run(values), wanted, strict=True):
             assert found.shape == expected.shape, f"{name}.{kind}: {found.shape}"

@@ -20,13 +20,15 @@ import torch
 from huggingface_hub import constants
 from tiny import TinyBackbone, tiny_modalities
 
-from domainssl import export_backbone, load_backbone
+from domainssl import export_backbone, export_timm, load_backbone, register_timm
 from domainssl.backbones import registry
 from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
 from domainssl.backbones.hub import HubAddress
 from domainssl.backbones.pretrained import Pretrained
 from domainssl.backbones.registry import load_initial
+from domainssl.backbones.vit import ViTArchitecture, ViTBackbone
 from domainssl.errors import MissingExtraError, WeightsError
+from domainssl.modality import Modality
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REFUSALS = {
@@ -408,3 +410,16 @@ def test_the_environment_of_huggingface_hub_counts(hub: Hub, tmp_path: Path) -> 
             capture_output=True, text=True, timeout=600, env={**os.environ, **told, **more},
         )  # fmt: skip
         assert words in done.stdout, done.stderr[-2000:]
+
+
+def test_timm_finds_an_export_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    rgb = Modality(name="rgb", kind="image", channels=("r", "g", "b"), value_unit="rgb8")
+    sizes = ViTArchitecture(width=12, depth=1, heads=2)
+    backbone = ViTBackbone({"rgb": rgb}, sizes, 4, normalization="scale(255)").eval()
+    export_timm(backbone, tmp_path / "out")
+    hub.files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    register_timm()
+    model = timm.create_model("hf-hub:me/tiny@v1", pretrained=True).eval()
+    x = 255 * torch.rand(1, 3, 8, 8)
+    assert torch.equal(model(x), backbone({"rgb": x}).pooled["rgb"])

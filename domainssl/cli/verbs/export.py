@@ -14,6 +14,60 @@ __all__ = ["run"]
 
 def run(argv: list[str]) -> int:
     """Export a Lightning checkpoint of ours, or a file in a reference layout."""
+    options = _parser().parse_args(argv)
+    is_graph = options.format in ("onnx", "torch_export")
+    if (options.size and not is_graph) or (options.modalities and options.format == "safetensors"):
+        raise ConfigError(
+            "--modalities and --size belong to graphs; add --format onnx or --format torch_export "
+            "(--modalities also goes with --format timm)."
+        )
+    if options.format == "timm" and len(options.modalities or []) > 1:
+        raise ConfigError(
+            f"--modalities {' '.join(options.modalities)}: models of timm take one; name one."
+        )
+    checkpoint = _checkpoint(Path(options.checkpoint).expanduser())
+    output = Path(options.output).expanduser()
+    _check_target(output, options.overwrite, is_graph)
+    if is_graph:
+        return _graph(options, checkpoint, output)
+
+    from rich.markup import escape
+
+    from domainssl import export_backbone, export_timm, load_backbone
+    from domainssl.cli.console import console
+
+    backbone = load_backbone(checkpoint)
+    facts: dict[str, Any] = {
+        "licence": options.licence,
+        "provenance": {"checkpoint": checkpoint.name, **_run_facts(checkpoint)},
+        "overwrite": options.overwrite,
+    }
+    if options.format == "timm":
+        sensor = options.modalities[0] if options.modalities else None
+        card = export_timm(backbone, output, modality=sensor, **facts)
+    else:
+        card = export_backbone(backbone, output, **facts)
+    size = (output / "backbone.safetensors").stat().st_size / 1e6
+    screen = console()
+    screen.print(
+        f"[bold]exported[/] {type(backbone).__name__} ({size:.1f} MB) to {escape(str(output))}"
+    )
+    for name, modality in backbone.modalities.items():
+        bands = " ".join(modality.channels)
+        screen.print(
+            f"  {name}: {modality.num_channels} bands {bands} ({modality.value_unit})", markup=False
+        )
+    screen.print(f"  card: {card}", markup=False)
+    call = f"domainssl.load_backbone({str(output)!r})"
+    if options.format == "timm":
+        call = (
+            f"domainssl.register_timm(); timm.create_model('local-dir:{output}', pretrained=True)"
+        )
+    screen.print(f"load it with  {call}", markup=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m domainssl export",
         description="Write backbone.safetensors and backbone.json (the card: bands, units, "
@@ -26,53 +80,16 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--licence", default="unspecified", help="licence of the weights")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
-        "--format", choices=("safetensors", "onnx", "torch_export"), default="safetensors",
-        help="onnx and torch_export (.pt2) are checked against PyTorch before they are kept",
+        "--format", choices=("safetensors", "timm", "onnx", "torch_export"), default="safetensors",
+        help="timm: for timm.create_model('local-dir:FOLDER') after domainssl.register_timm(); "
+        "onnx and torch_export (.pt2) are checked against PyTorch before they are kept",
     )  # fmt: skip
-    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="inputs of the graph")
+    parser.add_argument("--modalities", nargs="+", metavar="NAME", help="inputs (graphs, timm)")
     parser.add_argument(
         "--size", nargs="+", type=int, metavar="N",
         help="size that the graph is traced with, one number or one per axis (default: the data's)",
     )  # fmt: skip
-    options = parser.parse_args(argv)
-    is_graph = options.format != "safetensors"
-    if not is_graph and (options.modalities or options.size):
-        raise ConfigError(
-            "--modalities and --size belong to graphs; add --format onnx or --format torch_export."
-        )
-    checkpoint = _checkpoint(Path(options.checkpoint).expanduser())
-    output = Path(options.output).expanduser()
-    _check_target(output, options.overwrite, is_graph)
-    if is_graph:
-        return _graph(options, checkpoint, output)
-
-    from rich.markup import escape
-
-    from domainssl import export_backbone, load_backbone
-    from domainssl.cli.console import console
-
-    backbone = load_backbone(checkpoint)
-    provenance: dict[str, Any] = {"checkpoint": checkpoint.name, **_run_facts(checkpoint)}
-    card = export_backbone(
-        backbone,
-        output,
-        licence=options.licence,
-        provenance=provenance,
-        overwrite=options.overwrite,
-    )
-    size = (output / "backbone.safetensors").stat().st_size / 1e6
-    screen = console()
-    screen.print(
-        f"[bold]exported[/] {type(backbone).__name__} ({size:.1f} MB) to {escape(str(output))}"
-    )
-    for name, modality in backbone.modalities.items():
-        bands = " ".join(modality.channels)
-        screen.print(
-            f"  {name}: {modality.num_channels} bands {bands} ({modality.value_unit})", markup=False
-        )
-    screen.print(f"  card: {card}", markup=False)
-    screen.print(f"load it with  domainssl.load_backbone({str(output)!r})", markup=False)
-    return 0
+    return parser
 
 
 def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
