@@ -1,0 +1,191 @@
+"""Class maps of CT, MR and PET exams, as NIfTI on the grid of the scan as it is stored.
+
+An exam is prepared as for training (orientation, voxel size, one grid for all contrasts), predicted
+in windows, and its map brought back: an exam is a piece, and one that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from domainssl.errors import ConfigError, nearest
+from domainssl.inference.predict import LabelMap, PredictOptions, Predictor, predict_map
+from domainssl.inference.sliding import Box
+from domainssl.io.volume.exam import Exam, Wanted, stem_of
+from domainssl.io.volume.exams import find_exams
+from domainssl.io.volume.facts import Reading, Scan, ScanFacts
+from domainssl.io.volume.geometry import TOLERANCE, displacement
+from domainssl.io.volume.prepared import Prepared
+from domainssl.io.volume.scan import describe_scan, is_scan, placed
+from domainssl.io.volume.write import write_labels
+from domainssl.modality import Batch, key
+from domainssl.options import as_dataclass
+from domainssl.sources.preparation import prepare
+from domainssl.sources.resampling import resample_labels
+from domainssl.sources.volume_options import Contrast, Preparation
+
+__all__ = ["VolumeInput", "VolumePrediction", "find_volumes", "volume_input"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeInput:
+    """How scans are read and prepared, as in training.
+
+    Attributes:
+        contrasts: By modality key.
+        preparation: What is done to a whole exam.
+    """
+
+    contrasts: Mapping[str, Contrast]
+    preparation: Preparation = field(default_factory=Preparation)
+
+
+def volume_input(task: Predictor, reading: Mapping[str, Any] | None = None) -> VolumeInput:
+    """Return how scans are read for a task.
+
+    Args:
+        task: Its modalities tell unit, channels and voxel size.
+        reading: What the training data said of themselves, where the task kept it.
+    """
+    told = reading or {}
+    contrasts = {}
+    for name, modality in task.backbone.modalities.items():
+        known = dict(told.get("contrasts", {}).get(name, {}))
+        known["reading"] = as_dataclass(Reading, known.get("reading", {}))
+        known |= {"value_unit": modality.value_unit, "channels": modality.channels}
+        contrasts[name] = as_dataclass(Contrast, known)
+    spacing = next(iter(task.backbone.modalities.values())).spacing_mm
+    options = {"foreground": False, **told.get("preparation", {}), "spacing_mm": spacing}
+    return VolumeInput(contrasts=contrasts, preparation=as_dataclass(Preparation, options))
+
+
+def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) -> list[Exam]:
+    """Return the exams of an input: a scan, or a folder or data set with several.
+
+    Args:
+        path: A file, a folder with a DICOM series, or a folder in one of the layouts of
+            `find_exams`.
+        inputs: What is read.
+        modality: What a single scan is, where the task knows several.
+
+    Raises:
+        DataError: There is no scan.
+        ConfigError: It does not say which modality a single scan is.
+    """
+    names = list(inputs.contrasts)
+    if not is_scan(path):
+        if not os.path.isdir(path):
+            describe_scan(path)  # says what it is not
+        wanted = Wanted(
+            contrasts={name: c.contrast or name for name, c in inputs.contrasts.items()},
+            label="", mask="",
+        )  # fmt: skip
+        return list(find_exams(path, wanted).exams)
+    if modality is None and len(names) > 1:
+        raise ConfigError(
+            f"{path}: one scan, but the task knows {', '.join(names)}. Say which it is, such as "
+            f"--modality {names[0]}, or give a folder with a file per contrast."
+        )
+    name = modality or names[0]
+    if name not in names:
+        raise ConfigError(
+            f"--modality {name}: the task does not know it, only {', '.join(names)}."
+            f"{nearest(name, names)}"
+        )
+    return [Exam(id=stem_of(path), patient="", scans={name: path})]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumePrediction:
+    """Class maps of exams: entries that are made one by one (see `pieces.build`).
+
+    Attributes:
+        folder: Where `<id>.nii.gz` go.
+        exams: The exams.
+        task: In evaluation mode, on its device.
+        inputs: How scans are read.
+        options: Windows and blending.
+    """
+
+    folder: Path
+    exams: Sequence[Exam]
+    task: Predictor
+    inputs: VolumeInput
+    options: PredictOptions = field(default_factory=PredictOptions)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Ids of the exams, as names of files."""
+        return [exam.id.replace("/", "__").replace(os.sep, "__") for exam in self.exams]
+
+    def path(self, name: str) -> Path:
+        """Return the file of an exam."""
+        return self.folder / f"{name}.nii.gz"
+
+    def is_ready(self, key: str) -> bool:
+        """Tell whether the map of an exam is there."""
+        return self.path(key).is_file()
+
+    def make(self, key: str) -> None:
+        """Predict an exam.
+
+        Raises:
+            DataError: A scan cannot be read.
+        """
+        exam = self.exams[self.keys.index(key)]
+        prepared = prepare(exam, self.inputs.contrasts, self.inputs.preparation)
+        first = self.inputs.preparation.resample_to
+        names = [name for name in self.inputs.contrasts if name in exam.scans]
+        name = first if first in names else names[0]
+        facts = describe_scan(exam.scans[name], self.inputs.contrasts[name].reading)
+        found = LabelMap(
+            self.path(key), prepared.shape, len(self.task.classes), _stamps(exam.scans.values())
+        )
+        read = partial(_batch, prepared)
+        predict_map(self.task, read, found, self.options, nothing=0)
+        labels = _on_grid(found.labels, prepared, facts)
+        write_labels(self.path(key), labels, facts, dict(enumerate(self.task.classes)))
+        found.remove()
+
+
+def _stamps(paths: Iterable[str]) -> list[list[float]]:
+    """Return size and time of change of files and folders."""
+    found = [os.stat(path) for path in paths]
+    return [[stat.st_size, stat.st_mtime] for stat in found]
+
+
+def _batch(prepared: Prepared, box: Box) -> Batch:
+    """Return a box as a batch of one item; contrasts that the exam lacks are left out."""
+    part = prepared.crop([s.start for s in box], [s.stop - s.start for s in box])
+    batch: Batch = {}
+    for name, values in part.values.items():
+        batch[name] = torch.from_numpy(values.astype(np.float32))[None]
+        batch[key(name, "valid")] = torch.from_numpy(np.array(part.valid[name]))[None]
+        if name in part.limits:
+            batch[key(name, "window")] = torch.from_numpy(part.limits[name])[None]
+        if name in part.facts["source"]:
+            batch[key(name, "source")] = torch.tensor([part.facts["source"][name]])
+    return batch
+
+
+def _on_grid(labels: Array, prepared: Prepared, facts: ScanFacts) -> Array:
+    """Return labels on the grid of the scan; 0 where nothing was predicted."""
+    map_ = Scan(values=labels[None], valid=None, affine=prepared.affine, facts=facts)
+    moved = placed(map_, facts.shape, facts.affine)
+    if (
+        moved.values.shape[1:] == facts.shape
+        and displacement(moved.affine, facts.affine, facts.shape)[1] <= TOLERANCE
+    ):
+        return np.asarray(moved.values[0])
+    found = resample_labels(labels, prepared.affine, facts.shape, facts.affine)
+    return found.astype(labels.dtype)
