@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from domainssl.errors import ConfigError, require
 
-__all__ = ["LightDecoder", "MapLevel", "SwinUNETRDecoder", "UNETRDecoder", "levels_of"]
+__all__ = ["LightDecoder", "MapLevel", "SwinUNETRDecoder", "UNETRDecoder", "levels_of", "resized"]
 
 
 @dataclass(frozen=True)
@@ -240,11 +240,14 @@ class LightDecoder(nn.Module):
         """
         size = tuple(maps[self.finest].shape[2:])
         parts = [project(m) for project, m in zip(self.projections, maps, strict=True)]
-        found = torch.stack([_resized(part, size) for part in parts]).sum(0)
-        return _resized(self.out(F.gelu(found)), tuple(values.shape[2:]))
+        found = torch.stack([resized(part, size) for part in parts]).sum(0)
+        return resized(self.out(F.gelu(found)), tuple(values.shape[2:]))
 
 
-def _resized(values: Tensor, size: tuple[int, ...]) -> Tensor:
+def resized(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Return maps (B, E, *S) of another size, linear between cells; unchanged if it is theirs."""
+    size = tuple(size)
     if tuple(values.shape[2:]) == size:
         return values
-    return F.interpolate(values, size=size, mode="trilinear", align_corners=False)
+    mode = {2: "bilinear", 3: "trilinear"}[len(size)]
+    return F.interpolate(values, size=size, mode=mode, align_corners=False)
