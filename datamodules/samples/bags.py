@@ -1,10 +1,12 @@
-"""The embedded sample of feature bags: slides whose class is which kinds of tissue lie together.
+"""The embedded sample of feature bags: slides whose class is which tissue the lymphocytes lie in.
 
 96 training and 64 held-out slides, in the layouts of TRIDENT (`trident/`) and CLAM (`clam/`), each
-with a table of slides, patients, splits and classes. A tile is tumour, lymphocytes, stroma or
-necrosis, a quarter of the slide each, and its features say which: no statistic of the features
-tells the classes. Tumour is mixed with lymphocytes (`inflamed`), with stroma (`desmoplastic`) or
-with necrosis (`necrotic`) in some areas of the slide, and the other two kinds in the others.
+with a table of slides, patients, splits and classes. A tile is tumour, stroma or necrosis, in areas
+a few tiles wide, and has many, few or no lymphocytes; one half of its features says the first, the
+other half the second. Many lymphocytes lie in tumour (`inflamed`), in stroma (`excluded`) or in
+necrosis (`necrotic`) more often than by chance. How much there is of everything is drawn for every
+slide, whatever its class: no statistic of single features tells the classes, and one tile tells
+little.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from domainssl.io.slide.features import Bag, write_bag
 
 __all__ = ["CLASSES", "DIM", "SPLITS", "build", "sample_root"]
 
-CLASSES = ("inflamed", "desmoplastic", "necrotic")
+CLASSES = ("inflamed", "excluded", "necrotic")
 SPLITS = {"train": 96, "val": 64}
 DIM = 32
-VERSION = "1"
+VERSION = "2"
 _SEED = 20261128
+_KINDS = 3  # of tissue, and amounts of lymphocytes
 _PATCH, _STEP = 256, 512  # pixels of a tile at 20x, and of level 0 at 40x
 _TWICE = 8  # the last of so many slides is of the patient before
 Array = np.ndarray[Any, Any]
@@ -66,12 +69,14 @@ def slide(split: str, number: int) -> tuple[Bag, int]:
     """Return the bag of a slide and its class."""
     rng = np.random.default_rng([_SEED, len(split), number])
     label = number % len(CLASSES)
-    kinds = _tissue(rng, label)
+    kinds = _tissue(rng)
     rows, columns = np.nonzero(kinds >= 0)
     kind = kinds[rows, columns]
-    prototypes = np.random.default_rng(_SEED).normal(0, 0.9, (4, DIM))
-    prototypes -= prototypes.mean(0)
-    values = prototypes[kind] + rng.normal(0, 0.5, (len(kind), DIM))
+    follows = rng.random(len(kind)) < rng.uniform(0.25, 0.4)
+    amount = np.where(follows, (kind - label) % _KINDS, rng.integers(0, _KINDS, len(kind)))
+    tissue, lymphocytes = _prototypes()
+    values = np.concatenate([tissue[kind], lymphocytes[amount]], 1)
+    values = values + rng.normal(0, 0.8, values.shape)
     values = values * rng.uniform(0.9, 1.1) + rng.normal(0, 0.05, DIM)  # scanner and stain
     order = rng.permutation(len(kind))  # the order of tiles means nothing
     coords = np.stack([columns, rows], 1)[order] * _STEP
@@ -89,20 +94,28 @@ def slide(split: str, number: int) -> tuple[Bag, int]:
     ), label
 
 
-def _tissue(rng: np.random.Generator, label: int) -> Array:
-    """Return the kind of every cell, 0 to 3, or -1 without tissue; tumour is kind 0."""
+def _prototypes() -> Array:
+    """Return features of kinds of tissue and of amounts of lymphocytes, (2, 3, DIM / 2)."""
+    drawn = np.random.default_rng(_SEED).normal(size=(2, _KINDS, DIM // 2))
+    drawn -= drawn.mean(1, keepdims=True)
+    found: Array = 0.7 * drawn / drawn.std((1, 2), keepdims=True)
+    return found
+
+
+def _tissue(rng: np.random.Generator) -> Array:
+    """Return the kind of every cell, 0 to 2, or -1 without tissue."""
     shape = tuple(int(n) for n in rng.integers(17, 23, 2))
     inside = _outline(rng, shape)
-    places = np.flatnonzero(inside)
-    ranked = places[np.argsort(_areas(rng, shape).reshape(-1)[places])]
-    partner = label + 1
-    others = [kind for kind in (1, 2, 3) if kind != partner]
-    kinds = np.full(inside.size, -1)
-    first = round(rng.uniform(0.2, 0.8) * len(ranked))
-    for part, pair in ((ranked[:first], (0, partner)), (ranked[first:], others)):
-        share = rng.uniform(0.2, 0.8)
-        kinds[part] = np.where(rng.random(len(part)) < share, *pair)
-    return kinds.reshape(shape)
+    spacing = rng.uniform(3, 5)
+    height = np.stack([_areas(rng, shape, spacing)[inside] for _ in range(_KINDS)])
+    wanted = rng.dirichlet(np.full(_KINDS, 12.0))
+    level = np.zeros(_KINDS)
+    for _ in range(60):  # until every kind has its share
+        highest = (height + level[:, None]).argmax(0)
+        level += 0.7 * (wanted - np.bincount(highest, minlength=_KINDS) / len(highest))
+    kinds = np.full(shape, -1)
+    kinds[inside] = highest
+    return kinds
 
 
 def _outline(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
@@ -117,10 +130,12 @@ def _outline(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return inside
 
 
-def _areas(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Return smooth noise, whose halves are areas some tiles wide."""
-    smooth = rng.normal(size=shape)
-    for axis in (0, 1):
-        for _ in range(2):
-            smooth = (np.roll(smooth, 1, axis) + 2 * smooth + np.roll(smooth, -1, axis)) / 4
-    return smooth
+def _areas(rng: np.random.Generator, shape: tuple[int, ...], spacing: float) -> Array:
+    """Return noise of unit variance whose maxima lie about `spacing` cells apart."""
+    size = 32
+    frequency = np.fft.fftfreq(size)
+    turns = np.hypot(frequency[:, None], frequency) * spacing
+    passed = np.fft.fft2(rng.normal(size=(size, size))) * np.exp(-0.5 * ((turns - 1) / 0.25) ** 2)
+    waves = np.fft.ifft2(passed).real[: shape[0], : shape[1]]
+    found: Array = waves / waves.std()
+    return found
