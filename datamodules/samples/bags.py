@@ -26,7 +26,7 @@ __all__ = ["CLASSES", "DIM", "SPLITS", "build", "sample_root"]
 CLASSES = ("inflamed", "excluded", "necrotic")
 SPLITS = {"train": 96, "val": 64}
 DIM = 32
-VERSION = "2"
+VERSION = "3"
 _SEED = 20261128
 _KINDS = 3  # of tissue, and amounts of lymphocytes
 _PATCH, _STEP = 256, 512  # pixels of a tile at 20x, and of level 0 at 40x
@@ -72,7 +72,7 @@ def slide(split: str, number: int) -> tuple[Bag, int]:
     kinds = _tissue(rng)
     rows, columns = np.nonzero(kinds >= 0)
     kind = kinds[rows, columns]
-    follows = rng.random(len(kind)) < rng.uniform(0.25, 0.4)
+    follows = rng.random(len(kind)) < rng.uniform(0.2, 0.33)
     amount = np.where(follows, (kind - label) % _KINDS, rng.integers(0, _KINDS, len(kind)))
     tissue, lymphocytes = _prototypes()
     values = np.concatenate([tissue[kind], lymphocytes[amount]], 1)

@@ -20,10 +20,10 @@ from domainssl.matrix.runs import read_outcome
 
 COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside this one
 # They train, but that they learn their sample is not shown yet; docs/matrix.md lists them.
-NOT_SHOWN = {"ct_swinunetr_ssl", "slides_titan"}
+NOT_SHOWN = {"ct_swinunetr_ssl"}
 # one per objective, and one per kind of data
 LEARN = (
-    "ct_conv_mae", "ct_vitautoenc", "ctmr_simdino", "mri_multicontrast_mae",
+    "ct_conv_mae", "ct_vitautoenc", "ctmr_simdino", "mri_multicontrast_mae", "slides_titan",
     "ssl4eo_barlow_twins", "ssl4eo_clip", "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_simclr",
     "ssl4eo_vicreg", "tiles_mae", "treesat_maestro", "treesat_omnisat",
 )  # fmt: skip
