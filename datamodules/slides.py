@@ -19,8 +19,9 @@ from typing import Any, Literal
 from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError
-from domainssl.io.slide.bag_slides import FoundSlides, SlideBag, find_slides
-from domainssl.io.volume.ids import ids_of, write_table
+from domainssl.io.ids import ids_of, write_table
+from domainssl.io.slide.bag_slides import SlideBag, find_slides
+from domainssl.io.subjects import Found
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut
@@ -106,7 +107,7 @@ class SlideFeatureDataModule(DomainDataModule):
         self.held_out = (held_out or HeldOut()).of(("val_fraction", "patients", "seed"))
         self.labels = SlideLabels() if isinstance(labels, str) else labels
         self.slides = slides or SlideFiles()
-        self.found: FoundSlides | None = None
+        self.found: Found[SlideBag] | None = None
         self.splits: dict[str, list[SlideBag]] = {}
         modality = self.features.modality(self.key, self.window.shape)
         self._modalities = as_modalities({self.key: statistics_of(modality, statistics)})
@@ -134,15 +135,15 @@ class SlideFeatureDataModule(DomainDataModule):
         self.found = found
         for problem in found.problems:
             _log.warning("%s: %s", root, problem)
-        self.splits = split_by_patient(found.slides, self.held_out, "slides")
+        self.splits = split_by_patient(found.items, self.held_out, "slides")
         if "val" not in self.splits:
             _log.warning("%s: nothing is held out for validation", root)
-        there = {slide.label for slide in found.slides if slide.label}
+        there = {slide.label for slide in found.items if slide.label}
         self.label_names = None
         if self.labels is not None and there:
             self.label_names = class_names(there, self.labels.classes, "slides")
         if self.slides.id_table is not None and self._rank == 0:
-            named = [(slide.id, slide.patient) for slide in found.slides]
+            named = [(slide.id, slide.patient) for slide in found.items]
             write_table(self.slides.id_table, named, self._ids, "slide")
         sources: dict[str, Source] = {
             split: self._source(part, is_training=split == "train")
@@ -206,7 +207,7 @@ class SlideFeatureDataModule(DomainDataModule):
         """Return lines that tell what was found."""
         found = self.found
         assert found is not None  # called after setup
-        slides = found.slides
+        slides = found.items
         patients = len({slide.patient for slide in slides})
         tiles = sorted(slide.tiles for slide in slides)
         shown = self.window.shape

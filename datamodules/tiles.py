@@ -21,8 +21,9 @@ from typing import Any, Literal
 from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
-from domainssl.io.slide.manifest import FoundTiles, TileSet, find_tiles
-from domainssl.io.volume.ids import write_table
+from domainssl.io.ids import write_table
+from domainssl.io.slide.manifest import TileSet, find_tiles
+from domainssl.io.subjects import Found
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut
@@ -103,7 +104,7 @@ class TileDataModule(DomainDataModule):
         used = ("val_fraction", "patients", "slides", "seed")
         self.held_out = (held_out or HeldOut()).of(used)
         self.labels = TileLabels() if isinstance(labels, str) else labels
-        self.found: FoundTiles | None = None
+        self.found: Found[TileSet] | None = None
         self.splits: dict[str, list[TileSet]] = {}
         self._modalities = as_modalities(
             {
@@ -140,17 +141,19 @@ class TileDataModule(DomainDataModule):
             layout=self.tiles.layout,
         )
         size = self.slides.size_px or max(self.window.shape)
-        sets, empty = with_grids(found.sets, self.slides, size, self.tiles.mpp_um)
-        found = replace(found, sets=sets, problems=[*found.problems, *empty])
+        sets, empty = with_grids(found.items, self.slides, size, self.tiles.mpp_um)
+        found = replace(found, items=sets, problems=[*found.problems, *empty])
         self.found = found
         for problem in found.problems:
             _log.warning("%s", problem)
-        self.splits = split_by_patient(found.sets, _by_patient(self.held_out, found.sets), "slides")
+        self.splits = split_by_patient(
+            found.items, _by_patient(self.held_out, found.items), "slides"
+        )
         if "val" not in self.splits:
             _log.warning("%s: nothing is held out for validation", root)
-        self.label_names = self._classes(found.sets)
+        self.label_names = self._classes(found.items)
         if self.tiles.id_table is not None and self._rank == 0:
-            named = [(name, each.patient) for each in found.sets for name in each.names]
+            named = [(name, each.patient) for each in found.items for name in each.names]
             write_table(self.tiles.id_table, named, self._ids, "tile")
         sources: dict[str, Source] = {
             split: self._source(part, is_training=split == "train")
@@ -224,16 +227,16 @@ class TileDataModule(DomainDataModule):
         """Return lines that tell what was found."""
         found = self.found
         assert found is not None  # called after setup
-        patients = len({each.patient for each in found.sets})
-        tiles = sum(map(len, found.sets))
+        patients = len({each.patient for each in found.items})
+        tiles = sum(map(len, found.items))
         lines = [
-            f"{tiles} tiles of {len(found.sets)} slides of {patients} patients in {self.root} "
+            f"{tiles} tiles of {len(found.items)} slides of {patients} patients in {self.root} "
             f"({found.layout})"
         ]
         lines += [f"problem: {text}" for text in found.problems]
         size = " x ".join(str(n) for n in self.window.shape)
         for name, modality in self._modalities.items():
-            count = sum(each.shows(name) for each in found.sets)
+            count = sum(each.shows(name) for each in found.items)
             lines.append(
                 f"{name}: {modality.num_channels} channels {' '.join(modality.channels)} "
                 f"({modality.value_unit}), {size} px of {modality.mpp_um:g} um, of {count} tiles"

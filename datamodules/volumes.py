@@ -21,9 +21,11 @@ from typing import Any, Literal
 from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.io.ids import ids_of, write_table
+from domainssl.io.subjects import Found
 from domainssl.io.volume.cache import Exams
-from domainssl.io.volume.exams import Exam, Found, find_exams
-from domainssl.io.volume.ids import ids_of, write_table
+from domainssl.io.volume.exam import Exam
+from domainssl.io.volume.exams import find_exams
 from domainssl.io.volume.scan import describe_scan
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
@@ -121,7 +123,7 @@ class VolumeDataModule(DomainDataModule):
         self.held_out = (held_out or HeldOut()).of(("val_fraction", "patients", "seed"))
         self.labels = ExamLabels() if isinstance(labels, str) else labels
         self.exams = exams or ExamFiles()
-        self.found: Found | None = None
+        self.found: Found[Exam] | None = None
         self.splits: dict[str, list[Exam]] = {}
         self.prepared: Exams[Exam] | None = None
         self._modalities = as_modalities(
@@ -158,18 +160,18 @@ class VolumeDataModule(DomainDataModule):
             manifest=self.exams.manifest,
             layout=self.exams.layout,
         )
-        found = replace(found, exams=split_volumes(found.exams, self.contrasts))
+        found = replace(found, items=split_volumes(found.items, self.contrasts))
         self.found = found
         for problem in found.problems:
             _log.warning("%s", problem)
-        self.splits = split_by_patient(found.exams, self.held_out)
+        self.splits = split_by_patient(found.items, self.held_out)
         if "val" not in self.splits:
             _log.warning("%s: nothing is held out for validation", root)
-        self.label_names = self._classes(found.exams)
-        self.persons = self._persons(found.exams)
-        self.prepared = self._prepared(found.exams)
+        self.label_names = self._classes(found.items)
+        self.persons = self._persons(found.items)
+        self.prepared = self._prepared(found.items)
         if self.exams.id_table is not None and self._rank == 0:
-            named = [(exam.id, exam.patient) for exam in found.exams]
+            named = [(exam.id, exam.patient) for exam in found.items]
             write_table(self.exams.id_table, named, self._ids)
         sources: dict[str, Source] = {
             split: self._source(part, is_training=split == "train")
@@ -212,7 +214,7 @@ class VolumeDataModule(DomainDataModule):
     @property
     def _has_masks(self) -> bool:
         assert self.found is not None
-        return any(exam.mask for exam in self.found.exams)
+        return any(exam.mask for exam in self.found.items)
 
     def _prepared(self, exams: Sequence[Exam]) -> Exams[Exam] | None:
         """Return where prepared exams are kept on disk, if they are."""
@@ -275,7 +277,7 @@ class VolumeDataModule(DomainDataModule):
     def _headers(self, name: str) -> str:
         """Return sizes, orientations and types of a few of the scans of a modality."""
         assert self.found is not None
-        scans = [exam.scans[name] for exam in self.found.exams if name in exam.scans]
+        scans = [exam.scans[name] for exam in self.found.items if name in exam.scans]
         reading = self.contrasts[name].reading
         try:
             facts = [describe_scan(path, reading) for path in spread(scans, _HEADERS)]
@@ -291,17 +293,17 @@ class VolumeDataModule(DomainDataModule):
         """Return lines that tell what was found."""
         found = self.found
         assert found is not None  # called after setup
-        patients = len({exam.patient for exam in found.exams})
-        lines = [f"{len(found.exams)} exams of {patients} patients in {self.root} ({found.layout})"]
+        patients = len({exam.patient for exam in found.items})
+        lines = [f"{len(found.items)} exams of {patients} patients in {self.root} ({found.layout})"]
         lines += [f"problem: {text}" for text in found.problems]
         size = " x ".join(str(n) for n in self.window.shape)
         for name, modality in self._modalities.items():
-            count = sum(name in exam.scans for exam in found.exams)
+            count = sum(name in exam.scans for exam in found.items)
             lines.append(
                 f"{name}: {modality.num_channels} channel(s) {' '.join(modality.channels)} "
                 f"({modality.value_unit}), {size} voxels, in {count} exams{self._headers(name)}"
             )
-        names, masks = self.label_names, sum(bool(exam.mask) for exam in found.exams)
+        names, masks = self.label_names, sum(bool(exam.mask) for exam in found.items)
         lines.append("labels: none" if names is None else f"labels: {', '.join(names)}")
         classes = ", ".join(f"{value} {name}" for value, name in self.mask_names.items())
         lines.append(f"segmentation maps: {masks or 'none'}" + (f" ({classes})" if classes else ""))

@@ -90,7 +90,7 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
             contrasts={name: c.contrast or name for name, c in inputs.contrasts.items()},
             label="", mask="",
         )  # fmt: skip
-        return list(find_exams(path, wanted).exams)
+        return list(find_exams(path, wanted).items)
     if modality is None and len(names) > 1:
         raise ConfigError(
             f"{path}: one scan, but the task knows {', '.join(names)}. Say which it is, such as "

@@ -39,8 +39,8 @@ def companions(
         present: True where the item has the modality: one answer for all, or bool (count,).
         dates: Days since 1970-01-01: one number, or what fits (count, T); None for none.
         frame_mask: bool (T,) or (count, T), False on padded dates; all True where left out.
-        others: Any of `geo`, `affine`, `window`, `source`; None is left out. `geo` and `affine`
-            are lists where there are many items.
+        others: Any of `geo`, `affine`, `window`, `source`, `coords`; None is left out. `geo` and
+            `affine` are lists where there are many items.
 
     Returns:
         `name` and its companions. Companions of many items are arrays and lists that may be

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from domainssl.errors import ConfigError, nearest
-from domainssl.io.volume.exam import Owned
+from domainssl.io.subjects import Owned
 from domainssl.sources.held_out import HeldOut
 
 __all__ = ["split_by_patient"]

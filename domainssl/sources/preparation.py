@@ -17,7 +17,7 @@ import numpy as np
 from domainssl.arguments import plain
 from domainssl.errors import DataError
 from domainssl.io.volume.cache import Exams, VolumeCache, identity_of
-from domainssl.io.volume.exams import Exam
+from domainssl.io.volume.exam import Exam
 from domainssl.io.volume.geometry import check_same_grid, spacing_of
 from domainssl.io.volume.prepared import Prepared, compact, halve, shifted
 from domainssl.io.volume.scan import Scan, describe_scan, placed, read_labels, read_scan

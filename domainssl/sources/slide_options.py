@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from domainssl.errors import ConfigError, nearest
+from domainssl.io.ids import IDS
 from domainssl.io.slide.bag_slides import WantedSlides
-from domainssl.io.volume.ids import IDS
 from domainssl.modality import Modality, sides_of
 
 __all__ = ["SlideFiles", "SlideLabels", "SlideWindow", "TileFeatures", "wanted_slides"]

@@ -20,6 +20,7 @@ from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import Modality, key
+from domainssl.sources.items import companions
 from domainssl.sources.slide_options import SlideFiles, SlideWindow, TileFeatures
 
 __all__ = ["SlideSource", "batch_of_grid"]
@@ -81,13 +82,14 @@ class SlideSource:
         epoch = epoch if self.is_training else 0
         count, tokens = len(piece), math.prod(self.window.shape)
         name, dim = self.modality.name, self.modality.num_channels
-        data: dict[str, Any] = {
-            name: empty((count, tokens, dim), torch.float32).zero_(),
-            key(name, "valid"): empty((count, tokens), torch.bool).zero_(),
-            key(name, "present"): np.ones(count, bool),
-            key(name, "coords"): empty((count, tokens, 2), torch.float32).zero_(),
-            key(name, "geo"): [],
-        }
+        data = companions(
+            name,
+            empty((count, tokens, dim), torch.float32).zero_(),
+            empty((count, tokens), torch.bool).zero_(),
+            count=count,
+            coords=empty((count, tokens, 2), torch.float32).zero_(),
+            geo=[],
+        )
         rows = Rows(data=data, count=count, bytes_decoded=decoded)
         first = piece.block * self.per_slide
         for row, number in enumerate(range(piece.start, piece.stop)):

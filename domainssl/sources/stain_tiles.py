@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from domainssl.errors import DataError
+from domainssl.io.ids import ids_of
 from domainssl.io.slide.manifest import TileSet
 from domainssl.io.slide.picture import read_tile_picture
 from domainssl.io.slide.pyramid import Slide
-from domainssl.io.volume.ids import ids_of
 from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows

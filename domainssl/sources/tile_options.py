@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from domainssl.errors import ConfigError, nearest
+from domainssl.io.ids import IDS
 from domainssl.io.slide.manifest import LAYOUTS, WantedTiles
-from domainssl.io.volume.ids import IDS
 from domainssl.modality import Modality
 from domainssl.sources.stain_normalization import NORMALIZATIONS
 from domainssl.sources.windows import Window

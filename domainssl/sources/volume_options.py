@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from domainssl.errors import ConfigError, nearest
+from domainssl.io.ids import IDS
 from domainssl.io.volume.exam import Wanted
 from domainssl.io.volume.exams import LAYOUTS
-from domainssl.io.volume.ids import IDS
 from domainssl.io.volume.scan import Reading
 from domainssl.io.volume.stores import TIERS
 from domainssl.modality import Modality

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from domainssl.io.volume.cache import Exams
-from domainssl.io.volume.exams import Exam
+from domainssl.io.volume.exam import Exam
 from domainssl.io.volume.prepared import Prepared, shifted
 from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator

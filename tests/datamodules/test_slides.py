@@ -136,9 +136,9 @@ def test_slides_of_a_patient_stay_together_and_labels_follow_the_table(tmp_path)
 def test_patients_are_read_from_names(tmp_path):
     names = ("TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "TCGA-AA-0002-01Z-00-DX1")
     module = data(slides(tmp_path, names), window=SlideWindow(size=2))
-    assert {s.patient for s in module.found.slides} == {"TCGA-AA-0001", "TCGA-AA-0002"}
+    assert {s.patient for s in module.found.items} == {"TCGA-AA-0001", "TCGA-AA-0002"}
     files = SlideFiles(patient=r"-(\d{4})-", ids="plain")
-    assert {s.patient for s in data(tmp_path, slides=files).found.slides} == {"0001", "0002"}
+    assert {s.patient for s in data(tmp_path, slides=files).found.items} == {"0001", "0002"}
     with pytest.raises(ConfigError, match=r"slides\.patient.*finds no group"):
         data(tmp_path, slides=SlideFiles(patient="x(y)"))
 

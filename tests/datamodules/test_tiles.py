@@ -103,8 +103,8 @@ def test_folders_are_read_in_several_orders(
     write_tiles(tmp_path, names)
     data = _data(tmp_path, {"he": Stain()})
     assert data.found is not None
-    assert [each.id for each in data.found.sets] == slides
-    assert [each.patient for each in data.found.sets] == patients
+    assert [each.id for each in data.found.items] == slides
+    assert [each.patient for each in data.found.items] == patients
     if names[0].startswith("train"):
         assert {split: len(part) for split, part in data.splits.items()} == {"train": 1, "val": 1}
 
@@ -117,8 +117,8 @@ def test_patterns_find_patient_and_slide_in_a_name(tmp_path: Path) -> None:
     files = TileFiles(ids="plain", patient="(TCGA-..-....)", slide="^([^_]+)")
     data = _data(tmp_path, {"he": Stain(stain="*")}, tiles=files)
     assert data.found is not None
-    assert [each.id[-3:] for each in data.found.sets] == ["DX1", "DX2"]
-    assert {each.patient for each in data.found.sets} == {"TCGA-AA-0001"}
+    assert [each.id[-3:] for each in data.found.items] == ["DX1", "DX2"]
+    assert {each.patient for each in data.found.items} == {"TCGA-AA-0001"}
 
 
 def _table(root: Path, *rows: str, head: str = "id,patient,slide,split,he,ihc,label") -> None:
@@ -250,7 +250,7 @@ def _slide_data(root: str, **more: Any) -> TileDataModule:
 def test_tiles_are_cut_out_of_slides_where_tissue_is(cache_folder: Path) -> None:
     data = _slide_data("sample:slide")
     assert data.found is not None and data.found.layout == "slides"
-    (slide,) = data.found.sets
+    (slide,) = data.found.items
     assert slide.id == "phantom" and 40 < len(slide) < 70  # of 12 x 8
     root = Path(data._root())
     whole = {s: tifffile.imread(root / s / "phantom.tif", key=0).astype(float) for s in PAIR}
@@ -278,7 +278,7 @@ def test_a_slide_has_one_file_per_stain_and_labels_of_its_own(
     _table(tmp_path, "s1,p1,,train,s1_he.tif,s1_ihc.tif,tumour", "s2,p2,,val,s1_he.tif,,stroma")
     data = _slide_data(str(tmp_path), slides=SlideTiles(size_px=128, min_tissue=0.9))
     assert data.found is not None
-    assert [each.labels[0] for each in data.found.sets] == ["tumour", "stroma"]
+    assert [each.labels[0] for each in data.found.items] == ["tumour", "stroma"]
     rows = data.source("val").load(Piece(0, 0, 2), 0).data
     assert rows["label"].tolist() == [0, 0] and not rows["ihc.present"].any()
     with pytest.raises(DataError, match=r"not one tile is left\. Lower .*min_tissue"):

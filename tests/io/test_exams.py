@@ -12,8 +12,9 @@ import pandas
 import pytest
 
 from domainssl.errors import ConfigError, DataError
-from domainssl.io.volume.exams import Wanted, find_exams
-from domainssl.io.volume.ids import KEY_VARIABLE, id_key, ids_of
+from domainssl.io.ids import KEY_VARIABLE, id_key, ids_of
+from domainssl.io.volume.exam import Wanted
+from domainssl.io.volume.exams import find_exams
 
 TWO = Wanted(contrasts={"t1": "t1", "flair": "FLAIR"})
 
@@ -59,14 +60,14 @@ def test_folders_are_exams(
 ) -> None:
     _touch(tmp_path, *files)
     found = find_exams(str(tmp_path), TWO)
-    assert {e.id: (e.patient, sorted(e.scans)) for e in found.exams} == exams
+    assert {e.id: (e.patient, sorted(e.scans)) for e in found.items} == exams
     assert found.layout == "folder" and not found.problems
 
 
 def test_every_scan_of_a_folder_is_an_exam_if_asked_for(tmp_path: Path) -> None:
     _touch(tmp_path, "a.nii.gz", "sub/b.nii.gz", "sub/b_seg.nii.gz")
     found = find_exams(str(tmp_path), Wanted(contrasts={"ct": "*"}))
-    assert {e.id: os.path.basename(e.mask) for e in found.exams} == {
+    assert {e.id: os.path.basename(e.mask) for e in found.items} == {
         "a": "",
         "sub/b": "b_seg.nii.gz",
     }
@@ -77,7 +78,7 @@ def test_every_scan_of_a_folder_is_an_exam_if_asked_for(tmp_path: Path) -> None:
 def test_maps_named_after_a_scan_belong_to_its_exam(tmp_path: Path) -> None:
     _touch(tmp_path, "p1/t1.nii", "p1/FLAIR.nii", "p1/flair_seg.nii", "p2/t1.nii", "p3/x_seg.nii")
     found = find_exams(str(tmp_path), TWO)
-    assert [bool(exam.mask) for exam in found.exams] == [True, False]
+    assert [bool(exam.mask) for exam in found.items] == [True, False]
     (problem,) = found.problems
     assert "x_seg.nii: belongs to no scan" in problem
 
@@ -89,13 +90,13 @@ def test_a_folder_with_many_exams_is_doubted_to_be_one_patient(tmp_path: Path) -
     (problem,) = found.problems
     assert "ct_train: taken for one patient with 9 exams" in problem
     named = find_exams(str(tmp_path), replace(wanted, patient="([^/]+)$"))
-    assert not named.problems and len({exam.patient for exam in named.exams}) == 10
+    assert not named.problems and len({exam.patient for exam in named.items}) == 10
 
 
 def test_a_second_scan_of_a_contrast_is_left_out_and_named(tmp_path: Path) -> None:
     _touch(tmp_path, "p1/t1.nii.gz", "p1/old_t1.nii.gz", "p1/FLAIR.nii.gz")
     found = find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"}))
-    assert [e.id for e in found.exams] == ["p1", "p1/old"] and not found.problems
+    assert [e.id for e in found.items] == ["p1", "p1/old"] and not found.problems
     _touch(tmp_path, "p1/t1.nii")
     assert "a second scan of 't1'" in find_exams(str(tmp_path), TWO).problems[0]
 
@@ -121,7 +122,7 @@ def test_manifests_hold_exams(tmp_path: Path, ending: str) -> None:
         table.to_json(path, orient="records", lines=True)
     else:
         table.to_csv(path, index=False, sep=";" if ending == "semicolon" else ",")
-    first, second = find_exams(str(tmp_path), TWO, manifest=path.name).exams
+    first, second = find_exams(str(tmp_path), TWO, manifest=path.name).items
     assert (first.id, first.patient, first.split, first.mask) == ("7", "A", "train", "")
     assert first.label in ("1", "1.0") and second.label == ""
     assert _relative(tmp_path, dict(first.scans)) == {"t1": "x/1.nii", "flair": "x/2.nii"}
@@ -156,7 +157,7 @@ def test_a_patient_in_two_splits_is_refused_with_the_list(tmp_path: Path) -> Non
 def test_patients_are_found_by_a_pattern(tmp_path: Path) -> None:
     _touch(tmp_path, "sub01-a_t1.nii", "sub01-b_t1.nii")
     wanted = Wanted(contrasts={"t1": "t1"}, patient="(sub[0-9]+)")
-    assert {e.patient for e in find_exams(str(tmp_path), wanted).exams} == {"sub01"}
+    assert {e.patient for e in find_exams(str(tmp_path), wanted).items} == {"sub01"}
     with pytest.raises(DataError, match="finds no group"):
         find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"}, patient="(pat[0-9]+)"))
 
@@ -207,7 +208,7 @@ def test_bids_folders_are_exams_per_session(tmp_path: Path) -> None:
         str(tmp_path), Wanted(contrasts={"t1": "t1", "t1c": "t1c", "flair": "flair"})
     )
     assert found.layout == "bids"
-    exams = {e.id: e for e in found.exams}
+    exams = {e.id: e for e in found.items}
     assert {n: (e.patient, sorted(e.scans)) for n, e in exams.items()} == {
         "sub-01/ses-a": ("sub-01", ["flair", "t1", "t1c"]),
         "sub-01/ses-b": ("sub-01", ["t1"]),
@@ -232,7 +233,7 @@ def test_contrasts_of_the_decathlon_are_volumes_of_one_file(tmp_path: Path) -> N
     _json(tmp_path / "dataset.json", content)
     wanted = Wanted(contrasts={"t1": "T1w", "flair": "FLAIR"})
     found = find_exams(str(tmp_path), wanted)
-    train, test = found.exams
+    train, test = found.items
     assert dict(train.volumes) == {"t1": 1, "flair": 0} and train.mask.endswith("B_1.nii.gz")
     assert (train.split, test.split, test.mask) == ("", "test", "")
     assert train.scans["t1"] == train.scans["flair"] == str(tmp_path / "imagesTr/B_1.nii.gz")
@@ -258,7 +259,7 @@ def test_cases_of_nnunet_have_a_file_per_channel(tmp_path: Path) -> None:
     _json(tmp_path / "dataset.json", content)
     found = find_exams(str(tmp_path), Wanted(contrasts={"ct": "CT", "pet": "PET"}))
     assert found.layout == "nnunet" and found.mask_names == {0: "background", 1: "liver"}
-    assert [(e.id, sorted(e.scans), e.split, bool(e.mask)) for e in found.exams] == [
+    assert [(e.id, sorted(e.scans), e.split, bool(e.mask)) for e in found.items] == [
         ("imagesTr/a", ["ct", "pet"], "", True),
         ("imagesTr/b", ["ct"], "", False),
         ("imagesTs/c", ["ct"], "test", False),
@@ -284,8 +285,8 @@ def test_the_list_of_nnssl_holds_sessions(tmp_path: Path, monkeypatch: pytest.Mo
         find_exams(str(tmp_path), both)
     monkeypatch.setenv("NNSSL_TEST", str(tmp_path / "raw"))
     found = find_exams(str(tmp_path), both)
-    (exam,) = found.exams
+    (exam,) = found.items
     assert (exam.id, exam.patient) == ("D1/p/s", "D1/p") and "1 further images" in found.problems[0]
     assert exam.scans["t1"].endswith("a.nii.gz") and exam.anonymized.endswith("anon.nii.gz")
     every = find_exams(str(tmp_path), Wanted(contrasts={"scan": "*"}))
-    assert [e.id for e in every.exams] == ["D1/p/s/a", "D1/p/s/b", "D1/p/s/c"]
+    assert [e.id for e in every.items] == ["D1/p/s/a", "D1/p/s/b", "D1/p/s/c"]

@@ -12,7 +12,7 @@ import pytest
 from exam_files import spot_scan, write_scan
 
 from domainssl.errors import ConfigError, StorageError
-from domainssl.io.volume.exams import Exam
+from domainssl.io.volume.exam import Exam
 from domainssl.loading.plan import Piece
 from domainssl.sources import preparation as module
 from domainssl.sources.preparation import kept_exams

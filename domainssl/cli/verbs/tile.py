@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tiling(options: argparse.Namespace) -> SlideTiling:
+    from domainssl.io.ids import ids_of
     from domainssl.io.slide.tiling import SlideTiling
-    from domainssl.io.volume.ids import ids_of
 
     found = list(_slides(options.slides))
     names = [name for _, name in found]

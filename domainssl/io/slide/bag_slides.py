@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.slide.bag_folders import BagFile, Bags, find_bags
 from domainssl.io.slide.features import bag_shape
-from domainssl.io.volume.exam import patients_in_two_splits, split_of
-from domainssl.io.volume.manifest import MANIFESTS, read_table
+from domainssl.io.subjects import Found, patients_in_two_splits, split_of
+from domainssl.io.tables import MANIFESTS, read_table
 
-__all__ = ["FoundSlides", "SlideBag", "WantedSlides", "find_slides"]
+__all__ = ["SlideBag", "WantedSlides", "find_slides"]
 
 _SLIDES = ("slide", "slide_id", "id")
 _PATIENTS = ("patient", "patient_id", "case_id")
@@ -64,22 +64,7 @@ class WantedSlides:
     label: str = "label"
 
 
-@dataclass(frozen=True, kw_only=True)
-class FoundSlides:
-    """What a folder holds.
-
-    Attributes:
-        layout: Which one it is.
-        slides: The slides, by name.
-        problems: What was left out, and why.
-    """
-
-    layout: str
-    slides: Sequence[SlideBag]
-    problems: Sequence[str] = ()
-
-
-def find_slides(root: str, wanted: WantedSlides) -> FoundSlides:
+def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
     """Find the bags of a folder, and what a table says of their slides.
 
     Raises:
@@ -119,7 +104,7 @@ def find_slides(root: str, wanted: WantedSlides) -> FoundSlides:
     if not slides:
         raise DataError(f"{root}: none of {len(bags.files)} slides is left ({problems[:_NAMED]}).")
     patients_in_two_splits(slides, path or root, "Slides")
-    return FoundSlides(layout=bags.layout, slides=slides, problems=problems)
+    return Found(layout=bags.layout, items=slides, problems=problems)
 
 
 def _table(root: str, manifest: str | None) -> str | None:

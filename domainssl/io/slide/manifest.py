@@ -1,7 +1,7 @@
 """Find tiles and slides: which pictures show which place, in which stain, of which patient.
 
 found = find_tiles("/data/tiles", Wanted(stains={"he": "he", "ihc": "ihc"}))
-found.sets[0].pictures["he"][0]        # "/data/tiles/he/slide01/0_512.png"
+found.items[0].pictures["he"][0]        # "/data/tiles/he/slide01/0_512.png"
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.slide.picture import ENDINGS
 from domainssl.io.slide.pyramid import ENDINGS as SLIDES
 from domainssl.io.slide.pyramid import describe_slide, is_slide, list_slides
-from domainssl.io.volume.exam import patients_in_two_splits, split_of
-from domainssl.io.volume.folder import EVERY, ends_with
-from domainssl.io.volume.manifest import MANIFESTS, read_table
+from domainssl.io.subjects import EVERY, Found, ends_with, patients_in_two_splits, split_of
+from domainssl.io.tables import MANIFESTS, read_table
 
-__all__ = ["LAYOUTS", "FoundTiles", "TileSet", "WantedTiles", "find_tiles"]
+__all__ = ["LAYOUTS", "TileSet", "WantedTiles", "find_tiles"]
 
 LAYOUTS = ("manifest", "folder", "slides")
 _NAMED = 5  # missing files that a message names
@@ -81,21 +80,6 @@ class WantedTiles:
     slide: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FoundTiles:
-    """What a folder holds.
-
-    Attributes:
-        layout: Which one it is.
-        sets: The slides, by id.
-        problems: What was left out, and why.
-    """
-
-    layout: str
-    sets: Sequence[TileSet]
-    problems: Sequence[str] = ()
-
-
 @dataclass(kw_only=True)
 class _Rows:
     """The tiles of a slide while they are collected."""
@@ -109,7 +93,7 @@ class _Rows:
 
 def find_tiles(
     root: str, wanted: WantedTiles, *, manifest: str | None = None, layout: str = "auto"
-) -> FoundTiles:
+) -> Found[TileSet]:
     """Return the tiles under a folder, by slide; those of one patient are in one split.
 
     Args:
@@ -144,14 +128,14 @@ def find_tiles(
         found = _read_manifest(path, root, wanted, layout)
     else:
         found = _read_folder(root, wanted, layout)
-    patients_in_two_splits(found.sets, root, "Slides")
-    return replace(found, sets=sorted(found.sets, key=lambda each: each.id))
+    patients_in_two_splits(found.items, root, "Slides")
+    return replace(found, items=sorted(found.items, key=lambda each: each.id))
 
 
 # A table ------------------------------------------------------------------------------------
 
 
-def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> FoundTiles:
+def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Found[TileSet]:
     """Return the tiles of a table: `id`, `patient`, `slide`, `split`, a column per stain."""
     columns, rows = read_table(path)
     for name, column in wanted.stains.items():
@@ -195,7 +179,7 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Fo
             "where a tile lacks a stain."
         )
     sets = _slides(slides, path) if are_slides else _sets(slides, wanted)
-    return FoundTiles(layout="slides" if are_slides else "manifest", sets=sets, problems=problems)
+    return Found(layout="slides" if are_slides else "manifest", items=sets, problems=problems)
 
 
 def _first(row: Mapping[str, str], *columns: str) -> str:
@@ -205,7 +189,7 @@ def _first(row: Mapping[str, str], *columns: str) -> str:
 # A folder -----------------------------------------------------------------------------------
 
 
-def _read_folder(root: str, wanted: WantedTiles, layout: str) -> FoundTiles:
+def _read_folder(root: str, wanted: WantedTiles, layout: str) -> Found[TileSet]:
     """Return the tiles of a folder: `[split/]<stain>/<slide>/<x>_<y>.png`, in any order of these.
 
     A picture belongs to the stain that is one of its folders or ends its name. The rest of the
@@ -253,8 +237,8 @@ def _read_folder(root: str, wanted: WantedTiles, layout: str) -> FoundTiles:
         patient = _group(wanted.patient, tile, "patient") or (folders[0] if folders else slide)
         _add(slides, slide, patient, split, tile, "", own, os.path.join(root, tile))
     if layout == "slides":
-        return FoundTiles(layout="slides", sets=_slides(slides, root), problems=problems)
-    return FoundTiles(layout="folder", sets=_sets(slides, wanted), problems=problems)
+        return Found(layout="slides", items=_slides(slides, root), problems=problems)
+    return Found(layout="folder", items=_sets(slides, wanted), problems=problems)
 
 
 def _tile_of(parts: Sequence[str], stain: str) -> str | None:

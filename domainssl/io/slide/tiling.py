@@ -21,12 +21,12 @@ import numpy as np
 
 from domainssl.errors import ConfigError, DataError, StorageError, require
 from domainssl.files import read_json, write_json, write_whole
+from domainssl.io.ids import ids_of
 from domainssl.io.slide.grid import MIN_REGION, MIN_TISSUE, TileGrid, plan_grid
 from domainssl.io.slide.overview import draw_overview
 from domainssl.io.slide.pyramid import Slide, SlideReading
 from domainssl.io.slide.regions import ENDINGS, read_regions, regions_for
 from domainssl.io.slide.tissue import TissueMask, TissueOptions, slide_tissue
-from domainssl.io.volume.ids import ids_of
 
 __all__ = ["GridOptions", "SlideTiling", "write_grid"]
 

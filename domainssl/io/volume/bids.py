@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping
 
 from domainssl.errors import DataError, nearest
-from domainssl.io.volume.exam import Exam, Found, Wanted, stem_of
-from domainssl.io.volume.manifest import read_table
+from domainssl.io.subjects import Found
+from domainssl.io.tables import read_table
+from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.scan import list_scans
 
 __all__ = ["is_bids", "read_bids"]
@@ -31,7 +32,7 @@ def is_bids(root: str) -> bool:
     )
 
 
-def read_bids(root: str, wanted: Wanted) -> Found:
+def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
     """Return an exam per subject and session, derivatives apart from their maps left out.
 
     Raises:
@@ -78,7 +79,7 @@ def read_bids(root: str, wanted: Wanted) -> Found:
         )
         for exam, files in scans.items()
     ]
-    return Found(layout="bids", exams=exams, problems=problems)
+    return Found(layout="bids", items=exams, problems=problems)
 
 
 def _name(contrast: str) -> tuple[dict[str, str], str]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from domainssl.errors import DataError, nearest, parsing
 from domainssl.files import read_json
-from domainssl.io.volume.exam import Exam, Found, Wanted, stem_of
-from domainssl.io.volume.folder import EVERY
+from domainssl.io.subjects import EVERY, Found
+from domainssl.io.volume.exam import Exam, Wanted, stem_of
 
 __all__ = [
     "is_decathlon",
@@ -73,7 +73,7 @@ def _channels(stated: Mapping[Any, Any], wanted: Wanted, where: str) -> dict[str
     return out
 
 
-def read_decathlon(root: str, wanted: Wanted) -> Found:
+def read_decathlon(root: str, wanted: Wanted) -> Found[Exam]:
     """Return the exams of a `dataset.json` with `training` and `test`.
 
     Several contrasts are the volumes of one 4D file.
@@ -94,7 +94,7 @@ def read_decathlon(root: str, wanted: Wanted) -> Found:
             for entry, split in entries
         ]
     _must_exist(where, exams)
-    return Found(layout="decathlon", exams=exams, mask_names=names)
+    return Found(layout="decathlon", items=exams, mask_names=names)
 
 
 def _decathlon_exam(
@@ -115,7 +115,7 @@ def _decathlon_exam(
     )
 
 
-def read_nnunet(root: str, wanted: Wanted) -> Found:
+def read_nnunet(root: str, wanted: Wanted) -> Found[Exam]:
     """Return the cases of `imagesTr` (and `imagesTs`, split `test`), one file per channel.
 
     Raises:
@@ -145,7 +145,7 @@ def read_nnunet(root: str, wanted: Wanted) -> Found:
                 )
             )
     exams = [exam for exam in exams if exam.scans]
-    return Found(layout="nnunet", exams=exams, mask_names=names)
+    return Found(layout="nnunet", items=exams, mask_names=names)
 
 
 def _cases(folder: str, ending: str) -> dict[str, dict[int, str]]:
@@ -158,7 +158,7 @@ def _cases(folder: str, ending: str) -> dict[str, dict[int, str]]:
     return cases
 
 
-def read_nnssl(root: str, wanted: Wanted) -> Found:
+def read_nnssl(root: str, wanted: Wanted) -> Found[Exam]:
     """Return an exam per session of `pretrain_data.json`, `$variables` in its paths expanded.
 
     Further images of a contrast in a session are left out and counted; with the contrast `*`
@@ -204,7 +204,7 @@ def read_nnssl(root: str, wanted: Wanted) -> Found:
             )
     _must_exist(where, exams)
     problems = [f"{where}: {spare} further images of a contrast in a session"] if spare else []
-    return Found(layout="nnssl", exams=exams, problems=problems)
+    return Found(layout="nnssl", items=exams, problems=problems)
 
 
 def _sessions(content: Any) -> Iterator[tuple[str, str, list[Any]]]:

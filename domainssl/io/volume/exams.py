@@ -1,7 +1,7 @@
 """Find the exams of a data set, whatever its layout.
 
 found = find_exams("/data/brain", Wanted(contrasts={"t1": "t1", "flair": "flair"}))
-found.exams[0].scans        # {"t1": "/data/brain/p01/t1.nii.gz", ...}
+found.items[0].scans        # {"t1": "/data/brain/p01/t1.nii.gz", ...}
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 
 from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.io.subjects import Found, patients_in_two_splits
+from domainssl.io.tables import MANIFESTS
 from domainssl.io.volume.bids import is_bids, read_bids
 from domainssl.io.volume.collections import (
     is_decathlon,
@@ -21,11 +23,11 @@ from domainssl.io.volume.collections import (
     read_nnssl,
     read_nnunet,
 )
-from domainssl.io.volume.exam import Exam, Found, Wanted, patients_in_two_splits
+from domainssl.io.volume.exam import Exam, Wanted
 from domainssl.io.volume.folder import read_folder
-from domainssl.io.volume.manifest import MANIFESTS, read_manifest
+from domainssl.io.volume.manifest import read_manifest
 
-__all__ = ["LAYOUTS", "Exam", "Found", "Wanted", "find_exams", "layout_of"]
+__all__ = ["LAYOUTS", "find_exams", "layout_of"]
 
 
 def _has(*names: str) -> Callable[[str], bool]:
@@ -33,7 +35,7 @@ def _has(*names: str) -> Callable[[str], bool]:
 
 
 # layout -> (recognises a folder, reads it), in the order in which they are asked
-LAYOUTS: Mapping[str, tuple[Callable[[str], bool], Callable[[str, Wanted], Found]]] = {
+LAYOUTS: Mapping[str, tuple[Callable[[str], bool], Callable[[str, Wanted], Found[Exam]]]] = {
     "manifest": (_has(*MANIFESTS), lambda root, wanted: _table_in(root, wanted)),
     "nnssl": (is_nnssl, read_nnssl),
     "nnunet": (is_nnunet, read_nnunet),
@@ -43,7 +45,7 @@ LAYOUTS: Mapping[str, tuple[Callable[[str], bool], Callable[[str, Wanted], Found
 }
 
 
-def _table_in(root: str, wanted: Wanted) -> Found:
+def _table_in(root: str, wanted: Wanted) -> Found[Exam]:
     paths = [os.path.join(root, name) for name in MANIFESTS]
     there = [path for path in paths if os.path.isfile(path)]
     if not there:
@@ -61,7 +63,7 @@ def layout_of(root: str) -> str | None:
 
 def find_exams(
     root: str, wanted: Wanted, *, manifest: str | None = None, layout: str = "auto"
-) -> Found:
+) -> Found[Exam]:
     """Return the exams under a folder, by id; those of one patient are in one split.
 
     Args:
@@ -96,14 +98,14 @@ def find_exams(
         named = layout_of(root) if layout == "auto" else layout
         assert named is not None  # a folder is at least a plain one
         found = LAYOUTS[named][1](root, wanted)
-    if not found.exams:
+    if not found.items:
         raise DataError(
             f"{root}: no exam with {' or '.join(wanted.contrasts)} in it (layout {found.layout}). "
             f"{found.problems[0] if found.problems else 'Check data.init_args.modalities.'}"
         )
-    exams = [_with_patient(exam, wanted.patient) for exam in found.exams]
+    exams = [_with_patient(exam, wanted.patient) for exam in found.items]
     patients_in_two_splits(exams, root)
-    return dataclasses.replace(found, exams=sorted(exams, key=lambda exam: exam.id))
+    return dataclasses.replace(found, items=sorted(exams, key=lambda exam: exam.id))
 
 
 def _with_patient(exam: Exam, pattern: str) -> Exam:

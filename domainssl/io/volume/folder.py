@@ -8,23 +8,22 @@ folder the patient; folders named `train`, `val` or `test` say the split.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from domainssl.errors import DataError, nearest
-from domainssl.io.volume.exam import Exam, Found, Wanted, split_of, stem_of
+from domainssl.io.subjects import EVERY, Found, ends_with, split_of
+from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.scan import list_scans
 
-__all__ = ["EVERY", "MASKS", "ends_with", "read_folder"]
+__all__ = ["MASKS", "read_folder"]
 
-EVERY = "*"  # as the name of a contrast: every scan is an exam
 MASKS = ("mask", "labels", "label", "seg", "segmentation", "dseg", "gt")
 _CROWD = 8  # exams of one patient that are no surprise
 _ANONYMIZED = "anon_mask"
 
 
-def read_folder(root: str, wanted: Wanted) -> Found:
+def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
     """Return the exams of a folder.
 
     Raises:
@@ -63,7 +62,7 @@ def read_folder(root: str, wanted: Wanted) -> Found:
     exams = [_exam(exam, files, extra.get(exam, {})) for exam, files in sorted(scans.items())]
     if not wanted.patient:
         problems += _crowds(root, exams)
-    return Found(layout="folder", exams=exams, problems=problems)
+    return Found(layout="folder", items=exams, problems=problems)
 
 
 def _parts(path: str, root: str) -> list[str]:
@@ -72,12 +71,6 @@ def _parts(path: str, root: str) -> list[str]:
     if relative == ".":  # the root itself is a series
         return [os.path.basename(os.path.abspath(root))]
     return [*relative.split(os.sep)[:-1], stem_of(relative)]
-
-
-def ends_with(stem: str, name: str) -> str | None:
-    """Return what stands before `name` at the end of a stem; None where it is not there."""
-    found = re.fullmatch(rf"(?:(.*?)[^A-Za-z0-9]+)?{re.escape(name)}", stem, re.IGNORECASE)
-    return None if found is None else found[1] or ""
 
 
 def _exam_of(parts: Sequence[str], contrast: str) -> str | None:

@@ -6,61 +6,20 @@ root (an empty cell is a missing contrast), and optionally `source`, `label`, `m
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
-from typing import Any
 
-from domainssl.errors import DataError, nearest, parsing, require
-from domainssl.files import open_regular, read_small
-from domainssl.io.volume.exam import Exam, Found, Wanted, split_of
+from domainssl.errors import DataError, nearest
+from domainssl.io.subjects import Found, split_of
+from domainssl.io.tables import read_table
+from domainssl.io.volume.exam import Exam, Wanted
 
-__all__ = ["MANIFESTS", "read_manifest", "read_table"]
+__all__ = ["read_manifest"]
 
-MANIFESTS = ("manifest.csv", "manifest.parquet", "manifest.jsonl")
-_MOST_BYTES = 500_000_000
 _NAMED = 5  # missing files that a message names
 
 
-def read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the columns and rows of a table, every cell as text, empty where nothing stands.
-
-    Raises:
-        DataError: The file is no such table.
-    """
-    pandas: Any = require("pandas", "medical")
-    lower = path.lower()
-    with parsing(f"{path}: the table", also=(pandas.errors.ParserError,)):
-        if lower.endswith(".parquet"):
-            require("pyarrow", "medical")
-            with open_regular(path) as file:
-                table = pandas.read_parquet(io.BytesIO(file.read(_MOST_BYTES)))
-        else:
-            text = io.StringIO(read_small(path, limit=_MOST_BYTES))
-            if lower.endswith((".jsonl", ".ndjson")):
-                table = pandas.read_json(text, lines=True, dtype=False)
-            else:
-                header = text.readline()
-                text.seek(0)
-                mark = max((",", ";", "\t"), key=header.count)
-                table = pandas.read_csv(text, sep=mark, dtype=str, keep_default_na=False)
-    columns = [str(name).strip() for name in table.columns]
-    rows = [
-        {name: _text(cell, pandas) for name, cell in zip(columns, row, strict=True)}
-        for row in table.itertuples(index=False, name=None)
-    ]
-    return columns, rows
-
-
-def _text(cell: Any, pandas: Any) -> str:
-    if cell is None or cell is pandas.NA or (isinstance(cell, float) and cell != cell):
-        return ""
-    if isinstance(cell, float) and cell.is_integer():  # whole numbers beside an empty cell
-        return str(int(cell))
-    return str(cell).strip()
-
-
-def read_manifest(path: str, root: str, wanted: Wanted) -> Found:
+def read_manifest(path: str, root: str, wanted: Wanted) -> Found[Exam]:
     """Return the exams of a table.
 
     Args:
@@ -101,7 +60,7 @@ def read_manifest(path: str, root: str, wanted: Wanted) -> Found:
             f"{', '.join(missing[:_NAMED])}. Paths are relative to {root}; leave the cell empty "
             "where an exam lacks a contrast."
         )
-    return Found(layout="manifest", exams=list(exams.values()), problems=problems)
+    return Found(layout="manifest", items=list(exams.values()), problems=problems)
 
 
 def _exam(row: Mapping[str, str], root: str, wanted: Wanted, where: str) -> Exam | None:

@@ -1,0 +1,52 @@
+"""Tables that list exams, tiles or slides: CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from domainssl.errors import parsing, require
+from domainssl.files import open_regular, read_small
+
+__all__ = ["MANIFESTS", "read_table"]
+
+MANIFESTS = ("manifest.csv", "manifest.parquet", "manifest.jsonl")
+_MOST_BYTES = 500_000_000
+
+
+def read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and rows of a table, every cell as text, empty where nothing stands.
+
+    Raises:
+        DataError: The file is no such table.
+    """
+    pandas: Any = require("pandas", "medical")
+    lower = path.lower()
+    with parsing(f"{path}: the table", also=(pandas.errors.ParserError,)):
+        if lower.endswith(".parquet"):
+            require("pyarrow", "medical")
+            with open_regular(path) as file:
+                table = pandas.read_parquet(io.BytesIO(file.read(_MOST_BYTES)))
+        else:
+            text = io.StringIO(read_small(path, limit=_MOST_BYTES))
+            if lower.endswith((".jsonl", ".ndjson")):
+                table = pandas.read_json(text, lines=True, dtype=False)
+            else:
+                header = text.readline()
+                text.seek(0)
+                mark = max((",", ";", "\t"), key=header.count)
+                table = pandas.read_csv(text, sep=mark, dtype=str, keep_default_na=False)
+    columns = [str(name).strip() for name in table.columns]
+    rows = [
+        {name: _text(cell, pandas) for name, cell in zip(columns, row, strict=True)}
+        for row in table.itertuples(index=False, name=None)
+    ]
+    return columns, rows
+
+
+def _text(cell: Any, pandas: Any) -> str:
+    if cell is None or cell is pandas.NA or (isinstance(cell, float) and cell != cell):
+        return ""
+    if isinstance(cell, float) and cell.is_integer():  # whole numbers beside an empty cell
+        return str(int(cell))
+    return str(cell).strip()
