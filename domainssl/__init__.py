@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from domainssl.api import build, list_datamodules, list_objectives
+    from domainssl.api import build, list_datamodules, list_objectives, list_tasks
     from domainssl.backbones.card import export_backbone
     from domainssl.backbones.graph import export_graph
     from domainssl.backbones.registry import list_backbones, load_backbone
@@ -26,6 +26,7 @@ __all__ = [
     "list_backbones",
     "list_datamodules",
     "list_objectives",
+    "list_tasks",
     "load_backbone",
     "register_timm",
 ]
@@ -37,6 +38,7 @@ _HOMES = {
     "build": "domainssl.api",
     "list_datamodules": "domainssl.api",
     "list_objectives": "domainssl.api",
+    "list_tasks": "domainssl.api",
     "export_backbone": "domainssl.backbones.card",
     "export_graph": "domainssl.backbones.graph",
     "list_backbones": "domainssl.backbones.registry",

@@ -10,7 +10,7 @@ from typing import Any
 from domainssl.cli.config import catalog
 from domainssl.errors import ConfigError, nearest
 
-__all__ = ["build", "list_datamodules", "list_objectives"]
+__all__ = ["build", "list_datamodules", "list_objectives", "list_tasks"]
 
 
 def build(recipe: str | Path, *overlays: str | Path, **overrides: Any) -> Any:
@@ -69,7 +69,22 @@ def list_objectives(pattern: str = "*") -> list[str]:
     Args:
         pattern: Shell pattern, such as `*Twins`.
     """
-    return [name for name in catalog.find_classes("model") if fnmatch(name, pattern)]
+    return _models("objectives", pattern)
+
+
+def list_tasks(pattern: str = "*") -> list[str]:
+    """Return the names of the tasks, such as `ClassificationTask`.
+
+    Args:
+        pattern: Shell pattern, such as `*Task`.
+    """
+    return _models("tasks", pattern)
+
+
+def _models(package: str, pattern: str) -> list[str]:
+    found = catalog.find_classes("model").items()
+    start = f"domainssl.{package}."
+    return [name for name, path in found if path.startswith(start) and fnmatch(name, pattern)]
 
 
 def list_datamodules(pattern: str = "*") -> list[str]:

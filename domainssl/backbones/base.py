@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from domainssl._torch import register_container
-from domainssl.arguments import Recorded
+from domainssl.arguments import Recorded, class_name, class_of
 from domainssl.errors import ConfigError, DataError, WeightsError, nearest
 from domainssl.lazy import lazily
 from domainssl.modality import Modality, as_modalities, check_batch
@@ -254,6 +255,10 @@ class Backbone(Recorded, nn.Module):
             missing=tuple(n for n in own if n not in state),
             unexpected=tuple(n for n in state if n not in own),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return class and arguments, without weights: what a task that was given it records."""
+        return {"name": class_name(class_of(self)), "arguments": copy.deepcopy(self.arguments)}
 
     @classmethod
     def current_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,14 +180,19 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss with the same draws in every epoch, so that epochs compare."""
+        self._held_out_step(batch, batch_idx, dataloader_idx, "val")
+
+    def _held_out_step(self, batch: Batch, batch_idx: int, dataloader_idx: int, split: str) -> Step:
+        """Log the losses of a held-out batch under `val` or `test`, and return its step."""
         with torch.random.fork_rng(devices=self._cuda_devices()):
             step = self.compute(batch, self.generators(_VALIDATION, dataloader_idx, batch_idx))
         size = self._batch_size(batch)
         common: dict[str, Any] = {"on_epoch": True, "sync_dist": True, "batch_size": size}
         common["add_dataloader_idx"] = False
-        self.log("val/loss", _total(step.losses), prog_bar=True, **common)
+        self.log(f"{split}/loss", _total(step.losses), prog_bar=True, **common)
         for name, loss in step.losses.items():
-            self.log(f"val/loss/{name}", loss, **common)
+            self.log(f"{split}/loss/{name}", loss, **common)
+        return step
 
     def features(self, batch: Batch) -> Features:
         """Return the backbone's features; the entry for callbacks, sharded or not."""

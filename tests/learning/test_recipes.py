@@ -27,7 +27,10 @@ LEARN = (
     "ssl4eo_barlow_twins", "ssl4eo_clip", "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_simclr",
     "ssl4eo_vicreg", "tiles_mae", "treesat_maestro", "treesat_omnisat",
 )  # fmt: skip
-FOUND = sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)
+FOUND = sorted(
+    (path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("finetune_")),
+    key=lambda path: path.stem,
+)
 
 
 def _objective(path: Path) -> str:

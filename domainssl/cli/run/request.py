@@ -171,6 +171,8 @@ def linked_from_data(request: Request) -> dict[str, Callable[[Any], Any]]:
             continue
         if name == "modalities":
             readers[name] = _modalities_of
+        elif name == "classes":
+            readers[name] = _classes_of
         elif hasattr(data, "context_size"):
             readers[name] = _context_size_of
     return readers
@@ -191,6 +193,21 @@ def _modalities_of(datamodule: Any) -> dict[str, Any]:
         name: item if isinstance(item, dict) else item.to_dict()
         for name, item in modalities.items()
     }
+
+
+def _classes_of(datamodule: Any) -> list[str]:
+    """Return the names of the classes; data that tell them by their files are looked at."""
+    if getattr(datamodule, "classes", None) is None and hasattr(datamodule, "open_sources"):
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    names = getattr(datamodule, "classes", None)
+    if not names:
+        raise ConfigError(
+            f"{type(datamodule).__name__} knows no names of classes, and the model learns some. "
+            "Set data.init_args.labels, or name them by their numbers: "
+            "model.init_args.classes: [forest, water]."
+        )
+    return [str(name) for name in names]
 
 
 def _context_size_of(datamodule: Any) -> Any:

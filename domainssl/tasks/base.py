@@ -1,0 +1,248 @@
+"""What every supervised use of a backbone shares: where it starts, what is tuned, its metrics.
+
+A task builds its head, and implements `logits`, `losses` and `metrics`. Optimiser, schedule, exact
+resume, guards and sharding are those of pretraining (`training/module.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from domainssl.arguments import plain
+from domainssl.backbones.base import Backbone
+from domainssl.errors import ConfigError, DataError
+from domainssl.modality import Batch, Modality, as_modalities
+from domainssl.options import as_dataclass
+from domainssl.tasks.starting import starting_backbone
+from domainssl.tasks.tuning import Tuning, apply_tuning
+from domainssl.training.execution import Execution
+from domainssl.training.module import Generators, Step, TrainingModule
+from domainssl.training.optimization import Optimization
+
+__all__ = ["Task"]
+
+
+class Task(TrainingModule):
+    """Base of all tasks.
+
+    A subclass calls `super().__init__` and builds its head from `self.backbone`.
+
+    Args:
+        backbone: What `load_backbone` reads (the folder of an export or of a run, a checkpoint,
+            `hf://…`), `recipe:NAME` for the architecture of a recipe with random weights, a
+            backbone, or name and arguments of one.
+        modalities: Those of the data; the CLI takes them from there.
+        classes: Names by number; the CLI takes them from the data, where they know them.
+        tuning: What is trained of the backbone.
+        optimization: Optimiser and schedule.
+        execution: Seed, speed and memory, and what is checked.
+        context_size: Size of the windows that the data yield; None for any.
+
+    Attributes:
+        kind: `classification`, `segmentation`, `regression` or `change`.
+        classes: Names by number; empty where there are none.
+        ignore_index: Label of what counts for nothing, neither in losses nor in metrics.
+    """
+
+    kind: ClassVar[str]
+    ignore_index: ClassVar[int] = -1
+    forward_methods: ClassVar[tuple[str, ...]] = ("features", "logits")
+
+    def __init__(
+        self,
+        backbone: str | Mapping[str, Any] | Backbone,
+        *,
+        modalities: Mapping[str, Modality | Mapping[str, Any]],
+        classes: Sequence[str] = (),
+        tuning: Tuning | Mapping[str, Any] | None = None,
+        optimization: Optimization | Mapping[str, Any] | None = None,
+        execution: Execution | Mapping[str, Any] | None = None,
+        context_size: int | tuple[int, ...] | None = None,
+    ) -> None:
+        self.arguments["tuning"] = plain(as_dataclass(Tuning, tuning or Tuning()))
+        super().__init__(optimization=optimization, execution=execution, context_size=context_size)
+        self.tuning = as_dataclass(Tuning, tuning or Tuning())
+        if self.tuning.layer_decay is not None:
+            self.optimization = dataclasses.replace(
+                self.optimization, layer_decay=self.tuning.layer_decay
+            )
+        self.modalities = as_modalities(modalities)
+        self.classes = tuple(str(name) for name in classes)
+        if len(set(self.classes)) < len(self.classes):
+            raise ConfigError(
+                f"model.init_args.classes: {list(self.classes)} names a class twice; every number "
+                "has a name of its own."
+            )
+        self.backbone = starting_backbone(backbone, self.modalities, context_size)
+        self.backbone.train()
+        apply_tuning(self.backbone, self.tuning)
+        self._unused: list[nn.Parameter] | None = None
+        self._watched: dict[str, MetricCollection] = {}
+
+    # -- what a subclass implements ---------------------------------------------------------
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return what the head says of raw physical values, float32 (B, K) or (B, K, *S).
+
+        Modalities may be absent. In evaluation mode nothing is random.
+        """
+        raise NotImplementedError
+
+    def losses(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the losses, scalar float32 per term, as means over the labels of all ranks."""
+        raise NotImplementedError
+
+    def metrics(self) -> MetricCollection:
+        """Return new metrics of `torchmetrics`, by name; those per class return (K,)."""
+        raise NotImplementedError
+
+    def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the metrics compare: predictions and targets."""
+        raise NotImplementedError
+
+    def predictions(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return what is predicted, by the name of a column, (B,) or (B, …) each."""
+        raise NotImplementedError
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits; see `logits`."""
+        return self.logits(batch)
+
+    def compute(self, batch: Batch, generators: Generators) -> Step:
+        """Return the losses, and the logits for the metrics."""
+        logits = self(batch)
+        losses = self.losses(logits, batch)
+        if torch.is_grad_enabled() and not self._is_sharded:
+            self._connect(losses)
+        return Step(losses, {"logits": logits.detach()})
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a frozen backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.tuning.mode == "frozen":
+            self.backbone.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Set the mode of all parts: a backbone that was loaded is in evaluation mode."""
+        self.train()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the loss, and take the batch into the metrics."""
+        self._judge(batch, batch_idx, dataloader_idx, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of all ranks."""
+        self._log_metrics("val")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the loss, and take the batch into the metrics."""
+        self._judge(batch, batch_idx, dataloader_idx, "test")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of all ranks."""
+        self._log_metrics("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Return predictions by name, with `id` where the batch has it."""
+        found: dict[str, Any] = dict(self.predictions(self.logits(batch)))
+        return {**({"id": batch["id"]} if "id" in batch else {}), **found}
+
+    def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """Yield what is trained by this modality alone, in the backbone and in the head."""
+        yield from super().modality_parameters(name)
+        for part in self.children():
+            own = getattr(part, "modality_parameters", None)
+            if own is not None and part is not self.backbone:
+                yield from own(name)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave weights alone that no loss depends on, or whose modality no rank has seen."""
+        super().on_before_optimizer_step(optimizer)
+        for parameter in self._unused or ():
+            parameter.grad = None
+
+    # -- helpers ----------------------------------------------------------------------------
+
+    def _judge(self, batch: Batch, batch_idx: int, dataloader_idx: int, split: str) -> None:
+        step = self._held_out_step(batch, batch_idx, dataloader_idx, split)
+        if split not in self._watched:
+            self._watched[split] = self.metrics().to(self.device)
+        self._watched[split].update(*self.scored(step.outputs["logits"], batch))
+
+    def _log_metrics(self, split: str) -> None:
+        watched = self._watched.get(split)
+        if watched is None:
+            return
+        for name, value in self.named_results(watched).items():
+            self.log(f"{split}/{name}", value, batch_size=1, prog_bar="/" not in name)
+        watched.reset()
+
+    def named_results(self, metrics: MetricCollection) -> dict[str, Tensor]:
+        """Return the values by name, one per class as `<metric>/<class>`."""
+        found: dict[str, Tensor] = {}
+        for name, value in metrics.compute().items():
+            if value.ndim == 0:
+                found[name] = value
+            else:
+                found |= {f"{name}/{c}": v for c, v in zip(self.classes, value, strict=True)}
+        return found
+
+    def label_of(self, batch: Batch, name: str) -> Tensor:
+        """Return a supervised entry of a batch.
+
+        Raises:
+            DataError: The data do not yield it.
+        """
+        if name not in batch:
+            raise DataError(
+                f"{type(self).__name__} learns from batch.{name}, which the data do not yield; "
+                f"batches hold {', '.join(batch)}. Set data.init_args.labels, or choose data with "
+                "labels."
+            )
+        value: Tensor = batch[name]
+        return value
+
+    def _connect(self, losses: dict[str, Tensor]) -> None:
+        """Let every weight take part in the loss, as DistributedDataParallel asks for.
+
+        Which ones take none, such as a mask token, is looked up in the first graph; their gradients
+        are zero and are taken away before the optimiser sees them.
+        """
+        if self._unused is None:
+            reached = _reached(losses.values())
+            trained = [p for p in self.parameters() if p.requires_grad]
+            self._unused = [p for p in trained if id(p) not in reached]
+        if self._unused:
+            name = next(iter(losses))
+            nothing = torch.stack([p.flatten()[0] for p in self._unused]).sum() * 0
+            losses[name] = losses[name] + nothing
+
+
+def _reached(tensors: Any) -> set[int]:
+    """Return the ids of the leaves that a graph leads to."""
+    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(waiting)
+    found: set[int] = set()
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def metric_collection(**metrics: Metric) -> MetricCollection:
+    """Return metrics by name, each computed by itself."""
+    return MetricCollection(dict(metrics), compute_groups=False)

@@ -1,0 +1,247 @@
+"""Classify items: one class each, or any number of labels.
+
+task = ClassificationTask("runs/tiles/backbone", modalities=data.modalities, classes=names)
+task.logits({"he": tiles})                       # (B, K)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+from torchmetrics import classification as scores
+
+from domainssl.backbones.base import Backbone
+from domainssl.distributed import global_mean
+from domainssl.errors import ConfigError, DataError, nearest, require
+from domainssl.modality import Batch, Modality
+from domainssl.options import as_dataclass
+from domainssl.tasks.base import Task, metric_collection
+from domainssl.tasks.pooled import ItemHead, PooledHead
+from domainssl.tasks.tuning import Tuning
+from domainssl.training.execution import Execution
+from domainssl.training.optimization import Optimization
+
+__all__ = ["ClassLoss", "ClassificationTask", "class_loss"]
+
+_NAMES = ("cross_entropy", "focal")
+_BINS = 200  # thresholds of curves: memory does not grow with the items
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassLoss:
+    """What is minimised.
+
+    Attributes:
+        name: `cross_entropy`, with one sigmoid per class where an item has several labels, or
+            `focal`, which counts what is predicted well less (Lin et al. 2017).
+        gamma: Of `focal`.
+        label_smoothing: Share of the target that goes to all classes alike.
+        class_weights: One factor per class; empty counts them alike.
+
+    Raises:
+        ConfigError: A value lies outside its range.
+    """
+
+    name: Literal["cross_entropy", "focal"] = "cross_entropy"
+    gamma: float = 2.0
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_weights", tuple(self.class_weights))
+        where = "model.init_args.loss"
+        if self.name not in _NAMES:
+            raise ConfigError(
+                f"{where}.name: got {self.name!r}, expected one of {_NAMES}."
+                f"{nearest(self.name, _NAMES)}"
+            )
+        if not 0 <= self.label_smoothing < 1 or self.gamma < 0:
+            raise ConfigError(
+                f"{where}: got label_smoothing {self.label_smoothing!r} and gamma {self.gamma!r}, "
+                "expected a share in [0, 1) and zero or more."
+            )
+        if any(weight < 0 for weight in self.class_weights) or (
+            self.class_weights and not any(self.class_weights)
+        ):
+            raise ConfigError(
+                f"{where}.class_weights: got {list(self.class_weights)}, expected factors of zero "
+                "or more, not all zero."
+            )
+
+
+def class_loss(logits: Tensor, target: Tensor, options: ClassLoss, ignore: int = -1) -> Tensor:
+    """Return the mean over the labelled items, or pixels, of all ranks, in float32.
+
+    Class weights count in the numerator and, as in PyTorch's cross entropy, in the denominator.
+
+    Args:
+        logits: (B, K, *S).
+        target: int64 (B, *S).
+        options: See `ClassLoss`.
+        ignore: Label of what does not count.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.float()
+        weights = logits.new_tensor(options.class_weights or [1.0] * logits.shape[1])
+        counted = target != ignore
+        number = torch.where(counted, target, torch.zeros_like(target))
+        weight = weights[number] * counted
+        loss = F.cross_entropy(
+            logits, number, reduction="none", label_smoothing=options.label_smoothing
+        )
+        if options.name == "focal":
+            chance = F.softmax(logits, 1).gather(1, number.unsqueeze(1)).squeeze(1)
+            loss = loss * (1 - chance) ** options.gamma
+        return global_mean((loss * weight).sum(), weight.sum())
+
+
+def _label_loss(logits: Tensor, target: Tensor, options: ClassLoss) -> Tensor:
+    """Return the mean over the known entries of multi-hot targets, of all ranks; NaN is unknown."""
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, target = logits.float(), target.float()
+        counted = ~torch.isnan(target)
+        target = torch.where(counted, target, torch.zeros_like(target))
+        smooth = options.label_smoothing
+        target = target * (1 - smooth) + smooth / 2
+        if options.name == "focal":
+            ops = require("torchvision.ops", "finetune")
+            loss = ops.sigmoid_focal_loss(logits, target, alpha=-1, gamma=options.gamma)
+        else:
+            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        weights = logits.new_tensor(options.class_weights or [1.0] * logits.shape[1])
+        weight = weights * counted
+        return global_mean((loss * weight).sum(), weight.sum())
+
+
+class ClassificationTask(Task):
+    """Classify items by `batch.label`: a number per item, or one 0 or 1 per item and class.
+
+    Args:
+        backbone: What `load_backbone` reads, or `recipe:NAME` for random weights; see `Task`.
+        modalities: Those of the data; the CLI takes them from there.
+        classes: Names by number; the CLI takes them from the data.
+        multi_label: Items have any number of labels, float (B, K) in the batch; NaN is unknown.
+        head: How features become a prediction.
+        loss: What is minimised.
+        tuning: What is trained of the backbone.
+        optimization: Optimiser and schedule.
+        execution: Seed, speed and memory, and what is checked.
+        context_size: Size of the windows that the data yield; None for any.
+
+    Raises:
+        ConfigError: There are fewer than two classes, or weights for another number of them.
+    """
+
+    kind: ClassVar[str] = "classification"
+
+    def __init__(
+        self,
+        backbone: str | Mapping[str, Any] | Backbone,
+        *,
+        modalities: Mapping[str, Modality | Mapping[str, Any]],
+        classes: Sequence[str],
+        multi_label: bool = False,
+        head: PooledHead | Mapping[str, Any] = PooledHead(),
+        loss: ClassLoss | Mapping[str, Any] = ClassLoss(),
+        tuning: Tuning | Mapping[str, Any] = Tuning(),
+        optimization: Optimization | Mapping[str, Any] = Optimization(),
+        execution: Execution | Mapping[str, Any] = Execution(),
+        context_size: int | tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(
+            backbone,
+            modalities=modalities,
+            classes=classes,
+            tuning=tuning,
+            optimization=optimization,
+            execution=execution,
+            context_size=context_size,
+        )
+        if len(self.classes) < (1 if multi_label else 2):
+            raise ConfigError(
+                f"model.init_args.classes: got {list(self.classes)}, expected two or more. "
+                "For one yes or no, set multi_label: true or name both classes."
+            )
+        self.multi_label = multi_label
+        self.loss = as_dataclass(ClassLoss, loss)
+        count = len(self.classes)
+        if self.loss.class_weights and len(self.loss.class_weights) != count:
+            raise ConfigError(
+                f"model.init_args.loss.class_weights: got {len(self.loss.class_weights)}, expected "
+                f"one per class: {', '.join(self.classes)}."
+            )
+        self.head = ItemHead(as_dataclass(PooledHead, head), self.backbone, count)
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return one number per class, float32 (B, K), from raw physical values."""
+        return self.head(self.features(dict(batch)), batch)  # type: ignore[no-any-return]
+
+    def losses(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Return the one loss, under its name."""
+        target = self._target(batch)
+        if self.multi_label:
+            return {self.loss.name: _label_loss(logits, target, self.loss)}
+        return {self.loss.name: class_loss(logits, target, self.loss, self.ignore_index)}
+
+    def metrics(self) -> MetricCollection:
+        """Return accuracy, F1 and area under the ROC curve, and F1 and recall per class."""
+        count = len(self.classes)
+        if self.multi_label:
+            common: dict[str, Any] = {"num_labels": count, "ignore_index": self.ignore_index}
+            return metric_collection(
+                accuracy=scores.MultilabelAccuracy(**common, average="micro"),
+                f1=scores.MultilabelF1Score(**common, average="macro"),
+                auroc=scores.MultilabelAUROC(**common, thresholds=_BINS),
+                average_precision=scores.MultilabelAveragePrecision(**common, thresholds=_BINS),
+                f1_of=scores.MultilabelF1Score(**common, average="none"),
+                recall_of=scores.MultilabelRecall(**common, average="none"),
+            )
+        common = {"num_classes": count, "ignore_index": self.ignore_index}
+        return metric_collection(
+            accuracy=scores.MulticlassAccuracy(**common, average="micro"),
+            balanced_accuracy=scores.MulticlassAccuracy(**common, average="macro"),
+            f1=scores.MulticlassF1Score(**common, average="macro"),
+            auroc=scores.MulticlassAUROC(**common, thresholds=_BINS),
+            f1_of=scores.MulticlassF1Score(**common, average="none"),
+            recall_of=scores.MulticlassRecall(**common, average="none"),
+        )
+
+    def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return probabilities and labels, unknown ones as `ignore_index`."""
+        target = self._target(batch)
+        if not self.multi_label:
+            return logits.softmax(1), target
+        unknown = torch.isnan(target)
+        return logits.sigmoid(), target.nan_to_num().long().masked_fill(unknown, self.ignore_index)
+
+    def predictions(self, logits: Tensor) -> dict[str, Tensor]:
+        """Return `probability` (B, K) and `predicted`, (B,), or bool (B, K) of several labels."""
+        if self.multi_label:
+            return {"probability": logits.sigmoid(), "predicted": logits > 0}
+        return {"probability": logits.softmax(1), "predicted": logits.argmax(1)}
+
+    def _target(self, batch: Batch) -> Tensor:
+        """Return the labels.
+
+        Raises:
+            DataError: They are missing, or of another form.
+        """
+        target = self.label_of(batch, "label")
+        count = len(self.classes)
+        if self.multi_label and (target.ndim != 2 or target.shape[1] != count):
+            raise DataError(
+                f"batch.label: got shape {tuple(target.shape)}, expected (B, {count}): one 0 or 1 "
+                "per class. For one number per item set model.init_args.multi_label: false."
+            )
+        if not self.multi_label and (target.ndim != 1 or target.is_floating_point()):
+            raise DataError(
+                f"batch.label: got shape {tuple(target.shape)} of {target.dtype}, expected whole "
+                "numbers (B,). For one 0 or 1 per class set model.init_args.multi_label: true."
+            )
+        return target
