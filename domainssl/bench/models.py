@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,15 @@ from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Objective
 from domainssl.objectives.croma import CROMA, CROMAEncoding
 
-__all__ = ["autocast", "batch_size", "croma", "forward_backward", "made_up_batch", "peak_memory"]
+__all__ = [
+    "PeakMemory",
+    "autocast",
+    "batch_size",
+    "croma",
+    "forward_backward",
+    "made_up_batch",
+    "peak_memory",
+]
 
 _PATCH = 8
 
@@ -92,26 +100,56 @@ def forward_backward(
 
 def peak_memory(run: Callable[[], Any], device: str) -> int:
     """Return the most bytes of tensors that `run` held at once, beyond those held before it."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    meter = PeakMemory(device)
+    meter.start()
+    try:
         run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    # Counts what torch's allocator hands out and takes back: exact, whatever else runs.
-    with _no_native_messages():
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        held += change
-        most = max(most, held)
+    finally:
+        most = meter.stop()
     return most
+
+
+class PeakMemory:
+    """Measures the most bytes of tensors that are held at once between `start` and `stop`.
+
+    Args:
+        device: Where the tensors are.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._before = 0
+        self._open = ExitStack()
+        self._profiler: Any = None
+
+    def start(self) -> None:
+        """Begin to count."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            return
+        from torch.profiler import ProfilerActivity, profile
+
+        # Counts what torch's allocator hands out and takes back: exact, whatever else runs.
+        self._open.enter_context(_no_native_messages())
+        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._open.enter_context(self._profiler)
+
+    def stop(self) -> int:
+        """Return the most bytes beyond those held at the start."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        self._open.close()
+        results = self._profiler.profiler.kineto_results
+        self._profiler = None
+        changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
+        held = most = 0
+        for _, change in sorted(changes, key=lambda pair: pair[0]):
+            held += change
+            most = max(most, held)
+        return most
 
 
 @contextmanager

@@ -61,7 +61,8 @@ def _verb_help(verb: str) -> str:
         "  ckpt_path         a checkpoint to continue or to measure; last for the newest",
         "  auto_resume       fit only: go on with this run where it ended, else begin it",
         "",
-        "switches: --print_config prints the resolved configuration, --debug shows tracebacks",
+        "switches: --print_config prints the resolved configuration, --debug shows tracebacks,",
+        "  --plan (fit) says what a run needs and how long it takes, with --json as data",
     ]
     for section, title in (("model", "models"), ("data", "data")):
         lines += ["", f"{title}:"]

@@ -104,6 +104,7 @@ class _Tally:
     bytes_decoded: int = 0
     bytes_needed: int = 0
     blocks: int = 0
+    items: int = 0
     wait_s: float = 0.0
     bad: dict[tuple[int, int], str] = field(default_factory=dict)
 
@@ -298,6 +299,7 @@ class BlockStream:
             if isinstance(rows, Failure):
                 raise rows.error
             self.tally.blocks += 1
+            self.tally.items += rows.count
             self.tally.bytes_decoded += rows.bytes_decoded
             self.tally.bytes_needed += rows.bytes_needed
             if rows.bad:

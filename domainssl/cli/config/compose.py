@@ -19,7 +19,7 @@ DEFAULT_LOGGERS = {"csv": "CSVLogger", "tensorboard": "TensorBoardLogger"}
 
 _COMMAND_LINE = "command line"
 _SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
-_FLAGS = ("--print_config",)
+_FLAGS = ("--print_config", "--plan", "--json")
 _SWITCHES = ("--auto_resume",)  # `--auto_resume` alone means true
 
 

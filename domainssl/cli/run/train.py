@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ def run_verb(verb: str, argv: list[str]) -> int:
         return 0
     request = prepare(verb, argv)
     threads = _cpu_threads(request.config.get("cpu_threads"))
+    if request.flags & {"--plan", "--json"}:
+        return _plan(request, threads)
     with _quiet(), _shared_run_dir(request.run_dir), threads:
         run = _instantiate(request)
         if "--print_config" in request.flags:
@@ -71,6 +73,22 @@ def run_verb(verb: str, argv: list[str]) -> int:
                     raise
                 raise _with_place(request.tree, error) from error
     return 0
+
+
+def _plan(request: Request, threads: AbstractContextManager[None]) -> int:
+    """Say what a run needs, without it; returns the exit status, 2 where it is not possible."""
+    from domainssl.cli.run.plan import for_planning, show_plan
+
+    if request.verb != "fit" or "--plan" not in request.flags:
+        raise ConfigError(
+            "--plan is for fit, and --json for --plan: python -m domainssl fit --config RECIPE "
+            "--plan [--json]."
+        )
+    asked = for_planning(request)
+    with _quiet(), threads:
+        run = _instantiate(request, is_planned=True)
+        with _said_plainly(request.tree):
+            return show_plan(run, asked, as_json="--json" in request.flags)
 
 
 def build_data(argv: list[str]) -> Any:
@@ -101,12 +119,12 @@ def build_data(argv: list[str]) -> Any:
     return data
 
 
-def _instantiate(request: Request) -> Any:
+def _instantiate(request: Request, *, is_planned: bool = False) -> Any:
     from domainssl.cli.run.lightning_cli import DomainCLI
 
     _refuse_slurm_elsewhere(request.config)
     _set_matmul_precision(request.config.get("matmul_precision"))
-    mistakes = trainer_refusals(request.tree)
+    mistakes = [] if is_planned else trainer_refusals(request.tree)
     if mistakes:
         raise ConfigMistakes(mistakes)
     with _said_plainly(request.tree):
