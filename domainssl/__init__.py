@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from domainssl.backbones.graph import export_graph
     from domainssl.backbones.registry import list_backbones, load_backbone
     from domainssl.backbones.timm_models import export_timm, register_timm
+    from domainssl.inference.run import embed
     from domainssl.modality import Modality
 
 __all__ = [
     "Modality",
     "__version__",
     "build",
+    "embed",
     "export_backbone",
     "export_graph",
     "export_timm",
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Modality": "domainssl.modality",
     "build": "domainssl.api",
+    "embed": "domainssl.inference.run",
     "list_datamodules": "domainssl.api",
     "list_objectives": "domainssl.api",
     "list_tasks": "domainssl.api",

@@ -10,11 +10,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import read_json, write_json
+from domainssl.inference.tokens import Autocast, autocast_context, digest_of
 from domainssl.io.slide.bag_folders import has_bag
 from domainssl.io.slide.features import Bag, Layout, read_places, write_bag
 from domainssl.io.slide.pyramid import Slide, SlideReading
@@ -30,8 +29,6 @@ from domainssl.modality import Batch, key
 
 __all__ = ["Autocast", "SlideEmbedding", "embed_batches"]
 
-Autocast = Literal["bfloat16", "float16"]
-_TYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Array = np.ndarray[Any, Any]
 
 
@@ -62,10 +59,7 @@ def embed_batches(
     backbone = backbone.to(device).eval()
     for batch in batches:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        context: Any = nullcontext()
-        if autocast is not None:
-            context = torch.autocast(torch.device(device).type, _TYPES[autocast])
-        with torch.inference_mode(), context:
+        with torch.inference_mode(), autocast_context(device, autocast):
             found = backbone(moved).pooled[name]
         yield found.float().cpu()
 
@@ -122,11 +116,7 @@ class SlideEmbedding:
             ConfigError: Features of other weights lie there under this name.
         """
         path = self.folder / "encoders" / f"{self.encoder}.json"
-        digest = sha256()
-        for name, tensor in sorted(self.backbone.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        wanted = {"weights": digest.hexdigest()}
+        wanted = {"weights": digest_of(self.backbone)}
         if path.is_file() and read_json(path) != wanted:
             raise ConfigError(
                 f"{self.folder}: holds features of other weights as features_{self.encoder}. "

@@ -6,6 +6,7 @@ facts only, so it travels to worker processes.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -200,8 +201,19 @@ def is_store(path: str, options: Options | None = None) -> bool:
     store = FolderStore(path, options)
     for mark in _MARKS:
         if (raw := store.get(mark)) is not None:
-            return mark != "zarr.json" or not _IS_ARRAY.search(raw)
+            return mark != "zarr.json" or not _is_array(raw)
     return False
+
+
+def _is_array(raw: bytes) -> bool:
+    """Tell whether a `zarr.json` is that of an array; consolidated ones name arrays further in."""
+    if not _IS_ARRAY.search(raw):
+        return False
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        return True
+    return isinstance(found, dict) and found.get("node_type") == "array"
 
 
 def open_store(path: str, options: Options | None = None) -> Cube:

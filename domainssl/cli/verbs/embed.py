@@ -1,0 +1,148 @@
+"""Write what a backbone says about rasters, with their georeference."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from domainssl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from domainssl.inference.run import Embedded, EmbedOptions
+
+__all__ = ["run"]
+
+
+def run(argv: list[str]) -> int:
+    """Embed a file, a folder or a manifest."""
+    options = _parser().parse_args(argv)
+    from domainssl.backbones.registry import load_backbone
+    from domainssl.cli.console import console
+    from domainssl.cli.progress import Bar
+    from domainssl.inference.run import embed
+    from domainssl.pieces import Plan, Shard
+
+    plan = Plan(
+        jobs=options.jobs,
+        skip_bad=options.skip_bad,
+        restart=options.restart,
+        shard=Shard.parse(options.shard),
+    )
+    chosen = _options(options)
+    backbone = load_backbone(options.backbone, weights=options.weights)
+    screen = console()
+    with Bar("shards") as shown:
+        try:
+            done = embed(backbone, options.input, options.output, chosen, plan=plan, progress=shown)
+        except KeyboardInterrupt:
+            screen.print(
+                f"Stopped after {shown.done} of {shown.total} shards; they are kept beside "
+                f"{options.output}. The same command goes on from there.",
+                markup=False,
+            )
+            raise
+    _report(done, screen)
+    return 0
+
+
+def _report(done: Embedded, screen: object) -> None:
+    from rich.console import Console
+
+    assert isinstance(screen, Console)
+    screen.print(
+        f"{done.pieces} shard(s) are done"
+        + (f", {done.resumed} of them before" if done.resumed else ""),
+        markup=False,
+    )
+    for path in done.outputs[:20]:
+        screen.print(f"  {path}", markup=False)
+    if len(done.outputs) > 20:
+        screen.print(f"  and {len(done.outputs) - 20} more")
+    if done.missing:
+        screen.print(f"parts that are missing: {', '.join(done.missing)}", markup=False)
+
+
+def _options(given: argparse.Namespace) -> EmbedOptions:
+    from domainssl.inference.dense import DenseOptions
+    from domainssl.inference.run import EmbedOptions
+    from domainssl.inference.scenes import SceneOptions
+
+    for name in ("batch_size", "window"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise ConfigError(f"--{name}: got {getattr(given, name)}, expected 1 or more.")
+    device = given.device
+    if device == "cuda" and os.environ.get("LOCAL_RANK", "").isdigit():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if given.jobs and device != "cpu":
+        raise ConfigError(
+            f"--jobs {given.jobs} with --device {device}: processes share no device. Start a "
+            "process per device with torchrun."
+        )
+    dense = DenseOptions(
+        halo=given.halo,
+        batch_size=given.batch_size,
+        device=device,
+        autocast=given.autocast,
+        dtype=given.dtype,
+    )
+    scene = SceneOptions(
+        modality=given.modality,
+        stored_unit=given.stored_unit,
+        date=given.date,
+        max_dates=given.max_dates,
+        mask=given.mask,
+        crs=given.crs,
+        group=given.group,
+        any_gsd=given.any_gsd,
+    )
+    return EmbedOptions(feature=given.feature, window=given.window, dense=dense, scene=scene)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m domainssl embed",
+        allow_abbrev=False,
+        description="Compute one vector per patch of every raster and write them as GeoZarr on the "
+        "grid of the patches, with a picture beside it: look at it first. Windows of the size of "
+        "the weights overlap by a halo; each vector is taken from the window in whose middle it "
+        "lies. Vectors of patches without a valid pixel are NaN. Finished shards are kept: the "
+        "same command goes on after an interrupt. Under torchrun, ranks share the work.",
+    )
+    add = parser.add_argument
+    add("backbone", metavar="BACKBONE",
+        help="an export, a checkpoint of a run, hf://..., or a name with --weights")  # fmt: skip
+    add("input", metavar="INPUT",
+        help="a GeoTIFF or Zarr store, a folder of some, or a manifest (CSV or Parquet: id, and "
+        "path or a column per modality)")  # fmt: skip
+    add("--output", required=True, type=Path, metavar="PATH",
+        help="file to write, where its name ends in .zarr, otherwise a folder")  # fmt: skip
+    add("--weights", metavar="FILE", help="weights of a backbone that is named")
+    add("--feature", metavar="NAME", help="modality, or joint (default: joint of several)")
+    add("--dtype", choices=("float32", "float16", "int8"), default="float32",
+        help="of the vectors; int8 has a scale for each beside it (default: float32)")  # fmt: skip
+    add("--window", type=int, help="side of a window in pixels (default: that of the weights)")
+    add("--halo", type=int,
+        help="patches left out at the sides of a window (default: an eighth of it)")  # fmt: skip
+    add("--batch_size", type=int, default=8, help="windows at once (default: 8)")
+    add("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
+    add("--autocast", choices=("bfloat16", "float16"),
+        help="type of the matrix products (default: float32)")  # fmt: skip
+    add("--modality", metavar="NAME", help="which one the raster is, where its bands do not tell")
+    add("--stored_unit", default="auto",
+        choices=("auto", "dn", "dn+1000", "baseline", "reflectance", "db", "linear", "amplitude",
+                 "arbitrary"),
+        help="what the files hold (default: their attributes tell)")  # fmt: skip
+    add("--date", metavar="DATE", help="date of a cube: 2021-05-02, first or last")
+    add("--max_dates", type=int, help="dates of a series, evenly spread (default: all)")
+    add("--mask", metavar="ARRAY", help="array of a store that marks clouds, such as scl")
+    add("--crs", metavar="EPSG:N", help="where the files do not say")
+    add("--group", default="", help="folder inside a store")
+    add("--any_gsd", action="store_true", help="take pixels of another size as they are")
+    add("--jobs", type=int, default=0, help="processes on the CPU (default 0: this one alone)")
+    add("--shard", default="1/1", metavar="I/N",
+        help="do the I-th of N parts, for machines that share the folder")  # fmt: skip
+    add("--skip_bad", action="store_true", help="leave out and list shards that cannot be read")
+    add("--restart", action="store_true", help="write again what is there")
+    return parser

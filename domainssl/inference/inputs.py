@@ -1,0 +1,129 @@
+"""What `embed` is given: one file, a folder, or a manifest, as named files by modality."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from domainssl.errors import ConfigError, DataError, nearest, parsing, require
+from domainssl.inference.scenes import stem
+from domainssl.io.raster.bands import is_store
+from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
+
+__all__ = ["Found", "find_inputs", "is_raster", "read_manifest"]
+
+_MANIFESTS = (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One item.
+
+    Attributes:
+        name: Its path below the folder that was given, or its id in the manifest.
+        files: Its file where the modality is to be found, or one per modality.
+    """
+
+    name: str
+    files: str | Mapping[str, str]
+
+
+def is_raster(path: str) -> bool:
+    """Tell whether a path is a GeoTIFF by its ending, or a Zarr store."""
+    return path.lower().endswith(GEOTIFF_ENDINGS) or is_store(path)
+
+
+def find_inputs(
+    given: str | Path, modalities: Sequence[str], is_item: Callable[[str], bool], what: str
+) -> list[Found]:
+    """Return the items at a path, in order of their names.
+
+    Args:
+        given: A file or store, a folder of some, or a manifest (CSV, Parquet).
+        modalities: Names that columns of a manifest may have.
+        is_item: Tells whether a path is an item.
+        what: How messages call items.
+
+    Raises:
+        DataError: There is none.
+        ConfigError: The manifest has no usable columns.
+    """
+    path = str(given)
+    if path.lower().endswith(_MANIFESTS) and os.path.isfile(path):
+        return read_manifest(path, modalities)
+    if is_item(path):
+        if "://" not in path and not os.path.exists(path):
+            raise DataError(f"{path}: nothing lies there. Check the path.")
+        return [Found(stem(path), path)]
+    if not os.path.isdir(path):
+        reason = "is none of these" if os.path.exists(path) else "nothing lies there"
+        raise DataError(f"{path}: {reason}. Give {what}, a folder of some, or a manifest.")
+    found = []
+    for base, folders, names in os.walk(path):
+        inside = [name for name in sorted(folders) if not name.startswith(".")]
+        items = [name for name in inside if is_item(os.path.join(base, name))]
+        folders[:] = [name for name in inside if name not in items]
+        for name in (*items, *sorted(names)):
+            full = os.path.join(base, name)
+            if name in items or (not name.startswith(".") and is_item(full)):
+                relative = os.path.relpath(full, path)
+                found.append(Found(_named(relative), full))
+    if not found:
+        raise DataError(f"{path}: holds no {what}.")
+    return sorted(found, key=lambda item: item.name)
+
+
+def _named(relative: str) -> str:
+    folder, name = os.path.split(relative)
+    return "__".join([*filter(None, folder.split(os.sep)), stem(name)])
+
+
+def read_manifest(path: str, modalities: Sequence[str]) -> list[Found]:
+    """Return the rows of a table: `id`, and `path` or a column per modality; empty is absent.
+
+    Relative paths lie below the folder of the manifest.
+
+    Raises:
+        ConfigError: There is no such column, or ids repeat.
+        DataError: It cannot be read.
+    """
+    pandas: Any = require("pandas", "medical")
+    with parsing(f"{path}: the manifest", advice="Write it as CSV or Parquet with a header."):
+        if path.lower().endswith(".csv"):
+            table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+        else:
+            table = pandas.read_parquet(path).astype(object)
+    columns = [str(name) for name in table.columns]
+    named = [name for name in columns if name in modalities]
+    if not named and "path" not in columns:
+        wanted = ["path", *modalities]
+        hint = "".join(nearest(name, wanted) for name in columns[:1])
+        raise ConfigError(
+            f"{path}: columns {', '.join(columns)}; expected id, and path or one per modality "
+            f"({', '.join(modalities)}).{hint}"
+        )
+    base = os.path.dirname(os.path.abspath(path))
+    found: list[Found] = []
+    for row in table.to_dict("records"):
+        places = {name: _place(base, row[name]) for name in named or ["path"]}
+        places = {name: place for name, place in places.items() if place}
+        if not places:
+            raise ConfigError(f"{path}: row {len(found) + 1} names no file.")
+        first = next(iter(places.values()))
+        name = str(row.get("id") or "") or stem(first)
+        found.append(Found(name.replace("/", "__"), places if named else first))
+    names = [item.name for item in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{path}: ids repeat: {', '.join(twice[:5])}. Give every row its own.")
+    return found
+
+
+def _place(base: str, value: Any) -> str:
+    text = "" if value is None or value != value else str(value).strip()
+    if not text or "://" in text or os.path.isabs(text):
+        return text
+    return os.path.join(base, text)

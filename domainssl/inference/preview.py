@@ -1,0 +1,90 @@
+"""Embeddings as a picture: the three strongest directions of the vectors as red, green and blue."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from domainssl.files import write_whole
+
+__all__ = ["directions", "paint", "write_map_preview"]
+
+Array = np.ndarray[Any, Any]
+_SIDE = 1024  # most pixels along a side
+_SAMPLE = 20_000  # vectors that the directions are found from
+_PERCENT = 2.0  # cut off at both ends of each colour
+
+
+def directions(vectors: Array) -> tuple[Array, Array]:
+    """Return the mean (E,) and the three strongest directions (E, 3) of vectors, (N, E).
+
+    The sign of a direction is that of its largest entry, so that equal vectors give equal colours.
+    """
+    exact = vectors.astype(np.float64)
+    mean = exact.mean(0) if len(exact) else np.zeros(vectors.shape[1])
+    centred = exact - mean
+    _, found = np.linalg.eigh(centred.T @ centred)  # ascending
+    axes = np.zeros((vectors.shape[1], 3))
+    count = min(3, vectors.shape[1])
+    axes[:, :count] = found[:, ::-1][:, :count]
+    largest = np.abs(axes).argmax(0)
+    axes *= np.where(axes[largest, range(3)] < 0, -1.0, 1.0)
+    return mean, axes
+
+
+def paint(projected: Array) -> Array:
+    """Return 8-bit colours with opacity, (*S, 4), of projections (*S, 3); NaN is transparent."""
+    valid = np.isfinite(projected).all(-1)
+    colours = np.zeros((*valid.shape, 4), np.uint8)
+    if valid.any():
+        low, high = np.percentile(projected[valid], [_PERCENT, 100 - _PERCENT], axis=0)
+        room = np.where(high > low, high - low, 1.0)
+        scaled = np.clip((projected[valid] - low) / room, 0, 1)
+        colours[valid, :3] = np.rint(255 * scaled)
+        colours[valid, 3] = 255
+    return colours
+
+
+def write_map_preview(
+    path: Path, shape: Sequence[int], rows: int, read: Callable[[slice], Array]
+) -> None:
+    """Write a PNG of a map of vectors, in two passes over it.
+
+    Args:
+        path: The picture.
+        shape: Cells (h, w).
+        rows: Rows that are read at once.
+        read: Returns float32 (E, rows, w), NaN where not valid.
+    """
+    height, width = shape
+    stride = -(-max(height, width) // _SIDE)
+    bands = [slice(r, min(r + rows, height)) for r in range(0, height, rows)]
+    share = max(1, -(-height * width // _SAMPLE))
+    sample = []
+    for band in bands:
+        vectors = read(band)
+        flat = vectors.reshape(len(vectors), -1).T  # (cells, E)
+        begin = -(band.start * width) % share  # every share-th cell of the map
+        chosen = flat[begin::share]
+        sample.append(chosen[np.isfinite(chosen).all(1)])
+    mean, axes = directions(np.concatenate(sample))
+    shown = np.full((-(-height // stride), -(-width // stride), 3), np.nan)
+    for band in bands:
+        begin = -band.start % stride
+        vectors = read(band)[:, begin::stride, ::stride]
+        first = (band.start + begin) // stride
+        found = (np.moveaxis(vectors, 0, -1) - mean) @ axes
+        shown[first : first + found.shape[0]] = found
+    picture = Image.fromarray(paint(shown), "RGBA")
+    grown = max(1, 256 // max(shown.shape[:2]))
+    if grown > 1:
+        size = (picture.width * grown, picture.height * grown)
+        picture = picture.resize(size, Image.Resampling.NEAREST)
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    write_whole(path, content.getbuffer())

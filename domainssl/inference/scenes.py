@@ -1,0 +1,388 @@
+"""Rasters as backbones see them: bands of the card, in its unit, on one grid of cells.
+
+scene = open_scene("S2.tif", backbone, SceneOptions())     # files are described, not read
+scene.read(windows, (slice(0, 8), slice(0, 8)))            # batch of one item over these cells
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from domainssl.backbones.base import Backbone
+from domainssl.errors import ConfigError, DataError, nearest, require
+from domainssl.inference.tokens import TokenWindows
+from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile
+from domainssl.io.raster.describe import Sought, describe
+from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
+from domainssl.io.raster.read import MaskRule, Target, conversion, read_pixels
+from domainssl.io.raster.sites import Found
+from domainssl.modality import Batch, Modality, key
+
+__all__ = ["Scene", "SceneOptions", "open_scene", "stem"]
+
+Array = np.ndarray[Any, Any]
+_SAME_GSD = 0.1  # relative difference up to which pixels count as those of the card
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneOptions:
+    """What a user says about rasters.
+
+    Attributes:
+        modality: Which one the raster is; None finds the one whose bands it has.
+        stored_unit: What the files hold; see `sources.cube_options.Layer`.
+        date: Date of a cube, such as `2021-05-02`, `first` or `last`; None for the only one.
+        max_dates: Dates of a series, evenly spread; None is all.
+        mask: Array of a store that marks invalid pixels.
+        mask_values: Its values that do.
+        crs: Used where files do not say.
+        group: Folder inside a store.
+        any_gsd: Take pixels of another size than that of the card as they are.
+    """
+
+    modality: str | None = None
+    stored_unit: str = "auto"
+    date: str | None = None
+    max_dates: int | None = None
+    mask: str | None = None
+    mask_values: tuple[int, ...] = (0, 1, 3, 8, 9, 10)
+    crs: str | None = None
+    group: str = ""
+    any_gsd: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One modality of a scene.
+
+    Attributes:
+        file: Where it lies.
+        modality: What the backbone expects.
+        dates: Positions of the dates that are read.
+        target: What is delivered.
+    """
+
+    file: LayerFile
+    modality: Modality
+    dates: tuple[int, ...]
+    target: Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A place with one raster per modality, all in one coordinate reference system.
+
+    Attributes:
+        name: What outputs are called.
+        parts: By modality.
+        crs: Coordinate reference system.
+        bounds: What all rasters cover.
+    """
+
+    name: str
+    parts: Mapping[str, _Part]
+    crs: str
+    bounds: Bounds
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the result rests on, as plain data without paths."""
+        found: dict[str, Any] = {}
+        for name, part in self.parts.items():
+            entry: dict[str, Any] = {
+                "bands": [band.name for band in part.file.bands],
+                "stored_unit": part.target.stored_unit,
+                "value_unit": part.target.unit,
+                "step": part.target.step,
+                "dates": [str(part.file.times[d]) for d in part.dates],
+            }
+            if os.path.isfile(part.file.path):
+                known = os.stat(part.file.path)
+                entry["file"] = [known.st_size, known.st_mtime_ns]
+            found[name] = entry
+        return {"crs": self.crs, "bounds": self._plain(self.bounds), "modalities": found}
+
+    @staticmethod
+    def _plain(bounds: Bounds) -> list[float]:
+        return [bounds.left, bounds.bottom, bounds.right, bounds.top]
+
+    @property
+    def date(self) -> str:
+        """The only date of the scene, ISO 8601; empty where there are several or none."""
+        known = {str(p.file.times[d]) for p in self.parts.values() for d in p.dates}
+        return known.pop() if len(known) == 1 and "NaT" not in known else ""
+
+    @cached_property
+    def _pixels(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns that each modality has whole, from the north-west corner on."""
+        return {
+            name: (
+                int(self.bounds.height / part.target.step + 1e-6),
+                int(self.bounds.width / part.target.step + 1e-6),
+            )
+            for name, part in self.parts.items()
+        }
+
+    def step(self, windows: TokenWindows) -> float:
+        """Return the side of a cell in CRS units."""
+        name, part = next(iter(self.parts.items()))
+        return part.target.step * windows.cells(name)[0]
+
+    def shape(self, windows: TokenWindows) -> tuple[int, ...]:
+        """Return the cells (y, x) that hold at least one pixel of every modality."""
+        counts = [
+            tuple(math.ceil(n / c) for n, c in zip(pixels, windows.cells(name), strict=True))
+            for name, pixels in self._pixels.items()
+        ]
+        return tuple(min(each) for each in zip(*counts, strict=True))
+
+    def numbers(self, windows: TokenWindows) -> int:
+        """Return how many numbers are read for a cell."""
+        return sum(
+            len(part.dates) * part.modality.num_channels * math.prod(windows.cells(name))
+            for name, part in self.parts.items()
+        )
+
+    def place(self, windows: TokenWindows) -> dict[str, Any]:
+        """Return where the cells lie; see `VectorLayout`."""
+        return {
+            "crs": self.crs,
+            "left": self.bounds.left,
+            "top": self.bounds.top,
+            "step": self.step(windows),
+        }
+
+    def read(self, windows: TokenWindows, box: Sequence[slice]) -> Batch:
+        """Read the pixels of some cells; those beyond the rasters are zero and not valid.
+
+        Args:
+            windows: Says how many pixels a cell has.
+            box: Rows and columns of cells on the grid.
+
+        Returns:
+            One item: values, `valid` and `dates` of each modality.
+
+        Raises:
+            DataError: A file is damaged.
+        """
+        batch: Batch = {}
+        for name, part in self.parts.items():
+            sides = windows.cells(name)
+            rows, columns = (
+                (s.start * side, s.stop * side) for s, side in zip(box, sides, strict=True)
+            )
+            height, width = self._pixels[name]
+            kept = min(rows[1], height), min(columns[1], width)
+            step = part.target.step
+            around = Bounds(
+                self.bounds.left + columns[0] * step,
+                self.bounds.top - kept[0] * step,
+                self.bounds.left + kept[1] * step,
+                self.bounds.top - rows[0] * step,
+            )
+            pixels = read_pixels(part.file, part.dates, around, part.target)
+            margins = ((0, rows[1] - kept[0]), (0, columns[1] - kept[1]))
+            values, valid = pixels.values, pixels.valid & np.isfinite(pixels.values).all(1)
+            if np.any(margins):
+                values = np.pad(values, ((0, 0), (0, 0), *margins))
+                valid = np.pad(valid, ((0, 0), *margins))
+            if part.modality.kind == "image":
+                values, valid = values[0], valid[0]
+            batch[name] = torch.from_numpy(values)[None]
+            batch[key(name, "valid")] = torch.from_numpy(np.ascontiguousarray(valid))[None]
+            days = part.file.times[list(part.dates)].astype("datetime64[D]").astype(np.int64)
+            if not np.isnat(part.file.times[list(part.dates)]).any():
+                dates = torch.from_numpy(days.astype(np.int32))
+                batch[key(name, "dates")] = dates[None] if len(values.shape) == 4 else dates
+        return batch
+
+    def narrowed(self, windows: TokenWindows, batch: Batch, box: Sequence[slice]) -> Batch:
+        """Return some cells of what `read` gave, counted from its first ones."""
+        out: Batch = {}
+        for name, values in batch.items():
+            modality = name.partition(".")[0]
+            if name not in (modality, key(modality, "valid")):
+                out[name] = values
+                continue
+            sides = windows.cells(modality)
+            place = tuple(slice(s.start * n, s.stop * n) for s, n in zip(box, sides, strict=True))
+            out[name] = values[(..., *place)]
+        return out
+
+
+def open_scene(
+    files: str | Mapping[str, str],
+    backbone: Backbone,
+    options: SceneOptions,
+    name: str = "",
+) -> Scene:
+    """Describe rasters and compare them with the card of a backbone.
+
+    Args:
+        files: A GeoTIFF or Zarr store, or one per modality.
+        backbone: Whose card says bands, unit, kind and pixel size.
+        options: What the user says.
+        name: What outputs are called; empty takes the name of the file.
+
+    Raises:
+        ConfigError: A modality or a date has to be chosen.
+        DataError: Bands are missing, nothing says what the numbers are, or the rasters share no
+            area.
+        WeightsError: The data do not fit the weights.
+    """
+    if isinstance(files, str):
+        files = {_modality_of(files, backbone, options): files}
+    for known in files:
+        if known not in backbone.modalities:
+            raise ConfigError(
+                f"modality {known!r}: the backbone knows {', '.join(backbone.modalities)}."
+                f"{nearest(known, backbone.modalities)}"
+            )
+    parts = {n: _part(path, backbone.modalities[n], options) for n, path in files.items()}
+    crs, bounds = None, None
+    for part in parts.values():
+        if crs is not None and part.file.crs != crs:
+            raise DataError(
+                f"{part.file.path} is in {part.file.crs[:60]}, its partner in {crs[:60]}. "
+                "Reproject one of them: windows are cut, not warped."
+            )
+        crs = part.file.crs
+        for band in part.file.bands:
+            theirs = band.grid.bounds
+            bounds = theirs if bounds is None else bounds.shared(theirs)
+    assert crs is not None and bounds is not None
+    least = max(part.target.step for part in parts.values())
+    if min(bounds.width, bounds.height) < least * (1 - 1e-6):
+        raise DataError(f"{', '.join(files.values())}: the rasters share no area.")
+    first = next(iter(files.values()))
+    return Scene(name=name or stem(first), parts=parts, crs=crs, bounds=bounds)
+
+
+def stem(path: str) -> str:
+    """Return the name of a file without its ending."""
+    name = os.path.basename(path.rstrip("/\\"))
+    for ending in (".zarr.zip", ".zarr", ".tiff", ".tif", ".nii.gz", ".nii"):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return os.path.splitext(name)[0] or name
+
+
+def _sought(modality: Modality, options: SceneOptions) -> Sought:
+    return Sought(
+        bands=modality.channels, step_hint=modality.gsd_m, mask=options.mask, crs=options.crs
+    )
+
+
+def _modality_of(path: str, backbone: Backbone, options: SceneOptions) -> str:
+    """Return the modality whose bands a file has."""
+    if options.modality is not None:
+        return options.modality
+    names = list(backbone.modalities)
+    if len(names) == 1:
+        return names[0]
+    fitting, reasons = [], []
+    for name in names:
+        try:
+            found = describe(
+                _sought(backbone.modalities[name], options), Found(path, "", options.group)
+            )
+        except DataError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        if found.has_names or len(names) == 1:
+            fitting.append(name)
+    if len(fitting) != 1:
+        raise ConfigError(
+            f"{path}: which modality of the backbone is it? Say --modality "
+            f"{' or '.join(fitting or names)}."
+            + ("" if fitting else " Its bands fit none by name: " + " ".join(reasons)[:600])
+        )
+    return fitting[0]
+
+
+def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
+    if modality.kind not in ("image", "series") or modality.spatial_dims != 2:
+        raise DataError(
+            f"{path}: a raster, but modality {modality.name!r} of the backbone is of kind "
+            f"{modality.kind!r}."
+        )
+    file = describe(_sought(modality, options), Found(path, "", options.group))
+    dates = _dates(file, modality, options)
+    unit = file.stored_unit(options.stored_unit, dates[0])
+    for date in dates:
+        if file.stored_unit(options.stored_unit, date) != unit:
+            raise DataError(
+                f"{path}: dates of Sentinel-2 processing baselines before and from 04.00 in one "
+                "series; write one of both kinds, or the values without the offset."
+            )
+        baseline = file.baselines[date] if file.baselines else None
+        plain = [b for b in file.bands if b.is_integer and not b.is_scaled]
+        if baseline is not None and baseline >= OFFSET_BASELINE and unit == "auto" and plain:
+            raise DataError(
+                f"{path}: of Sentinel-2 processing baseline {baseline:05.2f}, whose numbers are "
+                "1000 too high, and its attributes do not say whether that is still in. Set "
+                "--stored_unit to dn+1000 (still in) or dn (taken off)."
+            )
+    for band in file.bands:
+        conversion(band, modality.value_unit, unit, path)
+    step = _step(file, modality, options)
+    rule = MaskRule(options.mask_values) if options.mask else MaskRule()
+    target = Target(modality.value_unit, unit, step, rule)
+    return _Part(file=file, modality=modality, dates=dates, target=target)
+
+
+def _dates(file: LayerFile, modality: Modality, options: SceneOptions) -> tuple[int, ...]:
+    order = [int(i) for i in np.argsort(file.times, kind="stable")]
+    if modality.kind == "series":
+        count = len(order) if options.max_dates is None else min(options.max_dates, len(order))
+        return tuple(order[i * len(order) // count] for i in range(count))
+    if options.date is None and len(order) == 1:
+        return (0,)
+    days = [str(file.times[i].astype("datetime64[D]")) for i in order]
+    if options.date in ("first", "last"):
+        return (order[0 if options.date == "first" else -1],)
+    if options.date is not None and days.count(options.date) == 1:
+        return (order[days.index(options.date)],)
+    shown = ", ".join(days[:6]) + (", ..." if len(days) > 6 else "")
+    raise ConfigError(
+        f"--date: got {options.date!r}, and {file.path} has {len(days)} dates ({shown}), while the "
+        "backbone takes one. Choose one of them, first or last."
+    )
+
+
+def _step(file: LayerFile, modality: Modality, options: SceneOptions) -> float:
+    """Return the pixel size that is delivered, in CRS units."""
+    own = min(band.grid.step for band in file.bands)
+    wanted = modality.gsd_m
+    if wanted is None or options.any_gsd:
+        return own
+    metres = _metres(file)
+    if abs(own * metres / wanted - 1) <= _SAME_GSD:
+        return own
+    ratio = wanted / (own * metres)
+    factor = ratio if ratio > 1 else 1 / ratio
+    if abs(factor - round(factor)) > 1e-3:
+        raise DataError(
+            f"{file.path}: pixels of {own * metres:g} m, the weights were trained on {wanted:g} m, "
+            "which is no whole multiple. Resample the raster, or take its pixels as they are "
+            "with --any_gsd."
+        )
+    return own * round(ratio) if ratio > 1 else own / round(factor)
+
+
+def _metres(file: LayerFile) -> float:
+    """Return the metres of a unit of the CRS; degrees count along the meridian."""
+    if file.crs.startswith(("EPSG:326", "EPSG:327")):
+        return 1.0
+    crs = require("pyproj", "geo").CRS.from_user_input(file.crs)
+    if crs.is_geographic:
+        return METRES_PER_DEGREE
+    return float(crs.axis_info[0].unit_conversion_factor) if crs.axis_info else 1.0

@@ -1,0 +1,290 @@
+"""`embed` on rasters: values, georeference, invalid pixels, resume, ranks."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cube_files import LEFT, TOP, coded, write_cube, write_geotiff
+
+import domainssl
+from domainssl.backbones.vit import ViTBackbone
+from domainssl.cli import main
+from domainssl.errors import ConfigError, DataError
+from domainssl.inference import dense
+from domainssl.inference.run import embed
+from domainssl.io.raster.geozarr import VectorStore
+from domainssl.pieces import Plan, Shard
+
+BANDS = ("B02", "B03", "B04")
+S2 = {
+    "kind": "image", "channels": BANDS, "value_unit": "dn", "size": (32, 32), "gsd_m": 10.0,
+    "mean": (2000.0,) * 3, "std": (1500.0,) * 3,
+}  # fmt: skip
+REAL = Path(os.environ.get("DOMAINSSL_SAMPLE_DATA", "/nowhere")) / "eo" / "terramesh_examples"
+
+
+@pytest.fixture(scope="module")
+def backbone() -> ViTBackbone:
+    torch.manual_seed(0)
+    return ViTBackbone({"s2": S2}, {"width": 12, "depth": 1, "heads": 2}, patch_size=8).eval()
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Path:
+    values = coded(1, 3, 203)[0].astype(np.uint16)
+    values[:, 60:80, 60:90] = 0
+    return write_geotiff(tmp_path / "in" / "scene.tif", values, BANDS, nodata=0)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_SHARD_PIXELS", 64)  # 8 tokens: 26 of them lie in 4 shards
+
+
+def vectors(path: Path) -> Any:
+    store = VectorStore(path)
+    shape = store.group["embedding"].shape[1:]
+    return store.read([slice(0, n) for n in shape])
+
+
+def equal_folders(a: Path, b: Path) -> bool:
+    found = filecmp.dircmp(a, b)
+    names = [str(p.relative_to(a)) for p in a.rglob("*") if p.is_file()]
+    same, _, _ = filecmp.cmpfiles(a, b, names, shallow=False)
+    return not found.left_only and not found.right_only and len(same) == len(names)
+
+
+def test_every_token_is_that_of_the_window_in_whose_middle_it_lies(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path, small_shards: None
+) -> None:
+    embed(backbone, scene, tmp_path / "e.zarr", batch_size=3)
+    found = vectors(tmp_path / "e.zarr")
+    pixels = torch.from_numpy(coded(1, 3, 203)[0].astype(np.float32))
+    # windows have 4 tokens and overlap by 2: token 12 lies in the middle of that from 11 to 14
+    with torch.no_grad():
+        tokens = backbone({"s2": pixels[None, :, 88:120, 104:136]}).tokens["s2"][0]
+    for row in (12, 13):
+        for column in (14, 15):
+            expected = tokens[(row - 11) * 4 + column - 13]
+            np.testing.assert_allclose(found[:, row, column], expected, atol=2e-6)
+    with torch.no_grad():  # in a corner nothing is left out
+        corner = backbone({"s2": pixels[None, :, :32, :32]}).tokens["s2"][0, 0]
+    np.testing.assert_allclose(found[:, 0, 0], corner, atol=2e-6)
+
+
+def test_patches_without_a_valid_pixel_are_missing_and_no_others(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    embed(backbone, scene, tmp_path / "e.zarr")
+    missing = np.isnan(vectors(tmp_path / "e.zarr"))
+    assert (missing.all(0) == missing.any(0)).all()
+    assert sorted(zip(*map(list, np.nonzero(missing[0])), strict=True)) == [
+        (row, column) for row in (8, 9) for column in (8, 9, 10)
+    ]
+
+
+def test_xarray_opens_the_store_with_coordinates_and_reference_system(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    xarray, pyproj = pytest.importorskip("xarray"), pytest.importorskip("pyproj")
+    embed(backbone, scene, tmp_path / "e.zarr", dtype="float16")
+    found = xarray.open_zarr(tmp_path / "e.zarr")
+    values = found["embedding"]
+    assert values.dims == ("band", "y", "x") and values.shape == (12, 26, 26)
+    assert values.dtype == np.float16
+    assert found.x.values[0] == LEFT + 40 and found.y.values[-1] == TOP - 25.5 * 80
+    mapping = values.coords["spatial_ref"].attrs
+    assert pyproj.CRS.from_wkt(mapping["crs_wkt"]).to_epsg() == 32632
+    assert mapping["GeoTransform"] == "400000.0 80.0 0.0 5000000.0 0.0 -80.0"
+    assert found.attrs["proj:code"] == "EPSG:32632"
+
+
+def test_our_own_reader_opens_the_store_on_its_grid(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    from domainssl.io.raster.bands import describe_zarr
+
+    embed(backbone, scene, tmp_path / "e.zarr")
+    file = describe_zarr(str(tmp_path / "e.zarr"), [str(n) for n in range(12)])
+    grid = file.bands[0].grid
+    assert (file.crs, grid.left, grid.top, grid.step) == ("EPSG:32632", LEFT, TOP, 80.0)
+    assert len(file.bands) == 12 and (grid.height, grid.width) == (26, 26)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real tiles are not on this machine")
+def test_real_pixels_keep_their_georeference(tmp_path: Path) -> None:
+    import rasterio
+
+    path = next((REAL / "S2L2A").glob("*.tif"))
+    with rasterio.open(path) as file:
+        transform, crs, shape = file.transform, file.crs, file.shape
+        names = tuple(f"B{n:02d}" for n in range(1, file.count + 1))
+    facts = {**S2, "channels": names, "mean": (2e3,) * len(names), "std": (1e3,) * len(names)}
+    torch.manual_seed(0)
+    backbone = ViTBackbone({"s2": facts}, {"width": 8, "depth": 1, "heads": 2}, patch_size=16)
+    embed(backbone, path, tmp_path / "e.zarr", any_gsd=True, stored_unit="dn")
+    attrs = VectorStore(tmp_path / "e.zarr").facts
+    found = attrs["spatial:transform"]
+    assert rasterio.crs.CRS.from_user_input(attrs.get("proj:code") or attrs["proj:wkt2"]) == crs
+    assert found[0] == pytest.approx(16 * transform.a, rel=1e-9)
+    assert abs(found[2] - transform.c) < 0.01 * transform.a
+    assert abs(found[5] - transform.f) < 0.01 * transform.a
+    assert attrs["spatial:shape"] == [-(-n // 16) for n in shape]
+
+
+def test_int8_vectors_are_within_half_a_step_of_their_scale(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    embed(backbone, scene, tmp_path / "e.zarr")
+    embed(backbone, scene, tmp_path / "q.zarr", dtype="int8")
+    exact, near = vectors(tmp_path / "e.zarr"), vectors(tmp_path / "q.zarr")
+    scale = VectorStore(tmp_path / "q.zarr").group["scale"][...]
+    assert (np.isnan(exact) == np.isnan(near)).all()
+    assert np.nanmax(np.abs(exact - near) / scale) < 0.501
+
+
+def test_parts_ranks_processes_and_resumed_calls_write_the_same_store(
+    scene: Path,
+    backbone: ViTBackbone,
+    tmp_path: Path,
+    small_shards: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    embed(backbone, scene, tmp_path / "whole.zarr")
+    for number in (2, 1):
+        done = embed(
+            backbone, scene, tmp_path / "parts.zarr", plan=Plan(jobs=0, shard=Shard(number, 2))
+        )
+        assert bool(done.missing) == (number == 2)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        embed(backbone, scene, tmp_path / "ranks.zarr")
+    monkeypatch.delenv("RANK")
+    write, count = VectorStore.write, [0]
+
+    def killed(store: VectorStore, box: Any, values: Any) -> None:
+        count[0] += 1
+        if count[0] == 9:
+            values = values * 0  # half-written, and then the power fails
+            write(store, box, values)
+            raise KeyboardInterrupt
+        write(store, box, values)
+
+    monkeypatch.setattr(VectorStore, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        embed(backbone, scene, tmp_path / "killed.zarr")
+    assert not (tmp_path / "killed.zarr").exists()
+    monkeypatch.setattr(VectorStore, "write", write)
+    done = embed(backbone, scene, tmp_path / "killed.zarr")
+    assert (done.pieces, done.resumed) == (16, 8)
+    for name in ("parts", "ranks", "killed"):
+        assert equal_folders(tmp_path / "whole.zarr", tmp_path / f"{name}.zarr"), name
+        assert filecmp.cmp(tmp_path / "whole.png", tmp_path / f"{name}.png", shallow=False)
+    left = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert not left
+
+
+def test_the_size_of_batches_changes_nothing_but_rounding(
+    backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    scene = write_geotiff(tmp_path / "s.tif", coded(1, 3, 100)[0].astype(np.uint16), BANDS)
+    embed(backbone, scene, tmp_path / "a.zarr", batch_size=1)
+    embed(backbone, scene, tmp_path / "b.zarr", batch_size=17)
+    np.testing.assert_allclose(
+        vectors(tmp_path / "a.zarr"), vectors(tmp_path / "b.zarr"), atol=2e-6, rtol=1e-5
+    )
+
+
+def test_a_raster_smaller_than_a_window_is_filled_up(backbone: ViTBackbone, tmp_path: Path) -> None:
+    path = write_geotiff(tmp_path / "s.tif", coded(1, 3, 20)[0].astype(np.uint16), BANDS)
+    embed(backbone, path, tmp_path / "e.zarr")
+    found = vectors(tmp_path / "e.zarr")
+    assert found.shape == (12, 3, 3) and np.isfinite(found).all()
+
+
+def test_one_date_of_a_cube_is_chosen(backbone: ViTBackbone, tmp_path: Path) -> None:
+    write_cube(tmp_path / "c.zarr", coded(4, 3, 64), BANDS)
+    with pytest.raises(ConfigError, match="4 dates .2021-03-01, 2021-03-20"):
+        embed(backbone, tmp_path / "c.zarr", tmp_path / "e.zarr")
+    embed(backbone, tmp_path / "c.zarr", tmp_path / "e.zarr", date="2021-05-02")
+    path = write_geotiff(tmp_path / "d.tif", coded(4, 3, 64)[2].astype(np.uint16), BANDS)
+    embed(backbone, path, tmp_path / "d.zarr")
+    np.testing.assert_array_equal(vectors(tmp_path / "e.zarr"), vectors(tmp_path / "d.zarr"))
+
+
+def test_series_go_in_as_a_whole(tmp_path: Path) -> None:
+    facts = {**S2, "kind": "series"}
+    torch.manual_seed(0)
+    backbone = ViTBackbone({"s2": facts}, {"width": 16, "depth": 1, "heads": 2}, patch_size=8)
+    write_cube(tmp_path / "c.zarr", coded(4, 3, 32), BANDS)
+    embed(backbone, tmp_path / "c.zarr", tmp_path / "e.zarr")
+    days = [18687, 18706, 18749, 18869]
+    batch = {
+        "s2": torch.from_numpy(coded(4, 3, 32)).float()[None],
+        "s2.dates": torch.tensor([days], dtype=torch.int32),
+    }
+    with torch.no_grad():
+        expected = backbone.eval().feature_maps(batch)["s2"][0]
+    np.testing.assert_allclose(vectors(tmp_path / "e.zarr"), expected, atol=2e-6)
+
+
+def test_an_offset_that_nobody_states_is_asked_for(backbone: ViTBackbone, tmp_path: Path) -> None:
+    name = "S2A_MSIL2A_20230508T100041_N0509_R122_T32TQM_20230508T122613.tif"
+    path = write_geotiff(tmp_path / name, coded(1, 3, 32)[0].astype(np.uint16) + 1000, BANDS)
+    with pytest.raises(DataError, match="1000 too high.*--stored_unit to dn.1000"):
+        embed(backbone, path, tmp_path / "e.zarr")
+    embed(backbone, path, tmp_path / "e.zarr", stored_unit="dn+1000")
+    plain = write_geotiff(tmp_path / "p.tif", coded(1, 3, 32)[0].astype(np.uint16), BANDS)
+    embed(backbone, plain, tmp_path / "p.zarr")
+    np.testing.assert_array_equal(vectors(tmp_path / "e.zarr"), vectors(tmp_path / "p.zarr"))
+
+
+def test_bands_are_taken_in_the_order_of_the_card_and_missing_ones_are_named(
+    backbone: ViTBackbone, scene: Path, tmp_path: Path
+) -> None:
+    values = coded(1, 3, 32)[0].astype(np.uint16)
+    turned = write_geotiff(tmp_path / "t.tif", values[::-1], BANDS[::-1])
+    plain = write_geotiff(tmp_path / "p.tif", values, BANDS)
+    embed(backbone, turned, tmp_path / "t.zarr")
+    embed(backbone, plain, tmp_path / "p.zarr")
+    np.testing.assert_array_equal(vectors(tmp_path / "t.zarr"), vectors(tmp_path / "p.zarr"))
+    lacking = write_geotiff(tmp_path / "l.tif", values, ("B02", "B03", "B8A"))
+    with pytest.raises(DataError, match="no band 'B04'"):
+        embed(backbone, lacking, tmp_path / "l.zarr")
+
+
+def test_the_command_writes_a_folder_of_rasters_and_refuses_to_mix(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    domainssl.export_backbone(backbone, tmp_path / "tiny")
+    deep = scene.parent / "more" / "b.tif"
+    write_geotiff(deep, coded(1, 3, 40)[0].astype(np.uint16), BANDS)
+    words = ["embed", str(tmp_path / "tiny"), str(scene.parent), f"--output={tmp_path / 'out'}"]
+    assert main(words) == 0
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == sorted(
+        f"{n}{e}" for n in ("scene", "more__b") for e in (".zarr", ".zarr.json", ".png")
+    )
+    capsys.readouterr()
+    assert main([*words, "--halo=0"]) == 2
+    assert "made from something else (chunk, halo, shard differ)" in capsys.readouterr().err
+    assert main([*words, "--halo=0", "--restart"]) == 0
+    assert VectorStore(tmp_path / "out" / "scene.zarr").facts["halo"] == 0
+
+
+def test_what_embed_did_not_write_is_left_alone(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    (tmp_path / "e.zarr").mkdir()
+    (tmp_path / "e.zarr" / "mine").write_text("x")
+    for restart in (False, True):
+        with pytest.raises(ConfigError, match="was not written by embed"):
+            embed(backbone, scene, tmp_path / "e.zarr", plan=Plan(jobs=0, restart=restart))
+    assert (tmp_path / "e.zarr" / "mine").read_text() == "x"
