@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from domainssl.backbones.timm_models import export_timm, register_timm
     from domainssl.inference.run import embed
     from domainssl.modality import Modality
+    from domainssl.tasks.export import export_task, load_task
 
 __all__ = [
     "Modality",
@@ -24,12 +25,14 @@ __all__ = [
     "embed",
     "export_backbone",
     "export_graph",
+    "export_task",
     "export_timm",
     "list_backbones",
     "list_datamodules",
     "list_objectives",
     "list_tasks",
     "load_backbone",
+    "load_task",
     "register_timm",
 ]
 
@@ -44,8 +47,10 @@ _HOMES = {
     "list_tasks": "domainssl.api",
     "export_backbone": "domainssl.backbones.card",
     "export_graph": "domainssl.backbones.graph",
+    "export_task": "domainssl.tasks.export",
     "list_backbones": "domainssl.backbones.registry",
     "load_backbone": "domainssl.backbones.registry",
+    "load_task": "domainssl.tasks.export",
     "export_timm": "domainssl.backbones.timm_models",
     "register_timm": "domainssl.backbones.timm_models",
 }

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": LEARNERS,
     "tasks": LEARNERS,
     "evaluation": NETWORK | {"backbones"},
-    "callbacks": LEARNERS | {"evaluation"},
+    "callbacks": LEARNERS | {"evaluation", "tasks"},
     "inference": LEARNERS | {"io", "loading", "sources", "tasks"},
     "inspection": COMMON | {"io", "loading", "sources", "datamodules"},
 }

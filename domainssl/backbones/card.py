@@ -19,7 +19,10 @@ from domainssl.backbones.base import Backbone
 from domainssl.errors import DomainSSLError, WeightsError, parsing
 from domainssl.files import open_regular, read_json
 
-__all__ = ["Card", "ExportError", "export_backbone", "export_files", "read_card"]
+__all__ = [
+    "Card", "ExportError", "describe_modalities", "export_backbone", "export_files", "read_card",
+    "write_pair",
+]  # fmt: skip
 
 FORMAT = "domainssl.backbone/1"
 CARD_NAME, TENSORS_NAME = "backbone.json", "backbone.safetensors"
@@ -56,7 +59,7 @@ class Card:
     format: str = FORMAT
 
 
-def _describe(backbone: Backbone) -> dict[str, dict[str, Any]]:
+def describe_modalities(backbone: Backbone) -> dict[str, dict[str, Any]]:
     """Return the modalities with the statistics that really normalise."""
     described = {}
     for name, modality in backbone.modalities.items():
@@ -77,7 +80,7 @@ def _changes(backbone: Backbone) -> dict[str, Any]:
     )
 
 
-def _write_pair(contents: dict[Path, bytes]) -> None:
+def write_pair(contents: dict[Path, bytes]) -> None:
     """Write files under hidden names and rename them, in order, once all are on the disk.
 
     Of an earlier export in their place everything stays until then; the last name, that of the
@@ -135,7 +138,7 @@ def export_backbone(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}
     content = save(tensors)
-    modalities = _describe(backbone)
+    modalities = describe_modalities(backbone)
     card = Card(
         name=class_name(class_of(backbone)),
         arguments={**backbone.arguments, "modalities": modalities},
@@ -148,7 +151,7 @@ def export_backbone(
     )
     text = json.dumps(asdict(card), indent=1, allow_nan=False)
     try:
-        _write_pair({folder / TENSORS_NAME: content, target: text.encode()})
+        write_pair({folder / TENSORS_NAME: content, target: text.encode()})
     except OSError as error:
         raise ExportError(
             f"The backbone was not exported to {str(folder)!r}: {error}. Nothing of it is left "

@@ -1,10 +1,10 @@
-"""Write the backbone that a run has trained, in the form everybody uses afterwards."""
+"""Write the backbone or task that a run has trained, in the form everybody uses afterwards."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -13,8 +13,11 @@ from torch import nn
 from domainssl.arguments import class_of, plain
 from domainssl.backbones.card import export_backbone
 from domainssl.callbacks._common import run_folder
+from domainssl.errors import ConfigError
+from domainssl.tasks.base import Task
+from domainssl.tasks.export import export_task, whole_task
 
-__all__ = ["ExportBackbone"]
+__all__ = ["ExportBackbone", "ExportTask"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +30,39 @@ class ExportBackbone(Callback):
         licence: Licence of the weights, noted on the card.
     """
 
+    what: ClassVar[str] = "backbone"
+
     def __init__(self, folder: str | None = None, licence: str = "unspecified") -> None:
         self.folder = folder
         self.licence = licence
         self.written: Path | None = None
 
+    def card(self, trainer: Trainer) -> Path:
+        """Return where the card goes, the last thing that is written."""
+        return self.target(trainer) / f"{self.what}.json"
+
+    def how_to_load(self, folder: str) -> list[str]:
+        """Return the lines of Python that load what was written and use it."""
+        return [
+            "import torch",
+            "from domainssl import load_backbone",
+            f'backbone = load_backbone("{folder}")',
+            "with torch.no_grad():",
+            "    features = backbone(batch)  # raw physical values; features.pooled, .tokens",
+        ]
+
     def target(self, trainer: Trainer) -> Path:
         """Return the folder that the export goes to."""
-        return Path(self.folder) if self.folder else run_folder(trainer) / "backbone"
+        return Path(self.folder) if self.folder else run_folder(trainer) / self.what
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, unless a loss was not finite."""
         module: Any = pl_module
         module.check_finite()
-        backbone = _gathered(module.get_submodule(module.exported))
+        whole = self._whole(module)
         if trainer.is_global_zero:
-            card = export_backbone(
-                backbone,
+            card = self._write(
+                whole,
                 self.target(trainer),
                 licence=self.licence,
                 provenance=_provenance(trainer, module),
@@ -52,11 +71,56 @@ class ExportBackbone(Callback):
             self.written = card.parent
         trainer.strategy.barrier("export")
 
+    def _whole(self, module: Any) -> Any:
+        """Return what is written, with whole tensors; runs on all ranks."""
+        if isinstance(module, Task):
+            return whole_task(module).backbone
+        return _gathered(module.get_submodule(module.exported))
+
+    def _write(self, whole: Any, folder: Path, **facts: Any) -> Path:
+        return export_backbone(whole, folder, **facts)
+
+
+class ExportTask(ExportBackbone):
+    """Writes `task.safetensors` and its card, with class names, when fine-tuning ends.
+
+    Args:
+        folder: Where; the run's folder `task` by default.
+        licence: Licence of the weights, noted on the card.
+    """
+
+    what: ClassVar[str] = "task"
+
+    def how_to_load(self, folder: str) -> list[str]:
+        """Return the lines of Python that load what was written and use it."""
+        return [
+            "import torch",
+            "from domainssl import load_task",
+            f'task = load_task("{folder}")  # task.classes',
+            "with torch.no_grad():",
+            "    predicted = task.predictions(task.logits(batch))  # raw physical values",
+        ]
+
+    def _whole(self, module: Any) -> Any:
+        if not isinstance(module, Task):
+            raise ConfigError(
+                f"callbacks: ExportTask writes tasks, and the run trains {type(module).__name__}. "
+                "Use ExportBackbone."
+            )
+        return whole_task(module)
+
+    def _write(self, whole: Any, folder: Path, **facts: Any) -> Path:
+        return export_task(whole, folder, **facts)
+
 
 def _provenance(trainer: Trainer, module: Any) -> dict[str, Any]:
     identity = getattr(getattr(trainer, "datamodule", None), "identity", None)
     arguments = {k: v for k, v in module.arguments.items() if k != "modalities"}
+    began = {}
+    if isinstance(module, Task):
+        began = {"started_from": arguments["backbone"], "tuning": arguments["tuning"]}
     return {
+        **began,
         "objective": class_of(module).__name__,
         "arguments": plain(arguments),
         "epochs": trainer.current_epoch,

@@ -99,18 +99,16 @@ def summarize(
 
 def _how_to_load(trainer: Trainer) -> list[tuple[str, str]]:
     callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    written = [c.written for c in callbacks if isinstance(c, ExportBackbone) and c.written]
-    if not written or not written[0].exists():
-        return []
-    folder = _short(written[0])
-    return [
-        ("backbone", f"{folder}  (backbone.safetensors, backbone.json)"),
-        ("load it", "import torch"),
-        ("", "from domainssl import load_backbone"),
-        ("", f'backbone = load_backbone("{folder}")'),
-        ("", "with torch.no_grad():"),
-        ("", "    features = backbone(batch)  # raw physical values; features.pooled, .tokens"),
-    ]
+    exports = [c for c in callbacks if isinstance(c, ExportBackbone) and c.written]
+    lines: list[tuple[str, str]] = []
+    for callback in exports:
+        if callback.written is not None and callback.written.exists():
+            folder = _short(callback.written)
+            what = callback.what
+            lines.append((what, f"{folder}  ({what}.safetensors, {what}.json)"))
+            first, *others = callback.how_to_load(folder)
+            lines += [("load it", first), *(("", text) for text in others)]
+    return lines
 
 
 def _last_checkpoint(trainer: Trainer) -> Path | None:

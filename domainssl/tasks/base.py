@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from domainssl.arguments import plain
+from domainssl.arguments import class_name, class_of, plain
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.modality import Batch, Modality, as_modalities
@@ -169,6 +169,14 @@ class Task(TrainingModule):
         super().on_before_optimizer_step(optimizer)
         for parameter in self._unused or ():
             parameter.grad = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `load_task` needs; `load_backbone` does not read backbones with adapters."""
+        super().on_save_checkpoint(checkpoint)
+        facts = {key: checkpoint["backbone"][key] for key in ("name", "arguments")}
+        checkpoint["task"] = {"name": class_name(class_of(self)), "backbone": facts}
+        if self.tuning.mode == "lora":
+            del checkpoint["backbone"]
 
     # -- helpers ----------------------------------------------------------------------------
 

@@ -41,9 +41,10 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
     assert (folder / "run" / "config.yaml").is_file()
     exported = cli("export", "--checkpoint", "run", "--output", "out")
     assert exported.status == 0, exported.text
-    from domainssl import load_backbone
+    from domainssl import load_backbone, load_task
 
-    assert load_backbone(folder / "out").modalities
+    load = load_task if Path(recipe).stem.startswith("finetune_") else load_backbone
+    assert load(folder / "out").modalities
     refused = cli("export", "--checkpoint", "run", "--output", "out")
     assert refused.status == 2 and "add --overwrite" in refused.err
     assert cli("export", "--checkpoint", "run", "--output", "out", "--overwrite").status == 0

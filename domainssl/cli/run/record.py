@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from domainssl.arguments import plain
-from domainssl.backbones.card import CARD_NAME
 from domainssl.callbacks.evaluation import OnlineEvaluation
 from domainssl.callbacks.export import ExportBackbone
 from domainssl.cli.config import catalog
@@ -98,7 +97,7 @@ class RunRecord(SaveConfigCallback):
         exports = [c for c in callbacks if isinstance(c, ExportBackbone)]
         if self.has_begun or not trainer.ckpt_path or not exports:
             return
-        is_missing = not (exports[0].target(trainer) / CARD_NAME).exists()
+        is_missing = not all(export.card(trainer).exists() for export in exports)
         if trainer.strategy.broadcast(is_missing):
             for callback in callbacks:
                 if isinstance(callback, OnlineEvaluation | ExportBackbone):

@@ -1,4 +1,4 @@
-"""Write the backbone of a checkpoint with a card: as safetensors, or as a graph that runs alone."""
+"""Write backbone or task of a checkpoint with a card: as safetensors, or as a graph."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ def run(argv: list[str]) -> int:
 
     from domainssl import export_backbone, export_timm, load_backbone
     from domainssl.cli.console import console
+    from domainssl.tasks.export import is_task, load_task
 
-    backbone = load_backbone(checkpoint)
+    is_of_task = checkpoint.suffix == ".ckpt" and is_task(checkpoint)
+    if is_of_task and options.format == "safetensors" and not options.backbone:
+        return _task(options, checkpoint, output)
+    backbone = load_task(checkpoint).backbone if is_of_task else load_backbone(checkpoint)
     facts: dict[str, Any] = {
         "licence": options.licence,
         "provenance": {"checkpoint": checkpoint.name, **_run_facts(checkpoint)},
@@ -67,17 +71,46 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _task(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
+    """Write a fine-tuned model, and say what it takes and predicts."""
+    from domainssl.cli.console import console
+    from domainssl.tasks.export import export_task, load_task
+
+    task = load_task(checkpoint)
+    facts = {"checkpoint": checkpoint.name, **_run_facts(checkpoint)}
+    card = export_task(
+        task, output, licence=options.licence, provenance=facts, overwrite=options.overwrite
+    )
+    screen = console()
+    size = (output / "task.safetensors").stat().st_size / 1e6
+    screen.print(f"exported {type(task).__name__} ({size:.1f} MB) to {output}", markup=False)
+    for name, modality in task.modalities.items():
+        bands = " ".join(modality.channels)
+        screen.print(
+            f"  {name}: {modality.num_channels} bands {bands} ({modality.value_unit})", markup=False
+        )
+    if task.classes:
+        screen.print(f"  classes: {', '.join(task.classes)}", markup=False)
+    screen.print(f"  card: {card}", markup=False)
+    screen.print(f"load it with  domainssl.load_task({str(output)!r})", markup=False)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m domainssl export",
         description="Write backbone.safetensors and backbone.json (the card: bands, units, "
-        "statistics, origin) from a checkpoint. Load them with "
-        "domainssl.load_backbone(FOLDER). With --format onnx or torch_export: a graph that takes "
-        "raw values and runs without this library.",
+        "statistics, origin) from a checkpoint; of a fine-tuning run task.safetensors and "
+        "task.json. Load them with domainssl.load_backbone(FOLDER) and load_task(FOLDER). With "
+        "--format onnx or torch_export: a graph that takes raw values and runs without this "
+        "library.",
     )
     parser.add_argument("--checkpoint", required=True, help="a .ckpt file, or the folder of a run")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--licence", default="unspecified", help="licence of the weights")
+    parser.add_argument(
+        "--backbone", action="store_true", help="of a fine-tuning run, write the backbone alone"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
         "--format", choices=("safetensors", "timm", "onnx", "torch_export"), default="safetensors",
@@ -154,7 +187,8 @@ def _checkpoint(path: Path) -> Path:
 def _check_target(output: Path, overwrite: bool, is_graph: bool) -> None:
     if output.is_file():
         raise ConfigError(f"--output {str(output)!r} is a file; give a folder.")
-    if not is_graph and (output / "backbone.json").exists() and not overwrite:
+    cards = [output / "backbone.json", output / "task.json"]
+    if not is_graph and any(card.exists() for card in cards) and not overwrite:
         raise ConfigError(
             f"--output {str(output)!r} holds an export already. Choose another folder, or add "
             "--overwrite."

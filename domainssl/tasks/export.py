@@ -1,0 +1,283 @@
+"""What users share of a fine-tuned model: `task.safetensors` and, beside it, `task.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from domainssl import tasks
+from domainssl.arguments import class_name, class_of, plain
+from domainssl.backbones.card import ExportError, describe_modalities, write_pair
+from domainssl.backbones.registry import read_tensors
+from domainssl.errors import WeightsError, nearest, parsing
+from domainssl.files import open_regular, read_json
+from domainssl.tasks.base import Task
+from domainssl.tasks.tuning import merge_adapters
+
+__all__ = ["TaskCard", "export_task", "is_task", "load_task", "whole_task"]
+
+FORMAT = "domainssl.task/1"
+CARD_NAME, TENSORS_NAME = "task.json", "task.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskCard:
+    """What a fine-tuned model takes and says, and where it comes from.
+
+    Attributes:
+        name: Class of the task with its module.
+        kind: `classification`, `segmentation`, `regression` or `change`.
+        classes: Names by number; empty where it predicts numbers.
+        arguments: Constructor arguments; the backbone is given by class and arguments.
+        modalities: Bands in order, unit, resolution and the statistics that normalise, by name.
+        sha256: Of the tensors file.
+        licence: Licence of the weights, as an SPDX name where there is one.
+        provenance: Free facts: data identity, run, versions, the weights it started from.
+        format: Version of this file's layout.
+    """
+
+    name: str
+    kind: str
+    classes: list[str]
+    arguments: dict[str, Any]
+    modalities: dict[str, dict[str, Any]]
+    sha256: str
+    licence: str = "unspecified"
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+
+
+def whole_task(task: Task) -> Task:
+    """Return a copy on the CPU in evaluation mode, its tensors whole and its adapters merged.
+
+    Where the tensors are sharded, all ranks call it.
+    """
+    state = {
+        name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().cpu()
+        for name, t in task.state_dict().items()
+    }
+    arguments = {**task.arguments, "backbone": task.backbone.to_dict()}
+    return _built(class_of(task), arguments, state)
+
+
+def _built(cls: type, arguments: Mapping[str, Any], state: Mapping[str, Any]) -> Task:
+    with torch.random.fork_rng(devices=[]):
+        task: Task = cls(**arguments)
+    task.load_state_dict(dict(state), strict=True)
+    if task.tuning.mode == "lora":
+        merge_adapters(task.backbone)
+    task.arguments = {**plain(task.arguments), "tuning": {"mode": "full"}}
+    return task.eval()
+
+
+def export_task(
+    task: Task,
+    folder: str | Path,
+    *,
+    licence: str = "unspecified",
+    provenance: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a task, its backbone and normalisation included, and its card.
+
+    Both files appear complete or not at all. Adapters of `lora` are merged.
+
+    Args:
+        task: What to write.
+        folder: Created where it does not exist.
+        licence: Licence of the weights.
+        provenance: Plain facts about their origin.
+        overwrite: Replace an earlier export.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        WeightsError: The folder already holds an export.
+        ExportError: The disk is full or not writable.
+    """
+    folder = Path(folder)
+    target = folder / CARD_NAME
+    if target.exists() and not overwrite:
+        raise WeightsError(f"{target} exists already; pass overwrite=True (--overwrite).")
+    whole = whole_task(task)
+    content = save({name: t.contiguous() for name, t in whole.state_dict().items()})
+    modalities = describe_modalities(whole.backbone)
+    backbone = whole.backbone.to_dict()
+    backbone["arguments"]["modalities"] = modalities
+    card = TaskCard(
+        name=class_name(class_of(task)),
+        kind=task.kind,
+        classes=list(task.classes),
+        arguments={**whole.arguments, "backbone": backbone},
+        modalities={name: facts for name, facts in modalities.items() if name in task.modalities},
+        sha256=hashlib.sha256(content).hexdigest(),
+        licence=licence,
+        provenance=plain(
+            {
+                "torch": torch.__version__,
+                "started_from": task.arguments["backbone"],
+                "tuning": task.arguments["tuning"],
+                **(provenance or {}),
+            }
+        ),
+    )
+    text = json.dumps(asdict(card), indent=1, allow_nan=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_pair({folder / TENSORS_NAME: content, target: text.encode()})
+    except OSError as error:
+        raise ExportError(
+            f"The task was not exported to {str(folder)!r}: {error}. Nothing of it is left there, "
+            "and an earlier export is as it was. Make room and export again out of the run's "
+            "checkpoint: python -m domainssl export --checkpoint RUN --output FOLDER"
+        ) from error
+    return target
+
+
+def is_task(path: str | Path) -> bool:
+    """Tell whether there is a task at a path: an export, a run or a checkpoint of one.
+
+    Raises:
+        WeightsError: It is a checkpoint that cannot be read.
+    """
+    path = Path(path)
+    if path.suffix == ".ckpt":
+        return path.is_file() and isinstance(read_tensors(path).get("task"), dict)
+    return _files(path)[0].is_file()
+
+
+def load_task(path: str | Path) -> Task:
+    """Load a fine-tuned model that takes raw physical values and normalises them itself.
+
+        task = load_task("runs/finetune_tiles/task")
+        probabilities = task.logits({"he": tiles}).softmax(1)    # (B, K); task.classes names them
+
+    Args:
+        path: The folder of an export or of a run, the card or the tensors file, or a checkpoint.
+
+    Returns:
+        The task in evaluation mode, on the CPU; its `classes` are those of the card.
+
+    Raises:
+        WeightsError: There is no task, or its files are damaged or of another version.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".ckpt":
+        return _of_checkpoint(path)
+    card_path, tensors_path = _files(path)
+    for needed in (card_path, tensors_path):
+        if not needed.is_file():
+            raise WeightsError(
+                f"{needed} does not exist; an exported task is the pair {CARD_NAME} and "
+                f"{TENSORS_NAME}. Copy both files, or export again: python -m domainssl export "
+                f"--checkpoint RUN --output FOLDER.{_backbone_advice(path)}"
+            )
+    card = _card(card_path)
+    with parsing(f"{tensors_path}:", kind=WeightsError, advice="Check its permissions."):
+        with open_regular(tensors_path) as file:
+            content = file.read()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != card.sha256:
+        raise WeightsError(
+            f"{tensors_path} has sha256 {digest[:16]}…, but {card_path.name} belongs to "
+            f"{card.sha256[:16]}…: the file is damaged or of another export. Copy both again."
+        )
+    with parsing(
+        f"{card_path}: card and tensors do not fit this version; the task",
+        kind=WeightsError,
+        advice="Export it again, or install the version that its card names under provenance.",
+        also=(SafetensorError,),
+    ):
+        return _watched(_built(_task_class(card.name), card.arguments, load(content)))
+
+
+def _watched(task: Task) -> Task:
+    task.backbone.watch_units()
+    return task
+
+
+def _files(path: Path) -> tuple[Path, Path]:
+    """Return where card and tensors are, whether or not they exist."""
+    if path.suffix in (".json", ".safetensors") and not path.is_dir():
+        return path.with_suffix(".json"), path.with_suffix(".safetensors")
+    if not (path / CARD_NAME).exists() and (path / "task").is_dir():
+        path = path / "task"  # the folder of a run
+    return path / CARD_NAME, path / TENSORS_NAME
+
+
+def _backbone_advice(path: Path) -> str:
+    if (path / "backbone.json").exists() or (path / "backbone").is_dir():
+        return " There is a backbone, which predicts nothing: see load_backbone."
+    return ""
+
+
+def _card(path: Path) -> TaskCard:
+    """Return a card whose fields are there and of their types."""
+    facts = read_json(path, kind=WeightsError)
+    names = {f.name for f in fields(TaskCard)}
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT or not names >= set(facts):
+        found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
+        raise WeightsError(
+            f"{path} is no card of this version: expected 'format': {FORMAT!r}, found {found!r}."
+        )
+    kinds = {"classes": list, "arguments": dict, "modalities": dict, "provenance": dict}
+    for entry in fields(TaskCard):
+        has_default = entry.default is not MISSING or entry.default_factory is not MISSING
+        if entry.name not in facts and not has_default:
+            raise WeightsError(f"{path} has no field {entry.name!r}; export or copy it again.")
+        wanted = kinds.get(entry.name, str)
+        if entry.name in facts and not isinstance(facts[entry.name], wanted):
+            raise WeightsError(
+                f"{path}: {entry.name!r} is a {type(facts[entry.name]).__name__}, expected a "
+                f"{wanted.__name__}; the card was changed or is damaged. Export or copy it again."
+            )
+    return TaskCard(**facts)
+
+
+def _of_checkpoint(path: Path) -> Task:
+    content = read_tensors(path)
+    facts, arguments = content.get("task"), content.get("hyper_parameters")
+    if not isinstance(facts, dict) or not isinstance(arguments, dict):
+        raise WeightsError(
+            f"{path} is no checkpoint of a task (it has no 'task' entry). Load the backbone of a "
+            "pretraining run with load_backbone."
+        )
+    with parsing(
+        f"{path}: does not fit this version; the task",
+        kind=WeightsError,
+        advice="Use the version that wrote the checkpoint, or another checkpoint.",
+    ):
+        given = {**arguments, "backbone": facts["backbone"]}
+        return _watched(_built(_task_class(str(facts["name"])), given, content["state_dict"]))
+
+
+def _task_class(name: str) -> type[Task]:
+    """Return a task by name with module; classes of others must be imported first.
+
+    Raises:
+        WeightsError: There is no such task.
+    """
+    for module in pkgutil.iter_modules(tasks.__path__, f"{tasks.__name__}."):
+        importlib.import_module(module.name)
+
+    def below(cls: type[Task]) -> list[type[Task]]:
+        return [c for child in cls.__subclasses__() for c in (child, *below(child))]
+
+    known = {class_name(cls): cls for cls in below(Task)}
+    if name not in known:
+        raise WeightsError(
+            f"There is no task {name!r}.{nearest(name, known)} Known: {', '.join(sorted(known))}. "
+            "A class of your own must be imported before its export is loaded."
+        )
+    return known[name]
