@@ -205,6 +205,17 @@ class DomainDataModule(Recorded, LightningDataModule):
         """Return the items to predict, in fixed order."""
         return self._stream("predict", shuffle=False)
 
+    def ordered_dataloader(self, split: str) -> BlockStream:
+        """Return the items of any split in fixed order, read as held-out items are: nothing drawn.
+
+        Raises:
+            ConfigError: There is no such split.
+        """
+        source = self.source(split)
+        if getattr(source, "is_training", False):
+            source = replace(source, is_training=False)  # type: ignore[type-var]
+        return self._stream(split, shuffle=False, source=source)
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Convert the modalities to float32, now that they are on the device."""
         return {
@@ -305,8 +316,8 @@ class DomainDataModule(Recorded, LightningDataModule):
         """Items per batch on this rank."""
         return self.global_batch_size // (self._world_size * self._accumulate)
 
-    def _stream(self, split: str, *, shuffle: bool) -> BlockStream:
-        source = self.source(split)
+    def _stream(self, split: str, *, shuffle: bool, source: Source | None = None) -> BlockStream:
+        source = source or self.source(split)
 
         def plan(epoch: int) -> EpochPlan:
             return EpochPlan(

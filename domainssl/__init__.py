@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from domainssl.api import build, list_datamodules, list_objectives, list_tasks
+    from domainssl.api import build, evaluate, list_datamodules, list_objectives, list_tasks
     from domainssl.backbones.card import export_backbone
     from domainssl.backbones.graph import export_graph
     from domainssl.backbones.registry import list_backbones, load_backbone
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "build",
     "embed",
+    "evaluate",
     "export_backbone",
     "export_graph",
     "export_task",
@@ -42,6 +43,7 @@ _HOMES = {
     "Modality": "domainssl.modality",
     "build": "domainssl.api",
     "embed": "domainssl.inference.run",
+    "evaluate": "domainssl.api",
     "list_datamodules": "domainssl.api",
     "list_objectives": "domainssl.api",
     "list_tasks": "domainssl.api",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from domainssl.cli.config import catalog
 from domainssl.errors import ConfigError, nearest
 
-__all__ = ["build", "list_datamodules", "list_objectives", "list_tasks"]
+if TYPE_CHECKING:
+    from domainssl.cli.run.evaluating import Evaluation
+
+__all__ = ["build", "evaluate", "list_datamodules", "list_objectives", "list_tasks"]
 
 
 def build(recipe: str | Path, *overlays: str | Path, **overrides: Any) -> Any:
@@ -61,6 +64,71 @@ def _words(values: Mapping[str, Any], prefix: str = "") -> Sequence[str]:
         else:
             words.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return words
+
+
+def evaluate(
+    *backbones: str | Path,
+    config: str | Path | Sequence[str | Path] = (),
+    output: str | Path = "evaluation",
+    split: str | None = None,
+    protocols: Sequence[str] | None = None,
+    seeds: int = 3,
+    resamples: int = 1000,
+    max_items: int | None = None,
+    baselines: bool = True,
+    device: str = "auto",
+    thumbnails: bool = False,
+    data: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Measure what frozen features of backbones tell about the labels of data.
+
+        found = domainssl.evaluate("runs/a", "mine=exported", output="evaluation")
+        found.value("mine", "s2", "linear", "accuracy")
+
+    Writes what `python -m domainssl evaluate` writes, with the same figures.
+
+    Args:
+        *backbones: Folders of runs, exports, checkpoints or `hf://…`, perhaps as `LABEL=PLACE`.
+        config: Files with a data section; none takes that of the first run.
+        output: Folder for `evaluation.csv`, `evaluation.json`, `report.html` and kept features.
+        split: Where is measured; None takes `test`, else `val`.
+        protocols: Names out of `domainssl.evaluation.comparison.PROTOCOLS`; None takes all.
+        seeds: Runs of what is random.
+        resamples: Draws of the bootstrap.
+        max_items: Items of a split at most.
+        baselines: Add untrained backbones and raw statistics.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        thumbnails: Show pictures of items whose ids are protected, too.
+        data: Values over those of `config`, such as `{"root": "/data"}`.
+
+    Returns:
+        The rows, and where they were written.
+
+    Raises:
+        ConfigError: An argument or the configuration cannot be used.
+        DataError: The data cannot be evaluated by.
+        WeightsError: A backbone cannot be loaded, or does not fit the data.
+    """
+    from domainssl.cli.run.evaluating import Request, evaluate_backbones
+    from domainssl.evaluation.comparison import PROTOCOLS, Protocol
+
+    files = [config] if isinstance(config, str | Path) else list(config)
+    return evaluate_backbones(
+        Request(
+            backbones=tuple(map(str, backbones)),
+            config=tuple(map(str, files)),
+            more=tuple(_words({"data": dict(data)}) if data else ()),
+            output=Path(output),
+            split=split,
+            protocol=Protocol(
+                names=tuple(protocols or PROTOCOLS), seeds=tuple(range(seeds)), resamples=resamples
+            ),
+            max_items=max_items,
+            baselines=baselines,
+            device=device,
+            thumbnails=thumbnails,
+        )
+    )
 
 
 def list_objectives(pattern: str = "*") -> list[str]:

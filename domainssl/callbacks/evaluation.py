@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from domainssl.callbacks._common import console_of, observing
 from domainssl.distributed import all_gather_objects, gather, is_distributed, rank, world_size
 from domainssl.errors import ConfigError
+from domainssl.evaluation.features import representation, restricted
 from domainssl.evaluation.raw import band_statistics
 from domainssl.evaluation.report import (
     Collected,
@@ -40,8 +41,8 @@ class OnlineEvaluation(Callback):
 
     Judged are each modality alone, all together (`joint`) and the subsets between, on the items
     of the validation loader, gathered over ranks. The same numbers of the backbone before
-    training (`val/untrained/...`) and of mean and standard deviation per band (`val/raw/...`)
-    stand beside them. Nothing of it touches training: no gradients, no random state.
+    training (`val/untrained/...`) and of raw statistics per band (`val/raw/...`) stand
+    beside them. Nothing of it touches training: no gradients, no random state.
 
     Args:
         every_n_epochs: Epochs between evaluations; the last epoch is always evaluated.
@@ -200,16 +201,16 @@ class OnlineEvaluation(Callback):
             for subset in subsets(tuple(known)):
                 if not set(subset) <= set(here):
                     continue
-                features = module.features(_restricted(batch, subset, known))
+                features = module.features(restricted(batch, subset))
                 name = subset_name(subset, tuple(known))
-                rows[f"features.{name}"] = _representation(features, subset)
+                rows[f"features.{name}"] = representation(features, subset)
                 if subset == tuple(known) and len(subset) > 1:
                     for key, value in module.embed(features).items():
                         rows[f"embeddings.{key}"] = value
         for name in here:
             rows[f"present.{name}"] = present_mask(batch, name)
             if with_raw:
-                rows[f"raw.{name}"] = band_statistics(batch, known[name])
+                rows[f"raw.{name}"] = band_statistics(batch, known[name], percentiles=())
             if companion(name, "source") in batch:
                 rows[f"sources.{name}"] = batch[companion(name, "source")]
         label = batch.get("label")
@@ -303,22 +304,6 @@ class OnlineEvaluation(Callback):
         items, classes = (int(self.metrics[f"val/{what}"]) for what in ("items", "classes"))
         console.print(table(both, items, classes, self.per_class))
         console.print(verdict(both), markup=False)
-
-
-def _restricted(
-    batch: Mapping[str, Any], subset: tuple[str, ...], known: Iterable[str]
-) -> dict[str, Any]:
-    """Return the batch without the modalities outside `subset`."""
-    others = set(known) - set(subset)
-    return {key: value for key, value in batch.items() if key.partition(".")[0] not in others}
-
-
-def _representation(features: Any, subset: tuple[str, ...]) -> Tensor:
-    """Return one vector per item: the fused one where there is one, else all side by side."""
-    pooled: dict[str, Tensor] = features.pooled
-    if len(subset) > 1 and "joint" in pooled:
-        return pooled["joint"]
-    return torch.cat([pooled[name] for name in subset], dim=1)
 
 
 def _to_host(value: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a person gets without any model: mean and standard deviation per band."""
+"""What a person gets without any model: mean, deviation and five percentiles per channel."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,18 +10,29 @@ from torch import Tensor
 
 from domainssl.modality import Modality, valid_mask
 
-__all__ = ["band_statistics"]
+__all__ = ["PERCENTILES", "band_statistics"]
+
+PERCENTILES = (5, 25, 50, 75, 95)
 
 
-def band_statistics(batch: Mapping[str, Any], modality: Modality) -> Tensor:
-    """Return mean and standard deviation of every band over the valid pixels of each item.
+def band_statistics(
+    batch: Mapping[str, Any],
+    modality: Modality,
+    percentiles: Sequence[float] = PERCENTILES,
+) -> Tensor:
+    """Return mean, standard deviation and percentiles of every channel of each item.
+
+    Only valid pixels, voxels or features count. Percentiles are interpolated linearly between the
+    sorted values, as `numpy.percentile` does.
 
     Args:
         batch: Raw physical values and their companions.
         modality: Which one, and where its channel axis is.
+        percentiles: Which ones.
 
     Returns:
-        (B, 2 C), float32; zero for items without a valid pixel.
+        (B, 7 C), float32: all means, all deviations, then one percentile after the other; zero for
+        items without a valid pixel.
     """
     x = batch[modality.name].double().movedim(modality.channel_axis, 1).flatten(2)  # (B, C, P)
     if x.shape[-1] == 0:
@@ -33,4 +44,20 @@ def band_statistics(batch: Mapping[str, Any], modality: Modality) -> Tensor:
     count = weight.sum(-1).clamp(min=1)
     mean = (x * weight).sum(-1) / count
     spread = ((x - mean.unsqueeze(-1)).square() * weight).sum(-1) / count
-    return torch.cat([mean, spread.sqrt()], dim=1).float()
+    ranked = _percentiles(x, weight > 0, percentiles)
+    return torch.cat([mean, spread.sqrt(), *ranked], dim=1).float()
+
+
+def _percentiles(x: Tensor, valid: Tensor, percentiles: Sequence[float]) -> list[Tensor]:
+    """Return (B, C) per percentile of values (B, C, P) where `valid` (B, 1, P)."""
+    ordered = torch.where(valid, x, torch.inf).sort(dim=-1).values  # invalid ones come last
+    last = (valid.sum(-1, keepdim=True) - 1).clamp(min=0)  # (B, 1, 1), of the valid values
+    found = []
+    for percent in percentiles:
+        place = last.double() * percent / 100
+        low = place.floor().long().expand(-1, x.shape[1], 1)
+        high = place.ceil().long().expand(-1, x.shape[1], 1)
+        below, above = ordered.gather(-1, low), ordered.gather(-1, high)
+        value = below + (above - below) * (place - place.floor())
+        found.append(torch.where(valid.any(-1, keepdim=True), value, 0.0).squeeze(-1))
+    return found

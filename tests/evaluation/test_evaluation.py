@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from domainssl.evaluation.probes import (
     linear_probe_accuracy,
     standardize,
 )
-from domainssl.evaluation.raw import band_statistics
+from domainssl.evaluation.raw import PERCENTILES, band_statistics
 from domainssl.evaluation.report import (
     Collected,
     count_classes,
@@ -185,7 +186,9 @@ def test_band_statistics_use_valid_pixels_only():
     x = torch.tensor([[[[1.0, 3.0], [99.0, 99.0]], [[2.0, 2.0], [float("nan"), 0.0]]]])
     valid = torch.tensor([[[True, True], [False, False]]])
     out = band_statistics({"s2": x, "s2.valid": valid}, modality)
-    assert out.tolist() == [[2.0, 2.0, 1.0, 0.0]]
+    assert out[:, :4].tolist() == [[2.0, 2.0, 1.0, 0.0]]
+    five = [1.1, 1.5, 2.0, 2.5, 2.9]  # of 1 and 3
+    assert out[0, 4:].tolist() == pytest.approx([n for pair in five for n in (pair, 2.0)])
 
 
 def test_band_statistics_of_a_series_and_of_nothing_valid():
@@ -193,7 +196,18 @@ def test_band_statistics_of_a_series_and_of_nothing_valid():
     x = torch.tensor([[1.0, 5.0], [7.0, 7.0]]).reshape(2, 2, 1, 1, 1)
     valid = torch.tensor([[True, True], [False, False]]).reshape(2, 2, 1, 1)
     out = band_statistics({"s1": x, "s1.valid": valid}, modality)
-    assert out.tolist() == [[3.0, 2.0], [0.0, 0.0]]
+    assert out.shape == (2, 7) and out[:, :2].tolist() == [[3.0, 2.0], [0.0, 0.0]]
+    assert out[1].tolist() == [0.0] * 7
+
+
+def test_percentiles_are_those_of_numpy_over_valid_values():
+    modality = Modality(name="s2", kind="image", channels=("a",), value_unit="dn", size=(5, 5))
+    x = torch.randn(3, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    valid = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(1)) > 0.4
+    out = band_statistics({"s2": x, "s2.valid": valid}, modality)
+    for row in range(3):
+        values = x[row, 0][valid[row]].double().numpy()
+        assert out[row, 2:].tolist() == pytest.approx(np.percentile(values, PERCENTILES), abs=1e-6)
 
 
 def test_items_of_unknown_class_do_not_count():

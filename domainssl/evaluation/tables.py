@@ -1,0 +1,137 @@
+"""An evaluation as a table on screen, as CSV and as JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from domainssl.evaluation.comparison import Row
+
+__all__ = [
+    "COLUMNS",
+    "HEADLINES",
+    "csv_text",
+    "json_content",
+    "overview",
+    "pair_table",
+    "plain_row",
+]
+
+COLUMNS = (
+    "backbone", "features", "protocol", "metric", "value", "low", "high", "seeds", "seed_std",
+    "chance", "train_items", "test_items", "gain", "gain_low", "gain_high",
+)  # fmt: skip
+# what the overview shows of each protocol
+HEADLINES: dict[str, str] = {
+    "kNN": "accuracy",
+    "linear": "accuracy",
+    "MLP": "accuracy",
+    "k-means": "NMI",
+    "1-shot": "accuracy",
+    "5-shot": "accuracy",
+    "10-shot": "accuracy",
+    "retrieval": "mAP",
+    "dense linear": "mIoU",
+}
+
+
+def plain_row(row: Row) -> dict[str, Any]:
+    """Return a row as plain data; what is not a number is None."""
+    found = {name: getattr(row, name) for name in COLUMNS}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in found.items()
+    }
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Return all rows as CSV with a heading; numbers have six digits, missing ones are empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        plain = plain_row(row)
+        writer.writerow({n: f"{v:.6g}" if isinstance(v, float) else v for n, v in plain.items()})
+    return out.getvalue()
+
+
+def _cell(row: Row | None) -> str:
+    if row is None or math.isnan(row.value):
+        return ""
+    half = 50 * (row.high - row.low)
+    return f"{100 * row.value:.1f}" + ("" if math.isnan(half) else f" ±{half:.0f}")
+
+
+def overview(rows: Sequence[Row], title: str) -> Table:
+    """Return a table of the headline metric of every protocol, in percent.
+
+    Args:
+        rows: All rows.
+        title: Above the table.
+    """
+    by_place = {(r.backbone, r.features, r.protocol): r for r in rows if _is_headline(r)}
+    shown = [name for name in HEADLINES if any(place[2] == name for place in by_place)]
+    grid = Table(title=title, title_justify="left", title_style="bold")
+    grid.add_column("backbone", overflow="fold")
+    grid.add_column("features", no_wrap=True)
+    for name in shown:
+        grid.add_column(f"{name}\n{HEADLINES[name]}", justify="right", no_wrap=True)
+    places = list(dict.fromkeys((r.features, r.backbone) for r in rows if _is_headline(r)))
+    order = {name: i for i, name in enumerate(dict.fromkeys(f for f, _ in places))}
+    places.sort(key=lambda place: order[place[0]])
+    for position, (features, backbone) in enumerate(places):
+        last = position + 1 == len(places) or places[position + 1][0] != features
+        cells = [_cell(by_place.get((backbone, features, name))) for name in shown]
+        grid.add_row(_escaped(backbone), features, *cells, end_section=last)
+    grid.caption = "percent ± half of the 95 % interval over test items"
+    return grid
+
+
+def _is_headline(row: Row) -> bool:
+    return HEADLINES.get(row.protocol) == row.metric
+
+
+def pair_table(rows: Sequence[Row]) -> Table | None:
+    """Return the table of retrieval across modalities; None without any."""
+    across = [r for r in rows if r.protocol.startswith("cross-modal")]
+    if not across:
+        return None
+    grid = Table(title="Retrieval across modalities", title_justify="left", title_style="bold")
+    metrics = list(dict.fromkeys(r.metric for r in across))
+    for name in ("backbone", "from, to", "how"):
+        grid.add_column(name)
+    for name in (*metrics, "chance R@1"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in across:
+        how = row.protocol.partition("(")[2].rstrip(")")
+        found.setdefault((row.backbone, row.features, how), {})[row.metric] = row
+    for (backbone, features, how), own in found.items():
+        chance = f"{100 * own['R@1'].chance:.1f}" if "R@1" in own else ""
+        cells = [_cell(own.get(name)) for name in metrics]
+        grid.add_row(_escaped(backbone), features, how, *cells, chance)
+    return grid
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def json_content(
+    rows: Sequence[Row], classes: Sequence[str], facts: Mapping[str, Any], notes: Sequence[str]
+) -> dict[str, Any]:
+    """Return everything as plain data, with recalls and confusion where classes are predicted."""
+    entries = []
+    for row in rows:
+        entry = plain_row(row)
+        if row.confusion is not None:
+            entry |= {"recalls": row.recalls, "confusion": row.confusion}
+        entries.append(entry)
+    return {**facts, "classes": list(classes), "notes": list(notes), "rows": entries}

@@ -1,0 +1,150 @@
+"""The verb `evaluate` from backbones and data to files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+from evaluation_fakes import data_file, exported
+
+from domainssl.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    exported(folder / "croma")
+    exported(folder / "radar", ("s1",), seed=2)
+    words = [f"one={folder / 'croma'}", str(folder / "radar"), "--config", str(data_file(folder))]
+    assert main(["evaluate", *words, f"--output={folder / 'out'}", "--resamples=50"]) == 0
+    return folder
+
+
+def rows(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    with open(folder / "evaluation.csv", newline="", encoding="utf-8") as file:
+        keys = ("backbone", "features", "protocol", "metric")
+        return {tuple(row[k] for k in keys): row for row in csv.DictReader(file)}
+
+
+def test_all_backbones_subsets_and_protocols_have_rows(place: Path) -> None:
+    found = rows(place / "out")
+    labels = {"one", "radar", "untrained (one)", "untrained (radar)", "raw"}
+    assert {key[0] for key in found} == labels
+    assert {key[1] for key in found if key[0] == "one"} == {
+        "s1", "s2", "s1+s2", "s1 to s2", "s2 to s1",
+    }  # fmt: skip
+    assert {key[1] for key in found if key[0] == "radar"} == {"s1"}
+    protocols = {key[2] for key in found}
+    assert protocols == {
+        "kNN", "linear", "MLP", "k-means", "1-shot", "5-shot", "10-shot", "retrieval",
+        "cross-modal (aligned)", "cross-modal (direct)", "dense linear",
+    }  # fmt: skip
+    best = found["raw", "s2", "linear", "accuracy"]  # classes are levels here
+    assert float(best["value"]) == 1 and (best["train_items"], best["test_items"]) == ("36", "24")
+    for row in found.values():
+        low, value, high = (float(row[name]) for name in ("low", "value", "high"))
+        assert 0 <= low <= value + 0.1 and value <= high + 0.1 <= 1.11, row
+    gained = found["one", "s1", "linear", "accuracy"]
+    base = found["untrained (one)", "s1", "linear", "accuracy"]
+    assert float(gained["gain"]) == pytest.approx(
+        float(gained["value"]) - float(base["value"]), abs=1e-5
+    )
+    assert not base["gain"] and not best["gain"]
+
+
+def test_json_holds_the_same_with_confusion_and_notes(place: Path) -> None:
+    content = json.loads((place / "out" / "evaluation.json").read_text())
+    assert content["classes"] == ["<b>river</b>", "field & wood", "town"]
+    assert len(content["rows"]) == len(rows(place / "out"))
+    assert "radar: has no s2, which the data have; left out" in content["notes"]
+    (linear,) = [
+        r for r in content["rows"]
+        if (r["backbone"], r["features"], r["protocol"], r["metric"])
+        == ("raw", "s2", "linear", "accuracy")
+    ]  # fmt: skip
+    assert linear["confusion"] == [[8, 0, 0], [0, 8, 0], [0, 0, 8]] and linear["recalls"] == [1] * 3
+
+
+def test_features_are_kept_for_the_next_call(place: Path, monkeypatch) -> None:
+    from domainssl.datamodules.base import DomainDataModule
+
+    kept = {path: path.stat().st_mtime_ns for path in (place / "out" / "features").iterdir()}
+    assert len(kept) == 10  # two splits of two backbones, two untrained ones, and raw
+
+    def refuse(self: object, split: str) -> None:
+        raise AssertionError(split)
+
+    monkeypatch.setattr(DomainDataModule, "ordered_dataloader", refuse)
+    words = [f"one={place / 'croma'}", str(place / "radar"), f"--config={place / 'data.yaml'}"]
+    before = (place / "out" / "evaluation.csv").read_bytes()
+    more = [f"--output={place / 'out'}", "--resamples=50"]
+    assert main(["evaluate", *words, *more]) == 0
+    assert (place / "out" / "evaluation.csv").read_bytes() == before
+    assert {p: p.stat().st_mtime_ns for p in (place / "out" / "features").iterdir()} == kept
+
+
+MISTAKES = {
+    "none": ({"labels": "none", "with_mask": False}, "carry no labels"),
+    "one": ({"labels": "one"}, "hold one class"),
+    "few": ({"labels": "few"}, "too few labels"),
+    "person": ({"same_person": True}, "1 persons have items in both splits"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_data_that_cannot_be_evaluated_get_one_message(place, tmp_path, capsys, name) -> None:
+    arguments, text = MISTAKES[name]
+    words = [str(place / "croma"), f"--config={data_file(tmp_path, **arguments)}"]
+    assert main(["evaluate", *words, f"--output={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("error:") == 1 and "Traceback" not in error
+
+
+REFUSED = {
+    ("--protocols", "liner"): "Did you mean 'linear'?",
+    ("--split=holdout",): "expected one of val",
+    ("--seeds=0",): "expected 1 or more",
+    ("--resamples=1",): "expected 10 or more",
+    ("--device=tpu",): "expected auto, cpu, cuda",
+    ("--frobnicate",): "is not understood",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED, ids=" ".join)
+def test_options_that_cannot_be_used_are_refused(place, tmp_path, capsys, words) -> None:
+    start = ["evaluate", str(place / "croma"), f"--config={place / 'data.yaml'}"]
+    assert main([*start, f"--output={tmp_path}", *words]) == 2
+    assert REFUSED[words] in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_a_backbone_needs_data_and_a_modality_in_common(place, tmp_path, capsys) -> None:
+    assert main(["evaluate", str(place / "croma"), f"--output={tmp_path}"]) == 2
+    assert "which data?" in capsys.readouterr().err
+    words = [str(place / "radar"), "--config", "recipes/tiles_mae.yaml", f"--output={tmp_path}"]
+    assert main(["evaluate", *words]) == 2
+    assert "no modality in common" in capsys.readouterr().err
+
+
+def test_python_finds_the_same(place: Path, tmp_path: Path) -> None:
+    import domainssl
+
+    found = domainssl.evaluate(
+        f"one={place / 'croma'}",
+        config=place / "data.yaml",
+        output=tmp_path / "out",
+        resamples=50,
+        baselines=False,
+        protocols=("knn", "dense"),
+        data={"train_items": 36},
+    )
+    assert found.files[0] == tmp_path / "out" / "evaluation.csv"
+    same = rows(place / "out")
+    assert len(found.rows) == 12  # two metrics of two protocols, for three subsets
+    for row in found.rows:
+        other = same[row.backbone, row.features, row.protocol, row.metric]
+        assert f"{row.value:.6g} {row.low:.6g}" == f"{other['value']} {other['low']}"
+    assert found.value("one", "s1", "kNN", "accuracy") == found.rows[0].value
