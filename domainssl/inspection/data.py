@@ -55,6 +55,7 @@ def inspect_data(data: DomainDataModule) -> dict[str, Any]:
     """
     report: dict[str, Any] = {"kind": "data", "data": type(data).__name__, "splits": {}}
     problems: list[str] = []
+    odd: list[str] = []
     try:
         data.prepare_data()
         data.setup("fit")
@@ -65,15 +66,15 @@ def inspect_data(data: DomainDataModule) -> dict[str, Any]:
         try:
             source = data.source(split)
         except ConfigError:
-            problems.append(f"there is no split {split!r}: nothing is held out for validation")
+            odd.append(f"there is no split {split!r}: nothing is held out for validation")
             continue
-        report["splits"][split] = _split(data, source, split, problems)
+        report["splits"][split] = _split(data, source, split, problems, odd)
     notes = [text for text in data.describe() if not text.startswith("problem: ")]
-    return {**report, "notes": notes, "problems": list(dict.fromkeys(problems))}
+    return {**report, "notes": [*notes, *odd], "problems": list(dict.fromkeys(problems))}
 
 
 def _split(
-    data: DomainDataModule, source: Source, split: str, problems: list[str]
+    data: DomainDataModule, source: Source, split: str, problems: list[str], odd: list[str]
 ) -> dict[str, Any]:
     sizes = source.sizes
     check = UnitCheck(data.modalities, data.units_stated)
@@ -96,7 +97,7 @@ def _split(
             if name in rows.data:
                 found[name].append(rows.data)
     modalities = {
-        name: _modality(modality, found[name], f"{split}: {name}", problems)
+        name: _modality(modality, found[name], f"{split}: {name}", problems, odd)
         for name, modality in data.modalities.items()
     }
     return {
@@ -114,9 +115,9 @@ def _tensors(data: Batch, modalities: Mapping[str, Modality]) -> Batch:
 
 
 def _modality(
-    modality: Modality, batches: list[Batch], where: str, problems: list[str]
+    modality: Modality, batches: list[Batch], where: str, problems: list[str], odd: list[str]
 ) -> dict[str, Any]:
-    """Describe one modality, and say what is missing or odd about it."""
+    """Describe one modality; `problems` are for a person to mend, `odd` is what data may be."""
     facts: dict[str, Any] = {
         "kind": modality.kind,
         "channels": list(modality.channels),
@@ -138,7 +139,7 @@ def _modality(
     elif facts["valid_fraction"] < _MOSTLY:
         problems.append(f"{where}: {1 - facts['valid_fraction']:.0%} of the pixels are not valid")
     if not present.all():
-        problems.append(f"{where}: {1 - present.mean():.0%} of the items lack it")
+        odd.append(f"{where}: {1 - present.mean():.0%} of the items lack it")
     facts |= _dates(batches, modality.name, where, problems)
     rows = band_rows(values, modality.channels, valid)
     constant = [row["band"] for row in rows if row["std"] == 0.0]

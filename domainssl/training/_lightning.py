@@ -20,6 +20,7 @@ __all__ = [
     "TransferHook",
     "attached_trainer",
     "is_accumulating",
+    "is_end_of_short_epoch",
     "is_last_batch",
     "is_logging_step",
     "record_hyperparameters",
@@ -57,6 +58,12 @@ def validation_follows(trainer: Trainer) -> bool:
 def is_last_batch(trainer: Trainer) -> bool:
     """Tell whether the batch that was trained on is the last of its epoch."""
     return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def is_end_of_short_epoch(trainer: Trainer) -> bool:
+    """Tell whether an epoch ends that has fewer batches than lie between two logging steps."""
+    every: Any = getattr(trainer, "log_every_n_steps", 1)
+    return bool(every > trainer.num_training_batches) and is_last_batch(trainer)
 
 
 def repeat_validation(trainer: Trainer) -> None:

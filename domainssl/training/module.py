@@ -26,6 +26,7 @@ from domainssl.options import as_dataclass
 from domainssl.training._lightning import (
     TransferHook,
     attached_trainer,
+    is_end_of_short_epoch,
     is_logging_step,
     record_hyperparameters,
 )
@@ -383,7 +384,9 @@ class TrainingModule(Recorded, TransferHook, LightningModule):
 
     def _is_logging_step(self) -> bool:
         trainer = attached_trainer(self)
-        return trainer is not None and is_logging_step(trainer)
+        if trainer is None:
+            return False
+        return is_logging_step(trainer) or is_end_of_short_epoch(trainer)
 
     def _log_training(self, step: Step) -> None:
         """Log the mean over ranks of every term and of their sum, and what the method watches."""

@@ -130,6 +130,15 @@ def test_without_a_terminal_every_epoch_leaves_one_line(tmp_path, monkeypatch):
     assert "val " in lines[1]
 
 
+def test_an_epoch_shorter_than_the_logging_interval_still_tells_its_loss(tmp_path):
+    out = io.StringIO()
+    bar = ProgressBar(console=Console(file=out, width=200))
+    options = {"log_every_n_steps": 50, "max_epochs": -1, "max_steps": 8}
+    run(tmp_path, [bar], enable_progress_bar=True, **options)
+    first = out.getvalue().splitlines()[0]
+    assert first.startswith("epoch 1/? step 4") and "loss " in first and "contrast" in first
+
+
 def test_without_a_terminal_long_epochs_leave_lines_in_between(tmp_path):
     out = io.StringIO()
     bar = ProgressBar(line_every_s=0, console=Console(file=out, width=200))

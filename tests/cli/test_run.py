@@ -181,6 +181,21 @@ def test_wandb_is_a_logger_by_configuration_and_writes_into_the_run(recipe):
     }
 
 
+def test_a_bar_that_is_turned_off_is_not_replaced_by_that_of_lightning(cli, recipe, folder):
+    recipe.write_text(recipe.read_text().replace("  enable_progress_bar: false\n", ""))
+
+    def asked(*words: str) -> object:
+        request = prepare("fit", ["--config", recipe.name, *words])
+        return request.arguments()["trainer"].get("enable_progress_bar")
+
+    assert asked("--callbacks.progress=null") is False
+    assert asked("--callbacks.progress=ProgressBar") is None
+    own = ["--callbacks.progress=null", "--trainer.enable_progress_bar=true"]
+    assert asked(*own) is True
+    assert cli("fit", "--config", recipe.name, "--run_dir=here", own[0]).status == 0
+    assert read(folder / "here" / "config.yaml")["trainer"]["enable_progress_bar"] is None
+
+
 def test_matmul_precision_is_set_by_the_command_line_only(cli, recipe):
     before = torch.get_float32_matmul_precision()
     try:

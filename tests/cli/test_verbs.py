@@ -192,6 +192,17 @@ def test_inspect_describes_the_embedded_sample(cli, sample_root):
     assert "release A" in table.out and "no problems found" in table.out and "VV VH" in table.out
 
 
+@pytest.mark.parametrize("name", ["tiles", "slide"])
+def test_inspect_of_samples_counts_neither_padding_nor_a_lone_slide_as_problems(cli, name):
+    result = cli("inspect", f"sample:{name}", "--json")
+    report = json.loads(result.out)
+    assert result.status == 0 and report["problems"] == []
+    he = report["splits"]["train"]["modalities"]["he"]
+    assert he["size"] == [64, 64] and he["valid_fraction"] > 0.95
+    has_val = name == "tiles"
+    assert any("no split 'val'" in text for text in report["notes"]) is not has_val
+
+
 def test_inspect_of_nothing_mentions_the_sample(cli, folder):
     result = cli("inspect", folder / "nowhere")
     assert result.status == 2

@@ -16,6 +16,7 @@ from tile_files import place_picture, write_tiles
 
 from domainssl.datamodules.tiles import TileDataModule
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.slide.manifest import WantedTiles, find_tiles
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
 from domainssl.sources.held_out import HeldOut
@@ -245,6 +246,22 @@ def _slide_data(root: str, **more: Any) -> TileDataModule:
     data = TileDataModule(root, PAIR, **arguments)
     data.setup("fit")
     return data
+
+
+@pytest.mark.parametrize(
+    ("side", "tile", "layout"),
+    [(2064, (256, 256), "slides"), (2064, None, "folder"), (512, (256, 256), "folder")],
+)
+def test_a_tiff_of_one_level_is_a_slide_by_its_size_and_tiling(
+    tmp_path: Path, side: int, tile: tuple[int, int] | None, layout: str
+) -> None:
+    (tmp_path / "p1").mkdir()
+    pixels = np.full((side, side, 3), 250, np.uint8)
+    pixels[:600, :600] = (170, 60, 140)
+    size = {"resolution": (10_000, 10_000), "resolutionunit": "CENTIMETER", "compression": "zlib"}
+    tifffile.imwrite(tmp_path / "p1" / "a.tif", pixels, tile=tile, photometric="rgb", **size)
+    found = find_tiles(str(tmp_path), WantedTiles(stains={"he": "*"}))
+    assert found.layout == layout and len(found.items) == 1
 
 
 def test_tiles_are_cut_out_of_slides_where_tissue_is(cache_folder: Path) -> None:

@@ -171,10 +171,9 @@ def test_missing_times_are_unknown() -> None:
     assert [str(t)[:10] for t in found] == ["NaT", "2020-02-01", "NaT"]
 
 
-@pytest.mark.parametrize("calendar", ["360_day", "nonsense"])
-def test_calendar_that_is_not_understood_is_named(calendar: str) -> None:
-    attrs = {"units": "days since 2018-01-01", "calendar": calendar}
-    with pytest.raises(DataError, match=f"file: time: time units .* with calendar '{calendar}'"):
+def test_calendar_that_is_not_understood_is_named() -> None:
+    attrs = {"units": "days since 2018-01-01", "calendar": "nonsense"}
+    with pytest.raises(DataError, match="file: time: time units .* with calendar 'nonsense'"):
         decode_times(np.array([59.0]), attrs, "file: time")
 
 

@@ -21,6 +21,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "bags": ("slides.SlideFeatureDataModule", "sample:bags"),
     "bags_clam": ("slides.SlideFeatureDataModule", "sample:bags_clam"),
 }
+_SIZES = {"tiles": 64, "volumes": 32}  # px, voxels
 
 
 def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> Any:
@@ -51,4 +52,13 @@ def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> 
 
     path, root = _SAMPLES[name]
     module, _, title = path.partition(".")
-    return getattr(import_module(f"domainssl.datamodules.{module}"), title)(root=root)
+    build = getattr(import_module(f"domainssl.datamodules.{module}"), title)
+    return build(root=root, window=_window(module)) if module in _SIZES else build(root=root)
+
+
+def _window(module: str) -> Any:
+    """Return a window that lies inside of the embedded pictures and exams."""
+    from domainssl.sources.volume_options import ExamWindow
+    from domainssl.sources.windows import Window
+
+    return (ExamWindow if module == "volumes" else Window)(size=_SIZES[module])

@@ -94,6 +94,9 @@ class Request:
         trainer["logger"] = loggers or False
         trainer["default_root_dir"] = str(self.run_dir)
         trainer["use_distributed_sampler"] = False
+        has_bar = any(s["class_path"].endswith("ProgressBar") for s in self.callbacks.values())
+        if not has_bar and trainer.get("enable_progress_bar") is None:
+            trainer["enable_progress_bar"] = False  # no bar means none, not Lightning's own
         config["trainer"] = trainer
         config["weights_only"] = True
         return config
@@ -124,6 +127,8 @@ class Request:
     def resolved(self, dumped: dict[str, Any]) -> dict[str, Any]:
         """Return the configuration to save: `dumped` by the parser, in the shape of a recipe."""
         trainer = {k: v for k, v in dumped["trainer"].items() if k not in _NOT_SAVED_TRAINER}
+        given = self.config.get("trainer") or {}
+        trainer["enable_progress_bar"] = given.get("enable_progress_bar")
         saved: dict[str, Any] = {"name": self.name}
         for key in ("seed_everything",):
             saved[key] = dumped.get(key)

@@ -33,6 +33,7 @@ _SINCE = re.compile(
     r"(days|hours|minutes|seconds) since ((?:19|20)\d{2}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2}:\d{2}))?"
 )
 _CALENDARS = ("standard", "gregorian", "proleptic_gregorian")
+_OTHERS = ("noleap", "365_day", "360_day", "all_leap", "366_day", "julian")
 _YEARS = ("1900", "2200")
 _NANOSECONDS = "nanoseconds since 1970-01-01"
 _BASELINE = re.compile(r"S2[A-D]_MSIL(?:1C|2A)_\d{8}T\d{6}_N(\d\d)(\d\d)_")
@@ -96,6 +97,8 @@ def _cf_times(values: np.ndarray[Any, Any], attrs: Mapping[str, Any], where: str
     plain = _plain_times(values, stated)
     if plain is not None:
         return plain
+    if stated.get("calendar") in _OTHERS:
+        return _dates_of_calendar(values, stated, where)
     xarray = require("xarray", "geo")
     variable = xarray.Variable([f"axis{i}" for i in range(values.ndim)], values, stated)
     found = f"{where}: time units {stated['units']!r}"
@@ -105,19 +108,54 @@ def _cf_times(values: np.ndarray[Any, Any], attrs: Mapping[str, Any], where: str
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fill values and calendars; decoded all the same
             decoded = xarray.conventions.decode_cf_variable("time", variable).values
-        if decoded.dtype.kind == "O":  # cftime, of calendars that NumPy does not have
-            flat = [np.datetime64(t.isoformat()[:19], "s") for t in decoded.reshape(-1)]
-            decoded = np.array(flat, "datetime64[s]").reshape(decoded.shape)
     except (ValueError, TypeError, OverflowError, AttributeError, ImportError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise DataError(
-            f"{found} are not understood ({reason}). Expected e.g. 'days since 1970-01-01' in the "
-            "standard calendar; others need the package cftime (pip install cftime), and dates "
-            "that the standard one has too."
+            f"{found} are not understood ({reason}). Expected e.g. 'days since 1970-01-01', in "
+            f"the standard calendar or one of {', '.join(_OTHERS)}."
         ) from error
     if decoded.dtype.kind != "M":
         raise DataError(f"{found} are not understood, expected e.g. 'days since 1970-01-01'")
     return decoded
+
+
+def _dates_of_calendar(values: np.ndarray[Any, Any], stated: Mapping[str, Any], where: str) -> Any:
+    """Decode times of a model calendar, datetime64[s].
+
+    A date of `noleap`, `all_leap` and `360_day` is the day of the same name; one of `julian` the
+    day on which it was, as that calendar counts real days.
+
+    Raises:
+        DataError: The units are not understood, or a date does not exist, such as 30 February.
+    """
+    cftime = require("cftime", "geo")
+    units, calendar = str(stated["units"]), str(stated["calendar"])
+    known = np.ones(values.shape, bool)
+    for name in ("_FillValue", "missing_value"):
+        if name in stated:
+            known &= ~np.isin(values, stated[name])
+    numbers = values.astype(np.float64)
+    known &= np.isfinite(numbers)
+    numbers = numbers * stated.get("scale_factor", 1) + stated.get("add_offset", 0)
+    times = np.full(values.shape, UNKNOWN)
+    try:
+        dates = cftime.num2date(numbers[known], units, calendar, only_use_cftime_datetimes=True)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(
+            f"{where}: time units {units!r} with calendar {calendar!r} are not understood "
+            f"({error}). Expected e.g. 'days since 2020-01-01'."
+        ) from error
+    try:
+        if calendar == "julian":
+            dates = [date.change_calendar("proleptic_gregorian") for date in dates]
+        times[known] = [np.datetime64(date.isoformat()[:19], "s") for date in dates]
+    except ValueError as error:
+        raise DataError(
+            f"{where}: the calendar {calendar!r} has dates that do not exist ({error}); "
+            "samples cannot be dated by them. Write the times in the standard calendar, such as "
+            "with xarray's convert_calendar('standard', align_on='year')."
+        ) from error
+    return times
 
 
 def _text_times(values: np.ndarray[Any, Any], where: str) -> Any:

@@ -22,6 +22,7 @@ from domainssl.io.tables import MANIFESTS, read_table
 __all__ = ["LAYOUTS", "TileSet", "WantedTiles", "find_tiles"]
 
 LAYOUTS = ("manifest", "folder", "slides")
+_TILED_SIDE, _SIDE = 2048, 4096  # pixels: a larger TIFF of one level, tiled or not, is a slide
 _NAMED = 5  # missing files that a message names
 _WHERE = "data.init_args"
 
@@ -279,11 +280,16 @@ def _must_match(root: str, wanted: WantedTiles, matched: set[str], names: Sequen
 
 
 def _is_slide(path: str) -> bool:
-    """Tell a whole slide from a picture of a tile: by its name, or by several levels of a TIFF."""
+    """Tell a whole slide from a picture of a tile: by its name, or by levels or size of a TIFF."""
     lower = path.lower()
     if not lower.endswith((".tif", ".tiff")):
         return lower.endswith(SLIDES)
-    return os.path.isfile(path) and is_slide(path) and len(describe_slide(path).levels) > 1
+    if not os.path.isfile(path) or not is_slide(path):
+        return False
+    facts = describe_slide(path)
+    is_tiled = all(t < s for t, s in zip(facts.tile_size, facts.size, strict=True))
+    least = _TILED_SIDE if is_tiled else _SIDE
+    return len(facts.levels) > 1 or max(facts.size) > least
 
 
 # Both ---------------------------------------------------------------------------------------
