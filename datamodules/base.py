@@ -100,6 +100,11 @@ class DomainDataModule(Recorded, LightningDataModule):
         return self.label_names
 
     @property
+    def mask_classes(self) -> tuple[str, ...] | None:
+        """Names of the classes of pixels, by number; the base takes those of items."""
+        return self.classes
+
+    @property
     def context_size(self) -> tuple[int, ...]:
         """Pixels or voxels of the finest modality along each axis, (H, W) or (X, Y, Z)."""
         return max(modality.size for modality in self.modalities.values())

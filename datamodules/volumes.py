@@ -250,6 +250,14 @@ class VolumeDataModule(DomainDataModule):
             return {}
         return dict(enumerate(self.labels.names)) or dict(self.found.mask_names)
 
+    @property
+    def mask_classes(self) -> tuple[str, ...] | None:
+        """Names of the classes of voxels, by number; None where they are not known (yet)."""
+        names = self.mask_names
+        if not names:
+            return None
+        return tuple(names.get(value, f"class_{value}") for value in range(max(names) + 1))
+
     def identity(self) -> dict[str, Any]:
         """Return what tells these exams from others, without a name or a path."""
         return {

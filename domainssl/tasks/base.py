@@ -52,6 +52,7 @@ class Task(TrainingModule):
 
     kind: ClassVar[str]
     ignore_index: ClassVar[int] = -1
+    classes_from: ClassVar[str] = "classes"  # property of the data that names them
     forward_methods: ClassVar[tuple[str, ...]] = ("features", "logits")
 
     def __init__(

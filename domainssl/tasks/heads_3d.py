@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from domainssl.errors import ConfigError, require
 
-__all__ = ["LightDecoder", "MapLevel", "SwinUNETRDecoder", "UNETRDecoder", "levels_of", "resized"]
+__all__ = [
+    "HEADS_3D",
+    "LightDecoder",
+    "MapLevel",
+    "SwinUNETRDecoder",
+    "UNETRDecoder",
+    "levels_of",
+    "resized",
+]
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class UNETRDecoder(nn.Module):
         levels: Of the maps, earliest first; patches of 2, 4, 8, 16, ... voxels.
         classes: Channels of the result.
         channels: Channels of the volume.
-        feature_size: Width at full resolution; doubled per level.
+        width: Channels at full resolution; doubled per level.
 
     Raises:
         ConfigError: The maps have no such grid.
@@ -71,7 +79,7 @@ class UNETRDecoder(nn.Module):
     """
 
     def __init__(
-        self, levels: Sequence[MapLevel], classes: int, channels: int, feature_size: int = 16
+        self, levels: Sequence[MapLevel], classes: int, channels: int, width: int = 16
     ) -> None:
         super().__init__()
         blocks = require("monai.networks.blocks", "medical")
@@ -85,13 +93,12 @@ class UNETRDecoder(nn.Module):
                 "Choose 'swin_unetr' for maps that get coarser, or 'light'."
             )
         shared: dict[str, Any] = {"spatial_dims": 3, "kernel_size": 3, "norm_name": "instance"}
-        width = levels[-1].channels
-        sizes = [feature_size * 2**step for step in range(self.steps)]  # finest first
+        sizes = [width * 2**step for step in range(self.steps)]  # finest first
         # which map joins at the strides 2, 4, ...: evenly spread over those before the last
         last = len(levels) - 1
         self.joined = [(last * step) // max(1, self.steps - 1) for step in range(self.steps - 1)]
         self.stem = blocks.UnetrBasicBlock(
-            in_channels=channels, out_channels=feature_size, stride=1, res_block=True, **shared
+            in_channels=channels, out_channels=width, stride=1, res_block=True, **shared
         )
         self.skips = nn.ModuleList(
             blocks.UnetrPrUpBlock(
@@ -108,7 +115,7 @@ class UNETRDecoder(nn.Module):
         )
         self.ups = nn.ModuleList(
             blocks.UnetrUpBlock(
-                in_channels=width if step == self.steps - 1 else sizes[step + 1],
+                in_channels=levels[-1].channels if step == self.steps - 1 else sizes[step + 1],
                 out_channels=sizes[step],
                 upsample_kernel_size=2,
                 res_block=True,
@@ -116,9 +123,7 @@ class UNETRDecoder(nn.Module):
             )
             for step in range(self.steps)
         )
-        self.out = blocks.UnetOutBlock(
-            spatial_dims=3, in_channels=feature_size, out_channels=classes
-        )
+        self.out = blocks.UnetOutBlock(spatial_dims=3, in_channels=width, out_channels=classes)
 
     def forward(self, maps: Sequence[Tensor], values: Tensor) -> Tensor:
         """Return logits, (B, K, *S).
@@ -146,6 +151,7 @@ class SwinUNETRDecoder(nn.Module):
         levels: Of the maps, finest first, at strides 1 or 2, then doubled each time.
         classes: Channels of the result.
         channels: Channels of the volume.
+        width: Has no use here: widths are those of the maps.
 
     Raises:
         ConfigError: The maps do not halve.
@@ -153,7 +159,9 @@ class SwinUNETRDecoder(nn.Module):
     Source: Hatamizadeh et al. 2022; MONAI `networks/nets/swin_unetr.py`.
     """
 
-    def __init__(self, levels: Sequence[MapLevel], classes: int, channels: int) -> None:
+    def __init__(
+        self, levels: Sequence[MapLevel], classes: int, channels: int, width: int = 0
+    ) -> None:
         super().__init__()
         blocks = require("monai.networks.blocks", "medical")
         strides = [level.stride for level in levels]
@@ -251,3 +259,10 @@ def resized(values: Tensor, size: Sequence[int]) -> Tensor:
         return values
     mode = {2: "bilinear", 3: "trilinear"}[len(size)]
     return F.interpolate(values, size=size, mode=mode, align_corners=False)
+
+
+HEADS_3D: dict[str, Callable[..., nn.Module]] = {
+    "light": LightDecoder,
+    "unetr": UNETRDecoder,
+    "swin_unetr": SwinUNETRDecoder,
+}

@@ -46,7 +46,7 @@ def test_unetr_equals_monai_with_its_weights() -> None:
         {"ct": {"kind": "volume", "channels": ("a", "b"), "value_unit": "hu", "size": size}},
     )  # fmt: skip
     head = copied(
-        UNETRDecoder([MapLevel(24, (16,) * 3)] * 4, classes=3, channels=2, feature_size=4),
+        UNETRDecoder([MapLevel(24, (16,) * 3)] * 4, classes=3, channels=2, width=4),
         net,
         {"stem": "encoder1", "skips.0": "encoder2", "skips.1": "encoder3", "skips.2": "encoder4",
          "ups.3": "decoder5", "ups.2": "decoder4", "ups.1": "decoder3", "ups.0": "decoder2",
@@ -92,7 +92,7 @@ def maps(levels: list[MapLevel], size: tuple[int, ...] = (32, 32, 64)) -> list[T
 @pytest.mark.parametrize("count", [1, 4])
 def test_unetr_takes_patches_of_every_power_of_two(stride: int, count: int) -> None:
     levels = [MapLevel(6, (stride,) * 3)] * count
-    head = UNETRDecoder(levels, classes=5, channels=1, feature_size=2)
+    head = UNETRDecoder(levels, classes=5, channels=1, width=2)
     assert head(maps(levels), torch.randn(1, 1, 32, 32, 64)).shape == (1, 5, 32, 32, 64)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from domainssl.cli.config.check import LINKED, Checker
@@ -177,7 +178,7 @@ def linked_from_data(request: Request) -> dict[str, Callable[[Any], Any]]:
         if name == "modalities":
             readers[name] = _modalities_of
         elif name == "classes":
-            readers[name] = _classes_of
+            readers[name] = partial(_classes_of, getattr(model, "classes_from", "classes"))
         elif hasattr(data, "context_size"):
             readers[name] = _context_size_of
     return readers
@@ -200,12 +201,18 @@ def _modalities_of(datamodule: Any) -> dict[str, Any]:
     }
 
 
-def _classes_of(datamodule: Any) -> list[str]:
-    """Return the names of the classes; data that tell them by their files are looked at."""
-    if getattr(datamodule, "classes", None) is None and hasattr(datamodule, "open_sources"):
+def _classes_of(name: str, datamodule: Any) -> list[str]:
+    """Return the names of the classes; data that tell them by their files are looked at.
+
+    Args:
+        name: Property that has them, `classes` of items or `mask_classes` of pixels.
+        datamodule: The data.
+    """
+    name = name if hasattr(datamodule, name) else "classes"
+    if getattr(datamodule, name, None) is None and hasattr(datamodule, "open_sources"):
         datamodule.prepare_data()
         datamodule.setup("fit")
-    names = getattr(datamodule, "classes", None)
+    names = getattr(datamodule, name, None)
     if not names:
         raise ConfigError(
             f"{type(datamodule).__name__} knows no names of classes, and the model learns some. "
