@@ -262,6 +262,16 @@ class DenseEmbedding:
                     f"{target}: lies there and was not written by embed. Choose another --output."
                 )
 
+    @property
+    def outputs(self) -> list[Path]:
+        """Final files and folders of all items."""
+        return [self.target(number) for number in range(len(self.items))]
+
+    def release(self) -> None:
+        """Remove the folder of claims, unless other parts are at work."""
+        with suppress(OSError):
+            self.folder.rmdir()
+
     def is_ready(self, key: str) -> bool:
         """Tell whether a shard is done; of a store that lacks its name, the last one is not."""
         number = int(key.partition("/")[0])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from domainssl.files import write_whole
 
-__all__ = ["directions", "paint", "write_map_preview"]
+__all__ = ["directions", "paint", "write_map_preview", "write_scatter"]
 
 Array = np.ndarray[Any, Any]
 _SIDE = 1024  # most pixels along a side
@@ -87,4 +87,25 @@ def write_map_preview(
         picture = picture.resize(size, Image.Resampling.NEAREST)
     content = io.BytesIO()
     picture.save(content, "PNG")
+    write_whole(path, content.getbuffer())
+
+
+def write_scatter(path: Path, vectors: Array) -> None:
+    """Write a PNG with a dot per vector, (N, E), over the two strongest directions."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    valid = vectors[np.isfinite(vectors).all(1)]
+    mean, axes = directions(valid[:: max(1, len(valid) // _SAMPLE)])
+    shown = (valid - mean) @ axes
+    figure = Figure(figsize=(5, 5), dpi=100)
+    FigureCanvasAgg(figure)
+    plot = figure.add_subplot()
+    colours = paint(shown)[:, :3] / 255
+    plot.scatter(shown[:, 0], shown[:, 1], s=6, c=colours if len(shown) else None)
+    plot.set_xlabel("first direction")
+    plot.set_ylabel("second direction")
+    figure.tight_layout()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
     write_whole(path, content.getbuffer())

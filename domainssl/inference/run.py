@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +17,14 @@ from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
 from domainssl.inference.dense import DenseEmbedding, DenseOptions
 from domainssl.inference.inputs import Found, find_inputs, is_raster
+from domainssl.inference.pooled import PooledEmbedding
 from domainssl.inference.preview import write_map_preview
 from domainssl.inference.scenes import Scene, SceneOptions, open_scene
-from domainssl.inference.tokens import TokenWindows, token_windows
+from domainssl.inference.tokens import TokenWindows, token_windows, whole_windows
+from domainssl.io.raster.cog import CogWriter
 from domainssl.io.raster.geozarr import VectorLayout, VectorStore
 from domainssl.lazy import lazily
-from domainssl.pieces import Built, Plan, Shard, build
+from domainssl.pieces import Plan, Shard, build
 
 __all__ = ["EmbedOptions", "Embedded", "embed"]
 
@@ -37,14 +38,16 @@ class EmbedOptions:
     Attributes:
         feature: Which feature is written; None is that of the only modality, or `joint`.
         window: Side of the window in pixels of the finest modality; None is that of the card.
-        form: Final form; None is the domain's own: `zarr`.
+        form: Final form of maps: a Zarr store, or a COG made from it.
+        pooled: Write one vector per item, as a table.
         dense: Windows, device, type.
         scene: What is said about rasters.
     """
 
     feature: str | None = None
     window: int | None = None
-    form: Literal["zarr", "cog"] | None = None
+    form: Literal["zarr", "cog"] = "zarr"
+    pooled: bool = False
     dense: DenseOptions = DenseOptions()
     scene: SceneOptions = SceneOptions()
 
@@ -76,7 +79,7 @@ def embed(
     progress: Progress | None = None,
     **more: Any,
 ) -> Embedded:
-    """Write the embeddings of rasters on the grid of the patches.
+    """Write the embeddings of rasters: on the grid of the patches, or one vector per raster.
 
     Args:
         backbone: A backbone, or what `load_backbone` reads.
@@ -96,20 +99,22 @@ def embed(
     plan = _of_rank(plan or Plan(jobs=0))
     loaded = backbone if isinstance(backbone, Backbone) else _loaded(backbone)
     found = find_inputs(source, list(loaded.modalities), is_raster, "a GeoTIFF or Zarr store")
-    work = _dense(loaded, str(backbone), found, Path(output), options)
+    if options.pooled:
+        return _run(_pooled(loaded, found, Path(output), options), plan, progress, "groups")
+    return _run(_dense(loaded, found, Path(output), options), plan, progress, "shards")
+
+
+def _run(
+    work: DenseEmbedding | PooledEmbedding, plan: Plan, progress: Progress | None, noun: str
+) -> Embedded:
     work.claim(restart=plan.restart)
-    own = plan.shard.mine(list(work.keys))
-    work.order = own if not plan.jobs else ()
+    if isinstance(work, DenseEmbedding) and not plan.jobs:
+        work.order = plan.shard.mine(list(work.keys))
     try:
-        built = build(work, plan, progress, noun="shards")
+        built = build(work, plan, progress, noun=noun)
     finally:
-        with suppress(OSError):
-            work.folder.rmdir()  # of claims; other parts may be at work
-    return _report(work, built)
-
-
-def _report(work: DenseEmbedding, built: Built) -> Embedded:
-    targets = [work.target(number) for number in range(len(work.items))]
+        work.release()
+    targets = [work.target] if isinstance(work, PooledEmbedding) else work.outputs
     return Embedded(
         outputs=[target for target in targets if target.exists()],
         pieces=built.entries,
@@ -158,25 +163,49 @@ def _of_rank(plan: Plan) -> Plan:
 
 
 def _dense(
-    backbone: Backbone, name: str, found: Sequence[Found], output: Path, options: EmbedOptions
+    backbone: Backbone, found: Sequence[Found], output: Path, options: EmbedOptions
 ) -> DenseEmbedding:
     scenes = [open_scene(each.files, backbone, options.scene, each.name) for each in found]
-    windows = _windows(backbone, scenes, options)
-    is_file = output.suffix.lower() in (".zarr", ".tif", ".tiff")
-    if is_file and len(scenes) > 1:
+    endings = {"zarr": (".zarr",), "cog": (".tif", ".tiff")}[options.form]
+    suffix = output.suffix.lower()
+    if suffix in (".zarr", ".tif", ".tiff") and suffix not in endings:
+        raise ConfigError(
+            f"--output {output}: --format {options.form} writes {endings[0]}. Name both alike."
+        )
+    if suffix in endings and len(scenes) > 1:
         raise ConfigError(
             f"--output {output}: the name of one file, but there are {len(scenes)} inputs. Give a "
             "folder."
         )
     return DenseEmbedding(
-        root=output.parent if is_file else output,
+        root=output.parent if suffix in endings else output,
         items=scenes,
-        windows=windows,
+        windows=_windows(backbone, scenes, options),
         backbone=backbone,
         options=options.dense,
         facts={"backbone": type(backbone).__name__},
-        targets=[output] if is_file else None,
+        targets=[output] if suffix in endings else None,
+        writer=CogWriter() if options.form == "cog" else None,
         preview=_map_preview,
+    )
+
+
+def _pooled(
+    backbone: Backbone, found: Sequence[Found], output: Path, options: EmbedOptions
+) -> PooledEmbedding:
+    if output.suffix.lower() not in (".parquet", ".geoparquet"):
+        raise ConfigError(f"--output {output}: --pooled writes one table; give a .parquet file.")
+    scenes = [open_scene(each.files, backbone, options.scene, each.name) for each in found]
+    return PooledEmbedding(
+        target=output,
+        scenes=scenes,
+        windows=[
+            whole_windows(backbone, list(s.parts), feature=options.feature, size=options.window)
+            for s in scenes
+        ],
+        backbone=backbone,
+        options=options.dense,
+        facts={"backbone": type(backbone).__name__},
     )
 
 

@@ -29,6 +29,9 @@ from domainssl.modality import Batch, Modality, key
 __all__ = ["Scene", "SceneOptions", "open_scene", "stem"]
 
 Array = np.ndarray[Any, Any]
+_UNITS = (
+    "auto", "dn", "dn+1000", "baseline", "reflectance", "db", "linear", "amplitude", "arbitrary",
+)  # fmt: skip
 _SAME_GSD = 0.1  # relative difference up to which pixels count as those of the card
 
 
@@ -38,7 +41,8 @@ class SceneOptions:
 
     Attributes:
         modality: Which one the raster is; None finds the one whose bands it has.
-        stored_unit: What the files hold; see `sources.cube_options.Layer`.
+        stored_unit: What the files hold, see `sources.cube_options.Layer`; one for all modalities,
+            or `s1=db,s2=dn`.
         date: Date of a cube, such as `2021-05-02`, `first` or `last`; None for the only one.
         max_dates: Dates of a series, evenly spread; None is all.
         mask: Array of a store that marks invalid pixels.
@@ -57,6 +61,24 @@ class SceneOptions:
     crs: str | None = None
     group: str = ""
     any_gsd: bool = False
+
+    def unit_of(self, modality: str) -> str:
+        """Return what the files of a modality hold.
+
+        Raises:
+            ConfigError: It is no unit.
+        """
+        found = "auto"
+        for part in self.stored_unit.split(","):
+            name, sign, unit = part.strip().rpartition("=")
+            if unit not in _UNITS:
+                raise ConfigError(
+                    f"--stored_unit: got {unit!r}, expected one of {', '.join(_UNITS)}, for all "
+                    f"modalities or as s1=db,s2=dn.{nearest(unit, _UNITS)}"
+                )
+            if not sign or name == modality:
+                found = unit
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,9 +338,10 @@ def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
         )
     file = describe(_sought(modality, options), Found(path, "", options.group))
     dates = _dates(file, modality, options)
-    unit = file.stored_unit(options.stored_unit, dates[0])
+    asked = options.unit_of(modality.name)
+    unit = file.stored_unit(asked, dates[0])
     for date in dates:
-        if file.stored_unit(options.stored_unit, date) != unit:
+        if file.stored_unit(asked, date) != unit:
             raise DataError(
                 f"{path}: dates of Sentinel-2 processing baselines before and from 04.00 in one "
                 "series; write one of both kinds, or the values without the offset."

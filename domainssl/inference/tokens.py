@@ -21,7 +21,7 @@ from domainssl.modality import Batch, Modality, key
 from domainssl.nn.masking import mean_of_valid
 
 __all__ = ["Autocast", "TokenWindows", "autocast_context", "digest_of", "feature_name",
-           "token_map", "token_windows"]  # fmt: skip
+           "token_map", "token_windows", "whole_windows"]  # fmt: skip
 
 Autocast = Literal["bfloat16", "float16"]
 _TYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -159,6 +159,17 @@ def token_windows(
     return TokenWindows(
         feature=chosen, sizes=sizes, grid=tuple(grid), dim=features.tokens[chosen].shape[-1]
     )
+
+
+def whole_windows(
+    backbone: Backbone, names: Sequence[str], *, feature: str | None, size: int | None
+) -> TokenWindows:
+    """Return windows as grids of one cell, for one vector each; see `token_windows`."""
+    chosen = feature_name(backbone, names, feature)
+    sizes = _sizes({name: backbone.modalities[name] for name in names}, size)
+    axes = len(next(iter(sizes.values())))
+    dim = backbone.embed_dim[chosen]
+    return TokenWindows(feature=chosen, sizes=sizes, grid=(1,) * axes, dim=dim)
 
 
 def _sizes(modalities: Mapping[str, Modality], size: int | None) -> dict[str, tuple[int, ...]]:

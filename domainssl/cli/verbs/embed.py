@@ -33,12 +33,12 @@ def run(argv: list[str]) -> int:
     chosen = _options(options)
     backbone = load_backbone(options.backbone, weights=options.weights)
     screen = console()
-    with Bar("shards") as shown:
+    with Bar("pieces") as shown:
         try:
             done = embed(backbone, options.input, options.output, chosen, plan=plan, progress=shown)
         except KeyboardInterrupt:
             screen.print(
-                f"Stopped after {shown.done} of {shown.total} shards; they are kept beside "
+                f"Stopped after {shown.done} of {shown.total} pieces; they are kept beside "
                 f"{options.output}. The same command goes on from there.",
                 markup=False,
             )
@@ -52,7 +52,7 @@ def _report(done: Embedded, screen: object) -> None:
 
     assert isinstance(screen, Console)
     screen.print(
-        f"{done.pieces} shard(s) are done"
+        f"{done.pieces} piece(s) are done"
         + (f", {done.resumed} of them before" if done.resumed else ""),
         markup=False,
     )
@@ -97,18 +97,26 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
         group=given.group,
         any_gsd=given.any_gsd,
     )
-    return EmbedOptions(feature=given.feature, window=given.window, dense=dense, scene=scene)
+    return EmbedOptions(
+        feature=given.feature,
+        window=given.window,
+        form=given.format,
+        pooled=given.pooled,
+        dense=dense,
+        scene=scene,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m domainssl embed",
         allow_abbrev=False,
-        description="Compute one vector per patch of every raster and write them as GeoZarr on the "
-        "grid of the patches, with a picture beside it: look at it first. Windows of the size of "
-        "the weights overlap by a halo; each vector is taken from the window in whose middle it "
-        "lies. Vectors of patches without a valid pixel are NaN. Finished shards are kept: the "
-        "same command goes on after an interrupt. Under torchrun, ranks share the work.",
+        description="Compute one vector per patch of every raster and write them as GeoZarr or COG "
+        "on the grid of the patches, or one vector per raster as GeoParquet, with a picture beside "
+        "it: look at it first. Windows of the size of the weights overlap by a halo; each vector "
+        "is taken from the window in whose middle it lies. Vectors of patches without a valid "
+        "pixel are NaN. Finished pieces are kept: the same command goes on after an interrupt. "
+        "Under torchrun, ranks share the work.",
     )
     add = parser.add_argument
     add("backbone", metavar="BACKBONE",
@@ -117,7 +125,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a GeoTIFF or Zarr store, a folder of some, or a manifest (CSV or Parquet: id, and "
         "path or a column per modality)")  # fmt: skip
     add("--output", required=True, type=Path, metavar="PATH",
-        help="file to write, where its name ends in .zarr, otherwise a folder")  # fmt: skip
+        help="file to write where its name ends like one, otherwise a folder")  # fmt: skip
+    add("--format", choices=("zarr", "cog"), default="zarr",
+        help="GeoZarr, or a COG made from it at the end (default: zarr)")  # fmt: skip
+    add("--pooled", action="store_true",
+        help="one vector per input, in one GeoParquet table with footprints")  # fmt: skip
     add("--weights", metavar="FILE", help="weights of a backbone that is named")
     add("--feature", metavar="NAME", help="modality, or joint (default: joint of several)")
     add("--dtype", choices=("float32", "float16", "int8"), default="float32",
@@ -130,10 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--autocast", choices=("bfloat16", "float16"),
         help="type of the matrix products (default: float32)")  # fmt: skip
     add("--modality", metavar="NAME", help="which one the raster is, where its bands do not tell")
-    add("--stored_unit", default="auto",
-        choices=("auto", "dn", "dn+1000", "baseline", "reflectance", "db", "linear", "amplitude",
-                 "arbitrary"),
-        help="what the files hold (default: their attributes tell)")  # fmt: skip
+    add("--stored_unit", default="auto", metavar="UNIT",
+        help="what the files hold: dn, dn+1000, baseline, reflectance, db, linear, amplitude, "
+        "arbitrary; or by modality: s1=db,s2=dn (default: their attributes tell)")  # fmt: skip
     add("--date", metavar="DATE", help="date of a cube: 2021-05-02, first or last")
     add("--max_dates", type=int, help="dates of a series, evenly spread (default: all)")
     add("--mask", metavar="ARRAY", help="array of a store that marks clouds, such as scl")

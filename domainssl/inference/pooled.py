@@ -1,0 +1,231 @@
+"""One vector per item, in one table: items in groups, each a part that survives a kill.
+
+An item that is larger than a window is cut into windows side by side from its north-west corner;
+its vector is the mean of theirs, weighted by their valid pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from domainssl.backbones.base import Backbone
+from domainssl.errors import ConfigError, DataError
+from domainssl.files import PART, read_json, write_json, write_whole
+from domainssl.inference.dense import DenseOptions
+from domainssl.inference.preview import write_scatter
+from domainssl.inference.scenes import Scene
+from domainssl.inference.tokens import TokenWindows, autocast_context, digest_of
+from domainssl.io.raster.geoparquet import Footprint, vector_table
+from domainssl.modality import Batch, key
+
+__all__ = ["PooledEmbedding"]
+
+Array = np.ndarray[Any, Any]
+_GROUP = 256  # items of a part
+
+
+@dataclass(kw_only=True)
+class PooledEmbedding:
+    """One vector per scene: groups that are made one by one (`pieces.Buildable`).
+
+    Attributes:
+        target: The Parquet file.
+        scenes: The items.
+        windows: Window of each, as a grid of one cell.
+        backbone: What computes.
+        options: How; halo and dtype of windows do not count here.
+        facts: Written into the file.
+    """
+
+    target: Path
+    scenes: Sequence[Scene]
+    windows: Sequence[TokenWindows]
+    backbone: Backbone
+    options: DenseOptions
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = -(-len(self.scenes) // _GROUP)
+        self.keys: Sequence[str] = [str(number) for number in range(count)]
+        first = self.windows[0]
+        self._request: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    **self.facts,
+                    "weights_sha256": digest_of(self.backbone),
+                    "feature": first.feature,
+                    "window": {n: list(s) for n, s in first.sizes.items()},
+                    "dtype": self.options.dtype,
+                    "computed_in": self.options.autocast or "float32",
+                    "items": [[scene.name, scene.facts] for scene in self.scenes],
+                }
+            )
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Parts, until all are there."""
+        return self.target.with_name(f".{self.target.name}{PART}embed")
+
+    @property
+    def _record(self) -> Path:
+        return self.target.with_name(f"{self.target.name}.json")
+
+    def claim(self, *, restart: bool = False) -> None:
+        """Check that nothing else lies where the table goes, or remove it.
+
+        Raises:
+            ConfigError: A table of something else lies there, complete or not.
+            DataError: Nothing can be written there.
+        """
+        if restart:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self._record.is_file():
+                self._record.unlink()
+                self.target.unlink(missing_ok=True)
+        for record in (self._record, self.folder / "request.json"):
+            found = read_json(record) if record.is_file() else self._request
+            if found != self._request:
+                names = {*found, *self._request}
+                differing = sorted(n for n in names if found.get(n) != self._request.get(n))
+                raise ConfigError(
+                    f"{self.target}: made from something else ({', '.join(differing)} differ). "
+                    "Choose another --output, or add --restart to write it anew."
+                )
+        if self.target.exists() and not self._record.is_file():
+            raise ConfigError(
+                f"{self.target}: lies there and was not written by embed. Choose another --output."
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "request.json", self._request)
+        except OSError as error:
+            raise DataError(
+                f"{self.target}: cannot be written ({error.strerror or error}). Choose another "
+                "--output."
+            ) from error
+
+    def release(self) -> None:
+        """Remove the folder of parts once the table is there."""
+        if self._record.is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def is_ready(self, key: str) -> bool:
+        """Tell whether a group is done; while the table lacks, the last one is not."""
+        if self._record.is_file():
+            return True
+        if not self._part(key).is_file():
+            return False
+        return key != self.keys[-1] or not all(self._part(k).is_file() for k in self.keys)
+
+    def _part(self, key: str) -> Path:
+        return self.folder / f"{key}.npy"
+
+    def make(self, key: str) -> None:
+        """Compute the vectors of a group; the last one writes the table.
+
+        Raises:
+            DataError: An item cannot be read, or the table not written.
+        """
+        if not self._part(key).is_file():
+            content = io.BytesIO()
+            np.save(content, self._compute(int(key)), allow_pickle=False)
+            write_whole(self._part(key), content.getbuffer())
+        if all(self._part(k).is_file() for k in self.keys):
+            with FileLock(self.folder / "lock"):
+                if not self._record.is_file():
+                    self._join()
+
+    def _join(self) -> None:
+        vectors = np.concatenate([np.load(self._part(k), allow_pickle=False) for k in self.keys])
+        facts = {name: value for name, value in self._request.items() if name != "items"}
+        content = vector_table(
+            [scene.name for scene in self.scenes],
+            vectors,
+            footprints=[Footprint(scene.crs, scene.bounds) for scene in self.scenes],
+            columns={
+                "date": [scene.date or None for scene in self.scenes],
+                "crs": [scene.crs for scene in self.scenes],
+            },
+            facts=facts,
+            dtype=self.options.dtype,
+        )
+        try:
+            write_whole(self.target, content)
+            write_scatter(self.target.with_suffix(".png"), vectors)
+            write_json(self._record, self._request)
+        except OSError as error:
+            raise DataError(
+                f"{self.target}: cannot be written ({error.strerror or error}). Make room; the "
+                "same command goes on."
+            ) from error
+
+    def _compute(self, number: int) -> Array:
+        """Return the vectors of a group, float32 (N, E), NaN of items without a valid pixel."""
+        first = number * _GROUP
+        members = range(first, min(first + _GROUP, len(self.scenes)))
+        dim = self.backbone.embed_dim[self.windows[0].feature]
+        sums = np.zeros((len(members), dim), np.float64)
+        weights = np.zeros(len(members), np.float64)
+        self.backbone.to(self.options.device).eval()
+        for rows, counts, batch in _batches(self._windows(members), self.options.batch_size):
+            moved = {
+                k: v.to(self.options.device) if isinstance(v, Tensor) else v
+                for k, v in batch.items()
+            }
+            with (
+                torch.inference_mode(),
+                autocast_context(self.options.device, self.options.autocast),
+            ):
+                found = self.backbone(moved).pooled[self.windows[0].feature].float().cpu().numpy()
+            at = [row - first for row in rows]
+            np.add.at(sums, at, found * np.asarray(counts)[:, None])
+            np.add.at(weights, at, counts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (sums / weights[:, None]).astype(np.float32)
+
+    def _windows(self, members: Sequence[int]) -> Iterator[tuple[int, float, Batch]]:
+        """Yield item, valid pixels and batch of every window that shows something."""
+        for member in members:
+            scene, windows = self.scenes[member], self.windows[member]
+            for at in product(*(range(n) for n in scene.shape(windows))):
+                batch = scene.read(windows, [slice(i, i + 1) for i in at])
+                count = float(batch[key(next(iter(scene.parts)), "valid")].float().sum())
+                if count:
+                    yield member, count, batch
+
+
+def _batches(
+    windows: Iterator[tuple[int, float, Batch]], size: int
+) -> Iterator[tuple[list[int], list[float], Batch]]:
+    """Join windows of one kind that follow each other."""
+    held: list[tuple[int, float, Batch]] = []
+    for one in windows:
+        if held and (len(held) == size or _kind(one[2]) != _kind(held[0][2])):
+            yield _joined(held)
+            held = []
+        held.append(one)
+    if held:
+        yield _joined(held)
+
+
+def _kind(batch: Batch) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(values.shape)) for name, values in batch.items()]
+
+
+def _joined(held: list[tuple[int, float, Batch]]) -> tuple[list[int], list[float], Batch]:
+    names = held[0][2]
+    batch = {name: torch.cat([one[2][name] for one in held]) for name in names}
+    return [one[0] for one in held], [one[1] for one in held], batch

@@ -1,0 +1,157 @@
+"""Forms of `embed` besides GeoZarr: COG, and one vector per item as GeoParquet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cube_files import LEFT, TOP, coded, write_geotiff
+
+from domainssl.backbones.vit import ViTBackbone
+from domainssl.errors import ConfigError
+from domainssl.inference import pooled
+from domainssl.inference.run import embed
+from domainssl.io.raster.geozarr import VectorStore
+from domainssl.pieces import Plan, Shard
+
+BANDS = ("B02", "B03", "B04")
+S2 = {
+    "kind": "image", "channels": BANDS, "value_unit": "dn", "size": (32, 32), "gsd_m": 10.0,
+    "mean": (2000.0,) * 3, "std": (1500.0,) * 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backbone() -> ViTBackbone:
+    torch.manual_seed(0)
+    return ViTBackbone({"s2": S2}, {"width": 12, "depth": 1, "heads": 2}, patch_size=8).eval()
+
+
+def write(path: Path, side: int, left: float = LEFT, hole: bool = False) -> Path:
+    values = coded(1, 3, side)[0].astype(np.uint16)
+    if hole:
+        values[:, :16, :16] = 0
+    return write_geotiff(path, values, BANDS, nodata=0, left=left)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_a_cog_holds_the_vectors_of_the_store_on_its_grid(
+    dtype: Any, backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    import rasterio
+
+    path = write(tmp_path / "a.tif", 70, hole=True)
+    embed(backbone, path, tmp_path / "e.zarr", dtype=dtype)
+    embed(backbone, path, tmp_path / "e.tif", form="cog", dtype=dtype)
+    store = VectorStore(tmp_path / "e.zarr")
+    stored = np.asarray(store.group["embedding"][...])
+    with rasterio.open(tmp_path / "e.tif") as file:
+        assert file.crs.to_epsg() == 32632 and file.shape == (9, 9)
+        assert tuple(file.transform)[:6] == (80.0, 0.0, LEFT, 0.0, -80.0, TOP)
+        assert file.descriptions == tuple(f"feature {n}" for n in range(12))
+        assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        assert file.nodata == -128 if dtype == "int8" else np.isnan(file.nodata)
+        np.testing.assert_array_equal(file.read(), stored.astype(file.dtypes[0]))
+        assert (file.read_masks(1)[:2, :2] == 0).all() and file.read_masks(1)[2:].all()
+    if dtype == "int8":
+        with rasterio.open(tmp_path / "e_scale.tif") as file:
+            np.testing.assert_array_equal(file.read(1), store.group["scale"][...])
+    assert (tmp_path / "e.png").is_file()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_one_vector_per_raster_with_its_footprint(backbone: ViTBackbone, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+    import shapely
+
+    folder = tmp_path / "in"
+    write(folder / "a.tif", 32)
+    write(folder / "b.tif", 48, left=LEFT + 5000)
+    write(folder / "c.tif", 16, hole=True)  # nothing is valid
+    embed(backbone, folder, tmp_path / "v.parquet", pooled=True, batch_size=3)
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert table["id"].to_pylist() == ["a", "b", "c"]
+    vectors = np.array(table["embedding"].to_pylist(), np.float32)
+    pixels = torch.from_numpy(coded(1, 3, 48)[0].astype(np.float32))[None]
+    with torch.no_grad():
+        whole = backbone({"s2": pixels[..., :32, :32]}).pooled["s2"][0]
+        parts = []
+        for rows, columns in ((0, 0), (0, 32), (32, 0), (32, 32)):
+            window = torch.zeros(1, 3, 32, 32)
+            part = pixels[..., rows : rows + 32, columns : columns + 32]
+            valid = torch.zeros(1, 32, 32, dtype=torch.bool)
+            window[..., : part.shape[2], : part.shape[3]] = part
+            valid[..., : part.shape[2], : part.shape[3]] = True
+            found = backbone({"s2": window, "s2.valid": valid}).pooled["s2"][0]
+            parts.append((found, part.shape[2] * part.shape[3]))
+    np.testing.assert_allclose(vectors[0], whole, atol=2e-6)
+    mean = sum(v * n for v, n in parts) / sum(n for _, n in parts)
+    np.testing.assert_allclose(vectors[1], mean, atol=2e-6)
+    assert np.isnan(vectors[2]).all()
+    geo = json.loads(table.schema.metadata[b"geo"])
+    assert geo["version"] == "1.1.0" and geo["primary_column"] == "geometry"
+    column = geo["columns"]["geometry"]
+    assert column["encoding"] == "WKB" and column["geometry_types"] == ["Polygon"]
+    shapes = shapely.from_wkb(table["geometry"].to_pylist())
+    np.testing.assert_allclose(shapely.total_bounds(shapes), column["bbox"])
+    assert all(shape.is_valid and shape.exterior.is_ccw for shape in shapes)
+    assert shapes[0].bounds[0] == pytest.approx(7.73, abs=0.01)  # west of the meridian of zone 32
+    box = table["bbox"][0].as_py()
+    assert (box["xmin"], box["ymin"], box["xmax"], box["ymax"]) == shapes[0].bounds
+    assert (tmp_path / "v.png").is_file()
+
+
+def test_geopandas_reads_the_table(backbone: ViTBackbone, tmp_path: Path) -> None:
+    geopandas = pytest.importorskip("geopandas")
+    write(tmp_path / "in" / "a.tif", 32)
+    embed(backbone, tmp_path / "in", tmp_path / "v.parquet", pooled=True, dtype="int8")
+    frame = geopandas.read_parquet(tmp_path / "v.parquet")
+    assert frame.crs.to_string() == "OGC:CRS84" and list(frame.id) == ["a"]
+    metres = frame.to_crs(32632).total_bounds
+    np.testing.assert_allclose(metres, (LEFT, TOP - 320, LEFT + 320, TOP), atol=0.01)
+    with torch.no_grad():
+        pixels = torch.from_numpy(coded(1, 3, 32)[0].astype(np.float32))[None]
+        exact = backbone({"s2": pixels}).pooled["s2"][0]
+    near = np.array(frame["embedding"][0], np.float32) * frame["scale"][0]
+    np.testing.assert_allclose(near, exact, atol=0.51 * frame["scale"][0])
+
+
+def test_groups_are_shared_and_resumed(
+    backbone: ViTBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pooled, "_GROUP", 2)
+    for name in "abcde":
+        write(tmp_path / "in" / f"{name}.tif", 32 + ord(name) % 3)
+    embed(backbone, tmp_path / "in", tmp_path / "one.parquet", pooled=True)
+    for number, count in ((1, 2), (2, 1)):
+        done = embed(
+            backbone, tmp_path / "in", tmp_path / "two.parquet", pooled=True,
+            plan=Plan(jobs=0, shard=Shard(number, 2)),
+        )  # fmt: skip
+        assert done.pieces == count
+    one, two = (tmp_path / f"{n}.parquet" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    with pytest.raises(ConfigError, match="items differ"):
+        (tmp_path / "in" / "e.tif").unlink()
+        embed(backbone, tmp_path / "in", two, pooled=True)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_manifest_names_items_and_modalities(tmp_path: Path) -> None:
+    from domainssl.backbones.croma import CROMABackbone
+
+    torch.manual_seed(0)
+    s1 = {**S2, "channels": ("VV", "VH"), "value_unit": "db", "mean": (-12.0,) * 2,
+          "std": (5.0,) * 2}  # fmt: skip
+    radar = np.full((2, 40, 40), -11.0, np.float32) + np.arange(40, dtype=np.float32) / 10
+    write_geotiff(tmp_path / "r.tif", radar, ("VV", "VH"))
+    write(tmp_path / "o.tif", 40)
+    (tmp_path / "m.csv").write_text("id,s1,s2\nplace,r.tif,o.tif\n")
+    backbone = CROMABackbone({"s1": s1, "s2": S2}, patch_size=8, width=16, depth=2, heads=2)
+    embed(backbone.eval(), tmp_path / "m.csv", tmp_path / "out", stored_unit="s1=db")
+    facts = VectorStore(tmp_path / "out" / "place.zarr").facts
+    assert facts["feature"] == "joint" and list(facts["window"]) == ["s1", "s2"]
