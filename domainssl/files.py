@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ __all__ = [
     "open_regular",
     "read_json",
     "read_small",
+    "remove_parts",
     "sync_folder",
     "write_json",
     "write_text",
@@ -99,6 +102,20 @@ def new_file(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
         with suppress(OSError):
             hidden.unlink()
         raise
+
+
+def remove_parts(folder: Path, name: str) -> None:
+    """Remove what a killed process left of the unfinished files and folders of a name.
+
+    Args:
+        folder: Where they lie.
+        name: Begin of the final names; nobody writes such names at this time.
+    """
+    for hidden in folder.glob(f".{glob.escape(name)}.*{PART}*"):
+        if hidden.is_dir():
+            shutil.rmtree(hidden, ignore_errors=True)
+        else:
+            hidden.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
-from domainssl.files import read_json, write_json
+from domainssl.files import read_json, remove_parts, write_json
 from domainssl.inference.tokens import Autocast, autocast_context, digest_of
 from domainssl.io.slide.bag_folders import has_bag
 from domainssl.io.slide.features import Bag, Layout, read_places, write_bag
@@ -145,6 +145,9 @@ class SlideEmbedding:
         assert places.coords is not None
         if not places.patch_size or not places.mpp_um:
             raise DataError(f"{places.path}: no patch_size and target_magnification of the tiles.")
+        for folder in self._root.glob(f"**/features_{self.encoder}"):
+            remove_parts(folder, key)
+        remove_parts(self._root, key)
         path, kept = self.slides[self.ids.index(key)], list[int]()
         with Slide(path, self.reading) as slide:
             batches = self._tiles(slide, places, kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from processes import killed
 from slide_files import damage_tile, write_tiff
 
 from domainssl.cli import main
@@ -102,6 +104,46 @@ def test_what_is_done_is_not_done_again_and_other_options_are_refused(
     assert _tile(slides, output, "--overlap", "8", "--restart") == 0
     facts = json.loads((output / "slides" / f"{_ids(output)[0]}.json").read_text())
     assert facts["step_level0"] == [112, 112]
+
+
+@pytest.mark.parametrize("place", [1, 3, 7])  # of tiling.json, then four files per slide
+def test_a_killed_call_goes_on_and_leaves_nothing_unfinished(
+    slides: Path, tmp_path: Path, place: int
+) -> None:
+    def call() -> int:
+        replace, calls = Path.replace, iter(range(100))
+
+        def die(path: Path, target: Path) -> Path:
+            if next(calls) == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(path, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "replace", die)
+            return _tile(slides, tmp_path / "out")
+
+    assert killed(call)
+    assert list((tmp_path / "out").rglob(".*.part-*"))
+    assert len(_ids(tmp_path / "out")) == max(0, place - 1) // 4
+    assert _tile(slides, tmp_path / "out") == 0
+    assert _tile(slides, tmp_path / "whole") == 0
+    assert not list((tmp_path / "out").rglob(".*.part-*"))
+    names = [path for path in (tmp_path / "whole").rglob("*.*") if path.is_file()]
+    assert len(names) == 4 * len(NAMES) + 1 + len(list((tmp_path / "whole").glob(".build*")))
+    for path in names:
+        if path.suffix != ".h5":  # carries times
+            own = tmp_path / "out" / path.relative_to(tmp_path / "whole")
+            assert own.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(slides: Path, tmp_path: Path) -> None:
+    assert _tile(slides, tmp_path / "one") == 0
+    assert _tile(slides, tmp_path / "two", "--jobs", "2") == 0
+    assert _ids(tmp_path / "one") == _ids(tmp_path / "two") and len(_ids(tmp_path / "one")) == 3
+    for key in _ids(tmp_path / "one"):
+        for name in (f"tiles/{key}.parquet", f"slides/{key}.json"):
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_slide_that_cannot_be_read_ends_it_or_is_left_out(

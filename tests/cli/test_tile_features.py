@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import killed
 from slide_files import write_tiff
 
 from domainssl import export_backbone, load_backbone
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
 from domainssl.cli.verbs.tile import _encoder
+from domainssl.io.slide import bag_hdf5, bag_zarr
 from domainssl.io.slide.features import read_bag
 from domainssl.io.slide.pyramid import Slide
 
@@ -71,6 +77,48 @@ def test_what_is_there_is_not_computed_again_and_parts_do_their_share(
     assert "features of 2 slide(s) are in" in capsys.readouterr().out
     kinds = [read_bag(path).attributes["computed_in"] for path in sorted(folder.glob("*.zarr"))]
     assert kinds == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("layout", ["trident", "zarr"])
+@pytest.mark.parametrize("moment", ["tile", "file"])
+def test_features_that_were_killed_in_a_slide_go_on(slides: Path, layout: str, moment: str) -> None:
+    """Killed at the 17th tile, the fifth of the second slide, or before its file has its name."""
+    root = slides.parent / "out"
+
+    def call() -> int:
+        seen = iter(range(100))
+
+        def die(function: Callable[..., Any], at: int) -> Callable[..., Any]:
+            def maybe(*args: Any, **more: Any) -> Any:
+                counts = moment == "tile" or "features_tiny" in str(args[-1])
+                if counts and next(seen) == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **more)
+
+            return maybe
+
+        with pytest.MonkeyPatch.context() as patch:
+            if moment == "tile":
+                patch.setattr(Slide, "read", die(Slide.read, 16))
+            elif layout == "trident":
+                patch.setattr(bag_hdf5.os, "replace", die(os.replace, 1))
+            else:
+                patch.setattr(bag_zarr.os, "rename", die(os.rename, 1))
+            return _tile(slides, f"--layout={layout}", "--batch_size=5")
+
+    def bags() -> list[Path]:
+        ends = "*.h5" if layout == "trident" else "*.zarr"
+        return sorted(p for p in root.rglob(f"features_tiny/{ends}") if p.name[0] != ".")
+
+    assert killed(call)
+    (first,) = bags()
+    before = first.stat().st_mtime_ns
+    assert _tile(slides, f"--layout={layout}") == 0
+    assert len(bags()) == 2 and bags()[0].stat().st_mtime_ns == before
+    assert not list(root.rglob(".*.part-*"))
+    features = [read_bag(path).features for path in bags()]
+    assert [len(f) for f in features] == [12, 12]
+    assert not np.array_equal(*features)
 
 
 def test_a_backbone_of_other_images_is_refused(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import ConfigError, DataError, StorageError, require
-from domainssl.files import read_json, write_json, write_whole
+from domainssl.files import read_json, remove_parts, write_json, write_whole
 from domainssl.io.ids import ids_of
 from domainssl.io.slide.grid import MIN_REGION, MIN_TISSUE, TileGrid, plan_grid
 from domainssl.io.slide.overview import draw_overview
@@ -31,6 +31,7 @@ from domainssl.io.slide.tissue import TissueMask, TissueOptions, slide_tissue
 __all__ = ["GridOptions", "SlideTiling", "write_grid"]
 
 _FACTS = "tiling.json"
+_PARTS = ("tiles", "patches", "thumbnails", "slides")
 _POWER_UM = 10.0
 
 
@@ -104,7 +105,7 @@ class SlideTiling:
                 )
             return
         try:
-            for part in ("tiles", "patches", "thumbnails", "slides"):
+            for part in _PARTS:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
             if restart:
                 for key in self.ids:
@@ -126,6 +127,9 @@ class SlideTiling:
         """
         path = self.slides[self.ids.index(key)]
         options = self.options
+        for part in _PARTS:
+            remove_parts(self.folder / part, key)
+            remove_parts(self.folder / part, f"{key}_patches")
         with Slide(path, options.reading) as slide:
             regions = None
             if options.regions is not None:
