@@ -48,6 +48,7 @@ class Task(TrainingModule):
         kind: `classification`, `segmentation`, `regression` or `change`.
         classes: Names by number; empty where there are none.
         ignore_index: Label of what counts for nothing, neither in losses nor in metrics.
+        results: By split the last metrics of all ranks: (), per class (K,), matrices (K, K).
     """
 
     kind: ClassVar[str]
@@ -85,6 +86,7 @@ class Task(TrainingModule):
         apply_tuning(self.backbone, self.tuning)
         self._unused: list[nn.Parameter] | None = None
         self._watched: dict[str, MetricCollection] = {}
+        self.results: dict[str, dict[str, Tensor]] = {}
 
     # -- what a subclass implements ---------------------------------------------------------
 
@@ -100,7 +102,11 @@ class Task(TrainingModule):
         raise NotImplementedError
 
     def metrics(self) -> MetricCollection:
-        """Return new metrics of `torchmetrics`, by name; those per class return (K,)."""
+        """Return new metrics of `torchmetrics`, by name.
+
+        Those that return (K,) are logged per class, without `_of` at the end of their name; those
+        that return (K, K) are written by `ResultTables`.
+        """
         raise NotImplementedError
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -110,6 +116,10 @@ class Task(TrainingModule):
     def predictions(self, logits: Tensor) -> dict[str, Tensor]:
         """Return what is predicted, by the name of a column, (B,) or (B, …) each."""
         raise NotImplementedError
+
+    def rows(self, logits: Tensor, batch: Batch) -> dict[str, Any]:
+        """Return what a test writes about every item, by column; maps write nothing."""
+        return {}
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -144,9 +154,11 @@ class Task(TrainingModule):
         """Log the metrics of all ranks."""
         self._log_metrics("val")
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Log the loss, and take the batch into the metrics."""
-        self._judge(batch, batch_idx, dataloader_idx, "test")
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Log the loss, take the batch into the metrics, and return its rows by column."""
+        logits = self._judge(batch, batch_idx, dataloader_idx, "test")
+        rows = self.rows(logits, batch)
+        return {"id": list(batch["id"]), **rows} if rows and "id" in batch else rows
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of all ranks."""
@@ -181,29 +193,34 @@ class Task(TrainingModule):
 
     # -- helpers ----------------------------------------------------------------------------
 
-    def _judge(self, batch: Batch, batch_idx: int, dataloader_idx: int, split: str) -> None:
+    def _judge(self, batch: Batch, batch_idx: int, dataloader_idx: int, split: str) -> Tensor:
         step = self._held_out_step(batch, batch_idx, dataloader_idx, split)
         if split not in self._watched:
             self._watched[split] = self.metrics().to(self.device)
-        self._watched[split].update(*self.scored(step.outputs["logits"], batch))
+        logits: Tensor = step.outputs["logits"]
+        self._watched[split].update(*self.scored(logits, batch))
+        return logits
 
     def _log_metrics(self, split: str) -> None:
         watched = self._watched.get(split)
         if watched is None:
             return
-        for name, value in self.named_results(watched).items():
+        self.results[split] = {n: v.detach().cpu() for n, v in watched.compute().items()}
+        for name, value in self._named(self.results[split]).items():
             self.log(f"{split}/{name}", value, batch_size=1, prog_bar="/" not in name)
         watched.reset()
 
     def named_results(self, metrics: MetricCollection) -> dict[str, Tensor]:
-        """Return the values by name, one per class as `<metric>/<class>`."""
-        found: dict[str, Tensor] = {}
-        for name, value in metrics.compute().items():
-            if value.ndim == 0:
-                found[name] = value
-            else:
-                found |= {f"{name}/{c}": v for c, v in zip(self.classes, value, strict=True)}
-        return found
+        """Return the values by name, one per class as `<metric>/<class>`; matrices are left out."""
+        return self._named(metrics.compute())
+
+    def _named(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        named = {name: value for name, value in found.items() if value.ndim == 0}
+        for name, value in found.items():
+            if value.ndim == 1:
+                own = name.removesuffix("_of")
+                named |= {f"{own}/{c}": v for c, v in zip(self.classes, value, strict=True)}
+        return named
 
     def label_of(self, batch: Batch, name: str) -> Tensor:
         """Return a supervised entry of a batch.

@@ -190,7 +190,7 @@ class ClassificationTask(Task):
         return {self.loss.name: class_loss(logits, target, self.loss, self.ignore_index)}
 
     def metrics(self) -> MetricCollection:
-        """Return accuracy, F1 and area under the ROC curve, and F1 and recall per class."""
+        """Return accuracy, F1 and area under the ROC curve, over all and per class."""
         count = len(self.classes)
         if self.multi_label:
             common: dict[str, Any] = {"num_labels": count, "ignore_index": self.ignore_index}
@@ -200,7 +200,9 @@ class ClassificationTask(Task):
                 auroc=scores.MultilabelAUROC(**common, thresholds=_BINS),
                 average_precision=scores.MultilabelAveragePrecision(**common, thresholds=_BINS),
                 f1_of=scores.MultilabelF1Score(**common, average="none"),
+                precision_of=scores.MultilabelPrecision(**common, average="none"),
                 recall_of=scores.MultilabelRecall(**common, average="none"),
+                auroc_of=scores.MultilabelAUROC(**common, thresholds=_BINS, average="none"),
             )
         common = {"num_classes": count, "ignore_index": self.ignore_index}
         return metric_collection(
@@ -209,7 +211,10 @@ class ClassificationTask(Task):
             f1=scores.MulticlassF1Score(**common, average="macro"),
             auroc=scores.MulticlassAUROC(**common, thresholds=_BINS),
             f1_of=scores.MulticlassF1Score(**common, average="none"),
+            precision_of=scores.MulticlassPrecision(**common, average="none"),
             recall_of=scores.MulticlassRecall(**common, average="none"),
+            auroc_of=scores.MulticlassAUROC(**common, thresholds=_BINS, average="none"),
+            confusion=scores.MulticlassConfusionMatrix(**common),
         )
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -225,6 +230,23 @@ class ClassificationTask(Task):
         if self.multi_label:
             return {"probability": logits.sigmoid(), "predicted": logits > 0}
         return {"probability": logits.softmax(1), "predicted": logits.argmax(1)}
+
+    def rows(self, logits: Tensor, batch: Batch) -> dict[str, Any]:
+        """Return label, prediction and probability per class; classes by their names."""
+        found = self.predictions(logits)
+        target, predicted = self._target(batch), found["predicted"]
+        shown = {"label": self._words(target), "predicted": self._words(predicted)}
+        chances = found["probability"].unbind(1)
+        return shown | {f"p({c})": v for c, v in zip(self.classes, chances, strict=True)}
+
+    def _words(self, numbers: Tensor) -> list[str]:
+        """Return classes by name; empty where there is no label, and joined by `;` for several."""
+        if not self.multi_label:
+            return [self.classes[i] if i >= 0 else "" for i in numbers.tolist()]
+        return [
+            ";".join(c for c, has in zip(self.classes, row, strict=True) if has)
+            for row in (numbers == 1).tolist()
+        ]
 
     def _target(self, batch: Batch) -> Tensor:
         """Return the labels.

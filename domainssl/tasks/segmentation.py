@@ -313,6 +313,7 @@ class SegmentationTask(Task):
             accuracy=scores.MulticlassAccuracy(**common, average="micro"),
             dice_of=scores.MulticlassF1Score(**common, average="none"),
             iou_of=scores.MulticlassJaccardIndex(**common, average="none"),
+            confusion=scores.MulticlassConfusionMatrix(**common),
         )
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

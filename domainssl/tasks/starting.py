@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ __all__ = ["starting_backbone"]
 logger = logging.getLogger(__name__)
 
 _RECIPE = "recipe:"
+_LEAST_REGION = 16  # rows and columns of tiles, as TITAN's
 _WHERE = "model.init_args.backbone"
 
 
@@ -63,7 +66,10 @@ def _of_recipe(
 
     model = _model_of(_recipe_file(name))
     arguments = dict(model.get("init_args") or {})
-    arguments["modalities"] = {key: m.to_dict() for key, m in modalities.items()}
+    shown = {key: _on_a_grid(m) for key, m in modalities.items()}
+    arguments["modalities"] = {key: m.to_dict() for key, m in shown.items()}
+    if shown != dict(modalities):
+        context_size = None
     if isinstance(arguments.get("encoding"), dict):
         arguments["encoding"] = {**arguments["encoding"], "weights": None}
     if context_size is not None:
@@ -79,6 +85,14 @@ def _of_recipe(
         "to start from trained ones.", _WHERE, name, type(backbone).__name__
     )  # fmt: skip
     return backbone
+
+
+def _on_a_grid(modality: Modality) -> Modality:
+    """Return features of a bag as those of a region: objectives want one, backbones take both."""
+    if modality.kind != "features" or len(modality.size) != 1:
+        return modality
+    side = max(_LEAST_REGION, math.isqrt(modality.size[0]))
+    return dataclasses.replace(modality, size=(side, side))
 
 
 def _recipe_file(name: str) -> Path:

@@ -77,7 +77,7 @@ def test_metrics_are_told_per_class() -> None:
     perfect = torch.nn.functional.one_hot(x["mask"].clamp(min=0), 3).movedim(-1, 1).float()
     watched.update(*task.scored(perfect, x))
     found = task.named_results(watched)
-    assert {"dice", "iou", "accuracy", "dice_of/core", "iou_of/oedema"} <= set(found)
+    assert {"dice", "iou", "accuracy", "dice/core", "iou/oedema"} <= set(found)
     assert all(float(value) == 1 for value in found.values())
 
 

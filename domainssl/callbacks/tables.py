@@ -1,0 +1,151 @@
+"""Write what a test found: predictions, confusion matrix, and a table per class."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
+from torch import Tensor
+
+from domainssl.callbacks._common import console_of, run_folder
+from domainssl.distributed import all_gather_objects
+from domainssl.errors import ConfigError, require
+from domainssl.files import new_file, write_text
+from domainssl.tasks.base import Task
+
+__all__ = ["ResultTables"]
+
+_MOST_NAMED = 40  # classes whose numbers fit into the cells of a picture
+
+
+class ResultTables(Callback):
+    """Writes into the run's folder `test`, when `test` ends, what a task predicted.
+
+    `predictions.csv` has a row per item with its id, label and what was predicted;
+    `confusion.csv` and `confusion.png` count labels (rows) by what was predicted (columns);
+    `classes.csv` has the metrics of every class. What a kind of task has not is left out.
+
+    Args:
+        format: `csv`, or `parquet` for the predictions, which needs pyarrow.
+        folder: Where; the run's folder `test` by default.
+
+    Raises:
+        ConfigError: There is no such format.
+    """
+
+    def __init__(
+        self, format: Literal["csv", "parquet"] = "csv", folder: str | None = None
+    ) -> None:
+        if format not in ("csv", "parquet"):
+            raise ConfigError(f"ResultTables.format: got {format!r}, expected csv or parquet.")
+        self.format = format
+        self.folder = folder
+        self._rows: dict[str, list[Any]] = {}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget an earlier test."""
+        self._rows = {}
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the rows of a batch."""
+        for name, values in outputs.items() if isinstance(outputs, Mapping) else ():
+            column = values.cpu().tolist() if isinstance(values, Tensor) else list(values)
+            self._rows.setdefault(name, []).extend(column)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the files, with the rows of all ranks."""
+        parts = all_gather_objects(self._rows)
+        if not trainer.is_global_zero or not isinstance(pl_module, Task):
+            return
+        folder = Path(self.folder) if self.folder else run_folder(trainer) / "test"
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        rows = _joined(parts)
+        if rows:
+            written.append(_write_rows(rows, folder / f"predictions.{self.format}"))
+        found = pl_module.results.get("test", {})
+        classes = pl_module.classes
+        for name, value in found.items():
+            if value.ndim == 2 and value.shape[0] == value.shape[1] == len(classes):
+                table = [
+                    [str(c), *map(int, line)]
+                    for c, line in zip(classes, value.tolist(), strict=True)
+                ]
+                written.append(_write_csv(folder / f"{name}.csv", ["label", *classes], table))
+                written.append(_draw(value.numpy(), classes, folder / f"{name}.png"))
+        per_class = {n.removesuffix("_of"): v.tolist() for n, v in found.items() if v.ndim == 1}
+        if per_class:
+            lines = [[c, *(v[i] for v in per_class.values())] for i, c in enumerate(classes)]
+            written.append(_write_csv(folder / "classes.csv", ["class", *per_class], lines))
+        shown = ", ".join(path.name for path in written)
+        console_of(trainer).print(f"{'results':<8} {folder}  ({shown})", markup=False)
+
+
+def _joined(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Join the rows of all ranks; an item that two of them had counts once."""
+    names = next((list(part) for part in parts if part), [])
+    rows = {name: [value for part in parts for value in part.get(name, [])] for name in names}
+    if "id" not in rows or len(parts) == 1:
+        return rows
+    first = dict.fromkeys(rows["id"])
+    place = {key: i for i, key in reversed(list(enumerate(rows["id"])))}
+    return {name: [values[place[key]] for key in first] for name, values in rows.items()}
+
+
+def _write_rows(rows: dict[str, list[Any]], path: Path) -> Path:
+    if path.suffix == ".parquet":
+        parquet = require("pyarrow.parquet", "pathology")
+        table = require("pyarrow", "pathology").table(rows)
+        with new_file(path) as file:
+            parquet.write_table(table, file)
+        return path
+    return _write_csv(path, list(rows), list(zip(*rows.values(), strict=True)))
+
+
+def _write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> Path:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for line in lines:
+        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in line])
+    write_text(path, text.getvalue())
+    return path
+
+
+def _draw(counts: NDArray[Any], classes: Sequence[str], path: Path) -> Path:
+    """Draw a confusion matrix: colour is the share of the label's row, numbers are counts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = 2.5 + 0.5 * len(classes)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    if len(classes) <= _MOST_NAMED:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count:g}", ha="center", va="center", color=colour)
+    figure.colorbar(image, ax=axes, label="share of the label")
+    with new_file(path) as file:
+        FigureCanvasAgg(figure).print_png(file)
+    return path

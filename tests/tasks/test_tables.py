@@ -1,0 +1,95 @@
+"""What a test writes, and numbers as targets."""
+
+from __future__ import annotations
+
+import csv
+
+import lightning.pytorch as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_tasks import CLASSES, MODALITIES, backbone, batch, task
+from torch.utils.data import DataLoader
+
+from domainssl.callbacks import ResultTables
+from domainssl.callbacks.tables import _joined
+from domainssl.errors import ConfigError, DataError
+from domainssl.tasks import NumberLoss, RegressionTask
+from domainssl.tasks.regression import number_loss
+
+
+def run(model, batches, folder, **options):
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, callbacks=[ResultTables(**options)],
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    found = trainer.test(model, DataLoader(batches, batch_size=None), verbose=False)
+    return found[0]
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_test_leaves_predictions_confusion_and_a_table_per_class(tmp_path):
+    model, given = task(), batch(9)
+    given["label"][4] = -1
+    logged = run(model, [given], tmp_path)
+    with torch.no_grad():
+        chances = model.eval().logits(given).softmax(1)
+    folder = tmp_path / "test"
+    rows = rows_of(folder / "predictions.csv")
+    assert [row["id"] for row in rows] == given["id"] and rows[4]["label"] == ""
+    assert [row["predicted"] for row in rows] == [CLASSES[i] for i in chances.argmax(1).tolist()]
+    assert float(rows[2]["p(nests)"]) == pytest.approx(float(chances[2, 1]), rel=1e-4)
+    counts = torch.zeros(3, 3)
+    for i, row in enumerate(rows):
+        if i != 4:
+            counts[int(given["label"][i]), CLASSES.index(row["predicted"])] += 1
+    written = [[int(row[c]) for c in CLASSES] for row in rows_of(folder / "confusion.csv")]
+    assert written == counts.int().tolist()
+    assert logged["test/accuracy"] == pytest.approx(float(counts.diag().sum() / 8))
+    table = {row["class"]: row for row in rows_of(folder / "classes.csv")}
+    recall = counts.diag() / counts.sum(1)
+    assert [float(table[c]["recall"]) for c in CLASSES] == pytest.approx(recall.tolist(), abs=1e-5)
+    assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_predictions_may_be_parquet_and_several_labels_have_no_confusion(tmp_path):
+    given = batch()
+    given["label"] = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, torch.nan, 0], [0, 1, 0]])
+    run(task(multi_label=True), [given], tmp_path, format="parquet")
+    table = pq.read_table(tmp_path / "test" / "predictions.parquet").to_pydict()
+    assert table["label"] == ["glands;mucin", "", "glands", "nests"]
+    assert not (tmp_path / "test" / "confusion.csv").exists()
+    with pytest.raises(ConfigError, match="ResultTables.format: got 'xls'"):
+        ResultTables(format="xls")
+
+
+def test_an_item_that_two_ranks_had_is_written_once():
+    rows = _joined([{"id": ["a", "b"], "x": [1, 2]}, {}, {"id": ["c", "a"], "x": [3, 1]}])
+    assert rows == {"id": ["a", "b", "c"], "x": [1, 2, 3]}
+
+
+def test_numbers_are_learned_in_their_own_units_and_unknown_ones_left_out(tmp_path):
+    target = torch.tensor([[120.0], [torch.nan], [80.0], [95.0]])
+    predicted = torch.full((4, 1), 100.0, requires_grad=True)
+    loss = number_loss(predicted, target, NumberLoss(mean=100.0, std=20.0))
+    assert loss.item() == pytest.approx((1 + 1 + 0.0625) / 3)
+    loss.backward()
+    assert predicted.grad[1] == 0
+    model = RegressionTask(
+        backbone(), modalities=MODALITIES, targets=("age",), loss=NumberLoss(mean=50.0, std=10.0)
+    )
+    given = {**batch(), "target": torch.tensor([40.0, 50.0, torch.nan, 70.0])}
+    logged = run(model, [given], tmp_path)
+    with torch.no_grad():
+        numbers = model.eval().logits(given)[:, 0]
+    known = torch.tensor([0, 1, 3])
+    expected = (numbers[known] - given["target"][known]).abs().mean()
+    assert logged["test/mae"] == pytest.approx(float(expected), rel=1e-5)
+    assert [row["age"] for row in rows_of(tmp_path / "test" / "predictions.csv")][2] == "nan"
+    given["target"] = torch.zeros(4, 2)
+    with pytest.raises(DataError, match=r"batch.target: got shape \(4, 2\).*age"):
+        model.losses(numbers, given)
