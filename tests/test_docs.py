@@ -137,7 +137,9 @@ def test_documented_fit_commands_have_no_mistakes(
     dropped = ("--print_config", "--ckpt_path=")  # the checkpoint comes from the command before
     words = [word for word in words[1:] if not word.startswith(dropped)]
     request = prepare("fit", words)  # raises with every mistake
-    assert request.config["model"]["class_path"].startswith("domainssl.objectives.")
+    assert request.config["model"]["class_path"].startswith(
+        ("domainssl.objectives.", "domainssl.tasks.")
+    )
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=relative)
