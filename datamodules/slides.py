@@ -26,7 +26,7 @@ from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.labels import class_names
-from domainssl.sources.patients import split_by_patient
+from domainssl.sources.patients import by_patient, split_by_patient
 from domainssl.sources.slide_options import (
     SlideFiles,
     SlideLabels,
@@ -104,7 +104,7 @@ class SlideFeatureDataModule(DomainDataModule):
         ((self.key, self.features),) = chosen.items()
         self.root = root
         self.window = window or SlideWindow()
-        self.held_out = (held_out or HeldOut()).of(("val_fraction", "patients", "seed"))
+        self.held_out = (held_out or HeldOut()).of(("val_fraction", "patients", "slides", "seed"))
         self.labels = SlideLabels() if isinstance(labels, str) else labels
         self.slides = slides or SlideFiles()
         self.found: Found[SlideBag] | None = None
@@ -135,7 +135,8 @@ class SlideFeatureDataModule(DomainDataModule):
         self.found = found
         for problem in found.problems:
             _log.warning("%s: %s", root, problem)
-        self.splits = split_by_patient(found.items, self.held_out, "slides")
+        rule = by_patient(self.held_out, found.items)
+        self.splits = split_by_patient(found.items, rule, "slides")
         if "val" not in self.splits:
             _log.warning("%s: nothing is held out for validation", root)
         there = {slide.label for slide in found.items if slide.label}
@@ -192,11 +193,13 @@ class SlideFeatureDataModule(DomainDataModule):
 
     @property
     def withheld(self) -> tuple[str, ...]:
-        """Root, table and patients, unless ids are plain."""
+        """Root, tables, patients and slides, unless ids are plain."""
         if self._ids == "plain":
             return ()
-        texts = [self.root, self.slides.manifest or "", "held_out.patients"]
-        return tuple(text for text in (*texts, *self.held_out.patients) if len(text) > 2)
+        files = (self.slides.manifest or "", self.slides.splits or "")
+        texts = [self.root, *files, "held_out.patients", "held_out.slides"]
+        names = (*self.held_out.patients, *self.held_out.slides)
+        return tuple(text for text in (*texts, *names) if len(text) > 2)
 
     @property
     def problems(self) -> list[str]:

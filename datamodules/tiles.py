@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
-from domainssl.errors import ConfigError, nearest
+from domainssl.errors import ConfigError
 from domainssl.io.ids import write_table
 from domainssl.io.slide.manifest import TileSet, find_tiles
 from domainssl.io.subjects import Found
@@ -28,7 +28,7 @@ from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.labels import class_names
-from domainssl.sources.patients import split_by_patient
+from domainssl.sources.patients import by_patient, split_by_patient
 from domainssl.sources.slide_grids import SlideTiles, with_grids
 from domainssl.sources.stain_tiles import StainSource
 from domainssl.sources.tile_options import Stain, TileFiles, TileLabels, tile_window, wanted_tiles
@@ -147,7 +147,7 @@ class TileDataModule(DomainDataModule):
         for problem in found.problems:
             _log.warning("%s", problem)
         self.splits = split_by_patient(
-            found.items, _by_patient(self.held_out, found.items), "slides"
+            found.items, by_patient(self.held_out, found.items), "slides"
         )
         if "val" not in self.splits:
             _log.warning("%s: nothing is held out for validation", root)
@@ -244,31 +244,6 @@ class TileDataModule(DomainDataModule):
         names = self.label_names
         lines.append("labels: none" if names is None else f"labels: {', '.join(names)}")
         return lines + super().describe()
-
-
-def _by_patient(rule: HeldOut, sets: Sequence[TileSet]) -> HeldOut:
-    """Return the rule with slides replaced by their patients.
-
-    Raises:
-        ConfigError: A slide is not known, or its patient has further ones.
-    """
-    known = {each.id: each.patient for each in sets}
-    for name in rule.slides:
-        if name not in known:
-            raise ConfigError(
-                f"data.init_args.held_out.slides: no slide {name!r} among {len(known)}."
-                f"{nearest(name, known)}"
-            )
-    patients = {known[name] for name in rule.slides}
-    torn = sorted(
-        each.id for each in sets if each.patient in patients and each.id not in rule.slides
-    )
-    if torn:
-        raise ConfigError(
-            f"data.init_args.held_out.slides: {', '.join(torn[:20])} belong to patients whose "
-            "other slides are held out. Hold out all slides of a patient."
-        )
-    return replace(rule, slides=(), patients=tuple(sorted({*rule.patients, *patients})))
 
 
 def _digest(sets: Sequence[TileSet]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -12,9 +12,42 @@ from domainssl.errors import ConfigError, nearest
 from domainssl.io.subjects import Owned
 from domainssl.sources.held_out import HeldOut
 
-__all__ = ["split_by_patient"]
+__all__ = ["by_patient", "split_by_patient"]
 
 T = TypeVar("T", bound=Owned)
+
+
+class Slide(Owned, Protocol):
+    """A slide of a patient."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+
+
+def by_patient(rule: HeldOut, slides: Sequence[Slide]) -> HeldOut:
+    """Return the rule with slides replaced by their patients.
+
+    Raises:
+        ConfigError: A slide is not known, or its patient has further ones.
+    """
+    known = {each.id: each.patient for each in slides}
+    for name in rule.slides:
+        if name not in known:
+            raise ConfigError(
+                f"data.init_args.held_out.slides: no slide {name!r} among {len(known)}."
+                f"{nearest(name, known)}"
+            )
+    patients = {known[name] for name in rule.slides}
+    torn = sorted(
+        each.id for each in slides if each.patient in patients and each.id not in rule.slides
+    )
+    if torn:
+        raise ConfigError(
+            f"data.init_args.held_out.slides: {', '.join(torn[:20])} belong to patients whose "
+            "other slides are held out. Hold out all slides of a patient."
+        )
+    return replace(rule, slides=(), patients=tuple(sorted({*rule.patients, *patients})))
 
 
 def split_by_patient(exams: Sequence[T], rule: HeldOut, what: str = "exams") -> dict[str, list[T]]:

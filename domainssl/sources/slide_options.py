@@ -127,6 +127,9 @@ class SlideFiles:
         manifest: A table of the slides, CSV, JSON lines or Parquet, relative to the root, with
             the columns `slide_id`, `patient_id` (or `case_id`), `label`, `split`; None takes
             `manifest.csv`, `.jsonl` or `.parquet` in it, if there is one.
+        splits: A file of splits as CLAM writes them, such as `splits_0.csv` (a column of slides for
+            `train`, `val` and `test`) or `splits_0_bool.csv`, relative to the root; slides that it
+            does not name are left out. It counts before the column `split` of the table.
         patches: Folder of the tiling step, relative to the root, where it is not beside the
             features.
         patient: Regular expression whose first group, found in the name of a slide, is its
@@ -141,6 +144,7 @@ class SlideFiles:
     """
 
     manifest: str | None = None
+    splits: str | None = None
     patches: str | None = None
     patient: str = ""
     level_downsample: float | None = None
@@ -181,6 +185,7 @@ def wanted_slides(
     return WantedSlides(
         dim=features.dim,
         manifest=files.manifest,
+        splits=files.splits,
         patches=files.patches,
         encoder=features.encoder,
         patient=files.patient,

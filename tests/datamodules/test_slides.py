@@ -133,6 +133,51 @@ def test_slides_of_a_patient_stay_together_and_labels_follow_the_table(tmp_path)
         data(slides(tmp_path / "torn", "abcdef", rows=torn))
 
 
+@pytest.mark.parametrize("kind", ["columns", "bool"])
+def test_splits_of_clam_say_which_slide_is_where(tmp_path, kind):
+    slides(tmp_path, cells=block(2, 2))
+    texts = {
+        "columns": ",train,val,test\n0,a,b.svs,c\n1,gone,,\n",
+        "bool": ",train,val,test\na,True,False,False\nb,False,True,False\nc,False,False,True\n"
+        "gone,True,False,False\n",
+    }
+    (tmp_path / "splits_0.csv").write_text(texts[kind])
+    module = data(tmp_path, slides=SlideFiles(ids="plain", splits="splits_0.csv"))
+    assert {k: [s.id for s in v] for k, v in module.splits.items()} == {
+        "train": ["a"], "val": ["b"], "test": ["c"],
+    }  # fmt: skip
+    assert module.problems == [
+        "1 slides of splits_0.csv have no features and are left out: gone",
+        "1 slides are not in splits_0.csv and are left out: d",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("train,val\na,b\nb,c\n", "'b' is in val and in train|'b' is in train and in val"),
+        ("slide,label\na,1\n", "no column train, val or test, only slide, label"),
+        (None, "there is no file"),
+    ],
+)
+def test_other_files_of_splits_are_refused(tmp_path, text, reason):
+    slides(tmp_path, cells=block(2, 2))
+    if text is not None:
+        (tmp_path / "s.csv").write_text(text)
+    with pytest.raises((ConfigError, DataError), match=reason):
+        data(tmp_path, slides=SlideFiles(splits="s.csv"))
+
+
+def test_named_slides_are_held_out(tmp_path):
+    slides(tmp_path, cells=block(2, 2))
+    module = data(tmp_path, held_out=HeldOut(slides=("b", "d")))
+    assert {k: [s.id for s in v] for k, v in module.splits.items()} == {
+        "train": ["a", "c"], "val": ["b", "d"],
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="held_out.slides: no slide 'e' among 4"):
+        data(tmp_path, held_out=HeldOut(slides=("e",)))
+
+
 def test_patients_are_read_from_names(tmp_path):
     names = ("TCGA-AA-0001-01Z-00-DX1", "TCGA-AA-0001-01Z-00-DX2", "TCGA-AA-0002-01Z-00-DX1")
     module = data(slides(tmp_path, names), window=SlideWindow(size=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from domainssl.errors import ConfigError, DataError
@@ -50,6 +50,7 @@ class WantedSlides:
     Attributes:
         dim: Width of the features.
         manifest: Table of the slides, relative to the root; None takes one that is there.
+        splits: File of splits in CLAM's layout, relative to the root; None for none.
         patches: Folder of the tiling step, relative to the root; None searches beside the features.
         encoder: Which features, where there are several.
         patient: Regular expression whose first group, found in the name of a slide, is its patient.
@@ -58,6 +59,7 @@ class WantedSlides:
 
     dim: int
     manifest: str | None = None
+    splits: str | None = None
     patches: str | None = None
     encoder: str = ""
     patient: str = ""
@@ -75,9 +77,14 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
     bags = find_bags(root, patches=patches, encoder=wanted.encoder)
     path = _table(root, wanted.manifest)
     rows, problems = ({}, []) if path is None else _rows(path, bags, wanted)
+    chosen = None if wanted.splits is None else _clam_splits(os.path.join(root, wanted.splits))
+    if chosen is not None:
+        problems += _unmatched(chosen.keys(), {file.slide for file in bags.files}, wanted.splits)
     slides = []
     for file in bags.files:
         if path is not None and file.slide not in rows:
+            continue
+        if chosen is not None and file.slide not in chosen:
             continue
         tiles, dim = bag_shape(file.path)
         if tiles == 0:
@@ -97,7 +104,11 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
                 patient=patient,
                 file=file,
                 tiles=tiles,
-                split=_split(path, file.slide, known.get("split", "")),
+                split=(
+                    _split(path, file.slide, known.get("split", ""))
+                    if chosen is None
+                    else chosen[file.slide]
+                ),
                 label=known.get(wanted.label, "") if wanted.label else "",
             )
         )
@@ -138,22 +149,65 @@ def _rows(
             raise DataError(f"{path}: slide {name!r} is there twice; keep one row per slide.")
         found[name] = row
     there = {file.slide for file in bags.files}
-    problems = []
-    for names, text in (
-        (sorted(found.keys() - there), f"slides of {os.path.basename(path)} have no features"),
-        (sorted(there - found.keys()), f"slides are not in {os.path.basename(path)}"),
-    ):
-        if names:
-            more = ", …" if len(names) > _NAMED else ""
-            problems.append(
-                f"{len(names)} {text} and are left out: {', '.join(names[:_NAMED])}{more}"
-            )
+    problems = _unmatched(found.keys(), there, path)
     if not found.keys() & there:
         raise DataError(
             f"{path}: none of its {len(found)} slides has features in {bags.folder}, whose files "
             f"are named like {sorted(there)[0]!r}. Name the slides as the files are named."
         )
     return found, problems
+
+
+def _unmatched(named: Set[str], there: Set[str], path: str | None) -> list[str]:
+    """Return which slides are in a table alone, and which have features alone."""
+    table = os.path.basename(path or "")
+    problems = []
+    for names, text in (
+        (sorted(named - there), f"slides of {table} have no features"),
+        (sorted(there - named), f"slides are not in {table}"),
+    ):
+        if names:
+            more = ", …" if len(names) > _NAMED else ""
+            problems.append(
+                f"{len(names)} {text} and are left out: {', '.join(names[:_NAMED])}{more}"
+            )
+    return problems
+
+
+def _clam_splits(path: str) -> dict[str, str]:
+    """Return the split of every slide that a file of CLAM names.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: It is no file of splits, or a slide is in two of them.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"{_WHERE}.slides.splits: there is no file {path!r}; expected one as CLAM writes it, "
+            "such as splits_0.csv, relative to the root or absolute."
+        )
+    columns, rows = read_table(path)
+    splits = [name for name in columns if split_of(name)]
+    if not splits:
+        raise DataError(
+            f"{path}: no column train, val or test, only {', '.join(columns)}. Give splits_k.csv "
+            "or splits_k_bool.csv of CLAM; a table with a column `split` is slides.manifest."
+        )
+    found: dict[str, str] = {}
+    others = [name for name in columns if name not in splits]
+    is_bool = {row[n].lower() for row in rows for n in splits} <= {"true", "false"}
+    for row in rows:
+        for name in splits:
+            if is_bool and row[name].lower() == "false":
+                continue
+            cell = row[others[0]] if is_bool and others else row[name]
+            slide, split = _stem(cell), split_of(name)
+            if slide and found.setdefault(slide, split) != split:
+                raise DataError(
+                    f"{path}: slide {slide!r} is in {found[slide]} and in {split}; a slide "
+                    "belongs in one split."
+                )
+    return found
 
 
 def _stem(name: str) -> str:
