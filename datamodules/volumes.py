@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from domainssl.arguments import plain
 from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest
@@ -257,6 +258,15 @@ class VolumeDataModule(DomainDataModule):
         if not names:
             return None
         return tuple(names.get(value, f"class_{value}") for value in range(max(names) + 1))
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How scans are read and prepared, plain data without paths: prediction does the same."""
+        done = ("resample_to", "foreground", "margin_mm")
+        return {
+            "contrasts": {name: plain(contrast) for name, contrast in self.contrasts.items()},
+            "preparation": {name: plain(getattr(self.preparation, name)) for name in done},
+        }
 
     def identity(self) -> dict[str, Any]:
         """Return what tells these exams from others, without a name or a path."""

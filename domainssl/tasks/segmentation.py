@@ -125,6 +125,8 @@ class SegmentationTask(Task):
         optimization: Optimiser and schedule.
         execution: Seed, speed and memory, and what is checked.
         context_size: Size of the windows that the data yield.
+        reading: How the data read and prepared their files, for `predict`; the CLI takes it from
+            them.
 
     Raises:
         ConfigError: The head does not fit the backbone, or numbers of classes differ.
@@ -146,6 +148,7 @@ class SegmentationTask(Task):
         optimization: Optimization | Mapping[str, Any] = Optimization(),
         execution: Execution | Mapping[str, Any] = Execution(),
         context_size: int | tuple[int, ...] | None = None,
+        reading: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             backbone,
@@ -160,6 +163,7 @@ class SegmentationTask(Task):
             raise ConfigError(
                 f"model.init_args.classes: got {list(self.classes)}, expected two or more names."
             )
+        self.reading = reading
         self.loss = as_dataclass(SegmentationLoss, loss)
         weights = len(self.loss.class_weights)
         if weights not in (0, len(self.classes)):

@@ -52,7 +52,7 @@ VERB_KEYS: dict[str, dict[str, Any]] = {
     "test": {"verbose": bool},
     "predict": {"return_predictions": bool | None},
 }
-LINKED = ("modalities", "context_size", "classes")
+LINKED = ("modalities", "context_size", "classes", "reading")
 """Arguments of the model that are taken from the data when they are not written."""
 
 _FILLED_IN = {"model": LINKED, "loggers": ("save_dir",), "callbacks": ("dirpath",)}

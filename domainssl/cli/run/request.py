@@ -179,6 +179,8 @@ def linked_from_data(request: Request) -> dict[str, Callable[[Any], Any]]:
             readers[name] = _modalities_of
         elif name == "classes":
             readers[name] = partial(_classes_of, getattr(model, "classes_from", "classes"))
+        elif name == "reading":
+            readers[name] = _reading_of
         elif hasattr(data, "context_size"):
             readers[name] = _context_size_of
     return readers
@@ -220,6 +222,10 @@ def _classes_of(name: str, datamodule: Any) -> list[str]:
             "model.init_args.classes: [forest, water]."
         )
     return [str(name) for name in names]
+
+
+def _reading_of(datamodule: Any) -> dict[str, Any] | None:
+    return getattr(datamodule, "reading", None)
 
 
 def _context_size_of(datamodule: Any) -> Any:

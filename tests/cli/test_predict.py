@@ -1,0 +1,81 @@
+"""The verb `predict` with a saved task: a scan or a raster in, a class map on its own grid out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scan_files import oblique, write_nifti
+
+from domainssl.backbones.vit import ViTBackbone
+from domainssl.cli import main
+from domainssl.tasks import SegmentationTask
+from domainssl.tasks.export import export_task
+
+nibabel = pytest.importorskip("nibabel")
+VOLUME = {"kind": "volume", "channels": ("ct",), "value_unit": "hu", "size": (8, 8, 8)}
+IMAGE = {"kind": "image", "channels": ("B02",), "value_unit": "dn", "size": (8, 8), "gsd_m": 10.0}
+
+
+def saved(folder: Path, name: str, facts: dict[str, Any], head: str) -> SegmentationTask:
+    torch.manual_seed(0)
+    backbone = ViTBackbone({name: facts}, {"width": 12, "depth": 1, "heads": 1}, 4)
+    task = SegmentationTask(
+        backbone, modalities={name: facts}, classes=("air", "organ", "bone"), head={"name": head},
+        context_size=8,
+    )  # fmt: skip
+    export_task(task, folder)
+    return task.eval()
+
+
+def test_a_scan_becomes_a_map_equal_to_monai_in_memory(tmp_path: Path, capsys: Any) -> None:
+    inferers = pytest.importorskip("monai.inferers")
+    facts = {**VOLUME, "mean": (40.0,), "std": (300.0,)}
+    task = saved(tmp_path / "task", "ct", facts, "light")
+    values = np.random.default_rng(0).normal(0, 300, (14, 11, 9)).astype(np.float32)
+    path = write_nifti(tmp_path / "scan.nii.gz", values, oblique())
+    words = ["predict", str(tmp_path / "task"), str(path), "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "1 map(s); classes: 0 air, 1 organ, 2 bone" in capsys.readouterr().out
+    found = nibabel.as_closest_canonical(nibabel.load(tmp_path / "out/scan.nii.gz"))
+    given = nibabel.as_closest_canonical(nibabel.load(path))
+    np.testing.assert_allclose(found.affine, given.affine, atol=1e-5)
+    x = torch.from_numpy(given.get_fdata(dtype=np.float32).copy())[None, None]
+    with torch.no_grad():
+        wanted = inferers.sliding_window_inference(
+            x, 8, 1, lambda part: task.logits({"ct": part}), overlap=0.25, mode="gaussian"
+        )[0].argmax(0)
+    assert (np.asarray(found.dataobj) == wanted.numpy()).mean() > 0.999  # rounding at borders
+    assert main(words) == 0 and "1 of them before" in capsys.readouterr().out
+    assert main([*words, "--overlap=0.5"]) == 2
+    assert "overlap differ" in capsys.readouterr().err
+    assert main([*words, "--overlap=0.5", "--restart"]) == 0
+
+
+def test_a_raster_becomes_a_cog(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    saved(tmp_path / "task", "s2", {**IMAGE, "mean": (500.0,), "std": (300.0,)}, "linear")
+    transform = rasterio.transform.from_origin(500010.0, 5200020.0, 10.0, 10.0)
+    with rasterio.open(
+        tmp_path / "tile.tif", "w", driver="GTiff", height=21, width=19, count=1, dtype="uint16",
+        crs="EPSG:32633", transform=transform,
+    ) as file:  # fmt: skip
+        file.write(np.random.default_rng(0).integers(1, 999, (1, 21, 19)).astype(np.uint16))
+        file.descriptions = ("B02",)
+    words = [str(tmp_path / "task"), str(tmp_path / "tile.tif"), f"--output={tmp_path / 'out'}"]
+    assert main(["predict", *words]) == 0
+    with rasterio.open(tmp_path / "out/tile.tif") as found:
+        assert found.crs.to_epsg() == 32633 and found.transform == transform
+        assert found.tags(1)["CLASS_1"] == "organ" and set(np.unique(found.read(1))) <= {0, 1, 2}
+
+
+def test_both_forms_are_told_apart_and_explained(tmp_path: Path, capsys: Any) -> None:
+    assert main(["predict", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "TASK INPUT" in said and "predict --config RECIPE" in said
+    assert main(["predict", "recipes/ct_mae3d.yaml", "x", "--output", str(tmp_path)]) == 2
+    assert "predict --config recipes/ct_mae3d.yaml" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "none"), "x", "--output", str(tmp_path)]) == 2

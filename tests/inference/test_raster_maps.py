@@ -1,0 +1,109 @@
+"""Class maps of rasters keep the georeference of the input, and where nothing was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from domainssl.backbones.vit import ViTBackbone
+from domainssl.errors import DataError
+from domainssl.inference.predict import PredictOptions
+from domainssl.inference.raster_maps import RasterPrediction, find_scenes
+from domainssl.inference.scenes import SceneOptions
+from domainssl.pieces import Plan, build
+
+rasterio = pytest.importorskip("rasterio")
+
+
+class Thresholds:
+    """A task that knows the class of a pixel by its first band: 0 below 1000, 1 below 2000, 2."""
+
+    classes = ("water", "field", "forest")
+    context_size = 16
+
+    def __init__(self) -> None:
+        facts = {"kind": "image", "channels": ("B02", "B03"), "value_unit": "dn", "gsd_m": 10.0}
+        self.backbone: Any = ViTBackbone(
+            {"s2": facts}, {"width": 8, "depth": 1, "heads": 1}, 4, normalization="identity"
+        )
+
+    def logits(self, batch: Any) -> Tensor:
+        x = batch["s2"][:, :1]
+        assert x.shape[2:] == (16, 16)
+        return torch.cat([x < 1000, (x >= 1000) & (x < 2000), x >= 2000], 1).float()
+
+
+def scene(path: Path, values: np.ndarray, **more: Any) -> Path:
+    profile = {
+        "driver": "GTiff", "height": values.shape[1], "width": values.shape[2], "count": 2,
+        "dtype": "uint16", "crs": "EPSG:32633", "nodata": 0,
+        "transform": rasterio.transform.from_origin(500010.0, 5200020.0, 10.0, 10.0), **more,
+    }  # fmt: skip
+    with rasterio.open(path, "w", **profile) as file:
+        file.write(values)
+        file.descriptions = ("B02", "B03")
+    return path
+
+
+def pixels(shape: tuple[int, int] = (70, 45)) -> np.ndarray:
+    rows, columns = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    first = 300 + 25 * rows + 20 * columns
+    return np.stack([first, first + 1]).astype(np.uint16)
+
+
+def predicted(path: Path, folder: Path, **options: Any) -> RasterPrediction:
+    task = Thresholds()
+    work = RasterPrediction(
+        folder=folder, scenes=find_scenes(str(path), task.backbone, SceneOptions()), task=task,
+        options=PredictOptions(**options),
+    )  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    build(work, Plan(jobs=0), noun="scenes")
+    return work
+
+
+def test_the_map_has_georeference_nodata_and_names(tmp_path: Path) -> None:
+    values = pixels()
+    values[:, 20:30, 5:15] = 0  # nodata
+    path = scene(tmp_path / "tile.tif", values)
+    predicted(path, tmp_path / "out", overlap=0.5)
+    with rasterio.open(tmp_path / "out/tile.tif") as found, rasterio.open(path) as given:
+        assert found.crs == given.crs and found.transform == given.transform
+        assert found.shape == given.shape and found.dtypes == ("uint8",) and found.nodata == 255
+        assert found.descriptions == ("class",) and found.tags(1)["CLASS_2"] == "forest"
+        assert found.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+        first = values[0].astype(int)
+        wanted = (first >= 1000).astype(int) + (first >= 2000)
+        wanted[first == 0] = 255
+        assert np.array_equal(found.read(1), wanted)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["tile.tif"]
+
+
+def test_a_scene_smaller_than_a_window_and_one_in_degrees(tmp_path: Path) -> None:
+    step = 10 / 111_319.49079327358
+    transform = rasterio.transform.from_origin(12.0, 47.0, step, step)
+    path = scene(tmp_path / "small.tif", pixels((9, 13)), crs="EPSG:4326", transform=transform)
+    predicted(path, tmp_path / "out")
+    with rasterio.open(tmp_path / "out/small.tif") as found:
+        assert found.crs.to_epsg() == 4326 and found.shape == (9, 13)
+        assert found.transform.almost_equals(transform, 1e-12)
+        assert set(np.unique(found.read(1))) == {0}
+
+
+def test_folders_are_scenes_or_one_scene_by_modality(tmp_path: Path) -> None:
+    backbone = Thresholds().backbone
+    for name in ("a", "b"):
+        scene(tmp_path / f"{name}.tif", pixels((20, 20)))
+    found = find_scenes(str(tmp_path), backbone, SceneOptions())
+    assert [s.name for s in found] == ["a", "b"]
+    scene(tmp_path / "s2.tif", pixels((20, 20)))
+    [one] = find_scenes(str(tmp_path), backbone, SceneOptions())
+    assert one.name == tmp_path.name and list(one.parts) == ["s2"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no rasters"):
+        find_scenes(str(tmp_path / "empty"), backbone, SceneOptions())
