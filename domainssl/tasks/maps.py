@@ -95,6 +95,8 @@ def _zeros(modalities: Mapping[str, Modality], size: Sequence[int], device: Any)
         batch[name] = torch.zeros(*lead, modality.num_channels, *sides, device=device)
         dates = torch.zeros(lead, dtype=torch.int32, device=device)
         batch[key(name, "dates")] = dates
+        limits = torch.tensor([0.0, 1.0], device=device)  # of the form `item`
+        batch[key(name, "window")] = limits.expand(1, modality.num_channels, 2)
     return batch
 
 

@@ -134,3 +134,12 @@ def test_masks_that_do_not_fit_are_named() -> None:
         task.losses(logits, {**x, "mask": x["mask"].masked_fill(x["mask"] == 2, 7)})
     with pytest.raises(DataError, match=r"learns from batch.mask"):
         task.losses(logits, {"t1": x["t1"]})
+
+
+def test_forms_that_want_limits_of_the_item_get_some_when_the_head_is_built() -> None:
+    backbone = ViTBackbone({"ct": FACTS}, {"width": 12, "depth": 2, "heads": 2}, 8, None, "item")
+    task = SegmentationTask(
+        backbone, modalities={"ct": FACTS}, classes=NAMES, head={"name": "light"}
+    )
+    x = {"ct": torch.randn(1, 1, 16, 16, 16), "ct.window": torch.tensor([[[-2.0, 2.0]]])}
+    assert task.logits(x).shape == (1, 3, 16, 16, 16)
