@@ -21,7 +21,9 @@ from torch import Tensor
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import read_json, remove_parts, write_json
+from domainssl.inference.preview import write_tile_preview
 from domainssl.inference.tokens import Autocast, autocast_context, digest_of
+from domainssl.io.slide.bag import cells_of
 from domainssl.io.slide.bag_folders import has_bag
 from domainssl.io.slide.features import Bag, Layout, read_places, write_bag
 from domainssl.io.slide.pyramid import Slide, SlideReading
@@ -176,6 +178,11 @@ class SlideEmbedding:
             },
         )
         write_bag(self._root, bag, self.layout, dtype=self.dtype)
+        if len(bag) and bag.patch_size_level0:
+            cells = cells_of(bag)
+            picture = self.folder / "previews" / f"{key}_{self.encoder}.png"
+            picture.parent.mkdir(exist_ok=True)
+            write_tile_preview(picture, features, np.stack([cells.rows, cells.columns], 1))
 
     def _tiles(self, slide: Slide, places: Bag, kept: list[int]) -> Iterator[Batch]:
         """Read tiles in batches; `kept` collects which have a valid pixel."""

@@ -12,7 +12,8 @@ from PIL import Image
 
 from domainssl.files import write_whole
 
-__all__ = ["directions", "paint", "write_map_preview", "write_scatter"]
+__all__ = ["directions", "paint", "write_map_preview", "write_scatter",
+           "write_tile_preview"]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 _SIDE = 1024  # most pixels along a side
@@ -80,14 +81,7 @@ def write_map_preview(
         first = (band.start + begin) // stride
         found = (np.moveaxis(vectors, 0, -1) - mean) @ axes
         shown[first : first + found.shape[0]] = found
-    picture = Image.fromarray(paint(shown), "RGBA")
-    grown = max(1, 256 // max(shown.shape[:2]))
-    if grown > 1:
-        size = (picture.width * grown, picture.height * grown)
-        picture = picture.resize(size, Image.Resampling.NEAREST)
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    write_whole(path, content.getbuffer())
+    _save(path, Image.fromarray(paint(shown), "RGBA"))
 
 
 def write_scatter(path: Path, vectors: Array) -> None:
@@ -108,4 +102,27 @@ def write_scatter(path: Path, vectors: Array) -> None:
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
+    write_whole(path, content.getbuffer())
+
+
+def write_tile_preview(path: Path, vectors: Array, cells: Array) -> None:
+    """Write a PNG of the tiles of a slide, (N, E), at their rows and columns, (N, 2)."""
+    first = cells.min(0)
+    height, width = (int(n) for n in cells.max(0) - first + 1)
+    stride = -(-max(height, width) // _SIDE)
+    mean, axes = directions(vectors[:: max(1, len(vectors) // _SAMPLE)])
+    shown = np.full((-(-height // stride), -(-width // stride), 3), np.nan)
+    rows, columns = ((cells - first) // stride).T
+    shown[rows, columns] = (vectors - mean) @ axes
+    _save(path, Image.fromarray(paint(shown), "RGBA"))
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    """Write a picture; a small one with larger pixels."""
+    grown = max(1, 256 // max(picture.size))
+    if grown > 1:
+        size = (picture.width * grown, picture.height * grown)
+        picture = picture.resize(size, Image.Resampling.NEAREST)
+    content = io.BytesIO()
+    picture.save(content, "PNG")
     write_whole(path, content.getbuffer())

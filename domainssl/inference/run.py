@@ -21,8 +21,10 @@ from domainssl.inference.pooled import PooledEmbedding
 from domainssl.inference.preview import write_map_preview
 from domainssl.inference.scenes import Scene, SceneOptions, open_scene
 from domainssl.inference.tokens import TokenWindows, token_windows, whole_windows
+from domainssl.inference.volumes import VolumeEmbedding, volume_embedding
 from domainssl.io.raster.cog import CogWriter
 from domainssl.io.raster.geozarr import VectorLayout, VectorStore
+from domainssl.io.volume.vectors import NiftiWriter
 from domainssl.lazy import lazily
 from domainssl.pieces import Plan, Shard, build
 
@@ -38,7 +40,9 @@ class EmbedOptions:
     Attributes:
         feature: Which feature is written; None is that of the only modality, or `joint`.
         window: Side of the window in pixels of the finest modality; None is that of the card.
-        form: Final form of maps: a Zarr store, or a COG made from it.
+        form: Final form of maps: a Zarr store, or a COG or NIfTI made from it; None is the
+            domain's own: NIfTI of volumes, Zarr of rasters.
+        ids: Names of the outputs of exams: `hashed`, or `plain` where names may be public.
         pooled: Write one vector per item, as a table.
         dense: Windows, device, type.
         scene: What is said about rasters.
@@ -46,7 +50,8 @@ class EmbedOptions:
 
     feature: str | None = None
     window: int | None = None
-    form: Literal["zarr", "cog"] = "zarr"
+    form: Literal["zarr", "cog", "nifti"] | None = None
+    ids: Literal["hashed", "plain"] = "hashed"
     pooled: bool = False
     dense: DenseOptions = DenseOptions()
     scene: SceneOptions = SceneOptions()
@@ -79,11 +84,12 @@ def embed(
     progress: Progress | None = None,
     **more: Any,
 ) -> Embedded:
-    """Write the embeddings of rasters: on the grid of the patches, or one vector per raster.
+    """Write the embeddings of rasters or volumes on the grid of the patches, or one per raster.
 
     Args:
         backbone: A backbone, or what `load_backbone` reads.
-        source: A raster, a folder of rasters, or a manifest; see `inputs.find_inputs`.
+        source: A raster, a folder of rasters, or a manifest, see `inputs.find_inputs`; or, where
+            the backbone takes volumes, a scan or a folder of exams.
         output: The file to write where its name ends like one, otherwise a folder.
         options: How; None takes the defaults.
         plan: Part, restart and processes; None does everything in this process.
@@ -98,6 +104,13 @@ def embed(
     options = _with(options or EmbedOptions(), more)
     plan = _of_rank(plan or Plan(jobs=0))
     loaded = backbone if isinstance(backbone, Backbone) else _loaded(backbone)
+    if any(modality.kind == "volume" for modality in loaded.modalities.values()):
+        return _run(_volumes(loaded, str(source), Path(output), options), plan, progress, "exams")
+    if all(modality.mpp_um for modality in loaded.modalities.values()):
+        raise ConfigError(
+            "embed: slides become bags of tiles, by the command line: python -m domainssl embed "
+            "BACKBONE SLIDES --output DIR, or tile SLIDES --features BACKBONE."
+        )
     found = find_inputs(source, list(loaded.modalities), is_raster, "a GeoTIFF or Zarr store")
     if options.pooled:
         return _run(_pooled(loaded, found, Path(output), options), plan, progress, "groups")
@@ -105,7 +118,10 @@ def embed(
 
 
 def _run(
-    work: DenseEmbedding | PooledEmbedding, plan: Plan, progress: Progress | None, noun: str
+    work: DenseEmbedding | PooledEmbedding | VolumeEmbedding,
+    plan: Plan,
+    progress: Progress | None,
+    noun: str,
 ) -> Embedded:
     work.claim(restart=plan.restart)
     if isinstance(work, DenseEmbedding) and not plan.jobs:
@@ -166,11 +182,14 @@ def _dense(
     backbone: Backbone, found: Sequence[Found], output: Path, options: EmbedOptions
 ) -> DenseEmbedding:
     scenes = [open_scene(each.files, backbone, options.scene, each.name) for each in found]
-    endings = {"zarr": (".zarr",), "cog": (".tif", ".tiff")}[options.form]
+    form = options.form or "zarr"
+    if form == "nifti":
+        raise ConfigError("--format nifti: is for volumes; rasters become zarr or cog.")
+    endings = {"zarr": (".zarr",), "cog": (".tif", ".tiff")}[form]
     suffix = output.suffix.lower()
     if suffix in (".zarr", ".tif", ".tiff") and suffix not in endings:
         raise ConfigError(
-            f"--output {output}: --format {options.form} writes {endings[0]}. Name both alike."
+            f"--output {output}: --format {form} writes {endings[0]}. Name both alike."
         )
     if suffix in endings and len(scenes) > 1:
         raise ConfigError(
@@ -185,8 +204,32 @@ def _dense(
         options=options.dense,
         facts={"backbone": type(backbone).__name__},
         targets=[output] if suffix in endings else None,
-        writer=CogWriter() if options.form == "cog" else None,
+        writer=CogWriter() if form == "cog" else None,
         preview=_map_preview,
+    )
+
+
+def _volumes(
+    backbone: Backbone, source: str, output: Path, options: EmbedOptions
+) -> VolumeEmbedding:
+    if options.pooled:
+        raise ConfigError("--pooled: is for rasters; volumes become maps of vectors.")
+    form = options.form or ("zarr" if output.name.endswith(".zarr") else "nifti")
+    if form == "cog":
+        raise ConfigError("--format cog: is for rasters; volumes become nifti or zarr.")
+    ending = output.name.lower().endswith(".zarr" if form == "nifti" else ".nii.gz")
+    if ending:
+        raise ConfigError(f"--output {output}: is not the name of a {form} file.")
+    return volume_embedding(
+        backbone,
+        source,
+        output,
+        modality=options.scene.modality,
+        ids=options.ids,
+        options=options.dense,
+        feature=options.feature,
+        window=options.window,
+        writer=NiftiWriter() if form == "nifti" else None,
     )
 
 

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
 from domainssl.inference.predict import LabelMap, PredictOptions, Predictor, predict_map
 from domainssl.inference.sliding import Box
@@ -32,9 +33,15 @@ from domainssl.sources.preparation import prepare
 from domainssl.sources.resampling import resample_labels
 from domainssl.sources.volume_options import Contrast, Preparation
 
-__all__ = ["VolumeInput", "VolumePrediction", "find_volumes", "volume_input"]
+__all__ = ["VolumeInput", "VolumePrediction", "find_volumes", "volume_batch", "volume_input"]
 
 Array = np.ndarray[Any, Any]
+
+
+class Owner(Protocol):
+    """Whatever has a backbone: a task, or an embedding."""
+
+    backbone: Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +57,7 @@ class VolumeInput:
     preparation: Preparation = field(default_factory=Preparation)
 
 
-def volume_input(task: Predictor, reading: Mapping[str, Any] | None = None) -> VolumeInput:
+def volume_input(task: Owner, reading: Mapping[str, Any] | None = None) -> VolumeInput:
     """Return how scans are read for a task.
 
     Args:
@@ -151,7 +158,7 @@ class VolumePrediction:
         found = LabelMap(
             self.path(key), prepared.shape, len(self.task.classes), _stamps(exam.scans.values())
         )
-        read = partial(_batch, prepared)
+        read = partial(volume_batch, prepared)
         predict_map(self.task, read, found, self.options, nothing=0)
         labels = _on_grid(found.labels, prepared, facts)
         write_labels(self.path(key), labels, facts, dict(enumerate(self.task.classes)))
@@ -164,7 +171,7 @@ def _stamps(paths: Iterable[str]) -> list[list[float]]:
     return [[stat.st_size, stat.st_mtime] for stat in found]
 
 
-def _batch(prepared: Prepared, box: Box) -> Batch:
+def volume_batch(prepared: Prepared, box: Box) -> Batch:
     """Return a box as a batch of one item; contrasts that the exam lacks are left out."""
     part = prepared.crop([s.start for s in box], [s.stop - s.start for s in box])
     batch: Batch = {}

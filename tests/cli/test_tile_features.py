@@ -176,3 +176,17 @@ def test_the_backbone_of_a_run_is_called_by_the_run(tmp_path: Path) -> None:
     given = [first, first / "backbone", first / "checkpoints" / "last.ckpt"]
     assert [_encoder(str(path)) for path in given] == ["first"] * 3
     assert _encoder("uni") == "uni"
+
+
+def test_embed_does_the_same_in_one_command_with_a_picture(slides: Path) -> None:
+    assert _tile(slides) == 0
+    words = ["embed", str(slides.parent / "tiny"), str(slides), "--ids=plain"]
+    assert main([*words, f"--output={slides.parent / 'own'}"]) == 0
+    (path,) = (slides.parent / "own").glob("*_overlap/features_tiny/a.tif.h5")
+    (other,) = (slides.parent / "out").glob("*_overlap/features_tiny/a.tif.h5")
+    found, expected = read_bag(path), {tuple(c): f for c, f in zip(
+        read_bag(other).coords, read_bag(other).features, strict=True)}  # fmt: skip
+    assert found.mpp_um == 1.0 and found.patch_size_level0 == 64 and len(found)
+    for place, vector in zip(found.coords, found.features, strict=True):
+        np.testing.assert_allclose(vector, expected[tuple(place)], atol=1e-6)
+    assert len(list((slides.parent / "own").rglob("previews/*_tiny.png"))) == 2

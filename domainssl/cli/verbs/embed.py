@@ -1,4 +1,4 @@
-"""Write what a backbone says about rasters, with their georeference."""
+"""Write what a backbone says about rasters, volumes and slides, with their places."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
+    from domainssl.backbones.base import Backbone
     from domainssl.inference.run import Embedded, EmbedOptions
 
 __all__ = ["run"]
@@ -32,6 +33,8 @@ def run(argv: list[str]) -> int:
     )
     chosen = _options(options)
     backbone = load_backbone(options.backbone, weights=options.weights)
+    if all(m.kind == "image" and m.mpp_um for m in backbone.modalities.values()):
+        return _slides(options, backbone)
     screen = console()
     with Bar("pieces") as shown:
         try:
@@ -45,6 +48,30 @@ def run(argv: list[str]) -> int:
             raise
     _report(done, screen)
     return 0
+
+
+def _slides(options: argparse.Namespace, backbone: Backbone) -> int:
+    """Tile slides as the card says, and write the features of all tiles as bags."""
+    from domainssl.cli.verbs import tile
+
+    modality = next(iter(backbone.modalities.values()))
+    if options.pooled or options.format not in (None, "zarr") or options.dtype == "int8":
+        raise ConfigError(
+            "embed: slides become bags, one vector per tile: --pooled, --dtype int8 and --format "
+            "cog or nifti are not for them. For a vector per slide, embed the bags with TITAN."
+        )
+    size = options.window or (modality.size[0] if modality.size else 256)
+    words = [
+        options.input, f"--output={options.output}", f"--mpp={modality.mpp_um}", f"--size={size}",
+        f"--features={options.backbone}", f"--batch_size={options.batch_size}",
+        f"--device={options.device}", f"--shard={options.shard}", f"--ids={options.ids}",
+        f"--layout={'zarr' if options.format == 'zarr' else 'trident'}", f"--jobs={options.jobs}",
+    ]  # fmt: skip
+    for name in ("weights", "autocast"):
+        if getattr(options, name) is not None:
+            words.append(f"--{name}={getattr(options, name)}")
+    words += [f"--{name}" for name in ("skip_bad", "restart") if getattr(options, name)]
+    return tile.run(words)
 
 
 def _report(done: Embedded, screen: object) -> None:
@@ -101,6 +128,7 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
         feature=given.feature,
         window=given.window,
         form=given.format,
+        ids=given.ids,
         pooled=given.pooled,
         dense=dense,
         scene=scene,
@@ -116,18 +144,22 @@ def _parser() -> argparse.ArgumentParser:
         "it: look at it first. Windows of the size of the weights overlap by a halo; each vector "
         "is taken from the window in whose middle it lies. Vectors of patches without a valid "
         "pixel are NaN. Finished pieces are kept: the same command goes on after an interrupt. "
-        "Under torchrun, ranks share the work.",
+        "Under torchrun, ranks share the work. INPUT is what the backbone takes: volumes become "
+        "NIfTI with the affine of the patches, slides bags of tiles as `tile --features` writes.",
     )
     add = parser.add_argument
     add("backbone", metavar="BACKBONE",
         help="an export, a checkpoint of a run, hf://..., or a name with --weights")  # fmt: skip
     add("input", metavar="INPUT",
         help="a GeoTIFF or Zarr store, a folder of some, or a manifest (CSV or Parquet: id, and "
-        "path or a column per modality)")  # fmt: skip
+        "path or a column per modality); scans; slides")  # fmt: skip
     add("--output", required=True, type=Path, metavar="PATH",
         help="file to write where its name ends like one, otherwise a folder")  # fmt: skip
-    add("--format", choices=("zarr", "cog"), default="zarr",
-        help="GeoZarr, or a COG made from it at the end (default: zarr)")  # fmt: skip
+    add("--format", choices=("zarr", "cog", "nifti"),
+        help="zarr, or cog of rasters or nifti of volumes, which are made from it at the end "
+        "(default: zarr of rasters, nifti of volumes)")  # fmt: skip
+    add("--ids", choices=("hashed", "plain"), default="hashed",
+        help="names of outputs of exams: keyed hashes, or their own (default: hashed)")  # fmt: skip
     add("--pooled", action="store_true",
         help="one vector per input, in one GeoParquet table with footprints")  # fmt: skip
     add("--weights", metavar="FILE", help="weights of a backbone that is named")
