@@ -117,6 +117,7 @@ class ChangeDetectionTask(SegmentationTask):
             execution=execution,
             context_size=context_size,
         )
+        self.modalities = known  # those of the data; the backbone knows them as images
 
     def _head(self, chosen: DenseHead) -> nn.Module:
         """Build the layers that compare the dates, and the head over what they find."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.modality import Batch, Modality
 from domainssl.tasks import ChangeDetectionTask
 from domainssl.tasks.change import Comparison
+from domainssl.tasks.export import export_task, load_task
 from domainssl.tasks.segmentation import DenseHead, Tiles
 
 CLASSES = ("unchanged", "changed")
@@ -116,7 +118,7 @@ def test_items_that_lack_a_date_and_unknown_pixels_do_not_count() -> None:
     predicted = logits.argmax(1)[known]
     truth = batch["mask"][known]
     both = ((predicted == 1) & (truth == 1)).sum() / ((predicted == 1) | (truth == 1)).sum()
-    torch.testing.assert_close(found["iou_of/changed"], both.float())
+    torch.testing.assert_close(found["iou/changed"], both.float())
 
 
 def test_a_missing_sensor_leaves_no_trace_of_its_filler() -> None:
@@ -142,6 +144,16 @@ def test_held_out_items_are_judged_in_windows() -> None:
         }
         torch.testing.assert_close(tiled(batch)[..., :16, 16:], whole.logits(quarter))
         assert tiled(batch).shape == (2, 2, 32, 32)
+
+
+def test_an_export_finds_the_same_changes(tmp_path: Path) -> None:
+    task, batch = _task(), _batch()
+    export_task(task, tmp_path / "out")
+    found = load_task(tmp_path / "out")
+    assert isinstance(found, ChangeDetectionTask) and found.classes == CLASSES
+    assert found.modalities["s2"].kind == "series"
+    with torch.no_grad():
+        torch.testing.assert_close(found.logits(batch), task.logits(batch), rtol=0, atol=0)
 
 
 def test_data_without_two_dates_are_refused() -> None:
