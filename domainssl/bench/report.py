@@ -50,6 +50,7 @@ SUBJECTS = {
     "tiles": "tiles of slides against plain OpenSlide reads of the same tiles, and memory",
     "sliding": "sliding windows over volumes against MONAI's in memory, and memory at 384³",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
+    "evaluate": "from the start of evaluate to its report, cold and with kept features",
     "startup": "import and help against importing Lightning's command line",
 }
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from domainssl.callbacks._common import first_items, observing, run_folder
-from domainssl.callbacks._picture import panel
 from domainssl.errors import ConfigError
+from domainssl.evaluation.picture import panel
 from domainssl.files import new_file
 from domainssl.modality import Modality, key
 from domainssl.nn.normalization import Normalizer

@@ -248,6 +248,8 @@ def _labelled(
 def _row(label: str, name: str, found: Found, weights: Array, train: int, test: int) -> Row:
     values = found.score.over(np.ones((1, weights.shape[1])))[0]  # (S,)
     draws = found.score.over(weights).mean(1)
+    if np.isfinite(draws).any():  # repeated items agree by themselves, which lifts NMI
+        draws = draws + (values.mean() - np.nanmean(draws))
     low, high = interval(draws)
     return Row(
         backbone=label,

@@ -9,8 +9,10 @@ from domainssl.bench.report import SUBJECTS, Goal, Row, Settings, interleaved, r
 from domainssl.cli import main
 from domainssl.errors import ConfigError
 
+_NEW_PROCESSES = {"startup", "evaluate"}
 
-@pytest.mark.parametrize("subject", [name for name in SUBJECTS if name != "startup"])
+
+@pytest.mark.parametrize("subject", [name for name in SUBJECTS if name not in _NEW_PROCESSES])
 def test_a_quick_run_prints_finite_positive_numbers(subject, tmp_path, capsys) -> None:
     file = tmp_path / "out.json"
     assert main(["bench", subject, "--quick", "--device=cpu", f"--json={file}"]) == 0
@@ -29,11 +31,12 @@ def test_a_quick_run_prints_finite_positive_numbers(subject, tmp_path, capsys) -
 
 
 @pytest.mark.slow
-def test_start_up_is_measured_in_new_interpreters(tmp_path) -> None:
+@pytest.mark.parametrize(("subject", "figures"), [("startup", 3), ("evaluate", 2)])
+def test_what_starts_is_measured_in_new_interpreters(subject, figures, tmp_path) -> None:
     file = tmp_path / "out.json"
-    assert main(["bench", "startup", "--quick", "--device=cpu", f"--json={file}"]) == 0
+    assert main(["bench", subject, "--quick", "--device=cpu", f"--json={file}"]) == 0
     rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 3 and all(row["median"] > 0 for row in rows)
+    assert len(rows) == figures and all(row["median"] > 0 for row in rows)
 
 
 def test_forms_of_the_loss_that_differ_are_not_compared() -> None:

@@ -12,13 +12,13 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from tiny import Batches, TinyBackbone, TinyData, TinyObjective, tiny_modalities, tiny_trainer
 
-from domainssl.callbacks._picture import _planes, bands_line, colour_bands, panel
 from domainssl.callbacks.export import ExportBackbone
 from domainssl.callbacks.gradients import GradientNorm
 from domainssl.callbacks.progress import ProgressBar
 from domainssl.callbacks.reconstruction import ReconstructionPanels, own_colours, row_labels
 from domainssl.callbacks.summary import Summary
 from domainssl.callbacks.throughput import Throughput
+from domainssl.evaluation.picture import bands_line, colour_bands, panel, planes_of
 from domainssl.modality import Modality
 from domainssl.nn.normalization import Normalizer
 
@@ -295,13 +295,13 @@ def test_a_volume_is_shown_as_its_middle_slice_front_up_and_right_on_the_left():
     x = torch.zeros(1, 1, 6, 4, 6)
     x[..., 3] = torch.linspace(0, 1, 6)[:, None]  # brighter to the patient's right
     x[:, :, 0, 3, 3] = 1.0  # and at the front of the patient's left
-    (plane,) = _planes(x, modality)[0]
+    (plane,) = planes_of(x, modality)[0]
     expected = np.repeat(np.linspace(1, 0, 6, dtype=np.float32)[None], 4, axis=0)
     expected[0, 5] = 1.0
     np.testing.assert_allclose(plane, expected, rtol=1e-6)
     series = Modality(name="ct", kind="series", channels=("hu",), value_unit="hu", size=(6, 4, 6))
     dates = torch.stack([torch.zeros_like(x), x, torch.zeros_like(x)], dim=1)
-    np.testing.assert_array_equal(_planes(dates, series)[0, 0], plane)
+    np.testing.assert_array_equal(planes_of(dates, series)[0, 0], plane)
     picture = panel({"input": x}, modality, "t")
     assert picture[-10, 10].tolist() == [255, 255, 255] and picture[-10, 120].tolist() == [0, 0, 0]
     assert "middle slice" in bands_line(modality)

@@ -74,14 +74,19 @@ def test_features_are_kept_for_the_next_call(place: Path, monkeypatch) -> None:
     kept = {path: path.stat().st_mtime_ns for path in (place / "out" / "features").iterdir()}
     assert len(kept) == 10  # two splits of two backbones, two untrained ones, and raw
 
-    def refuse(self: object, split: str) -> None:
-        raise AssertionError(split)
+    read: list[str] = []
+    ordered = DomainDataModule.ordered_dataloader
 
-    monkeypatch.setattr(DomainDataModule, "ordered_dataloader", refuse)
+    def noted(self: DomainDataModule, split: str) -> object:
+        read.append(split)
+        return ordered(self, split)
+
+    monkeypatch.setattr(DomainDataModule, "ordered_dataloader", noted)
     words = [f"one={place / 'croma'}", str(place / "radar"), f"--config={place / 'data.yaml'}"]
     before = (place / "out" / "evaluation.csv").read_bytes()
     more = [f"--output={place / 'out'}", "--resamples=50"]
     assert main(["evaluate", *words, *more]) == 0
+    assert read == ["val"]  # for the pictures of the report
     assert (place / "out" / "evaluation.csv").read_bytes() == before
     assert {p: p.stat().st_mtime_ns for p in (place / "out" / "features").iterdir()} == kept
 

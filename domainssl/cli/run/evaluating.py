@@ -27,6 +27,8 @@ from domainssl.evaluation.comparison import (
     kept_classes,
 )
 from domainssl.evaluation.features import Items, extract, load_items, save_items
+from domainssl.evaluation.gallery import Gallery, look, panels_of
+from domainssl.evaluation.html import html_report, short_hash
 from domainssl.evaluation.report import subsets
 from domainssl.evaluation.tables import csv_text, json_content
 from domainssl.files import write_json, write_text
@@ -164,6 +166,8 @@ def evaluate_backbones(
     if not rows:
         raise DataError(f"evaluate: nothing could be measured: {'; '.join(notes)}.")
     notes += [text for side in sides.values() for text in side.test.notes if text not in notes]
+    step("pictures")
+    gallery, named = _pictures(request, data, split, subjects, device, notes)
     found = Evaluation(
         rows=rows,
         classes=names,
@@ -171,15 +175,50 @@ def evaluate_backbones(
         facts=_facts(request, data, split, subjects, first),
         output=request.output,
     )
-    _write(found)
+    page = html_report(
+        found.rows, sides, names, classes or [], gallery, found.facts, found.notes, named
+    )
+    _write(found, page)
     return found
 
 
-def _write(found: Evaluation) -> None:
+def _pictures(
+    request: Request,
+    data: Any,
+    split: str,
+    subjects: Sequence[Subject],
+    device: torch.device,
+    notes: list[str],
+) -> tuple[Gallery, Callable[[str], str]]:
+    """Return what the report shows of items, and how it calls them.
+
+    Where the DataModule withholds names, pictures need `thumbnails`, and ids are hashed once more.
+    """
+    is_private = bool(data.withheld)
+    if is_private and not request.thumbnails:
+        notes.append(
+            "the report shows no picture of an item, because the data protect who they are of; "
+            "--thumbnails shows them"
+        )
+        return Gallery(), short_hash
+    loader = data.ordered_dataloader(split)
+    try:
+        backbones = {s.label: (s.backbone.to(device), s.modalities) for s in subjects}
+        gallery = look(backbones, loader, data.modalities, device)
+    finally:
+        loader.close()
+    for subject in subjects:
+        if subject.run is not None:
+            gallery.panels += panels_of(subject.run, subject.label)
+    return gallery, short_hash if is_private else str
+
+
+def _write(found: Evaluation, page: str) -> None:
     found.output.mkdir(parents=True, exist_ok=True)
     write_text(found.output / "evaluation.csv", csv_text(found.rows))
     content = json_content(found.rows, found.classes, found.facts, found.notes)
     write_json(found.output / "evaluation.json", content)
+    write_text(found.output / "report.html", page)
 
 
 def _place(word: str) -> tuple[str, str]:

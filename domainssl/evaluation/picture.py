@@ -11,7 +11,7 @@ from torch import Tensor
 
 from domainssl.modality import Modality
 
-__all__ = ["bands_line", "colour_bands", "panel", "stretch_limits", "to_rgb"]
+__all__ = ["bands_line", "colour_bands", "panel", "planes_of", "stretch_limits", "to_rgb"]
 
 Array = NDArray[np.float32]
 _SETS = (  # red, green, blue under the names that sensors use
@@ -36,7 +36,7 @@ def colour_bands(channels: Sequence[str]) -> tuple[int, ...]:
     return (0, 1, 2) if len(channels) >= 3 else (0,)
 
 
-def _planes(x: Tensor, modality: Modality) -> Array:
+def planes_of(x: Tensor, modality: Modality) -> Array:
     """Return (B, K, H, W) of the bands to show; a middle date or slice where there are many.
 
     A method may show a single date of a series, (B, C, *S). A slice of a volume, whose axes point
@@ -108,7 +108,7 @@ def panel(
     Returns:
         The panel, (H, W, 3) uint8.
     """
-    planes = {name: _planes(x, modality) for name, x in columns.items()}
+    planes = {name: planes_of(x, modality) for name, x in columns.items()}
     ends = stretch_limits(planes[reference])
     if limits is not None:
         low, high = limits
