@@ -201,7 +201,7 @@ class MultiContrastBackbone(Backbone):
         refuse_replace(replace, type(self).__name__)
         names, grid = self.names(x), self.grid(x)
         count = math.prod(grid)
-        items, device = len(x[names[0]]), x[names[0]].device
+        items, device = x[names[0]].shape[0], x[names[0]].device
         every = torch.arange(count, device=device).expand(items, -1)
         kept = dict.fromkeys(names, every) | dict(keep or {})
         index = torch.cat([kept[n] + i * count for i, n in enumerate(names)], dim=1)

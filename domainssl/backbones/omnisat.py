@@ -313,7 +313,7 @@ class OmniSatBackbone(Backbone):
         if modality.kind != "series":  # one pixel per patch: a series of one constant date
             valid = patch_fraction(valid_mask(x, modality), 1) > 0
             seen = valid.unsqueeze(-1)
-            days = torch.full((len(seen), 1), self.series.constant_date, device=seen.device)
+            days = torch.full((seen.shape[0], 1), self.series.constant_date, device=seen.device)
             values = self.patches(name, x[name]).unsqueeze(2)
         else:
             seen = self.seen_dates(x, name)

@@ -148,7 +148,7 @@ class KeyMask(DistanceBias):
     def shape(self) -> tuple[int, int, int, int]:
         """(B, 1, 1, K): equal for all heads and queries."""
         assert self.key_valid is not None
-        return len(self.key_valid), 1, 1, self.key_valid.shape[1]
+        return self.key_valid.shape[0], 1, 1, self.key_valid.shape[1]
 
     def rows(self, start: int, stop: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """Return the bias, (B, 1, 1, K), the same for all rows and in memory of its own."""

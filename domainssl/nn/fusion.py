@@ -94,7 +94,7 @@ class _ReadoutAttention(CrossAttention):
         # A key bias adds the same number to all keys of a query, which the softmax takes away.
         bias = self.wk.bias.detach() + 0 * self.wk.bias
         k, v = F.linear(x, self.wk.weight, bias), self.wv(x)
-        q = (self.q_learned + self.pos_embed).to(k.dtype).expand(len(x), -1, -1)
+        q = (self.q_learned + self.pos_embed).to(k.dtype).expand(x.shape[0], -1, -1)
         q, k, v = (_heads(part, self.heads) for part in (q, k, v))
         terms = self.rpe_k(q)  # unscaled, as published
         dropout = self.attention_dropout if self.training else 0.0
@@ -218,7 +218,7 @@ class Combiner(nn.Module):
         if hidden is not None:
             z = torch.where(hidden.unsqueeze(-1), self.mask_token.to(z.dtype), z)
         first = (self.cls_token + self.pos_embed[:, :1]).to(z.dtype)
-        return torch.cat([first.expand(len(z), -1, -1), z], dim=1)
+        return torch.cat([first.expand(z.shape[0], -1, -1), z], dim=1)
 
     def tables(self, modalities: int) -> tuple[Tensor, Tensor]:
         """Return the buckets of self-attention (1 + M·P)² and of the readout, (1 + P, 1 + M·P)."""

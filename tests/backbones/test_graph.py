@@ -11,8 +11,15 @@ import torch
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
 from domainssl.backbones.encoders.backbone import EncoderBackbone
+from domainssl.backbones.encoders.swin import SwinArchitecture
 from domainssl.backbones.graph import export_graph
-from domainssl.backbones.vit import ViTBackbone
+from domainssl.backbones.maestro.backbone import MAESTROBackbone
+from domainssl.backbones.maestro.inputs import MAESTROInput
+from domainssl.backbones.multi_contrast import MultiContrastBackbone
+from domainssl.backbones.omnisat import OmniSatBackbone
+from domainssl.backbones.swin import SwinBackbone
+from domainssl.backbones.vit import ViTArchitecture, ViTBackbone
+from domainssl.cli import main
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality
 from domainssl.nn.blocks import set_attention_path
@@ -154,3 +161,105 @@ def test_a_graph_that_computes_something_else_is_not_kept(tmp_path: Path, monkey
     with pytest.raises(WeightsError, match=r"img.pooled of 2 items of \(16, 16\) differs"):
         export_graph(_vit(), tmp_path, format="torch_export", dynamic_size=False)
     assert list(tmp_path.iterdir()) == []
+
+
+TINY = ViTArchitecture(width=24, depth=1, heads=2)
+
+
+def _volume() -> dict[str, Modality]:
+    facts = {"channels": ("a",), "mean": (100.0,), "std": (10.0,), "size": (16, 16, 16)}
+    return _image(kind="volume", spacing_mm=(1.0, 1.0, 2.0), **facts)
+
+
+def _swin() -> SwinBackbone:
+    sizes = SwinArchitecture(feature_size=6, depths=(1,) * 4, heads=(1,) * 4, window=2)
+    return SwinBackbone(_image(**{**vars(_volume()["img"]), "size": (32,) * 3}), sizes, "zscore")
+
+
+def _omnisat() -> OmniSatBackbone:
+    fusion = {"depth": 1, "heads": 2}
+    return OmniSatBackbone(_image(size=(32, 32)), {"img": 8}, (4, 4), 16, 2, fusion)
+
+
+def _maestro() -> MAESTROBackbone:
+    inputs = {"img": MAESTROInput(patch_size=8)}
+    return MAESTROBackbone(
+        _image(), inputs, width=24, depth=2, heads=2, head_dim=8, shared_depth=1,
+        normalization="zscore",
+    )  # fmt: skip
+
+
+OTHERS = {
+    "vit of volumes": lambda: ViTBackbone(_volume(), TINY, patch_size=8),
+    "resnet of volumes": lambda: EncoderBackbone(
+        _volume(), "monai:resnet10", {"widen": 0.125}, normalization="zscore"
+    ),
+    "contrasts": lambda: MultiContrastBackbone(
+        _volume(), {"width": 24, "depth": 1, "heads": 2}, 8, "zscore"
+    ),
+    "swin": _swin,
+    "omnisat": _omnisat,
+    "maestro": _maestro,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_programs_of_volumes_and_of_other_methods(tmp_path: Path, name: str) -> None:
+    """The export itself compares two numbers of items with PyTorch before it keeps a file."""
+    torch.manual_seed(0)
+    backbone = OTHERS[name]()
+    card = export_graph(backbone, tmp_path, format="torch_export")
+    facts = json.loads(card.read_text())
+    assert facts["inputs"][0]["size_is_free"] is False
+    assert facts["check"]["largest_difference"] <= 1e-4 * facts["check"]["largest_value"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet of volumes", "contrasts", "maestro"])
+def test_onnx_of_volumes_and_of_other_methods(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    backbone = OTHERS[name]().eval()
+    card = export_graph(backbone, tmp_path)
+    modality = backbone.modalities["img"]
+    mean = torch.tensor(modality.mean).view(-1, *[1] * len(modality.size))
+    values = mean + 10 * torch.randn(3, modality.num_channels, *modality.size)
+    with torch.no_grad():
+        wanted = backbone({"img": values})
+    pooled, tokens = _run(card, values)
+    torch.testing.assert_close(pooled, wanted.pooled["img"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tokens, wanted.tokens["img"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch_export"])
+def test_the_verb_writes_graphs(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = _vit().eval()
+    facts = {"name": "ViTBackbone", "arguments": backbone.arguments}
+    state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    torch.save({"backbone": facts, "state_dict": state}, tmp_path / "last.ckpt")
+    words = ["export", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "graph")]
+    asked = ["--format", format, "--modalities", "img", "--size", "24", "16"]
+    assert main([*words, *asked, "--licence", "MIT"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "in img: B C H W, a b c (arbitrary), float32, any size" in said
+    assert "out img.pooled: B E, E=24" in said and "largest difference from PyTorch" in said
+    (card,) = (tmp_path / "graph").glob("encoder.*.json")
+    facts = _check(backbone, card, (32, 16))
+    assert facts["licence"] == "MIT" and facts["inputs"][0]["size"] == [24, 16]
+    assert facts["provenance"]["checkpoint"] == "last.ckpt"
+    assert main([*words, *asked]) == 2
+    assert "overwrite" in capsys.readouterr().err
+
+
+def test_the_verb_refuses_options_of_graphs_without_a_graph(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "out")]
+    for more in (["--size", "16"], ["--modalities", "s2"], ["--size", "16", "--format", "timm"]):
+        assert main([*words, *more]) == 2
+        assert "--modalities and --size belong to graphs" in capsys.readouterr().err
+    assert main([*words, "--format", "onxx"]) == 2
+    assert "invalid choice: 'onxx'" in capsys.readouterr().err

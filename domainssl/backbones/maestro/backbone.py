@@ -68,7 +68,7 @@ class Layout:
     @property
     def axes(self) -> tuple[int, int, int, int]:
         """(B, G, D, L), L patches per date."""
-        return len(self.token_valid), self.band_groups, self.dates, math.prod(self.grid)
+        return self.token_valid.shape[0], self.band_groups, self.dates, math.prod(self.grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +265,7 @@ class MAESTROBackbone(Backbone):
             values=torch.where(valid.unsqueeze(2), values, 0.0),
             valid=valid,
             cells=self._cells(name, layout.grid, size),
-            date_code=self._date_code(x, name, len(valid), layout.dates, reference),
+            date_code=self._date_code(x, name, valid.shape[0], layout.dates, reference),
         )
 
     def _layout(self, name: str, valid: Tensor) -> Layout:
@@ -406,7 +406,7 @@ class MAESTROBackbone(Backbone):
         for sequence, names in self.sequences(list(rasters)).items():
             x = sequences[sequence]
             if self.fusion in ("shared", "monotemp"):
-                x = x.unflatten(0, (len(rasters[names[0]].token_valid), -1)).flatten(1, 2)
+                x = x.unflatten(0, (rasters[names[0]].token_valid.shape[0], -1)).flatten(1, 2)
             lengths = [math.prod(rasters[name].axes[1:]) for name in names]
             parts |= zip(names, x.split(lengths, dim=1), strict=True)
         return {name: parts[name] for name in rasters}
@@ -439,7 +439,7 @@ class MAESTROBackbone(Backbone):
         for name, x in sequences.items():
             length = x.shape[1]
             if kept is None:
-                order[name] = torch.arange(length, device=x.device).expand(len(x), -1)
+                order[name] = torch.arange(length, device=x.device).expand(x.shape[0], -1)
                 continue
             places = (~masks[name]).to(torch.uint8).argsort(dim=1, stable=True)
             order[name] = places[:, : min(length, kept[name])]
@@ -503,7 +503,7 @@ class MAESTROBackbone(Backbone):
             places = math.prod(grid)
             x = tokens.unflatten(1, (-1, places)).transpose(1, 2).flatten(0, 1)
             seen = features.token_valid[name].unflatten(1, (-1, places)).transpose(1, 2)
-            mean = mean_of_valid(x, seen.flatten(0, 1)).unflatten(0, (len(tokens), *grid))
+            mean = mean_of_valid(x, seen.flatten(0, 1)).unflatten(0, (tokens.shape[0], *grid))
             maps[name] = mean.movedim(-1, 1)
         return maps
 

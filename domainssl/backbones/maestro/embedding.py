@@ -37,7 +37,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, C, *S) -> (B, G * D * L, E)."""
-        items = len(x)
+        items = x.shape[0]
         parts = x.flatten(0, 1).split(self.sizes, dim=1)
         tokens = [
             embed(part).unflatten(0, (items, -1))
