@@ -45,12 +45,12 @@ class DenseHead:
             `light`, `unetr` or `swin_unetr`.
         features: Names of the maps that are read; empty takes `joint` where the backbone has it,
             else all.
-        width: Channels of the head; 0 takes its own.
+        width: Channels of the head; None takes its own.
     """
 
     name: str
     features: tuple[str, ...] = ()
-    width: int = 0
+    width: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
