@@ -25,6 +25,7 @@ from domainssl.backbones.vit_files import (
 from domainssl.backbones.vit_tokens import (
     date_codes,
     grid_of_table,
+    moco_codes,
     per_date,
     position_codes,
     transform,
@@ -478,6 +479,14 @@ def _with_positions(file: ViTFile, arguments: dict[str, Any], is_asked: bool) ->
         architecture = {**architecture, "positions": "sincos"}
         return {**arguments, "architecture": architecture, "image_size": None}
     if asked == "sincos":
+        width = file.table.shape[2]
+        if len(grid) == 2 and torch.allclose(
+            file.table[0].float(), moco_codes((grid[0], grid[1]), width), atol=1e-4
+        ):
+            raise WeightsError(
+                "The file's table of positions is that of MoCo v3, sine and cosine with the rows "
+                "first. Give positions: learned, which takes it as it is."
+            )
         raise WeightsError(
             f"The file's table of positions is not the sine-cosine table of a grid of {grid} "
             "patches: it was learned, or is for another grid with as many tokens. Give the "

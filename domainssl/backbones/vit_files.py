@@ -38,8 +38,12 @@ _COLUMN: dict[Layout, int] = {"timm": 1, "monai": 2}
 _UNUSED = re.compile(r"(norm_cross_attn|cross_attn)\.|attn\.relative")
 _WRAPPERS = ("teacher", "state_dict", "model", "net", "network_weights")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
-# Students and teachers of DINO, iBOT, DINOv2 and SimDINO, beside heads; the teacher is used.
-_STUDENTS = ("teacher.backbone.", "backbone.", "module.backbone.", "student.backbone.")
+# Students and teachers of DINO, iBOT, DINOv2 and SimDINO, beside heads, of which the teacher is
+# used, and the query encoder of MoCo v3, beside its key encoder.
+_STUDENTS = (
+    "teacher.backbone.", "backbone.", "module.backbone.", "student.backbone.",
+    "module.base_encoder.",
+)  # fmt: skip
 _STEM: dict[Layout, str] = {"timm": "patch_embed.proj", "monai": "patch_embedding.patch_embeddings"}
 # What is no part of the encoder: heads of classifiers, and decoders.
 _HEADS = re.compile(

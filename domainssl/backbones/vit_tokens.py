@@ -17,7 +17,14 @@ from domainssl.nn.dates import date_encoding, decimal_year
 from domainssl.nn.patching import grid_coordinates
 from domainssl.nn.positions import sincos_positions
 
-__all__ = ["date_codes", "grid_of_table", "per_date", "position_codes", "transform"]
+__all__ = [
+    "date_codes",
+    "grid_of_table",
+    "moco_codes",
+    "per_date",
+    "position_codes",
+    "transform",
+]
 
 # Axes by their place in the code: MAE and MONAI put the column first, MONAI's 3D table x after y.
 _AXIS_ORDER = {2: (1, 0), 3: (1, 0, 2)}
@@ -27,6 +34,15 @@ def position_codes(grid: tuple[int, ...], width: int, device: torch.device | Non
     """Return the sine-cosine table of MAE (2D) and MONAI (2D and 3D), float32 (N, width)."""
     coords = grid_coordinates(grid, device=device)
     return sincos_positions(coords, width, order=_AXIS_ORDER[len(grid)])
+
+
+def moco_codes(grid: tuple[int, int], width: int) -> Tensor:
+    """Return the sine-cosine table of MoCo v3's files, float32 (N, width).
+
+    Its first half follows the slow index of tokens that are counted column by column; on square
+    grids that is the row of tokens counted as everywhere else.
+    """
+    return sincos_positions(grid_coordinates((grid[1], grid[0])), width, order=(0, 1))
 
 
 def date_codes(x: Mapping[str, Any], name: str) -> Tensor:

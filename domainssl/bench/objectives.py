@@ -25,6 +25,7 @@ from domainssl.objectives.clip import CLIP
 from domainssl.objectives.decur import DeCUR
 from domainssl.objectives.dino import DINO, DINOHead
 from domainssl.objectives.maestro import MAESTRO, MAESTROEncoding
+from domainssl.objectives.moco import MoCoV2, MoCoV3
 from domainssl.objectives.omnisat import OmniSat, OmniSatEncoding
 from domainssl.objectives.simclr import SimCLR
 from domainssl.objectives.simdino import SimDINO, SimDINOHead
@@ -133,6 +134,17 @@ def _students(settings: Settings, modality: dict[str, Any], side: int) -> dict[s
     return {
         "DINO": _Case(lambda: DINO(modality, head=dino, **shared), 4, words),
         "SimDINO": _Case(lambda: SimDINO(modality, head=simdino, **shared), 4, words),
+        **_momentum(modality, shared["encoding"], side),
+    }
+
+
+def _momentum(modality: dict[str, Any], encoding: StudentEncoding, side: int) -> dict[str, _Case]:
+    """Return MoCo v2 and v3 on one modality."""
+    words = f"ViT {encoding.size}, two views of {side} px"
+    shared: dict[str, Any] = {"encoding": encoding, "context_size": side}
+    return {
+        "MoCoV2": _Case(lambda: MoCoV2(modality, queue=4096, **shared), 4, words),
+        "MoCoV3": _Case(lambda: MoCoV3(modality, **shared), 4, words),
     }
 
 

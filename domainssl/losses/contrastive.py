@@ -9,7 +9,7 @@ from torch import Tensor
 from domainssl.distributed import Gather, RowLayout, gather, global_mean, row_layout
 from domainssl.nn.precision import full
 
-__all__ = ["info_nce", "nt_xent"]
+__all__ = ["info_nce", "nt_xent", "queue_nce"]
 
 
 def info_nce(
@@ -125,3 +125,47 @@ def nt_xent(
             terms = F.cross_entropy(logits, partner, reduction="none")
             total = total + torch.where(present, terms, 0.0).sum()
         return global_mean(total, 2 * present.to(a.dtype).sum())
+
+
+def queue_nce(
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    temperature: float,
+    *,
+    present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute InfoNCE of queries against their own key and the keys of earlier batches.
+
+    `L = mean over items of CE([q k^T, q queue^T] / temperature, first)`.
+
+    Args:
+        queries: (B, E); normalised here.
+        keys: (B, E), constants; row i is the positive of query i. Normalised here.
+        queue: Keys of earlier batches, (K, E), constants of unit length.
+        temperature: Divides the cosines.
+        present: bool (B,); False items do not ask. None counts all.
+
+    Returns:
+        The loss, (), whose mean over ranks is the loss of one process with the joined batch, and
+        the logits (B, 1 + K), the positive first.
+
+    Source: MoCo (He et al. 2020), algorithm 1.
+
+    Examples:
+        >>> q = torch.tensor([[1.0, 0.0]])
+        >>> loss, logits = queue_nce(q, q, torch.tensor([[0.0, 1.0]]), temperature=1.0)
+        >>> round(float(loss), 4), logits.tolist()
+        (0.3133, [[1.0, 0.0]])
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        q, k = (F.normalize(full(x), dim=-1) for x in (queries, keys.detach()))
+        positive = (q * k).sum(-1, keepdim=True)
+        logits = torch.cat([positive, q @ queue.detach().to(q.dtype).T], dim=1) / temperature
+        terms = F.cross_entropy(
+            logits, logits.new_zeros(len(q), dtype=torch.int64), reduction="none"
+        )
+        if present is None:
+            present = torch.ones(len(q), dtype=torch.bool, device=q.device)
+        total = torch.where(present, terms, 0.0).sum()
+        return global_mean(total, present.to(q.dtype).sum()), logits

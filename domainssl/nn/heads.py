@@ -24,6 +24,7 @@ class ProjectionHead(nn.Sequential):
         widths: Outputs of every linear layer; the last one is K.
         bias: Give the linear layers a bias.
         last_norm: Normalise the result as well.
+        last_affine: Let that norm have scale and shift.
 
     Names are those of a plain Sequential, as published checkpoints have them.
 
@@ -32,7 +33,13 @@ class ProjectionHead(nn.Sequential):
     """
 
     def __init__(
-        self, inputs: int, widths: Sequence[int], *, bias: bool = False, last_norm: bool = False
+        self,
+        inputs: int,
+        widths: Sequence[int],
+        *,
+        bias: bool = False,
+        last_norm: bool = False,
+        last_affine: bool = True,
     ) -> None:
         if not widths or min(widths) < 1:
             raise ConfigError(
@@ -45,7 +52,7 @@ class ProjectionHead(nn.Sequential):
             if index < len(widths):
                 parts += [GlobalBatchNorm(b), nn.ReLU()]
             elif last_norm:
-                parts.append(GlobalBatchNorm(b))
+                parts.append(GlobalBatchNorm(b, affine=last_affine))
         super().__init__(*parts)
 
 

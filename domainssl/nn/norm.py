@@ -58,7 +58,11 @@ def _per_channel(values: Tensor, ndim: int) -> Tensor:
     return values.view(1, -1, *[1] * (ndim - 2))
 
 
-def _statistics(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _summed(x: Tensor, per_rank: bool) -> Tensor:
+    return x if per_rank else all_reduce_sum(x)
+
+
+def _statistics(x: Tensor, rows: Tensor, per_rank: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel over the counted rows of all ranks, and their number.
 
     Every row is measured by itself, which reads `x` once, and rows are put together in float64: the
@@ -70,10 +74,10 @@ def _statistics(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = x[0, 0].numel() if len(x) else 1
         spread, x = torch.var_mean(x.flatten(2), 2, correction=0)
     x = x.to(exact)
-    sums = all_reduce_sum(torch.cat([weight @ x, weight.sum().view(1)]))
+    sums = _summed(torch.cat([weight @ x, weight.sum().view(1)]), per_rank)
     count = sums[-1].clamp(min=1)
     mean = sums[:-1] / count
-    var = all_reduce_sum(weight @ ((x - mean).square() + spread)) / count
+    var = _summed(weight @ ((x - mean).square() + spread), per_rank) / count
     return mean, var, sums[-1] * size
 
 
@@ -82,10 +86,16 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rows: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+        ctx: Any,
+        x: Tensor,
+        rows: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        eps: float,
+        per_rank: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         values = x if x.dtype == torch.float64 else x.float()
-        mean, var, count = (t.to(values.dtype) for t in _statistics(values, rows))
+        mean, var, count = (t.to(values.dtype) for t in _statistics(values, rows, per_rank))
         # without any row a scale of 1, so that a deep network stays finite
         divisor = torch.where(count > 0, var + eps, 1.0)
         scale, shift = (None if p is None else p.to(values.dtype) for p in (scale, shift))
@@ -93,13 +103,14 @@ class _BatchNorm(torch.autograd.Function):
         cudnn = torch.backends.cudnn.enabled
         out = torch.batch_norm(values, scale, shift, mean, divisor, False, 0.0, 0.0, cudnn)
         ctx.save_for_backward(x, rows, mean, divisor, count, scale)
+        ctx.per_rank = per_rank
         ctx.mark_non_differentiable(mean, var, count)
         return out.to(x.dtype), mean, var, count
 
     @staticmethod
     def backward(
         ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, None, Tensor | None, Tensor | None, None]:
+    ) -> tuple[Tensor, None, Tensor | None, Tensor | None, None, None]:
         x, rows, mean, divisor, count, scale = ctx.saved_tensors
         values, grad = x.to(mean.dtype), grads[0].to(mean.dtype)
         inverse = divisor.rsqrt()
@@ -109,7 +120,7 @@ class _BatchNorm(torch.autograd.Function):
             grad, values, torch.ones_like(mean) if scale is None else scale, mean, divisor,
             mean, inverse, False, 0.0, [True, True, True],
         )  # fmt: skip
-        sums = all_reduce_sum(torch.stack([total, by_unit])) / count.clamp(min=1)
+        sums = _summed(torch.stack([total, by_unit]), ctx.per_rank) / count.clamp(min=1)
         factor = inverse if scale is None else inverse * scale
         slope = -factor * sums[1] * inverse
         start = -factor * sums[0] - slope * mean
@@ -117,8 +128,8 @@ class _BatchNorm(torch.autograd.Function):
         weight = rows.to(mean.dtype).view(-1, *[1] * (x.ndim - 1))
         out = torch.addcmul(fixed, through, weight).to(x.dtype)
         if scale is None:
-            return out, None, None, None, None
-        return out, None, by_unit.to(scale.dtype), total.to(scale.dtype), None
+            return out, None, None, None, None, None
+        return out, None, by_unit.to(scale.dtype), total.to(scale.dtype), None, None
 
 
 class GlobalBatchNorm(nn.Module):
@@ -129,6 +140,9 @@ class GlobalBatchNorm(nn.Module):
         eps: Added to the variance.
         momentum: Weight of a batch in the running statistics.
         affine: Scale and shift afterwards.
+
+    Attributes:
+        per_rank: Statistics are those of this rank's items alone, as in torch's BatchNorm.
 
     With a single process and without `counted_rows` it is torch's own kernel, on a CPU also for
     maps whose rows all count.
@@ -142,7 +156,7 @@ class GlobalBatchNorm(nn.Module):
         self, width: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True
     ) -> None:
         super().__init__()
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.per_rank = eps, momentum, False
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
         self.register_buffer("running_mean", torch.zeros(width))
@@ -164,7 +178,8 @@ class GlobalBatchNorm(nn.Module):
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         rows = _rows.get() if rows is None else rows
-        if not is_distributed() and x.numel() > x.shape[1]:
+        is_alone = self.per_rank or not is_distributed()
+        if is_alone and x.numel() > x.shape[1]:
             # whether all rows of a map count is looked up on a CPU only, where nobody waits for it
             is_map = x.ndim > 2 and x.device.type == "cpu"
             if rows is None or (is_map and bool(rows.all())):
@@ -174,7 +189,7 @@ class GlobalBatchNorm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             out, mean, var, count = cast(
                 tuple[Tensor, Tensor, Tensor, Tensor],
-                _BatchNorm.apply(x, rows, self.weight, self.bias, self.eps),
+                _BatchNorm.apply(x, rows, self.weight, self.bias, self.eps, self.per_rank),
             )
             self._update(mean, var, count)
             return out

@@ -293,19 +293,22 @@ class _StudentTeacher(Objective):
 
     def encode_crops(self, batch: Batch, draws: CropDraws) -> CropTokens:
         """Cut the crops and encode them, those of one size in one pass."""
-        check_batch(batch, self.backbone.modalities, training=True)
-        values, usable = unit_values(self.backbone, batch, self.name)
-        cut = [
-            view_of(
-                self.backbone, batch, self.name, values, usable, view, self.crops.views(w), size
-            )
-            for view, (w, size) in zip(draws.views, self.crops.plan(), strict=True)
-        ]
-        present = present_mask(batch, self.name)
+        cut, present = self.cut_crops(batch, draws.views), present_mask(batch, self.name)
         large = self._joined(cut[:GLOBALS], present)
         small = self._joined(cut[GLOBALS:], present) if cut[GLOBALS:] else None
         mask = None if draws.mask is None else draws.mask.transpose(0, 1)
         return self.tokens(large, small, mask, present, draws.most_hidden)
+
+    def cut_crops(self, batch: Batch, views: tuple[View, ...]) -> list[dict[str, Tensor]]:
+        """Cut the crops; each is a normalised batch without `present`."""
+        check_batch(batch, self.backbone.modalities, training=True)
+        values, usable = unit_values(self.backbone, batch, self.name)
+        return [
+            view_of(
+                self.backbone, batch, self.name, values, usable, view, self.crops.views(w), size
+            )
+            for view, (w, size) in zip(views, self.crops.plan(), strict=True)
+        ]
 
     def _joined(self, crops: list[dict[str, Tensor]], present: Tensor) -> dict[str, Tensor]:
         """Lay crops of one size behind each other, (views · B, ...)."""
@@ -380,9 +383,17 @@ class _StudentTeacher(Objective):
         return cosine(self.momentum, 1.0, self.progress.step, self.progress.total_steps)
 
     def after_step(self, step: Step) -> None:
-        """Move the teacher towards the student; names that only one of them has stay alone."""
-        student = dict(self.named_parameters())
+        """Move the teacher, and what its batch norms measured, towards the student."""
         share = self.momentum_now()
+        self.move_teacher(share)
+        buffers = dict(self.named_buffers())
+        for name, running in self.teacher.named_buffers():  # statistics of batch norms
+            if name in buffers and running.is_floating_point():
+                running.lerp_(buffers[name], 1 - share)
+
+    def move_teacher(self, share: float) -> None:
+        """Keep a share of the teacher's parameters; names that only one has stay alone."""
+        student = dict(self.named_parameters())
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         for name, target in self.teacher.named_parameters():
@@ -390,10 +401,6 @@ class _StudentTeacher(Objective):
                 ours.append(target)
                 theirs.append(student[name].detach())
         follow(ours, theirs, share)
-        buffers = dict(self.named_buffers())
-        for name, running in self.teacher.named_buffers():  # statistics of batch norms
-            if name in buffers and running.is_floating_point():
-                running.lerp_(buffers[name], 1 - share)
 
     def monitors(self, step: Step) -> dict[str, Tensor]:
         """Return the teacher's effective rank and spread over the batch, and its momentum."""

@@ -45,10 +45,11 @@ class Optimization:
         fall: How the rate falls after the warm-up: half a `cosine`, or `polynomial`, the remaining
             share of steps to the power of 0.9 (nnU-Net, nnssl).
         optimizer: `adamw`, `lars` (layer-wise rates, as Barlow Twins and DeCUR use it with
-            ResNets), or `sgd` with Nesterov's momentum (nnU-Net, nnssl); `betas` and `eps` have
-            no meaning in the last two.
+            ResNets), or `sgd` (nnU-Net, nnssl, MoCo); `betas` and `eps` have no meaning in the
+            last two.
         lr_bias: With `lars`, the rate of biases, norms and other vectors; None takes `lr`.
         momentum: With `lars` and `sgd`.
+        nesterov: With `sgd`, Nesterov's momentum (nnU-Net, nnssl) instead of plain (MoCo).
         warmup_start: The first step has a share of `lr` that fits the line through zero before it
             (`above_zero`), or a rate of zero (`zero`, as DINO and its family).
         final_weight_decay: Weight decay of the last step, reached by half a cosine; None keeps it
@@ -78,6 +79,7 @@ class Optimization:
     optimizer: Literal["adamw", "lars", "sgd"] = "adamw"
     lr_bias: float | None = None
     momentum: float = 0.9
+    nesterov: bool = True
     warmup_start: Literal["above_zero", "zero"] = "above_zero"
     final_weight_decay: float | None = None
     decay_rule: Literal["no_tokens", "vectors", "names"] = "no_tokens"
@@ -132,7 +134,7 @@ class Optimization:
         """
         return cls() if value is None else as_dataclass(cls, value)
 
-    def scale(self, step: int, total_steps: int) -> float:
+    def scale(self, step: float, total_steps: int) -> float:
         """Return the learning rate of optimiser step `step` (from 0) as a share of `lr`."""
         warmup = self.warmup_steps
         if warmup is None:
@@ -252,7 +254,8 @@ def make_optimizer(
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True)
+        nesterov = options.nesterov and options.momentum > 0  # torch refuses one without the other
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=nesterov)
     bias = options.lr if options.lr_bias is None else options.lr_bias
     for group in groups[len(groups) // 2 :]:
         group["lr"] = bias * group.get("lr", options.lr) / options.lr

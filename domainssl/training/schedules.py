@@ -28,7 +28,7 @@ class Progress:
     total_epochs: int = 1
 
 
-def cosine(start: float, end: float, step: int, total: int) -> float:
+def cosine(start: float, end: float, step: float, total: float) -> float:
     """Return the value at a step of half a cosine from `start` to `end`, reached after `total`."""
     share = min(1.0, step / max(1, total))
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))

@@ -24,8 +24,9 @@ NOT_SHOWN = {"ct_swinunetr_ssl"}
 # one per objective, and one per kind of data
 LEARN = (
     "ct_conv_mae", "ct_vitautoenc", "ctmr_simdino", "mri_multicontrast_mae", "slides_titan",
-    "ssl4eo_barlow_twins", "ssl4eo_clip", "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_simclr",
-    "ssl4eo_vicreg", "tiles_mae", "treesat_maestro", "treesat_omnisat",
+    "ssl4eo_barlow_twins", "ssl4eo_clip", "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_moco",
+    "ssl4eo_moco2", "ssl4eo_simclr", "ssl4eo_vicreg", "tiles_mae", "treesat_maestro",
+    "treesat_omnisat",
 )  # fmt: skip
 FOUND = sorted(
     (path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("finetune_")),
