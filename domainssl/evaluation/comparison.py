@@ -249,7 +249,8 @@ def _row(label: str, name: str, found: Found, weights: Array, train: int, test: 
     values = found.score.over(np.ones((1, weights.shape[1])))[0]  # (S,)
     draws = found.score.over(weights).mean(1)
     if np.isfinite(draws).any():  # repeated items agree by themselves, which lifts NMI
-        draws = draws + (values.mean() - np.nanmean(draws))
+        shifted = draws + (values.mean() - np.nanmean(draws))
+        draws = np.clip(shifted, min(0.0, float(np.nanmin(draws))), 1.0)
     low, high = interval(draws)
     return Row(
         backbone=label,

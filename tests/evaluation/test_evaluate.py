@@ -46,7 +46,8 @@ def test_all_backbones_subsets_and_protocols_have_rows(place: Path) -> None:
     assert float(best["value"]) == 1 and (best["train_items"], best["test_items"]) == ("36", "24")
     for row in found.values():
         low, value, high = (float(row[name]) for name in ("low", "value", "high"))
-        assert 0 <= low <= value + 0.1 and value <= high + 0.1 <= 1.11, row
+        assert (row["metric"] == "ARI" or low >= 0) and low <= value + 0.01, row
+        assert value <= high + 0.01 and high <= 1, row
     gained = found["one", "s1", "linear", "accuracy"]
     base = found["untrained (one)", "s1", "linear", "accuracy"]
     assert float(gained["gain"]) == pytest.approx(
