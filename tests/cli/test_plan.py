@@ -10,11 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from domainssl.backbones.vit import ViTArchitecture, ViTBackbone
 from domainssl.cli import main
 from domainssl.cli.run import plan as planning
 from domainssl.cli.run.plan import Asked
 from domainssl.cli.run.plan_report import lines, problems_of
+from domainssl.cli.run.plan_steps import _tokens
+from domainssl.modality import Modality
 
 RECIPE = ["--config", "recipes/ssl4eo_croma.yaml", "--data.global_batch_size=16"]
 Plan = Callable[..., tuple[int, dict[str, Any]]]
@@ -174,3 +178,31 @@ def test_what_never_fits_and_what_ran_out_of_memory_is_told() -> None:
     (problem,) = problems_of(_facts(bytes_per_device=50, failed_at=32, largest_batch=30))
     assert "a step of 32 item(s) did not fit, of 60 B free; 30 fit" in problem
     assert problems_of(_facts(bytes_per_device=50)) == []
+
+
+def test_tokens_of_two_dates_before_an_encoder_of_images_are_those_of_both() -> None:
+    s2 = Modality(name="s2", kind="image", channels=("B04", "B08"), value_unit="dn")
+    sizes = ViTArchitecture(width=12, depth=1, heads=2)
+    backbone = ViTBackbone({"s2": s2}, sizes, 4, normalization="scale(10000)")
+    model: Any = SimpleNamespace(backbone=backbone)
+    one = {"s2": torch.rand(3, 2, 8, 16)}
+    assert _tokens(model, one) == {"s2": 8}
+    two = {
+        "s2": torch.rand(3, 2, 2, 8, 16), "s2.valid": torch.ones(3, 2, 8, 16, dtype=torch.bool),
+        "s2.dates": torch.zeros(3, 2, dtype=torch.int32),
+    }  # fmt: skip
+    assert _tokens(model, two) == {"s2": 16}
+    assert backbone.training
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", "recipes/finetune_tiles.yaml", "--model.tuning.mode=frozen"]
+    assert main(["fit", *words, "--plan", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    own = facts["parameters"]
+    assert own["frozen"] == own["backbone"] > 100 * own["trained"] > 0
+    assert facts["tokens"] == {"he": 64}

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 from domainssl.bench.models import PeakMemory
+from domainssl.modality import Modality, key
 
 __all__ = ["Measured", "Phase", "StepMeter", "first_items", "held_bytes", "with_batches"]
 
@@ -136,12 +137,33 @@ def _tokens(model: LightningModule, batch: Mapping[str, Any]) -> dict[str, int]:
     backbone: Any = getattr(model, "backbone", None)
     if backbone is None:
         return {}
+    few, dates = _one_date(first_items(batch, 1), backbone.modalities)
     was_training = backbone.training
     backbone.eval()
     with torch.no_grad():
-        features = backbone.encode(backbone.normalize(first_items(batch, 1)))
+        features = backbone.encode(backbone.normalize(few))
     backbone.train(was_training)
-    return {name: int(tokens.shape[1]) for name, tokens in features.tokens.items()}
+    return {name: dates * int(tokens.shape[1]) for name, tokens in features.tokens.items()}
+
+
+def _one_date(
+    batch: dict[str, Any], modalities: Mapping[str, Modality]
+) -> tuple[dict[str, Any], int]:
+    """Return the first date where a task shows several to an encoder of images, and their number.
+
+    Change between two dates does so.
+    """
+    dates = 1
+    for name, modality in modalities.items():
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.ndim == len(modality.axes.split()) + 1:
+            dates = value.shape[1]
+            valid = batch.get(key(name, "valid"))
+            batch = {n: v for n, v in batch.items() if not n.startswith(f"{name}.")}
+            batch[name] = value[:, 0]
+            if valid is not None:
+                batch[key(name, "valid")] = valid[:, 0]
+    return batch, dates
 
 
 def _batch_bytes(batch: Any) -> int:
