@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from domainssl.backbones.base import Backbone
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json
 from domainssl.inference.sliding import Slabs
 from domainssl.modality import Batch, key
@@ -175,11 +175,19 @@ def predict_map(
         out: Where the classes go.
         options: Windows and blending.
         nothing: Value where no modality was measured.
+
+    Raises:
+        DataError: The task gives numbers that are not finite.
     """
     shape, classes = tuple(out.labels.shape), len(task.classes)
 
     def predict(batch: Batch) -> Tensor:
         logits = task.logits(batch).float()
+        if not torch.isfinite(logits).all():
+            raise DataError(
+                "The task gives numbers that are not finite: its weights are damaged, or values of "
+                "the input lie far outside of what it was trained on (see `inspect`)."
+            )
         seen = _seen(task, batch, tuple(logits.shape[2:])).to(logits.device)
         return torch.cat([logits, torch.where(seen, -_NOTHING, _NOTHING).unsqueeze(1)], 1)
 

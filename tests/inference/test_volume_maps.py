@@ -205,3 +205,14 @@ def test_exams_of_a_folder_are_predicted_with_the_contrasts_they_have(tmp_path: 
     work = predicted(Thresholds("t1", "t2"), tmp_path / "in", tmp_path / "out")
     maps = {p.name: np.asarray(nibabel.load(p).dataobj) for p in (tmp_path / "out").iterdir()}
     assert sorted(maps) == sorted(f"{key}.nii.gz" for key in work.keys) and len(maps) == 2
+
+
+def test_numbers_that_are_not_finite_are_no_class(tmp_path: Path) -> None:
+    class Broken(Thresholds):
+        def logits(self, batch: Any) -> Tensor:
+            return super().logits(batch) * float("nan")
+
+    path = write_nifti(tmp_path / "scan.nii", blob((8, 8, 8)))
+    with pytest.raises(DataError, match="not finite"):
+        predicted(Broken("ct"), path, tmp_path / "out")
+    assert not (tmp_path / "out/scan.nii.gz").exists()
