@@ -21,7 +21,7 @@ from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError
 from domainssl.io.ids import ids_of, write_table
 from domainssl.io.slide.bag_slides import SlideBag, find_slides
-from domainssl.io.subjects import Found
+from domainssl.io.subjects import Found, counted
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut
@@ -218,8 +218,9 @@ class SlideFeatureDataModule(DomainDataModule):
             f"regions of {shown[0]} x {shown[1]} tiles" if len(shown) == 2 else f"{shown[0]} tiles"
         )
         names = self.label_names
+        count = f"{counted(len(slides), 'slide')} of {counted(patients, 'patient')}"
         return [
-            f"{len(slides)} slides of {patients} patients in {self.root} ({found.layout})",
+            f"{count} in {self.root} ({found.layout})",
             *(f"problem: {text}" for text in found.problems),
             f"tiles per slide: {tiles[0]} to {tiles[-1]}, median {tiles[len(tiles) // 2]}",
             f"{self.key}: {self.features.dim} features"

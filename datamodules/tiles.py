@@ -23,7 +23,7 @@ from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError
 from domainssl.io.ids import write_table
 from domainssl.io.slide.manifest import TileSet, find_tiles
-from domainssl.io.subjects import Found
+from domainssl.io.subjects import Found, counted
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut
@@ -230,7 +230,8 @@ class TileDataModule(DomainDataModule):
         patients = len({each.patient for each in found.items})
         tiles = sum(map(len, found.items))
         lines = [
-            f"{tiles} tiles of {len(found.items)} slides of {patients} patients in {self.root} "
+            f"{counted(tiles, 'tile')} of {counted(len(found.items), 'slide')} of "
+            f"{counted(patients, 'patient')} in {self.root} "
             f"({found.layout})"
         ]
         lines += [f"problem: {text}" for text in found.problems]

@@ -23,7 +23,7 @@ from domainssl.datamodules.base import DomainDataModule, check_labels, named_sam
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.ids import ids_of, write_table
-from domainssl.io.subjects import Found
+from domainssl.io.subjects import Found, counted
 from domainssl.io.volume.cache import Exams
 from domainssl.io.volume.exam import Exam
 from domainssl.io.volume.exams import find_exams
@@ -312,7 +312,9 @@ class VolumeDataModule(DomainDataModule):
         found = self.found
         assert found is not None  # called after setup
         patients = len({exam.patient for exam in found.items})
-        lines = [f"{len(found.items)} exams of {patients} patients in {self.root} ({found.layout})"]
+        exams = counted(len(found.items), "exam")
+        whose = counted(patients, "patient")
+        lines = [f"{exams} of {whose} in {self.root} ({found.layout})"]
         lines += [f"problem: {text}" for text in found.problems]
         size = " x ".join(str(n) for n in self.window.shape)
         for name, modality in self._modalities.items():

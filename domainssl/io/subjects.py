@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 
 from domainssl.errors import DataError
 
-__all__ = ["EVERY", "Found", "Owned", "ends_with", "patients_in_two_splits", "split_of"]
+__all__ = ["EVERY", "Found", "Owned", "counted", "ends_with", "patients_in_two_splits", "split_of"]
 
 EVERY = "*"  # as the name of a contrast or stain: every file is an exam or a tile
 SPLITS = ("train", "val", "test")
@@ -49,6 +49,11 @@ class Found(Generic[Item]):
     items: Sequence[Item]
     problems: Sequence[str] = ()
     mask_names: Mapping[int, str] = field(default_factory=dict)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number and what is counted: `1 exam`, `2 exams`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def split_of(name: str) -> str:

@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
+from scan_files import write_nifti
 
 from domainssl.cache import clear, locked_build
 
@@ -33,6 +35,27 @@ def test_list_shows_names_sizes_and_ages(cli, cache: Path, words) -> None:
     assert rows["lake"] == ["lake", "1", "1.5", "3", "days"]
     assert rows["forest"][:3] == ["forest", "1", "2.5"] and rows["forest"][-1] == "seconds"
     assert rows["total"] == ["total", "4.0"]
+
+
+def test_build_prepares_the_exams_of_a_recipe_once(cli, cache: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "scans").mkdir()
+    for name in ("p1", "p2", "p3"):
+        values = rng.integers(-900, 900, (24, 24, 24)).astype(np.int16)
+        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", values, np.eye(4))
+    words = [
+        "cache", "build", "--config", "recipes/ct_mae3d.yaml", "--jobs=0",
+        f"--data.root={tmp_path / 'scans'}", "--data.modalities={ct: {contrast: '*'}}",
+        "--data.window.size=16",
+    ]  # fmt: skip
+    for tier in ("memmap", "zarr"):
+        first = cli(*words, f"--data.preparation.cache={tier}")
+        assert first.status == 0, first.text
+        assert "3 exams are prepared in" in first.text
+        again = cli(*words, f"--data.preparation.cache={tier}")
+        assert again.status == 0 and "3 of them before" in again.text.replace("\n", " ")
+        (folder,) = (cache / "volumes").parent.glob(f"volumes*-{tier}")
+        assert len(list(folder.rglob("entry.json"))) == 3
 
 
 def test_clear_takes_one_by_name_and_leaves_the_others(cli, cache: Path) -> None:

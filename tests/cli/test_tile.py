@@ -10,13 +10,16 @@ from typing import Any
 
 import h5py
 import numpy as np
+import openslide
 import pyarrow.parquet
 import pytest
+import tifffile
 from PIL import Image
 from processes import killed
 from slide_files import damage_tile, write_tiff
 
 from domainssl.cli import main
+from domainssl.inspection.slides import inspect_slides
 
 NAMES = ("miller/A-1.tif", "miller/A-2.tif", "smith/B-1.tif")
 
@@ -144,6 +147,43 @@ def test_two_processes_write_what_one_writes(slides: Path, tmp_path: Path) -> No
     for key in _ids(tmp_path / "one"):
         for name in (f"tiles/{key}.parquet", f"slides/{key}.json"):
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_label_and_macro_images_are_never_read(
+    slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels show names: the pages cannot be decoded, and asking OpenSlide for them fails."""
+    path = tmp_path / "aperio" / "s.svs"
+    path.parent.mkdir()
+    rgb = np.full((448, 640, 3), 243, np.uint8)
+    rgb[64:320, 128:512] = (200, 110, 170)
+    text = "Aperio Image Library v1\n"
+    jpeg = {"compression": "jpeg", "photometric": "rgb", "metadata": None}
+    with tifffile.TiffWriter(path) as file:
+        about = f"{text}640x448 [0,0 640x448] (64x64) JPEG/RGB Q=70|AppMag = 20|MPP = 0.5"
+        file.write(rgb, tile=(64, 64), description=about, **jpeg)
+        file.write(rgb[::4, ::4], description=f"{text}thumbnail", **jpeg)
+        for kind, number in (("label", 1), ("macro", 9)):
+            picture = np.full((100, 120, 3), (255, 0, 255), np.uint8)
+            about = f"{text}{kind} 120x100"
+            file.write(picture, description=about, subfiletype=number, rowsperstrip=100, **jpeg)
+    with tifffile.TiffFile(path) as tiff:
+        places = [(p.dataoffsets[0], p.databytecounts[0]) for p in tiff.pages[2:]]  # type: ignore[index]
+    with path.open("r+b") as file:
+        for offset, size in places:
+            file.seek(offset)
+            file.write(b"\0" * size)
+    assert "macro" in list(openslide.OpenSlide(path).associated_images)
+
+    def never(slide: object) -> None:
+        raise AssertionError("an associated image was asked for")
+
+    monkeypatch.setattr(openslide.OpenSlide, "associated_images", property(never))
+    assert inspect_slides(str(path))["problems"] == []
+    assert _tile(path, tmp_path / "out") == 0
+    (key,) = _ids(tmp_path / "out")
+    drawn = np.asarray(Image.open(tmp_path / "out" / "thumbnails" / f"{key}.png").convert("RGB"))
+    assert not (drawn == (255, 0, 255)).all(-1).any()
 
 
 def test_slide_that_cannot_be_read_ends_it_or_is_left_out(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,22 @@ def test_a_tiff_of_one_level_is_a_slide_by_its_size_and_tiling(
     tifffile.imwrite(tmp_path / "p1" / "a.tif", pixels, tile=tile, photometric="rgb", **size)
     found = find_tiles(str(tmp_path), WantedTiles(stains={"he": "*"}))
     assert found.layout == layout and len(found.items) == 1
+
+
+def test_pipes_and_lost_links_are_passed_over_in_folders_and_named_in_tables(
+    tmp_path: Path,
+) -> None:
+    write_tiles(tmp_path, ["he/p1/0_0.png"])
+    os.mkfifo(tmp_path / "he" / "p1" / "0_8.png")
+    (tmp_path / "he" / "p1" / "8_0.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "he" / "p1" / "8_8.png").symlink_to(tmp_path / "he" / "p1" / "0_0.png")
+    (tmp_path / "he" / "p1" / "._0_0.png").write_bytes(b"\0\5\x16\7")
+    found = find_tiles(str(tmp_path), WantedTiles(stains={"he": "he"}))
+    assert found.items[0].names == ["p1/0_0", "p1/8_8"]
+    for name in ("0_8", "8_0"):
+        (tmp_path / "manifest.csv").write_text(f"id,slide,he\na,p1,he/p1/{name}.png\n")
+        with pytest.raises(DataError, match=rf"1 files that it names are not there.*{name}"):
+            find_tiles(str(tmp_path), WantedTiles(stains={"he": "he"}))
 
 
 def test_tiles_are_cut_out_of_slides_where_tissue_is(cache_folder: Path) -> None:

@@ -171,6 +171,8 @@ def parse(text: str, file: str, mistakes: list[Mistake], numbered: bool = True) 
         line = mark.line + 1 if mark is not None and numbered else None
         detail = ", ".join(part for part in (error.context, error.problem) if part)
         advice = "Check the indentation, quotes and brackets there and on the line before."
+        if "alias" in detail:
+            advice = "Put quotes around a text that begins with a star, such as '*'."
         mistakes.append(Mistake(f"Not valid YAML: {detail}", Where(file, line), advice))
         return None
     except yaml.YAMLError as error:

@@ -255,12 +255,13 @@ def _tile_of(parts: Sequence[str], stain: str) -> str | None:
 
 
 def _pictures(root: str) -> Iterable[str]:
-    """Yield all pictures below a folder, sorted; names that begin with a dot are passed over."""
+    """Yield all pictures below a folder, sorted; hidden files, pipes and lost links are not."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.lower().endswith(ENDINGS) and not name.startswith("."):
-                yield os.path.join(folder, name)
+            path = os.path.join(folder, name)
+            if name.lower().endswith(ENDINGS) and name[0] != "." and os.path.isfile(path):
+                yield path
 
 
 def _must_match(root: str, wanted: WantedTiles, matched: set[str], names: Sequence[str]) -> None:
