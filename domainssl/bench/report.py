@@ -49,6 +49,7 @@ SUBJECTS = {
     "volumes": "boxes of prepared volumes from both tiers against MONAI's cached data sets",
     "tiles": "tiles of slides against plain OpenSlide reads of the same tiles, and memory",
     "sliding": "sliding windows over volumes against MONAI's in memory, and memory at 384³",
+    "embed": "embedding a scene against a plain loop over the same windows, and memory",
     "overhead": "logging and callbacks of the recipe against a bare Trainer",
     "evaluate": "from the start of evaluate to its report, cold and with kept features",
     "startup": "import and help against importing Lightning's command line",
