@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ __all__ = ["starting_backbone"]
 logger = logging.getLogger(__name__)
 
 _RECIPE = "recipe:"
-_LEAST_REGION = 16  # rows and columns of tiles, as TITAN's
+_REGION = 16  # rows and columns of tiles, as TITAN's
 _WHERE = "model.init_args.backbone"
 
 
@@ -91,8 +90,7 @@ def _on_a_grid(modality: Modality) -> Modality:
     """Return features of a bag as those of a region: objectives want one, backbones take both."""
     if modality.kind != "features" or len(modality.size) != 1:
         return modality
-    side = max(_LEAST_REGION, math.isqrt(modality.size[0]))
-    return dataclasses.replace(modality, size=(side, side))
+    return dataclasses.replace(modality, size=(_REGION, _REGION))
 
 
 def _recipe_file(name: str) -> Path:

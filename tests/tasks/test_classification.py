@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from domainssl import export_backbone
 from domainssl.errors import ConfigError, DataError
-from domainssl.tasks import ClassLoss, PooledHead, Tuning
+from domainssl.modality import Modality
+from domainssl.tasks import ClassificationTask, ClassLoss, PooledHead, Tuning
 from domainssl.tasks.classification import class_loss
 from domainssl.tasks.pooled import GatedPool
 from domainssl.tasks.tuning import merge_adapters
@@ -33,6 +34,21 @@ def test_the_backbone_of_a_recipe_is_built_for_the_data_and_says_that_it_is_rand
     assert found.arguments["backbone"] == "recipe:tiles_mae"
     with pytest.raises(ConfigError, match="no recipe 'tiles_mea'.* Did you mean 'tiles_mae'"):
         task(backbone="recipe:tiles_mea")
+
+
+@pytest.mark.parametrize("tokens", [64, 2048])
+def test_bags_of_any_size_start_from_a_recipe_of_regions(tokens):
+    bag = Modality(
+        name="tiles", kind="features", channels=("a", "b"), value_unit="arbitrary", size=(tokens,),
+        mean=(0.0,) * 2, std=(1.0,) * 2,
+    )  # fmt: skip
+    found = ClassificationTask(
+        "recipe:slides_titan", modalities={"tiles": bag}, classes=("x", "y"),
+        context_size=(tokens,), head=PooledHead(kind="gated"),
+    ).eval()  # fmt: skip
+    places = torch.stack([torch.arange(tokens), torch.arange(tokens)], 1).expand(2, -1, -1)
+    given = {"tiles": torch.randn(2, tokens, 2), "tiles.coords": places}
+    assert found.logits(given).shape == (2, 2)
 
 
 @pytest.mark.parametrize(("mode", "trained"), [("full", "all"), ("frozen", "none"), ("lora", "a")])
