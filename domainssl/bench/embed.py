@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from domainssl.backbones.vit import ViTBackbone
+from domainssl.backbones.vit import ViTArchitecture, ViTBackbone
 from domainssl.bench.processes import Side
 from domainssl.bench.report import Goal, Row, Settings, interleaved, ratio
 from domainssl.errors import require
@@ -67,9 +67,8 @@ def tiny_backbone() -> ViTBackbone:
         "kind": "image", "channels": BANDS, "value_unit": "dn", "size": (_WINDOW, _WINDOW),
         "gsd_m": 10.0, "mean": (2000.0,) * 12, "std": (1500.0,) * 12,
     }  # fmt: skip
-    sizes = {"width": 96, "depth": 4, "heads": 3}
-    backbone: ViTBackbone = ViTBackbone({"s2": s2}, sizes, patch_size=_PATCH).eval()
-    return backbone
+    sizes = ViTArchitecture(width=96, depth=4, heads=3)
+    return ViTBackbone({"s2": s2}, sizes, patch_size=_PATCH).eval()
 
 
 def write_scene(path: Path, side: int) -> Path:
