@@ -242,7 +242,7 @@ class DenseEmbedding:
             for record in (_record(target), working / "request.json"):
                 if restart or not record.is_file():
                     continue
-                found = read_json(record)
+                found = {n: v for n, v in read_json(record).items() if n != "left_out"}
                 wanted = _plain(layout)
                 if found != wanted:
                     names = {*found, *wanted}
@@ -310,6 +310,28 @@ class DenseEmbedding:
         if self._is_complete(number):
             self._complete(number)
 
+    def leave_out(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """Take shards that cannot be made for done: their vectors are missing.
+
+        Args:
+            reasons: Why, by key.
+
+        Returns:
+            Why, by item and shard.
+
+        Raises:
+            DataError: Nothing can be written.
+        """
+        for key, reason in reasons.items():
+            number = int(key.partition("/")[0])
+            self._prepare(number)
+            write_whole(self._mark(key), reason.encode())
+        for number in sorted({int(key.partition("/")[0]) for key in reasons}):
+            if self._is_complete(number):
+                self._complete(number)
+        named = ((key.partition("/"), reason) for key, reason in reasons.items())
+        return {f"{self.items[int(n)].name}, shard {at}": why for (n, _, at), why in named}
+
     def _prepare(self, number: int) -> None:
         """Write the empty store, once."""
         working = self._working(number)
@@ -347,7 +369,11 @@ class DenseEmbedding:
                 os.rename(working / "store", target)
             else:
                 self.writer(store, layout, target)
-            write_json(_record(target), _plain(layout))
+            marks = sorted(p for p in (working / "done").iterdir() if p.name[0] != ".")
+            left_out = {p.name: p.read_text() for p in marks if p.stat().st_size}
+            write_json(
+                _record(target), _plain(layout) | ({"left_out": left_out} if left_out else {})
+            )
             shutil.rmtree(working, ignore_errors=True)
         with suppress(OSError):
             Path(lock.lock_file).unlink()

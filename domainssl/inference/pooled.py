@@ -47,6 +47,7 @@ class PooledEmbedding:
         backbone: What computes.
         options: How; halo and dtype of windows do not count here.
         facts: Written into the file.
+        skip_bad: Give items that cannot be read a vector of NaN, and list them.
     """
 
     target: Path
@@ -55,6 +56,7 @@ class PooledEmbedding:
     backbone: Backbone
     options: DenseOptions
     facts: Mapping[str, Any] = field(default_factory=dict)
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         count = -(-len(self.scenes) // _GROUP)
@@ -97,6 +99,7 @@ class PooledEmbedding:
                 self.target.unlink(missing_ok=True)
         for record in (self._record, self.folder / "request.json"):
             found = read_json(record) if record.is_file() else self._request
+            found = {name: value for name, value in found.items() if name != "left_out"}
             if found != self._request:
                 names = {*found, *self._request}
                 differing = sorted(n for n in names if found.get(n) != self._request.get(n))
@@ -133,6 +136,13 @@ class PooledEmbedding:
     def _part(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
 
+    def left_out(self) -> dict[str, str]:
+        """Return why items were left out, by name."""
+        if self._record.is_file():
+            return dict(read_json(self._record).get("left_out", {}))
+        parts = [self._part(key).with_suffix(".json") for key in self.keys]
+        return {n: why for part in parts if part.is_file() for n, why in read_json(part).items()}
+
     def make(self, key: str) -> None:
         """Compute the vectors of a group; the last one writes the table.
 
@@ -140,8 +150,10 @@ class PooledEmbedding:
             DataError: An item cannot be read, or the table not written.
         """
         if not self._part(key).is_file():
-            content = io.BytesIO()
-            np.save(content, self._compute(int(key)), allow_pickle=False)
+            content, left_out = io.BytesIO(), dict[str, str]()
+            np.save(content, self._compute(int(key), left_out), allow_pickle=False)
+            if left_out:
+                write_json(self._part(key).with_suffix(".json"), left_out)
             write_whole(self._part(key), content.getbuffer())
         if all(self._part(k).is_file() for k in self.keys):
             with FileLock(self.folder / "lock"):
@@ -165,22 +177,28 @@ class PooledEmbedding:
         try:
             write_whole(self.target, content)
             write_scatter(self.target.with_suffix(".png"), vectors)
-            write_json(self._record, self._request)
+            left_out = self.left_out()
+            write_json(self._record, self._request | ({"left_out": left_out} if left_out else {}))
         except OSError as error:
             raise DataError(
                 f"{self.target}: cannot be written ({error.strerror or error}). Make room; the "
                 "same command goes on."
             ) from error
 
-    def _compute(self, number: int) -> Array:
-        """Return the vectors of a group, float32 (N, E), NaN of items without a valid pixel."""
+    def _compute(self, number: int, left_out: dict[str, str]) -> Array:
+        """Return the vectors of a group, float32 (N, E), NaN of items without a valid pixel.
+
+        Items that are left out are NaN too, and noted in `left_out`.
+        """
         first = number * _GROUP
         members = range(first, min(first + _GROUP, len(self.scenes)))
         dim = self.backbone.embed_dim[self.windows[0].feature]
         sums = np.zeros((len(members), dim), np.float64)
         weights = np.zeros(len(members), np.float64)
         self.backbone.to(self.options.device).eval()
-        for rows, counts, batch in _batches(self._windows(members), self.options.batch_size):
+        for rows, counts, batch in _batches(
+            self._windows(members, left_out), self.options.batch_size
+        ):
             moved = {
                 k: v.to(self.options.device) if isinstance(v, Tensor) else v
                 for k, v in batch.items()
@@ -193,15 +211,25 @@ class PooledEmbedding:
             at = [row - first for row in rows]
             np.add.at(sums, at, found * np.asarray(counts)[:, None])
             np.add.at(weights, at, counts)
+        weights[[self.scenes[member].name in left_out for member in members]] = 0
+        sums[weights == 0] = np.nan
         with np.errstate(invalid="ignore", divide="ignore"):
             return (sums / weights[:, None]).astype(np.float32)
 
-    def _windows(self, members: Sequence[int]) -> Iterator[tuple[int, float, Batch]]:
+    def _windows(
+        self, members: Sequence[int], left_out: dict[str, str]
+    ) -> Iterator[tuple[int, float, Batch]]:
         """Yield item, valid pixels and batch of every window that shows something."""
         for member in members:
             scene, windows = self.scenes[member], self.windows[member]
             for at in product(*(range(n) for n in scene.shape(windows))):
-                batch = scene.read(windows, [slice(i, i + 1) for i in at])
+                try:
+                    batch = scene.read(windows, [slice(i, i + 1) for i in at])
+                except DataError as error:
+                    if not self.skip_bad:
+                        raise
+                    left_out[scene.name] = str(error)
+                    break
                 count = float(batch[key(next(iter(scene.parts)), "valid")].float().sum())
                 if count:
                     yield member, count, batch

@@ -7,6 +7,7 @@ print(done.outputs)
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from domainssl.backbones.base import Backbone
-from domainssl.errors import ConfigError, nearest
+from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.inference.dense import DenseEmbedding, DenseOptions
 from domainssl.inference.inputs import Found, find_inputs, is_raster
 from domainssl.inference.pooled import PooledEmbedding
@@ -29,6 +30,8 @@ from domainssl.lazy import lazily
 from domainssl.pieces import Plan, Shard, build
 
 __all__ = ["EmbedOptions", "Embedded", "embed"]
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -66,12 +69,14 @@ class Embedded:
         pieces: Pieces of this call that are done.
         resumed: Those of them that were done before.
         missing: Parts of which pieces are missing.
+        left_out: Why something could not be read and was left out, by its name.
     """
 
     outputs: list[Path] = field(default_factory=list)
     pieces: int = 0
     resumed: int = 0
     missing: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def embed(
@@ -112,9 +117,35 @@ def embed(
             "BACKBONE SLIDES --output DIR, or tile SLIDES --features BACKBONE."
         )
     found = find_inputs(source, list(loaded.modalities), is_raster, "a GeoTIFF or Zarr store")
+    scenes, unopened = _opened(loaded, found, options.scene, skip_bad=plan.skip_bad)
     if options.pooled:
-        return _run(_pooled(loaded, found, Path(output), options), plan, progress, "groups")
-    return _run(_dense(loaded, found, Path(output), options), plan, progress, "shards")
+        table = _pooled(loaded, scenes, Path(output), options)
+        table.skip_bad = plan.skip_bad
+        done = _run(table, plan, progress, "groups")
+    else:
+        done = _run(_dense(loaded, scenes, Path(output), options), plan, progress, "shards")
+    done.left_out = {**unopened, **done.left_out}
+    return done
+
+
+def _opened(
+    backbone: Backbone, found: Sequence[Found], options: SceneOptions, *, skip_bad: bool
+) -> tuple[list[Scene], dict[str, str]]:
+    """Return the rasters, and why others cannot be opened.
+
+    Raises:
+        DataError: One cannot be opened, or none where bad ones are left out.
+    """
+    scenes, left_out = [], dict[str, str]()
+    for each in found:
+        try:
+            scenes.append(open_scene(each.files, backbone, options, each.name))
+        except DataError as error:
+            if not skip_bad or len(left_out) + 1 == len(found):
+                raise
+            logger.warning("%s is left out: %s", each.name, error)
+            left_out[each.name] = str(error)
+    return scenes, left_out
 
 
 def _run(
@@ -128,6 +159,11 @@ def _run(
         work.order = plan.shard.mine(list(work.keys))
     try:
         built = build(work, plan, progress, noun=noun)
+        left_out = built.skipped
+        if isinstance(work, DenseEmbedding):
+            left_out = work.leave_out(built.skipped)
+        elif isinstance(work, PooledEmbedding):
+            left_out = {**left_out, **work.left_out()}
     finally:
         work.release()
     targets = [work.target] if isinstance(work, PooledEmbedding) else work.outputs
@@ -136,6 +172,7 @@ def _run(
         pieces=built.entries,
         resumed=built.resumed,
         missing=built.missing,
+        left_out=left_out,
     )
 
 
@@ -179,9 +216,8 @@ def _of_rank(plan: Plan) -> Plan:
 
 
 def _dense(
-    backbone: Backbone, found: Sequence[Found], output: Path, options: EmbedOptions
+    backbone: Backbone, scenes: Sequence[Scene], output: Path, options: EmbedOptions
 ) -> DenseEmbedding:
-    scenes = [open_scene(each.files, backbone, options.scene, each.name) for each in found]
     form = options.form or "zarr"
     if form == "nifti":
         raise ConfigError("--format nifti: is for volumes; rasters become zarr or cog.")
@@ -234,11 +270,10 @@ def _volumes(
 
 
 def _pooled(
-    backbone: Backbone, found: Sequence[Found], output: Path, options: EmbedOptions
+    backbone: Backbone, scenes: Sequence[Scene], output: Path, options: EmbedOptions
 ) -> PooledEmbedding:
     if output.suffix.lower() not in (".parquet", ".geoparquet"):
         raise ConfigError(f"--output {output}: --pooled writes one table; give a .parquet file.")
-    scenes = [open_scene(each.files, backbone, options.scene, each.name) for each in found]
     return PooledEmbedding(
         target=output,
         scenes=scenes,

@@ -12,9 +12,10 @@ import torch
 from cube_files import LEFT, TOP, coded, write_geotiff
 
 from domainssl.backbones.vit import ViTBackbone
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, DataError
 from domainssl.inference import pooled
 from domainssl.inference.run import embed
+from domainssl.inference.scenes import Scene
 from domainssl.io.raster.geozarr import VectorStore
 from domainssl.pieces import Plan, Shard
 
@@ -155,3 +156,27 @@ def test_a_manifest_names_items_and_modalities(tmp_path: Path) -> None:
     embed(backbone.eval(), tmp_path / "m.csv", tmp_path / "out", stored_unit="s1=db")
     facts = VectorStore(tmp_path / "out" / "place.zarr").facts
     assert facts["feature"] == "joint" and list(facts["window"]) == ["s1", "s2"]
+
+
+def test_an_item_that_cannot_be_read_gets_no_vector_and_is_named(
+    backbone: ViTBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("a", "b"):
+        write(tmp_path / "in" / f"{name}.tif", 40)
+    read = Scene.read
+
+    def damaged(scene: Scene, windows: Any, box: Any) -> Any:
+        if scene.name == "b":
+            raise DataError("b.tif: cannot be read.")
+        return read(scene, windows, box)
+
+    monkeypatch.setattr(Scene, "read", damaged)
+    output = tmp_path / "t.parquet"
+    plan = Plan(jobs=0, skip_bad=True)
+    done = embed(backbone, tmp_path / "in", output, pooled=True, plan=plan)
+    assert done.left_out == {"b": "b.tif: cannot be read."}
+    rows = parquet.read_table(output)["embedding"].to_pylist()
+    assert np.isfinite(rows[0]).all() and (rows[1] is None or np.isnan(rows[1]).all())
+    again = embed(backbone, tmp_path / "in", output, pooled=True, plan=plan)
+    assert again.resumed == 1 and list(again.left_out) == ["b"]

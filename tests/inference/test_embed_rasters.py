@@ -191,6 +191,71 @@ def test_parts_ranks_processes_and_resumed_calls_write_the_same_store(
     assert not left
 
 
+def test_several_processes_write_equal_bytes(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path, small_shards: None
+) -> None:
+    embed(backbone, scene, tmp_path / "one.zarr", plan=Plan(jobs=0))
+    embed(backbone, scene, tmp_path / "two.zarr", plan=Plan(jobs=2))
+    assert equal_folders(tmp_path / "one.zarr", tmp_path / "two.zarr")
+    for ending in (".png", ".zarr.json"):
+        one, two = (tmp_path / f"{name}{ending}" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_shard_that_cannot_be_read_is_missing_in_a_complete_store(
+    scene: Path,
+    backbone: ViTBackbone,
+    tmp_path: Path,
+    small_shards: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = dense.DenseEmbedding._read
+
+    def damaged(work: dense.DenseEmbedding, key: str) -> Any:
+        if key == "0/1.2":
+            raise DataError("scene.tif: rows 64 to 128 cannot be read.")
+        return read(work, key)
+
+    monkeypatch.setattr(dense.DenseEmbedding, "_read", damaged)
+    output = tmp_path / "e.zarr"
+    with pytest.raises(DataError, match="--skip_bad"):
+        embed(backbone, scene, output)
+    assert not output.exists()
+    done = embed(backbone, scene, output, plan=Plan(jobs=0, skip_bad=True))
+    assert (done.outputs, done.pieces, done.missing) == ([output], 15, [])
+    assert list(done.left_out) == ["scene, shard 1.2"]
+    missing = np.isnan(vectors(output)).all(0)
+    assert missing[8:16, 16:24].all() and not missing[:8].any() and not missing[16:].any()
+    assert list(dense.read_json(tmp_path / "e.zarr.json")["left_out"]) == ["1.2"]
+    assert embed(backbone, scene, output).resumed == 16  # complete, whoever asks
+    monkeypatch.undo()
+    monkeypatch.setattr(dense, "_SHARD_PIXELS", 64)
+    embed(backbone, scene, output, plan=Plan(jobs=0, restart=True))
+    assert np.isfinite(vectors(output)[:, 8:16, 16:24]).all()
+
+
+def test_a_raster_that_cannot_be_opened_is_left_out_and_named(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    (scene.parent / "bad.tif").write_bytes(b"II*\0 nothing")
+    with pytest.raises(DataError, match="bad.tif"):
+        embed(backbone, scene.parent, tmp_path / "out")
+    done = embed(backbone, scene.parent, tmp_path / "out", plan=Plan(jobs=0, skip_bad=True))
+    assert [p.name for p in done.outputs] == ["scene.zarr"] and list(done.left_out) == ["bad"]
+
+
+def test_a_raster_without_a_shard_that_can_be_read_is_all_missing(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(work: dense.DenseEmbedding, key: str) -> Any:
+        raise DataError("scene.tif: cannot be read.")
+
+    monkeypatch.setattr(dense.DenseEmbedding, "_read", damaged)
+    done = embed(backbone, scene, tmp_path / "e.zarr", plan=Plan(jobs=0, skip_bad=True))
+    assert done.pieces == 0 and len(done.left_out) == 1
+    assert np.isnan(vectors(tmp_path / "e.zarr")).all()
+
+
 def test_the_size_of_batches_changes_nothing_but_rounding(
     backbone: ViTBackbone, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from scan_files import oblique, write_nifti
 
 from domainssl.backbones.vit import ViTBackbone
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, DataError
 from domainssl.inference import dense
 from domainssl.inference.run import embed
 from domainssl.io.raster.geozarr import VectorStore
@@ -113,6 +113,18 @@ def test_exams_of_a_folder_are_hashed_kept_and_never_mixed(
         backbone(), tmp_path / "in", tmp_path / "out", halo=0, plan=Plan(jobs=0, restart=True)
     )
     assert done.resumed == 0
+
+
+@pytest.mark.parametrize("mask", ["anna_seg.nii.gz", "labels/anna.nii.gz"])
+def test_segmentation_maps_are_no_exams(tmp_path: Path, mask: str) -> None:
+    for name in ("anna.nii.gz", mask):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_nifti(tmp_path / "in" / name, blob((16, 16, 16)), np.eye(4))
+    done = embed(backbone(), tmp_path / "in", tmp_path / "out", ids="plain")
+    assert [p.name for p in done.outputs] == ["anna.nii.gz"]
+    (tmp_path / "in" / "anna.nii.gz").unlink()
+    with pytest.raises(DataError, match="only 1 segmentation maps"):
+        embed(backbone(), tmp_path / "in", tmp_path / "out")
 
 
 def test_a_killed_call_goes_on_in_the_middle_of_an_exam(

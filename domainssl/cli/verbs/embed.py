@@ -87,6 +87,8 @@ def _report(done: Embedded, screen: object) -> None:
         screen.print(f"  {path}", markup=False)
     if len(done.outputs) > 20:
         screen.print(f"  and {len(done.outputs) - 20} more")
+    for name, reason in done.left_out.items():
+        screen.print(f"left out: {name}: {reason}", markup=False)
     if done.missing:
         screen.print(f"parts that are missing: {', '.join(done.missing)}", markup=False)
 

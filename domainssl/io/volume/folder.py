@@ -35,7 +35,9 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
     matched: set[str] = set()
     seen: list[str] = []
     names = {**wanted.contrasts}
-    masks = MASKS if wanted.mask in MASKS else (wanted.mask,) if wanted.mask else ()
+    masks: tuple[str, ...] = (wanted.mask,)
+    if not wanted.mask or wanted.mask in MASKS:  # maps are no scans, wanted or not
+        masks = tuple(name for name in MASKS if name not in names.values())
     for path in list_scans(root):
         parts = _parts(path, root)
         place = _other(parts, masks)
@@ -57,7 +59,9 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
                 )
             else:
                 files[name] = path
-    _must_match(root, names, matched, seen)
+    _must_match(root, names, matched, seen, len(extra))
+    if not wanted.mask:
+        extra = {exam: {k: v for k, v in e.items() if k != "mask"} for exam, e in extra.items()}
     problems += _assign(extra, scans, names)
     exams = [_exam(exam, files, extra.get(exam, {})) for exam, files in sorted(scans.items())]
     if not wanted.patient:
@@ -130,7 +134,14 @@ def _crowds(root: str, exams: Sequence[Exam]) -> list[str]:
     ]
 
 
-def _must_match(root: str, names: dict[str, str], matched: set[str], seen: Sequence[str]) -> None:
+def _must_match(
+    root: str, names: dict[str, str], matched: set[str], seen: Sequence[str], others: int
+) -> None:
+    if not seen and others:
+        raise DataError(
+            f"{root}: no scan there, only {others} segmentation maps, as their names say "
+            f"({', '.join(MASKS)}). Rename those that are scans."
+        )
     if not seen:
         raise DataError(
             f"{root}: no volume there (NIfTI, NRRD, MetaImage, MGZ or a DICOM series). Check "
