@@ -44,19 +44,22 @@ class Reads:
     optional: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleKeys:
     """Keys of what items hold besides modalities; `auto` takes them where they are there.
 
     Attributes:
         label: Class number, or 0 and 1 per class (`label_multi`); null for none.
         mask: Class per pixel, (H, W) or (X, Y, Z), cut as the modalities are; null for none.
+        target: Number to predict, or (R,) of them; (H, W), (X, Y, Z) or one map per number in
+            front, cut as the modalities are; NaN where it is not known; null for none.
         id: Name of the item. The default counts: names of files may be names of persons.
         dates: Days since 1970-01-01 of each modality that has them, by modality.
     """
 
     label: str | None = "auto"
     mask: str | None = "auto"
+    target: str | None = "auto"
     id: str | None = None
     dates: Mapping[str, str] | None = None
 
@@ -145,7 +148,8 @@ class DatasetSource:
         cut = self._cut(index, epoch)
         for modality in self.modalities.values():
             item |= self._modality(where, found, modality, cut)
-        return item | self._labels(where, found) | self._mask(where, found, cut)
+        item |= self._labels(where, found) | self._mask(where, found, cut)
+        return item | self._target(where, found, cut)
 
     def _sample(self, where: str, number: int, index: int, epoch: int) -> Mapping[str, Any]:
         """Return an item as a mapping."""
@@ -203,8 +207,8 @@ class DatasetSource:
         values, valid = _measured(values.as_subclass(Tensor), axis, reads, modality, where)
         if cut is not None and modality.size:
             own = cut.scaled(self._size_read(name)[0] // self._room[0])
-            values = torch.from_numpy(np.ascontiguousarray(own.view(values.numpy())))
-            valid = torch.from_numpy(np.ascontiguousarray(own.view(valid.numpy())))
+            values = torch.from_numpy(own.view(values.numpy()).copy())
+            valid = torch.from_numpy(own.view(valid.numpy()).copy())
             if affine is not None and modality.kind == "volume":
                 affine = torch.as_tensor(affine, dtype=torch.float64) @ torch.from_numpy(
                     own.to_source()
@@ -274,7 +278,7 @@ class DatasetSource:
 
     def _labels(self, where: str, found: Mapping[str, Any]) -> Batch:
         wanted = self.keys.label
-        if wanted is None or (wanted == "auto" and "label" not in found):
+        if wanted is None or (wanted == "auto" and not self._is_free("label", found)):
             return {}
         key = "label" if wanted == "auto" else wanted
         label = _tensor(_entry(found, key, where, "data.init_args.keys.label"), key, where)
@@ -294,15 +298,13 @@ class DatasetSource:
 
     def _mask(self, where: str, found: Mapping[str, Any], cut: Cut | None) -> Batch:
         wanted = self.keys.mask
-        if wanted is None or (wanted == "auto" and found.get("mask") is None):
+        if wanted is None or (wanted == "auto" and not self._is_free("mask", found)):
             return {}
         key = "mask" if wanted == "auto" else wanted
         mask = _tensor(_entry(found, key, where, "data.init_args.keys.mask"), key, where)
-        axes = len(self._room)
-        if mask.ndim == axes + 1 and mask.shape[0] == 1:
+        if mask.ndim == len(self._room) + 1 and mask.shape[0] == 1:
             mask = mask[0]
-        times = mask.shape[0] // self._room[0] if mask.ndim == axes and axes else 0
-        if tuple(mask.shape) != tuple(side * times for side in self._room) or not times:
+        if mask.ndim != len(self._room) or not self._times(mask):
             raise DataError(
                 f"{where}: {key!r} has the shape {tuple(mask.shape)}; expected one class per pixel "
                 f"of {list(self._room)}, or a multiple. Set data.init_args.keys.mask: null to "
@@ -310,10 +312,61 @@ class DatasetSource:
             )
         if not mask.isfinite().all():
             raise DataError(f"{where}: {key!r} holds NaN; a mask holds whole numbers.")
-        if cut is not None:
-            own = cut.scaled(times)
-            mask = torch.from_numpy(np.ascontiguousarray(own.view(mask.numpy())))
-        return {"mask": mask.long()}
+        return {"mask": self._cut_map(mask, cut).long()}
+
+    def _is_free(self, name: str, found: Mapping[str, Any]) -> bool:
+        """Tell whether `auto` takes an entry: it is there and not named as the target."""
+        return found.get(name) is not None and self.keys.target != name
+
+    def _times(self, values: Tensor) -> int:
+        """Return how many pixels of a map (..., *S) lie on one of the coarsest; 0 if it differs."""
+        axes = len(self._room)
+        sides = tuple(values.shape[values.ndim - axes :])
+        times = sides[0] // self._room[0] if axes and values.ndim >= axes else 0
+        return times if sides == tuple(side * times for side in self._room) else 0
+
+    def _cut_map(self, values: Tensor, cut: Cut | None) -> Tensor:
+        """Return the window of a map (..., *S)."""
+        if cut is None:
+            return values
+        own = cut.scaled(self._times(values))
+        return torch.from_numpy(own.view(values.numpy()).copy())
+
+    def _target(self, where: str, found: Mapping[str, Any], cut: Cut | None) -> Batch:
+        wanted, setting = self.keys.target, "data.init_args.keys.target"
+        if wanted is None or (wanted == "auto" and not _is_number(found.get("target"))):
+            return {}
+        key = "target" if wanted == "auto" else wanted
+        target = _tensor(_entry(found, key, where, setting), key, where).float()
+        if target.isinf().any():
+            raise DataError(
+                f"{where}: {key!r} holds infinite numbers; expected finite ones, NaN where a "
+                f"number is not known. Set {setting}: null to leave it out."
+            )
+        axes = len(self._room)
+        if target.ndim < 2 or not axes:
+            if target.ndim > 1:
+                raise DataError(
+                    f"{where}: {key!r} has the shape {tuple(target.shape)}; expected one number, "
+                    f"or (R,) of them. Set {setting}: null to leave it out."
+                )
+            return {"target": target.reshape(()) if target.numel() == 1 else target}
+        if target.ndim == axes + 1 and target.shape[0] == 1:
+            target = target[0]
+        if target.ndim not in (axes, axes + 1) or not self._times(target):
+            raise DataError(
+                f"{where}: {key!r} has the shape {tuple(target.shape)}; expected numbers per pixel "
+                f"of {list(self._room)} or a multiple, or one map per number in front. Set "
+                f"{setting}: null to leave it out."
+            )
+        return {"target": self._cut_map(target, cut)}
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether an entry can be numbers, unlike the boxes and texts of other data sets."""
+    if isinstance(value, Tensor):
+        return True
+    return isinstance(value, int | float | np.number | np.ndarray)
 
 
 def _entry(found: Mapping[str, Any], key: str, where: str, setting: str) -> Any:

@@ -17,9 +17,10 @@ from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.modality import Batch, Modality, as_modalities, key
 from domainssl.options import as_dataclass
+from domainssl.tasks.dense import DenseHead, Tiles
 from domainssl.tasks.heads_3d import MapLevel
 from domainssl.tasks.maps import dense_maps
-from domainssl.tasks.segmentation import DenseHead, SegmentationLoss, SegmentationTask, Tiles
+from domainssl.tasks.segmentation import SegmentationLoss, SegmentationTask
 from domainssl.tasks.tuning import Tuning
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization

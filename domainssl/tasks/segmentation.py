@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics import classification as scores
@@ -20,46 +20,17 @@ from domainssl.backbones.base import Backbone
 from domainssl.distributed import global_mean
 from domainssl.errors import ConfigError, DataError, nearest, require
 from domainssl.modality import Batch, Modality
-from domainssl.nn.sliding import Blending, Box, Windows, slide_over
 from domainssl.options import as_dataclass
 from domainssl.tasks.base import Task, metric_collection
 from domainssl.tasks.classification import ClassLoss, class_loss
-from domainssl.tasks.heads_2d import HEADS_2D
-from domainssl.tasks.heads_3d import HEADS_3D
-from domainssl.tasks.maps import MapFusion, dense_maps, map_levels
+from domainssl.tasks.dense import DenseHead, DenseMaps, Tiles
 from domainssl.tasks.tuning import Tuning
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
 
-__all__ = ["DenseHead", "SegmentationLoss", "SegmentationTask", "Tiles"]
+__all__ = ["SegmentationLoss", "SegmentationTask"]
 
 Terms = Literal["cross_entropy", "focal", "dice", "dice_ce"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseHead:
-    """How maps of features become a class per pixel.
-
-    Attributes:
-        name: Of images and series `linear`, `pyramid`, `unet`, `fpn` or `upernet`; of volumes
-            `light`, `unetr` or `swin_unetr`.
-        features: Names of the maps that are read; empty takes `joint` where the backbone has it,
-            else all.
-        width: Channels of the head; None takes its own.
-    """
-
-    name: str
-    features: tuple[str, ...] = ()
-    width: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "features", tuple(self.features))
-        known = [*HEADS_2D, *HEADS_3D]
-        if self.name not in known:
-            raise ConfigError(
-                f"model.init_args.head.name: got {self.name!r}, expected one of "
-                f"{', '.join(known)}.{nearest(self.name, known)}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,22 +67,7 @@ class SegmentationLoss:
         return ClassLoss(name=name, gamma=self.gamma, class_weights=self.class_weights)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiles:
-    """How items larger than a window are judged: in windows, as `predict` sees them.
-
-    Attributes:
-        size: Side of a window, one number or one per axis.
-        overlap: Share of a window that the next one covers again.
-        blending: How windows are joined; see `nn.sliding.Blend`.
-    """
-
-    size: int | tuple[int, ...]
-    overlap: float = 0.25
-    blending: Blending = "gaussian"
-
-
-class SegmentationTask(Task):
+class SegmentationTask(DenseMaps, Task):
     """Classify every pixel or voxel by `batch.mask`, int64 (B, *S); -1 counts for nothing.
 
     Args:
@@ -171,36 +127,7 @@ class SegmentationTask(Task):
                 f"model.init_args.loss.class_weights: got {weights}, expected one per class: "
                 f"{', '.join(self.classes)}."
             )
-        self.tiles = None if tiles is None else as_dataclass(Tiles, tiles)
-        self.axes = max(m.spatial_dims for m in self.backbone.modalities.values())
-        chosen = as_dataclass(DenseHead, head)
-        levels = map_levels(self.backbone, self._size(context_size), chosen.features)
-        if not chosen.features:
-            levels = {"joint": levels["joint"]} if "joint" in levels else levels
-        self.fusion = MapFusion(levels)
-        self.head = self._head(chosen)
-
-    def _size(self, context_size: int | tuple[int, ...] | None) -> tuple[int, ...]:
-        if isinstance(context_size, int):
-            return (context_size,) * self.axes
-        found = context_size or max((m.size for m in self.modalities.values()), default=())
-        if not found:
-            raise ConfigError(
-                "model.init_args.context_size: missing; the head is built for windows of a size."
-            )
-        return tuple(found)
-
-    def _head(self, chosen: DenseHead) -> nn.Module:
-        heads = HEADS_3D if self.axes == 3 else HEADS_2D
-        if chosen.name not in heads:
-            raise ConfigError(
-                f"model.init_args.head.name: {chosen.name!r} is no head for {self.axes} axes, "
-                f"expected one of {', '.join(heads)}."
-            )
-        options: dict[str, Any] = {"width": chosen.width} if chosen.width else {}
-        if self.axes == 3:
-            options["channels"] = sum(m.num_channels for m in self.backbone.modalities.values())
-        return heads[chosen.name](self.fusion.levels, len(self.classes), **options)
+        self._read_maps(as_dataclass(DenseHead, head), tiles, context_size)
 
     # -- what it says -----------------------------------------------------------------------
 
@@ -210,75 +137,11 @@ class SegmentationTask(Task):
         Args:
             batch: Raw physical values of any of the modalities.
         """
-        maps = dense_maps(self.backbone, batch, joint="joint" in self.fusion.names)
-        if "joint" in self.fusion.names and len(maps) == 1:  # of one modality, they are its own
-            maps.setdefault("joint", next(iter(maps.values())))
-        joined = self.fusion({n: m for n, m in maps.items() if n in self.fusion.names}, batch)
-        target: Any = self._image(batch) if self.axes == 3 else self._pixels(batch)
-        found: Tensor = self.head(joined, target)
-        return found.float()
+        return self._map_logits(batch)
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits; those of held-out items in windows, where `tiles` says so."""
-        if self.training or self.tiles is None:
-            return self.logits(batch)
-        return self._tiled(batch, self.tiles)
-
-    def _pixels(self, batch: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return the size of the batch on the pixels of the finest modality."""
-        known = self.backbone.modalities
-        finest = [min(each) for each in zip(*(m.steps for m in known.values()), strict=True)]
-        name = min((n for n in known if n in batch), key=lambda n: known[n].steps)
-        sides = batch[name].shape[-self.axes :]
-        return tuple(
-            round(side * step / least)
-            for side, step, least in zip(sides, known[name].steps, finest, strict=True)
-        )
-
-    def _image(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the normalised contrasts one after the other, (B, C, *S); zeros where absent."""
-        values = self.backbone.normalize(batch)
-        first = next(values[name] for name in self.backbone.modalities if name in values)
-        parts = []
-        for name, modality in self.backbone.modalities.items():
-            empty = first.new_zeros(len(first), modality.num_channels, *first.shape[2:])
-            parts.append(values.get(name, empty))
-        return torch.cat(parts, 1)
-
-    def _tiled(self, batch: Mapping[str, Any], tiles: Tiles) -> Tensor:
-        """Return the logits of all items, each from windows."""
-        shape, found = self._pixels(batch), []
-        windows = Windows(shape, tiles.size, tiles.overlap)
-        count = len(next(batch[name] for name in self.backbone.modalities if name in batch))
-        for item in range(count):
-            out = torch.empty(len(self.classes), *shape, device=self.device)
-
-            def sink(box: Box, values: Tensor, out: Tensor = out) -> None:
-                out[:, *box] = values
-
-            def read(box: Box, item: int = item) -> Batch:
-                return self._part(batch, item, box, shape)
-
-            slide_over(read, self.logits, windows, sink, mode=tiles.blending)
-            found.append(out)
-        return torch.stack(found)
-
-    def _part(self, batch: Mapping[str, Any], item: int, box: Box, shape: tuple[int, ...]) -> Batch:
-        """Return the batch of one item and box."""
-        out: Batch = {}
-        for name, value in batch.items():
-            modality, _, companion = name.partition(".")
-            if modality not in self.backbone.modalities or not isinstance(value, Tensor):
-                continue
-            own = value[item : item + 1]
-            if companion in ("", "valid"):
-                place: tuple[Any, ...] = tuple(
-                    slice(s.start * side // n, s.stop * side // n)
-                    for s, side, n in zip(box, own.shape[-self.axes :], shape, strict=True)
-                )
-                own = own[(..., *place)]
-            out[name] = own
-        return out
+        return self.logits(batch) if self.training else self._tiled(batch)
 
     # -- how it is judged -------------------------------------------------------------------
 

@@ -141,6 +141,55 @@ def test_a_series_keeps_its_dates_and_a_mask_its_pixels() -> None:
     assert rows["mask"][0].tolist() == [[5, 6], [9, 10]]
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.5, 0.5), (torch.tensor([1.5]), 1.5), (np.array([1.0, np.nan]), [1.0, float("nan")])],
+)
+def test_numbers_to_predict_are_float32(value: Any, expected: Any) -> None:
+    item = first(of({"val": Pairs(target=lambda _: value)}))
+    wanted = torch.tensor([expected], dtype=torch.float32)
+    torch.testing.assert_close(item["target"], wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [2, 4])  # one pixel of the coarsest, turned and flipped, too
+def test_maps_to_predict_are_cut_as_the_pixels_and_keep_what_is_not_known(size: int) -> None:
+    def height(number: int) -> Tensor:
+        rows, columns = torch.meshgrid(torch.arange(8), torch.arange(12), indexing="ij")
+        found = (1000.0 * number + 10 * (rows // 2) + columns // 2).double()
+        return torch.where(columns % 2 > 0, torch.nan, found)[None]
+
+    keys = SampleKeys(target="mask")  # as torchgeo names them; then it is no mask
+    window = Window(size=size)
+    data = of({"train": Pairs(mask=height)}, keys=keys, window=window, global_batch_size=6)
+    for batch in data.train_dataloader():
+        assert "mask" not in batch and "label" in batch
+        target = batch["target"]
+        assert target.shape == (6, size, size) and target.dtype == torch.float32
+        known = target.isfinite()
+        assert known.float().mean() == 0.5
+        fine = batch["s2"][:, 0].float().repeat_interleave(2, 1).repeat_interleave(2, 2)
+        assert torch.equal(target[known], fine[known])
+    several = of({"val": Pairs(target=lambda n: torch.cat([height(n), -height(n)]))})
+    assert first(several)["target"].shape == (1, 2, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.zeros(8, 11), "shape .8, 11.; expected numbers per pixel.*keys.target: null"),
+        (torch.zeros(2, 2, 8, 12), "expected numbers per pixel"),
+        (torch.tensor(torch.inf), "'target' holds infinite numbers"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(value: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        first(of({"val": Pairs(target=lambda _: value)}))
+
+
+def test_entries_that_are_no_numbers_are_no_targets() -> None:
+    assert "target" not in first(of({"val": Pairs(target=lambda _: {"boxes": [1, 2]})}))
+
+
 def test_monai_volumes_keep_their_affine_and_lists_of_crops_are_refused() -> None:
     affine = torch.diag(torch.tensor([2.0, 2.0, 3.0, 1.0]))
     items = [{"image": MetaTensor(torch.rand(1, 8, 8, 8) * 100, affine=affine)} for _ in range(3)]

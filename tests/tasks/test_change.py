@@ -13,8 +13,8 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.modality import Batch, Modality
 from domainssl.tasks import ChangeDetectionTask
 from domainssl.tasks.change import Comparison
+from domainssl.tasks.dense import DenseHead, Tiles
 from domainssl.tasks.export import export_task, load_task
-from domainssl.tasks.segmentation import DenseHead, Tiles
 
 CLASSES = ("unchanged", "changed")
 
