@@ -133,6 +133,13 @@ def test_slides_of_a_patient_stay_together_and_labels_follow_the_table(tmp_path)
         data(slides(tmp_path / "torn", "abcdef", rows=torn))
 
 
+def test_features_named_with_the_ending_of_the_slide_are_found_by_the_table(tmp_path):
+    names = ("s0.tif", "s1.tif", "s2.tif", "s3.tif")  # as `tile --ids plain` names them
+    rows = [{"slide_id": n, "case_id": n[:2], "label": "xyxy"[i]} for i, n in enumerate(names)]
+    module = data(slides(tmp_path, names, rows=rows), held_out=HeldOut(patients=("s3",)))
+    assert module.problems == [] and [s.id for s in module.splits["val"]] == ["s3.tif"]
+
+
 @pytest.mark.parametrize("kind", ["columns", "bool"])
 def test_splits_of_clam_say_which_slide_is_where(tmp_path, kind):
     slides(tmp_path, cells=block(2, 2))

@@ -143,12 +143,14 @@ def _rows(
             "the slides as the files of features are named."
         )
     found: dict[str, Mapping[str, str]] = {}
+    there = {file.slide for file in bags.files}
     for row in rows:
-        name = _stem(row[column])
+        name = row[column].strip()
+        if name not in there:  # else named with its ending, as `tile --ids plain` does
+            name = _stem(name)
         if name in found:
             raise DataError(f"{path}: slide {name!r} is there twice; keep one row per slide.")
         found[name] = row
-    there = {file.slide for file in bags.files}
     problems = _unmatched(found.keys(), there, path)
     if not found.keys() & there:
         raise DataError(
