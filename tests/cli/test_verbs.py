@@ -166,7 +166,7 @@ def test_doctor_names_packages_of_an_extra_that_are_too_old(monkeypatch):
         checkup.metadata, "version", lambda name: "2.18.3" if name == "zarr" else real(name)
     )
     row = next(row for row in checkup._extras() if row.check == "extra geo")
-    assert (row.status, row.found) == ("warning", "zarr 2.18.3")
+    assert row.status == "warning" and "zarr 2.18.3" in row.found  # others may be newer than tested
     assert row.remedy.startswith("Tested with: pip install 'zarr") and ">=3.0" in row.remedy
 
 
