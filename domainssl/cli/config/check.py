@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import os
@@ -269,6 +270,8 @@ class Checker:
     ) -> None:
         given = node.children if node is not None else {}
         for key, child in given.items():
+            if key in known and known[key].may_be_empty and child.value == "":
+                continue  # the configuration of a run holds all defaults
             if key in known:
                 self.value(child, f"{path}.{key}", known[key].hint)
             else:
@@ -292,7 +295,7 @@ class Checker:
             if len(inner) == 1:
                 hints = typing.get_type_hints(inner[0])
                 known = {
-                    name: Parameter(name, hints.get(name, Any), parameter.is_required)
+                    name: dataclasses.replace(parameter, hint=hints.get(name, Any))
                     for name, parameter in parameters(inner[0]).items()
                 }
                 self._arguments(node, node.where, path, inner[0].__name__, known)

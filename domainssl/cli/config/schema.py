@@ -15,11 +15,15 @@ __all__ = ["Parameter", "dataclasses_in", "in_words", "parameters", "rejects", "
 
 @dataclass(frozen=True)
 class Parameter:
-    """One constructor argument: its annotation and whether it must be given."""
+    """One constructor argument: its annotation, and whether it must be given or may be empty text.
+
+    Only what is empty by default may be empty: elsewhere a variable was not set.
+    """
 
     name: str
     hint: Any
     is_required: bool
+    may_be_empty: bool = False
 
 
 def parameters(cls: type) -> dict[str, Parameter]:
@@ -46,12 +50,17 @@ def parameters(cls: type) -> dict[str, Parameter]:
                 hint = hints.get(item.name, Any)
                 if item.default is None and hint is not Any:
                     hint = Union[hint, None]  # noqa: UP007  # not all annotations know `|`
-                found.setdefault(item.name, Parameter(item.name, hint, required))
+                known = Parameter(item.name, hint, required, _is_empty_text(item.default))
+                found.setdefault(item.name, known)
         if not passes_on:
             return found
         for name in _received_elsewhere(cls):
             found.setdefault(name, Parameter(name, Any, False))
     return found
+
+
+def _is_empty_text(value: object) -> bool:
+    return isinstance(value, str) and not value
 
 
 def takes_more(cls: type) -> bool:
