@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Features:
-    """What a backbone says about a batch, keyed by modality name and `joint` for the fusion.
+    """Features of a batch, keyed by modality name and `joint` for the fusion.
 
     Attributes:
         tokens: (B, N, E) per name.

@@ -1,4 +1,4 @@
-"""What a backbone says about a window, laid out on the grid of its tokens.
+"""Features of a window, laid out on the grid of its tokens.
 
 windows = token_windows(backbone, ["s2"])       # size of a window and of its grid
 tokens = windows.tokens(batch)                   # (B, E, *grid), NaN where nothing was seen

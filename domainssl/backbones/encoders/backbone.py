@@ -70,7 +70,7 @@ class EncoderSizes:
 
 
 class EncoderBackbone(Backbone):
-    """Encode every modality by itself; `pooled` is what the encoder says about the whole item.
+    """Encode every modality by itself; `pooled` is one vector per item.
 
     ================  ==============================  =======================  ================
     encoder           tokens                          pooled                   kinds

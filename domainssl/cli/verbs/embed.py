@@ -1,4 +1,4 @@
-"""Write what a backbone says about rasters, volumes and slides, with their places."""
+"""Write embeddings of rasters, volumes and slides, georeferenced like their inputs."""
 
 from __future__ import annotations
 

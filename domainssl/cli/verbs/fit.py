@@ -1,4 +1,4 @@
-"""Train an objective: --config recipes/NAME.yaml [--config configs/…]"""
+"""Train an objective or fine-tune a task: --config recipes/NAME.yaml [--config configs/…]"""
 
 from __future__ import annotations
 
