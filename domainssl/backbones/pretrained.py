@@ -19,6 +19,7 @@ __all__ = ["PRETRAINED", "Pretrained", "weights_table"]
 
 _S1, _S2 = {"s1": ("VV", "VH")}, {"s2": L1C_BANDS}
 _S2_RGB = {"s2": ("B04", "B03", "B02")}
+_S2_GALILEO = tuple(band for band in L2A_BANDS if band not in ("B01", "B09"))
 _PAIR = {**_S1, "s2": L2A_BANDS}
 _PAIR_L1C = {**_S1, **_S2}
 _RGB = {"rgb": ("red", "green", "blue")}
@@ -204,8 +205,18 @@ def _ssl4eo() -> list[Pretrained]:
 
 
 def _sensors() -> list[Pretrained]:
-    """Return weights of several sensors, whose files tell their bands."""
+    """Return weights of several sensors; where no bands stand, the files tell them."""
+    # besides Sentinel: heights, land cover, weather, night lights, population and location
+    revision, bands = "0bbc53293a37dea7d563566f015c5527bdaf3793", {**_S1, "s2": _S2_GALILEO}
+    galileo = [
+        _of(
+            f"galileo_{size}.published", "Galileo",
+            f"nasaharvest/galileo/models/{size}/encoder.pt@{revision}", bands, "MIT",
+        )
+        for size in ("nano", "tiny", "base")
+    ]  # fmt: skip
     return [
+        *galileo,
         _of("maestro_base.flair_hub", "MAESTRO", "IGNF/MAESTRO_FLAIR-HUB_base", {}, "Apache-2.0"),
         _of("maestro_base.s2_naip", "MAESTRO", "IGNF/MAESTRO_S2-NAIP-urban_base", {}, "Apache-2.0"),
         _of("omnisat_base.published", "OmniSat", None, {}, "MIT"),

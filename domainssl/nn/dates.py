@@ -7,10 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["DATE_CHANNELS", "calendar", "date_encoding", "decimal_year", "encode_dates"]
+__all__ = [
+    "DATE_CHANNELS",
+    "calendar",
+    "date_encoding",
+    "decimal_year",
+    "encode_dates",
+    "month_of",
+]
 
 DATE_CHANNELS = 8
 _YEAR = 365.25
+_MONTH_ENDS = (31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334)  # last day of each, no leap year
 
 
 def calendar(days: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +51,20 @@ def calendar(days: Tensor) -> tuple[Tensor, Tensor]:
     )
     start = 365 * before + leaps - 719162  # days from 0001-01-01 to 1970-01-01
     return year, days.long() - start + 1
+
+
+def month_of(days: Tensor) -> Tensor:
+    """Return the month, 0 for January to 11, of days since 1970-01-01, int64 of the same shape.
+
+    Examples:
+        >>> month_of(torch.tensor([0, 31, 58, 59, 789, 790])).tolist()  # 789: 29 February 1972
+        [0, 1, 1, 2, 1, 2]
+    """
+    year, day = calendar(days)
+    is_leap = (year % 4 == 0) & ((year % 100 != 0) | (year % 400 == 0))
+    day = torch.where(is_leap & (day > _MONTH_ENDS[1]), day - 1, day)
+    ends = torch.tensor(_MONTH_ENDS, device=days.device)
+    return (day.unsqueeze(-1) > ends).sum(-1)
 
 
 def encode_dates(year: Tensor, day: Tensor, hours: Tensor | None, reference: Tensor) -> Tensor:
