@@ -15,8 +15,14 @@ from domainssl.tasks.base import Task
 
 __all__ = ["TASKS", "build_task", "labelled_batch"]
 
-# tasks that no recipe uses, by the recipe whose backbone and data they are tried on
-_OTHERS = {"RegressionTask": "finetune_tiles"}
+# cases that are no recipe: class, recipe whose backbone and data it is tried on, arguments
+_OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "regression": ("RegressionTask", "finetune_tiles", {}),
+    "regression_dense": (
+        "RegressionTask", "finetune_tiles",
+        {"dense": {"name": "pyramid", "width": 8}, "targets": ["height", "biomass"]},
+    ),
+}  # fmt: skip
 
 
 def _recipes() -> dict[str, dict[str, Any]]:
@@ -25,12 +31,13 @@ def _recipes() -> dict[str, dict[str, Any]]:
 
 
 def _cases() -> list[str]:
-    """Return all recipes of tasks, and the tasks without one; every task is tried."""
+    """Return all recipes of tasks, and the other cases; every task is tried."""
     recipes = _recipes()
     used = {recipe["model"]["class_path"].rsplit(".", 1)[-1] for recipe in recipes.values()}
     tasks = {n for n, path in find_classes("model").items() if path.startswith("domainssl.tasks.")}
-    assert tasks <= used | _OTHERS.keys(), f"no recipe uses {tasks - used - _OTHERS.keys()}"
-    return [*recipes, *(name for name in _OTHERS if name not in used)]
+    tried = used | {name for name, *_ in _OTHERS.values()}
+    assert tasks <= tried, f"no recipe uses {tasks - tried}"
+    return [*recipes, *_OTHERS]
 
 
 TASKS = _cases()
@@ -38,10 +45,12 @@ TASKS = _cases()
 
 def build_task(case: str, **changes: Any) -> Task:
     """Build the task of a recipe for the modalities of its DataModule, classes made up."""
-    recipe = _recipes()[_OTHERS.get(case, case)]
+    name, stem, arguments = _OTHERS.get(case, ("", case, {}))
+    recipe = _recipes()[stem]
     section = recipe["model"]
-    if case in _OTHERS:
-        section = {"class_path": case, "init_args": {"backbone": section["init_args"]["backbone"]}}
+    if name:
+        backbone = section["init_args"]["backbone"]
+        section = {"class_path": name, "init_args": {"backbone": backbone, **arguments}}
     data: DomainDataModule = _instantiate(DomainDataModule, recipe["data"], "data")
     linked: dict[str, Any] = {"modalities": {n: m.to_dict() for n, m in data.modalities.items()}}
     linked["context_size"] = data.context_size
