@@ -78,7 +78,7 @@ def test_a_recipe_learns(name):
 
 
 @pytest.fixture(scope="module")
-def cells() -> list[Cell]:
+def cells() -> tuple[Cell, ...]:
     """All cells of the matrix."""
     return find_all()
 

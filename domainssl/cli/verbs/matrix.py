@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_all() -> list[Cell]:
-    """Return all cells of the recipes that come with the package."""
+@cache
+def find_all() -> tuple[Cell, ...]:
+    """Return all cells of the recipes that come with the package; built once per process."""
     import yaml
 
     from domainssl.cli.config import catalog
@@ -105,7 +107,7 @@ def find_all() -> list[Cell]:
     logging.disable(logging.WARNING)  # what Lightning says of every Trainer that is built
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            return find_cells(recipes, lambda config: _refusal(config, Path(scratch)))
+            return tuple(find_cells(recipes, lambda config: _refusal(config, Path(scratch))))
     finally:
         logging.disable(before)
 
