@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from domainssl.backbones.base import Backbone, Features, LoadReport
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality, key, present_mask, sides_of, valid_mask
+from domainssl.nn.blocks import drop_path
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction
 from domainssl.options import as_dataclass
 
@@ -143,10 +144,7 @@ class BEiTBlock(nn.Module):
         self.drop_path = drop_path
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        if not self.training or self.drop_path == 0:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * kept / (1 - self.drop_path)
+        return drop_path(branch, self.drop_path, self.training)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, grid: tuple[int, int]

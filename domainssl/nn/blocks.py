@@ -18,6 +18,7 @@ __all__ = [
     "TransformerBlock",
     "blocks_of",
     "compile_blocks",
+    "drop_path",
     "set_attention_path",
 ]
 
@@ -25,6 +26,17 @@ __all__ = [
 def _check_heads(width: int, heads: int) -> None:
     if heads < 1 or width % heads:
         raise ConfigError(f"Attention width {width} is not a multiple of the {heads} heads.")
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Drop a residual branch of whole items, (B, ...), and scale what stays.
+
+    Source: Huang et al., ECCV 2016 (stochastic depth, arXiv 1603.09382).
+    """
+    if rate == 0 or not training:
+        return x
+    keep = x.new_empty((len(x), *[1] * (x.ndim - 1))).bernoulli_(1 - rate)
+    return x * keep / (1 - rate)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:

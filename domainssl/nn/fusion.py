@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from domainssl.errors import ConfigError
 from domainssl.nn.attention import AttentionPath
-from domainssl.nn.blocks import CrossAttention, SelfAttention, TransformerBlock
+from domainssl.nn.blocks import CrossAttention, SelfAttention, TransformerBlock, drop_path
 from domainssl.nn.relative import (
     RelativeTable,
     aligned_buckets,
@@ -44,14 +44,6 @@ class _MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
         return out
-
-
-def _drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Drop a branch of whole items, and scale what stays."""
-    if rate == 0 or not training:
-        return x
-    keep = x.new_empty((len(x), *[1] * (x.ndim - 1))).bernoulli_(1 - rate)
-    return x * keep / (1 - rate)
 
 
 class _SelfAttention(SelfAttention):
@@ -119,8 +111,8 @@ class FusionBlock(TransformerBlock):
 
     def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         """(B, N, E) -> (B, N, E)."""
-        x = x + _drop_path(self.attn(self.norm1(x), buckets, valid), self.drop_path, self.training)
-        return x + _drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+        x = x + drop_path(self.attn(self.norm1(x), buckets, valid), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
 
 class ReadoutBlock(TransformerBlock):
@@ -140,7 +132,7 @@ class ReadoutBlock(TransformerBlock):
     def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         """(B, N, E) -> (B, 1 + P, E)."""
         y: Tensor = self.attn(self.norm1(x), buckets, valid)
-        return y + _drop_path(self.mlp(self.norm2(y)), self.drop_path, self.training)
+        return y + drop_path(self.mlp(self.norm2(y)), self.drop_path, self.training)
 
 
 class Combiner(nn.Module):

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from domainssl.backbones.galileo.groups import ARRAYS, Array, GalileoGroup
 from domainssl.errors import ConfigError, DataError
+from domainssl.nn.blocks import drop_path
 from domainssl.nn.masking import mean_of_valid, take_tokens
 
 __all__ = [
@@ -232,10 +233,7 @@ class GalileoBlock(nn.Module):
         self.drop_path = drop_path
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        if not self.training or self.drop_path == 0:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * kept / (1 - self.drop_path)
+        return drop_path(branch, self.drop_path, self.training)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """(B, N, E) and which tokens others may look at, bool (B, N) -> (B, N, E)."""
