@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SPLITS", "knn_accuracy", "label_splits", "linear_probe_accuracy", "standardize"]
+__all__ = [
+    "SPLITS",
+    "knn_accuracy",
+    "label_splits",
+    "linear_probe_accuracy",
+    "one_thread",
+    "standardize",
+]
 
 SPLITS = 5  # that a probe is averaged over
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Fit with scikit-learn on one thread, and take fits that are close enough to compare.
+
+    Such small problems are slower on several threads, and far slower on busy cores.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 def standardize(features: Tensor, like: Tensor | None = None) -> Tensor:
@@ -114,14 +136,10 @@ def linear_probe_accuracy(
         Share of test items whose label is predicted, each class counting equally; NaN when no
         two classes have two items.
     """
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     scores = []
-    # such small problems are slower on several threads, and far slower on busy cores
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # close enough for a comparison
+    with one_thread():
         for train, test in label_splits(labels, per_class, splits, seed):
             wanted = labels[test].cpu().numpy()
             fitted = LogisticRegression(C=strength, max_iter=500)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from domainssl.evaluation.probes import one_thread
 from domainssl.evaluation.scores import Partition, Rate, Score
 
 __all__ = [
@@ -90,17 +88,6 @@ def _unit(x: Array) -> Array:
     return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Such small problems are slower on several threads; half-converged fits are good enough."""
-    from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        yield
-
-
 def _accuracies(protocol: str, predicted: Array, fit: Fit) -> list[Found]:
     """Return accuracy and balanced accuracy of classes predicted per seed, (S, M)."""
     chance = 1 / fit.classes
@@ -164,7 +151,7 @@ def linear(fit: Fit) -> list[Found]:
 
     Folds keep persons together.
     """
-    with _one_thread():
+    with one_thread():
         fitted = _logistic(fit.train, fit.train_labels, fit.train_persons)
         return _accuracies("linear", fitted.predict(fit.test)[None], fit)
 
@@ -174,7 +161,7 @@ def mlp(fit: Fit, width: int = 256) -> list[Found]:
     from sklearn.neural_network import MLPClassifier
 
     predicted = []
-    with _one_thread():
+    with one_thread():
         for seed in fit.seeds:
             fitted = MLPClassifier((width,), alpha=1e-2, max_iter=150, random_state=seed)
             predicted.append(fitted.fit(fit.train, fit.train_labels).predict(fit.test))
@@ -211,7 +198,7 @@ def clustering(fit: Fit) -> list[Found]:
     from sklearn.cluster import KMeans
 
     clusters, predicted = [], []
-    with _one_thread():
+    with one_thread():
         for seed in fit.seeds:
             fitted = KMeans(fit.classes, n_init=10, random_state=seed).fit(fit.train)
             table = np.zeros((fit.classes, fit.classes))
@@ -306,7 +293,7 @@ def pair_retrieval(queries: tuple[Array, Array], gallery: tuple[Array, Array]) -
 
     found = []
     ways = {}
-    with _one_thread():
+    with one_thread():
         a, b = standardized(*queries), standardized(*gallery)
         mapped = RidgeCV(np.logspace(0, 5, 6)).fit(a[0], b[0]).predict(a[1])
         ways["aligned"] = _unit(mapped) @ _unit(b[1]).T
@@ -351,7 +338,7 @@ def patch_probe(
     if len(chosen) > _MOST_PATCHES:
         chosen = np.sort(np.random.default_rng(0).permutation(chosen)[:_MOST_PATCHES])
     x, y = standardized(train[0][chosen], test[0])
-    with _one_thread():
+    with one_thread():
         predicted = LogisticRegression(max_iter=300).fit(x, train[1][chosen]).predict(y)
     wanted, rows = test[1], test[2]
     hits, union = np.zeros((1, items, classes)), np.zeros((1, items, classes))
