@@ -38,6 +38,7 @@ __all__ = [
     "Batch",
     "Modality",
     "as_modalities",
+    "batch_to",
     "check_batch",
     "check_shape",
     "collate",
@@ -319,6 +320,11 @@ def _flatten(samples: Sequence[Any]) -> list[Batch]:
     for sample in samples:
         flat.extend(sample if isinstance(sample, list | tuple) else [sample])
     return flat
+
+
+def batch_to(batch: Mapping[str, Any], device: str | torch.device) -> Batch:
+    """Return the batch with its tensors on a device; lists stay as they are."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def collate(samples: Sequence[Any]) -> Batch:

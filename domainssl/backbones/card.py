@@ -13,6 +13,7 @@ from uuid import uuid4
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from domainssl.arguments import class_name, class_of, plain
 from domainssl.backbones.base import Backbone
@@ -21,7 +22,7 @@ from domainssl.files import open_regular, read_json
 
 __all__ = [
     "Card", "ExportError", "describe_modalities", "export_backbone", "export_files", "read_card",
-    "write_pair",
+    "weights_digest", "write_pair",
 ]  # fmt: skip
 
 FORMAT = "domainssl.backbone/1"
@@ -59,6 +60,15 @@ class Card:
     format: str = FORMAT
 
 
+def weights_digest(module: nn.Module) -> str:
+    """Return a hash of names, shapes and values of the weights of a backbone or task."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def describe_modalities(backbone: Backbone) -> dict[str, dict[str, Any]]:
     """Return the modalities with the statistics that really normalise."""
     described = {}
@@ -73,11 +83,8 @@ def describe_modalities(backbone: Backbone) -> dict[str, dict[str, Any]]:
 
 def _changes(backbone: Backbone) -> dict[str, Any]:
     """Return how weights were fitted to other bands, where they were."""
-    return (
-        {"bands": [vars(change) for change in backbone.band_changes]}
-        if (backbone.band_changes)
-        else {}
-    )
+    changes = [vars(change) for change in backbone.band_changes]
+    return {"bands": changes} if changes else {}
 
 
 def write_pair(contents: dict[Path, bytes]) -> None:

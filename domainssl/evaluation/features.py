@@ -20,7 +20,7 @@ from domainssl.errors import WeightsError, parsing
 from domainssl.evaluation.dense import patch_labels, patch_tokens
 from domainssl.evaluation.raw import band_statistics
 from domainssl.files import write_whole
-from domainssl.modality import Modality, present_mask
+from domainssl.modality import Modality, batch_to, present_mask
 
 __all__ = ["Items", "extract", "load_items", "representation", "restricted", "save_items"]
 
@@ -108,10 +108,7 @@ def extract(
     with torch.no_grad():
         for batch in batches:
             count = len(batch[next(name for name in modalities if name in batch)])
-            here = {
-                key: value.to(device) if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-            }
+            here = batch_to(batch, device)
             for name in modalities:
                 if name in here:
                     here[name] = here[name].float()

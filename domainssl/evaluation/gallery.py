@@ -19,7 +19,7 @@ from domainssl.backbones.base import Backbone
 from domainssl.evaluation.dense import patch_tokens
 from domainssl.evaluation.features import restricted
 from domainssl.evaluation.picture import planes_of, stretch_limits, to_rgb
-from domainssl.modality import Modality
+from domainssl.modality import Modality, batch_to
 
 __all__ = ["Gallery", "data_uri", "look", "panels_of", "principal"]
 
@@ -175,7 +175,7 @@ def _maps(
     backbone: Backbone, batch: Mapping[str, Any], name: str, device: torch.device
 ) -> list[Image.Image]:
     """Return patch features of all items as colours: three components of all their patches."""
-    here = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    here = batch_to(batch, device)
     here[name] = here[name].float()
     with torch.no_grad():
         found = patch_tokens(backbone(here), (name,))

@@ -29,6 +29,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from domainssl.backbones.base import Backbone
+from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json, write_whole
 from domainssl.inference.sliding import Box, Windows, slide_over
@@ -36,7 +37,6 @@ from domainssl.inference.tokens import (
     Autocast,
     TokenWindows,
     autocast_context,
-    digest_of,
 )
 from domainssl.io.raster.geozarr import Dtype, VectorLayout, VectorStore
 from domainssl.modality import Batch
@@ -143,7 +143,7 @@ class DenseEmbedding:
                 f"embed: several inputs are called {', '.join(twice[:4])}, and so would be their "
                 "outputs. Give them other names in a manifest (column id)."
             )
-        self.digest = digest_of(self.backbone)
+        self.digest = weights_digest(self.backbone)
         self.layouts = [self._layout(i) for i in range(len(self.items))]
         self.keys: Sequence[str] = [
             f"{number}/{'.'.join(map(str, at))}"

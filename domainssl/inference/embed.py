@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from domainssl.backbones.base import Backbone
+from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import read_json, remove_parts, write_json
 from domainssl.inference.preview import write_tile_preview
-from domainssl.inference.tokens import Autocast, autocast_context, digest_of
+from domainssl.inference.tokens import Autocast, autocast_context
 from domainssl.io.slide.bag import cells_of
 from domainssl.io.slide.bag_folders import has_bag
 from domainssl.io.slide.features import Bag, Layout, read_places, write_bag
 from domainssl.io.slide.pyramid import Slide, SlideReading
-from domainssl.modality import Batch, key
+from domainssl.modality import Batch, batch_to, key
 
 __all__ = ["Autocast", "SlideEmbedding", "embed_batches"]
 
@@ -60,9 +61,8 @@ def embed_batches(
         )
     backbone = backbone.to(device).eval()
     for batch in batches:
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         with torch.inference_mode(), autocast_context(device, autocast):
-            found = backbone(moved).pooled[name]
+            found = backbone(batch_to(batch, device)).pooled[name]
         yield found.float().cpu()
 
 
@@ -118,7 +118,7 @@ class SlideEmbedding:
             ConfigError: Features of other weights lie there under this name.
         """
         path = self.folder / "encoders" / f"{self.encoder}.json"
-        wanted = {"weights": digest_of(self.backbone)}
+        wanted = {"weights": weights_digest(self.backbone)}
         if path.is_file() and read_json(path) != wanted:
             raise ConfigError(
                 f"{self.folder}: holds features of other weights as features_{self.encoder}. "

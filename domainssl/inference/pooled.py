@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import Tensor
 
 from domainssl.backbones.base import Backbone
+from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json, write_whole
 from domainssl.inference.dense import DenseOptions
 from domainssl.inference.preview import write_scatter
 from domainssl.inference.scenes import Scene
-from domainssl.inference.tokens import TokenWindows, autocast_context, digest_of
+from domainssl.inference.tokens import TokenWindows, autocast_context
 from domainssl.io.raster.geoparquet import Footprint, vector_table
-from domainssl.modality import Batch, key
+from domainssl.modality import Batch, batch_to, key
 
 __all__ = ["PooledEmbedding"]
 
@@ -66,7 +66,7 @@ class PooledEmbedding:
             json.dumps(
                 {
                     **self.facts,
-                    "weights_sha256": digest_of(self.backbone),
+                    "weights_sha256": weights_digest(self.backbone),
                     "feature": first.feature,
                     "window": {n: list(s) for n, s in first.sizes.items()},
                     "dtype": self.options.dtype,
@@ -199,10 +199,7 @@ class PooledEmbedding:
         for rows, counts, batch in _batches(
             self._windows(members, left_out), self.options.batch_size
         ):
-            moved = {
-                k: v.to(self.options.device) if isinstance(v, Tensor) else v
-                for k, v in batch.items()
-            }
+            moved = batch_to(batch, self.options.device)
             with (
                 torch.inference_mode(),
                 autocast_context(self.options.device, self.options.autocast),

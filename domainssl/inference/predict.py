@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from domainssl.backbones.base import Backbone
+from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json
 from domainssl.inference.sliding import Slabs
@@ -95,17 +95,8 @@ def claim_folder(folder: Path, task: Predictor, facts: Mapping[str, Any], *, res
     Raises:
         ConfigError: Predictions of another task or with other options lie there.
     """
-    digest = sha256()
-    weights: Mapping[str, Tensor] = getattr(task, "state_dict", task.backbone.state_dict)()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(values.numpy().data)
-    wanted = {
-        "weights": digest.hexdigest(),
-        "classes": list(task.classes),
-        **facts,
-    }
+    weights = weights_digest(task if isinstance(task, nn.Module) else task.backbone)
+    wanted = {"weights": weights, "classes": list(task.classes), **facts}
     path = folder / _RECORD
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file() and not restart:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -20,8 +19,8 @@ from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Batch, Modality, key
 from domainssl.nn.masking import mean_of_valid
 
-__all__ = ["Autocast", "TokenWindows", "autocast_context", "digest_of", "feature_name",
-           "token_map", "token_windows", "whole_windows"]  # fmt: skip
+__all__ = ["Autocast", "TokenWindows", "autocast_context", "feature_name", "token_map",
+           "token_windows", "whole_windows"]  # fmt: skip
 
 Autocast = Literal["bfloat16", "float16"]
 _TYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,15 +34,6 @@ def autocast_context(device: str, autocast: Autocast | None) -> AbstractContextM
         torch.device(device).type, _TYPES[autocast]
     )
     return context
-
-
-def digest_of(backbone: Backbone) -> str:
-    """Return a hash of the weights of a backbone."""
-    digest = sha256()
-    for name, tensor in sorted(backbone.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def feature_name(backbone: Backbone, names: Sequence[str], asked: str | None) -> str:

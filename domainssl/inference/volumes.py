@@ -17,11 +17,12 @@ import numpy as np
 from torch.nn.functional import pad
 
 from domainssl.backbones.base import Backbone
+from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import read_json
 from domainssl.inference.dense import DenseEmbedding, DenseOptions, Writer
 from domainssl.inference.preview import write_map_preview
-from domainssl.inference.tokens import TokenWindows, digest_of, token_windows
+from domainssl.inference.tokens import TokenWindows, token_windows
 from domainssl.inference.volume_maps import VolumeInput, find_volumes, volume_batch, volume_input
 from domainssl.io.ids import ids_of
 from domainssl.io.raster.geozarr import VectorLayout, VectorStore
@@ -159,7 +160,7 @@ class VolumeEmbedding:
     @cached_property
     def _request(self) -> dict[str, Any]:
         return {
-            "weights_sha256": digest_of(self.backbone),
+            "weights_sha256": weights_digest(self.backbone),
             "feature": self.feature,
             "window": self.window,
             "halo": self.options.halo,

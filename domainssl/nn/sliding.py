@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.modality import Batch, key, sides_of
+from domainssl.modality import Batch, batch_to, key, sides_of
 
 __all__ = ["Blend", "Blending", "Box", "Windows", "class_map", "slide_over", "window_weights"]
 
@@ -340,7 +340,7 @@ def slide_over(
             if number < len(parts):
                 coming = pool.submit(_read_windows, read, windows, parts[number])
             if device is not None:
-                batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                batch = batch_to(batch, device)
             found = predict(batch)
             if len(found) != len(part):
                 raise DataError(

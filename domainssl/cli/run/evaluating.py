@@ -14,6 +14,7 @@ import torch
 
 from domainssl.arguments import class_name, plain
 from domainssl.backbones.base import Backbone
+from domainssl.backbones.card import weights_digest
 from domainssl.backbones.registry import load_backbone
 from domainssl.cli.run.rundir import versions
 from domainssl.cli.run.train import build_data
@@ -396,9 +397,7 @@ def _key(
     if backbone is not None:
         digest.update(class_name(type(backbone)).encode())
         digest.update(json.dumps(plain(backbone.arguments), sort_keys=True).encode())
-        for name, value in sorted(backbone.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(weights_digest(backbone).encode())
     facts = [_FORMAT, class_name(type(data)), split, most, plain(asked)]
     arguments = {k: v for k, v in data.arguments.items() if k not in ("loading",)}
     facts += [plain(arguments), plain(data.identity())]
