@@ -30,8 +30,9 @@ from torch import Tensor
 
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError
 from domainssl.files import PART, read_json, write_json, write_whole
+from domainssl.inference.outputs import make_folder, refuse_other, repeated
 from domainssl.inference.sliding import Box, Windows, slide_over
 from domainssl.inference.tokens import (
     Autocast,
@@ -137,7 +138,7 @@ class DenseEmbedding:
 
     def __post_init__(self) -> None:
         names = [item.name for item in self.items]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = repeated(names)
         if twice:
             raise ConfigError(
                 f"embed: several inputs are called {', '.join(twice[:4])}, and so would be their "
@@ -230,27 +231,14 @@ class DenseEmbedding:
             ConfigError: An output of something else lies there, complete or not.
             DataError: Nothing can be written there.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"{self.root}: cannot be written ({error.strerror or error}). Choose another "
-                "--output."
-            ) from error
+        make_folder(self.folder, self.root)
         for number, layout in enumerate(self.layouts):
             target, working = self.target(number), self._working(number)
             for record in (_record(target), working / "request.json"):
                 if restart or not record.is_file():
                     continue
                 found = {n: v for n, v in read_json(record).items() if n != "left_out"}
-                wanted = _plain(layout)
-                if found != wanted:
-                    names = {*found, *wanted}
-                    differing = sorted(n for n in names if found.get(n) != wanted.get(n))
-                    raise ConfigError(
-                        f"{target}: made from something else ({', '.join(differing)} differ). "
-                        "Choose another --output, or add --restart to write it anew."
-                    )
+                refuse_other(target, found, _plain(layout))
             if restart:
                 shutil.rmtree(working, ignore_errors=True)
                 if _record(target).is_file():
@@ -337,14 +325,7 @@ class DenseEmbedding:
         working = self._working(number)
         if (working / "request.json").is_file():
             return
-        try:
-            working.parent.mkdir(parents=True, exist_ok=True)
-            working.mkdir(exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"{working.parent}: cannot be written ({error.strerror or error}). Choose another "
-                "--output."
-            ) from error
+        make_folder(working, working.parent)
         with FileLock(working / "lock"):
             if (working / "request.json").is_file():
                 return
@@ -409,7 +390,8 @@ class DenseEmbedding:
         future = coming[1] if coming is not None and coming[0] == key else None
         region = self._read(key) if future is None else future.result()
         at = self._state.setdefault("places", {k: i for i, k in enumerate(self.order)})[key]
-        later = next((k for k in self.order[at + 1 :] if not self.is_ready(k)), None)
+        following = (self.order[i] for i in range(at + 1, len(self.order)))
+        later = next((k for k in following if not self.is_ready(k)), None)
         if later is not None:
             self._state["coming"] = (later, pool.submit(self._read, later))
         return region

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from domainssl.errors import ConfigError, DataError, nearest, parsing, require
+from domainssl.inference.outputs import file_name, repeated
 from domainssl.inference.scenes import stem
 from domainssl.io.raster.bands import is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
@@ -114,9 +115,8 @@ def read_manifest(path: str, modalities: Sequence[str]) -> list[Found]:
             raise ConfigError(f"{path}: row {len(found) + 1} names no file.")
         first = next(iter(places.values()))
         name = str(row.get("id") or "") or stem(first)
-        found.append(Found(name.replace("/", "__"), places if named else first))
-    names = [item.name for item in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
+        found.append(Found(file_name(name), places if named else first))
+    twice = repeated(item.name for item in found)
     if twice:
         raise ConfigError(f"{path}: ids repeat: {', '.join(twice[:5])}. Give every row its own.")
     return found

@@ -24,6 +24,7 @@ from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json, write_whole
 from domainssl.inference.dense import DenseOptions
+from domainssl.inference.outputs import refuse_other
 from domainssl.inference.preview import write_scatter
 from domainssl.inference.scenes import Scene
 from domainssl.inference.tokens import TokenWindows, autocast_context
@@ -100,13 +101,7 @@ class PooledEmbedding:
         for record in (self._record, self.folder / "request.json"):
             found = read_json(record) if record.is_file() else self._request
             found = {name: value for name, value in found.items() if name != "left_out"}
-            if found != self._request:
-                names = {*found, *self._request}
-                differing = sorted(n for n in names if found.get(n) != self._request.get(n))
-                raise ConfigError(
-                    f"{self.target}: made from something else ({', '.join(differing)} differ). "
-                    "Choose another --output, or add --restart to write it anew."
-                )
+            refuse_other(self.target, found, self._request)
         if self.target.exists() and not self._record.is_file():
             raise ConfigError(
                 f"{self.target}: lies there and was not written by embed. Choose another --output."
@@ -131,7 +126,11 @@ class PooledEmbedding:
             return True
         if not self._part(key).is_file():
             return False
-        return key != self.keys[-1] or not all(self._part(k).is_file() for k in self.keys)
+        return key != self.keys[-1] or not self._is_complete()
+
+    def _is_complete(self) -> bool:
+        """Tell whether all groups are done; the last ones are made last."""
+        return all(self._part(key).is_file() for key in reversed(self.keys))
 
     def _part(self, key: str) -> Path:
         return self.folder / f"{key}.npy"
@@ -155,7 +154,7 @@ class PooledEmbedding:
             if left_out:
                 write_json(self._part(key).with_suffix(".json"), left_out)
             write_whole(self._part(key), content.getbuffer())
-        if all(self._part(k).is_file() for k in self.keys):
+        if self._is_complete():
             with FileLock(self.folder / "lock"):
                 if not self._record.is_file():
                     self._join()

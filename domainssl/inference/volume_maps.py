@@ -7,7 +7,7 @@ in windows, and its map brought back: an exam is a piece, and one that is there 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
+from domainssl.inference.outputs import file_name, file_states
 from domainssl.inference.predict import LabelMap, PredictOptions, Predictor, predict_map
 from domainssl.inference.sliding import Box
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
@@ -133,7 +134,7 @@ class VolumePrediction:
     @property
     def keys(self) -> Sequence[str]:
         """Ids of the exams, as names of files."""
-        return [exam.id.replace("/", "__").replace(os.sep, "__") for exam in self.exams]
+        return [file_name(exam.id) for exam in self.exams]
 
     def path(self, name: str) -> Path:
         """Return the file of an exam."""
@@ -156,19 +157,13 @@ class VolumePrediction:
         name = first if first in names else names[0]
         facts = describe_scan(exam.scans[name], self.inputs.contrasts[name].reading)
         found = LabelMap(
-            self.path(key), prepared.shape, len(self.task.classes), _stamps(exam.scans.values())
+            self.path(key), prepared.shape, len(self.task.classes), file_states(exam.scans.values())
         )
         read = partial(volume_batch, prepared)
         predict_map(self.task, read, found, self.options, nothing=0)
         labels = _on_grid(found.labels, prepared, facts)
         write_labels(self.path(key), labels, facts, dict(enumerate(self.task.classes)))
         found.remove()
-
-
-def _stamps(paths: Iterable[str]) -> list[list[float]]:
-    """Return size and time of change of files and folders."""
-    found = [os.stat(path) for path in paths]
-    return [[stat.st_size, stat.st_mtime] for stat in found]
 
 
 def volume_batch(prepared: Prepared, box: Box) -> Batch:

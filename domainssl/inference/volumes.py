@@ -6,7 +6,6 @@ all contrasts. An exam is a piece; its shards are kept when a call is killed in 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,9 +17,10 @@ from torch.nn.functional import pad
 
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError
 from domainssl.files import read_json
 from domainssl.inference.dense import DenseEmbedding, DenseOptions, Writer
+from domainssl.inference.outputs import file_name, file_states, make_folder, refuse_other
 from domainssl.inference.preview import write_map_preview
 from domainssl.inference.tokens import TokenWindows, token_windows
 from domainssl.inference.volume_maps import VolumeInput, find_volumes, volume_batch, volume_input
@@ -168,6 +168,10 @@ class VolumeEmbedding:
             "computed_in": self.options.autocast or "float32",
         }
 
+    def _asked(self, exam: Exam) -> dict[str, Any]:
+        """Return what the vectors of an exam are made from."""
+        return {**self._request, "files": file_states(exam.scans.values())}
+
     def _record(self, key: str) -> Path:
         target = self._target(key)
         return target.with_name(f"{target.name}.json")
@@ -182,23 +186,10 @@ class VolumeEmbedding:
         for name, exam in zip(self.ids, self.exams, strict=True):
             if restart or not self._record(name).is_file():
                 continue
-            found = read_json(self._record(name))
-            asked = {**self._request, "files": _stamps(exam)}
-            known = found.get("asked", {})
-            differing = [n for n, value in asked.items() if known.get(n) != value]
-            if differing:
-                raise ConfigError(
-                    f"{self._target(name)}: made from something else ({', '.join(differing)} "
-                    "differ). Choose another --output, or add --restart to write it anew."
-                )
+            known = read_json(self._record(name)).get("asked", {})
+            refuse_other(self._target(name), known, self._asked(exam))
         self._restart = restart
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"{self.root}: cannot be written ({error.strerror or error}). Choose another "
-                "--output."
-            ) from error
+        make_folder(self.folder, self.root)
 
     def release(self) -> None:
         """Remove the folder of claims, where nothing is at work any more."""
@@ -219,7 +210,7 @@ class VolumeEmbedding:
         """
         exam = self.exams[list(self.ids).index(key)]
         prepared = prepare(exam, self.inputs.contrasts, self.inputs.preparation)
-        item = VolumeItem(key, prepared, _stamps(exam))
+        item = VolumeItem(key, prepared, file_states(exam.scans.values()))
         windows = token_windows(
             self.backbone, list(prepared.values), feature=self.feature, size=self.window
         )
@@ -229,10 +220,7 @@ class VolumeEmbedding:
             windows=[windows],
             backbone=self.backbone,
             options=self.options,
-            facts={
-                "backbone": type(self.backbone).__name__,
-                "asked": {**self._request, "files": _stamps(exam)},
-            },
+            facts={"backbone": type(self.backbone).__name__, "asked": self._asked(exam)},
             targets=[self._target(key)],
             writer=self.writer,
             preview=_slice_preview,
@@ -273,7 +261,7 @@ def volume_embedding(
         inputs = replace(inputs, contrasts={name: replace(contrast, contrast=EVERY)})
     exams = find_volumes(source, inputs, modality)
     names = [exam.id for exam in exams]
-    known = [name.replace("/", "__").replace(os.sep, "__") for name in ids_of(names, ids)]
+    known = [file_name(name) for name in ids_of(names, ids)]
     is_file = output.name.lower().endswith((".nii.gz", ".zarr"))
     if is_file and len(exams) > 1:
         raise ConfigError(
@@ -296,12 +284,6 @@ class _Holder:
     """What `volume_input` looks at."""
 
     backbone: Backbone
-
-
-def _stamps(exam: Exam) -> list[list[int]]:
-    """Return size and time of change of the files of an exam."""
-    found = [os.stat(path) for path in exam.scans.values()]
-    return [[stat.st_size, stat.st_mtime_ns] for stat in found]
 
 
 def _slice_preview(store: VectorStore, layout: VectorLayout, path: Path) -> None:

@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _tiling(options: argparse.Namespace) -> SlideTiling:
+    from domainssl.inference.outputs import file_name, repeated
     from domainssl.io.ids import ids_of
     from domainssl.io.slide.tiling import SlideTiling
 
@@ -118,8 +119,8 @@ def _tiling(options: argparse.Namespace) -> SlideTiling:
     names = [name for _, name in found]
     ids = list(ids_of(names, options.ids))
     if options.ids == "plain":
-        ids = [name.replace("/", "__").replace(os.sep, "__") for name in ids]
-    twice = {key for key in ids if ids.count(key) > 1}
+        ids = [file_name(name) for name in ids]
+    twice = set(repeated(ids))
     if twice:
         same = [path for (path, _), key in zip(found, ids, strict=True) if key in twice]
         raise ConfigError(
