@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 import torch
@@ -21,12 +21,14 @@ from domainssl.errors import DomainSSLError, WeightsError, parsing
 from domainssl.files import open_regular, read_json
 
 __all__ = [
-    "Card", "ExportError", "describe_modalities", "export_backbone", "export_files", "read_card",
-    "weights_digest", "write_pair",
+    "Card", "ExportError", "card_at", "describe_modalities", "export_backbone", "export_files",
+    "read_card", "refuse_earlier", "tensors_of", "weights_digest", "write_export",
 ]  # fmt: skip
 
 FORMAT = "domainssl.backbone/1"
 CARD_NAME, TENSORS_NAME = "backbone.json", "backbone.safetensors"
+C = TypeVar("C")
+_KINDS: dict[str, type] = {"str": str, "list": list, "dict": dict}  # of the fields of cards
 
 
 class ExportError(DomainSSLError, OSError):
@@ -87,7 +89,7 @@ def _changes(backbone: Backbone) -> dict[str, Any]:
     return {"bands": changes} if changes else {}
 
 
-def write_pair(contents: dict[Path, bytes]) -> None:
+def _write_pair(contents: dict[Path, bytes]) -> None:
     """Write files under hidden names and rename them, in order, once all are on the disk.
 
     Of an earlier export in their place everything stays until then; the last name, that of the
@@ -140,8 +142,7 @@ def export_backbone(
     """
     folder = Path(folder)
     target = folder / CARD_NAME
-    if target.exists() and not overwrite:
-        raise WeightsError(f"{target} exists already; pass overwrite=True (--overwrite).")
+    refuse_earlier(target, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in backbone.state_dict().items()}
     content = save(tensors)
@@ -156,16 +157,43 @@ def export_backbone(
         licence=licence,
         provenance=plain({"torch": torch.__version__, **_changes(backbone), **(provenance or {})}),
     )
+    write_export("backbone", card, target, folder / TENSORS_NAME, content)
+    return target
+
+
+def refuse_earlier(target: Path, *, overwrite: bool) -> None:
+    """Refuse to write over an export.
+
+    Raises:
+        WeightsError: There is one, and it is not to be replaced.
+    """
+    if target.exists() and not overwrite:
+        raise WeightsError(f"{target} exists already; pass overwrite=True (--overwrite).")
+
+
+def write_export(noun: str, card: Any, target: Path, tensors: Path, content: bytes) -> None:
+    """Write a card and its tensors file, both or none.
+
+    Args:
+        noun: What is exported, for the message.
+        card: A dataclass.
+        target: Path of the card; its folder is made where it does not exist.
+        tensors: Path of the tensors file.
+        content: Of that file.
+
+    Raises:
+        ExportError: The disk is full or not writable.
+    """
     text = json.dumps(asdict(card), indent=1, allow_nan=False)
     try:
-        write_pair({folder / TENSORS_NAME: content, target: text.encode()})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write_pair({tensors: content, target: text.encode()})
     except OSError as error:
         raise ExportError(
-            f"The backbone was not exported to {str(folder)!r}: {error}. Nothing of it is left "
-            "there, and an earlier export is as it was. Make room and export again out of the "
-            "run's checkpoint: python -m domainssl export --checkpoint RUN --output FOLDER"
+            f"The {noun} was not exported to {str(target.parent)!r}: {error}. Nothing of it is "
+            "left there, and an earlier export is as it was. Make room and export again out of "
+            "the run's checkpoint: python -m domainssl export --checkpoint RUN --output FOLDER"
         ) from error
-    return target
 
 
 def export_files(path: Path) -> tuple[Path, Path]:
@@ -198,14 +226,16 @@ def read_card(path: Path) -> tuple[Card, bytes]:
                 f"{needed} does not exist; an exported backbone is the pair {CARD_NAME} and "
                 f"{TENSORS_NAME}. Copy both files, or export again."
             )
-    facts = read_json(card_path, kind=WeightsError)
-    names = {f.name for f in fields(Card)}
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT or not names >= set(facts):
-        raise WeightsError(
-            f"{card_path} is no card of this version: expected 'format': {FORMAT!r}, found "
-            f"{facts.get('format') if isinstance(facts, dict) else type(facts).__name__!r}."
-        )
-    card = _card(facts, card_path)
+    card = card_at(card_path, Card)
+    return card, tensors_of(card, card_path, tensors_path)
+
+
+def tensors_of(card: Any, card_path: Path, tensors_path: Path) -> bytes:
+    """Return the bytes of the tensors file that belongs to a card.
+
+    Raises:
+        WeightsError: It cannot be read, is damaged or of another export.
+    """
     with parsing(f"{tensors_path}:", kind=WeightsError, advice="Check its permissions."):
         with open_regular(tensors_path) as file:
             content = file.read()
@@ -215,20 +245,40 @@ def read_card(path: Path) -> tuple[Card, bytes]:
             f"{tensors_path} has sha256 {digest[:16]}…, but {card_path.name} belongs to "
             f"{card.sha256[:16]}…: the file is damaged or of another export. Copy both again."
         )
-    return card, content
+    return content
 
 
-def _card(facts: dict[str, Any], path: Path) -> Card:
-    """Return a card whose fields are there and of their types."""
-    for entry in fields(Card):
-        if entry.name not in facts:
+def card_at(path: Path, cls: type[C]) -> C:
+    """Read a card whose fields are there and of their types.
+
+    Args:
+        path: The JSON file.
+        cls: A dataclass whose field `format` has the version as default.
+
+    Raises:
+        WeightsError: It is no card of this version, or damaged.
+    """
+    facts = read_json(path, kind=WeightsError)
+    known = {entry.name: entry for entry in fields(cast(Any, cls))}
+    version = known["format"].default
+    if (
+        not isinstance(facts, dict)
+        or facts.get("format") != version
+        or not known.keys() >= set(facts)
+    ):
+        found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
+        raise WeightsError(
+            f"{path} is no card of this version: expected 'format': {version!r}, found {found!r}."
+        )
+    for name, entry in known.items():
+        if name not in facts:
             if entry.default is MISSING and entry.default_factory is MISSING:
-                raise WeightsError(f"{path} has no field {entry.name!r}; export or copy it again.")
+                raise WeightsError(f"{path} has no field {name!r}; export or copy it again.")
             continue
-        value, wanted = facts[entry.name], str if str(entry.type) == "str" else dict
+        value, wanted = facts[name], _KINDS[str(entry.type).partition("[")[0]]
         if not isinstance(value, wanted):
             raise WeightsError(
-                f"{path}: {entry.name!r} is a {type(value).__name__}, expected a "
+                f"{path}: {name!r} is a {type(value).__name__}, expected a "
                 f"{wanted.__name__}; the card was changed or is damaged. Export or copy it again."
             )
-    return Card(**facts)
+    return cls(**facts)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,15 @@ from safetensors.torch import load, save
 
 from domainssl import tasks
 from domainssl.arguments import class_name, class_of, plain
-from domainssl.backbones.card import ExportError, describe_modalities, write_pair
+from domainssl.backbones.card import (
+    card_at,
+    describe_modalities,
+    refuse_earlier,
+    tensors_of,
+    write_export,
+)
 from domainssl.backbones.registry import read_tensors
 from domainssl.errors import WeightsError, nearest, parsing
-from domainssl.files import open_regular, read_json
 from domainssl.tasks.base import Task
 from domainssl.tasks.tuning import merge_adapters
 
@@ -108,8 +112,7 @@ def export_task(
     """
     folder = Path(folder)
     target = folder / CARD_NAME
-    if target.exists() and not overwrite:
-        raise WeightsError(f"{target} exists already; pass overwrite=True (--overwrite).")
+    refuse_earlier(target, overwrite=overwrite)
     whole = whole_task(task)
     content = save({name: t.contiguous() for name, t in whole.state_dict().items()})
     modalities = describe_modalities(whole.backbone)
@@ -132,16 +135,7 @@ def export_task(
             }
         ),
     )
-    text = json.dumps(asdict(card), indent=1, allow_nan=False)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_pair({folder / TENSORS_NAME: content, target: text.encode()})
-    except OSError as error:
-        raise ExportError(
-            f"The task was not exported to {str(folder)!r}: {error}. Nothing of it is left there, "
-            "and an earlier export is as it was. Make room and export again out of the run's "
-            "checkpoint: python -m domainssl export --checkpoint RUN --output FOLDER"
-        ) from error
+    write_export("task", card, target, folder / TENSORS_NAME, content)
     return target
 
 
@@ -183,16 +177,8 @@ def load_task(path: str | Path) -> Task:
                 f"{TENSORS_NAME}. Copy both files, or export again: python -m domainssl export "
                 f"--checkpoint RUN --output FOLDER.{_backbone_advice(path)}"
             )
-    card = _card(card_path)
-    with parsing(f"{tensors_path}:", kind=WeightsError, advice="Check its permissions."):
-        with open_regular(tensors_path) as file:
-            content = file.read()
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != card.sha256:
-        raise WeightsError(
-            f"{tensors_path} has sha256 {digest[:16]}…, but {card_path.name} belongs to "
-            f"{card.sha256[:16]}…: the file is damaged or of another export. Copy both again."
-        )
+    card = card_at(card_path, TaskCard)
+    content = tensors_of(card, card_path, tensors_path)
     with parsing(
         f"{card_path}: card and tensors do not fit this version; the task",
         kind=WeightsError,
@@ -220,29 +206,6 @@ def _backbone_advice(path: Path) -> str:
     if (path / "backbone.json").exists() or (path / "backbone").is_dir():
         return " There is a backbone, which predicts nothing: see load_backbone."
     return ""
-
-
-def _card(path: Path) -> TaskCard:
-    """Return a card whose fields are there and of their types."""
-    facts = read_json(path, kind=WeightsError)
-    names = {f.name for f in fields(TaskCard)}
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT or not names >= set(facts):
-        found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
-        raise WeightsError(
-            f"{path} is no card of this version: expected 'format': {FORMAT!r}, found {found!r}."
-        )
-    kinds = {"classes": list, "arguments": dict, "modalities": dict, "provenance": dict}
-    for entry in fields(TaskCard):
-        has_default = entry.default is not MISSING or entry.default_factory is not MISSING
-        if entry.name not in facts and not has_default:
-            raise WeightsError(f"{path} has no field {entry.name!r}; export or copy it again.")
-        wanted = kinds.get(entry.name, str)
-        if entry.name in facts and not isinstance(facts[entry.name], wanted):
-            raise WeightsError(
-                f"{path}: {entry.name!r} is a {type(facts[entry.name]).__name__}, expected a "
-                f"{wanted.__name__}; the card was changed or is damaged. Export or copy it again."
-            )
-    return TaskCard(**facts)
 
 
 def _of_checkpoint(path: Path) -> Task:
