@@ -237,6 +237,18 @@ class Task(TrainingModule):
         value: Tensor = batch[name]
         return value
 
+    def check_class_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights for another number of classes; none count all alike.
+
+        Raises:
+            ConfigError: They are not one per class.
+        """
+        if weights and len(weights) != len(self.classes):
+            raise ConfigError(
+                f"model.init_args.loss.class_weights: got {len(weights)}, expected one per class: "
+                f"{', '.join(self.classes)}."
+            )
+
     def _connect(self, losses: dict[str, Tensor]) -> None:
         """Let every weight take part in the loss, as DistributedDataParallel asks for.
 

@@ -170,13 +170,8 @@ class ClassificationTask(Task):
             )
         self.multi_label = multi_label
         self.loss = as_dataclass(ClassLoss, loss)
-        count = len(self.classes)
-        if self.loss.class_weights and len(self.loss.class_weights) != count:
-            raise ConfigError(
-                f"model.init_args.loss.class_weights: got {len(self.loss.class_weights)}, expected "
-                f"one per class: {', '.join(self.classes)}."
-            )
-        self.head = ItemHead(as_dataclass(PooledHead, head), self.backbone, count)
+        self.check_class_weights(self.loss.class_weights)
+        self.head = ItemHead(as_dataclass(PooledHead, head), self.backbone, len(self.classes))
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Return one number per class, float32 (B, K), from raw physical values."""

@@ -121,12 +121,7 @@ class SegmentationTask(DenseMaps, Task):
             )
         self.reading = reading
         self.loss = as_dataclass(SegmentationLoss, loss)
-        weights = len(self.loss.class_weights)
-        if weights not in (0, len(self.classes)):
-            raise ConfigError(
-                f"model.init_args.loss.class_weights: got {weights}, expected one per class: "
-                f"{', '.join(self.classes)}."
-            )
+        self.check_class_weights(self.loss.class_weights)
         self._read_maps(as_dataclass(DenseHead, head), tiles, context_size)
 
     # -- what it says -----------------------------------------------------------------------
