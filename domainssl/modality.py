@@ -47,6 +47,7 @@ __all__ = [
     "present_mask",
     "sides_of",
     "valid_mask",
+    "zero_batch",
 ]
 
 Batch = dict[str, Any]
@@ -325,6 +326,31 @@ def _flatten(samples: Sequence[Any]) -> list[Batch]:
 def batch_to(batch: Mapping[str, Any], device: str | torch.device) -> Batch:
     """Return the batch with its tensors on a device; lists stay as they are."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def zero_batch(
+    modalities: Mapping[str, Modality],
+    sizes: Mapping[str, Sequence[int]],
+    frames: int = 1,
+    device: str | torch.device = "cpu",
+) -> Batch:
+    """Return one item of zeros with the companions that backbones need, to learn shapes from.
+
+    Args:
+        modalities: Of images, series or volumes.
+        sizes: Pixels or voxels along each axis, by name.
+        frames: Dates of a series.
+        device: Where.
+    """
+    batch: Batch = {}
+    for name, modality in modalities.items():
+        lead = (1, frames) if modality.kind == "series" else (1,)
+        batch[name] = torch.zeros(*lead, modality.num_channels, *sizes[name], device=device)
+        dates = torch.arange(lead[-1], dtype=torch.int32, device=device)
+        batch[key(name, "dates")] = dates.expand(lead)
+        limits = torch.tensor([0.0, 1.0], device=device)  # of the form `item`
+        batch[key(name, "window")] = limits.expand(1, modality.num_channels, 2)
+    return batch
 
 
 def collate(samples: Sequence[Any]) -> Batch:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from domainssl.backbones.base import Backbone, Features
 from domainssl.errors import ConfigError, nearest
-from domainssl.modality import Batch, Modality, key
+from domainssl.modality import Batch, Modality, zero_batch
 from domainssl.nn.masking import mean_of_valid
 
 __all__ = ["Autocast", "TokenWindows", "autocast_context", "feature_name", "token_map",
@@ -125,12 +125,7 @@ def token_windows(
     chosen = feature_name(backbone, names, feature)
     modalities = {name: backbone.modalities[name] for name in names}
     sizes = _sizes(modalities, size)
-    batch: Batch = {}
-    for name, modality in modalities.items():
-        shape = (1, *((dates,) * (modality.kind == "series")), modality.num_channels, *sizes[name])
-        batch[name] = torch.zeros(shape)
-        if modality.kind == "series":
-            batch[key(name, "dates")] = torch.arange(dates, dtype=torch.int32)[None]
+    batch = zero_batch(modalities, sizes, dates)
     with torch.inference_mode():
         features = backbone.encode(backbone.normalize(batch))
     if chosen not in features.tokens:

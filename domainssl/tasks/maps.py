@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
-from domainssl.modality import Batch, Modality, key, present_mask
+from domainssl.modality import Modality, key, present_mask, zero_batch
 from domainssl.tasks.heads_3d import MapLevel, levels_of, resized
 
 __all__ = ["MapFusion", "Maps", "dense_maps", "map_levels"]
@@ -67,7 +67,8 @@ def map_levels(
     """
     was_training = backbone.training
     device = next(backbone.parameters()).device
-    batch = _zeros(backbone.modalities, size, device)
+    sizes = _sizes(backbone.modalities, size)
+    batch = zero_batch(backbone.modalities, sizes, _FRAMES, device)
     backbone.eval()
     try:
         with torch.no_grad():
@@ -83,21 +84,15 @@ def map_levels(
     return {name: levels_of(maps[name], size) for name in (names or maps)}
 
 
-def _zeros(modalities: Mapping[str, Modality], size: Sequence[int], device: Any) -> Batch:
-    """Return a batch of one item, zeros of the sizes that windows of `size` have."""
+def _sizes(modalities: Mapping[str, Modality], size: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Return the sizes that windows of `size` pixels of the finest modality have."""
     finest = min(min(modality.steps) for modality in modalities.values() if modality.steps)
-    batch: Batch = {}
-    for name, modality in modalities.items():
-        sides = tuple(
+    return {
+        name: tuple(
             round(side * finest / step) for side, step in zip(size, modality.steps, strict=True)
         )
-        lead = (1, _FRAMES) if modality.kind == "series" else (1,)
-        batch[name] = torch.zeros(*lead, modality.num_channels, *sides, device=device)
-        dates = torch.zeros(lead, dtype=torch.int32, device=device)
-        batch[key(name, "dates")] = dates
-        limits = torch.tensor([0.0, 1.0], device=device)  # of the form `item`
-        batch[key(name, "window")] = limits.expand(1, modality.num_channels, 2)
-    return batch
+        for name, modality in modalities.items()
+    }
 
 
 class MapFusion(nn.Module):

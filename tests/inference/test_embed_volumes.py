@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from domainssl.backbones.vit import ViTBackbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference import dense
 from domainssl.inference.run import embed
+from domainssl.inference.volume_maps import find_volumes, volume_batch, volume_input
 from domainssl.io.raster.geozarr import VectorStore
 from domainssl.io.volume.scan import describe_scan, read_scan
 from domainssl.pieces import Plan
+from domainssl.sources.preparation import prepare
 
 nibabel = pytest.importorskip("nibabel")
 REAL = Path(os.environ.get("DOMAINSSL_SAMPLE_DATA", "/nowhere")) / "medical"
@@ -31,6 +34,13 @@ def backbone(spacing_mm: tuple[float, ...] | None = None, patch: Any = 4) -> ViT
     torch.manual_seed(0)
     sizes = {"width": 12, "depth": 1, "heads": 2}
     return ViTBackbone({"ct": facts}, sizes, patch, normalization="window(-100,400)").eval()
+
+
+@dataclass
+class Holder:
+    """What `volume_input` asks of a task."""
+
+    backbone: ViTBackbone
 
 
 def blob(shape: tuple[int, ...]) -> np.ndarray:
@@ -56,6 +66,33 @@ def test_vectors_lie_where_their_patches_lie_whatever_the_axes_of_the_file(tmp_p
         tokens = backbone()({"ct": values}).tokens["ct"][0].unflatten(0, (4, 4, 4))
     np.testing.assert_allclose(image.get_fdata()[0, 0, 0], tokens[0, 0, 0], atol=1e-5)
     assert (tmp_path / "e.png").is_file()
+
+
+def test_scans_without_a_unit_are_scaled_by_limits_of_the_whole_scan(tmp_path: Path) -> None:
+    facts = {"kind": "volume", "channels": ("t1",), "value_unit": "arbitrary", "size": (8, 8, 8)}
+    torch.manual_seed(0)
+    tiny = ViTBackbone(
+        {"t1": facts}, {"width": 12, "depth": 1, "heads": 2}, 4, normalization="item"
+    )
+    tiny.eval()
+    scan = blob((16, 24, 16))
+    found = {}
+    for name, values in {"one": scan, "gain": 3 * scan + 50}.items():
+        path = write_nifti(tmp_path / f"{name}.nii.gz", values.astype(np.int16), np.eye(4))
+        embed(tiny, path, tmp_path / f"e_{name}.nii.gz")
+        found[name] = nibabel.load(tmp_path / f"e_{name}.nii.gz").get_fdata()
+    np.testing.assert_allclose(found["gain"], found["one"], atol=2e-3)
+    [exam] = find_volumes(str(tmp_path / "one.nii.gz"), inputs := volume_input(Holder(tiny)), None)
+    whole = prepare(exam, inputs.contrasts, inputs.preparation)
+    batch = volume_batch(whole, (slice(0, 8),) * 3)
+    own = torch.tensor([[[scan[:8, :8, :8].min(), scan[:8, :8, :8].max()]]], dtype=torch.float32)
+    with torch.no_grad():
+        tokens, others = (
+            tiny({**batch, "t1.window": limits}).tokens["t1"][0, 0].numpy()
+            for limits in (batch["t1.window"], own)
+        )
+    np.testing.assert_allclose(found["one"][0, 0, 0], tokens, atol=1e-5)
+    assert np.abs(found["one"][0, 0, 0] - others).max() > 0.01
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real scans are not on this machine")
