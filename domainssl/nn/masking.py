@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = [
     "Masking",
     "kept_count",
+    "marked_first",
     "mask_from_keep",
     "mask_from_noise",
     "mean_of_valid",
@@ -85,6 +86,26 @@ def restore_tokens(visible: Tensor, restore: Tensor, filler: Tensor) -> Tensor:
     missing = restore.shape[1] - kept
     full = torch.cat([visible, filler.to(visible.dtype).expand(batch, missing, width)], dim=1)
     return take_tokens(full, restore)
+
+
+def marked_first(mark: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Bring the marked tokens of every item to the front, as many as the richest item has.
+
+    Args:
+        mark: bool (B, N).
+
+    Returns:
+        Indices int64 (B, K), in order; which of them are marked, bool (B, K); and the tokens that
+        attention may look at, which are the same and one more where an item has none, or None
+        where these are all.
+    """
+    count = mark.sum(1)
+    most = int(count.max().clamp(min=1))
+    order = (~mark).int().argsort(dim=1, stable=True)[:, :most]
+    places = torch.arange(most, device=mark.device)
+    real = places < count.unsqueeze(1)
+    keys = None if int(count.min()) == most else places < count.clamp(min=1).unsqueeze(1)
+    return order, real, keys
 
 
 def mean_of_valid(tokens: Tensor, valid: Tensor, axis: int = 1) -> Tensor:

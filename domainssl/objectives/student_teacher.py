@@ -8,7 +8,6 @@ own) and volumes.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from domainssl._torch import follow
 from domainssl.backbones.base import Backbone, Features
 from domainssl.distributed import all_reduce_sum, row_layout, world_size
 from domainssl.errors import ConfigError
@@ -35,13 +33,13 @@ from domainssl.nn.norm import counted_rows
 from domainssl.nn.patching import grid_of
 from domainssl.nn.spread import effective_rank
 from domainssl.nn.views import View, draw_view
-from domainssl.objectives.base import Generators, Objective, Step
+from domainssl.objectives.base import Generators, Step
 from domainssl.objectives.student_parts import Crops, StudentEncoding, make_student
+from domainssl.objectives.teacher import _Taught
 from domainssl.objectives.view_steps import check_photometric, unit_values, view_of
 from domainssl.options import as_dataclass
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
-from domainssl.training.schedules import Progress, cosine
 
 __all__ = ["CropDraws", "CropTokens", "Rows"]
 
@@ -123,7 +121,7 @@ class Rows:
         )
 
 
-class _StudentTeacher(Objective):
+class _StudentTeacher(_Taught):
     """Base of methods whose targets come from a running mean of the student.
 
     A subclass builds its heads, calls `make_teacher`, and writes `terms`.
@@ -141,10 +139,8 @@ class _StudentTeacher(Objective):
     """
 
     backbone: Backbone
-    self_distilling: ClassVar[bool] = True
     exported: ClassVar[str] = "teacher.backbone"
     drops_invalid_patches: bool = True
-    teacher: nn.ModuleDict
     head: nn.Module
 
     def __init__(
@@ -159,7 +155,12 @@ class _StudentTeacher(Objective):
         optimization: Optimization,
         execution: Execution,
     ) -> None:
-        super().__init__(optimization=optimization, execution=execution, context_size=context_size)
+        super().__init__(
+            momentum=momentum,
+            optimization=optimization,
+            execution=execution,
+            context_size=context_size,
+        )
         known = as_modalities(modalities)
         method = type(self).__name__
         if len(known) != 1:
@@ -167,14 +168,8 @@ class _StudentTeacher(Objective):
                 f"{method} compares crops of one modality, the data have {list(known)}. Choose "
                 "one in the DataModule; a scan that may be CT or MR is one modality, `scan`."
             )
-        if not 0 <= momentum <= 1:
-            raise ConfigError(
-                f"model.init_args.momentum: got {momentum!r}, expected a share in [0, 1]."
-            )
         (self.name,) = known
         self.masks = masks
-        self.momentum = momentum
-        self.progress = Progress()
         self.crops, self.backbone = self.build_student(
             known, encoding, crops, context_size, has_masks=masks is not None
         )
@@ -211,22 +206,6 @@ class _StudentTeacher(Objective):
         for which in ("first", "second", "local"):
             check_photometric(fitted.views(which), form, known[self.name], f"crops.{which}")
         return fitted, backbone
-
-    def make_teacher(self, **parts: nn.Module) -> None:
-        """Copy backbone and heads; the copies are never trained.
-
-        Args:
-            parts: Heads of the teacher by the name that the student's has in this module.
-        """
-        self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(self.backbone), **parts})
-        self.teacher.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> _StudentTeacher:
-        """Keep the teacher in evaluation mode: no dropout, batch norms by running statistics."""
-        super().train(mode)
-        if hasattr(self, "teacher"):  # Lightning's constructor calls this before there is one
-            self.teacher.eval()
-        return self
 
     def project_crops(self, tokens: CropTokens) -> Tensor:
         """Return what the student's head makes of all crops, (V, B, K)."""
@@ -378,30 +357,6 @@ class _StudentTeacher(Objective):
 
     # -- what follows a step ----------------------------------------------------------------
 
-    def momentum_now(self) -> float:
-        """Return the share of the teacher that this step keeps."""
-        return cosine(self.momentum, 1.0, self.progress.step, self.progress.total_steps)
-
-    def after_step(self, step: Step) -> None:
-        """Move the teacher, and what its batch norms measured, towards the student."""
-        share = self.momentum_now()
-        self.move_teacher(share)
-        buffers = dict(self.named_buffers())
-        for name, running in self.teacher.named_buffers():  # statistics of batch norms
-            if name in buffers and running.is_floating_point():
-                running.lerp_(buffers[name], 1 - share)
-
-    def move_teacher(self, share: float) -> None:
-        """Keep a share of the teacher's parameters; names that only one has stay alone."""
-        student = dict(self.named_parameters())
-        ours: list[Tensor] = []
-        theirs: list[Tensor] = []
-        for name, target in self.teacher.named_parameters():
-            if name in student:
-                ours.append(target)
-                theirs.append(student[name].detach())
-        follow(ours, theirs, share)
-
     def monitors(self, step: Step) -> dict[str, Tensor]:
         """Return the teacher's effective rank and spread over the batch, and its momentum."""
         rows = step.outputs["vectors"].float()
@@ -415,25 +370,3 @@ class _StudentTeacher(Objective):
             "teacher_std": squares.sqrt().mean() * rows.shape[1] ** 0.5,
             "momentum": torch.tensor(self.momentum_now()),
         }
-
-    # -- how far the run is -----------------------------------------------------------------
-
-    def _note_progress(self) -> None:
-        if self.total_steps is None:
-            return
-        trainer = self.trainer
-        per_epoch = max(1.0, trainer.num_training_batches / trainer.accumulate_grad_batches)
-        self.progress = Progress(
-            step=trainer.global_step,
-            total_steps=self.total_steps,
-            epoch=trainer.current_epoch,
-            total_epochs=max(1, math.ceil(self.total_steps / per_epoch)),
-        )
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Learn which step this is."""
-        self._note_progress()
-
-    def on_validation_start(self) -> None:
-        """Learn which step it is, also where a resumed run begins with a validation."""
-        self._note_progress()

@@ -99,7 +99,7 @@ def test_raw_values_become_the_inputs_of_the_groups() -> None:
     x["latlon"] = torch.tensor([[0.0, 90.0], [45.0, -120.0]])
     x["s2"][0, 0, :, 0, 0] = 0.0  # no light: no difference of bands
     out = made.normalize(x)
-    values = {g.name: made._input(g, out)[0] for g in made.groups}
+    values = {g.name: made._values(g, out) for g in made.groups}
     b8, b4 = x["s2"][:, :, 6:7], x["s2"][:, :, 2:3]
     ndvi = torch.where(b8 + b4 > 0, (b8 - b4) / (b8 + b4), 0.0)
     torch.testing.assert_close(values["NDVI"], ndvi)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from domainssl.distributed import RowLayout
-from domainssl.losses import contrastive, decorrelation, tokens
+from domainssl.losses import contrastive, decorrelation, discrimination, tokens
 
 ROWS = RowLayout((6,))
 LOSSES: dict[str, Callable[[Tensor, Tensor], object]] = {
@@ -21,7 +21,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "token_nce": lambda a, b: tokens.token_nce(
         torch.stack([a, b], 1).unflatten(-1, (2, -1)), layout=ROWS
     ),
-}
+    "token_discrimination": lambda a, b: discrimination.token_discrimination(
+        a.unsqueeze(0), b.unsqueeze(0), torch.ones(1, 6, dtype=torch.bool),
+        candidates="batch", layout=ROWS,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -29,7 +33,7 @@ def test_a_loss_that_knows_the_layout_waits_for_no_rank(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
-    modules = (contrastive, decorrelation, tokens)
+    modules = (contrastive, decorrelation, discrimination, tokens)
     asked: list[Tensor] = []
 
     def ask(rows: Tensor) -> RowLayout:

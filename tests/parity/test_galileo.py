@@ -16,9 +16,9 @@ from domainssl.backbones.galileo.backbone import GalileoBackbone
 from domainssl.backbones.galileo.encoder import (
     GalileoEncoder,
     GalileoTokens,
-    plane_positions,
     resized_kernel,
 )
+from domainssl.backbones.galileo.encodings import plane_positions
 from domainssl.backbones.galileo.groups import (
     ARRAYS,
     PUBLISHED_GROUPS,
@@ -26,7 +26,11 @@ from domainssl.backbones.galileo.groups import (
     Array,
     location_xyz,
 )
+from domainssl.backbones.galileo.predictor import GalileoPredictor, Predicted, PredictorSizes
+from domainssl.losses.discrimination import standardized, token_discrimination
+from domainssl.losses.latent import masked_regression
 from domainssl.modality import Modality
+from domainssl.nn.masking import take_tokens
 from domainssl.nn.patching import grid_of
 
 FILES = golden_files("galileo")
@@ -103,6 +107,37 @@ class Golden(GoldenFile):
             for array, mask in self.masks(case).items()
             for number, group in enumerate(GROUPS[array])
         }
+
+    def predictor(self) -> GalileoPredictor:
+        c = self.config["decoder"]
+        made = GalileoPredictor(
+            PUBLISHED_GROUPS,
+            c["output_size"],
+            PredictorSizes(
+                width=c["decoder_embedding_size"],
+                depth=c["depth"],
+                heads=c["num_heads"],
+                ffn_ratio=c["mlp_ratio"],
+                learned_groups=c["learnable_channel_embeddings"],
+            ),
+            c["max_sequence_length"],
+        )
+        made.load_state_dict(self.below("state_dict/decoder/"))
+        return made.eval()
+
+    def predict(self, case: str, encoder: GalileoEncoder, predictor: GalileoPredictor) -> Predicted:
+        months = self["input/months"]
+        by_array: dict[Array, Tensor] = {"space_time": months, "time": months}
+        how: dict[str, Any] = {"patch_size": self.patch, "gsd_m": self.gsd_m}
+        seen = encoder(self.inputs(), by_array, self.visible(case), **how)
+        hidden = {array: mask == 2 for array, mask in self.masks(case).items()}
+        found: Predicted = predictor(seen, hidden, by_array, **how)
+        return found
+
+    def tokens(self, prefix: str, order: Tensor) -> Tensor:
+        """Tokens of a result in a row, those of an order."""
+        row = torch.cat([self[f"{prefix}/{SHORT[array]}"].flatten(1, -2) for array in ARRAYS], 1)
+        return take_tokens(row, order)
 
     @torch.no_grad()
     def encode(self, part: str = "encoder", case: str | None = None, **how: Any) -> GalileoTokens:
@@ -206,6 +241,65 @@ def test_targets(golden: Golden, case: str) -> None:
     golden.compare_tokens(found, f"output/{case}/target")
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_predictions(golden: Golden, case: str) -> None:
+    with torch.no_grad():
+        found = golden.predict(case, golden.encoder(), golden.predictor())
+    counts = golden.facts["cases"][case]
+    assert found.counted.sum(1).tolist() == counts["predicted_tokens_per_sample"]
+    expected = golden.tokens(f"output/{case}/prediction", found.order)
+    off = (found.tokens - expected).abs().amax(-1)[found.counted]
+    assert float(off.max()) <= golden.tolerance(TOKENS)
+
+
+def _loss(golden: Golden, name: str, p: Tensor, t: Tensor, counted: Tensor) -> Tensor:
+    if name == "mse":
+        return masked_regression(p, t, counted)
+    kind, _, unit = name.partition("_")
+    return token_discrimination(
+        standardized(p, counted) if unit == "pred2unit" else p,
+        t,
+        counted,
+        golden.config["tau"],
+        candidates="batch" if kind == "alldisc" else "item",
+        counts_empty=True,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_their_gradients(golden: Golden, case: str) -> None:
+    with torch.no_grad():
+        order = golden.predict(case, golden.encoder(), golden.predictor())
+    found = [n for n in golden.names(f"loss/{case}/") if "grad" not in n]
+    golden.need(bool(found), f"loss/{case}/*")
+    p, t = (golden.tokens(f"output/{case}/{n}", order.order) for n in ("prediction", "target"))
+    for name in found:
+        p = p.detach().requires_grad_()
+        loss = _loss(golden, name, p, t, order.counted)
+        expected = golden[f"loss/{case}/{name}"]
+        golden.compare(loss.detach().view(expected.shape), f"loss/{case}/{name}", "losses")
+        if golden.has(f"loss/{case}/{name}_grad_pred"):
+            (grad,) = torch.autograd.grad(loss, p)
+            golden.compare(grad[order.counted], f"loss/{case}/{name}_grad_pred", "gradients")
+            assert not grad[~order.counted].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_weights(golden: Golden, case: str) -> None:
+    names = golden.names(f"loss/{case}/")
+    for name in [n.removesuffix("_grad_param") for n in names if n.endswith("_grad_param")]:
+        parts = {"encoder": golden.encoder(), "decoder": golden.predictor()}
+        found = golden.predict(case, parts["encoder"], parts["decoder"])  # type: ignore[arg-type]
+        target = golden.tokens(f"output/{case}/target", found.order)
+        _loss(golden, name, found.tokens, target, found.counted).backward()
+        for part, network in parts.items():
+            prefix = f"loss/{case}/{name}_grad_param/{part}"
+            for weight in golden.below(f"{prefix}/"):
+                grad = network.get_parameter(weight).grad
+                assert grad is not None
+                golden.compare(grad, f"{prefix}/{weight}", "gradients")
+
+
 def test_exit_depths(golden: Golden) -> None:
     names = [n for n in golden.names("output/") if n.startswith("target_")]
     golden.need(bool(names), "output/target_*")
@@ -218,6 +312,15 @@ def test_exit_depths(golden: Golden) -> None:
             golden.compare(found.mean(), f"output/{name}/average_tokens")
         if golden.below(f"output/{name}/tokens/"):
             golden.compare_tokens(found, f"output/{name}/tokens")
+
+
+def test_depths_of_the_published_groups() -> None:
+    """Half of the blocks for NDVI, weather and heights, none for maps, all for other sensors."""
+    depths = {group.name: group.target_depth for group in PUBLISHED_GROUPS}
+    assert {n for n, share in depths.items() if share == 0.5} == {"NDVI", "ERA5", "TC", "SRTM"}
+    bare = {"DW", "WC", "LS", "DW_static", "WC_static"}
+    assert {n for n, share in depths.items() if share == 0} == bare
+    assert set(depths.values()) == {0, 0.5, 1}
 
 
 def test_normalisation_of_the_released_weights(golden: Golden) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -16,6 +17,7 @@ from domainssl.backbones.galileo.encoder import (
     GalileoEncoder,
     GalileoTokens,
 )
+from domainssl.backbones.galileo.encodings import UNIT_M
 from domainssl.backbones.galileo.groups import (
     PUBLISHED_FORMS,
     PUBLISHED_GROUPS,
@@ -32,9 +34,26 @@ from domainssl.nn.masking import mean_of_valid
 from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction
 from domainssl.options import as_dataclass
 
-__all__ = ["GalileoBackbone"]
+__all__ = ["GalileoBackbone", "GroupInputs"]
 
-_UNIT_M = 10.0
+
+@dataclass(frozen=True, kw_only=True)
+class GroupInputs:
+    """What the encoder takes, by group; see `GalileoEncoder.forward`.
+
+    Attributes:
+        values: Normalised values.
+        visible: Which tokens see a valid pixel, bool.
+        months: int (B, T) by array.
+        patch_size: Side of a patch in pixels.
+        gsd_m: Side of a pixel in metres.
+    """
+
+    values: dict[str, Tensor]
+    visible: dict[str, Tensor]
+    months: dict[Array, Tensor]
+    patch_size: int
+    gsd_m: float
 
 
 class GalileoBackbone(Backbone):
@@ -66,7 +85,7 @@ class GalileoBackbone(Backbone):
         "galileo_tiny": {"architecture": {"width": 192, "depth": 12, "heads": 3}},
         "galileo_base": {"architecture": {"width": 768, "depth": 12, "heads": 12}},
     }
-    forward_methods: ClassVar[tuple[str, ...]] = ("encode", "encode_groups")
+    forward_methods: ClassVar[tuple[str, ...]] = ("encode", "encode_groups", "encode_inputs")
 
     def __init__(
         self,
@@ -154,28 +173,59 @@ class GalileoBackbone(Backbone):
         Raises:
             DataError: Dates are missing, sizes differ, or series are too long.
         """
+        return self.encode_inputs(self.inputs(x), hidden, depths=depths)
+
+    def encode_inputs(
+        self,
+        inputs: GroupInputs,
+        hidden: Mapping[str, Tensor] | None = None,
+        *,
+        depths: int | Mapping[str, int] | None = None,
+    ) -> GalileoTokens:
+        """Return the tokens of what `inputs` returned; see `encode_groups`."""
+        visible = dict(inputs.visible)
+        for name, where in (hidden or {}).items():
+            if name in visible:
+                visible[name] = visible[name] & ~where
+        return cast(
+            GalileoTokens,
+            self.encoder(
+                inputs.values, inputs.months, visible,
+                patch_size=inputs.patch_size, gsd_m=inputs.gsd_m, depths=depths,
+            ),
+        )  # fmt: skip
+
+    def inputs(self, x: Mapping[str, Any], patch_size: int | None = None) -> GroupInputs:
+        """Return what the encoder takes, by group.
+
+        Args:
+            x: What `normalize` returned.
+            patch_size: Side of a patch in pixels; None takes `self.patch_size`.
+
+        Raises:
+            DataError: Dates are missing, or sizes differ.
+        """
         self._check_footprint(x)
+        side = patch_size or self.patch_size
         values: dict[str, Tensor] = {}
-        visible: dict[str, Tensor] = {}
         months: dict[Array, Tensor] = {}
         for group in self.groups:
             if group.modality not in x or (_derived(group) not in x and _is_difference(group)):
                 continue
-            values[group.name], visible[group.name] = self._input(group, x)
-            if hidden is not None and group.name in hidden:
-                visible[group.name] = visible[group.name] & ~hidden[group.name]
+            values[group.name] = self._values(group, x)
             if group.array in ("space_time", "time"):
                 months[group.array] = self._months(group, x, months.get(group.array))
         found = [m.gsd_m for name, m in self.modalities.items() if name in x and m.gsd_m]
-        return cast(
-            GalileoTokens,
-            self.encoder(
-                values, months, visible,
-                patch_size=self.patch_size, gsd_m=found[0] if found else _UNIT_M, depths=depths,
-            ),
-        )  # fmt: skip
+        return GroupInputs(
+            values=values,
+            visible={n: mask for n, mask in self.visibility(x, side).items() if n in values},
+            months=months,
+            patch_size=side,
+            gsd_m=found[0] if found else UNIT_M,
+        )
 
-    def _in_space(self, name: str) -> bool:
+    def in_space(self, name: str) -> bool:
+        """Tell whether a modality has tokens at places."""
         return any(g.modality == name and g.array in ("space_time", "space") for g in self.groups)
 
     def _check_footprint(self, x: Mapping[str, Any]) -> None:
@@ -183,7 +233,7 @@ class GalileoBackbone(Backbone):
         sizes = {
             name: common_size(x[name], modality)
             for name, modality in self.modalities.items()
-            if name in x and self._in_space(name)
+            if name in x and self.in_space(name)
         }
         if len(set(sizes.values())) > 1:
             raise DataError(
@@ -191,8 +241,52 @@ class GalileoBackbone(Backbone):
                 "Resample them to one grid, or leave some out."
             )
 
-    def _input(self, group: GalileoGroup, x: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return values and visibility of a group, as `GalileoEncoder.forward` takes them."""
+    def visibility(self, x: Mapping[str, Any], patch_size: int) -> dict[str, Tensor]:
+        """Return which tokens of the groups of a batch see a valid pixel.
+
+        Args:
+            x: A batch, normalised or not; of values only the shapes count.
+            patch_size: Side of a patch in pixels.
+
+        Returns:
+            bool (B, h, w, T), (B, h, w), (B, T) or (B,) by group, as its array says.
+        """
+        known: dict[tuple[str, Array], Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for group in self.groups:
+            if group.modality in x:
+                place = (group.modality, group.array)
+                if place not in known:
+                    known[place] = self._holds_data(group, x, patch_size)
+                found[group.name] = known[place]
+        return found
+
+    def _holds_data(self, group: GalileoGroup, x: Mapping[str, Any], patch_size: int) -> Tensor:
+        name = group.modality
+        valid = self._valid(name, x)
+        if self.modalities[name].kind == "image" and group.array in ("space_time", "time"):
+            valid = valid.unsqueeze(1)
+        if group.array in ("space_time", "space"):
+            grid = grid_of(tuple(x[name].shape[-2:]), patch_size, f"batch.{name}")
+            if group.array == "space":
+                return (patch_fraction(valid, patch_size) > 0).unflatten(1, grid)
+            share = patch_fraction(valid.flatten(0, 1), patch_size)
+            seen = (share > 0).unflatten(0, valid.shape[:2]).unflatten(2, grid)
+            return seen.permute(0, 2, 3, 1)
+        if group.array == "time":
+            return valid.flatten(2).any(2)
+        return valid.flatten(1).any(1) if valid.ndim > 1 else valid
+
+    def _valid(self, name: str, x: Mapping[str, Any]) -> Tensor:
+        """Return `<m>.valid`, False on padded dates and absent items."""
+        modality = self.modalities[name]
+        valid, present = valid_mask(x, modality), present_mask(x, name)
+        if modality.kind == "series" and key(name, "frames") in x:
+            valid = valid & x[key(name, "frames")][:, :, None, None]
+        return valid & present.view(-1, *[1] * (valid.ndim - 1))
+
+    def _values(self, group: GalileoGroup, x: Mapping[str, Any]) -> Tensor:
+        """Return the values of a group as `GalileoEncoder.forward` takes them."""
         name = group.modality
         modality = self.modalities[name]
         whole = x[_derived(group)] if _is_difference(group) else x[name]
@@ -200,29 +294,18 @@ class GalileoBackbone(Backbone):
         if not _is_difference(group) and places != list(range(modality.num_channels)):
             index = torch.tensor(places, device=whole.device)
             whole = whole.index_select(modality.channel_axis, index)
-        valid, present = valid_mask(x, modality), present_mask(x, name)
-        if modality.kind == "series" and key(name, "frames") in x:
-            valid = valid & x[key(name, "frames")][:, :, None, None]
-        valid = valid & present.view(-1, *[1] * (valid.ndim - 1))
+        valid = self._valid(name, x)
         if modality.kind == "image" and group.array in ("space_time", "time"):
             whole, valid = whole.unsqueeze(1), valid.unsqueeze(1)
-        if group.array == "space_time":
-            share = patch_fraction(valid.flatten(0, 1), self.patch_size)
-            grid = self._grid(name, whole)
-            seen = (share > 0).unflatten(0, valid.shape[:2]).unflatten(2, grid)
-            return whole, seen.permute(0, 2, 3, 1)
-        if group.array == "space":
-            grid = self._grid(name, whole)
-            return whole, (patch_fraction(valid, self.patch_size) > 0).unflatten(1, grid)
+        if group.array in ("space_time", "space"):
+            return whole
         if group.array == "time":
-            return _pixel_mean(whole, valid), valid.flatten(2).any(2)
+            return _pixel_mean(whole, valid)
         if group.derived == "mean":
             if modality.kind == "series":
                 whole, valid = whole.transpose(1, 2).flatten(2, 3), valid.flatten(1, 2)
-            return _pixel_mean(whole.unsqueeze(1), valid.unsqueeze(1))[:, 0], valid.flatten(1).any(
-                1
-            )
-        return (location_xyz(whole) if group.derived == "sphere" else whole), valid
+            return _pixel_mean(whole.unsqueeze(1), valid.unsqueeze(1))[:, 0]
+        return location_xyz(whole) if group.derived == "sphere" else whole
 
     def _grid(self, name: str, x: Tensor) -> tuple[int, int]:
         rows, columns = grid_of(tuple(x.shape[-2:]), self.patch_size, f"batch.{name}")
@@ -254,12 +337,12 @@ class GalileoBackbone(Backbone):
             visible = torch.cat([mask for _, mask in picked], 2)
             features.pooled[name] = mean_of_valid(tokens.flatten(1, 2), visible.flatten(1))
             tokens, valid = mean_of_valid(tokens, visible, axis=2), visible.any(2)
-            grid = self._grid(name, x[name]) if self._in_space(name) else (tokens.shape[1],)
+            grid = self._grid(name, x[name]) if self.in_space(name) else (tokens.shape[1],)
             self._put(features, name, tokens, valid, grid)
             if key(name, "dates") in x:
                 features.dates[name] = x[key(name, "dates")]
         tokens, valid = found.per_patch()
-        grids = [grid for name, grid in features.grid.items() if self._in_space(name)]
+        grids = [grid for name, grid in features.grid.items() if self.in_space(name)]
         self._put(features, "joint", tokens, valid, grids[0] if grids else (1,))
         features.pooled["joint"] = found.mean()
         return features
@@ -276,7 +359,7 @@ class GalileoBackbone(Backbone):
 
         Groups of time and of none are left out where the modality has some in space.
         """
-        in_space = self._in_space(name)
+        in_space = self.in_space(name)
         picked = []
         for array, tokens in found.tokens.items():
             own = self.encoder.groups[array]

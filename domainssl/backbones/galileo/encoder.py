@@ -6,7 +6,6 @@ kept; patches of other sizes after Beyer et al. 2023 (FlexiViT).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,22 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from domainssl.backbones.galileo.encodings import UNIT_M, GroupEncodings
 from domainssl.backbones.galileo.groups import ARRAYS, Array, GalileoGroup
 from domainssl.errors import ConfigError, DataError
 from domainssl.nn.blocks import drop_path
-from domainssl.nn.masking import mean_of_valid, take_tokens
+from domainssl.nn.masking import marked_first, mean_of_valid, take_tokens
 
 __all__ = [
     "GalileoArchitecture",
+    "GalileoBlock",
     "GalileoEncoder",
     "GalileoTokens",
-    "plane_positions",
     "resized_kernel",
-    "steep_positions",
 ]
-
-_LETTERS: dict[Array, str] = {"space_time": "s_t", "space": "sp", "time": "t", "static": "st"}
-_UNIT_M = 10.0  # positions in the plane are counted in these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,52 +96,6 @@ class GalileoTokens:
             counts.append(weight.sum(2))
         total, count = (sum(parts[1:], parts[0]) for parts in (totals, counts))
         return total / count.clamp(min=1), count.squeeze(-1) > 0
-
-
-def steep_positions(positions: Tensor, width: int) -> Tensor:
-    """Encode positions as `[sin(x·w), cos(x·w)]` with `w_i = 10000^(-i / (2·width))`.
-
-    The exponent divides by twice the width, as in the released code, so that frequencies fall
-    less than in the usual code of that width.
-
-    Args:
-        positions: (...).
-        width: Length of the code, even.
-
-    Returns:
-        float32 (..., width).
-    """
-    steps = torch.arange(width // 2, dtype=torch.float64, device=positions.device)
-    angle = positions.double().unsqueeze(-1) * 10000.0 ** (-steps / (2 * width))
-    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
-
-
-def plane_positions(
-    grid: tuple[int, int], width: int, unit: float, device: torch.device | None = None
-) -> Tensor:
-    """Encode the places of patches: the column in the first half, the row in the second.
-
-    Args:
-        grid: Patches along each axis, (h, w).
-        width: Length of the code, a multiple of 4.
-        unit: Side of a patch in units of 10 m.
-        device: Where to compute.
-
-    Returns:
-        float32 (h, w, width).
-    """
-    rows, columns = (
-        steep_positions(torch.arange(n, device=device) * unit, width // 2) for n in grid
-    )
-    shape = (*grid, width // 2)
-    return torch.cat([columns.unsqueeze(0).expand(shape), rows.unsqueeze(1).expand(shape)], -1)
-
-
-def month_table(width: int) -> Tensor:
-    """Return the code of every month, float32 (12, width): one sine, and one cosine, repeated."""
-    angle = (2 * math.pi * torch.arange(12, dtype=torch.float64) / 12).unsqueeze(1)
-    half = width // 2
-    return torch.cat([angle.sin().expand(-1, half), angle.cos().expand(-1, half)], 1).float()
 
 
 @cache
@@ -221,7 +171,10 @@ class _FeedForward(nn.Module):
 
 
 class GalileoBlock(nn.Module):
-    """Self-attention among the visible tokens, and a feed-forward network, with residuals."""
+    """Attention and a feed-forward network, with residuals.
+
+    Tokens look at each other, normalised, or at a context that is taken as it is.
+    """
 
     is_block = True  # see `nn.blocks.blocks_of`
 
@@ -235,14 +188,14 @@ class GalileoBlock(nn.Module):
     def _dropped(self, branch: Tensor) -> Tensor:
         return drop_path(branch, self.drop_path, self.training)
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """(B, N, E) and which tokens others may look at, bool (B, N) -> (B, N, E)."""
+    def forward(self, x: Tensor, keys: Tensor | None, context: Tensor | None = None) -> Tensor:
+        """(B, N, E), what may be looked at, bool (B, K), and (B, K, E) -> (B, N, E)."""
         normed = self.norm1(x)
-        x = x + self._dropped(self.attn(normed, normed, keys))
+        x = x + self._dropped(self.attn(normed, normed if context is None else context, keys))
         return x + self._dropped(self.mlp(self.norm2(x)))
 
 
-class GalileoEncoder(nn.Module):
+class GalileoEncoder(GroupEncodings):
     """Encode groups of bands, any of them missing.
 
     Args:
@@ -254,25 +207,13 @@ class GalileoEncoder(nn.Module):
     """
 
     def __init__(self, groups: Sequence[GalileoGroup], architecture: GalileoArchitecture) -> None:
-        super().__init__()
+        super().__init__(groups, architecture.width, architecture.max_steps)
         a = self.sizes = architecture
-        if a.width % 16 or a.width % a.heads:
+        if a.width % a.heads:
             raise ConfigError(
-                f"architecture.width: got {a.width}; Galileo needs a multiple of 16 and of the "
-                f"{a.heads} heads."
+                f"architecture.width: got {a.width}, expected a multiple of the {a.heads} heads."
             )
-        self.groups: dict[Array, list[GalileoGroup]] = {
-            array: found
-            for array in ARRAYS
-            if (found := [group for group in groups if group.array == array])
-        }
-        quarter = a.width // 4
-        steps = torch.arange(a.max_steps)
-        self.pos_embed = nn.Parameter(steep_positions(steps, quarter), requires_grad=False)
-        self.month_embed = nn.Embedding.from_pretrained(month_table(quarter), freeze=True)
         for array, found in self.groups.items():
-            embedding = nn.Parameter(torch.zeros(len(found), quarter))
-            self.register_parameter(f"{_LETTERS[array]}_channel_embed", embedding)
             parts: dict[str, nn.Module] = {}
             for group in found:
                 parts[group.name] = (
@@ -286,10 +227,7 @@ class GalileoEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(a.width)
         self.gradient_checkpointing = False
-        for part in self.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight)
-                nn.init.zeros_(part.bias)
+        self.reset_linear()
 
     def forward(
         self,
@@ -298,7 +236,7 @@ class GalileoEncoder(nn.Module):
         visible: Mapping[str, Tensor],
         *,
         patch_size: int,
-        gsd_m: float = _UNIT_M,
+        gsd_m: float = UNIT_M,
         depths: int | Mapping[str, int] | None = None,
         last_norm: bool = True,
     ) -> GalileoTokens:
@@ -333,7 +271,8 @@ class GalileoEncoder(nn.Module):
         row = torch.where(seen.unsqueeze(-1), row, 0.0)
         depth = self._depths(bare, depths)
         if max(depth) > 0:
-            encodings = self._encodings(bare, months, patch_size * gsd_m / _UNIT_M)
+            shapes = {array: found.shape[1:] for array, found in bare.visible.items()}
+            encodings = self.encodings(shapes, months, patch_size * gsd_m / UNIT_M)
             row = self._attended(row, encodings, seen, torch.tensor(depth, device=row.device))
         if last_norm:
             row = self.norm(row)
@@ -381,38 +320,6 @@ class GalileoEncoder(nn.Module):
             return parts.permute(0, 2, 3, 1, 4)
         return cast(Tensor, layer(x, side) if array == "space" else layer(x))
 
-    def _encodings(
-        self, bare: GalileoTokens, months: Mapping[Array, Tensor], unit: float
-    ) -> Tensor:
-        """Return what is added to the tokens, (B, N, E): group, step, month and place."""
-        parts = []
-        for array, tokens in bare.tokens.items():
-            shape = (*tokens.shape[:-1], self.sizes.width // 4)
-            quarters = [getattr(self, f"{_LETTERS[array]}_channel_embed").expand(shape)]
-            if array in ("space_time", "time"):
-                steps = tokens.shape[-3]
-                if steps > self.sizes.max_steps:
-                    raise DataError(
-                        f"Galileo takes series of {self.sizes.max_steps} dates at most, got "
-                        f"{steps}. Make composites, such as one per month."
-                    )
-                month = self.month_embed(months[array])
-                if array == "space_time":
-                    month = month[:, None, None]
-                quarters.append(self.pos_embed[:steps].unsqueeze(1).expand(shape))
-                quarters.append(month.unsqueeze(-2).expand(shape))
-            else:
-                quarters += [tokens.new_zeros(shape)] * 2
-            if array in ("space_time", "space"):
-                grid = (tokens.shape[1], tokens.shape[2])
-                place = plane_positions(grid, shape[-1], unit, tokens.device)
-                place = place[:, :, None] if array == "space" else place[:, :, None, None]
-                quarters.append(place.expand(shape))
-            else:
-                quarters.append(tokens.new_zeros(shape))
-            parts.append(torch.cat(quarters, -1).flatten(1, -2))
-        return torch.cat(parts, 1)
-
     def _depths(self, bare: GalileoTokens, depths: int | Mapping[str, int] | None) -> list[int]:
         """Return the exit depth of every token of a row."""
         last = self.sizes.depth
@@ -430,13 +337,7 @@ class GalileoEncoder(nn.Module):
 
     def _attended(self, bare: Tensor, encodings: Tensor, seen: Tensor, depth: Tensor) -> Tensor:
         """Run the blocks on the visible tokens, moved to the front; (B, N, E) -> (B, N, E)."""
-        count = seen.sum(1)
-        longest = int(count.max().clamp(min=1))
-        order = (~seen).int().argsort(dim=1, stable=True)[:, :longest]
-        places = torch.arange(longest, device=seen.device)
-        keys = None
-        if int(count.min()) < longest:
-            keys = places < count.clamp(min=1).unsqueeze(1)
+        order, real, keys = marked_first(seen)
         result = take_tokens(bare, order)
         x = take_tokens(bare + encodings, order)
         exits = depth.expand_as(seen).gather(1, order).unsqueeze(-1)
@@ -446,8 +347,7 @@ class GalileoEncoder(nn.Module):
             else:
                 x = block(x, keys)
             result = torch.where(exits == number, x, result)
-        real = (places < count.unsqueeze(1)).unsqueeze(-1)
         index = order.unsqueeze(-1).expand_as(result)
         return torch.zeros_like(bare, dtype=result.dtype).scatter(
-            1, index, torch.where(real, result, 0.0)
+            1, index, torch.where(real.unsqueeze(-1), result, 0.0)
         )

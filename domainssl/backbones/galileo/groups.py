@@ -45,6 +45,8 @@ class GalileoGroup:
         derived: What is computed of them: nothing, the normalised difference (a - b) / (a + b) of
             two raw bands, the mean over the valid pixels (`mean`), or the unit vector of latitude
             and longitude in degrees (`sphere`).
+        target_depth: Share of the encoder's blocks after which pretraining takes its targets where
+            whole groups are predicted; 0 is the bare projection.
     """
 
     name: str
@@ -52,6 +54,7 @@ class GalileoGroup:
     modality: str
     bands: tuple[str, ...]
     derived: Derived = ""
+    target_depth: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bands", tuple(self.bands))
@@ -61,6 +64,11 @@ class GalileoGroup:
                     f"groups.{self.name}: {value!r} is not one of {', '.join(map(repr, known))}."
                     f"{nearest(value, known)}"
                 )
+        if not 0 <= self.target_depth <= 1:
+            raise ConfigError(
+                f"groups.{self.name}: target_depth is {self.target_depth!r}, expected a share of "
+                "the blocks in [0, 1]."
+            )
         if self.derived in ("difference", "sphere") and len(self.bands) != 2:
             raise ConfigError(
                 f"groups.{self.name}: {self.derived!r} is computed of two bands, got "
@@ -81,8 +89,12 @@ _WORLD_CEREAL = ("temporarycrops", "maize", "wintercereals", "springcereals", "i
 _S2 = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 
 
-def _group(name: str, array: Array, modality: str, *bands: str, derived: Derived = "") -> Any:
-    return GalileoGroup(name=name, array=array, modality=modality, bands=bands, derived=derived)
+def _group(
+    name: str, array: Array, modality: str, *bands: str, derived: Derived = "", depth: float = 1.0
+) -> Any:
+    return GalileoGroup(
+        name=name, array=array, modality=modality, bands=bands, derived=derived, target_depth=depth
+    )
 
 
 # The order within an array is that of the released weights' channel embeddings.
@@ -93,17 +105,17 @@ PUBLISHED_GROUPS: tuple[GalileoGroup, ...] = (
     _group("S2_NIR_10m", "space_time", "s2", "B08"),
     _group("S2_NIR_20m", "space_time", "s2", "B8A"),
     _group("S2_SWIR", "space_time", "s2", "B11", "B12"),
-    _group("NDVI", "space_time", "s2", "B08", "B04", derived="difference"),
-    _group("SRTM", "space", "dem", "elevation", "slope"),
-    _group("DW", "space", "dynamic_world", *_DYNAMIC_WORLD),
-    _group("WC", "space", "world_cereal", *_WORLD_CEREAL),
-    _group("ERA5", "time", "era5", "temperature_2m", "total_precipitation_sum"),
-    _group("TC", "time", "terraclimate", "def", "soil", "aet"),
+    _group("NDVI", "space_time", "s2", "B08", "B04", derived="difference", depth=0.5),
+    _group("SRTM", "space", "dem", "elevation", "slope", depth=0.5),
+    _group("DW", "space", "dynamic_world", *_DYNAMIC_WORLD, depth=0),
+    _group("WC", "space", "world_cereal", *_WORLD_CEREAL, depth=0),
+    _group("ERA5", "time", "era5", "temperature_2m", "total_precipitation_sum", depth=0.5),
+    _group("TC", "time", "terraclimate", "def", "soil", "aet", depth=0.5),
     _group("VIIRS", "time", "viirs", "avg_rad"),
-    _group("LS", "static", "landscan", "b1"),
+    _group("LS", "static", "landscan", "b1", depth=0),
     _group("location", "static", "latlon", "lat", "lon", derived="sphere"),
-    _group("DW_static", "static", "dynamic_world", *_DYNAMIC_WORLD, derived="mean"),
-    _group("WC_static", "static", "world_cereal", *_WORLD_CEREAL, derived="mean"),
+    _group("DW_static", "static", "dynamic_world", *_DYNAMIC_WORLD, derived="mean", depth=0),
+    _group("WC_static", "static", "world_cereal", *_WORLD_CEREAL, derived="mean", depth=0),
 )
 
 
