@@ -120,6 +120,8 @@ class Plan:
         skip_bad: Leave out pieces that cannot be read, and list them; otherwise the first ends it.
         restart: Forget what an interrupted call has done.
         shard: The part of the pieces that this call does.
+        scheduler: Address of a dask.distributed cluster that does them, or `local` for one that is
+            started here with `jobs` workers; None does them in processes of this one.
     """
 
     jobs: int | None = None
@@ -127,16 +129,27 @@ class Plan:
     skip_bad: bool = False
     restart: bool = False
     shard: Shard = field(default_factory=Shard)
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("jobs", 0), ("limit", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name}: got {value!r}, expected at least {least}.")
+        if self.scheduler is None:
+            return
+        from domainssl.cluster import LOCAL, check_address
+
+        check_address(self.scheduler)
+        if self.jobs and self.scheduler != LOCAL:
+            raise ConfigError(
+                f"jobs: got {self.jobs} with --scheduler {self.scheduler}, but a cluster has as "
+                "many workers as were started for it. Leave out --jobs."
+            )
 
 
 def in_order(
-    work: Callable[[T], R], items: Sequence[T], jobs: int | None
+    work: Callable[[T], R], items: Sequence[T], jobs: int | None, scheduler: str | None = None
 ) -> Generator[tuple[T, R], None, None]:
     """Yield every item with its result, in the order of the items.
 
@@ -144,10 +157,17 @@ def in_order(
         work: Picklable where there are processes; its errors end the generator.
         items: What is worked on.
         jobs: Processes; 0 works in this one, None takes one per core.
+        scheduler: See `Plan`.
 
     Raises:
-        DataError: A process died.
+        ConfigError: The cluster cannot be used.
+        DataError: A process died, or the cluster was lost.
     """
+    if scheduler is not None and items:
+        from domainssl.cluster import on_cluster
+
+        yield from on_cluster(work, items, scheduler, min(jobs or cores(), len(items)))
+        return
     jobs = min(cores() if jobs is None else jobs, len(items))
     if jobs <= 1:
         for item in items:
@@ -155,13 +175,13 @@ def in_order(
         return
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    pool = ProcessPoolExecutor(jobs, context, initializer=_follow_the_parent)
+    pool = ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(work,))
     waiting: deque[tuple[T, Future[R]]] = deque()
     ahead = deque(items)
     try:
         while ahead or waiting:
             while ahead and len(waiting) < _AHEAD * jobs:
-                waiting.append((ahead[0], pool.submit(work, ahead.popleft())))
+                waiting.append((ahead[0], pool.submit(_done, ahead.popleft())))
             item, future = waiting.popleft()
             try:
                 result = future.result()
@@ -215,7 +235,7 @@ def work_through(
     done = pieces.total - len(pieces.todo)
     if progress is not None:
         progress(done, pieces.total)
-    with closing(in_order(work, pieces.todo, plan.jobs)) as results:
+    with closing(in_order(work, pieces.todo, plan.jobs, plan.scheduler)) as results:
         for piece, result in results:
             if isinstance(result, str) and not plan.skip_bad:
                 raise DataError(
@@ -316,6 +336,18 @@ def _make(what: Buildable, key: str) -> str | None:
     except DataError as error:
         return str(error)
     return None
+
+
+_AT_WORK: list[Callable[[Any], Any]] = []  # in a process of a pool: its work, sent to it once
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    _follow_the_parent()
+    _AT_WORK[:] = [work]
+
+
+def _done(item: Any) -> Any:
+    return _AT_WORK[0](item)
 
 
 def _follow_the_parent() -> None:

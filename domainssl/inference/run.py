@@ -155,7 +155,7 @@ def _run(
     noun: str,
 ) -> Embedded:
     work.claim(restart=plan.restart)
-    if isinstance(work, DenseEmbedding) and not plan.jobs:
+    if isinstance(work, DenseEmbedding) and not plan.jobs and plan.scheduler is None:
         work.order = plan.shard.mine(list(work.keys))
     try:
         built = build(work, plan, progress, noun=noun)

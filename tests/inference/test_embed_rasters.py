@@ -202,6 +202,21 @@ def test_several_processes_write_equal_bytes(
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_workers_of_a_cluster_write_the_same_cog(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path, small_shards: None
+) -> None:
+    distributed = pytest.importorskip("distributed", reason="the extra scale is not installed")
+    embed(backbone, scene, tmp_path / "one.tif", form="cog")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=False, protocol="tcp",
+        dashboard_address="127.0.0.1:0", memory_limit=0,
+    ) as cluster:  # fmt: skip
+        plan = Plan(jobs=0, scheduler=cluster.scheduler_address)
+        done = embed(backbone, scene, tmp_path / "two.tif", form="cog", plan=plan)
+    assert (done.pieces, done.outputs) == (16, [tmp_path / "two.tif"])
+    assert filecmp.cmp(tmp_path / "one.tif", tmp_path / "two.tif", shallow=False)
+
+
 def test_a_shard_that_cannot_be_read_is_missing_in_a_complete_store(
     scene: Path,
     backbone: ViTBackbone,

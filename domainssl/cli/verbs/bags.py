@@ -24,6 +24,7 @@ def run(argv: list[str]) -> int:
         skip_bad=options.skip_bad,
         restart=options.restart,
         shard=Shard.parse(options.shard),
+        scheduler=options.scheduler,
     )
     with Bar("slides") as shown:
         count = convert_bags(
@@ -56,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "float16"), help="type of features (default: the layout's)")
     add("--jobs", type=int, default=0, help="processes (default 0: this one alone)")
     add("--shard", default="1/1", metavar="I/N", help="do the I-th of N parts")
+    add("--scheduler", metavar="ADDRESS",
+        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
     add("--limit", type=int, help="do so many slides only, evenly spread")
     add("--skip_bad", action="store_true", help="leave out and list slides that cannot be read")
     add("--restart", action="store_true", help="write again what is there")

@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, help="processes; 0 for this one alone (default: one per core)")
     add("--shard", default="1/1", metavar="I/N",
         help="prepare the I-th of N parts, for several machines that share the folder")  # fmt: skip
+    add("--scheduler", metavar="ADDRESS",
+        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
     add("--limit", type=int, help="prepare so many exams only, evenly spread")
     add("--skip_bad", action="store_true", help="leave out and list exams that cannot be read")
     return parser
@@ -79,6 +81,7 @@ def _build(options: argparse.Namespace, more: list[str]) -> int:
         limit=options.limit,
         skip_bad=options.skip_bad,
         shard=Shard.parse(options.shard),
+        scheduler=options.scheduler,
     )
     data = data_at(None, options.config, more, "cache build")
     data.prepare_data()

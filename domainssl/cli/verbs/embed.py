@@ -30,6 +30,7 @@ def run(argv: list[str]) -> int:
         skip_bad=options.skip_bad,
         restart=options.restart,
         shard=Shard.parse(options.shard),
+        scheduler=options.scheduler,
     )
     chosen = _options(options)
     backbone = load_backbone(options.backbone, weights=options.weights)
@@ -67,7 +68,7 @@ def _slides(options: argparse.Namespace, backbone: Backbone) -> int:
         f"--device={options.device}", f"--shard={options.shard}", f"--ids={options.ids}",
         f"--layout={'zarr' if options.format == 'zarr' else 'trident'}", f"--jobs={options.jobs}",
     ]  # fmt: skip
-    for name in ("weights", "autocast"):
+    for name in ("weights", "autocast", "scheduler"):
         if getattr(options, name) is not None:
             words.append(f"--{name}={getattr(options, name)}")
     words += [f"--{name}" for name in ("skip_bad", "restart") if getattr(options, name)]
@@ -104,10 +105,11 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
     device = given.device
     if device == "cuda" and os.environ.get("LOCAL_RANK", "").isdigit():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if given.jobs and device != "cpu":
+    if (given.jobs or given.scheduler) and device != "cpu":
+        asked = f"--jobs {given.jobs}" if given.jobs else f"--scheduler {given.scheduler}"
         raise ConfigError(
-            f"--jobs {given.jobs} with --device {device}: processes share no device. Start a "
-            "process per device with torchrun."
+            f"{asked} with --device {device}: processes share no device. Start a process per "
+            "device with torchrun."
         )
     dense = DenseOptions(
         halo=given.halo,
@@ -188,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=0, help="processes on the CPU (default 0: this one alone)")
     add("--shard", default="1/1", metavar="I/N",
         help="do the I-th of N parts, for machines that share the folder")  # fmt: skip
+    add("--scheduler", metavar="ADDRESS",
+        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
     add("--skip_bad", action="store_true", help="leave out and list shards that cannot be read")
     add("--restart", action="store_true", help="write again what is there")
     return parser

@@ -33,6 +33,7 @@ def run(argv: list[str]) -> int:
         skip_bad=options.skip_bad,
         restart=options.restart,
         shard=Shard.parse(options.shard),
+        scheduler=options.scheduler,
     )
     screen = console()
     subject, found_there = _subject(options, more)
@@ -130,6 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         help="processes; 0 for this one alone (default: one per core)")  # fmt: skip
     add("--shard", default="1/1", metavar="I/N",
         help="measure the I-th of N parts; the last call to finish writes OUTPUT")  # fmt: skip
+    add("--scheduler", metavar="ADDRESS",
+        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
     add("--limit", type=int, help="measure so many blocks only, evenly spread")
     add("--mask_clouds", action="store_true", help="leave out clouds and their shadow too")
     add("--dn_offset", choices=["auto", "0", "1000"], default="auto",

@@ -32,6 +32,7 @@ def run(argv: list[str]) -> int:
         limit=options.limit,
         skip_bad=options.skip_bad,
         shard=Shard.parse(options.shard),
+        scheduler=options.scheduler,
     )
     backbone = None if options.features is None else _backbone(options)
     made = _tiling(options)
@@ -104,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, help="processes; 0 for this one alone (default: one per core)")
     add("--shard", default="1/1", metavar="I/N",
         help="do the I-th of N parts, for several machines that share the folder")  # fmt: skip
+    add("--scheduler", metavar="ADDRESS",
+        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
     add("--limit", type=int, help="do so many slides only, evenly spread")
     add("--skip_bad", action="store_true", help="leave out and list slides that cannot be read")
     add("--restart", action="store_true", help="do again what is there")
@@ -269,7 +272,7 @@ def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any, backbone: 
     )
     embedding.claim()
     with Bar("slides") as shown:
-        found = build(embedding, replace(plan, jobs=0), shown, noun="slides")
+        found = build(embedding, replace(plan, jobs=0, scheduler=None), shown, noun="slides")
     console().print(
         f"features of {found.entries} slide(s) are in {made.folder}, features_{embedding.encoder}"
         + (f", {found.resumed} of them before" if found.resumed else ""),
