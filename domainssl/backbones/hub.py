@@ -86,13 +86,16 @@ class HubAddress:
         return cls("/".join(parts[:2]), "/".join(parts[2:]), revision or None)
 
 
-def fetch_weights(address: HubAddress, *, with_card: bool) -> Path:
+def fetch_weights(
+    address: HubAddress, *, with_card: bool, tensors_name: str = TENSORS_NAME
+) -> Path:
     """Return the local path of weights on the hub, fetched unless the cache has them.
 
     Args:
         address: File, or folder of an export.
         with_card: Whether it is an export, so that the card beside the tensors is fetched too, of
             the same commit.
+        tensors_name: File of the tensors in the folder of such an export.
 
     Raises:
         WeightsError: There is no such repository, revision or file, it may not be read, or there
@@ -103,7 +106,7 @@ def fetch_weights(address: HubAddress, *, with_card: bool) -> Path:
         return _download(address)
     tensors = address.path
     if not address.is_file:
-        tensors = "/".join(filter(None, (address.path, TENSORS_NAME)))
+        tensors = "/".join(filter(None, (address.path, tensors_name)))
     elif not tensors.endswith((".safetensors", ".json")):
         return _download(address)
     tensors = str(PurePosixPath(tensors).with_suffix(".safetensors"))
@@ -190,9 +193,7 @@ def _reason(error: Exception, address: HubAddress, file: str, wanted: str) -> st
     if isinstance(error, errors.EntryNotFoundError):
         return (
             f"there is no file {file!r} (404). The files are listed at "
-            f"{page}/tree/{address.revision or 'main'}. An export is the pair {CARD_NAME} and "
-            f"{TENSORS_NAME}; weights of others need the name of their architecture, "
-            "load_backbone(NAME, weights='hf://…/FILE')."
+            f"{page}/tree/{address.revision or 'main'}. {_pair(file)}"
         )
     if isinstance(error, OSError) and error.errno is not None:
         cache = require("huggingface_hub.constants", "hub").HF_HUB_CACHE
@@ -202,6 +203,16 @@ def _reason(error: Exception, address: HubAddress, file: str, wanted: str) -> st
         )
     words = " ".join(str(error).split())[:300]
     return f"the hub cannot be used ({type(error).__name__}: {words}). Try again later."
+
+
+def _pair(file: str) -> str:
+    """Return what an export consists of: of a task, where one was asked for, or of a backbone."""
+    if PurePosixPath(file).stem == "task":
+        return "An exported task is the pair task.json and task.safetensors."
+    return (
+        f"An export is the pair {CARD_NAME} and {TENSORS_NAME}; weights of others need the name of "
+        "their architecture, load_backbone(NAME, weights='hf://…/FILE')."
+    )
 
 
 def _status(error: BaseException) -> int | None:
@@ -227,10 +238,13 @@ def _offline(error: Exception, status: int | None, file: str) -> str:
         reason, remedy = f"no connection to {constants.ENDPOINT}", "Check the connection"
     if not file:
         return f"{reason}. {remedy}; save_pretrained(FOLDER) writes the same files here."
+    call = "load_backbone(FOLDER_OF_AN_EXPORT), or load_backbone(NAME, weights=FILE)"
+    if PurePosixPath(file).stem == "task":
+        call = "load_task(FOLDER_OF_AN_EXPORT)"
     return (
         f"{reason}, and {file!r} is not in the cache ({constants.HF_HUB_CACHE}). {remedy}, copy "
         "that cache from a machine that has the file, or copy the file here and pass its path: "
-        "load_backbone(FOLDER_OF_AN_EXPORT), or load_backbone(NAME, weights=FILE)."
+        f"{call}."
     )
 
 

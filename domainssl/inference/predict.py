@@ -20,7 +20,15 @@ from domainssl.inference.sliding import Slabs
 from domainssl.modality import Batch, key
 from domainssl.nn.sliding import Blending, Box, Windows, class_map, slide_over
 
-__all__ = ["LabelMap", "PredictOptions", "Predictor", "claim_folder", "predict_map", "sides_for"]
+__all__ = [
+    "LabelMap",
+    "NumberMap",
+    "PredictOptions",
+    "Predictor",
+    "claim_folder",
+    "predict_map",
+    "sides_for",
+]
 
 Array = np.ndarray[Any, Any]
 _RECORD = "predict.json"
@@ -110,67 +118,120 @@ def claim_folder(folder: Path, task: Predictor, facts: Mapping[str, Any], *, res
     write_json(path, wanted)
 
 
-class LabelMap:
-    """The classes of a grid in a file that grows by complete slabs; a killed call goes on there.
+class _GridFile:
+    """Values of a grid in a file that grows by complete slabs; a killed call goes on there.
+
+    Attributes:
+        begin: Rows along the first axis that are complete.
+    """
+
+    def __init__(
+        self, path: Path, shape: tuple[int, ...], kind: Any, facts: dict[str, Any]
+    ) -> None:
+        stem = f".{path.name}{PART}"
+        self._file, self._rows = path.with_name(f"{stem}map"), path.with_name(f"{stem}rows")
+        self._facts, self.begin = facts, 0
+        size = int(np.prod(shape)) * np.dtype(kind).itemsize
+        if self._rows.is_file() and self._file.is_file() and self._file.stat().st_size == size:
+            found = read_json(self._rows)
+            if {name: found.get(name) for name in facts} == facts:
+                self.begin = int(found["rows"])
+        self._values: Any = np.memmap(self._file, kind, "r+" if self.begin else "w+", shape=shape)
+
+    def _write(self, place: Any, values: Array, rows: int) -> None:
+        self._values[place] = values
+        self._values.flush()
+        write_json(self._rows, {**self._facts, "rows": rows})
+
+    def remove(self) -> None:
+        """Delete the hidden files, once the result is there."""
+        self._values = None
+        for path in (self._rows, self._file):
+            with suppress(OSError):
+                path.unlink()
+
+
+class LabelMap(_GridFile):
+    """The classes of a grid, in a file that grows.
 
     Args:
         path: Final name of the result that is made from it; hidden files lie beside it.
         shape: Cells of the grid.
         classes: Number of classes.
         source: What tells the input from another one, plain data.
-
-    Attributes:
-        labels: uint8, or int16 above 255 classes, memory-mapped, of the grid's shape.
-        begin: Rows along the first axis that are complete.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], classes: int, source: Any) -> None:
-        stem = f".{path.name}{PART}"
-        self._file, self._rows = path.with_name(f"{stem}map"), path.with_name(f"{stem}rows")
-        self._facts = {"shape": list(shape), "classes": classes, "source": source}
-        self.begin = 0
         kind = np.uint8 if classes <= 255 else np.int16
-        size = int(np.prod(shape)) * np.dtype(kind).itemsize
-        if self._rows.is_file() and self._file.is_file() and self._file.stat().st_size == size:
-            found = read_json(self._rows)
-            if {name: found.get(name) for name in self._facts} == self._facts:
-                self.begin = int(found["rows"])
-        self.labels: Any = np.memmap(self._file, kind, "r+" if self.begin else "w+", shape=shape)
+        facts = {"shape": list(shape), "classes": classes, "source": source}
+        super().__init__(path, shape, kind, facts)
+
+    @property
+    def labels(self) -> Any:
+        """Classes, uint8, or int16 above 255 of them, memory-mapped, of the grid's shape."""
+        return self._values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Cells of the grid."""
+        return tuple(self._values.shape)
 
     def write(self, row: int, values: Array) -> None:
         """Take a complete slab from a row on, (rows, *other axes)."""
-        self.labels[row : row + len(values)] = values
-        self.labels.flush()
-        write_json(self._rows, {**self._facts, "rows": row + len(values)})
+        self._write(slice(row, row + len(values)), values, row + len(values))
 
-    def remove(self) -> None:
-        """Delete the hidden files, once the result is there."""
-        self.labels = None
-        for path in (self._rows, self._file):
-            with suppress(OSError):
-                path.unlink()
+
+class NumberMap(_GridFile):
+    """The predicted numbers of a grid, in a file that grows; NaN where nothing was measured.
+
+    Args:
+        path: See `LabelMap`.
+        shape: Cells of the grid.
+        targets: Numbers of a cell.
+        source: See `LabelMap`.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], targets: int, source: Any) -> None:
+        facts = {"shape": list(shape), "targets": targets, "source": source}
+        super().__init__(path, (targets, *shape), np.float32, facts)
+
+    @property
+    def numbers(self) -> Any:
+        """Float32 (K, *shape), memory-mapped."""
+        return self._values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Cells of the grid."""
+        return tuple(self._values.shape[1:])
+
+    def write(self, row: int, values: Array) -> None:
+        """Take a complete slab from a row on, (K, rows, *other axes)."""
+        rows = row + values.shape[1]
+        self._write((slice(None), slice(row, rows)), values, rows)
 
 
 def predict_map(
     task: Predictor,
     read: Callable[[Box], Batch],
-    out: LabelMap,
+    out: LabelMap | NumberMap,
     options: PredictOptions,
-    nothing: int,
+    nothing: int = 0,
 ) -> None:
-    """Fill a map with the most likely class of every cell.
+    """Fill a map with the most likely class of every cell, or with its numbers.
 
     Args:
         task: In evaluation mode, on the device of the options.
         read: Returns the batch of a box, of one item; see `slide_over`.
-        out: Where the classes go.
+        out: Where classes or numbers go.
         options: Windows and blending.
-        nothing: Value where no modality was measured.
+        nothing: Class where no modality was measured; numbers are NaN there.
 
     Raises:
         DataError: The task gives numbers that are not finite.
     """
-    shape, classes = tuple(out.labels.shape), len(task.classes)
+    shape, classes = out.shape, len(task.classes)
+    are_numbers = isinstance(out, NumberMap)
 
     def predict(batch: Batch) -> Tensor:
         logits = task.logits(batch).float()
@@ -179,10 +240,13 @@ def predict_map(
                 "The task gives numbers that are not finite: its weights are damaged, or values of "
                 "the input lie far outside of what it was trained on (see `inspect`)."
             )
-        seen = _seen(task, batch, tuple(logits.shape[2:])).to(logits.device)
-        return torch.cat([logits, torch.where(seen, -_NOTHING, _NOTHING).unsqueeze(1)], 1)
+        seen = _seen(task, batch, tuple(logits.shape[2:])).to(logits.device).unsqueeze(1)
+        last = seen.float() if are_numbers else torch.where(seen, -_NOTHING, _NOTHING)
+        return torch.cat([logits, last], 1)
 
     def finish(values: Tensor) -> Tensor:
+        if are_numbers:
+            return torch.where(values[-1] > 0.5, values[:-1], torch.nan)
         found = class_map(values).to(torch.int16)
         return torch.where(found == classes, nothing, found)
 
@@ -201,12 +265,17 @@ def predict_map(
 
 
 def _seen(task: Predictor, batch: Batch, size: tuple[int, ...]) -> Tensor:
-    """Return where some modality of the grid's resolution was measured, bool (B, *size)."""
+    """Return where some modality of the grid's resolution was measured, bool (B, *size).
+
+    Of a series on any date; of images of two dates, which are compared, on both.
+    """
     masks = []
     for name, modality in task.backbone.modalities.items():
         valid = batch.get(key(name, "valid"))
         if name in batch and valid is not None and tuple(valid.shape[-len(size) :]) == size:
-            masks.append(valid.any(1) if modality.kind == "series" else valid)
+            if valid.ndim > len(size) + 1:
+                valid = valid.any(1) if modality.kind == "series" else valid.all(1)
+            masks.append(valid)
     if not masks:
         count = next(len(batch[name]) for name in task.backbone.modalities if name in batch)
         return torch.ones(count, *size, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Class maps of rasters: cloud-optimised GeoTIFF on the grid of the input's finest pixels.
+"""Maps of classes or numbers of rasters: cloud-optimised GeoTIFF on the grid of the finest pixels.
 
 Windows are read from the files and complete rows go to a file, so that a scene of any size takes
 the memory of a few windows; a killed call goes on after the last complete rows.
@@ -8,27 +8,43 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from domainssl.backbones.base import Backbone
-from domainssl.errors import DataError
-from domainssl.inference.predict import LabelMap, PredictOptions, Predictor, predict_map
+from domainssl.errors import ConfigError, DataError
+from domainssl.inference.predict import (
+    LabelMap,
+    NumberMap,
+    PredictOptions,
+    Predictor,
+    predict_map,
+)
 from domainssl.inference.scenes import Scene, SceneOptions, open_scene
 from domainssl.inference.sliding import Box
 from domainssl.io.raster.bands import is_store
-from domainssl.io.raster.class_map import write_class_map
+from domainssl.io.raster.class_map import MapPlace, write_class_map, write_number_map
 from domainssl.io.raster.grid import Bounds
 from domainssl.io.raster.read import read_pixels
 from domainssl.modality import Batch, key
 
-__all__ = ["RasterPrediction", "find_scenes"]
+__all__ = ["ChangeTask", "RasterPrediction", "ScenePair", "find_pairs", "find_scenes"]
 
 _ENDINGS = (".tif", ".tiff", ".zarr", ".zarr.zip")
 _NODATA = {True: 255, False: -1}  # of uint8 and int16
+_PAIR = 2
+_SUBPIXEL = 1e-3  # of a pixel, up to which two grids are one
+
+
+class ChangeTask(Protocol):
+    """What pairs ask of a task of change."""
+
+    backbone: Backbone
+    dated: tuple[str, ...]
 
 
 def find_scenes(path: str, backbone: Backbone, options: SceneOptions) -> list[Scene]:
@@ -56,21 +72,138 @@ def find_scenes(path: str, backbone: Backbone, options: SceneOptions) -> list[Sc
     return [open_scene(found, backbone, options) for found in named.values()]
 
 
+@dataclass(frozen=True)
+class ScenePair:
+    """One place at two dates, whose pixels lie on one grid.
+
+    Attributes:
+        before: The first date.
+        after: The second date.
+        dated: Modalities that are read of both; others are read of the first.
+    """
+
+    before: Scene
+    after: Scene
+    dated: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Compare the grids.
+
+        Raises:
+            DataError: The dates have other modalities, systems or pixels, or share no area.
+        """
+        first, second = self.before, self.after
+        names = [n for n in first.parts if n in self.dated]
+        where = f"{first.name} and {second.name}"
+        if names != [n for n in second.parts if n in self.dated]:
+            raise DataError(
+                f"{where}: the dates have {', '.join(first.parts)} and {', '.join(second.parts)}, "
+                "expected the same modalities of both."
+            )
+        for name in names:
+            one, two = (scene.parts[name].target.step for scene in (first, second))
+            b, a = first.bounds, second.bounds
+            shifts = ((b.left - a.left) / one, (b.top - a.top) / one)
+            apart = max(abs(shift - round(shift)) for shift in shifts)
+            if first.crs != second.crs or abs(one / two - 1) > 1e-6 or apart > _SUBPIXEL:
+                raise DataError(
+                    f"{where}: pixels of {name} of {one:g} in {first.crs[:40]} and of {two:g} in "
+                    f"{second.crs[:40]}, {apart:.2g} of a pixel apart; expected one grid for both "
+                    "dates. Warp one onto the other."
+                )
+        least = max(part.target.step for part in first.parts.values())
+        shared = first.bounds.shared(second.bounds)
+        if min(shared.width, shared.height) < least * (1 - 1e-6):
+            raise DataError(f"{where}: the dates share no area.")
+
+    @property
+    def name(self) -> str:
+        """Names of both."""
+        same = self.before.name == self.after.name
+        return self.before.name if same else f"{self.before.name}__{self.after.name}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the result rests on."""
+        return {"before": self.before.facts, "after": self.after.facts}
+
+    def scenes(self) -> tuple[Scene, Scene]:
+        """Return both over the area that they share."""
+        bounds = self.before.bounds.shared(self.after.bounds)
+        return replace(self.before, bounds=bounds), replace(self.after, bounds=bounds)
+
+
+def find_pairs(
+    sources: Sequence[str],
+    task: ChangeTask,
+    options: SceneOptions,
+    dates: Sequence[str] = (),
+) -> list[ScenePair]:
+    """Return the pairs of an input.
+
+    Args:
+        sources: Two places of rasters, see `find_scenes`, with as many scenes; or one with cubes.
+        task: Its backbone sees each date as images.
+        options: What the user says.
+        dates: Two dates of cubes; empty takes the only two.
+
+    Raises:
+        ConfigError: There are neither two inputs nor two dates.
+        DataError: The dates of a pair lie on different grids.
+    """
+    if len(sources) == 1:
+        first, second = dates if len(dates) == _PAIR else ("first", "last")
+        if len(dates) not in (0, _PAIR):
+            raise ConfigError(
+                f"--date: got {' '.join(dates)}; change is between two dates of a cube, or between "
+                "two inputs: predict TASK BEFORE AFTER."
+            )
+        befores, afters = (
+            find_scenes(sources[0], task.backbone, replace(options, date=date))
+            for date in (first, second)
+        )
+        for scene in () if dates else befores:
+            _refuse_more_dates(scene)
+    else:
+        if dates:
+            raise ConfigError("--date: chooses dates of one cube; two inputs are two dates.")
+        befores, afters = (find_scenes(each, task.backbone, options) for each in sources)
+    if len(befores) != len(afters):
+        raise DataError(
+            f"{sources[0]} holds {len(befores)} scenes and {sources[-1]} {len(afters)}; expected "
+            "as many before as after, in the order of their names."
+        )
+    return [ScenePair(b, a, task.dated) for b, a in zip(befores, afters, strict=True)]
+
+
+def _refuse_more_dates(scene: Scene) -> None:
+    for part in scene.parts.values():
+        days = [str(time.astype("datetime64[D]")) for time in np.sort(part.file.times)]
+        if len(days) != _PAIR:
+            shown = ", ".join(days[:6]) + (", ..." if len(days) > 6 else "")
+            raise ConfigError(
+                f"{part.file.path}: {len(days)} dates ({shown}), but change is between two. Say "
+                "--date FIRST SECOND, or give two inputs: predict TASK BEFORE AFTER."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RasterPrediction:
-    """Class maps of scenes: entries that are made one by one (see `pieces.build`).
+    """Maps of scenes or pairs: entries that are made one by one (see `pieces.build`).
 
     Attributes:
         folder: Where `<name>.tif` go.
-        scenes: The scenes.
+        scenes: The scenes, or pairs of them for a task of change.
         task: In evaluation mode, on its device.
         options: Windows and blending.
+        writes_numbers: The task predicts numbers, not classes.
     """
 
     folder: Path
-    scenes: Sequence[Scene]
+    scenes: Sequence[Scene | ScenePair]
     task: Predictor
     options: PredictOptions = field(default_factory=PredictOptions)
+    writes_numbers: bool = False
 
     @property
     def keys(self) -> Sequence[str]:
@@ -92,20 +225,18 @@ class RasterPrediction:
             DataError: A file cannot be read.
         """
         scene = self.scenes[self.keys.index(key)]
-        classes = len(self.task.classes)
-        grid = _Pixels(scene)
-        found = LabelMap(self.path(key), grid.shape, classes, scene.facts)
+        count, path = len(self.task.classes), self.path(key)
+        grid = _Pair(scene) if isinstance(scene, ScenePair) else _Pixels(scene)
+        if self.writes_numbers:
+            numbers = NumberMap(path, grid.shape, count, scene.facts)
+            predict_map(self.task, grid.read, numbers, self.options)
+            write_number_map(path, numbers.numbers, grid.place, self.task.classes)
+            numbers.remove()
+            return
+        found = LabelMap(path, grid.shape, count, scene.facts)
         nodata = _NODATA[found.labels.dtype == np.uint8]
         predict_map(self.task, grid.read, found, self.options, nothing=nodata)
-        write_class_map(
-            self.path(key),
-            found.labels,
-            crs=scene.crs,
-            corner=(scene.bounds.left, scene.bounds.top),
-            step=grid.step,
-            nodata=nodata,
-            classes=self.task.classes,
-        )
+        write_class_map(path, found.labels, grid.place, nodata=nodata, classes=self.task.classes)
         found.remove()
 
 
@@ -115,6 +246,7 @@ class _Pixels:
     Attributes:
         step: Side of a pixel in CRS units.
         shape: Rows and columns.
+        place: Where they lie.
     """
 
     def __init__(self, scene: Scene) -> None:
@@ -122,6 +254,8 @@ class _Pixels:
         self.step = min(part.target.step for part in scene.parts.values())
         bounds = scene.bounds
         self.shape = tuple(int(side / self.step + 1e-6) for side in (bounds.height, bounds.width))
+        corner = (bounds.left, bounds.top)
+        self.place = MapPlace(crs=scene.crs, corner=corner, step=self.step)
 
     def read(self, box: Box) -> Batch:
         """Return the batch of a box, of one item."""
@@ -145,4 +279,29 @@ class _Pixels:
             batch[key(name, "valid")] = torch.from_numpy(valid if is_series else valid[0])[None]
             if not np.isnat(times).any():
                 batch[key(name, "dates")] = dates[None] if is_series else dates
+        return batch
+
+
+class _Pair:
+    """The finest pixels of the area of two dates; modalities are series of two.
+
+    Attributes:
+        shape: Rows and columns.
+        place: Where they lie.
+    """
+
+    def __init__(self, pair: ScenePair) -> None:
+        self._dated = pair.dated
+        self._both = tuple(_Pixels(scene) for scene in pair.scenes())
+        self.shape, self.place = self._both[0].shape, self._both[0].place
+
+    def read(self, box: Box) -> Batch:
+        """Return the batch of a box, of one item: series (1, 2, C, H, W) of what has dates."""
+        before, after = (pixels.read(box) for pixels in self._both)
+        batch = Batch()
+        for name, values in before.items():
+            if name.partition(".")[0] not in self._dated:
+                batch[name] = values
+            elif name in after:
+                batch[name] = torch.stack([values, after[name]], 1)
         return batch

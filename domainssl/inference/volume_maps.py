@@ -1,4 +1,4 @@
-"""Class maps of CT, MR and PET exams, as NIfTI on the grid of the scan as it is stored.
+"""Maps of classes or numbers of CT, MR and PET exams, as NIfTI on the grid of the stored scan.
 
 An exam is prepared as for training (orientation, voxel size, one grid for all contrasts), predicted
 in windows, and its map brought back: an exam is a piece, and one that is there is not made again.
@@ -19,7 +19,13 @@ import torch
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
 from domainssl.inference.outputs import file_name, file_states
-from domainssl.inference.predict import LabelMap, PredictOptions, Predictor, predict_map
+from domainssl.inference.predict import (
+    LabelMap,
+    NumberMap,
+    PredictOptions,
+    Predictor,
+    predict_map,
+)
 from domainssl.inference.sliding import Box
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.exams import find_exams
@@ -27,11 +33,11 @@ from domainssl.io.volume.facts import Reading, Scan, ScanFacts
 from domainssl.io.volume.geometry import TOLERANCE, displacement
 from domainssl.io.volume.prepared import Prepared
 from domainssl.io.volume.scan import describe_scan, is_scan, placed
-from domainssl.io.volume.write import write_labels
+from domainssl.io.volume.write import write_labels, write_numbers
 from domainssl.modality import Batch, key
 from domainssl.options import as_dataclass
 from domainssl.sources.preparation import prepare
-from domainssl.sources.resampling import resample_labels
+from domainssl.sources.resampling import resample_labels, resample_scan
 from domainssl.sources.volume_options import Contrast, Preparation
 
 __all__ = ["VolumeInput", "VolumePrediction", "find_volumes", "volume_batch", "volume_input"]
@@ -123,6 +129,7 @@ class VolumePrediction:
         task: In evaluation mode, on its device.
         inputs: How scans are read.
         options: Windows and blending.
+        writes_numbers: The task predicts numbers, not classes.
     """
 
     folder: Path
@@ -130,6 +137,7 @@ class VolumePrediction:
     task: Predictor
     inputs: VolumeInput
     options: PredictOptions = field(default_factory=PredictOptions)
+    writes_numbers: bool = False
 
     @property
     def keys(self) -> Sequence[str]:
@@ -156,10 +164,16 @@ class VolumePrediction:
         names = [name for name in self.inputs.contrasts if name in exam.scans]
         name = first if first in names else names[0]
         facts = describe_scan(exam.scans[name], self.inputs.contrasts[name].reading)
-        found = LabelMap(
-            self.path(key), prepared.shape, len(self.task.classes), file_states(exam.scans.values())
-        )
+        count, states = len(self.task.classes), file_states(exam.scans.values())
         read = partial(volume_batch, prepared)
+        if self.writes_numbers:
+            numbers = NumberMap(self.path(key), prepared.shape, count, states)
+            predict_map(self.task, read, numbers, self.options)
+            moved = _numbers_on_grid(numbers.numbers, prepared, facts)
+            write_numbers(self.path(key), moved, facts, self.task.classes)
+            numbers.remove()
+            return
+        found = LabelMap(self.path(key), prepared.shape, count, states)
         predict_map(self.task, read, found, self.options, nothing=0)
         labels = _on_grid(found.labels, prepared, facts)
         write_labels(self.path(key), labels, facts, dict(enumerate(self.task.classes)))
@@ -182,12 +196,31 @@ def volume_batch(prepared: Prepared, box: Box) -> Batch:
 
 def _on_grid(labels: Array, prepared: Prepared, facts: ScanFacts) -> Array:
     """Return labels on the grid of the scan; 0 where nothing was predicted."""
-    map_ = Scan(values=labels[None], valid=None, affine=prepared.affine, facts=facts)
-    moved = placed(map_, facts.shape, facts.affine)
-    if (
-        moved.values.shape[1:] == facts.shape
-        and displacement(moved.affine, facts.affine, facts.shape)[1] <= TOLERANCE
-    ):
-        return np.asarray(moved.values[0])
+    moved = _same_voxels(labels[None], prepared, facts)
+    if moved is not None:
+        return np.asarray(moved[0])
     found = resample_labels(labels, prepared.affine, facts.shape, facts.affine)
     return found.astype(labels.dtype)
+
+
+def _numbers_on_grid(numbers: Array, prepared: Prepared, facts: ScanFacts) -> Array:
+    """Return numbers (K, *S) on the grid of the scan, NaN where nothing was predicted."""
+    covered = np.ones((1, *numbers.shape[1:]), np.float32)
+    moved = _same_voxels(np.concatenate([numbers, covered]), prepared, facts)
+    if moved is not None:
+        return np.where(moved[-1] > 0, moved[:-1], np.float32(np.nan))
+    known: Array = np.asarray(np.isfinite(numbers).all(0))
+    values, valid = resample_scan(
+        np.where(known, numbers, np.float32(0)), known, prepared.affine, facts.shape, facts.affine
+    )
+    return np.where(valid, values, np.float32(np.nan))
+
+
+def _same_voxels(values: Array, prepared: Prepared, facts: ScanFacts) -> Array | None:
+    """Return values (C, *S) in the scan's order where its voxels are those of the preparation."""
+    map_ = Scan(values=values, valid=None, affine=prepared.affine, facts=facts)
+    moved = placed(map_, facts.shape, facts.affine)
+    is_same = moved.values.shape[1:] == facts.shape
+    if is_same and displacement(moved.affine, facts.affine, facts.shape)[1] <= TOLERANCE:
+        return np.asarray(moved.values)
+    return None

@@ -177,6 +177,10 @@ class ClassificationTask(Task):
         """Return one number per class, float32 (B, K), from raw physical values."""
         return self.head(self.features(dict(batch)), batch)  # type: ignore[no-any-return]
 
+    def with_weights(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the logits and how much every token counted; see `ItemHead.with_weights`."""
+        return self.head.with_weights(self.features(dict(batch)), batch)
+
     def losses(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the one loss, under its name."""
         target = self._target(batch)

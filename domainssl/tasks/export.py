@@ -23,6 +23,7 @@ from domainssl.backbones.card import (
     tensors_of,
     write_export,
 )
+from domainssl.backbones.hub import HubAddress, check_sha256, fetch_weights
 from domainssl.backbones.registry import read_tensors
 from domainssl.errors import WeightsError, nearest, parsing
 from domainssl.tasks.base import Task
@@ -151,25 +152,36 @@ def is_task(path: str | Path) -> bool:
     return _files(path)[0].is_file()
 
 
-def load_task(path: str | Path) -> Task:
+def load_task(path: str | Path, *, sha256: str | None = None) -> Task:
     """Load a fine-tuned model that takes raw physical values and normalises them itself.
 
         task = load_task("runs/finetune_tiles/task")
         probabilities = task.logits({"he": tiles}).softmax(1)    # (B, K); task.classes names them
 
     Args:
-        path: The folder of an export or of a run, the card or the tensors file, or a checkpoint.
+        path: The folder of an export or of a run, the card or the tensors file, or a checkpoint;
+            or one of these on the Hugging Face Hub (`hf://owner/repository[/path][@revision]`).
+        sha256: Of the file of the weights, compared before anything in it is parsed.
 
     Returns:
         The task in evaluation mode, on the CPU; its `classes` are those of the card.
 
     Raises:
-        WeightsError: There is no task, or its files are damaged or of another version.
+        WeightsError: There is no task, its files are damaged, of another version or of another
+            hash, or they cannot be fetched.
+        MissingExtraError: An address on the hub is given and huggingface_hub is not installed.
     """
+    source = path
+    if HubAddress.matches(path):
+        address = HubAddress.parse(path)
+        path = fetch_weights(address, with_card=True, tensors_name=TENSORS_NAME)
     path = Path(path).expanduser()
-    if path.suffix == ".ckpt":
-        return _of_checkpoint(path)
     card_path, tensors_path = _files(path)
+    is_checkpoint = path.suffix == ".ckpt"
+    if sha256 is not None:
+        check_sha256(path if is_checkpoint else tensors_path, sha256, source, "sha256=…")
+    if is_checkpoint:
+        return _of_checkpoint(path)
     for needed in (card_path, tensors_path):
         if not needed.is_file():
             raise WeightsError(

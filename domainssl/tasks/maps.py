@@ -13,7 +13,7 @@ from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Modality, key, present_mask, zero_batch
 from domainssl.tasks.heads_3d import MapLevel, levels_of, resized
 
-__all__ = ["MapFusion", "Maps", "dense_maps", "map_levels"]
+__all__ = ["MapFusion", "Maps", "dense_maps", "map_levels", "window_sizes"]
 
 Maps = dict[str, list[Tensor]]
 _FRAMES = 2  # dates of the batch that shapes are learned from
@@ -67,7 +67,7 @@ def map_levels(
     """
     was_training = backbone.training
     device = next(backbone.parameters()).device
-    sizes = _sizes(backbone.modalities, size)
+    sizes = window_sizes(backbone.modalities, size)
     batch = zero_batch(backbone.modalities, sizes, _FRAMES, device)
     backbone.eval()
     try:
@@ -84,7 +84,9 @@ def map_levels(
     return {name: levels_of(maps[name], size) for name in (names or maps)}
 
 
-def _sizes(modalities: Mapping[str, Modality], size: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def window_sizes(
+    modalities: Mapping[str, Modality], size: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
     """Return the sizes that windows of `size` pixels of the finest modality have."""
     finest = min(min(modality.steps) for modality in modalities.values() if modality.steps)
     return {

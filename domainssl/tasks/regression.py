@@ -167,6 +167,12 @@ class RegressionTask(DenseMaps, Task):
             found = self.head(self.features(dict(batch)), batch)
         return found * self.loss.std + self.loss.mean
 
+    def with_weights(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the numbers of items and how much every token counted; not with `dense`."""
+        assert isinstance(self.head, ItemHead)
+        found, weights = self.head.with_weights(self.features(dict(batch)), batch)
+        return found * self.loss.std + self.loss.mean, weights
+
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the numbers; those of held-out items in windows, where `tiles` says so."""
         is_whole = self.training or not self.is_dense

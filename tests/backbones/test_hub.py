@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from small_tasks import task as small_task
 from tiny import TinyBackbone, tiny_modalities
 
 from domainssl import export_backbone, export_timm, load_backbone, register_timm
@@ -29,6 +30,7 @@ from domainssl.backbones.registry import load_initial
 from domainssl.backbones.vit import ViTArchitecture, ViTBackbone
 from domainssl.errors import MissingExtraError, WeightsError
 from domainssl.modality import Modality
+from domainssl.tasks.export import export_task, load_task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REFUSALS = {
@@ -144,6 +146,38 @@ def test_an_export_is_fetched_and_nothing_else(
     assert _equal(load_backbone(address), backbone)
     fetched = {one.partition(" ")[2] for one in hub.asked}
     assert fetched == {f"{folder}backbone.json", f"{folder}backbone.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "address", ["hf://me/tiny", "hf://me/tiny/fine@v1", "hf://me/tiny/fine/task.safetensors@v1"]
+)
+def test_a_task_is_fetched_with_its_card_and_compared_with_its_hash(
+    hub: Hub, tmp_path: Path, address: str
+) -> None:
+    task = small_task()
+    folder = export_task(task, tmp_path / "task").parent
+    prefix = "fine/" if "fine" in address else ""
+    for name in ("task.json", "task.safetensors"):
+        hub.files[prefix + name] = (folder / name).read_bytes()
+    digest = hashlib.sha256((folder / "task.safetensors").read_bytes()).hexdigest()
+    found = load_task(address, sha256=digest)
+    assert _equal(found, task) and found.classes == task.classes
+    fetched = {one.partition(" ")[2] for one in hub.asked}
+    assert fetched == {f"{prefix}task.json", f"{prefix}task.safetensors"}
+    with pytest.raises(WeightsError, match="the file has sha256"):
+        load_task(address, sha256="0" * 64)
+    with pytest.raises(WeightsError, match="the file has sha256"):
+        load_task(folder, sha256="0" * 64)
+
+
+def test_a_task_that_is_not_there_names_its_files(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(WeightsError, match="An exported task is the pair task.json"):
+        load_task("hf://me/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="is not in the cache.*load_task"):
+        load_task("hf://me/tiny/fine")
 
 
 def test_the_cache_serves_offline(

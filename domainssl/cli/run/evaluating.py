@@ -16,6 +16,7 @@ from domainssl.arguments import class_name, plain
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
 from domainssl.backbones.registry import load_backbone
+from domainssl.cli.run.device import chosen_device
 from domainssl.cli.run.rundir import versions
 from domainssl.cli.run.train import build_data
 from domainssl.errors import ConfigError, DataError, WeightsError
@@ -143,7 +144,7 @@ def evaluate_backbones(
     places = [_place(word) for word in request.backbones]
     data = _data(request, [place for _, place in places])
     split = _split(data, request.split)
-    device = _device(request.device)
+    device = chosen_device(request.device, "evaluate")
     notes: list[str] = []
     subjects = _subjects(places, data, notes)
     twins = _twins(subjects) if request.baselines else []
@@ -269,16 +270,6 @@ def _has(data: Any, split: str) -> bool:
         return sum(data.source(split).sizes) > 0
     except ConfigError:
         return False
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"evaluate --device: got {name!r}, expected auto, cpu, cuda or cuda:N.")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise ConfigError(f"evaluate --device={name}: torch finds no CUDA device.")
-    return torch.device(name)
 
 
 def _subjects(places: Sequence[tuple[str, str]], data: Any, notes: list[str]) -> list[Subject]:

@@ -94,16 +94,8 @@ def _build(options: argparse.Namespace, more: list[str]) -> int:
             "to prepare. Exams are kept if data.init_args.preparation.cache is memmap or zarr."
         )
     for what in offered:
-        try:
-            with Bar("exams") as shown:
-                found = build(what, plan, shown)
-        except KeyboardInterrupt:
-            screen.print(
-                f"Stopped after {shown.done} of {shown.total} exams; they are kept in "
-                f"{what.folder}. The same command goes on from there.",
-                markup=False,
-            )
-            raise
+        with Bar("exams", kept=f"in {what.folder}") as shown:
+            found = build(what, plan, shown)
         there = f", {found.resumed} of them before" if found.resumed else ""
         screen.print(f"{found.entries} exams are prepared in {what.folder}{there}", markup=False)
         for reason in found.skipped.values():

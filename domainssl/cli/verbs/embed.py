@@ -37,16 +37,8 @@ def run(argv: list[str]) -> int:
     if all(m.kind == "image" and m.mpp_um for m in backbone.modalities.values()):
         return _slides(options, backbone)
     screen = console()
-    with Bar("pieces") as shown:
-        try:
-            done = embed(backbone, options.input, options.output, chosen, plan=plan, progress=shown)
-        except KeyboardInterrupt:
-            screen.print(
-                f"Stopped after {shown.done} of {shown.total} pieces; they are kept beside "
-                f"{options.output}. The same command goes on from there.",
-                markup=False,
-            )
-            raise
+    with Bar("pieces", kept=f"beside {options.output}") as shown:
+        done = embed(backbone, options.input, options.output, chosen, plan=plan, progress=shown)
     _report(done, screen)
     return 0
 

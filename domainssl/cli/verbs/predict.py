@@ -1,27 +1,34 @@
-"""Write class maps of scans and rasters with a saved task, or run Lightning's predict loop."""
+"""Write what a saved task says of scans, rasters and slides, or run Lightning's predict loop."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from domainssl.inference.predict import PredictOptions
-    from domainssl.pieces import Built
+    from domainssl.inference.predictions import HowPredicted
 
 __all__ = ["run"]
 
 _RAW = argparse.RawDescriptionHelpFormatter
 _ABOUT = """\
-Predict the class of every voxel or pixel of inputs of any size, window by window:
+Predict with a saved task, for inputs of any size. What it answers decides what is written:
 
-  CT, MR, PET   NIfTI, DICOM folder, NRRD, MetaImage, MGZ, or a folder of exams
-                -> DIR/NAME.nii.gz on the grid of the scan as it is stored
-  rasters       GeoTIFF or Zarr, or a folder with one per modality (s1.tif, s2.zarr, ...)
-                -> DIR/NAME.tif (COG) with CRS, transform, nodata and names of classes
+  maps of classes or numbers (segmentation, change, regression of every pixel), window by window
+    CT, MR, PET   NIfTI, DICOM folder, NRRD, MetaImage, MGZ, or a folder of exams
+                  -> DIR/NAME.nii.gz on the grid of the scan as it is stored
+    rasters       GeoTIFF or Zarr, or a folder with one per modality (s1.tif, s2.zarr, ...)
+                  -> DIR/NAME.tif (COG) with CRS, transform, nodata and names of classes
+    two dates     BEFORE AFTER, or one cube with two dates -> DIR/NAME.tif
+  classes of tiles
+    slides        -> DIR/NAME.geojson, regions for QuPath, and DIR/NAME_tiles.parquet
+  one answer per item (classification, regression)
+    rasters, scans, bags of the features of slides -> DIR/predictions.csv; of bags with attention
+                  DIR/attention/NAME.h5, how much every tile counted
 
 What is complete is not made again: the same command goes on after a kill, within a large input too.
 """
@@ -47,22 +54,33 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = parser.add_argument
     # fmt: off
-    add("task", metavar="TASK", help="folder of an exported task, of a run, or a checkpoint")
-    add("input", metavar="INPUT", help="a scan or raster, or a folder with several")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for the maps")
+    add("task", metavar="TASK",
+        help="folder of an exported task, of a run, a checkpoint, or hf://owner/repository")
+    add("input", metavar="INPUT", nargs="+",
+        help="a scan, raster, slide or bag, a folder with several, or a manifest (CSV or Parquet: "
+        "id, path); two for change: BEFORE AFTER")
+    add("--output", required=True, type=Path, metavar="DIR",
+        help="folder for what is written; a table may be a file (.csv, .parquet)")
     add("--window", nargs="+", type=int, metavar="N",
         help="side of a window, one number or one per axis (default: that of training)")
     add("--overlap", type=float, default=0.25,
-        help="share of a window that the next one covers again (default: 0.25)")  # fmt: skip
+        help="share of a window that the next one covers again, in maps (default: 0.25)")
     add("--blending", choices=("gaussian", "constant", "halo"), default="gaussian",
         help="how windows are joined; halo takes each pixel from one window (default: gaussian)")
-    add("--batch_size", type=int, default=1, help="windows at once (default: 1)")
+    add("--batch_size", type=int, help="windows at once (default: 1; 64 tiles of slides)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--modality", metavar="NAME", help="what a single file is, for tasks of several modalities")
-    add("--date", help="date of a cube with several: 2021-05-02, first or last")
+    add("--date", nargs="+", default=[], metavar="DATE",
+        help="date of a cube with several: 2021-05-02, first or last; two for change")
     add("--stored_unit", default="auto",
         help="what rasters hold: dn, dn+1000, reflectance, db, linear, amplitude (default: auto)")
     add("--any_gsd", action="store_true", help="take pixels of another size than in training")
+    add("--mpp_um", type=float, metavar="UM",
+        help="um per pixel of level 0, for slides that state none or a wrong one")
+    add("--min_tissue", type=float, default=0.2,
+        help="least share of tissue in a tile of a slide; 0 takes all (default: 0.2)")
+    add("--tiles", type=int, metavar="N",
+        help="tiles of a bag at most, evenly spread (default: all)")
     add("--shard", default="1/1", metavar="I/N", help="do the I-th of N parts of a folder")
     add("--limit", type=int, help="do so many inputs only, evenly spread")
     add("--skip_bad", action="store_true", help="leave out and list inputs that cannot be read")
@@ -76,51 +94,60 @@ def _predict(argv: list[str]) -> int:
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.inference.predict import claim_folder
+    from domainssl.inference.predictions import NOUNS, domain_of, prediction
+    from domainssl.inference.tables import TablePrediction
     from domainssl.pieces import Plan, Shard, build
 
     plan = Plan(
         jobs=0, limit=options.limit, skip_bad=options.skip_bad, shard=Shard.parse(options.shard)
     )
     task = _task(options)
-    kinds = {modality.spatial_dims for modality in task.backbone.modalities.values()}
-    is_volume = kinds == {3}
-    noun = "exams" if is_volume else "scenes"
+    noun = NOUNS[domain_of(task.backbone)]
     screen = console()
-    with Bar("windows") as windows:
-        work: Any = (_volumes if is_volume else _rasters)(options, task, windows)
-        facts = {"input": noun, **work.options.facts()}
-        claim_folder(options.output, task, facts, restart=options.restart)
+    with Bar("windows", kept=f"in {options.output}") as windows:
+        work = prediction(task, options.input, options.output, _how(options, windows))
+        _refuse_repeated(work.keys)
+        asked = {n: getattr(options, n) for n in ("min_tissue", "tiles") if noun == "slides"}
+        facts = {"input": noun, **work.options.facts(), **asked}
+        claim_folder(work.folder, task, facts, restart=options.restart)
         if options.restart:
             for key in work.keys:
                 work.path(key).unlink(missing_ok=True)
-        try:
-            found: Built = build(work, plan, noun=noun)
-        except KeyboardInterrupt:
-            screen.print(
-                f"Stopped at {windows.done} of {windows.total} windows of an input; what is "
-                f"complete is kept in {options.output}. The same command goes on from there.",
-                markup=False,
-            )
-            raise
-    for key in plan.shard.mine(work.keys):
-        if work.is_ready(key):
-            screen.print(str(work.path(key)), markup=False)
+        items = windows if isinstance(work, TablePrediction) else None
+        found = build(work, plan, items, noun=noun)
+    if isinstance(work, TablePrediction):
+        work.join()
+        screen.print(str(work.target), markup=False)
+    else:
+        for key in plan.shard.mine(work.keys):
+            if work.is_ready(key):
+                screen.print(str(work.path(key)), markup=False)
     for reason in found.skipped.values():
         screen.print(f"left out: {reason}", markup=False)
     before = f", {found.resumed} of them before" if found.resumed else ""
-    names = ", ".join(f"{value} {name}" for value, name in enumerate(task.classes))
-    screen.print(f"{found.entries} map(s){before}; classes: {names}", markup=False)
+    made = "row(s)" if isinstance(work, TablePrediction) else "map(s)"
+    names = ", ".join(task.classes)
+    if task.kind != "regression":
+        names = ", ".join(f"{value} {name}" for value, name in enumerate(task.classes))
+    what = "numbers" if task.kind == "regression" else "classes"
+    screen.print(f"{found.entries} {made}{before}; {what}: {names}", markup=False)
     return 0
 
 
+def _refuse_repeated(names: Sequence[str]) -> None:
+    from domainssl.inference.outputs import repeated
+
+    twice = repeated(names)
+    if twice:
+        raise ConfigError(
+            f"predict: several inputs are called {', '.join(twice[:4])}, and so would be their "
+            "outputs. Give them other names in a manifest (column id)."
+        )
+
+
 def _task(options: argparse.Namespace) -> Any:
-    """Return the task, in evaluation mode, on its device.
-
-    Raises:
-        ConfigError: It does not predict a class per voxel or pixel.
-    """
-    import torch
-
+    """Return the task, in evaluation mode, on its device."""
+    from domainssl.cli.run.device import chosen_device
     from domainssl.tasks.export import load_task
 
     if Path(options.task).suffix in (".yaml", ".yml"):
@@ -128,58 +155,34 @@ def _task(options: argparse.Namespace) -> Any:
             f"{options.task}: a configuration; Lightning's loop takes it as "
             f"predict --config {options.task}. To write maps, give a saved task."
         )
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.device = device
+    options.device = str(chosen_device(options.device, "predict"))
     task: Any = load_task(options.task)
-    if task.kind != "segmentation":
-        raise ConfigError(
-            f"{options.task}: a task of {task.kind}, expected segmentation: predict writes maps "
-            "of classes. For one answer per item, run `test` with its recipe."
-        )
-    return task.to(device).eval()
+    return task.to(options.device).eval()
 
 
-def _options(options: argparse.Namespace, progress: Any) -> PredictOptions:
+def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
     from domainssl.inference.predict import PredictOptions
-
-    return PredictOptions(
-        window=options.window and tuple(options.window),
-        overlap=options.overlap,
-        blending=options.blending,
-        batch_size=options.batch_size,
-        device=options.device,
-        progress=progress,
-    )
-
-
-def _volumes(options: argparse.Namespace, task: Any, progress: Any) -> Any:
-    from domainssl.inference.volume_maps import VolumePrediction, find_volumes, volume_input
-
-    inputs = volume_input(task, getattr(task, "reading", None))
-    return VolumePrediction(
-        folder=options.output,
-        exams=find_volumes(options.input, inputs, options.modality),
-        task=task,
-        inputs=inputs,
-        options=_options(options, progress),
-    )
-
-
-def _rasters(options: argparse.Namespace, task: Any, progress: Any) -> Any:
-    from domainssl.inference.raster_maps import RasterPrediction, find_scenes
+    from domainssl.inference.predictions import HowPredicted
     from domainssl.inference.scenes import SceneOptions
+    from domainssl.io.slide.facts import SlideReading
 
-    how = SceneOptions(
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ConfigError(f"--batch_size: got {options.batch_size}, expected 1 or more.")
+    return HowPredicted(
+        windows=PredictOptions(
+            window=options.window and tuple(options.window),
+            overlap=options.overlap,
+            blending=options.blending,
+            device=options.device,
+            progress=progress,
+        ),
+        batch_size=options.batch_size,
         modality=options.modality,
-        stored_unit=options.stored_unit,
-        date=options.date,
-        any_gsd=options.any_gsd,
-    )
-    return RasterPrediction(
-        folder=options.output,
-        scenes=find_scenes(options.input, task.backbone, how),
-        task=task,
-        options=_options(options, progress),
+        scene=SceneOptions(
+            modality=options.modality, stored_unit=options.stored_unit, any_gsd=options.any_gsd
+        ),
+        dates=tuple(options.date),
+        reading=SlideReading(mpp_um=options.mpp_um),
+        min_tissue=options.min_tissue,
+        tiles=options.tiles,
     )

@@ -38,16 +38,8 @@ def run(argv: list[str]) -> int:
     screen = console()
     subject, found_there = _subject(options, more)
     screen.print(found_there, markup=False)
-    try:
-        with Bar() as shown:
-            found = measure(subject, options.output, plan, shown)
-    except KeyboardInterrupt:
-        screen.print(
-            f"Stopped after {shown.done} of {shown.total} blocks; they are kept in "
-            f"{options.output}.partial. The same command goes on from there.",
-            markup=False,
-        )
-        raise
+    with Bar("blocks", kept=f"in {options.output}.partial") as shown:
+        found = measure(subject, options.output, plan, shown)
     if found.resumed:
         screen.print(f"{found.resumed} blocks were measured by an earlier call")
     if found.missing:

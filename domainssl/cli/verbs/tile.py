@@ -38,16 +38,8 @@ def run(argv: list[str]) -> int:
     made = _tiling(options)
     made.claim(restart=options.restart)
     screen = console()
-    try:
-        with Bar("slides") as shown:
-            found = build(made, plan, shown, noun="slides")
-    except KeyboardInterrupt:
-        screen.print(
-            f"Stopped after {shown.done} of {shown.total} slides; they are kept in {made.folder}. "
-            "The same command goes on from there.",
-            markup=False,
-        )
-        raise
+    with Bar("slides", kept=f"in {made.folder}") as shown:
+        found = build(made, plan, shown, noun="slides")
     _report(screen, made, found, str(plan.shard))
     if backbone is not None:
         _embed(options, made, plan, backbone)

@@ -1,9 +1,10 @@
-"""Write maps of classes as cloud-optimised GeoTIFF."""
+"""Write maps of classes or numbers as cloud-optimised GeoTIFF."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,29 @@ from domainssl.errors import require
 from domainssl.files import PART
 from domainssl.io.raster.gdal import reading
 
-__all__ = ["write_class_map"]
+__all__ = ["MapPlace", "write_class_map", "write_number_map"]
 
 Array = np.ndarray[Any, Any]
 _ROWS = 512  # written at once, and side of a tile
 
 
+@dataclass(frozen=True, kw_only=True)
+class MapPlace:
+    """Where the pixels of a map lie, north up.
+
+    Attributes:
+        crs: `EPSG:n` or WKT.
+        corner: Outer corner of the first pixel, x and y.
+        step: Side of a pixel.
+    """
+
+    crs: str
+    corner: tuple[float, float]
+    step: float
+
+
 def write_class_map(
-    path: Path,
-    labels: Array,
-    *,
-    crs: str,
-    corner: tuple[float, float],
-    step: float,
-    nodata: int,
-    classes: Sequence[str],
+    path: Path, labels: Array, place: MapPlace, *, nodata: int, classes: Sequence[str]
 ) -> None:
     """Write a map with overviews of the most frequent class; complete before it has its name.
 
@@ -35,33 +44,59 @@ def write_class_map(
         path: `.tif`.
         labels: Number of the class of every pixel, uint8 or int16 (H, W), north up; may lie in a
             file, as it is read in strips.
-        crs: `EPSG:n` or WKT.
-        corner: Outer corner of the first pixel, x and y.
-        step: Side of a pixel.
+        place: Where it lies.
         nodata: Label of pixels without a class.
         classes: Names by number; they become tags `CLASS_0`, `CLASS_1`, ...
     """
+    tags = {f"CLASS_{number}": name for number, name in enumerate(classes)}
+    _write(path, labels[None], place, nodata=nodata, bands=["class"], tags=tags, overviews="MODE")
+
+
+def write_number_map(path: Path, numbers: Array, place: MapPlace, targets: Sequence[str]) -> None:
+    """Write a map of a float32 band per target, with its name, nodata NaN and averaged overviews.
+
+    Args:
+        path: `.tif`.
+        numbers: (K, H, W), NaN where nothing is known; may lie in a file.
+        place: Where it lies.
+        targets: Names of the bands.
+    """
+    _write(path, numbers, place, nodata=float("nan"), bands=targets, tags={}, overviews="AVERAGE")
+
+
+def _write(
+    path: Path,
+    values: Array,
+    place: MapPlace,
+    *,
+    nodata: float,
+    bands: Sequence[str],
+    tags: Mapping[str, str],
+    overviews: str,
+) -> None:
     rasterio = require("rasterio", "geo")
     shutil = require("rasterio.shutil", "geo")
-    height, width = labels.shape
+    count, height, width = values.shape
     plain, done = (path.with_name(f".{path.name}{PART}{os.getpid()}{end}") for end in (".0", ".1"))
+    transform = rasterio.transform.from_origin(*place.corner, place.step, place.step)
     facts = {
-        "driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": labels.dtype.name,
-        "crs": rasterio.crs.CRS.from_string(crs), "nodata": nodata,
-        "transform": rasterio.transform.from_origin(*corner, step, step), "bigtiff": "if_safer",
+        "driver": "GTiff", "height": height, "width": width, "count": count,
+        "dtype": values.dtype.name, "crs": rasterio.crs.CRS.from_string(place.crs),
+        "nodata": nodata, "transform": transform, "bigtiff": "if_safer",
     }  # fmt: skip
     try:
         with reading(str(path)):
             with rasterio.open(plain, "w", **facts) as file:
-                file.set_band_description(1, "class")
-                file.update_tags(1, **{f"CLASS_{i}": name for i, name in enumerate(classes)})
+                file.descriptions = tuple(bands)
+                if tags:
+                    file.update_tags(1, **tags)
                 for row in range(0, height, _ROWS):
-                    part = np.asarray(labels[row : row + _ROWS])
-                    window = rasterio.windows.Window(0, row, width, len(part))
-                    file.write(part, 1, window=window)
+                    part = np.asarray(values[:, row : row + _ROWS])
+                    window = rasterio.windows.Window(0, row, width, part.shape[1])
+                    file.write(part, window=window)
             shutil.copy(
                 plain, done, driver="COG", compress="DEFLATE", blocksize=_ROWS,
-                overview_resampling="MODE", bigtiff="IF_SAFER",
+                overview_resampling=overviews, bigtiff="IF_SAFER",
             )  # fmt: skip
         os.replace(done, path)
     finally:

@@ -5,7 +5,7 @@ grid = plan_grid(slide, 256, 0.5)       # grid.coords (N, 2), level-0 x and y, r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,17 @@ class TileGrid:
 
     def __len__(self) -> int:
         return len(self.coords)
+
+    def only(self, chosen: Array) -> TileGrid:
+        """Return some of the tiles, by their numbers (N,)."""
+        return replace(
+            self,
+            coords=self.coords[chosen],
+            rows=self.rows[chosen],
+            columns=self.columns[chosen],
+            tissue_fraction=self.tissue_fraction[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+        )
 
 
 def plan_grid(

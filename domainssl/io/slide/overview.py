@@ -12,7 +12,7 @@ from domainssl.io.slide.grid import TileGrid
 from domainssl.io.slide.pyramid import Slide
 from domainssl.io.slide.tissue import TissueMask
 
-__all__ = ["draw_overview"]
+__all__ = ["draw_overview", "region_color"]
 
 Array = np.ndarray[Any, Any]
 _LONGEST = 1400  # pixels
@@ -73,7 +73,7 @@ def _caption(
     size = f"{grid.size_px} px at {grid.mpp_um:g} um per pixel{shared}"
     labels = [] if grid.labels is None else grid.labels.tolist()
     lines = [
-        (_color(n), f"{name or 'no class'}: {labels.count(name)} tiles")
+        (region_color(n), f"{name or 'no class'}: {labels.count(name)} tiles")
         for n, name in enumerate(names[: len(_COLORS)])
     ]
     lines = lines or [(_TILE, f"kept tiles, {size}")]
@@ -85,7 +85,8 @@ def _caption(
     return lines
 
 
-def _color(number: int) -> tuple[int, int, int]:
+def region_color(number: int) -> tuple[int, int, int]:
+    """Return the colour of a class by its number, in pictures and annotations."""
     return _COLORS[number % len(_COLORS)]
 
 
@@ -97,7 +98,7 @@ def _with_tiles(picture: Any, grid: TileGrid, scale: tuple[float, float], names:
     width, height = grid.size_level0[0] * scale[0], grid.size_level0[1] * scale[1]
     is_visible = min(width, height) >= 5  # else outlines would hide the tissue
     for n, (x, y) in enumerate(grid.coords.tolist()):
-        color = _color(names.index(grid.labels[n])) if grid.labels is not None else _TILE
+        color = region_color(names.index(grid.labels[n])) if grid.labels is not None else _TILE
         left, upper = x * scale[0], y * scale[1]
         box = (left, upper, max(left, left + width - 1), max(upper, upper + height - 1))
         draw.rectangle(box, fill=(*color, _FILL), outline=(*color, 190) if is_visible else None)
