@@ -188,9 +188,18 @@ class DomainDataModule(Recorded, LightningDataModule):
         if loading.train_fraction < 1 and train is not None:
             sources = dict(sources)
             sources["train"] = PartSource(
-                source=train, fraction=loading.train_fraction, draw=loading.train_draw
+                source=train,
+                fraction=loading.train_fraction,
+                draw=self._draw,
+                least=loading.train_least,
             )
         return sources
+
+    @property
+    def _draw(self) -> int:
+        """Which part of the training items is taken."""
+        draw = self.loading.train_draw
+        return self.seed if draw is None else draw
 
     def train_dataloader(self) -> BlockStream:
         """Return the stream of shuffled training batches, on from the restored position."""
@@ -262,7 +271,7 @@ class DomainDataModule(Recorded, LightningDataModule):
         train = self._sources.get("train")
         few = self.loading.train_fraction < 1
         return {
-            **({"train_draw": self.loading.train_draw} if few else {}),
+            **({"train_draw": self._draw} if few else {}),
             "order_version": ORDER_VERSION,
             "world_size": self._world_size,
             "batch_size": self.batch_size,

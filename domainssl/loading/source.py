@@ -11,7 +11,7 @@ from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece
 from domainssl.modality import Batch
 
-__all__ = ["Loading", "Rows", "Source", "empty"]
+__all__ = ["LabelledSource", "Loading", "Rows", "Source", "empty"]
 
 _START_METHODS = ("fork", "spawn", "forkserver")
 
@@ -27,8 +27,11 @@ class Loading:
         prefetch: Blocks each worker prepares ahead.
         pin_memory: Page-locked batches; None does so when training on CUDA.
         max_bad_fraction: Fraction of bad items, with `on_bad_sample: replace`, that ends the run.
-        train_fraction: Share of the training items that is used, for learning from few labels.
-        train_draw: Which items those are; another number draws others.
+        train_fraction: Share of the training items that is used, for learning from few labels; of
+            every class where items have one that is known without reading them. Windows of one
+            exam, slide or patch stay together.
+        train_draw: Which items those are; another number draws others. None takes `data.seed`.
+        train_least: Items of each class at least, as far as there are that many.
     """
 
     workers: int | None = None
@@ -38,11 +41,13 @@ class Loading:
     pin_memory: bool | None = None
     max_bad_fraction: float = 0.01
     train_fraction: float = 1.0
-    train_draw: int = 0
+    train_draw: int | None = None
+    train_least: int = 1
 
     def __post_init__(self) -> None:
         for name, low in (
             ("workers", 0), ("window_blocks", 1), ("prefetch", 1), ("train_draw", 0),
+            ("train_least", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < low:
@@ -102,3 +107,15 @@ class Source(Protocol):
         Raises:
             DataError: Nothing of the piece can be read.
         """
+
+
+class LabelledSource(Source, Protocol):
+    """A source that knows classes without reading items, where these have one each."""
+
+    @property
+    def items_per_unit(self) -> int:
+        """Items in a row that are windows of the same exam, slide or tile."""
+
+    @property
+    def unit_labels(self) -> Sequence[int] | None:
+        """Class of each exam, slide or tile in order, -1 where unknown; None without labels."""

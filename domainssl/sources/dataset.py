@@ -105,6 +105,18 @@ class DatasetSource:
         return [self.per_block] * full + [rest] * (rest > 0)
 
     @property
+    def unit_labels(self) -> Sequence[int] | None:
+        """Class per item, where the data set tells it as those of torchvision do, by `targets`."""
+        found = getattr(self.dataset, "targets", None)
+        if self.keys.label is None or found is None or len(found) != len(self.dataset):
+            return None
+        labels = np.asarray(found)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            return None
+        chosen = labels if self.numbers is None else labels[np.asarray(self.numbers, np.int64)]
+        return [int(label) for label in chosen]
+
+    @property
     def _count(self) -> int:
         return len(self.dataset) if self.numbers is None else len(self.numbers)
 

@@ -67,6 +67,16 @@ class SlideSource:
         return self.window.per_slide if self.is_training else 1
 
     @property
+    def items_per_unit(self) -> int:
+        """Items of a slide."""
+        return self.per_slide
+
+    @property
+    def unit_labels(self) -> Sequence[int] | None:
+        """Class per slide, -1 where unknown; None without labels."""
+        return self.labels
+
+    @property
     def sizes(self) -> list[int]:
         """Items per slide."""
         return [self.per_slide] * len(self.slides)

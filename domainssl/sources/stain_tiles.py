@@ -7,7 +7,7 @@ All stains of a place are cut, flipped and turned together. In an epoch every sl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -52,6 +52,7 @@ class StainSource:
         ids: `hashed` or `plain`.
         seed: Seed of windows and of the choice of tiles.
         is_training: Draw anew in every epoch.
+        same_tiles: The tiles of a slide are drawn once; windows are drawn anew still.
     """
 
     sets: Sequence[TileSet]
@@ -64,11 +65,23 @@ class StainSource:
     ids: str
     seed: int
     is_training: bool
+    same_tiles: bool = False
     _opened: dict[str, Slide] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave slides behind: every process opens its own."""
         return {**self.__dict__, "_opened": {}}
+
+    def with_fixed_items(self) -> StainSource:
+        """Return this source with the tiles of the first epoch in all epochs."""
+        return replace(self, same_tiles=True)
+
+    @property
+    def unit_labels(self) -> Array | None:
+        """Class per tile of the first epoch, -1 where unknown; None without labels."""
+        if self.labels is None:
+            return None
+        return self._classes(self._chosen(range(int(self._quotas[-1])), 0))
 
     @cached_property
     def _quotas(self) -> Array:
@@ -117,10 +130,14 @@ class StainSource:
         rows.data["index"] = np.array([self._first[slide] + tile for slide, tile in chosen])
         rows.data["id"] = list(ids_of([self.sets[s].names[t] for s, t in chosen], self.ids))
         if self.labels is not None:
-            numbers = {name: number for number, name in enumerate(self.labels)}
-            found = [self.sets[s].labels[t] if self.sets[s].labels else "" for s, t in chosen]
-            rows.data["label"] = np.array([numbers.get(name, -1) for name in found], np.int64)
+            rows.data["label"] = self._classes(chosen)
         return rows
+
+    def _classes(self, chosen: Sequence[tuple[int, int]]) -> Array:
+        """Return the class of tiles, given as slide and tile, -1 where unknown, int64 (N,)."""
+        numbers = {name: number for number, name in enumerate(self.labels or ())}
+        found = [self.sets[s].labels[t] if self.sets[s].labels else "" for s, t in chosen]
+        return np.array([numbers.get(name, -1) for name in found], np.int64)
 
     def _chosen(self, places: range, epoch: int) -> list[tuple[int, int]]:
         """Return slide and tile of places counted over the tiles of an epoch."""
@@ -140,6 +157,7 @@ class StainSource:
             return np.arange(count)
         if not self.is_training:  # evenly spread
             return np.arange(taken) * count // taken
+        epoch = 0 if self.same_tiles else epoch
         return generator(self.seed, epoch, _TILES, slide).permutation(count)[:taken]
 
     def _empty(self, count: int) -> dict[str, Any]:

@@ -95,6 +95,11 @@ class TileSource:
         return (round(self.tile_m / self.step_m),) * 2
 
     @property
+    def items_per_unit(self) -> int:
+        """Windows of a tile."""
+        return self.windows
+
+    @property
     def sizes(self) -> list[int]:
         """Windows per tile."""
         return [self.windows] * len(self.tiles)

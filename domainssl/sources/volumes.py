@@ -90,6 +90,16 @@ class VolumeSource:
         return self.window.per_exam if self.is_training else 1
 
     @property
+    def items_per_unit(self) -> int:
+        """Windows of an exam."""
+        return self.per_exam
+
+    @property
+    def unit_labels(self) -> Sequence[int] | None:
+        """Class per exam, -1 where unknown; None without labels."""
+        return self.labels
+
+    @property
     def sizes(self) -> list[int]:
         """Windows per exam."""
         return [self.per_exam] * len(self.exams)
