@@ -7,6 +7,7 @@ their names when they are complete, the regions last.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,10 @@ class SlidePrediction:
     def is_ready(self, key: str) -> bool:
         """Tell whether the regions of a slide are there."""
         return self.path(key).is_file()
+
+    def is_empty(self, key: str) -> bool:
+        """Tell whether no tile of a predicted slide held tissue."""
+        return not json.loads(self.path(key).read_bytes())["features"]
 
     def make(self, key: str) -> None:
         """Predict a slide.

@@ -121,6 +121,9 @@ def test_the_verb_predicts_a_folder_of_slides_on_tissue(tmp_path: Path, capsys: 
         (x, y) for x in (128, 192, 256) for y in (64, 128)
     }
     np.testing.assert_allclose(tiles["p(a)"] + tiles["p(b)"], 1, atol=1e-6)
+    write_tiff(tmp_path / "glass.tif", [np.full((256, 384, 3), 245, np.uint8)])
+    predict(task, tmp_path, tmp_path / "glass.tif")
+    assert "glass.geojson: no tile holds enough tissue" in capsys.readouterr().out
 
 
 def test_bags_give_a_row_per_slide_and_how_much_every_tile_counted(tmp_path: Path) -> None:

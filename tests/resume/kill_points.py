@@ -30,6 +30,11 @@ from domainssl.callbacks.checkpoint import AtomicCheckpoint
 __all__ = ["Diary"]
 
 
+def _values(batch: dict[str, Any]) -> torch.Tensor:
+    """Return what the first modality shows."""
+    return next(v for n, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim > 2)
+
+
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -100,7 +105,7 @@ class Diary(Callback):
             "epoch": trainer.current_epoch,
             "ids": list(batch["id"]),
             "loss": float(outputs["loss"]).hex(),
-            "pixels": float(batch["s2"].double().sum()).hex(),
+            "pixels": float(_values(batch).double().sum()).hex(),
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")

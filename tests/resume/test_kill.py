@@ -50,12 +50,12 @@ def points(seed: int) -> list[str]:
 class Run:
     """Starts the command line in a folder of its own."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, words: list[str] = WORDS) -> None:
         self.folder = folder
         folder.mkdir()
         self.diary = folder / "diary.jsonl"
         self.words = [
-            *WORDS,
+            *words,
             f"--data.loading.workers={workers}",
             f"--run_dir={folder / 'run'}",
             "--callbacks.diary=kill_points.Diary",
@@ -87,10 +87,10 @@ class Run:
         return dict(json.loads((self.folder / "run" / "backbone" / "backbone.json").read_text()))
 
 
-def check_whole(run: Run, whole: Run) -> None:
+def check_whole(run: Run, whole: Run, steps: int = STEPS * EPOCHS) -> None:
     """Every line written by `run`, repeated steps included, stands in `whole` bit for bit."""
     expected = {line["step"]: line for line in whole.lines()}
-    assert sorted(expected) == list(range(1, STEPS * EPOCHS + 1))
+    assert sorted(expected) == list(range(1, steps + 1))
     for line in run.lines():
         assert line == expected[line["step"]]
     assert {line["step"] for line in run.lines()} == set(expected)
@@ -126,3 +126,35 @@ def test_the_kill_points_of_the_tests_come_in_the_order_of_the_run():
         assert set(kinds) & {"write", "fsync", "rename", "link"}
         assert set(kinds) & {"epoch_end", "epoch_start", "validation"}
     assert points(1) != points(2)
+
+
+FINETUNING = [
+    "--config=recipes/finetune_tiles.yaml",
+    "--trainer.max_epochs=2",
+    "--trainer.accelerator=cpu",
+    "--trainer.check_val_every_n_epoch=1",
+    "--model.head={kind: attentive, hidden: 8, dropout: 0.1}",  # dropout: random numbers go on, too
+    "--data.global_batch_size=32",
+    "--data.loading.train_fraction=0.25",
+    "--callbacks.checkpoint.every_n_epochs=1",
+    "--callbacks.checkpoint.every_n_train_steps=1",
+]
+
+
+@pytest.mark.slow
+def test_a_killed_fine_tuning_equals_one_that_was_not(tmp_path, sample_root):
+    whole, run = (Run(tmp_path / name, 0, FINETUNING) for name in ("whole", "killed"))
+    assert whole.start() == 0, whole.output
+    steps = max(line["step"] for line in whole.lines())
+    assert steps >= 4
+    assert run.start(kill=f"step:{steps // 2}") == -signal.SIGKILL, run.output
+    assert run.start("--ckpt_path=last") == 0, run.output
+    check_whole(run, whole, steps)
+    ours, theirs = run.weights(), whole.weights()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    cards = [
+        json.loads((each.folder / "run" / "task" / "task.json").read_text())
+        for each in (run, whole)
+    ]
+    assert cards[0]["sha256"] == cards[1]["sha256"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
-    from domainssl.inference.predictions import HowPredicted
+    from domainssl.inference.predictions import HowPredicted, Prediction
 
 __all__ = ["run"]
 
@@ -121,7 +121,7 @@ def _predict(argv: list[str]) -> int:
     else:
         for key in plan.shard.mine(work.keys):
             if work.is_ready(key):
-                screen.print(str(work.path(key)), markup=False)
+                screen.print(f"{work.path(key)}{_empty(work, key)}", markup=False)
     for reason in found.skipped.values():
         screen.print(f"left out: {reason}", markup=False)
     before = f", {found.resumed} of them before" if found.resumed else ""
@@ -132,6 +132,15 @@ def _predict(argv: list[str]) -> int:
     what = "numbers" if task.kind == "regression" else "classes"
     screen.print(f"{found.entries} {made}{before}; {what}: {names}", markup=False)
     return 0
+
+
+def _empty(work: Prediction, key: str) -> str:
+    """Return what to do where a slide has no region; nothing for all others."""
+    from domainssl.inference.slide_maps import SlidePrediction
+
+    if not isinstance(work, SlidePrediction) or not work.is_empty(key):
+        return ""
+    return ": no tile holds enough tissue; --min_tissue 0 takes all tiles"
 
 
 def _refuse_repeated(names: Sequence[str]) -> None:
