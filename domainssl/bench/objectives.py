@@ -22,6 +22,7 @@ from domainssl.modality import Batch, Modality, key
 from domainssl.objectives.barlow_twins import BarlowTwins
 from domainssl.objectives.base import Objective
 from domainssl.objectives.clip import CLIP
+from domainssl.objectives.data2vec import Data2Vec, Data2VecEncoding
 from domainssl.objectives.decur import DeCUR
 from domainssl.objectives.dino import DINO, DINOHead
 from domainssl.objectives.maestro import MAESTRO, MAESTROEncoding
@@ -139,13 +140,22 @@ def _students(settings: Settings, modality: dict[str, Any], side: int) -> dict[s
 
 
 def _momentum(modality: dict[str, Any], encoding: StudentEncoding, side: int) -> dict[str, _Case]:
-    """Return MoCo v2 and v3 on one modality."""
+    """Return MoCo v2 and v3, and data2vec, on one modality."""
     words = f"ViT {encoding.size}, two views of {side} px"
     shared: dict[str, Any] = {"encoding": encoding, "context_size": side}
     return {
         "MoCoV2": _Case(lambda: MoCoV2(modality, queue=4096, **shared), 4, words),
         "MoCoV3": _Case(lambda: MoCoV3(modality, **shared), 4, words),
+        "Data2Vec": _data2vec(modality, encoding, side),
     }
+
+
+def _data2vec(modality: dict[str, Any], encoding: StudentEncoding, side: int) -> _Case:
+    """Return data2vec on one modality."""
+    size: Any = encoding.size
+    own = Data2VecEncoding(size=size, patch_size=encoding.patch_size)
+    words = f"BEiT {size}, one view of {side} px"
+    return _Case(lambda: Data2Vec(modality, own, context_size=side), 8, words)
 
 
 def _footprint() -> dict[str, Modality]:

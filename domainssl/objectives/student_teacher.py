@@ -52,7 +52,8 @@ class CropDraws:
 
     Attributes:
         views: The large crops, then the small ones: `View`, or what a subclass draws.
-        mask: Hidden patches of the student's large crops, bool (B, 2, N); None without masks.
+        mask: Hidden patches of the student's large crops, bool (B, 2, N), or (B, 1, N) where a
+            method has one; None without masks.
         most_hidden: Number of hidden patches that no batch of this size exceeds.
     """
 
@@ -141,6 +142,7 @@ class _StudentTeacher(_Taught):
     backbone: Backbone
     exported: ClassVar[str] = "teacher.backbone"
     drops_invalid_patches: bool = True
+    masked_crops: ClassVar[int] = GLOBALS  # of an item
     head: nn.Module
 
     def __init__(
@@ -165,7 +167,7 @@ class _StudentTeacher(_Taught):
         method = type(self).__name__
         if len(known) != 1:
             raise ConfigError(
-                f"{method} compares crops of one modality, the data have {list(known)}. Choose "
+                f"{method} cuts crops of one modality, the data have {list(known)}. Choose "
                 "one in the DataModule; a scan that may be CT or MR is one modality, `scan`."
             )
         (self.name,) = known
@@ -256,9 +258,10 @@ class _StudentTeacher(_Taught):
         mask, most = None, 0
         if self.masks is not None:
             grid = self.mask_grid()
-            flat = draw_block_masks(self.masks, grid, GLOBALS * items, generator)
-            mask = flat.view(items, GLOBALS, -1)
-            most = self.masks.most_tokens(GLOBALS * items, math.prod(grid))
+            images = self.masked_crops * items
+            flat = draw_block_masks(self.masks, grid, images, generator)
+            mask = flat.view(items, self.masked_crops, -1)
+            most = self.masks.most_tokens(images, math.prod(grid))
         return CropDraws(views=self.same_dates(views), mask=mask, most_hidden=most)
 
     def same_dates(self, views: tuple[View, ...]) -> tuple[View, ...]:
