@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from domainssl.datamodules.base import DomainDataModule
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.io.ssl4eo.facts import LAND_COVER, PRODUCTS, product
+from domainssl.io.ssl4eo.facts import LAND_COVER, LAYERS, PRODUCTS, Product
 from domainssl.io.ssl4eo.labels import labels
 from domainssl.io.ssl4eo.land_cover import LAND_COVER_NAMES
 from domainssl.io.ssl4eo.layout import Catalogue, Group, scan
@@ -33,7 +34,6 @@ __all__ = ["LocationLabels", "SSL4EOS12DataModule"]
 
 _log = logging.getLogger(__name__)
 _GSD_M = 10.0
-_WINDOW = Window(size=120, min_size=60, max_size=180)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class SSL4EOS12DataModule(DomainDataModule):
     Args:
         root: `sample` (made on first use in the cache), a folder, or an fsspec URL, that holds
             `train/<product>/` and `val/<product>/`.
-        modalities: Product of each modality key: S1GRD, S2L1C, S2L2A or S2RGB.
+        modalities: Product of each modality key: S1GRD, S2L1C, S2L2A or S2RGB; of release B also
+            DEM, NDVI and LULC.
         global_batch_size: Locations per optimiser step, over all devices and accumulation.
         window: Training windows, 60 to 180 pixels resized to 120 unless `size` is given. Held-out
             items are the central `size` pixels.
@@ -77,6 +78,12 @@ class SSL4EOS12DataModule(DomainDataModule):
     Raises:
         ConfigError: An argument cannot be used.
     """
+
+    known: ClassVar[Mapping[str, Product]] = {**PRODUCTS, **LAYERS}
+    format: ClassVar[str] = "SSL4EO-S12 v1.1"
+    pieces: ClassVar[str] = "files"
+    default_window: ClassVar[Window] = Window(size=120, min_size=60, max_size=180)
+    default: ClassVar[Mapping[str, str]] = {"s1": "S1GRD", "s2": "S2L2A"}
 
     def __init__(
         self,
@@ -101,18 +108,18 @@ class SSL4EOS12DataModule(DomainDataModule):
         )
         self.root = root
         self.storage_options = dict(storage_options or {})
-        self.products = dict(modalities or {"s1": "S1GRD", "s2": "S2L2A"})
+        self.products = dict(modalities or self.default)
         for name, value in self.products.items():
-            if value not in PRODUCTS:
+            if value not in self.known:
                 raise ConfigError(
                     f"data.init_args.modalities.{name}: unknown product {value!r}, expected one of "
-                    f"{', '.join(PRODUCTS)}.{nearest(value, PRODUCTS)}"
+                    f"{', '.join(self.known)}.{nearest(value, self.known)}"
                 )
         if dn_offset not in (0, 1000, "auto"):
             raise ConfigError(
                 f"data.init_args.dn_offset: got {dn_offset!r}, expected 0, 1000 or 'auto'."
             )
-        self.window = (window or Window()).sized(_WINDOW).on_grid(_GSD_M)
+        self.window = (window or Window()).sized(self.default_window).on_grid(_GSD_M)
         self.dates = (dates or Dates()).of(
             ("one", "views", "all", "fixed"), ("max_dates", "positions", "mask_clouds")
         )
@@ -133,7 +140,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         return self._modalities
 
     def _modality(self, name: str, product_name: str) -> Modality:
-        facts = product(product_name)
+        facts = self.known[product_name]
         plain = Modality(
             name=name,
             kind="series" if self.dates.is_series else "image",
@@ -154,8 +161,10 @@ class SSL4EOS12DataModule(DomainDataModule):
         self._root()
 
     def _root(self) -> str:
-        if self.root != "sample":
-            return self.root
+        return self._sample_root() if self.root == "sample" else self.root
+
+    def _sample_root(self) -> str:
+        """Return the folder of the embedded sample, made on first use."""
         from domainssl.datamodules.samples.ssl4eo import sample_root
 
         return str(sample_root(self.products.values()))
@@ -167,9 +176,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         splits = [
             s for s in ("train", "val") if is_folder(join(root, s), self.storage_options)
         ] or ["train"]
-        self.catalogues = {
-            split: scan(root, split, self.products, self.storage_options) for split in splits
-        }
+        self.catalogues = {split: self._scan(root, split) for split in splits}
         if "train" in self.catalogues:
             self._log_clipping(self.catalogues["train"])
         if "val" not in self.catalogues:
@@ -181,6 +188,10 @@ class SSL4EOS12DataModule(DomainDataModule):
         held_out = self.catalogues.get("val", self.catalogues[splits[0]])
         sources["predict"] = self._source(held_out, is_training=False)
         return sources
+
+    def _scan(self, root: str, split: str) -> Catalogue:
+        """Return the files of a split."""
+        return scan(root, split, self.products, self.storage_options)
 
     def _source(self, catalogue: Catalogue, *, is_training: bool) -> SSL4EOSource:
         found = None
@@ -227,7 +238,7 @@ class SSL4EOS12DataModule(DomainDataModule):
     def identity(self) -> dict[str, Any]:
         """Return release, names, sizes and header hashes of the files."""
         return {
-            "format": "SSL4EO-S12 v1.1",
+            "format": self.format,
             "root": self.root,
             "splits": {split: found.identity() for split, found in self.catalogues.items()},
         }
@@ -242,9 +253,9 @@ class SSL4EOS12DataModule(DomainDataModule):
         lines = []
         for split, found in self.catalogues.items():
             lines.append(
-                f"SSL4EO-S12 v1.1 release {found.release}, {split}: {found.count} locations in "
-                f"{len(found.groups)} files of {found.size[0]} x {found.size[1]} px, "
-                f"{found.dates} dates, at {found.root}"
+                f"{self._title(found)}, {split}: {found.count} locations in "
+                f"{len(found.groups)} {self.pieces} of {found.size[0]} x {found.size[1]} px, "
+                f"{found.dates} {'date' if found.dates == 1 else 'dates'}, at {found.root}"
             )
             lines += [f"problem: {text}" for text in found.problems]
         for name, modality in self.modalities.items():
@@ -257,9 +268,12 @@ class SSL4EOS12DataModule(DomainDataModule):
         )
         return lines + super().describe()
 
+    def _title(self, catalogue: Catalogue) -> str:
+        return f"{self.format} release {catalogue.release}"
+
     def _offset(self, name: str) -> str:
         """Tell which offset the first location carries."""
-        if not product(self.products[name]).has_offset or not self.catalogues:
+        if not self.known[self.products[name]].has_offset or not self.catalogues:
             return ""
         catalogue = list(self.catalogues.values())[-1]
         try:

@@ -35,7 +35,10 @@ from domainssl.io.ssl4eo.facts import LAND_COVER, LAND_COVER_CLASSES, PRODUCTS, 
 from domainssl.io.ssl4eo.write import TileTable, write_release_a
 from domainssl.sensors import L1C_BANDS, L2A_BANDS
 
-__all__ = ["LOCATIONS", "VERSION", "Factors", "build", "factors", "sample_root"]
+__all__ = [
+    "LAND", "LOCATIONS", "VERSION", "Factors", "PlaceSeen", "build", "centres", "classes_of",
+    "draw_place", "factors", "sample_root",
+]  # fmt: skip
 
 VERSION = "8"
 LOCATIONS = {"train": 96, "val": 64}
@@ -45,7 +48,7 @@ _STEP = np.array([64 if band > "B04" else 32 for band in L1C_BANDS])[:, None, No
 _ZONES = (32610, 32618, 32632, 32633, 32645, 32651, 32719, 32736, 32755)
 _L2A = [L1C_BANDS.index(band) for band in L2A_BANDS]
 # number of each cover in the product LULC: as which land such objects are mapped
-_LAND = 1 + np.array(
+LAND = 1 + np.array(
     [LAND_COVER_CLASSES.index(name) for name in ("trees", "water", "built", "rangeland")]
 )
 _RGB = [L1C_BANDS.index(band) for band in ("B04", "B03", "B02")]
@@ -82,7 +85,7 @@ class Factors:
 
 
 @dataclass(kw_only=True)
-class _Item:
+class PlaceSeen:
     """Everything the files hold of one location."""
 
     place: Location
@@ -97,14 +100,18 @@ class _Item:
     y0: float
     own: dict[str, dict[str, float]]
 
+    def radar_at(self, date: int) -> int:
+        """Return at which place the radar image of a date is stored."""
+        return sorted(range(DATES), key=lambda n: self.s1_names[n][17:])[date]
+
 
 def build(folder: Path, products: Sequence[str] = tuple(PRODUCTS)) -> None:
     """Write the sample into an empty folder; the same pixels every time."""
     for split, total in LOCATIONS.items():
-        classes = _classes(split)
+        classes = classes_of(split)
         places: list[tuple[str, Location]] = []
         names = []
-        make = partial(_item, split, classes, products)
+        make = partial(draw_place, split, classes, products)
         for file, low in enumerate(range(0, total, _PER_FILE), 1):
             numbers = range(low, low + _PER_FILE)
             with ThreadPoolExecutor(2) as pool:
@@ -135,7 +142,7 @@ def factors(split: str = "val") -> Factors:
         )
     numbers = range(LOCATIONS[split])
     with ThreadPoolExecutor(2) as pool:
-        items = list(pool.map(partial(_item, split, _classes(split), ()), numbers))
+        items = list(pool.map(partial(draw_place, split, classes_of(split), ()), numbers))
     return Factors(
         ids=[_location_id(split, number) for number in numbers],
         label=np.array([item.place.label for item in items]),
@@ -149,7 +156,7 @@ def _columns(rows: Sequence[dict[str, float]]) -> dict[str, Array]:
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def _classes(split: str) -> Array:
+def classes_of(split: str) -> Array:
     rng = np.random.default_rng([_SEED, len(split)])
     return rng.permutation(np.arange(LOCATIONS[split]) % len(COVERS))
 
@@ -158,7 +165,7 @@ def _location_id(split: str, number: int) -> str:
     return f"{number + (0 if split == 'train' else 200_000):07d}"
 
 
-def _item(split: str, classes: Array, products: Sequence[str], number: int) -> _Item:
+def draw_place(split: str, classes: Array, products: Sequence[str], number: int) -> PlaceSeen:
     rng = np.random.default_rng([_SEED, len(split), number])
     start = np.datetime64("2019-12-20T10:20:00") + np.timedelta64(int(rng.integers(0, 330)), "D")
     gaps = np.cumsum([0, *rng.integers(75, 100, DATES - 1)])
@@ -185,7 +192,7 @@ def _item(split: str, classes: Array, products: Sequence[str], number: int) -> _
         "S2L1C": lambda: _digital(top, gone),
         "S2RGB": lambda: _eight_bit(surface[:, _RGB], gone),
     }
-    return _Item(
+    return PlaceSeen(
         place=place,
         values={name: makers[name]() for name in products},
         mask=mask,
@@ -220,10 +227,10 @@ def _s1_name(satellite: str, time: np.datetime64) -> str:
     return f"S1{satellite}_IW_GRDH_1SDV_{_stamp(time)}_{end}_034567_040ABC_1D2E"
 
 
-def _write_file(folder: Path, name: str, ids: Sequence[str], items: Sequence[_Item]) -> None:
+def _write_file(folder: Path, name: str, ids: Sequence[str], items: Sequence[PlaceSeen]) -> None:
     crs = np.array([item.crs for item in items])
     x0, y0 = np.array([item.x0 for item in items]), np.array([item.y0 for item in items])
-    lat, lon = _centres(crs, x0 + 5.0 * SIDE, y0 - 5.0 * SIDE)
+    lat, lon = centres(crs, x0 + 5.0 * SIDE, y0 - 5.0 * SIDE)
     mask = np.stack([item.mask for item in items])
     s2 = ([item.s2_names for item in items], np.stack([item.times for item in items]))
     s1_times = np.sort(np.stack([item.s1_times for item in items]), axis=1)
@@ -242,7 +249,7 @@ def _write_file(folder: Path, name: str, ids: Sequence[str], items: Sequence[_It
 
 
 def _write_land_cover(
-    path: Path, ids: Sequence[str], items: Sequence[_Item], centres: tuple[Array, Array]
+    path: Path, ids: Sequence[str], items: Sequence[PlaceSeen], centres: tuple[Array, Array]
 ) -> None:
     """Write the cover of each pixel as the product LULC, the same at all dates."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,12 +263,12 @@ def _write_land_cover(
         x0=np.array([item.x0 for item in items]),
         y0=np.array([item.y0 for item in items]),
     )
-    land = _LAND[np.stack([item.place.cover for item in items])].astype(np.uint8)
+    land = LAND[np.stack([item.place.cover for item in items])].astype(np.uint8)
     values = np.broadcast_to(land[:, None, None], (len(ids), DATES, 1, SIDE, SIDE))
     write_release_a(path, LAND_COVER.name, values, tiles)
 
 
-def _centres(crs: Array, x: Array, y: Array) -> tuple[Array, Array]:
+def centres(crs: Array, x: Array, y: Array) -> tuple[Array, Array]:
     transformer = require("pyproj", "geo").Transformer
     lat, lon = np.empty(len(crs)), np.empty(len(crs))
     for zone in np.unique(crs):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from domainssl.errors import DataError
 from domainssl.inspection.bags import bag_tables, inspect_bags, is_bags
+from domainssl.inspection.earth import open_terramesh
 from domainssl.inspection.files import find_geotiffs, inspect_cube, inspect_geotiffs, inspect_tar
 from domainssl.inspection.layers import inspect_layers
 from domainssl.inspection.scans import inspect_scans, is_scans, scan_tables
@@ -41,6 +42,7 @@ from domainssl.inspection.tables import (
 )
 from domainssl.io.raster.bands import open_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
+from domainssl.io.ssl4eo.terramesh import is_terramesh
 from domainssl.io.storage.paths import is_file, is_folder, is_url, join, list_folder
 from domainssl.sensors import L1C_BANDS, L2A_BANDS
 
@@ -124,8 +126,8 @@ def recognise(
             "scan (NIfTI, NRRD, MetaImage, MGH or DICOM), a slide, a tile picture or features (.h5)"
         )
     raise DataError(
-        f"{path}: neither SSL4EO-S12 products (train/S2L2A/…), TreeSatAI or PASTIS, nor zarr "
-        f"cubes, nor GeoTIFF, nor scans, nor slides, tiles or features. It "
+        f"{path}: neither SSL4EO-S12 products (train/S2L2A/…), TerraMesh, TreeSatAI or PASTIS, nor "
+        f"zarr cubes, nor GeoTIFF, nor scans, nor slides, tiles or features. It "
         f"holds: {', '.join(place.names[:12]) or 'nothing'}."
         + "".join(f" {text}" for text in _other_format(path, options))
     )
@@ -135,9 +137,10 @@ def inspect_path(path: str, *, storage_options: Mapping[str, Any] | None = None)
     """Describe what lies at a path.
 
     Args:
-        path: An SSL4EO-S12 folder (root, split or product), the root of TreeSatAI, PASTIS or of
-            cubes with a folder per sensor, a zarr cube (`.zarr.zip` or folder; EOPF products and
-            GeoZarr too) or a folder of them, a tar of cubes, a GeoTIFF or a folder of them, a scan
+        path: An SSL4EO-S12 folder (root, split or product), the root of TerraMesh, TreeSatAI,
+            PASTIS or of cubes with a folder per sensor, a zarr cube (`.zarr.zip` or folder; EOPF
+            products and GeoZarr too) or a folder of them, a tar of cubes, a GeoTIFF or a folder of
+            them, a scan
             (NIfTI, NRRD, MetaImage, MGH, DICOM), a slide, a tile picture or a feature file (HDF5,
             Zarr) or a folder of them; fsspec URLs except for GeoTIFF, scans, slides, tiles,
             features, TreeSatAI and PASTIS.
@@ -288,6 +291,12 @@ def _describe_geotiffs(place: Place) -> dict[str, Any]:
 
 
 FORMATS = (
+    Format(
+        "terramesh",
+        lambda p: p.names is not None and is_terramesh(p.path, p.options),
+        _by_datamodule(lambda p: open_terramesh(p.path, p.options)),
+        lambda p: open_terramesh(p.path, p.options),
+    ),
     Format("ssl4eo", lambda p: _split_product(p) is not None, _describe_ssl4eo, _open_ssl4eo),
     Format("treesatai", _is_treesat, _by_datamodule(_open_treesat), _open_treesat),
     Format("pastis", _is_pastis, _by_datamodule(_open_pastis), _open_pastis),

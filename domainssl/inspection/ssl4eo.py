@@ -163,7 +163,7 @@ def _product(
         if catalogue.release == "A":
             cube = open_cube(path, options=options)
         else:
-            member = group.members[name][0]
+            member = next(member for member in group.members[name] if member is not None)
             [raw] = fetch_ranges(path, [(member.offset, member.size)], options)
             cube = open_cube(raw, f"{path}:{member.key}")
         facts |= _storage(cube, problems)

@@ -34,7 +34,7 @@ class Column:
 
 
 COLUMNS = (
-    Column("S1/S2 images", ("ssl4eo", "cube", "so2sat"), "ssl4eo_croma"),
+    Column("S1/S2 images", ("ssl4eo", "cube", "so2sat", "terramesh"), "ssl4eo_croma"),
     Column("series", ("treesat", "pastis"), "pastis_maestro"),
     Column("CT and MR volumes", ("ct", "ctmr", "petct"), "petct_croma"),
     Column("contrasts of MRI", ("mri",), "mri_croma"),

@@ -29,7 +29,7 @@ __all__ = ["SSL4EOSource"]
 
 _DATES, _WINDOW = 11, 12  # tags that keep the streams of random numbers apart
 _STEP_M = 10.0
-_STORED = {"dn": torch.int16, "rgb8": torch.uint8}
+_TYPES = {"i2": torch.int16, "u1": torch.uint8, "f4": torch.float32}
 
 
 @dataclass(kw_only=True)
@@ -86,8 +86,7 @@ class SSL4EOSource:
         height, width = self.catalogue.size
         per_pixel = 0
         for name in self.catalogue.products.values():
-            item = 1 if product(name).value_unit == "rgb8" else 2
-            per_pixel += item * len(product(name).bands)
+            per_pixel += product(name).dtype.itemsize * len(product(name).bands)
         dates = self.dates.drawn() or len(self.dates.places) or self.catalogue.dates
         return self.catalogue.count * height * width * dates * per_pixel
 
@@ -170,9 +169,10 @@ class SSL4EOSource:
             is_resized = self.window.middle(self.catalogue.size).is_resized
         if is_resized:
             return torch.float32
-        unit = product(self.catalogue.products[name]).value_unit
-        radar = torch.float16 if self.catalogue.release == "A" else torch.float32
-        return _STORED.get(unit, radar)  # release B stores dB as float16 or float32
+        facts = product(self.catalogue.products[name])
+        if facts.value_unit == "db" and self.catalogue.release == "A":
+            return torch.float16  # tars store dB as float16 or float32
+        return _TYPES[facts.dtype.str[1:]]
 
 
 class _Writer:
@@ -220,20 +220,23 @@ class _Writer:
             source.cut(self.epoch, self.first + at + i, some.values.shape[-2:])
             for i in range(count)
         ]
+        whereabouts = [next(b for b in blocks.values() if b.present[i]) for i in range(count)]
         for name, block in blocks.items():
             values, valid = self.out[name]
             days: Any = data[key(name, "dates")]
+            data[key(name, "present")][at : at + count] = block.present
             days[at : at + count] = block.dates if source.dates.is_series else block.dates[:, 0]
             for i, cut in enumerate(cuts):
                 pixels, mask = block.part(i, *cut.slices)
                 part = cut.of_part()
                 part.write(pixels, values[at + i], int(block.offset[i]), scratch)
-                part.write_valid(mask, valid[at + i])
+                part.write_valid(mask & block.present[i], valid[at + i])
+                there = block if block.present[i] else whereabouts[i]
                 data[key(name, "geo")][at + i] = {
-                    "crs": int(block.crs[i]),
-                    "lat": float(block.lat[i]),
-                    "lon": float(block.lon[i]),
-                    **cut.geo(float(block.x0[i]), float(block.y0[i]), _STEP_M),
+                    "crs": int(there.crs[i]),
+                    "lat": float(there.lat[i]),
+                    "lon": float(there.lon[i]),
+                    **cut.geo(float(there.x0[i]), float(there.y0[i]), _STEP_M),
                 }
             self.rows.bytes_decoded += block.bytes_decoded
             self.rows.bytes_needed += block.bytes_needed
@@ -244,9 +247,12 @@ class _Writer:
 
     def _write_names(self, block: Block, at: int) -> None:
         data, source = self.rows.data, self.source
-        names = block.location_ids
+        in_tars = source.catalogue.release == "TerraMesh"
+        names = block.ids if in_tars else block.location_ids
         data["id"][at : at + len(names)] = (
-            names if source.dates.is_series else [f"{name}_{self.dates[0]}" for name in names]
+            names
+            if source.dates.is_series or in_tars
+            else [f"{name}_{self.dates[0]}" for name in names]
         )
         if source.labels is not None:
             data["label"][at : at + len(names)] = source.labels.of(names)

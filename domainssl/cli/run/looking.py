@@ -10,6 +10,7 @@ __all__ = ["data_at"]
 
 _SAMPLES = {  # name -> DataModule and its root
     "ssl4eo": ("ssl4eo.SSL4EOS12DataModule", "sample"),
+    "terramesh": ("terramesh.TerraMeshDataModule", "sample"),
     "cubes": ("cubes.SentinelCubeDataModule", "sample"),
     "treesatai": ("treesatai.TreeSatAIDataModule", "sample"),
     "pastis": ("pastis.PastisDataModule", "sample"),
@@ -21,7 +22,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "bags": ("slides.SlideFeatureDataModule", "sample:bags"),
     "bags_clam": ("slides.SlideFeatureDataModule", "sample:bags_clam"),
 }
-_SIZES = {"tiles": 64, "volumes": 32}  # px, voxels
+_SIZES = {"tiles": 64, "terramesh": 64, "volumes": 32}  # px, voxels
 
 
 def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> Any:

@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
         "path",
         nargs="?",
         help="file, folder or URL; `sample` for the embedded sample of SSL4EO-S12, "
-        "`sample:cubes`, `sample:treesatai`, `sample:pastis`, `sample:petct` ... for the others",
+        "`sample:cubes`, `sample:terramesh`, `sample:pastis`, `sample:petct` ... for the others",
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE",
                         help="look at the data of a recipe instead; --data.KEY=VALUE "

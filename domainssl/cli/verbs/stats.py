@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("path", nargs="?", help="a folder or URL of SSL4EO-S12, of which all places and dates "
-        "are measured, or of TreeSatAI, PASTIS or cubes; `sample`, `sample:pastis`...")  # fmt: skip
+        "are measured, or of TerraMesh, TreeSatAI, PASTIS or cubes; `sample`, "
+        "`sample:pastis`...")  # fmt: skip
     add("--config", action="append", default=[], metavar="FILE",
         help="measure the items of a recipe's data instead, once as training would read them; "
         "--data.KEY=VALUE changes it")  # fmt: skip

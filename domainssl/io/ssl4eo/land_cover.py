@@ -49,10 +49,14 @@ def read_land_cover(group: Group, date: int, locations: slice) -> tuple[Array, l
         stored = cube.read("bands", [rows, [_place(cube, 1, date)]])[:, 0, 0]
         return _classes(stored, cube.name), facts_a(cube, rows).ids
     maps, ids = [], []
-    for at, cube in zip(chosen, cubes_b(group, KEY, chosen), strict=True):
-        stored = cube.read("bands", [[_place(cube, 0, date)]])[0, 0]
-        maps.append(_classes(stored, cube.name))
-        ids.append(group.members[KEY][at].key.rsplit("/", 1)[-1].removesuffix(".zarr.zip"))
+    for at, one in zip(chosen, cubes_b(group, KEY, chosen), strict=True):
+        if one is None:  # TerraMesh lacks it here
+            maps.append(np.full(group.size, -1, np.int64))
+            ids.append(group.stem(at))
+            continue
+        stored = one.read("bands", [[_place(one, 0, date)]])[0, 0]
+        maps.append(_classes(stored, one.name))
+        ids.append(group.stem(at))
     return np.stack(maps), ids
 
 

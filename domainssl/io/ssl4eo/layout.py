@@ -29,7 +29,7 @@ from domainssl.io.storage.paths import (
     size_of,
 )
 
-__all__ = ["Catalogue", "Group", "scan"]
+__all__ = ["MEMBERS_PER_GROUP", "Catalogue", "Group", "member_stem", "scan", "tile_facts"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,14 @@ class Group:
 
     Attributes:
         key: Unique within the catalogue, the file's name (and first member in release B).
-        release: `A` or `B`.
+        release: `A`, `B`, or `TerraMesh`.
         products: Product of each modality key.
         files: File of each modality key.
         count: Number of locations.
         dates: Number of dates stored per location.
         size: Rows and columns of a tile.
-        members: Release B: per modality key the (key, offset, size) of each location.
+        members: In tars: per modality key the (key, offset, size) of each location; None where
+            the location lacks the product (TerraMesh).
         storage_options: fsspec options with which the files are opened.
     """
 
@@ -60,8 +61,13 @@ class Group:
     count: int
     dates: int
     size: tuple[int, int]
-    members: Mapping[str, tuple[Member, ...]] = field(default_factory=dict, repr=False)
+    members: Mapping[str, tuple[Member | None, ...]] = field(default_factory=dict, repr=False)
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def stem(self, at: int) -> str:
+        """Return the key of a location in tars: its member's name, without the ending."""
+        found = (members[at] for members in self.members.values())
+        return next(member_stem(member.key) for member in found if member is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +111,7 @@ class Catalogue:
             "release": self.release, "split": self.split, "locations": self.count, "files": {},
         }  # fmt: skip
         for modality, name in self.products.items():
-            files = list(dict.fromkeys(g.files[modality] for g in self.groups))
+            files = list(dict.fromkeys(g.files[modality] for g in self.groups if g.files[modality]))
             options = self.groups[0].storage_options
             sizes = [size_of(path, options) for path in files]
             digest = hashlib.sha256()
@@ -248,7 +254,12 @@ def _partners(folders: Mapping[str, str], names: Mapping[str, Sequence[str]]) ->
     return union
 
 
-def _tile_facts(cube: Cube, dims: int) -> tuple[int, ...]:
+def tile_facts(cube: Cube, dims: int) -> tuple[int, ...]:
+    """Return the shape of the pixels of a file.
+
+    Raises:
+        DataError: There are more or fewer dimensions than `dims`.
+    """
     shape = cube.info("bands").shape
     if len(shape) != dims:
         raise DataError(f"{cube.name}: array 'bands' has shape {shape}, expected {dims} dimensions")
@@ -264,7 +275,7 @@ def _release_a(
     for path in files.values():
         try:  # a damaged file must not hide its good partners: reading it will name it
             with closing(ZipFileStore(path, path, options)) as store:
-                count, dates, _, rows, columns = _tile_facts(Cube(store, path), 5)
+                count, dates, _, rows, columns = tile_facts(Cube(store, path), 5)
             break
         except DataError as error:
             problems.append(str(error))
@@ -303,9 +314,9 @@ def _release_b(
         for m, path in files.items()
     }
     first, *others = members
-    keys = [_stem(entry.key) for entry in members[first]]
+    keys = [member_stem(entry.key) for entry in members[first]]
     for other in others:
-        theirs = [_stem(entry.key) for entry in members[other]]
+        theirs = [member_stem(entry.key) for entry in members[other]]
         if theirs != keys:
             at = next(
                 (i for i, (a, b) in enumerate(zip(keys, theirs, strict=False)) if a != b),
@@ -322,7 +333,7 @@ def _release_b(
     entry = members[first][0]
     [raw] = fetch_ranges(files[first], [(entry.offset, entry.size)], options)
     name = f"{files[first]}:{entry.key}"
-    dates, _, rows, columns = _tile_facts(Cube(ZipFileStore(raw, name), name), 4)
+    dates, _, rows, columns = tile_facts(Cube(ZipFileStore(raw, name), name), 4)
     groups = []
     stem = files[first].rsplit("/", 1)[-1].removesuffix(".tar")
     for low in range(0, len(keys), MEMBERS_PER_GROUP):
@@ -343,5 +354,6 @@ def _release_b(
     return groups, []
 
 
-def _stem(member: str) -> str:
+def member_stem(member: str) -> str:
+    """Return the key of a location: the name of its member in the tar, without its ending."""
     return member.rsplit("/", 1)[-1].removesuffix(".zarr.zip")

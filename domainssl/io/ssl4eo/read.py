@@ -9,19 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.io.raster.time import days
 from domainssl.io.raster.zarr import Cube, open_cube
-from domainssl.io.ssl4eo.facts import Product, check_bands
+from domainssl.io.ssl4eo.facts import LAYERS, NO_DATA_CLASS, Product, check_bands
 from domainssl.io.ssl4eo.facts import product as look_up
 from domainssl.io.ssl4eo.layout import Group
-from domainssl.io.ssl4eo.tiles import TileFacts, chosen_times, date_order, facts_a, facts_b, joined
+from domainssl.io.ssl4eo.tiles import (
+    TileFacts,
+    chosen_times,
+    date_order,
+    facts_a,
+    facts_b,
+    facts_of_nothing,
+    joined,
+)
 from domainssl.io.ssl4eo.values import DNOffset, Validity, find_offset, remove_offset
-from domainssl.io.storage.archives import ZipFileStore
+from domainssl.io.storage.archives import Member, ZipFileStore
 from domainssl.io.storage.handles import HandlePool, SharedFile, window
 from domainssl.io.storage.paths import fetch_ranges, is_url, stamp
 from domainssl.io.storage.scratch import Scratch
@@ -57,6 +65,7 @@ class Block:
         file: The file that was read.
         cloud: Cloud classes as stored, (n, T, Y, X), if there are any.
         validity: The rule behind `valid`.
+        present: False where a location lacks the product (TerraMesh), bool (n,); its values are 0.
     """
 
     values: Array
@@ -78,6 +87,7 @@ class Block:
     file: str
     cloud: Array | None
     validity: Validity
+    present: Array
 
     def part(self, i: int, rows: slice, columns: slice) -> tuple[Array, Array]:
         """Return a part of one location of a read in parts.
@@ -100,6 +110,7 @@ class _Raw:
     meta: TileFacts
     order: Array
     decoded: int
+    present: Array
 
 
 def read(
@@ -149,6 +160,8 @@ def read(
     _check_range(values, product, group.release, group.files[modality])
     if product.has_offset and values.dtype.kind == "u":
         values = values.astype(np.int32)
+    if product.value_unit == "class":
+        values = np.maximum(values, 0).astype(np.uint8)
     offset = np.zeros(len(chosen), np.int16)
     if product.has_offset:
         offset = find_offset(values, raw.cloud, validity, group.release, dn_offset)
@@ -178,6 +191,7 @@ def read(
         file=group.files[modality],
         cloud=raw.cloud,
         validity=validity,
+        present=raw.present,
     )
 
 
@@ -188,7 +202,7 @@ def _check_range(values: Array, product: Product, release: str, file: str) -> No
         DataError: Names the file, both types and the value.
     """
     radar = np.float16 if release == "A" else np.float32
-    delivered: Any = np.dtype({"dn": np.int16, "rgb8": np.uint8}.get(product.value_unit, radar))
+    delivered: Any = np.dtype(radar) if product.value_unit == "db" else product.dtype
     if np.can_cast(values.dtype, delivered) or not values.size:
         return
     most = float((np.finfo if delivered.kind == "f" else np.iinfo)(delivered).max)
@@ -276,7 +290,10 @@ def _load_a(
         chunk = cube.info("cloud_mask").chunks[1]
         cloud = _empty(chunk, shape, np.dtype(np.uint8), scratch, f"{modality}.cloud")
         decoded += _gather(cube, "cloud_mask", rows, order, dates, cloud)
-    return _Raw(values=values, cloud=cloud, meta=meta, order=order, decoded=decoded)
+    present = np.ones(len(chosen), bool)
+    return _Raw(
+        values=values, cloud=cloud, meta=meta, order=order, decoded=decoded, present=present
+    )
 
 
 def _load_b(
@@ -292,52 +309,70 @@ def _load_b(
     orders: list[Array] = []
     values: Array | None = None
     cloud: Array | None = None
+    members = group.members[modality]
+    present = np.array([members[i] is not None for i in chosen], bool)
     decoded = 0
+    least = 1 if product.name in LAYERS else group.dates  # a map may hold for all dates
     for i, cube in enumerate(cubes_b(group, modality, chosen)):
+        if cube is None:
+            metas.append(facts_of_nothing(group.stem(chosen[i]), group.dates))
+            orders.append(np.array([dates]))
+            continue
         info = cube.info("bands")
         _check_cube(cube, product, ("time", "band", "y", "x"))
         if values is None:
             shape = (len(chosen), len(dates), *info.shape[1:])
             values = _empty(2, shape, info.dtype, scratch, modality)
-            if "cloud_mask" in cube.arrays and product.value_unit != "db":
-                cloud = np.empty((len(chosen), len(dates), *info.shape[2:]), np.uint8)
-        if info.shape[1:] != values.shape[2:] or info.shape[0] < group.dates:
+            values[~present] = 0
+            if "cloud_mask" in cube.arrays and product.value_unit not in ("db", "class"):
+                cloud = np.full((len(chosen), len(dates), *info.shape[2:]), NO_DATA_CLASS, np.uint8)
+        if info.shape[1:] != values.shape[2:] or info.shape[0] < least:
             raise DataError(
                 f"{cube.name}: array 'bands' has shape {info.shape}, the locations before it "
                 f"({group.dates}, {', '.join(map(str, values.shape[2:]))})"
             )
-        metas.append(facts_b(cube, group.members[modality][chosen[i]].key))
+        metas.append(facts_b(cube, group.stem(chosen[i]), group.dates))
         orders.append(date_order(metas[-1], dates, repair))
-        wanted = [int(d) for d in orders[-1][0]]
+        wanted = [int(d) if info.shape[0] >= group.dates else 0 for d in orders[-1][0]]
         decoded += _cast_into(cube, "bands", wanted, values[i])
-        if cloud is not None:
+        if cloud is not None and "cloud_mask" in cube.arrays:
             decoded += _cast_into(cube, "cloud_mask", wanted, cloud[i])
-    if values is None:
+    if not len(chosen):
         raise DataError(f"{group.key}: no location asked for")
+    if values is None:
+        shape = (len(chosen), len(dates), len(product.bands), *group.size)
+        values = np.zeros(shape, product.dtype)
     return _Raw(
         values=values,
         cloud=cloud,
         meta=joined(metas),
         order=np.concatenate(orders),
         decoded=decoded,
+        present=present,
     )
 
 
-def cubes_b(group: Group, modality: str, chosen: range) -> Iterator[Cube]:
-    """Open the members of a release-B group one after the other."""
+def cubes_b(group: Group, modality: str, chosen: range) -> Iterator[Cube | None]:
+    """Open the members of a group in tars one after the other; None where there is none."""
     path = group.files[modality]
     members = [group.members[modality][i] for i in chosen]
     if is_url(path):
-        ranges = [(member.offset, member.size) for member in members]
-        parts = fetch_ranges(path, ranges, group.storage_options)
-        for member, part in zip(members, parts, strict=True):
-            name = f"{path}:{member.key}"
-            yield Cube(ZipFileStore(part, name), name)
-        return
-    file = _TARS.get(stamp(path), lambda: SharedFile(path))
-    for member in members:
+        ranges = [(member.offset, member.size) for member in members if member is not None]
+        parts = iter(fetch_ranges(path, ranges, group.storage_options))
+        sources: Iterator[Any] = (None if m is None else next(parts) for m in members)
+    else:
+        sources = (None if m is None else _local(path, m) for m in members)
+    for member, source in zip(members, sources, strict=True):
+        if member is None:
+            yield None
+            continue
         name = f"{path}:{member.key}"
-        yield Cube(ZipFileStore(window(file, member.offset, member.size), name), name)
+        yield Cube(ZipFileStore(source, name), name)
+
+
+def _local(path: str, member: Member) -> BinaryIO:
+    file = _TARS.get(stamp(path), lambda: SharedFile(path))
+    return window(file, member.offset, member.size)
 
 
 def _cast_into(cube: Cube, name: str, dates: list[int], out: Array) -> int:
@@ -391,7 +426,7 @@ def _check_cube(cube: Cube, product: Product, dims: tuple[str, ...]) -> None:
             f"{cube.name}: array 'bands' has {info.shape[axis]} bands, {product.name} has "
             f"{len(product.bands)} ({' '.join(product.bands)})"
         )
-    expected = {"db": "f", "dn": "iu", "rgb8": "u"}[product.value_unit]
+    expected = {"dn": "iu", "rgb8": "u", "class": "iu", "m": "iuf"}.get(product.value_unit, "f")
     if info.dtype.kind not in expected:
         raise DataError(
             f"{cube.name}: array 'bands' is {info.dtype}, which {product.name} "

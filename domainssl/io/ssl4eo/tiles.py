@@ -12,7 +12,9 @@ import numpy as np
 from domainssl.io.raster.time import UNKNOWN, decode_times, product_time
 from domainssl.io.raster.zarr import Cube
 
-__all__ = ["TileFacts", "chosen_times", "date_order", "facts_a", "facts_b", "joined"]
+__all__ = [
+    "TileFacts", "chosen_times", "date_order", "facts_a", "facts_b", "facts_of_nothing", "joined",
+]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 
@@ -69,8 +71,14 @@ def facts_a(cube: Cube, rows: slice) -> TileFacts:
     )
 
 
-def facts_b(cube: Cube, key: str) -> TileFacts:
-    """Read the facts of the one location in a release-B member."""
+def facts_b(cube: Cube, key: str, dates: int) -> TileFacts:
+    """Read the facts of the one location in a tar's member.
+
+    Args:
+        cube: The member.
+        key: Its key, without ending.
+        dates: Dates of the location; a map that holds for all of them has one.
+    """
 
     def scalar(name: str, default: Any) -> Array:
         return cube.read(name).reshape(1) if name in cube.arrays else np.array([default])
@@ -83,14 +91,15 @@ def facts_b(cube: Cube, key: str) -> TileFacts:
     products = np.full((1, count), UNKNOWN)
     if "file_id" in cube.arrays:
         products = product_time(list(cube.read("file_id").reshape(-1))).reshape(1, -1)
+    if count == 1 < dates:
+        times, products = (np.repeat(found, dates, axis=1) for found in (times, products))
     corners = []
     for name, sign in (("x", -0.5), ("y", 0.5)):
         line = cube.read(name) if name in cube.arrays else np.full(2, np.nan)
         corners.append(np.array([line[0] + sign * abs(line[1] - line[0])], np.float64))
-    stem = key.rsplit("/", 1)[-1].removesuffix(".zarr.zip")
     return TileFacts(
-        ids=[stem],
-        location_ids=[str(scalar("sample", stem)[0])],
+        ids=[key],
+        location_ids=[str(scalar("sample", key)[0])],
         times=times,
         product_times=products,
         lat=scalar("center_lat", np.nan),
@@ -99,6 +108,16 @@ def facts_b(cube: Cube, key: str) -> TileFacts:
         x0=corners[0],
         y0=corners[1],
     )
+
+
+def facts_of_nothing(stem: str, dates: int) -> TileFacts:
+    """Return the facts of a location that lacks the product: its name, nothing else."""
+    times = np.full((1, dates), UNKNOWN)
+    unknown = np.full(1, np.nan)
+    return TileFacts(
+        ids=[stem], location_ids=[stem], times=times, product_times=times, lat=unknown,
+        lon=unknown, crs=np.zeros(1, np.int64), x0=unknown, y0=unknown,
+    )  # fmt: skip
 
 
 def joined(metas: Sequence[TileFacts]) -> TileFacts:

@@ -16,9 +16,11 @@ DNOffset = Literal[0, 1000, "auto"]
 Array = np.ndarray[Any, Any]
 
 _OFFSET = 1000
+_MAY_CARRY = ("A", "TerraMesh")  # releases whose S2L2A has the offset unless tiles are too dark
 _CIRRUS_LIMIT = 800  # cirrus is 0..100 DN without the offset
 _DARK_LIMIT = 500  # with the offset, 1 % of a tile this dark would be reflectances below -0.05
 _LEAST_DN = -30_000  # below lie marks such as -32768, which taking the offset away would wrap
+_LEAST_M = -1000  # heights below are marks of no data, such as -9999
 _EXPONENTS = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}
 
 
@@ -47,14 +49,15 @@ class Validity:
         """
         valid = self._nonzero(values)
         count = 0
+        least = _LEAST_M if self.product.value_unit == "m" else _LEAST_DN
         if values.dtype.kind == "f":
             bad = _not_finite(values)
-            if bad.any():
-                count = int(bad.sum())
-                values[bad] = 0
-                valid &= ~bad.any(axis=1)
-        elif self.product.has_offset and values.min(initial=0) < _LEAST_DN:
-            bad = values < _LEAST_DN
+            count = int(bad.sum())
+            if self.product.value_unit == "m":
+                bad |= values < least
+        else:
+            bad = values < least if values.min(initial=0) < least else np.zeros(1, bool)
+        if bad.any():
             values[bad] = 0
             valid &= ~bad.any(axis=1)
         if cloud is not None:
@@ -65,7 +68,7 @@ class Validity:
 
     def _nonzero(self, values: Array) -> Array:
         """Return where not every band is 0: no data in S2, and what absent chunks are."""
-        if self.product.value_unit != "rgb8":  # black is a colour
+        if not self.product.zero_is_data:
             is_used = values[:, 0] != 0
             return is_used if is_used.all() else is_used | values.any(axis=1)
         return np.ones((len(values), *values.shape[2:]), bool)
@@ -88,7 +91,7 @@ def find_offset(
         values: Stored values, signed, (n, T, C, Y, X).
         cloud: Cloud classes, (n, T, Y, X), if there are any.
         validity: Which pixels count.
-        release: `A` or `B`.
+        release: `A`, `B` or `TerraMesh`.
         dn_offset: What the values carry, or `auto`.
 
     Returns:
@@ -127,11 +130,11 @@ def _verdict(item: Array, cloud: Array | None, validity: Validity, release: str)
         if cirrus.size:
             high = np.count_nonzero(cirrus > _CIRRUS_LIMIT)  # the median, without sorting
             return _OFFSET if 2 * high > cirrus.size else 0
-    elif release == "A":
+    elif release in _MAY_CARRY:
         # Whole rows first: four times the pixels, but side by side in memory.
         is_dark = item[:, :, ::4].min(axis=1)[..., ::4] < _DARK_LIMIT
         if is_dark.any():
             valid = mask()
             if np.count_nonzero(is_dark & valid) > 0.01 * np.count_nonzero(valid):
                 return 0
-    return _OFFSET if release == "A" else 0
+    return _OFFSET if release in _MAY_CARRY else 0
