@@ -20,7 +20,7 @@ __all__ = ["BandChange", "BandPolicy", "adapt_bands"]
 
 logger = logging.getLogger(__name__)
 
-BandPolicy = Literal["strict", "subset", "average"]
+BandPolicy = Literal["strict", "subset", "average", "wavelengths"]
 _Kind = TypeVar("_Kind", bound=Backbone)
 
 
@@ -30,11 +30,12 @@ class BandChange:
 
     Attributes:
         modality: Its name.
-        policy: `subset` or `average`.
+        policy: `subset`, `average` or `wavelengths`.
         kept: Bands of the data whose weights and statistics are the published ones, in order.
         dropped: Bands of the weights that the data do not have.
-        averaged: Bands of the data that the weights do not know; their weights are the mean over
-            all bands of the weights, their statistics those of the data.
+        averaged: Bands of the data that the weights do not know, with the statistics of the data.
+            Their weights are the mean over all bands of the weights, or, with `wavelengths`, those
+            that serve every band.
     """
 
     modality: str
@@ -48,10 +49,12 @@ class BandChange:
         if self.dropped:
             parts.append(f"dropped {_shown(self.dropped)}")
         if self.averaged:
-            parts.append(
-                f"{_shown(self.averaged)} got the mean input weights of all published bands and "
-                "the statistics of the data"
+            how = (
+                "are told by their wavelengths and have"
+                if self.policy == "wavelengths"
+                else "got the mean input weights of all published bands and"
             )
+            parts.append(f"{_shown(self.averaged)} {how} the statistics of the data")
         return "; ".join(parts)
 
 
@@ -70,7 +73,8 @@ def adapt_bands(
     The features are those of the whole backbone on a batch whose other bands are zero once they
     are normalised: their mean with `zscore`, the lower limit with the forms that end in [0, 1].
     `average` does the same, and gives bands that the weights do not know the mean of the input
-    weights over all published bands; their statistics are those of the data.
+    weights over all published bands; their statistics are those of the data. `wavelengths` is for
+    encoders that tell bands by their wavelengths (LESS ViT): any bands, with their own statistics.
 
     What was done is logged, stands in `band_changes`, and in the provenance of exports.
 
@@ -88,6 +92,12 @@ def adapt_bands(
     """
     check_policy(policy)
     known = as_modalities(modalities)
+    if policy == "wavelengths" and not backbone.takes_wavelengths:
+        raise WeightsError(
+            "bands='wavelengths' is for encoders that tell bands by their wavelengths, such as "
+            f"LESSBackbone; {type(backbone).__name__} has weights of its own for every band. "
+            "Choose strict, subset or average."
+        )
     if policy == "strict":
         backbone.check(known)
         return backbone

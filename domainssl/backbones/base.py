@@ -105,6 +105,7 @@ class Backbone(Recorded, nn.Module):
     embed_dim: dict[str, int]
     forward_methods: ClassVar[tuple[str, ...]] = ("encode",)  # entry points besides `forward`
     reference_holds_classes: ClassVar[bool] = False  # published files pickle their configuration
+    takes_wavelengths: ClassVar[bool] = False  # tells bands by wavelengths: any will do
     band_changes: tuple[object, ...] = ()  # `BandChange`s of weights for other bands
 
     def __init__(

@@ -25,6 +25,7 @@ from domainssl.objectives.clip import CLIP
 from domainssl.objectives.data2vec import Data2Vec, Data2VecEncoding
 from domainssl.objectives.decur import DeCUR
 from domainssl.objectives.dino import DINO, DINOHead
+from domainssl.objectives.hyper_mae import HyperMAE, HyperMAEEncoding
 from domainssl.objectives.maestro import MAESTRO, MAESTROEncoding
 from domainssl.objectives.moco import MoCoV2, MoCoV3
 from domainssl.objectives.omnisat import OmniSat, OmniSatEncoding
@@ -114,6 +115,10 @@ def _cases(settings: Settings) -> dict[str, _Case]:
         ),
         2,
         words,
+    )
+    bands = HyperMAEEncoding(size=size, patch_size=8 if settings.quick else 16)
+    cases["HyperMAE"] = _Case(
+        lambda: HyperMAE(pair, bands, context_size=side), 2, f"LESS {size}, {side} px, all bands"
     )
     return cases | _students(settings, {"s2": pair["s2"]}, side)
 

@@ -10,7 +10,7 @@ from domainssl.errors import ConfigError, nearest
 from domainssl.io.raster.read import MaskRule
 from domainssl.io.ssl4eo.facts import PRODUCTS
 from domainssl.modality import Modality
-from domainssl.sensors import canonical_band
+from domainssl.sensors import canonical_band, wavelengths_nm
 
 __all__ = ["Labels", "Layer", "Mask", "default_layers", "finest_m", "snap_m"]
 
@@ -64,6 +64,8 @@ class Layer:
         std: Per band.
         nodata: A stored number, or several, that mean nothing was measured and that the files do
             not declare.
+        wavelengths_nm: Centre of every band in nanometres, for encoders that tell bands by them;
+            those of Sentinel-2 are known.
     """
 
     bands: tuple[str, ...]
@@ -78,6 +80,7 @@ class Layer:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     nodata: float | tuple[float, ...] | None = None
+    wavelengths_nm: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.bands:
@@ -97,9 +100,6 @@ class Layer:
         """Return the facts that a backbone is built from, without looking at the files."""
         mean, std, low_high = self._statistics()
         bands = tuple(canonical_band(band) for band in self.bands)
-        facts = PRODUCTS["S2L1C"]
-        is_optical = facts.wavelengths_nm is not None and set(bands) <= set(facts.bands)
-        waves = dict(zip(facts.bands, facts.wavelengths_nm or (), strict=True))
         return Modality(
             name=name,
             kind="series" if is_series and not self.is_static else "image",
@@ -111,7 +111,7 @@ class Layer:
             std=self.std or std,
             valid_range=low_high,
             nodata=None,  # batches mark it in `valid`
-            wavelengths_nm=tuple(waves[b] for b in bands) if is_optical else None,
+            wavelengths_nm=self.wavelengths_nm or wavelengths_nm(bands),
         )
 
     def _statistics(self) -> tuple[Any, Any, Any]:
