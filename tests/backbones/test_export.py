@@ -253,6 +253,22 @@ def test_the_page_of_weights_is_made_from_the_records() -> None:
     assert weights_table() in page, "print(weights_table()) of domainssl.backbones.pretrained"
 
 
+def test_all_published_backbones_of_earth_observation_name_what_proves_their_features() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "weights.md").read_text(encoding="utf-8")
+    section = page.split("## Proof of the features")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
+    proven = {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row[1])}
+    others = {"he", "ct", "scan", "t1", "ihc", "rgb"}  # pathology, medicine, photographs
+    tags = {w.backbone for w in list_backbones(pretrained=True) if not others & set(w.bands)}
+    assert tags - {"titan"} == proven
+    for row in rows:
+        tests = re.findall(r"`(tests/[^`:]+)::(\w+)`", row[5])
+        assert tests or "layout only" in row[4], row[1]
+        for file, name in tests:
+            assert f"def {name}(" in (root / file).read_text(encoding="utf-8"), (file, name)
+
+
 def test_a_tag_brings_the_arguments_that_its_file_does_not_tell(tmp_path: Path) -> None:
     bands = tuple(f"SR_B{i}" for i in range(1, 8))
     landsat = {"landsat": Modality(
