@@ -13,6 +13,7 @@ from domainssl.inference.outputs import file_name, repeated
 from domainssl.inference.scenes import stem
 from domainssl.io.raster.bands import is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
+from domainssl.io.raster.safe import is_safe
 
 __all__ = ["Found", "find_inputs", "is_raster", "read_manifest"]
 
@@ -33,8 +34,8 @@ class Found:
 
 
 def is_raster(path: str) -> bool:
-    """Tell whether a path is a GeoTIFF by its ending, or a Zarr store."""
-    return path.lower().endswith(GEOTIFF_ENDINGS) or is_store(path)
+    """Tell whether a path is a GeoTIFF by its ending, a Sentinel-2 product, or a Zarr store."""
+    return is_safe(path) or path.lower().endswith(GEOTIFF_ENDINGS) or is_store(path)
 
 
 def find_inputs(

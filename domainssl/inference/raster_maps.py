@@ -17,6 +17,7 @@ import torch
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
+from domainssl.inference.inputs import is_raster
 from domainssl.inference.predict import (
     LabelMap,
     NumberMap,
@@ -26,10 +27,10 @@ from domainssl.inference.predict import (
 )
 from domainssl.inference.scenes import Scene, SceneOptions, open_scene
 from domainssl.inference.sliding import Box
-from domainssl.io.raster.bands import is_store
 from domainssl.io.raster.class_map import MapPlace, write_class_map, write_number_map
 from domainssl.io.raster.grid import Bounds
 from domainssl.io.raster.read import read_pixels
+from domainssl.io.raster.safe import is_safe
 from domainssl.modality import Batch, key
 
 __all__ = ["ChangeTask", "RasterPrediction", "ScenePair", "find_pairs", "find_scenes"]
@@ -59,9 +60,12 @@ def find_scenes(path: str, backbone: Backbone, options: SceneOptions) -> list[Sc
     Raises:
         DataError: Nothing lies there, or no raster.
     """
-    if not os.path.isdir(path) or is_store(path):
+    if not os.path.isdir(path) or is_raster(path):
         return [open_scene(path, backbone, options)]
-    inside = [entry for entry in sorted(os.listdir(path)) if entry.endswith(_ENDINGS)]
+    inside = [
+        entry for entry in sorted(os.listdir(path))
+        if entry.endswith(_ENDINGS) or is_safe(os.path.join(path, entry))
+    ]  # fmt: skip
     if not inside:
         raise DataError(f"{path}: holds no rasters, expected files that end in {_ENDINGS}.")
     named = {entry.partition(".")[0]: os.path.join(path, entry) for entry in inside}

@@ -291,7 +291,7 @@ def open_scene(
 def stem(path: str) -> str:
     """Return the name of a file without its ending."""
     name = os.path.basename(path.rstrip("/\\"))
-    for ending in (".zarr.zip", ".zarr", ".tiff", ".tif", ".nii.gz", ".nii"):
+    for ending in (".zarr.zip", ".zarr", ".safe.zip", ".safe", ".tiff", ".tif", ".nii.gz", ".nii"):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return os.path.splitext(name)[0] or name

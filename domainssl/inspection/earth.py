@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from domainssl.io.raster.safe import is_safe, safe_bands
 from domainssl.io.ssl4eo.terramesh import products_at, scan_terramesh
+from domainssl.io.storage.paths import join
+from domainssl.sensors import L1C_BANDS
+from domainssl.sources.cube_options import Layer, Mask
 from domainssl.sources.windows import Window
 
 if TYPE_CHECKING:
+    from domainssl.datamodules.cubes import SentinelCubeDataModule
     from domainssl.datamodules.terramesh import TerraMeshDataModule
 
-__all__ = ["open_terramesh"]
+__all__ = ["open_safe", "open_terramesh", "safe_products"]
 
 _KEYS = {"S1RTC": "s1", "S1GRD": "s1_grd", "S2L2A": "s2", "S2L1C": "s2_l1c", "S2RGB": "rgb"}
 
@@ -30,4 +35,26 @@ def open_terramesh(root: str, options: Mapping[str, Any]) -> TerraMeshDataModule
         global_batch_size=1,
         window=Window(size=min(side, 224)),
         storage_options=dict(options),
+    )
+
+
+def safe_products(path: str, names: Sequence[str] | None) -> list[str]:
+    """Return the Sentinel-2 products at a path: itself, or those in a folder of `names`."""
+    if is_safe(path):
+        return [path]
+    return [join(path, name) for name in names or () if is_safe(join(path, name))]
+
+
+def open_safe(root: str, products: Sequence[str]) -> SentinelCubeDataModule:
+    """Return the products as sites, by tile, with the bands of the first one."""
+    from domainssl.datamodules.cubes import SentinelCubeDataModule
+
+    bands = tuple(safe_bands(products[0])) or L1C_BANDS
+    mask = None if "B10" in bands else Mask()
+    return SentinelCubeDataModule(
+        root=root,
+        modalities={"s2": Layer(bands=bands, path=".", mask=mask)},
+        global_batch_size=1,
+        window=Window(size=1200, unit="m"),
+        labels=None,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from domainssl.errors import DataError
 from domainssl.inspection.bags import bag_tables, inspect_bags, is_bags
-from domainssl.inspection.earth import open_terramesh
+from domainssl.inspection.earth import open_safe, open_terramesh, safe_products
 from domainssl.inspection.files import find_geotiffs, inspect_cube, inspect_geotiffs, inspect_tar
 from domainssl.inspection.layers import inspect_layers
 from domainssl.inspection.scans import inspect_scans, is_scans, scan_tables
@@ -182,6 +182,10 @@ def _open_ssl4eo(place: Place) -> DomainDataModule:
     return SSL4EOS12DataModule(root=place.path, storage_options=place.options)
 
 
+def _open_safe(place: Place) -> DomainDataModule:
+    return open_safe(place.path, safe_products(place.path, place.names))
+
+
 def _open_treesat(place: Place) -> DomainDataModule:
     from domainssl.datamodules.treesatai import TreeSatAIDataModule
 
@@ -296,6 +300,12 @@ FORMATS = (
         lambda p: p.names is not None and is_terramesh(p.path, p.options),
         _by_datamodule(lambda p: open_terramesh(p.path, p.options)),
         lambda p: open_terramesh(p.path, p.options),
+    ),
+    Format(
+        "safe",
+        lambda p: bool(safe_products(p.path, p.names)),
+        _by_datamodule(_open_safe),
+        _open_safe,
     ),
     Format("ssl4eo", lambda p: _split_product(p) is not None, _describe_ssl4eo, _open_ssl4eo),
     Format("treesatai", _is_treesat, _by_datamodule(_open_treesat), _open_treesat),

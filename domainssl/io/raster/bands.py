@@ -111,7 +111,7 @@ class LayerFile:
 
     Attributes:
         path: The file or store; the first one where each band has its own.
-        kind: `zarr` or `geotiff`.
+        kind: `zarr`, `geotiff` or `safe`.
         bands: The bands asked for, in that order.
         times: datetime64[s] per date; NaT where unknown.
         crs: `EPSG:n` or WKT.
@@ -137,6 +137,8 @@ class LayerFile:
         Raises:
             DataError: The date's baseline is not known.
         """
+        if self.kind == "safe" and asked in ("baseline", "dn+1000"):
+            return "dn"  # the metadata have said the offset of every band
         if asked != "baseline":
             return asked
         known = self.baselines[date] if self.baselines else None

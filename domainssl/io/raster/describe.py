@@ -22,6 +22,7 @@ from domainssl.errors import DataError
 from domainssl.io.raster.bands import LayerFile, StoredBand, describe_zarr, is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
 from domainssl.io.raster.grid import Grid
+from domainssl.io.raster.safe import describe_safe, is_safe
 from domainssl.io.raster.sites import Found
 from domainssl.io.raster.zarr import Cube
 from domainssl.io.storage.archives import FolderStore
@@ -68,6 +69,8 @@ def describe(
     Raises:
         DataError: A band is missing, or the file does not say where or what it is.
     """
+    if is_safe(found.path):
+        return describe_safe(found.path, sought.bands, mask=sought.mask)
     if found.path.lower().endswith(GEOTIFF_ENDINGS):
         if sought.mask is not None:
             raise DataError(
@@ -154,6 +157,8 @@ def _look(sought: Sought, keys: Sequence[str]) -> list[Seen | None]:
 def _watched(sought: Sought, found: Found) -> tuple[LayerFile, tuple[Rest, ...] | None]:
     """Describe a file, and return what that rests on; None where it cannot be told."""
     path = found.path
+    if is_safe(path) and os.path.isdir(path):
+        return describe(sought, found), None
     if path.lower().endswith(GEOTIFF_ENDINGS):
         ending = len(os.path.splitext(path)[1])
         beside = [(0, end) for end in ("", *_BESIDE)] + [(ending, end) for end in _INSTEAD]

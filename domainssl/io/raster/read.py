@@ -17,6 +17,7 @@ from domainssl.errors import DataError
 from domainssl.io.raster.bands import LayerFile, StoredBand, open_store
 from domainssl.io.raster.geotiff import read_geotiff
 from domainssl.io.raster.grid import Bounds, Grid
+from domainssl.io.raster.safe import read_safe
 from domainssl.units import unit_change
 
 __all__ = [
@@ -326,6 +327,9 @@ def _stored(
         stored = [np.repeat(v[None], len(dates), 0) if len(dates) > 1 else v[None] for v in values]
         if masks is not None:
             hidden = [mask[None] for mask in masks]
+    elif file.kind == "safe":
+        values, decoded = read_safe(file.path, bands[0], places.rows, places.columns)
+        stored = [np.repeat(values[None], len(dates), 0)]
     else:
         stored, hidden, decoded = _read_array(file, bands, dates, places, is_map)
     if tally is not None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from domainssl.errors import DataError, nearest
 from domainssl.io.raster.bands import is_store, open_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
+from domainssl.io.raster.safe import is_safe, safe_site
 from domainssl.io.storage.paths import Options, is_file, join, list_folder
 
 __all__ = ["Found", "find_files"]
@@ -31,7 +32,7 @@ _OTHERS = {  # formats that lie in such folders, and are not read
     ".parquet": "Parquet",
 }  # fmt: skip
 _SIDECARS = (".xml", ".ovr", ".msk", ".aux", ".tfw", ".prj", ".txt", ".md", ".csv", ".lock")
-_READ = "Zarr stores (.zarr, .zarr.zip) and GeoTIFF (.tif, .tiff) are read"
+_READ = "Zarr stores (.zarr, .zarr.zip), GeoTIFF (.tif, .tiff) and Sentinel-2 products are read"
 _log = logging.getLogger(__name__)
 _DATE = r"\d{4}-?\d{2}-?\d{2}(?:T\d{6})?"
 _FIELDS = {"site": "[^/]+?", "date": _DATE, "band": r"[^\W_]+"}
@@ -67,6 +68,8 @@ def find_files(
     Raises:
         DataError: There is none.
     """
+    if is_safe(root):
+        return {_stem(root): [Found(root, "", "")]}
     if any(sign in path for sign in "{*?"):
         found = _match(root, path, group, options)
         if not found:
@@ -82,7 +85,11 @@ def find_files(
     if single:
         return {_stem(full): [Found(full, "", group)]}
     names = _visible(list_folder(full, options))
-    inside = [n for n in names if n.lower().endswith(_ENDINGS) and _single(join(full, n), options)]
+    inside = [
+        n for n in names
+        if is_safe(join(full, n))
+        or (n.lower().endswith(_ENDINGS) and _single(join(full, n), options))
+    ]  # fmt: skip
     broken = [n for n in names if _is_dangling(join(full, n))]
     if broken:
         raise DataError(
@@ -90,7 +97,10 @@ def find_files(
             "does not exist. Remove the link, or bring back what it points to."
         )
     if inside:
-        return {_stem(n): [Found(join(full, n), "", group)] for n in inside}
+        found = {}
+        for name in inside:
+            found.setdefault(_stem(name), []).append(Found(join(full, name), "", group))
+        return found
     if _single(root, options):  # the layers are folders or variables of one store
         arrays = open_store(root, options).arrays
         is_inside = any(name == path or name.startswith(f"{path}/") for name in arrays)
@@ -131,6 +141,8 @@ def _refuse_others(paths: Sequence[str], root: str) -> None:
 
 
 def _single(path: str, options: Options | None) -> bool:
+    if is_safe(path):
+        return True
     if path.lower().endswith(GEOTIFF_ENDINGS):
         return "://" in path or is_file(path, options)
     return is_store(path, options)
@@ -138,6 +150,8 @@ def _single(path: str, options: Options | None) -> bool:
 
 def _stem(path: str) -> str:
     name = path.rstrip("/").replace("\\", "/").rpartition("/")[2]
+    if name.lower().endswith((".safe", ".zip")) and (tile := safe_site(name)) is not None:
+        return tile  # products of one tile are its dates
     ending = next((e for e in _ENDINGS if name.lower().endswith(e)), "")
     return name[: len(name) - len(ending)] or name
 
@@ -149,9 +163,13 @@ def _match(root: str, path: str, group: str, options: Options | None) -> dict[st
     for full, known in _matches(root, path, options).items():
         if _is_dangling(full):
             raise DataError(f"{full}: a link to {os.readlink(full)!r}, which does not exist.")
-        if full.lower().endswith(_ENDINGS) or (
-            os.path.splitext(full)[1].lower() not in (*_OTHERS, *_SIDECARS)
-            and _single(full, options)
+        if (
+            is_safe(full)
+            or full.lower().endswith(_ENDINGS)
+            or (
+                os.path.splitext(full)[1].lower() not in (*_OTHERS, *_SIDECARS)
+                and _single(full, options)
+            )
         ):
             site = known.get("site", _stem(root))
             file = Found(full, known.get("date", ""), group, known.get("band", ""))
