@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from domainssl.arguments import Recorded
 from domainssl.errors import ConfigError, nearest
+from domainssl.loading.counts import class_counts
 from domainssl.loading.part import PartSource
 from domainssl.loading.plan import ORDER_VERSION, EpochPlan
 from domainssl.loading.source import Loading, Source
@@ -134,6 +135,14 @@ class DomainDataModule(Recorded, LightningDataModule):
                 else f"There is no {split!r} split here, only {sorted(self._sources)}."
             )
         return self._sources[split]
+
+    def class_counts(self, name: str, classes: Sequence[str]) -> list[int]:
+        """Return how often each class occurs in the training items; see `loading.counts`.
+
+        Raises:
+            DataError: They have no labels of this name, or of other classes.
+        """
+        return class_counts(self.source("train"), name, classes)
 
     def preparations(self) -> list[Buildable]:
         """Return what `cache build` can make before a run; known after setup."""

@@ -31,12 +31,16 @@ class PartSource:
         fraction: Share of the items, above 0; at least one is taken.
         draw: Which draw.
         least: Exams, slides or items of each class at least, as far as there are that many.
+        items_per_unit: Items in a row that were drawn as one.
+        unit_labels: Their classes, as those of the source.
     """
 
     source: Source
     fraction: float
     draw: int = 0
     least: int = 1
+    items_per_unit: int = field(init=False)
+    unit_labels: Sequence[int] | None = field(init=False, repr=False)
     _chosen: list[tuple[int, Array]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -44,11 +48,12 @@ class PartSource:
         if fixed is not None:
             self.source = fixed()
         sizes = list(self.source.sizes)
-        together = int(getattr(self.source, "items_per_unit", 1))
+        together = self.items_per_unit = int(getattr(self.source, "items_per_unit", 1))
         classes = getattr(self.source, "unit_labels", None)
         units = drawn_units(
             sum(sizes) // together, self.fraction, self.draw, labels=classes, least=self.least
         )
+        self.unit_labels = None if classes is None else [int(classes[unit]) for unit in units]
         taken = (units[:, None] * together + np.arange(together)).ravel()
         first = np.cumsum([0, *sizes])
         blocks = np.searchsorted(first, taken, side="right") - 1

@@ -7,8 +7,9 @@ resume, guards and sharding are those of pretraining (`training/module.py`).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 
 from domainssl.arguments import class_name, class_of, plain
 from domainssl.backbones.base import Backbone
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.modality import Batch, Modality, as_modalities
 from domainssl.options import as_dataclass
 from domainssl.tasks.starting import starting_backbone
@@ -25,7 +26,11 @@ from domainssl.training.execution import Execution
 from domainssl.training.module import Generators, Step, TrainingModule
 from domainssl.training.optimization import Optimization
 
-__all__ = ["Task"]
+__all__ = ["BALANCED", "Task", "as_class_weights"]
+
+logger = logging.getLogger(__name__)
+
+BALANCED = "balanced"
 
 
 class Task(TrainingModule):
@@ -142,6 +147,35 @@ class Task(TrainingModule):
             self.backbone.eval()
         return self
 
+    def setup(self, stage: str) -> None:
+        """Compare the task with the data, and count their classes where weights follow them."""
+        super().setup(stage)
+        loss: Any = getattr(self, "loss", None)
+        if getattr(loss, "class_weights", None) == BALANCED:
+            self.loss = dataclasses.replace(loss, class_weights=self._balanced_weights())
+            weights = list(self.loss.class_weights)
+            self.arguments["loss"] = {**self.arguments["loss"], "class_weights": weights}
+            told = ", ".join(f"{c} {w:.3g}" for c, w in zip(self.classes, weights, strict=True))
+            logger.warning("model.init_args.loss.class_weights: balanced gives %s", told)
+
+    def _balanced_weights(self) -> tuple[float, ...]:
+        """Return `N / (K n)` of each class with n of the N training labels, 0 without any."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "class_counts"):
+            raise ConfigError(
+                "model.init_args.loss.class_weights: 'balanced' counts the labels of a DataModule "
+                "of this library. Fit with one, or give one factor per class."
+            )
+        label = "label" if self.kind == "classification" else "mask"
+        counts = data.class_counts(label, self.classes)
+        there = sum(count > 0 for count in counts)
+        if there == 0:
+            raise DataError(
+                "model.init_args.loss.class_weights: 'balanced' found no training item with a "
+                "label. Give one factor per class, or check data.init_args.labels."
+            )
+        return tuple(sum(counts) / (there * count) if count else 0.0 for count in counts)
+
     def on_fit_start(self) -> None:
         """Set the mode of all parts: a backbone that was loaded is in evaluation mode."""
         self.train()
@@ -237,13 +271,13 @@ class Task(TrainingModule):
         value: Tensor = batch[name]
         return value
 
-    def check_class_weights(self, weights: Sequence[float]) -> None:
+    def check_class_weights(self, weights: Sequence[float] | str) -> None:
         """Refuse weights for another number of classes; none count all alike.
 
         Raises:
             ConfigError: They are not one per class.
         """
-        if weights and len(weights) != len(self.classes):
+        if weights and weights != BALANCED and len(weights) != len(self.classes):
             raise ConfigError(
                 f"model.init_args.loss.class_weights: got {len(weights)}, expected one per class: "
                 f"{', '.join(self.classes)}."
@@ -284,3 +318,24 @@ def _reached(tensors: Any) -> set[int]:
 def metric_collection(**metrics: Metric) -> MetricCollection:
     """Return metrics by name, each computed by itself."""
     return MetricCollection(dict(metrics), compute_groups=False)
+
+
+def as_class_weights(weights: Sequence[float] | str) -> tuple[float, ...] | Literal["balanced"]:
+    """Return class weights as options hold them.
+
+    Raises:
+        ConfigError: They are a word other than `balanced`, negative, or all zero.
+    """
+    where = "model.init_args.loss.class_weights"
+    if isinstance(weights, str):
+        if weights != BALANCED:
+            raise ConfigError(
+                f"{where}: got {weights!r}, expected one factor per class or {BALANCED!r}."
+                f"{nearest(weights, (BALANCED,))}"
+            )
+        return "balanced"
+    if any(weight < 0 for weight in weights) or (weights and not any(weights)):
+        raise ConfigError(
+            f"{where}: got {list(weights)}, expected factors of zero or more, not all zero."
+        )
+    return tuple(weights)

@@ -21,7 +21,7 @@ from domainssl.distributed import global_mean
 from domainssl.errors import ConfigError, DataError, nearest, require
 from domainssl.modality import Batch, Modality
 from domainssl.options import as_dataclass
-from domainssl.tasks.base import Task, metric_collection
+from domainssl.tasks.base import Task, as_class_weights, metric_collection
 from domainssl.tasks.pooled import ItemHead, PooledHead
 from domainssl.tasks.tuning import Tuning
 from domainssl.training.execution import Execution
@@ -42,7 +42,9 @@ class ClassLoss:
             `focal`, which counts what is predicted well less (Lin et al. 2017).
         gamma: Of `focal`.
         label_smoothing: Share of the target that goes to all classes alike.
-        class_weights: One factor per class; empty counts them alike.
+        class_weights: One factor per class; empty counts them alike. `balanced` takes
+            `N / (K n)` of classes that n of the N training labels have (scikit-learn's), counted at
+            the start.
 
     Raises:
         ConfigError: A value lies outside its range.
@@ -51,10 +53,10 @@ class ClassLoss:
     name: Literal["cross_entropy", "focal"] = "cross_entropy"
     gamma: float = 2.0
     label_smoothing: float = 0.0
-    class_weights: tuple[float, ...] = ()
+    class_weights: tuple[float, ...] | Literal["balanced"] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "class_weights", tuple(self.class_weights))
+        object.__setattr__(self, "class_weights", as_class_weights(self.class_weights))
         where = "model.init_args.loss"
         if self.name not in _NAMES:
             raise ConfigError(
@@ -66,13 +68,19 @@ class ClassLoss:
                 f"{where}: got label_smoothing {self.label_smoothing!r} and gamma {self.gamma!r}, "
                 "expected a share in [0, 1) and zero or more."
             )
-        if any(weight < 0 for weight in self.class_weights) or (
-            self.class_weights and not any(self.class_weights)
-        ):
+
+    def weights_for(self, logits: Tensor) -> Tensor:
+        """Return the factor of every class, float32 (K,), on the device of logits (B, K, ...).
+
+        Raises:
+            ConfigError: They are `balanced` and not counted yet.
+        """
+        if isinstance(self.class_weights, str):
             raise ConfigError(
-                f"{where}.class_weights: got {list(self.class_weights)}, expected factors of zero "
-                "or more, not all zero."
+                "model.init_args.loss.class_weights: 'balanced' is counted when training starts. "
+                "Use Trainer.fit with a DataModule, or give one factor per class."
             )
+        return logits.new_tensor(self.class_weights or [1.0] * logits.shape[1])
 
 
 def class_loss(logits: Tensor, target: Tensor, options: ClassLoss, ignore: int = -1) -> Tensor:
@@ -88,7 +96,7 @@ def class_loss(logits: Tensor, target: Tensor, options: ClassLoss, ignore: int =
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
-        weights = logits.new_tensor(options.class_weights or [1.0] * logits.shape[1])
+        weights = options.weights_for(logits)
         counted = target != ignore
         number = torch.where(counted, target, torch.zeros_like(target))
         weight = weights[number] * counted
@@ -114,7 +122,7 @@ def _label_loss(logits: Tensor, target: Tensor, options: ClassLoss) -> Tensor:
             loss = ops.sigmoid_focal_loss(logits, target, alpha=-1, gamma=options.gamma)
         else:
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        weights = logits.new_tensor(options.class_weights or [1.0] * logits.shape[1])
+        weights = options.weights_for(logits)
         weight = weights * counted
         return global_mean((loss * weight).sum(), weight.sum())
 

@@ -21,7 +21,7 @@ from domainssl.distributed import global_mean
 from domainssl.errors import ConfigError, DataError, nearest, require
 from domainssl.modality import Batch, Modality
 from domainssl.options import as_dataclass
-from domainssl.tasks.base import Task, metric_collection
+from domainssl.tasks.base import Task, as_class_weights, metric_collection
 from domainssl.tasks.classification import ClassLoss, class_loss
 from domainssl.tasks.dense import DenseHead, DenseMaps, Tiles
 from domainssl.tasks.tuning import Tuning
@@ -41,17 +41,18 @@ class SegmentationLoss:
         name: `cross_entropy`, `focal`, `dice` (MONAI's, per item and class), or `dice_ce`: the sum
             of Dice and cross entropy.
         gamma: Of `focal`.
-        class_weights: One factor per class, of cross entropy and focal; empty counts them alike.
+        class_weights: One factor per class, of cross entropy and focal; empty counts them alike,
+            `balanced` see `ClassLoss`.
         include_background: Class 0 counts in Dice.
     """
 
     name: Terms = "cross_entropy"
     gamma: float = 2.0
-    class_weights: tuple[float, ...] = ()
+    class_weights: tuple[float, ...] | Literal["balanced"] = ()
     include_background: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "class_weights", tuple(self.class_weights))
+        object.__setattr__(self, "class_weights", as_class_weights(self.class_weights))
         if self.name not in get_args(Terms):
             raise ConfigError(
                 f"model.init_args.loss.name: got {self.name!r}, expected one of "

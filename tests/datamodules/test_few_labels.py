@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from domainssl.datamodules import SlideFeatureDataModule, TileDataModule
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, DataError
+from domainssl.loading.counts import class_counts
 from domainssl.loading.part import PartSource, drawn_units
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading, Rows
@@ -117,3 +118,23 @@ def test_few_tiles_of_a_slide_stay_the_same_in_every_epoch() -> None:
 
     assert ids(part, 0) == ids(part, 1)
     assert ids(drawn, 0) != ids(drawn, 1)
+
+
+def test_classes_are_counted_by_exam_and_read_where_they_are_maps() -> None:
+    classes = ("a", "b", "c", "d", "e")
+    assert class_counts(_Windows(), "label", classes) == [12] * 5
+    part = PartSource(source=_Windows(), fraction=0.25, least=2)
+    assert class_counts(part, "label", classes) == [6] * 5
+
+    class Maps(_Windows):
+        def load(self, piece: Piece, epoch: int) -> Rows:
+            mask = torch.full((len(piece), 2, 2), piece.block % 2)
+            mask[:, 0, 0] = -1
+            mask[1] = 7  # of an item that cannot be read
+            return Rows(data={"mask": mask}, count=len(piece), bad={1: "why"})
+
+    assert class_counts(Maps(), "mask", ("a", "b")) == [60, 60]
+    with pytest.raises(DataError, match="more classes than the 1 that have names: a"):
+        class_counts(Maps(), "mask", ("a",))
+    with pytest.raises(DataError, match="balanced counts batch.target, which the data do not"):
+        class_counts(Maps(), "target", ("a", "b"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from domainssl.tasks import ClassificationTask, ClassLoss, PooledHead, Tuning
 from domainssl.tasks.classification import class_loss
 from domainssl.tasks.pooled import GatedPool
 from domainssl.tasks.tuning import merge_adapters
+from domainssl.training.module import TrainingModule
 from domainssl.training.optimization import Optimization, parameter_groups
 
 
@@ -105,6 +107,25 @@ def test_unlabelled_items_count_for_nothing_and_weights_as_in_pytorch():
     nothing = class_loss(logits, torch.full((6,), -1), ClassLoss())
     nothing.backward()
     assert nothing == 0 and (logits.grad == 0).all()
+
+
+def test_balanced_weights_are_counted_at_the_start_and_go_to_the_card(monkeypatch, caplog):
+    found = task(loss=ClassLoss(class_weights="balanced"))
+    with pytest.raises(ConfigError, match="'balanced' is counted when training starts"):
+        found.losses(torch.zeros(2, 3), {"label": torch.tensor([0, 1])})
+    counted = SimpleNamespace(class_counts=lambda name, classes: [6, 2, 0])
+    trainer = SimpleNamespace(datamodule=counted, gradient_clip_val=None)
+    monkeypatch.setattr(TrainingModule, "setup", lambda self, stage: None)
+    monkeypatch.setattr(ClassificationTask, "trainer", trainer)
+    found.setup("fit")
+    assert found.loss.class_weights == pytest.approx((8 / 12, 2.0, 0.0))
+    assert found.arguments["loss"]["class_weights"] == pytest.approx([8 / 12, 2.0, 0.0])
+    assert "balanced gives" in caplog.text
+    trainer.datamodule = None
+    with pytest.raises(ConfigError, match="'balanced' counts the labels of a DataModule"):
+        found._balanced_weights()
+    with pytest.raises(ConfigError, match="got 'balance', expected.*Did you mean 'balanced'"):
+        ClassLoss(class_weights="balance")
 
 
 def test_the_focal_loss_is_that_of_monai():
