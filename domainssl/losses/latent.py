@@ -115,6 +115,7 @@ def gram_anchoring(
     mode: Literal[
         "none", "remove_neg", "teacher_only_intended", "teacher_only_as_released"
     ] = "none",
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Compare the similarities between the patches of an image with those of an anchor.
 
@@ -128,9 +129,10 @@ def gram_anchoring(
             both sides (`remove_neg`), those of the teacher and, where both are negative, of the
             student (`teacher_only_intended`), or of the teacher alone, which is what the released
             code makes of that option (`teacher_only_as_released`).
+        counted: bool (B, P); pairs count whose patches both do. None counts all.
 
     Returns:
-        The loss, (); its mean over ranks with equal batches is that of one process.
+        The loss, (); its mean over ranks is that of one process with the joined batch.
 
     Source: DINOv3 (Simeoni et al. 2025), section 4.2, and its released code.
 
@@ -148,4 +150,8 @@ def gram_anchoring(
             ours = ours.clamp(min=0)
         if mode != "none":
             theirs = theirs.clamp(min=0)
-        return global_mean((ours - theirs).square().sum(), ours.new_tensor(float(ours.numel())))
+        terms = (ours - theirs).square()
+        if counted is None:
+            return global_mean(terms.sum(), terms.new_tensor(float(terms.numel())))
+        pairs = counted.unsqueeze(1) & counted.unsqueeze(2)
+        return global_mean(torch.where(pairs, terms, 0.0).sum(), pairs.to(terms.dtype).sum())

@@ -6,7 +6,8 @@ Oquab et al. 2023 (DINOv2, arXiv 2304.07193); and their released code.
 One training step: cut two large crops and several small ones (`draw`), hide patches of the large
 ones from the student where `loss_weights.patch` is above 0, and let every crop of the student match
 the teacher's distribution for the other large crops. Centring or Sinkhorn's iterations keep the
-teacher from giving all items one prototype; KoLeo spreads items out.
+teacher from giving all items one prototype; KoLeo spreads items out; Gram anchoring (DINOv3) keeps
+the similarities between patches what they were for an earlier teacher.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from domainssl.backbones.vit import ViTBackbone
 from domainssl.distributed import all_reduce_sum
 from domainssl.errors import ConfigError
+from domainssl.losses.latent import gram_anchoring
 from domainssl.losses.self_distillation import (
     centered_softmax,
     class_distillation,
@@ -29,15 +32,17 @@ from domainssl.losses.self_distillation import (
     patch_distillation,
     sinkhorn,
 )
-from domainssl.modality import Modality
+from domainssl.modality import Batch, Modality
 from domainssl.nn.block_masks import BlockMasks
 from domainssl.nn.heads import PrototypeHead
 from domainssl.nn.norm import counted_rows
-from domainssl.nn.views import View
+from domainssl.nn.views import View, Views
 from domainssl.objectives.base import Step
+from domainssl.objectives.gram import GramAnchor, on_grid
 from domainssl.objectives.student_parts import PUBLISHED, Crops, StudentEncoding
-from domainssl.objectives.student_teacher import CropTokens, Rows, _StudentTeacher
+from domainssl.objectives.student_teacher import CropDraws, CropTokens, Rows, _StudentTeacher
 from domainssl.objectives.terms import term_weights
+from domainssl.objectives.view_steps import unit_values, view_of
 from domainssl.options import MethodOptions, as_dataclass, decide, option
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
@@ -45,7 +50,7 @@ from domainssl.training.schedules import TeacherTemperature
 
 __all__ = ["DINO", "DINOHead", "DINOOptions", "DINOTeacher"]
 
-_TERMS = {"cls": 1.0, "patch": 0.0, "koleo": 0.0}
+_TERMS = {"cls": 1.0, "patch": 0.0, "koleo": 0.0, "gram": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +185,9 @@ class DINO(_StudentTeacher):
         head: Sizes of the head.
         masks: Which patches are hidden, where `loss_weights.patch` is above 0.
         teacher: Momentum, temperatures and centring.
-        loss_weights: Of the terms `cls` (1), `patch` (0; iBOT and DINOv2 have 1) and `koleo` (0;
-            DINOv2 has 0.1).
+        loss_weights: Of the terms `cls` (1), `patch` (0; iBOT and DINOv2 have 1), `koleo` (0;
+            DINOv2 has 0.1) and `gram` (0; DINOv3 has up to 2, late in training).
+        gram: The anchor of the term `gram`.
         context_size: Size of the window that the DataModule yields, one number or one per axis.
         options: Single choices, and whether the released code decides the others.
         optimization: Optimiser and schedule; clipping is `optimization.clip`.
@@ -202,6 +208,7 @@ class DINO(_StudentTeacher):
         masks: BlockMasks = BlockMasks(),
         teacher: DINOTeacher = DINOTeacher(),
         loss_weights: dict[str, float] | None = None,
+        gram: GramAnchor = GramAnchor(),
         context_size: int | tuple[int, ...] = 224,
         options: DINOOptions = DINOOptions(),
         optimization: Optimization = PUBLISHED,
@@ -225,6 +232,8 @@ class DINO(_StudentTeacher):
         self.drops_invalid_patches = self.options.invalid_patches == "drop"
         self.head_sizes = as_dataclass(DINOHead, head)
         self._make_heads(has_patches)
+        self.gram = as_dataclass(GramAnchor, gram)
+        self._make_anchor()
 
     def _make_heads(self, has_patches: bool) -> None:
         sizes, kind = self.head_sizes, self.options.patch_head
@@ -262,6 +271,57 @@ class DINO(_StudentTeacher):
         self.center: Tensor
         self.patch_center: Tensor
 
+    # -- the anchor of patches --------------------------------------------------------------
+
+    def _make_anchor(self) -> None:
+        """Keep a copy of the teacher's backbone, which is part of checkpoints."""
+        self.anchor: nn.ModuleDict | None = None
+        self.compares_patches = self.loss_weights["gram"] > 0
+        if not self.compares_patches:
+            return
+        if not isinstance(self.backbone, ViTBackbone):
+            raise ConfigError(
+                "model.init_args.loss_weights.gram: similarities of patches are those of a "
+                "transformer. Use encoding.encoder: vit, or give the term no weight."
+            )
+        self.anchor = nn.ModuleDict({"backbone": copy.deepcopy(self.teacher["backbone"])})
+        self.anchor.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> DINO:
+        """Keep the anchor in evaluation mode, as the teacher."""
+        super().train(mode)
+        anchor = getattr(self, "anchor", None)
+        if anchor is not None:
+            anchor.eval()
+        return self
+
+    def encode_crops(self, batch: Batch, draws: CropDraws) -> CropTokens:
+        """Cut the crops and encode them, for the anchor without changes of values."""
+        tokens = super().encode_crops(batch, draws)
+        if self.anchor is None or self.progress.step < self.gram.start_steps:
+            return tokens
+        values, usable = unit_values(self.backbone, batch, self.name)
+        size = tuple(self.gram.scale * side for side in self.crops.large)
+        cut = [
+            view_of(self.backbone, batch, self.name, values, usable, view, Views(), size)
+            for view in draws.views[: len(tokens.teacher)]
+        ]
+        large = self._joined(cut, tokens.present)
+        with torch.no_grad():
+            found: Any = self.anchor["backbone"].encode(large)  # type: ignore[operator]
+            grid = found.grid[self.name][-self.modality.spatial_dims :]
+            patches = on_grid(found.tokens[self.name], grid, self.mask_grid())
+        return dataclasses.replace(tokens, anchor=patches.unflatten(0, tokens.teacher.shape[:2]))
+
+    def _gram_term(self, tokens: CropTokens) -> Tensor:
+        assert tokens.student_patches is not None
+        assert tokens.valid is not None
+        student = tokens.student_patches.flatten(0, 1)
+        if tokens.anchor is None:  # too early
+            return 0.0 * student.float().sum()
+        counted = (tokens.valid & tokens.present.unsqueeze(-1)).flatten(0, 1)
+        return gram_anchoring(student, tokens.anchor.flatten(0, 1), self.gram.mode, counted)
+
     def same_dates(self, views: tuple[View, ...]) -> tuple[View, ...]:
         """Give all small crops the date of the first one, where the options say so."""
         if self.options.local_dates == "each" or len(views) < 4:
@@ -290,6 +350,8 @@ class DINO(_StudentTeacher):
         if weights["koleo"] > 0:
             neighbours = self.options.koleo_neighbours or "global"
             losses["koleo"] = weights["koleo"] * self.koleo_term(tokens, neighbours)
+        if weights["gram"] > 0:
+            losses["gram"] = weights["gram"] * self._gram_term(tokens)
         return losses, kept
 
     def _class_term(
@@ -362,8 +424,12 @@ class DINO(_StudentTeacher):
     # -- what follows a step ----------------------------------------------------------------
 
     def after_step(self, step: Step) -> None:
-        """Move the teacher and its centres; the step has used the old ones."""
+        """Move the teacher and its centres, and take the anchor; the step has used the old ones."""
         super().after_step(step)
+        if self.anchor is not None and self.gram.is_taken(self.progress.step + 1):
+            now = self.teacher["backbone"].parameters()
+            for kept, current in zip(self.anchor.parameters(), now, strict=True):
+                kept.copy_(current)
         for name, center in (("class", self.center), ("patch", self.patch_center)):
             if f"{name}_total" in step.outputs:
                 moved = moved_center(

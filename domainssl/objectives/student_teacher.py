@@ -72,6 +72,8 @@ class CropTokens:
         student_patches: Patches of the masked large crops, (2, B, N, E).
         teacher_patches: Patches of the same crops without a mask, (2, B, N, E), constants.
         mask: bool (2, B, N), True where the student's patch was hidden and holds data.
+        valid: bool (2, B, N), True where a patch of the large crops holds data.
+        anchor: Patches of the large crops from an earlier teacher, (2, B, N, E), constants.
         present: bool (B,), True where the item has the modality.
         most_hidden: See `CropDraws`.
     """
@@ -83,6 +85,8 @@ class CropTokens:
     mask: Tensor | None
     present: Tensor
     most_hidden: int
+    valid: Tensor | None = None
+    anchor: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
@@ -142,6 +146,7 @@ class _StudentTeacher(_Taught):
     backbone: Backbone
     exported: ClassVar[str] = "teacher.backbone"
     drops_invalid_patches: bool = True
+    compares_patches: bool = False  # where none are hidden, too
     masked_crops: ClassVar[int] = GLOBALS  # of an item
     head: nn.Module
 
@@ -324,13 +329,14 @@ class _StudentTeacher(_Taught):
         with torch.no_grad():
             target = self.teacher["backbone"].encode(large)  # type: ignore[operator]
         found: dict[str, Any] = {"student_patches": None, "teacher_patches": None, "mask": None}
-        if mask is not None:
+        if mask is not None or self.compares_patches:
             split = (GLOBALS, items)
             valid = target.token_valid[self.name].unflatten(0, split)
             found = {
                 "student_patches": seen.tokens[self.name].unflatten(0, split),
                 "teacher_patches": target.tokens[self.name].unflatten(0, split),
-                "mask": mask & valid if self.drops_invalid_patches else mask,
+                "valid": valid,
+                "mask": mask if mask is None or not self.drops_invalid_patches else mask & valid,
             }
         return CropTokens(
             student=torch.cat(vectors).unflatten(0, (-1, items)),

@@ -86,7 +86,12 @@ def test_a_batch_without_tissue_gives_finite_losses():
 
 def test_loss_head_and_teacher_are_those_of_ibot():
     model = build()
-    assert isinstance(model, DINO) and model.loss_weights == {"cls": 1.0, "patch": 1.0, "koleo": 0}
+    assert isinstance(model, DINO) and model.loss_weights == {
+        "cls": 1.0,
+        "patch": 1.0,
+        "koleo": 0,
+        "gram": 0,
+    }
     assert model.exported == "teacher.backbone" and model.backbone.mask_token is not None
     assert build(loss_weights={"patch": 0.0}).backbone.mask_token is None
     assert build(options={"reference": True}).options.patch_center == "all"
