@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,15 @@ from numpy.typing import NDArray
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.evaluation import protocols
 from domainssl.evaluation.features import Items
-from domainssl.evaluation.protocols import Fit, Found
+from domainssl.evaluation.protocols import Fit, Found, Regions
 from domainssl.evaluation.scores import interval, resampled
 
 __all__ = ["PROTOCOLS", "Protocol", "Row", "Sides", "add_gains", "compare", "kept_classes"]
 
 Array = NDArray[Any]
 PROTOCOLS = (
-    "knn", "linear", "mlp", "kmeans", "few_shot", "retrieval", "cross_modal", "dense",
+    "knn", "linear", "mlp", "kmeans", "few_shot", "retrieval", "cross_modal", "cross_source",
+    "dense",
 )  # fmt: skip
 _SHOTS = (1, 5, 10)
 _LEAST = 2  # labelled training items that a class must have
@@ -152,6 +154,8 @@ def compare(
     settings: Protocol,
     notes: list[str],
     step: Callable[[str], None] = lambda text: None,
+    *,
+    source_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> list[Row]:
     """Evaluate all backbones.
 
@@ -162,6 +166,7 @@ def compare(
         settings: What is done.
         notes: Gets a line for everything left out.
         step: Called with a description of every step before it.
+        source_names: What scans of a modality may be, as `scan` is `ct` or `mr`.
 
     Returns:
         A row per backbone, representation, protocol and metric.
@@ -177,6 +182,8 @@ def compare(
                 rows += _labelled(label, name, subset, found, classes, settings, notes)
             if "dense" in settings.names:
                 rows += _dense(label, name, found, settings, notes)
+            if "cross_source" in settings.names and name in source_names:
+                rows += _across_sources(label, name, source_names[name], found, settings, notes)
         if "cross_modal" in settings.names:
             single = [s[0] for s in subsets[label] if len(s) == 1]
             for a, b in permutations(single, 2):
@@ -286,6 +293,65 @@ def _across(
     counts = int(train.sum()), int(test.sum())
     results = protocols.pair_retrieval(sides[0], sides[1])
     return [_row(label, f"{a} to {b}", result, weights, *counts) for result in results]
+
+
+def _across_sources(
+    label: str, name: str, words: Sequence[str], found: Sides, settings: Protocol, notes: list[str]
+) -> list[Row]:
+    """Look scans of each source up among those of every other, by class and by anatomy."""
+    test, rows = found.test, []
+    for what, (regions, items) in (("class", _scans(test, name)), ("anatomy", _parts(test, name))):
+        if not len(items):
+            continue
+        sides = {}
+        for number, word in enumerate(words):
+            own = test.sources[name][items] == number
+            sides[word] = Regions(
+                features=regions.features[own],
+                classes=regions.classes[own],
+                persons=regions.persons[own],
+            )
+        for a, b in permutations(words, 2):
+            shown = f"{name}: {a} to {b}"
+            shared = set(sides[a].classes.tolist()) & set(sides[b].classes.tolist())
+            if len(shared) < 2:
+                _note(notes, f"{shown}, by {what}: fewer than two classes are in both; left out")
+                continue
+            weights = resampled(sides[a].persons, settings.resamples, seed=0)
+            results = protocols.source_retrieval(what, sides[a], sides[b])
+            count = len(sides[a].classes)
+            rows += [_row(label, shown, result, weights, 0, count) for result in results]
+    return rows
+
+
+def _scans(items: Items, name: str) -> tuple[Regions, Array]:
+    """Return the scans of a modality with a known class, and the rows of their items."""
+    labels = np.full(len(items.ids), -1) if items.labels is None else items.labels
+    kept = items.rows((name,)) & (labels >= 0) if name in items.sources else np.zeros(0, bool)
+    rows = np.flatnonzero(kept)
+    regions = Regions(
+        features=items.pooled[name][rows].astype(float),
+        classes=labels[rows],
+        persons=items.persons[rows],
+    )
+    return regions, rows
+
+
+def _parts(items: Items, name: str) -> tuple[Regions, Array]:
+    """Return the mean patch of every class of a map but its background, per scan, and its row."""
+    if name not in items.patches or name not in items.sources:
+        rows = np.zeros(0, np.int64)
+        return Regions(features=np.zeros((0, 1)), classes=rows, persons=rows), rows
+    inside = items.patch_labels[name] > 0
+    both = np.stack([items.patch_items[name][inside], items.patch_labels[name][inside]], axis=1)
+    found, position, count = np.unique(both, axis=0, return_inverse=True, return_counts=True)
+    means = np.zeros((len(found), items.patches[name].shape[1]))
+    np.add.at(means, position.reshape(-1), items.patches[name][inside])
+    rows = found[:, 0]
+    regions = Regions(
+        features=means / count[:, None], classes=found[:, 1], persons=items.persons[rows]
+    )
+    return regions, rows
 
 
 def _dense(label: str, name: str, found: Sides, settings: Protocol, notes: list[str]) -> list[Row]:

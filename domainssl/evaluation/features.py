@@ -21,6 +21,7 @@ from domainssl.evaluation.dense import patch_labels, patch_tokens
 from domainssl.evaluation.raw import band_statistics
 from domainssl.files import write_whole
 from domainssl.modality import Modality, batch_to, present_mask
+from domainssl.modality import key as companion
 
 __all__ = ["Items", "extract", "load_items", "representation", "restricted", "save_items"]
 
@@ -36,6 +37,7 @@ class Items:
         labels: int64 (N,), -1 where unknown; None without labels.
         persons: int64 (N,); items of one number are of one person.
         present: bool (N,) per modality.
+        sources: int64 (N,) per modality that several scanners make, -1 where unknown.
         pooled: float32 (N, E) per representation, such as `s2` or `s1+s2`.
         patches: float32 (M, E) per representation, sampled from the items where they have maps.
         patch_labels: int64 (M,) per representation.
@@ -47,6 +49,7 @@ class Items:
     labels: Array | None = None
     persons: Array
     present: dict[str, Array] = field(default_factory=dict)
+    sources: dict[str, Array] = field(default_factory=dict)
     pooled: dict[str, Array] = field(default_factory=dict)
     patches: dict[str, Array] = field(default_factory=dict)
     patch_labels: dict[str, Array] = field(default_factory=dict)
@@ -139,6 +142,9 @@ def _of_batch(
     here = tuple(name for name in modalities if name in batch)
     for name in here:
         rows[f"present.{name}"] = present_mask(batch, name)
+        source = batch.get(companion(name, "source"))
+        if isinstance(source, Tensor):
+            rows[f"sources.{name}"] = source.long()
     label = batch.get("label")
     if isinstance(label, Tensor) and label.ndim == 1 and not label.is_floating_point():
         rows["labels"] = label.long()
@@ -183,8 +189,8 @@ def _joined(
             own[name] = of_item[values] if kind == "patch_items" else values
         elif kind == "labels":
             items.labels = values[first]
-        elif kind == "present":
-            items.present[name] = values[first]
+        elif kind in ("present", "sources"):
+            getattr(items, kind)[name] = values[first]
         else:
             items.pooled[name] = _means(values, of_item, len(names))
     for name, found in (*items.pooled.items(), *items.patches.items()):
@@ -218,7 +224,7 @@ def save_items(path: Path, items: Items, key: str) -> None:
     arrays: dict[str, Array] = {"persons": items.persons}
     if items.labels is not None:
         arrays["labels"] = items.labels
-    for kind in ("present", "pooled", "patches", "patch_labels", "patch_items"):
+    for kind in ("present", "sources", "pooled", "patches", "patch_labels", "patch_items"):
         arrays |= {f"{kind}.{name}": value for name, value in getattr(items, kind).items()}
     facts = {"key": key, "ids": json.dumps(items.ids), "notes": json.dumps(items.notes)}
     plain = {name: np.ascontiguousarray(value) for name, value in arrays.items()}

@@ -14,6 +14,7 @@ from domainssl.evaluation.scores import Partition, Rate, Score
 __all__ = [
     "Fit",
     "Found",
+    "Regions",
     "clustering",
     "few_shot",
     "image_retrieval",
@@ -22,6 +23,7 @@ __all__ = [
     "nearest_neighbours",
     "patch_probe",
     "pair_retrieval",
+    "source_retrieval",
     "standardized",
 ]
 
@@ -315,6 +317,53 @@ def pair_retrieval(queries: tuple[Array, Array], gallery: tuple[Array, Array]) -
             if name != "mAP"
         ]
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regions:
+    """Scans of one source, or parts of them, that are looked up among those of another.
+
+    Attributes:
+        features: (N, E).
+        classes: int (N,), such as the organ that a region shows.
+        persons: int (N,).
+    """
+
+    features: Array
+    classes: Array
+    persons: Array
+
+
+def source_retrieval(what: str, queries: Regions, gallery: Regions) -> list[Found]:
+    """Rank the regions of one source for every region of another; those of its class are hits.
+
+    Nothing is fitted: each side is standardised by itself, because level and scale of features
+    differ between scanners, and similarity is the cosine. Regions of the query's own person are
+    left out, and queries whose class no other person in the gallery has do not count.
+
+    Args:
+        what: What the classes are, in the name of the protocol: `class` or `anatomy`.
+        queries: Regions of one source.
+        gallery: Regions of the other.
+
+    Returns:
+        R@1, R@5, R@10 and mAP over the queries.
+
+    Source: M3Ret (arXiv 2509.01360), zero-shot retrieval across CT and MR.
+    """
+    a, b = (_unit(standardized(side.features, side.features)[1]) for side in (queries, gallery))
+    is_other = queries.persons[:, None] != gallery.persons
+    is_hit = queries.classes[:, None] == gallery.classes
+    scores, share = _ranked(a @ b.T, is_hit, is_other)
+    return [
+        Found(
+            protocol=f"cross-source ({what})",
+            metric=name,
+            score=Rate.of_hits(values[None]),
+            chance=_by_chance(name, share, len(b)),
+        )
+        for name, values in scores.items()
+    ]
 
 
 def patch_probe(

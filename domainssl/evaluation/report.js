@@ -130,7 +130,7 @@
   function overview() {
     const features = by("features").value;
     const rows = data.rows.filter((row) => row.value !== null && ((row.features === features && HEADLINE[row.protocol] === row.metric)
-      || (row.protocol.startsWith("cross-modal") && row.metric === "R@5" && involves(row.features, features))));
+      || (row.protocol.startsWith("cross-") && row.metric === "R@5" && involves(row.features, features))));
     if (hide_section("overview", !rows.length)) return;
     const names = present(rows);
     const groups = unique(rows.map((row) => group(row)));
@@ -163,11 +163,12 @@
     chart.done();
   }
   function group(row) {
-    return row.protocol.startsWith("cross-modal") ? `${row.features}, ${row.protocol.replace("cross-modal (", "").replace(")", "")} R@5` : `${row.protocol} ${row.metric}`;
+    return row.protocol.startsWith("cross-") ? `${row.features}, ${row.protocol.replace(/^cross-\w+ \((.*)\)$/, "$1")} R@5` : `${row.protocol} ${row.metric}`;
   }
   function involves(pair, features) {
     const parts = features.split("+");
-    return pair.split(" to ").every((name) => parts.includes(name));
+    const [name, sources] = pair.split(": "); // "s1 to s2", or "scan: ct to mr"
+    return sources ? parts.includes(name) : pair.split(" to ").every((one) => parts.includes(one));
   }
 
   function predicted() {

@@ -97,11 +97,12 @@ def _is_headline(row: Row) -> bool:
 
 
 def pair_table(rows: Sequence[Row]) -> Table | None:
-    """Return the table of retrieval across modalities; None without any."""
-    across = [r for r in rows if r.protocol.startswith("cross-modal")]
+    """Return the table of retrieval across modalities and sources; None without any."""
+    across = [r for r in rows if r.protocol.startswith("cross-")]
     if not across:
         return None
-    grid = Table(title="Retrieval across modalities", title_justify="left", title_style="bold")
+    title = "Retrieval across modalities and sources"
+    grid = Table(title=title, title_justify="left", title_style="bold")
     metrics = list(dict.fromkeys(r.metric for r in across))
     for name in ("backbone", "from, to", "how"):
         grid.add_column(name)

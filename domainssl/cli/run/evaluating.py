@@ -38,7 +38,7 @@ from domainssl.modality import Modality
 
 __all__ = ["Evaluation", "Request", "evaluate_backbones"]
 
-_FORMAT = 1  # of kept features; raise it when the same request gives others
+_FORMAT = 2  # of kept features; raise it when the same request gives others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,9 @@ def evaluate_backbones(
     first = sides[subjects[0].label]
     _refuse_shared_persons(first)
     classes, names = _classes(first, data, split, notes)
-    rows = compare(sides, wanted, classes, request.protocol, notes, step)
+    rows = compare(
+        sides, wanted, classes, request.protocol, notes, step, source_names=data.source_names
+    )
     add_gains(rows, {s.label: s.baseline for s in subjects if s.baseline})
     if not rows:
         raise DataError(f"evaluate: nothing could be measured: {'; '.join(notes)}.")

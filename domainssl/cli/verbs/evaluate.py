@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", default="evaluation", help="folder to write (default: evaluation)")
     add("--split", help="where is measured (default: test, else val)")
     add("--protocols", nargs="+", metavar="NAME", help="some of knn linear mlp kmeans few_shot "
-        "retrieval cross_modal dense (default: all)")  # fmt: skip
+        "retrieval cross_modal cross_source dense (default: all)")  # fmt: skip
     add("--seeds", type=int, default=3, help="runs of what is random (default 3)")
     add("--resamples", type=int, default=1000, help="draws of the bootstrap (default 1000)")
     add("--max_items", type=int, help="items of a split at most")
