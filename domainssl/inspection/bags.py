@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from domainssl.files import read_json
 from domainssl.inspection.tables import add_row, new_table, note_lines
 from domainssl.io.slide.bag_folders import find_bags
 from domainssl.io.slide.features import Bag, describe_bag, read_bag
+from domainssl.io.storage.hdf5 import open_hdf5
 
 __all__ = ["bag_tables", "inspect_bags", "is_bags"]
 
@@ -54,8 +56,9 @@ def _is_features(path: str) -> bool:
         return False
     try:
         h5py = require("h5py", "pathology")
-        with parsing(path), h5py.File(path, "r", locking=False) as file:
-            return "features" in file and getattr(file["features"], "ndim", 0) in (1, 2)
+        with open_hdf5(Path(path), "pathology") as file, parsing(path):
+            is_own = isinstance(file.get("features", getlink=True), h5py.HardLink)
+            return is_own and getattr(file["features"], "ndim", 0) in (1, 2)
     except DomainSSLError:
         return False
 

@@ -13,14 +13,21 @@ import numpy as np
 import pytest
 import rasterio
 from cube_files import TIMES, coded, write_cube, write_geotiff
+from dicom_files import write_series
+from ssl4eo_files import write_split
 
 from domainssl.cache import entries
+from domainssl.errors import DataError
 from domainssl.io.raster import describe as describing
 from domainssl.io.raster.bands import LayerFile
 from domainssl.io.raster.describe import LayerFiles, Sought, describe
 from domainssl.io.raster.sites import Found
-from domainssl.io.storage import scan_index
+from domainssl.io.ssl4eo import layout
+from domainssl.io.ssl4eo import opened as opening
+from domainssl.io.storage import archives, scan_index
 from domainssl.io.storage.paths import is_settled
+from domainssl.io.volume import dicom, known
+from domainssl.io.volume.scan import list_scans
 
 BANDS = ("B02", "B03")
 
@@ -278,3 +285,51 @@ def test_processes_that_die_leave_the_work_to_this_one(tmp_path, caplog):
     index.fill({str(i): str(path) for i in range(3 * scan_index._TASK)}, look, 2)
     assert index.get("95") == ("shape", "own")
     assert "Going on in this process" in caplog.text
+
+
+@pytest.mark.parametrize("release", ["A", "B"])
+def test_files_of_ssl4eo_are_opened_once_until_they_change(tmp_path, monkeypatch, release):
+    read, keep = [], opening._shape
+
+    def counted(path, *more):
+        read.append(Path(path).name)
+        return keep(path, *more)
+
+    monkeypatch.setattr(opening, "_shape", counted)
+    monkeypatch.setattr(opening, "tar_index", archives._scan_tar)  # what a new process does
+    write_split(tmp_path / "data", "train", [[0, 1], [2, 3], [4]], release)
+    products = {"s1": "S1GRD", "s2": "S2L2A"}
+    first = layout.scan(str(tmp_path / "data"), "train", products)
+    assert len(read) == 3 and first.count == 5  # one product tells the sizes
+    monkeypatch.setattr(opening, "tar_index", None)
+    assert layout.scan(str(tmp_path / "data"), "train", products) == first and len(read) == 3
+    monkeypatch.setattr(opening, "tar_index", archives._scan_tar)
+    path = sorted((tmp_path / "data" / "train" / "S1GRD").iterdir())[1]
+    path.write_bytes(path.read_bytes()[:900])
+    for _ in range(2):  # what cannot be read is asked again, and said again
+        if release == "A":
+            found = layout.scan(str(tmp_path / "data"), "train", products)
+            assert path.name in found.problems[0] and found.count == 5
+        else:
+            with pytest.raises(DataError, match=f"{path.name}: not a complete tar"):
+                layout.scan(str(tmp_path / "data"), "train", products)
+    assert len(entries()) == 1
+
+
+def test_folders_of_dicom_are_opened_once_and_no_name_is_kept(tmp_path, monkeypatch):
+    looked, look = [], dicom.look
+    monkeypatch.setattr(dicom, "look", lambda path: looked.append(path) or look(path))
+    monkeypatch.setattr(known, "_MANY", 2)
+    folders = [tmp_path / "exams" / name for name in ("miller", "smith", "jones")]
+    for folder in folders:
+        write_series(folder)
+    (folders[2] / "0000.dcm").write_bytes(b"no image")  # comes first: others may be
+    wanted = sorted(map(str, folders))
+    assert list_scans(tmp_path / "exams") == wanted and len(looked) == 3
+    looked.clear()
+    assert list_scans(tmp_path / "exams") == wanted and len(looked) == 1
+    for path in folders[0].iterdir():
+        path.unlink()
+    assert list_scans(tmp_path / "exams") == wanted[:1] + wanted[2:]
+    kept = [path.read_text() for path in (tmp_path / "cache").rglob("*.json")]
+    assert not any(name in text for text in kept for name in ("miller", "smith", "jones", "exams"))

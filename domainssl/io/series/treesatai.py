@@ -19,7 +19,7 @@ from domainssl.files import read_json, read_small
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.time import days, product_time
 from domainssl.io.series.tile import Array, Image, Series, Tile
-from domainssl.io.storage.hdf5 import dataset, open_hdf5
+from domainssl.io.storage.hdf5 import dataset, open_hdf5, texts
 
 __all__ = ["GENERA", "SERIES", "TreeSatCatalogue", "TreeSatTile", "read_treesat", "scan_treesat"]
 
@@ -279,8 +279,7 @@ def _one_series(path: Path, file: Any, name: str) -> Series | None:
     stored = dataset(path, file, f"{prefix}-data", dims=4, kinds="iuf")
     if not len(stored):
         return None
-    named = dataset(path, file, f"{prefix}-products", dims=1, kinds="OSU")
-    products = [_text(product) for product in named[...]]
+    products = texts(path, file, f"{prefix}-products")
     if stored.shape[:2] != (len(products), bands):
         raise DataError(
             f"{path}: {prefix}-data has the shape {stored.shape}, expected ({len(products)}, "
@@ -304,7 +303,3 @@ def _one_series(path: Path, file: Any, name: str) -> Series | None:
         )
     cloud = np.nan_to_num(masks[:, :2], nan=100.0).max(1)
     return Series(values, found, "dn", cloud)
-
-
-def _text(name: Any) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)

@@ -11,14 +11,13 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from domainssl.errors import DataError, nearest
-from domainssl.io.raster.zarr import Cube
 from domainssl.io.ssl4eo.facts import product as look_up
-from domainssl.io.storage.archives import Member, ZipFileStore, tar_index
+from domainssl.io.ssl4eo.opened import OpenedFiles
+from domainssl.io.storage.archives import Member
 from domainssl.io.storage.paths import (
     fetch_ranges,
     is_file,
@@ -29,7 +28,7 @@ from domainssl.io.storage.paths import (
     size_of,
 )
 
-__all__ = ["MEMBERS_PER_GROUP", "Catalogue", "Group", "member_stem", "scan", "tile_facts"]
+__all__ = ["MEMBERS_PER_GROUP", "Catalogue", "Group", "member_stem", "scan"]
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +162,10 @@ def scan(
     paired = _partners(folders, names)
     files = [{m: join(folders[m], name) for m in products} for name in paired]
     find = _release_a if release == "A" else _release_b
+    opened = OpenedFiles(folders, release, options)
+    opened.fill(dict.fromkeys(products, paired), next(iter(products)))
     with ThreadPoolExecutor(_THREADS) as pool:
-        results = list(pool.map(lambda f: find(f, dict(products), options), files))
+        results = list(pool.map(lambda f: find(f, dict(products), opened), files))
     groups = _assume([group for found, _ in results for group in found], results[0][1])
     problems = tuple(problem for _, found in results for problem in found)
     for problem in problems:
@@ -254,28 +255,15 @@ def _partners(folders: Mapping[str, str], names: Mapping[str, Sequence[str]]) ->
     return union
 
 
-def tile_facts(cube: Cube, dims: int) -> tuple[int, ...]:
-    """Return the shape of the pixels of a file.
-
-    Raises:
-        DataError: There are more or fewer dimensions than `dims`.
-    """
-    shape = cube.info("bands").shape
-    if len(shape) != dims:
-        raise DataError(f"{cube.name}: array 'bands' has shape {shape}, expected {dims} dimensions")
-    return shape
-
-
 def _release_a(
-    files: dict[str, str], products: dict[str, str], options: dict[str, Any]
+    files: dict[str, str], products: dict[str, str], opened: OpenedFiles
 ) -> tuple[list[Group], list[str]]:
     problems: list[str] = []
     key = next(iter(files.values())).rsplit("/", 1)[-1].removesuffix(".zarr.zip")
     count, dates, rows, columns = 0, 0, 0, 0
     for path in files.values():
         try:  # a damaged file must not hide its good partners: reading it will name it
-            with closing(ZipFileStore(path, path, options)) as store:
-                count, dates, _, rows, columns = tile_facts(Cube(store, path), 5)
+            count, dates, rows, columns = opened.shape(path)
             break
         except DataError as error:
             problems.append(str(error))
@@ -289,7 +277,7 @@ def _release_a(
             dates=dates,
             size=(rows, columns),
             members={},
-            storage_options=options,
+            storage_options=opened.options,
         )
     ], problems
 
@@ -307,12 +295,9 @@ def _assume(groups: list[Group], problems: list[str]) -> tuple[Group, ...]:
 
 
 def _release_b(
-    files: dict[str, str], products: dict[str, str], options: dict[str, Any]
+    files: dict[str, str], products: dict[str, str], opened: OpenedFiles
 ) -> tuple[list[Group], list[str]]:
-    members = {
-        m: [entry for entry in tar_index(path, options) if entry.key.endswith(".zarr.zip")]
-        for m, path in files.items()
-    }
+    members = {m: opened.members(path) for m, path in files.items()}
     first, *others = members
     keys = [member_stem(entry.key) for entry in members[first]]
     for other in others:
@@ -330,10 +315,7 @@ def _release_b(
             )
     if not keys:
         raise DataError(f"{files[first]}: holds no .zarr.zip member")
-    entry = members[first][0]
-    [raw] = fetch_ranges(files[first], [(entry.offset, entry.size)], options)
-    name = f"{files[first]}:{entry.key}"
-    dates, _, rows, columns = tile_facts(Cube(ZipFileStore(raw, name), name), 4)
+    _, dates, rows, columns = opened.shape(files[first])
     groups = []
     stem = files[first].rsplit("/", 1)[-1].removesuffix(".tar")
     for low in range(0, len(keys), MEMBERS_PER_GROUP):
@@ -348,7 +330,7 @@ def _release_b(
                 dates=dates,
                 size=(rows, columns),
                 members=run,
-                storage_options=options,
+                storage_options=opened.options,
             )
         )
     return groups, []

@@ -15,9 +15,9 @@ from domainssl.io.ssl4eo.layout import (
     Catalogue,
     Group,
     member_stem,
-    tile_facts,
 )
-from domainssl.io.storage.archives import Member, ZipFileStore, tar_index
+from domainssl.io.ssl4eo.opened import OpenedFiles, tile_facts
+from domainssl.io.storage.archives import Member, ZipFileStore
 from domainssl.io.storage.paths import fetch_ranges, is_folder, join, list_folder
 
 __all__ = ["RELEASE", "is_terramesh", "products_at", "scan_terramesh"]
@@ -87,9 +87,12 @@ def scan_terramesh(
             "TerraMesh is <root>/<split>/<product>/*_shard_*.tar; do not unpack the shards."
         )
 
+    opened = OpenedFiles(folders, RELEASE, options)
+    opened.fill({m: found & set(names) for m, found in tars.items()}, None)
+
     def find(name: str) -> list[Group]:
         files = {m: join(folders[m], name) if name in tars.get(m, ()) else "" for m in every}
-        return _groups(name, files, every, products, options)
+        return _groups(name, files, every, products, opened)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         groups = tuple(group for found in pool.map(find, names) for group in found)
@@ -149,16 +152,14 @@ def _groups(
     files: Mapping[str, str],
     every: Mapping[str, str],
     products: Mapping[str, str],
-    options: Mapping[str, Any],
+    opened: OpenedFiles,
 ) -> list[Group]:
     """Return the runs of locations of one shard."""
     members: _Members = {m: {} for m in every}
     for m, path in files.items():
         if not path:
             continue
-        for entry in tar_index(path, options):
-            if not entry.key.endswith(".zarr.zip"):
-                continue
+        for entry in opened.members(path):
             stem = member_stem(entry.key)
             if stem in members[m]:
                 raise DataError(f"{path}: holds the key {stem!r} twice; get the shard again.")
@@ -166,7 +167,7 @@ def _groups(
     keys = list(dict.fromkeys(key for m in products for key in members[m]))
     if not keys:
         return []
-    size = _size(files, members, products, keys, options)
+    size = _size(files, members, products, keys, opened.options)
     return [
         Group(
             key=f"{name.removesuffix('.tar')}#{low}",
@@ -177,7 +178,7 @@ def _groups(
             dates=1,
             size=size,
             members={m: tuple(members[m].get(key) for key in run) for m in every},
-            storage_options=options,
+            storage_options=opened.options,
         )
         for low in range(0, len(keys), MEMBERS_PER_GROUP)
         for run in [keys[low : low + MEMBERS_PER_GROUP]]

@@ -1,8 +1,9 @@
 """HDF5 files whose data lie in the file itself.
 
 A dataset can be a link into another file, take its values from any file of the disk (external
-storage) or be put together from others (virtual). All three are refused, and so is a deflated
-chunk that would unfold to more than a chunk.
+storage) or be put together from others (virtual). All three are refused, and so are filters other
+than those that h5py brings, and compressed chunks that would unfold to more than a chunk: HDF5
+itself gives filters whatever memory they ask for.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from domainssl.arguments import plain
 from domainssl.errors import DataError, parsing, require
 from domainssl.files import open_regular
 
-__all__ = ["attributes", "dataset", "open_hdf5"]
+__all__ = ["attributes", "dataset", "open_hdf5", "texts"]
 
 _LIMIT = 2**30  # decoded bytes of one dataset
-_RATIO = 1032  # bytes that one deflated byte can unfold to
+_RATIO = 1032  # bytes that one compressed byte can unfold to, deflated; LZF less
+_DEFLATE, _SHUFFLE, _CHECKSUM, _LZF = 1, 2, 3, 32000  # numbers of filters
 _UNCHECKED = 2**28  # decoded bytes that no bomb within it can do harm with
 _MOST_VALUES = 10_000  # of one attribute
 
@@ -86,6 +88,7 @@ def dataset(
             f"{path}: {name!r} has the type {found.dtype} and shape {found.shape}, expected "
             f"{' or '.join(map(str, axes))} axes of {wanted}."
         )
+    filters = _filters(path, name, found)
     size = math.prod(found.shape) * found.dtype.itemsize
     chunk = math.prod(found.chunks or ()) * found.dtype.itemsize
     stored = found.id.get_storage_size()
@@ -96,9 +99,52 @@ def dataset(
             f"chunks {found.chunks}, and {stored} bytes in the file; expected at most "
             f"{most / 1e9:.2g} GB: the file is damaged."
         )
-    if found.compression == "gzip" and stored * _RATIO > _UNCHECKED:
-        _check_chunks(path, name, found, chunk)
+    if not {_DEFLATE, _LZF}.isdisjoint(filters) and stored * _RATIO > _UNCHECKED:
+        _check_chunks(path, name, found, chunk, filters)
     return found
+
+
+def _filters(path: Path, name: str, found: Any) -> list[int]:
+    """Return the numbers of the filters of a dataset, in the order in which they were applied.
+
+    Raises:
+        DataError: One of them is not read, or two compress: each unfolds what the other unfolded.
+    """
+    made = found.id.get_create_plist()
+    filters = [int(made.get_filter(i)[0]) for i in range(made.get_nfilters())]
+    compressing = [number for number in filters if number in (_DEFLATE, _LZF)]
+    others = set(filters) - {_DEFLATE, _SHUFFLE, _CHECKSUM, _LZF}
+    if others or len(compressing) > 1 or len(filters) > 4:
+        raise DataError(
+            f"{path}: {name!r} is stored with the filters {filters} of HDF5; expected one of gzip "
+            f"({_DEFLATE}) and lzf ({_LZF}), with shuffle ({_SHUFFLE}) and fletcher32 "
+            f"({_CHECKSUM}). Write it again, with gzip or without compression."
+        )
+    return filters
+
+
+def texts(path: Path, file: Any, name: str) -> list[str]:
+    """Return a dataset of texts, one axis.
+
+    Raises:
+        DataError: As of `dataset`, or they are too long: texts may share what is stored.
+    """
+    found = dataset(path, file, name, dims=1, kinds="OSU", limit=_UNCHECKED)
+    h5py = require("h5py", "geo")
+    if found.dtype.kind == "O" and h5py.check_string_dtype(found.dtype) is None:
+        raise DataError(f"{path}: {name!r} holds {found.dtype.metadata}, expected texts.")
+    is_small = found.dtype.kind != "O" or len(found) * file.id.get_filesize() <= _UNCHECKED
+    read: list[str] = []
+    total = 0
+    for text in found[...] if is_small else (found[i] for i in range(len(found))):
+        total += len(text)
+        if total > _UNCHECKED:
+            raise DataError(
+                f"{path}: {name!r} has more than {_UNCHECKED / 1e9:.2g} GB of text: the file is "
+                "damaged or hostile."
+            )
+        read.append(text.decode(errors="replace") if isinstance(text, bytes) else str(text))
+    return read
 
 
 def attributes(found: Any) -> dict[str, Any]:
@@ -108,7 +154,13 @@ def attributes(found: Any) -> dict[str, Any]:
     values that are neither numbers nor texts are left out.
     """
     known: dict[str, Any] = {}
-    for name, kept in found.attrs.items():
+    for name in found.attrs:
+        stated = found.attrs.get_id(name)
+        if math.prod(stated.shape or ()) > _MOST_VALUES:
+            continue
+        if stated.shape and stated.dtype.kind == "O":  # each may be as long as the file
+            continue
+        kept = found.attrs[name]
         value = kept.decode(errors="replace") if isinstance(kept, bytes) else kept
         if getattr(value, "size", 0) > _MOST_VALUES:
             continue
@@ -136,15 +188,56 @@ def _meaning(text: str) -> Any:
     return text
 
 
-def _check_chunks(path: Path, name: str, found: Any, size: int) -> None:
-    """Unfold the chunks up to their size: HDF5 itself would go on to the end of the stream."""
+def _check_chunks(path: Path, name: str, found: Any, size: int, filters: list[int]) -> None:
+    """Measure what chunks unfold to: HDF5 itself would go on to the end of the stream.
+
+    Args:
+        path: The file.
+        name: Of the dataset.
+        found: The dataset.
+        size: Bytes of a chunk.
+        filters: Their numbers, one of which compresses.
+
+    Raises:
+        DataError: A chunk unfolds to more than its size.
+    """
     limit = size + 4  # of the checksum that a filter before may have added
-    for index in range(found.id.get_num_chunks()):
-        _, raw = found.id.read_direct_chunk(found.id.get_chunk_info(index).chunk_offset)
-        decoder = zlib.decompressobj(-15 if raw[:1] != b"\x78" else 15)
-        decoder.decompress(raw, limit)
-        if not decoder.eof and decoder.decompress(decoder.unconsumed_tail, 1):
+    at = next(i for i, number in enumerate(filters) if number in (_DEFLATE, _LZF))
+    is_longer = _inflates if filters[at] == _DEFLATE else _unfolds
+    packed: list[Any] = []
+    found.id.chunk_iter(packed.append)
+    for chunk in packed:
+        if chunk.filter_mask & (1 << at):  # stored as it is
+            continue
+        if chunk.size > size + size // 8 + 1024:  # what does not shrink is stored as it is
+            is_larger = True
+        else:
+            _, raw = found.id.read_direct_chunk(chunk.chunk_offset)
+            is_larger = is_longer(raw[:-4] if _CHECKSUM in filters[at:] else raw, limit)
+        if is_larger:
             raise DataError(
                 f"{path}: a chunk of {name!r} unfolds to more than its {size} bytes: the file is "
                 "damaged or hostile; get it again from its publisher."
             )
+
+
+def _inflates(raw: bytes, limit: int) -> bool:
+    """Tell whether a deflated chunk is longer than a limit."""
+    decoder = zlib.decompressobj()
+    decoder.decompress(raw, limit)
+    return bool(not decoder.eof and decoder.decompress(decoder.unconsumed_tail, 1))
+
+
+def _unfolds(raw: bytes, limit: int) -> bool:
+    """Tell whether a chunk of LZF is longer than a limit, from the lengths that it states."""
+    at = length = 0
+    while at < len(raw) and length <= limit:
+        head = raw[at]
+        if head < 32:  # so many bytes as they are, and one
+            length += head + 1
+            at += head + 2
+            continue
+        more = raw[at + 1] if head >> 5 == 7 and at + 1 < len(raw) else 0
+        length += (head >> 5) + more + 2
+        at += 3 if head >> 5 == 7 else 2
+    return length > limit

@@ -33,6 +33,7 @@ __all__ = [
     "contents",
     "describe",
     "dicom_files",
+    "files_in",
     "holds_image",
     "is_series",
     "list_series",
@@ -71,13 +72,13 @@ def is_series(path: str) -> bool:
 
 def holds_image(path: str) -> bool:
     """Whether a DICOM file is an image, or a folder holds one."""
-    files = filter(is_dicom, _files(path)) if os.path.isdir(path) else iter([path])
+    files = filter(is_dicom, files_in(path)) if os.path.isdir(path) else iter([path])
     return any(_what(file) == "image" for file in files)
 
 
 def dicom_files(path: str, *, most: int | None = None) -> list[str]:
     """Return the DICOM files at a path: itself, or those of a folder, up to a number."""
-    files = iter(_files(path)) if os.path.isdir(path) else iter([path])
+    files = iter(files_in(path)) if os.path.isdir(path) else iter([path])
     return list(itertools.islice(filter(is_dicom, files), most))
 
 
@@ -97,7 +98,7 @@ def contents(path: str) -> tuple[list[DicomFile], list[str]]:
     if not os.path.isdir(path):
         return [look(path)], []
     found, others = [], []
-    for file in _files(path, every=True):
+    for file in files_in(path, every=True):
         name = os.path.basename(file)
         if name.upper() == "DICOMDIR" or not is_dicom(file):
             others.append(name)
@@ -106,7 +107,7 @@ def contents(path: str) -> tuple[list[DicomFile], list[str]]:
     return found, others
 
 
-def _files(folder: str, *, every: bool = False) -> list[str]:
+def files_in(folder: str, *, every: bool = False) -> list[str]:
     """Return the regular files of a folder that may be DICOM, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
         names = sorted(

@@ -16,6 +16,7 @@ from domainssl.errors import DataError
 from domainssl.io.volume import dicom, dicom_seg, metaimage, mgh, nifti, nrrd
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
 from domainssl.io.volume.geometry import TOLERANCE, displacement
+from domainssl.io.volume.known import series_folders
 
 __all__ = [
     "ENDINGS",
@@ -214,19 +215,28 @@ def list_scans(folder: str | os.PathLike[str]) -> list[str]:
     Args:
         folder: A local folder.
     """
-    return sorted(iter_scans(folder))
+    found, folders = [], {}
+    for base, names in _walk(str(folder)):
+        found += names
+        if files := dicom.files_in(base):
+            folders[base] = files
+    return sorted([*found, *series_folders(str(folder), folders)])
 
 
 def iter_scans(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield what `list_scans` returns, as it is found: folder by folder, sorted within each."""
-    for base, folders, names in os.walk(str(folder)):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = os.path.join(base, name)
-            if not name.startswith(".") and _by_name(path) and os.path.isfile(path):
-                yield path
-        if dicom.is_series(base) and dicom.holds_image(base):
+    for base, names in _walk(str(folder)):
+        yield from names
+        if dicom.holds_image(base):
             yield base
+
+
+def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield every folder with the files in it that are scans by their names."""
+    for base, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = [os.path.join(base, name) for name in sorted(names) if not name.startswith(".")]
+        yield base, [path for path in paths if _by_name(path) and os.path.isfile(path)]
 
 
 def _by_name(path: str) -> bool:
