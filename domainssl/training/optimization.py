@@ -21,10 +21,13 @@ __all__ = ["Optimization", "clip_gradients", "decay_weights", "make_optimizer", 
 _NO_DECAY_NAMES = ("token", "position", "temperature")
 _NO_DECAY_PARTS = ("norm", "gamma")  # DINOv2
 _POWER = 0.9
-_BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks\.|layer\d+\.)(\d+)\.")
+# of Swin, ResNet, ConvNeXt and nnU-Net's encoder: `layers1.0.blocks.1`, `layer1.0`, `stages.0`
+_STAGE = re.compile(r"(?:^|\.)(?:stages|layers?)\.?(\d+)c?\.")
 _PATCH_EMBEDDING = {"embed", "patch_embed"}
 _FIRST_LAYER = _PATCH_EMBEDDING | {
     "class_token", "cls_token", "mask_token", "position_table", "pos_embed", "date_embed",
+    "stem", "conv1", "bn1",
 }  # fmt: skip
 
 
@@ -57,8 +60,8 @@ class Optimization:
         decay_rule: Which parameters are never decayed: vectors and everything called token,
             position or temperature (`no_tokens`), biases and vectors (`vectors`, DINO), or names
             that end in `bias` or hold `norm` or `gamma` (`names`, DINOv2).
-        layer_decay: Learning rate of a transformer block as a share of that of the block after
-            it; 1 for equal rates, 0.9 in DINOv2.
+        layer_decay: Learning rate of a block as a share of that of the block after it, over all
+            stages of Swin and of convolutional networks; 1 for equal rates, 0.9 in DINOv2.
         patch_embedding_lr: Share of the learning rate that the patch embedding has; 0.2 in DINOv2.
         clip: Largest norm of a gradient; None takes `trainer.gradient_clip_val`.
         clip_by: Whose norm it is: every parameter's own (`tensor`; DINO, iBOT, SimDINO), that of
@@ -162,18 +165,33 @@ def _is_free(name: str, parameter: nn.Parameter, rule: str) -> bool:
     return rule == "no_tokens" and any(word in own_name for word in _NO_DECAY_NAMES)
 
 
+def _place(name: str) -> tuple[int, int] | None:
+    """Return stage and block of a parameter, from the input on; None where it is in neither.
+
+    Blocks of encoders side by side have equal places. What a stage has beside its blocks, such as
+    its downsampling, counts as its first block.
+    """
+    stage, block = _STAGE.search(name), _BLOCK.search(name)
+    if stage is None and block is None:
+        return None
+    if stage and block and stage.start() > block.start():
+        stage = None  # a layer inside of a block
+    return (int(stage[1]) if stage else 0, int(block[1]) if block else 0)
+
+
 def _rate_shares(names: Sequence[str], options: Optimization) -> dict[str, float]:
     """Return every parameter's share of the learning rate."""
     if options.layer_decay == 1 and options.patch_embedding_lr == 1:
         return dict.fromkeys(names, 1.0)
-    found = {name: _BLOCK.search(name) for name in names if name.startswith("backbone.")}
-    blocks = {name: int(match[1]) for name, match in found.items() if match}
+    found = {name: _place(name) for name in names if name.startswith("backbone.")}
+    order = {place: i for i, place in enumerate(sorted({p for p in found.values() if p}))}
+    blocks = {name: order[place] for name, place in found.items() if place}
     if options.layer_decay < 1 and not blocks:
         raise ConfigError(
             f"optimization.layer_decay: got {options.layer_decay!r}, but the backbone has no "
-            "transformer blocks. Set it to 1."
+            "transformer blocks and no stages. Set it to 1."
         )
-    depth = max(blocks.values(), default=-1) + 1
+    depth = len(order)
     shares = {}
     for name in names:
         parts = set(name.split("."))

@@ -71,6 +71,25 @@ def test_rates_fall_towards_the_first_layer_and_patches_have_a_share_of_their_ow
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("names", [
+    ("patch_embed.proj", "layers1.0.blocks.0.norm1", "layers1.0.blocks.1.norm1",
+     "layers2.0.blocks.0.norm1", "layers2.0.blocks.1.norm1", "norm"),
+    ("stem.convs.0.conv", "stages.0.blocks.0.conv1", "stages.0.blocks.1.conv1",
+     "stages.1.blocks.0.conv1", "stages.1.blocks.1.conv1", "head_norm"),
+    ("patch_embed.proj", "blocks.0.attn", "blocks.1.mlp.layers.1", "blocks.2.attn",
+     "blocks.3.mlp.layers.0", "norm"),
+    ("conv1", "layer1.0.conv1", "layer1.1.conv2", "layer2.0.conv1", "layer2.1.bn1", "last"),
+], ids=["swin", "stages", "vit", "resnet"])  # fmt: skip
+def test_rates_fall_over_stages_and_their_blocks(names):
+    parameters = [(f"backbone.net.{n}.weight", nn.Parameter(torch.ones(2, 2))) for n in names]
+    beside = f"backbone.net.{names[3].split('.0.')[0].split('.attn')[0]}.downsample.weight"
+    parameters.append((beside, nn.Parameter(torch.ones(2, 2))))
+    groups = parameter_groups(parameters, Optimization(lr=1.0, layer_decay=0.5))
+    rates = {id(p): g.get("lr", 1.0) for g in groups for p in g["params"]}
+    found = [rates[id(parameter)] for _, parameter in parameters]
+    assert found == [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 1 / 4]
+
+
 def test_rates_by_layer_need_blocks():
     plain = [("backbone.conv.weight", nn.Parameter(torch.ones(2, 2)))]
     with pytest.raises(ConfigError, match="no transformer blocks"):
