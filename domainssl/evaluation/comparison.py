@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.evaluation import protocols
 from domainssl.evaluation.features import Items
+from domainssl.evaluation.multilabel import LABEL_PROTOCOLS, LabelFit
 from domainssl.evaluation.protocols import Fit, Found, Regions
 from domainssl.evaluation.scores import interval, resampled
 
@@ -88,6 +89,7 @@ class Row:
         gain_high: Upper end.
         recalls: Share found per class, where classes are predicted.
         confusion: Test items by class (rows) and predicted class, likewise.
+        per_class: The metric of every label, of items with any number of them.
     """
 
     backbone: str
@@ -107,6 +109,7 @@ class Row:
     gain_high: float | None = None
     recalls: list[float] | None = None
     confusion: list[list[int]] | None = None
+    per_class: list[float] | None = None
     draws: Array | None = field(default=None, repr=False)
 
 
@@ -118,7 +121,8 @@ def kept_classes(train: Items, test: Items, where: str) -> tuple[list[int], list
     """
     if train.labels is None or test.labels is None:
         raise DataError(
-            f"evaluate: {where} carry no labels (`label`, one class per item). Give the "
+            f"evaluate: {where} carry no labels (`label`, one class per item, or `label_multi`, "
+            "0 or 1 per class). Give the "
             "DataModule labels (data.init_args.labels, or a column of its manifest)."
         )
     counts = {int(c): int((train.labels == c).sum()) for c in np.unique(train.labels) if c >= 0}
@@ -156,6 +160,7 @@ def compare(
     step: Callable[[str], None] = lambda text: None,
     *,
     source_names: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    labels: Sequence[int] = (),
 ) -> list[Row]:
     """Evaluate all backbones.
 
@@ -167,6 +172,7 @@ def compare(
         notes: Gets a line for everything left out.
         step: Called with a description of every step before it.
         source_names: What scans of a modality may be, as `scan` is `ct` or `mr`.
+        labels: The labels that count, of items with any number of them.
 
     Returns:
         A row per backbone, representation, protocol and metric.
@@ -180,6 +186,8 @@ def compare(
             step(f"{label}: {name}")
             if classes is not None:
                 rows += _labelled(label, name, subset, found, classes, settings, notes)
+            if labels:
+                rows += _multi_labelled(label, name, subset, found, labels, settings, notes)
             if "dense" in settings.names:
                 rows += _dense(label, name, found, settings, notes)
             if "cross_source" in settings.names and name in source_names:
@@ -249,6 +257,43 @@ def _labelled(
             np.add.at(table, (y_labels, result.predicted), 1)
             row.confusion = table.tolist()
             row.recalls = (table.diagonal() / np.maximum(table.sum(1), 1)).tolist()
+    return rows
+
+
+def _multi_labelled(
+    label: str,
+    name: str,
+    subset: tuple[str, ...],
+    found: Sides,
+    labels: Sequence[int],
+    settings: Protocol,
+    notes: list[str],
+) -> list[Row]:
+    parts = []
+    for items in (found.train, found.test):
+        assert items.multi is not None
+        use = items.rows(subset)
+        parts.append((items.pooled[name][use], items.multi[use][:, labels], items.persons[use]))
+    (x, x_labels, x_persons), (y, y_labels, y_persons) = parts
+    if len(x) < _LEAST or len(y) < _LEAST or not (y_labels == 1).any():
+        _note(notes, f"{name}: too few items with labels have these modalities; left out")
+        return []
+    left_out = {"kmeans", "few_shot", "retrieval"} & {*settings.names}
+    if left_out:
+        _note(notes, "k-means, few-shot and retrieval are measured of one class per item alone")
+    x, y = protocols.standardized(x, y)
+    fit = LabelFit(
+        train=x, train_labels=x_labels, train_persons=x_persons,
+        test=y, test_labels=y_labels, seeds=settings.seeds,
+    )  # fmt: skip
+    weights = resampled(y_persons, settings.resamples, seed=0)
+    rows = []
+    for key, measured in LABEL_PROTOCOLS.items():
+        for result in measured(fit) if key in settings.names else ():
+            rows.append(_row(label, name, result, weights, len(x), len(y)))
+            if result.per_class is not None:
+                values = [round(float(v), 6) for v in np.nan_to_num(result.per_class)]
+                rows[-1].per_class = values
     return rows
 
 

@@ -35,6 +35,8 @@ class Items:
     Attributes:
         ids: As the DataModule names them.
         labels: int64 (N,), -1 where unknown; None without labels.
+        multi: float32 (N, K), 0 or 1 per label and NaN where unknown; None where items have none
+            or one each.
         persons: int64 (N,); items of one number are of one person.
         present: bool (N,) per modality.
         sources: int64 (N,) per modality that several scanners make, -1 where unknown.
@@ -47,6 +49,7 @@ class Items:
 
     ids: list[str]
     labels: Array | None = None
+    multi: Array | None = None
     persons: Array
     present: dict[str, Array] = field(default_factory=dict)
     sources: dict[str, Array] = field(default_factory=dict)
@@ -148,6 +151,10 @@ def _of_batch(
     label = batch.get("label")
     if isinstance(label, Tensor) and label.ndim == 1 and not label.is_floating_point():
         rows["labels"] = label.long()
+    for name in ("label", "label_multi"):
+        several = batch.get(name)
+        if isinstance(several, Tensor) and several.ndim == 2:
+            rows["multi"] = several.float()
     raw = {n: band_statistics(batch, modalities[n]) for n in here} if backbone is None else {}
     for subset in subsets:
         if not set(subset) <= set(here):
@@ -189,6 +196,8 @@ def _joined(
             own[name] = of_item[values] if kind == "patch_items" else values
         elif kind == "labels":
             items.labels = values[first]
+        elif kind == "multi":
+            items.multi = values[first]
         elif kind in ("present", "sources"):
             getattr(items, kind)[name] = values[first]
         else:
@@ -224,6 +233,8 @@ def save_items(path: Path, items: Items, key: str) -> None:
     arrays: dict[str, Array] = {"persons": items.persons}
     if items.labels is not None:
         arrays["labels"] = items.labels
+    if items.multi is not None:
+        arrays["multi"] = items.multi
     for kind in ("present", "sources", "pooled", "patches", "patch_labels", "patch_items"):
         arrays |= {f"{kind}.{name}": value for name, value in getattr(items, kind).items()}
     facts = {"key": key, "ids": json.dumps(items.ids), "notes": json.dumps(items.notes)}
@@ -257,8 +268,8 @@ def load_items(path: Path, key: str) -> Items | None:
             )
             for name in list(file.keys()):
                 kind, _, rest = name.partition(".")
-                if kind == "labels":
-                    items.labels = file.get_tensor(name)
+                if kind in ("labels", "multi"):
+                    setattr(items, kind, file.get_tensor(name))
                 elif rest:
                     getattr(items, kind)[rest] = file.get_tensor(name)
     return items

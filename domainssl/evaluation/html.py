@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,37 @@ from domainssl.evaluation.features import Items
 from domainssl.evaluation.gallery import Gallery, principal
 from domainssl.evaluation.tables import plain_row
 
-__all__ = ["html_report", "short_hash", "spectrum"]
+__all__ = ["Page", "html_report", "short_hash", "spectrum"]
 
 Array = NDArray[Any]
 _MOST_POINTS = 1000
 _MOST_VALUES = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a report shows.
+
+    Attributes:
+        rows: All rows.
+        sides: Features by label, of which the test items are shown.
+        classes: Names of the classes of items with one each.
+        numbers: Their labels in the data.
+        gallery: Pictures, empty where ids are protected.
+        facts: Data, backbones and settings; `labels` are the names of those that items have any
+            number of.
+        notes: What was left out.
+        named: How an item is called on the page.
+    """
+
+    rows: Sequence[Row]
+    sides: Mapping[str, Sides]
+    classes: Sequence[str]
+    numbers: Sequence[int]
+    gallery: Gallery
+    facts: Mapping[str, Any]
+    notes: Sequence[str]
+    named: Callable[[str], str]
 
 
 def short_hash(name: str) -> str:
@@ -57,43 +84,37 @@ def _embeddings(sides: Mapping[str, Sides], shown: Array) -> dict[str, dict[str,
     return found
 
 
-def _payload(
-    rows: Sequence[Row],
-    sides: Mapping[str, Sides],
-    classes: Sequence[str],
-    numbers: Sequence[int],
-    gallery: Gallery,
-    facts: Mapping[str, Any],
-    notes: Sequence[str],
-    named: Callable[[str], str],
-) -> dict[str, Any]:
-    test: Items = next(iter(sides.values())).test
+def _payload(page: Page) -> dict[str, Any]:
+    test: Items = next(iter(page.sides.values())).test
+    gallery = page.gallery
     shown = np.arange(len(test.ids))
     if len(shown) > _MOST_POINTS:
         shown = shown * len(shown) // _MOST_POINTS
         shown = np.unique(shown[:_MOST_POINTS])
-    position = {c: i for i, c in enumerate(numbers)}
+    position = {c: i for i, c in enumerate(page.numbers)}
     labels = test.labels if test.labels is not None else np.full(len(test.ids), -1)
     entries = []
-    for row in rows:
+    for row in page.rows:
         entry = plain_row(row)
         entry = {k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()}
         if row.confusion is not None:
             entry["confusion"] = row.confusion
+        if row.per_class is not None:
+            entry["per_class"] = row.per_class
         entries.append(entry)
     return {
-        "facts": dict(facts),
-        "notes": list(notes),
-        "classes": list(classes),
+        "facts": dict(page.facts),
+        "notes": list(page.notes),
+        "classes": list(page.classes),
         "rows": entries,
-        "embeddings": _embeddings(sides, shown),
+        "embeddings": _embeddings(page.sides, shown),
         "items": {
-            "names": [named(name) for name in test.ids],
+            "names": [page.named(name) for name in test.ids],
             "labels": [position.get(int(c), -1) for c in labels],
             "places": [gallery.places.get(name, -1) for name in test.ids],
         },
         "sheet": {"uri": gallery.sheet, "side": gallery.side, "across": gallery.across},
-        "examples": [{**e, "id": named(e["id"])} for e in gallery.examples],
+        "examples": [{**e, "id": page.named(e["id"])} for e in gallery.examples],
         "panels": gallery.panels,
     }
 
@@ -125,43 +146,23 @@ def _percent(value: float) -> str:
     return "" if np.isnan(value) else f"{100 * value:.1f}"
 
 
-def html_report(
-    rows: Sequence[Row],
-    sides: Mapping[str, Sides],
-    classes: Sequence[str],
-    numbers: Sequence[int],
-    gallery: Gallery,
-    facts: Mapping[str, Any],
-    notes: Sequence[str],
-    named: Callable[[str], str],
-) -> str:
-    """Return the page.
-
-    Args:
-        rows: All rows.
-        sides: Features by label, of which the test items are shown.
-        classes: Names of the classes.
-        numbers: Their labels in the data.
-        gallery: Pictures, empty where ids are protected.
-        facts: Data, backbones and settings.
-        notes: What was left out.
-        named: How an item is called on the page.
-    """
-    content = _payload(rows, sides, classes, numbers, gallery, facts, notes, named)
+def html_report(page: Page) -> str:
+    """Return the file as text."""
+    content = _payload(page)
     data = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     for sign, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         data = data.replace(sign, code)
     data = data.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     folder = Path(__file__).parent
     parts = {
-        "title": html.escape(f"Evaluation on {facts['data']['kind']}"),
+        "title": html.escape(f"Evaluation on {page.facts['data']['kind']}"),
         "style": (folder / "report.css").read_text(encoding="utf-8"),
         "script": (folder / "report.js").read_text(encoding="utf-8"),
-        "table": _table(rows),
+        "table": _table(page.rows),
         "data": data,
     }
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    head, *rest = page.split("{{")
+    template = (folder / "report.html").read_text(encoding="utf-8")
+    head, *rest = template.split("{{")
     pieces = [head]
     for part in rest:
         name, _, text = part.partition("}}")

@@ -12,6 +12,8 @@ from domainssl.evaluation.probes import one_thread
 from domainssl.evaluation.scores import Partition, Rate, Score
 
 __all__ = [
+    "MLP_WIDTH",
+    "STRENGTHS",
     "Fit",
     "Found",
     "Regions",
@@ -23,12 +25,14 @@ __all__ = [
     "nearest_neighbours",
     "patch_probe",
     "pair_retrieval",
+    "similar_items",
     "source_retrieval",
     "standardized",
 ]
 
 Array = NDArray[Any]
-_STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # of the regularisation, scikit-learn's C
+STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # of the regularisation, scikit-learn's C
+MLP_WIDTH = 256
 _FOLDS = 3
 _MOST_PATCHES = 20_000  # that a dense probe is fitted on
 
@@ -68,6 +72,7 @@ class Found:
         score: What is measured, over the test items that were given.
         chance: What features without information reach.
         predicted: int (M,), classes found with the first seed, where there are some.
+        per_class: float (K,), the metric of every label, of items with any number of them.
     """
 
     protocol: str
@@ -75,6 +80,7 @@ class Found:
     score: Score
     chance: float
     predicted: Array | None = field(default=None)
+    per_class: Array | None = field(default=None)
 
 
 def standardized(train: Array, test: Array) -> tuple[Array, Array]:
@@ -112,14 +118,21 @@ def _accuracies(protocol: str, predicted: Array, fit: Fit) -> list[Found]:
     ]
 
 
+def similar_items(
+    train: Array, test: Array, k: int = 10, temperature: float = 0.07
+) -> tuple[Array, Array]:
+    """Return the rows of the nearest training items by the cosine, (M, k), and their votes."""
+    similarity = _unit(test) @ _unit(train).T
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(train))]
+    return nearest, np.exp((np.take_along_axis(similarity, nearest, 1) - 1) / temperature)
+
+
 def nearest_neighbours(fit: Fit, k: int = 10, temperature: float = 0.07) -> list[Found]:
     """Let the nearest training items vote, by the cosine, with exp(similarity / temperature).
 
     Source: Wu et al., CVPR 2018 (arXiv 1805.01978), section 3.4.
     """
-    similarity = _unit(fit.test) @ _unit(fit.train).T
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : min(k, len(fit.train))]
-    weight = np.exp((np.take_along_axis(similarity, nearest, 1) - 1) / temperature)
+    nearest, weight = similar_items(fit.train, fit.test, k, temperature)
     votes = np.zeros((len(fit.test), fit.classes))
     np.add.at(votes, (np.arange(len(votes))[:, None], fit.train_labels[nearest]), weight)
     return _accuracies("kNN", votes.argmax(1)[None], fit)
@@ -137,7 +150,7 @@ def _logistic(x: Array, labels: Array, persons: Array) -> Any:
             StratifiedGroupKFold(most, shuffle=True, random_state=0).split(x, labels, persons)
         )
         folds = [(a, b) for a, b in folds if len(np.unique(labels[a])) > 1 and len(b)]
-        for candidate in _STRENGTHS if folds else ():
+        for candidate in STRENGTHS if folds else ():
             scores = []
             for inside, outside in folds:
                 fitted = LogisticRegression(C=candidate, max_iter=300)
@@ -158,7 +171,7 @@ def linear(fit: Fit) -> list[Found]:
         return _accuracies("linear", fitted.predict(fit.test)[None], fit)
 
 
-def mlp(fit: Fit, width: int = 256) -> list[Found]:
+def mlp(fit: Fit, width: int = MLP_WIDTH) -> list[Found]:
     """Fit a network with one hidden layer, once per seed."""
     from sklearn.neural_network import MLPClassifier
 

@@ -10,7 +10,8 @@
   const trained = backbones.filter((name) => !isBaseline(name));
   const SHAPES = ["circle", "square", "triangle", "diamond", "cross", "down", "bar", "ring"];
   const HEADLINE = { kNN: "accuracy", linear: "accuracy", MLP: "accuracy", "k-means": "NMI", "1-shot": "accuracy",
-    "5-shot": "accuracy", "10-shot": "accuracy", retrieval: "mAP", "dense linear": "mIoU" };
+    "5-shot": "accuracy", "10-shot": "accuracy", retrieval: "mAP", "kNN multi-label": "mAP",
+    "linear multi-label": "mAP", "MLP multi-label": "mAP", "dense linear": "mIoU" };
 
   function isBaseline(name) { return name === "raw" || /^untrained( \(|$)/.test(name); }
   function colour(name) {
@@ -173,26 +174,28 @@
 
   function predicted() {
     const features = by("features").value, protocol = by("protocol").value;
-    return data.rows.filter((row) => row.features === features && row.protocol === protocol && row.confusion);
+    return data.rows.filter((row) => row.features === features && row.protocol === protocol && (row.confusion || row.per_class));
   }
   function bars() {
     const rows = predicted();
     if (hide_section("bars", !rows.length)) return;
     by("bars").querySelector(".hint").textContent = `${by("protocol").value}, features ${by("features").value}${rows[0].seeds > 1 ? ", first seed" : ""}`;
-    const names = present(rows);
+    const names = present(rows), several = Boolean(rows[0].per_class);
+    const labels = several ? data.facts.labels : data.classes;
+    by("bars").querySelector("h2").textContent = several ? "Average precision per label" : "Share found per class";
     const band = names.length * 11 + 26;
-    const chart = canvas("bars", data.classes.length * band + 26, "Share found per class");
+    const chart = canvas("bars", labels.length * band + 26, several ? "Average precision per label" : "Share found per class");
     const left = 8, right = chart.width - 14;
     scale(chart.svg, left, right, chart.height);
-    data.classes.forEach((label, place) => {
+    labels.forEach((label, place) => {
       const start = place * band;
       make("text", { x: left + 2, y: start + 15 }, chart.svg, short(label, Math.floor(chart.width / 8)));
       names.forEach((backbone, line) => {
         const row = rows.find((r) => r.backbone === backbone);
-        const counts = row.confusion[place], total = counts.reduce((a, b) => a + b, 0);
-        const share = total ? counts[place] / total : 0;
+        const counts = several ? [] : row.confusion[place], total = counts.reduce((a, b) => a + b, 0);
+        const share = several ? row.per_class[place] : total ? counts[place] / total : 0;
         const node = make("rect", { x: left, y: start + 20 + line * 11, width: Math.max(1.5, share * (right - left)), height: 9, fill: colour(backbone), class: "mark" }, chart.svg);
-        chart.marks.push({ node, place: -1, text: `${backbone}\n${label}: ${counts[place]} of ${total} items, ${percent(share)}` });
+        chart.marks.push({ node, place: -1, text: `${backbone}\n${label}: ${several ? "" : `${counts[place]} of ${total} items, `}${percent(share)}` });
       });
     });
     legend("bars", names.map((name) => [name, colour(name), "square"]));
@@ -200,8 +203,8 @@
   }
 
   function confusion() {
-    const row = predicted().find((r) => r.backbone === by("backbone").value);
-    if (hide_section("confusion", !predicted().length)) return;
+    const rows = predicted().filter((r) => r.confusion), row = rows.find((r) => r.backbone === by("backbone").value);
+    if (hide_section("confusion", !rows.length)) return;
     if (!row) return missing("confusion");
     by("confusion").querySelector(".hint").textContent = `${row.backbone}, ${row.protocol}, features ${row.features}: rows are classes, columns predictions; shares of the row`;
     const count = data.classes.length;
@@ -321,8 +324,8 @@
   const users = (name) => backbones.filter((b) => (data.embeddings[b] || {})[name]).length;
   const most = Math.max(...features.map(users));
   options("features", features, features.filter((name) => users(name) === most).pop());
-  const protocols = unique(data.rows.filter((row) => row.confusion).map((row) => row.protocol));
-  options("protocol", protocols, protocols.includes("linear") ? "linear" : protocols[0]);
+  const protocols = unique(data.rows.filter((row) => row.confusion || row.per_class).map((row) => row.protocol));
+  options("protocol", protocols, ["linear", "linear multi-label"].find((name) => protocols.includes(name)) || protocols[0]);
   options("backbone", backbones, backbones[0]);
   galleries();
   draw();

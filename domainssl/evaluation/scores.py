@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Partition", "Rate", "Score", "interval", "resampled"]
+__all__ = ["AveragePrecision", "Partition", "Rate", "Score", "interval", "resampled"]
 
 Array = NDArray[Any]
 
@@ -92,6 +92,52 @@ class Partition:
             table = (weights @ both).reshape(len(weights), -1, count)  # (B, clusters, classes)
             out.append(score(table))
         return np.stack(out, axis=1)
+
+
+@dataclass(frozen=True)
+class AveragePrecision:
+    """Average precision of the items that have a label, ranked by its probability.
+
+    Attributes:
+        chances: float (S, N, K).
+        has: float (N, K), 1 where an item has the label.
+        known: bool (N, K), True where it is known whether it has.
+
+    Source: scikit-learn's `average_precision_score`: sum over thresholds of the precision times the
+    growth of the recall; equal chances share a threshold.
+    """
+
+    chances: Array
+    has: Array
+    known: Array
+
+    def over(self, weights: Array) -> Array:
+        """Return the mean over labels; see `Score`. Labels that no drawn item has do not count."""
+        found = self.per_class(weights)
+        counted = np.isfinite(found)
+        total = np.where(counted, found, 0.0).sum(2)
+        return np.where(counted.any(2), total / np.maximum(counted.sum(2), 1), np.nan)
+
+    def per_class(self, weights: Array) -> Array:
+        """Return the value per weighting, seed and label, (B, S, K); NaN without an item."""
+        seeds, _, labels = self.chances.shape
+        out = np.empty((len(weights), seeds, labels))
+        for k in range(labels):
+            known = self.known[:, k]
+            for seed in range(seeds):
+                chances = self.chances[seed, known, k]
+                order = np.argsort(-chances, kind="stable")
+                ranked = chances[order]
+                ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+                drawn = weights[:, known][:, order]
+                hits = (drawn * self.has[known, k][order]).cumsum(1)[:, ends]
+                seen = drawn.cumsum(1)[:, ends]
+                precision = np.divide(hits, seen, out=np.zeros_like(hits), where=seen > 0)
+                grown = np.diff(hits, axis=1, prepend=0.0)
+                total = hits[:, -1]
+                value = (precision * grown).sum(1) / np.where(total > 0, total, 1.0)
+                out[:, seed, k] = np.where(total > 0, value, np.nan)
+        return out
 
 
 def _entropy(shares: Array) -> Array:

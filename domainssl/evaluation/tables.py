@@ -36,6 +36,9 @@ HEADLINES: dict[str, str] = {
     "5-shot": "accuracy",
     "10-shot": "accuracy",
     "retrieval": "mAP",
+    "kNN multi-label": "mAP",
+    "linear multi-label": "mAP",
+    "MLP multi-label": "mAP",
     "dense linear": "mIoU",
 }
 
@@ -134,5 +137,7 @@ def json_content(
         entry = plain_row(row)
         if row.confusion is not None:
             entry |= {"recalls": row.recalls, "confusion": row.confusion}
+        if row.per_class is not None:
+            entry["per_class"] = row.per_class
         entries.append(entry)
     return {**facts, "classes": list(classes), "notes": list(notes), "rows": entries}

@@ -130,6 +130,8 @@ def _label_loss(logits: Tensor, target: Tensor, options: ClassLoss) -> Tensor:
 class ClassificationTask(Task):
     """Classify items by `batch.label`: a number per item, or one 0 or 1 per item and class.
 
+    Labels of the second kind may also be called `label_multi`, as datasets deliver them.
+
     Args:
         backbone: What `load_backbone` reads, or `recipe:NAME` for random weights; see `Task`.
         modalities: Those of the data; the CLI takes them from there.
@@ -261,7 +263,9 @@ class ClassificationTask(Task):
         Raises:
             DataError: They are missing, or of another form.
         """
-        target = self.label_of(batch, "label")
+        is_apart = self.multi_label and "label_multi" in batch  # data may have one class as well
+        target = self.label_of(batch, "label_multi" if is_apart else "label")
+        target = target.float() if is_apart else target
         count = len(self.classes)
         if self.multi_label and (target.ndim != 2 or target.shape[1] != count):
             raise DataError(

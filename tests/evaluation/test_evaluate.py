@@ -92,6 +92,59 @@ def test_features_are_kept_for_the_next_call(place: Path, monkeypatch) -> None:
     assert {p: p.stat().st_mtime_ns for p in (place / "out" / "features").iterdir()} == kept
 
 
+def test_items_with_any_number_of_labels_get_map_and_f1(place: Path, tmp_path: Path) -> None:
+    words = [str(place / "croma"), f"--config={data_file(tmp_path, labels='multi')}"]
+    words += ["--protocols", "knn", "linear", "mlp", "kmeans", "--resamples=20", "--seeds=1"]
+    assert main(["evaluate", *words, f"--output={tmp_path / 'out'}"]) == 0
+    found = rows(tmp_path / "out")
+    assert {key[2:] for key in found} == {
+        (f"{name} multi-label", metric) for name in ("kNN", "linear", "MLP")
+        for metric in ("mAP", "F1")
+    }  # fmt: skip
+    best = found["raw", "s2", "linear multi-label", "mAP"]  # labels are levels here
+    assert float(best["value"]) == 1 and float(best["high"]) == 1
+    assert float(found["raw", "s2", "linear multi-label", "F1"]["value"]) == 1
+    # 16, 8 and 8 of 24 items have them; the third is known of 19, 6 of which have it
+    assert float(best["chance"]) == pytest.approx((16 / 24 + 8 / 24 + 6 / 19) / 3, abs=1e-5)
+    content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert content["labels"] == ["<b>river</b>", "field & wood", "town"]
+    (linear,) = [
+        r for r in content["rows"]
+        if (r["backbone"], r["features"], r["protocol"], r["metric"])
+        == ("raw", "s2", "linear multi-label", "mAP")
+    ]  # fmt: skip
+    assert linear["per_class"] == [1, 1, 1]
+    assert "k-means, few-shot and retrieval are measured of one class" in str(content["notes"])
+
+
+def test_slides_are_evaluated_from_bags_by_pooled_features_and_a_slide_encoder(
+    tmp_path: Path,
+) -> None:
+    import torch
+    import yaml
+
+    from domainssl import export_backbone
+    from domainssl.backbones.slide import TITANBackbone
+
+    data = yaml.safe_load(Path("recipes/slides_titan.yaml").read_text())["data"]
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"data": data}))
+    facts = {
+        "tile_features": {
+            "kind": "features", "channels": [f"f{i}" for i in range(32)], "mpp_um": 0.5,
+            "value_unit": "arbitrary", "mean": [0.0] * 32, "std": [1.0] * 32,
+        }
+    }  # fmt: skip
+    torch.manual_seed(0)
+    export_backbone(TITANBackbone(facts, width=24, depth=1, heads=2), tmp_path / "titan")
+    words = [str(tmp_path / "titan"), f"--config={tmp_path / 'data.yaml'}", "--protocols", "linear"]
+    more = ["--resamples=20", "--no_baselines", "--thumbnails", f"--output={tmp_path / 'out'}"]
+    assert main(["evaluate", *words, *more]) == 0
+    found = rows(tmp_path / "out")
+    titan = found["titan", "tile_features", "linear", "accuracy"]
+    assert (titan["train_items"], titan["test_items"]) == ("96", "64")
+    assert float(titan["value"]) > float(titan["chance"])  # where tiles lie tells the class
+
+
 MISTAKES = {
     "none": ({"labels": "none", "with_mask": False}, "carry no labels"),
     "one": ({"labels": "one"}, "hold one class"),

@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import (
     adjusted_rand_score,
+    average_precision_score,
     balanced_accuracy_score,
     normalized_mutual_info_score,
 )
 
-from domainssl.evaluation.scores import Partition, Rate, interval, resampled
+from domainssl.evaluation.scores import AveragePrecision, Partition, Rate, interval, resampled
 
 
 def ones(count):
@@ -37,6 +38,26 @@ def test_a_weighting_counts_items_as_often_as_they_are_drawn():
     assert agree == pytest.approx(
         [normalized_mutual_info_score(classes[rows], found[rows]) for rows in repeated]
     )
+
+
+def test_average_precision_is_that_of_scikit_learn_with_ties_weights_and_unknown_labels():
+    rng = np.random.default_rng(0)
+    has = (rng.random((50, 3)) < 0.3).astype(float)
+    chances = np.round(rng.random((1, 50, 3)) + 0.3 * has, 1)  # many ties
+    known = rng.random((50, 3)) < 0.9
+    weights = rng.multinomial(50, np.full(50, 1 / 50), size=4).astype(float)
+    score = AveragePrecision(chances, has, known)
+    for row, found in zip(weights, score.per_class(weights)[:, 0], strict=True):
+        wanted = [
+            average_precision_score(
+                has[known[:, k], k], chances[0, known[:, k], k], sample_weight=row[known[:, k]]
+            )
+            for k in range(3)
+        ]
+        assert found == pytest.approx(wanted)
+        assert score.over(row[None])[0, 0] == pytest.approx(np.mean(wanted))
+    alone = AveragePrecision(chances, np.zeros_like(has), known)
+    assert np.isnan(alone.over(weights)).all()
 
 
 def test_accuracy_has_the_interval_of_a_binomial():

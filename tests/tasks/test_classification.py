@@ -154,6 +154,16 @@ def test_several_labels_per_item_may_be_unknown_one_by_one():
         found.losses(logits, given)
 
 
+def test_labels_that_data_deliver_beside_one_class_are_learned():
+    model, given = task(multi_label=True).eval(), batch(3)
+    several = torch.tensor([[True, False, True], [False, False, True], [True, True, False]])
+    logits = torch.zeros(3, 3)
+    wanted = model.losses(logits, {**given, "label": several.float()})
+    found = model.losses(logits, {**given, "label_multi": several})
+    assert torch.equal(found["cross_entropy"], wanted["cross_entropy"])
+    assert torch.equal(model.scored(logits, {**given, "label_multi": several})[1], several.long())
+
+
 def test_gated_attention_weighs_valid_tokens_alone():
     torch.manual_seed(0)
     pool = GatedPool(8, 4)

@@ -30,7 +30,8 @@ from domainssl.evaluation.comparison import (
 )
 from domainssl.evaluation.features import Items, extract, load_items, save_items
 from domainssl.evaluation.gallery import Gallery, look, panels_of
-from domainssl.evaluation.html import html_report, short_hash
+from domainssl.evaluation.html import Page, html_report, short_hash
+from domainssl.evaluation.multilabel import kept_labels
 from domainssl.evaluation.report import subsets
 from domainssl.evaluation.tables import csv_text, json_content
 from domainssl.files import write_json, write_text
@@ -38,7 +39,7 @@ from domainssl.modality import Modality
 
 __all__ = ["Evaluation", "Request", "evaluate_backbones"]
 
-_FORMAT = 2  # of kept features; raise it when the same request gives others
+_FORMAT = 3  # of kept features; raise it when the same request gives others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +163,12 @@ def evaluate_backbones(
         sides["raw"] = _features(None, data, split, request, device, shared, wanted["raw"])
     first = sides[subjects[0].label]
     _refuse_shared_persons(first)
-    classes, names = _classes(first, data, split, notes)
+    classes, names = _classes(first, data, notes)
+    labels, label_names = _labels(first, data, notes)
     rows = compare(
-        sides, wanted, classes, request.protocol, notes, step, source_names=data.source_names
-    )
+        sides, wanted, classes, request.protocol, notes, step,
+        labels=labels, source_names=data.source_names,
+    )  # fmt: skip
     add_gains(rows, {s.label: s.baseline for s in subjects if s.baseline})
     if not rows:
         raise DataError(f"evaluate: nothing could be measured: {'; '.join(notes)}.")
@@ -176,13 +179,14 @@ def evaluate_backbones(
         rows=rows,
         classes=names,
         notes=list(dict.fromkeys(notes)),
-        facts=_facts(request, data, split, subjects, first),
+        facts=_facts(request, data, split, subjects, first) | {"labels": label_names},
         output=request.output,
     )
-    page = html_report(
-        found.rows, sides, names, classes or [], gallery, found.facts, found.notes, named
-    )
-    _write(found, page)
+    page = Page(
+        rows=found.rows, sides=sides, classes=names, numbers=classes or [], gallery=gallery,
+        facts=found.facts, notes=found.notes, named=named,
+    )  # fmt: skip
+    _write(found, html_report(page))
     return found
 
 
@@ -415,11 +419,11 @@ def _refuse_shared_persons(sides: Sides) -> None:
         )
 
 
-def _classes(
-    sides: Sides, data: Any, split: str, notes: list[str]
-) -> tuple[list[int] | None, list[str]]:
-    """Return the classes of items and their names; None where the data only have maps."""
+def _classes(sides: Sides, data: Any, notes: list[str]) -> tuple[list[int] | None, list[str]]:
+    """Return the classes of items and their names; None where items have none, or several."""
     named = getattr(data, "classes", None) or getattr(data, "label_names", None)
+    if sides.train.labels is None and sides.train.multi is not None:
+        return None, []
     if sides.train.labels is None and sides.train.patches:
         notes.append("items have no label; only maps are evaluated")
         return None, []
@@ -427,6 +431,17 @@ def _classes(
     notes += left_out
     names = [str(named[c]) if named and c < len(named) else f"class {c}" for c in kept]
     return kept, names
+
+
+def _labels(sides: Sides, data: Any, notes: list[str]) -> tuple[list[int], list[str]]:
+    """Return the labels of items with any number of them, and their names; empty without any."""
+    if sides.train.multi is None or sides.test.multi is None:
+        return [], []
+    kept, left_out = kept_labels(sides.train, sides.test, type(data).__name__)
+    notes += left_out
+    named = getattr(data, "label_names", None) or getattr(data, "classes", None) or ()
+    fits = len(named) == sides.train.multi.shape[1]
+    return kept, [str(named[k]) if fits else f"label {k}" for k in kept]
 
 
 def _facts(
