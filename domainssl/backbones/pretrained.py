@@ -23,9 +23,10 @@ _S2_GALILEO = tuple(band for band in L2A_BANDS if band not in ("B01", "B09"))
 _PAIR = {**_S1, "s2": L2A_BANDS}
 _PAIR_L1C = {**_S1, **_S2}
 _RGB = {"rgb": ("red", "green", "blue")}
+_AERIAL = {"aerial": ("red", "green", "blue")}
 _STAIN = {"he": ("red", "green", "blue")}
 _CT = {"ct": ("ct",)}
-_UNITS = {"s1": "db", "s2": "dn", "ct": "hu", "rgb": "rgb8", "he": "rgb8"}
+_UNITS = {"s1": "db", "s2": "dn", "ct": "hu", "rgb": "rgb8", "he": "rgb8", "aerial": "rgb8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +216,18 @@ def _sensors() -> list[Pretrained]:
         )
         for size in ("nano", "tiny", "base")
     ]  # fmt: skip
+    satellite = {"large": "vit_large", "large_qkvb": "vit_large", "7b": "vit_7b"}
+    dinov3 = [
+        _of(
+            f"dinov3_sat_{size}.sat493m", "DINOv3",
+            f"timm/{stem}_patch16_dinov3{'_qkvb' if 'qkvb' in size else ''}.sat493m",
+            _AERIAL, "DINOv3 licence",
+        )
+        for size, stem in satellite.items()
+    ]  # fmt: skip
     return [
         *galileo,
+        *dinov3,
         _of("maestro_base.flair_hub", "MAESTRO", "IGNF/MAESTRO_FLAIR-HUB_base", {}, "Apache-2.0"),
         _of("maestro_base.s2_naip", "MAESTRO", "IGNF/MAESTRO_S2-NAIP-urban_base", {}, "Apache-2.0"),
         _of("omnisat_base.published", "OmniSat", None, {}, "MIT"),

@@ -140,6 +140,8 @@ class TileEncoderBackbone(Backbone):
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {n: {"encoder": n} for n in TILE_ENCODERS}
     not_loadable: ClassVar[Mapping[str, str]] = NOT_LOADABLE
+    records: ClassVar[Mapping[str, TileEncoderSpec]] = TILE_ENCODERS
+    usual: ClassVar[str] = "he"  # name of the modality where the data have not said theirs
 
     def __init__(
         self,
@@ -148,22 +150,23 @@ class TileEncoderBackbone(Backbone):
         changes: dict[str, Any] | None = None,
         any_mpp: bool = False,
     ) -> None:
-        if encoder not in TILE_ENCODERS:
-            reason = NOT_LOADABLE.get(encoder)
-            hint = nearest(encoder, TILE_ENCODERS)
+        if encoder not in self.records:
+            reason = self.not_loadable.get(encoder)
+            hint = nearest(encoder, self.records)
             raise ConfigError(
-                f"encoder {encoder!r} is not one of {', '.join(TILE_ENCODERS)}."
+                f"encoder {encoder!r} is not one of {', '.join(self.records)}."
                 f"{hint if reason is None else f' It cannot be loaded: {reason}.'}"
             )
-        self.spec = spec = TILE_ENCODERS[encoder]
+        spec = self.records[encoder]
         known = as_modalities(modalities)
         if len(known) != 1 or next(iter(known.values())).num_channels != 3:
             raise ConfigError(
                 f"{encoder}: the data have {[*known]}; expected one image of three colours, such "
-                "as he."
+                f"as {self.usual}."
             )
         (name,) = known
         super().__init__({name: spec.modality(name)}, "zscore")
+        self.spec, self.encoder = spec, encoder
         self.name, self.any_mpp = name, any_mpp
         built: Any = _build(spec, changes or {})
         self.model: Any = built
@@ -237,8 +240,8 @@ class TileEncoderBackbone(Backbone):
             )
 
     def band_tensors(self, name: str) -> dict[str, str]:
-        """Refuse: tile encoders take the three colours of a stain."""
-        raise self.no_bands(name, "tile encoders take the three colours of a stain")
+        """Refuse: the encoders take red, green and blue."""
+        raise self.no_bands(name, f"{self.encoder} takes red, green and blue")
 
     @classmethod
     def from_reference(
@@ -252,11 +255,12 @@ class TileEncoderBackbone(Backbone):
         Raises:
             WeightsError: Tensors are missing or left over, or the data do not fit.
         """
-        spec = TILE_ENCODERS[str(variant["encoder"])]
-        given = variant.get("modalities", modalities) or {"he": spec.modality("he")}
+        spec = cls.records[str(variant["encoder"])]
+        given = variant.get("modalities", modalities) or {cls.usual: spec.modality(cls.usual)}
         backbone = cls(**{**variant, "modalities": given})
         backbone.check(given)
         flat = {n: t for n, t in tensors_of(state).items() if not n.startswith(spec.ignored)}
+        flat = backbone.timm_names(flat)
         report = backbone.load_tensors({f"model.{name}": tensor for name, tensor in flat.items()})
         missing = tuple(n for n in report.missing if not n.startswith("normalizer."))
         if report.unexpected or missing:
@@ -265,6 +269,10 @@ class TileEncoderBackbone(Backbone):
                 f"{LoadReport(report.matched, missing, report.unexpected)}."
             )
         return backbone, LoadReport(report.matched, missing, report.unexpected)
+
+    def timm_names(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a file under timm's names; the base reads no others."""
+        return dict(flat)
 
 
 def _build(spec: TileEncoderSpec, changes: Mapping[str, Any]) -> nn.Module:
