@@ -32,12 +32,12 @@ from domainssl.sensors import L2A_BANDS
 
 __all__ = ["CHANGES", "VERSION", "build", "sample_root"]
 
-VERSION = "1"
+VERSION = "2"
 CHANGES = ("unchanged", "changed")
 _DOWN, _ACROSS = 4, 10  # fields
 _SEED = 20261127
 _SHARE = (0.25, 0.5)  # of a field that changes
-_SPACING_PX = (6.0, 10.0)  # of objects: each patch of 8 pixels shows some
+_SPACING_PX = (8.0, 12.0)  # of large objects: each patch of 8 pixels shows some
 _LENGTH_PX = 14  # of changed areas
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator

@@ -24,13 +24,13 @@ __all__ = [
     "DATES", "SITES", "VERSION", "build", "sample_root", "stored_numbers", "write_layers",
 ]  # fmt: skip
 
-VERSION = "3"
+VERSION = "4"
 DATES = 6
 SITES = {"fields_a": 32632, "fields_b": 32633, "fields_c": 32631, "fields_d": 32736}
 _DOWN, _ACROSS = 4, 10  # fields
 _CHUNK = 128
 _SEED = 20260404
-_STEP_DN = 32  # coarse numbers: less to store
+_STEP_DN = 64  # coarse numbers: less to store
 Array = np.ndarray[Any, Any]
 
 

@@ -1,8 +1,10 @@
 """Fields of the cube sample: what grows on them, and what both sensors see of it over a year.
 
-A crop shows itself twice. Its objects (rows, clumps) brighten or darken VV against VH and visible
-against near-infrared light in a sense that is its own on nine fields of ten, and another crop's
-on the tenth; one date is enough to see it. And it greens in a season of its own, always, but on a
+A crop shows itself twice. Its objects (rows, clumps) are large and small, bright and dark; the
+large ones change VH as they change VV, or the other way round, and so do the small ones, and
+visible, near-infrared and short-wave light change together or against each other. That is the
+crop's own on nine fields of ten, and another crop's on the tenth; one date is enough to see it,
+but no histogram of a band tells it. And it greens in a season of its own, always, but on a
 level that differs from field to field more than seasons do: only several dates tell it. Levels,
 gains, haze and moisture are drawn for each field and date anew, so that band means of one date
 tell little.
@@ -27,8 +29,12 @@ CROPS = ("winter_crop", "orchard", "summer_crop", "meadow")
 
 _TYPICAL = 0.9  # share of fields whose objects are those of their crop
 _PEAK_MONTH = np.array([1.5, 4.5, 7.5, 10.5])
-# how objects of each crop stand out in (VV, VH), and in (visible and short-wave, near infrared)
+# how (large, small) objects of each crop change VH where they brighten VV
 _SENSE = np.array([[-1, 1], [-1, -1], [1, 1], [1, -1]], np.float32)
+# how objects of each crop change (visible, near-infrared, short-wave) light
+_HUE = np.array([[1, 1, 1], [1, 1, -1], [1, -1, -1], [1, -1, 1]], np.float32)
+_LIGHT = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2])  # which of the three a band sees
+_SMALL = 0.4  # distance of small objects, in that of large ones
 _WAVELENGTH_UM = np.array(
     [0.443, 0.493, 0.560, 0.665, 0.704, 0.741, 0.783, 0.833, 0.865, 0.945, 1.614, 2.202],
     np.float32,
@@ -48,7 +54,7 @@ class Field:
     Attributes:
         label: What grows.
         kind: The crop whose objects it has.
-        objects: Where its objects stand, zero mean, unit variance, (Y, X).
+        objects: Large and small objects, bright and dark, zero mean, variance 1/2, (2, Y, X).
         roughness: What radar alone sees, unit variance, (Y, X).
         strength: Contrast of the objects in both sensors, about 1.
         wetness: Water in the ground, 0..1.
@@ -100,14 +106,23 @@ def smooth(rng: Rng, length_px: float) -> Array:
 
 
 def draw_objects(rng: Rng, spacing: float) -> Array:
-    """Return flat objects of a quarter of their spacing on even ground, unit variance."""
-    ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
-    return _unit((_shaped(rng, ring) - 0.9).clip(0, 0.8) ** 0.5)
+    """Return bright and dark objects on even ground, large ones and small ones, (2, Y, X).
+
+    Large ones stand every `spacing` pixels, small ones every `_SMALL` of that. Bright and dark
+    ones have one distribution, and large and small ones are independent, so that their sum and
+    their difference have one, too.
+    """
+    layers = []
+    for length in (spacing, _SMALL * spacing):
+        ring = np.exp(-(((_FREQUENCY - 1 / length) / (0.3 / length)) ** 2))
+        field = _shaped(rng, ring)
+        layers.append(_unit(np.sign(field) * (np.abs(field) - 0.6).clip(0, 0.8) ** 0.5))
+    return np.stack(layers) * np.float32(0.5**0.5)
 
 
 def draw_field(rng: Rng, label: int) -> Field:
     """Draw the factors of a field on which crop `label` grows."""
-    spacing = rng.uniform(8.0, 20.0)
+    spacing = rng.uniform(10.0, 18.0)
     others = [crop for crop in range(len(CROPS)) if crop != label]
     kind = label if rng.random() < _TYPICAL else int(rng.choice(others))
     return Field(
@@ -115,7 +130,7 @@ def draw_field(rng: Rng, label: int) -> Field:
         kind=kind,
         objects=draw_objects(rng, spacing),
         roughness=smooth(rng, 8),
-        strength=float(np.exp(rng.uniform(-0.6, 0.6))),
+        strength=float(np.exp(rng.uniform(-0.4, 0.4))),
         wetness=float(rng.uniform(0.25, 0.75)),
         level=float(rng.uniform(0.3, 0.7)),
         swing=float(rng.uniform(0.14, 0.2)),
@@ -126,8 +141,9 @@ def draw_field(rng: Rng, label: int) -> Field:
 
 def radar(rng: Rng, field: Field, months: Array) -> Array:
     """Return backscatter of all dates in dB, float32 (T, 2, Y, X)."""
-    contrast = 2.5 * field.strength * np.exp(rng.normal(0, 0.05))
-    fixed = np.float32(contrast) * field.objects * _SENSE[field.kind][:, None, None]
+    contrast = 3.5 * field.strength * np.exp(rng.normal(0, 0.05))
+    both = [field.objects.sum(0), np.tensordot(_SENSE[field.kind], field.objects, 1)]
+    fixed = np.float32(contrast) * np.stack(both)  # in VV and in VH
     fixed = fixed + np.array([0.7, 0.35], np.float32)[:, None, None] * field.roughness
     level = np.array([-12.0, -19.0]) + rng.normal(0, 0.9, 2)
     green, wet = field.greenness(months) - 0.5, field.wetness - 0.5
@@ -142,9 +158,9 @@ def radar(rng: Rng, field: Field, months: Array) -> Array:
 
 def optical(rng: Rng, field: Field, months: Array) -> Array:
     """Return surface reflectance of all dates in the bands of L2A, float32 (T, 12, Y, X)."""
-    contrast = 0.22 * field.strength * np.exp(rng.normal(0, 0.05))
-    change = np.float32(contrast) * field.objects * _SENSE[field.kind][:, None, None]
-    change = (1 + change).clip(0.1)[_IS_NEAR_INFRARED]
+    contrast = 0.3 * field.strength * np.exp(rng.normal(0, 0.05))
+    change = np.float32(contrast) * field.objects.sum(0) * _HUE[field.kind][:, None, None]
+    change = (1 + change).clip(0.1)[_LIGHT]
     tone = rng.normal(0, 0.12, 2)
     relative = np.log(_WAVELENGTH_UM / 0.8)
     dry_out = np.exp(-0.9 * (field.wetness - 0.5) * (1.2 + relative))

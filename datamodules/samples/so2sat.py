@@ -20,7 +20,7 @@ from domainssl.sensors import L1C_BANDS
 
 __all__ = ["BANDS", "PATCHES", "STATISTICS", "VERSION", "build", "sample_root"]
 
-VERSION = "1"
+VERSION = "2"
 PATCHES = {"training": 256, "validation": 96}
 BANDS = ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12")
 # Sentinel-2: reflectance of torchgeo's So2SatDataModule (version 2) in digital numbers.

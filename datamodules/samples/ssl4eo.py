@@ -1,7 +1,7 @@
 """The embedded sample of SSL4EO-S12 v1.1: release A in small, made from known factors.
 
 96 training and 64 held-out locations of 132 px and 4 dates, in files of 32 locations, for the
-products asked for: S1GRD with S2L2A are about 115 MB. All sets of products show the same
+products asked for: S1GRD with S2L2A are about 157 MB. All sets of products show the same
 locations. `labels/<split>.csv` beside them holds the dominant cover of each location
 and the other factors, `labels/<split>_cover.npz` the cover of each pixel, which the product LULC
 holds too, in the numbers of the published land cover. (It is published for release B alone; here
@@ -40,11 +40,11 @@ __all__ = [
     "draw_place", "factors", "sample_root",
 ]  # fmt: skip
 
-VERSION = "8"
+VERSION = "9"
 LOCATIONS = {"train": 96, "val": 64}
 _PER_FILE = 32
 _SEED = 20260101
-_STEP = np.array([64 if band > "B04" else 32 for band in L1C_BANDS])[:, None, None]
+_STEP = np.array([128 if band > "B04" else 32 for band in L1C_BANDS])[:, None, None]
 _ZONES = (32610, 32618, 32632, 32633, 32645, 32651, 32719, 32736, 32755)
 _L2A = [L1C_BANDS.index(band) for band in L2A_BANDS]
 # number of each cover in the product LULC: as which land such objects are mapped

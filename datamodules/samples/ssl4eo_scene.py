@@ -1,12 +1,13 @@
 """Latent factors of one sample location, and what radar and optical sensors make of them.
 
 Land cover, season and terrain are shared by both sensors; roughness reaches the radar alone, haze
-and cloud the optical sensor alone. A location is open land with objects on it, some pixels wide;
-land cover is what kind of objects. Each kind brightens or darkens VV against VH and visible
-against near-infrared light in its own sense, at equal contrast, and the objects leave the means
-of the bands where they are. Levels and tones are drawn for each location and sensor anew, so
-neither band means nor band spreads tell the covers apart: which bands change together, and
-whether few pixels rise or few pixels fall, does.
+and cloud the optical sensor alone. A location is open land with objects on it, large ones and
+small ones, as many bright as dark; land cover is what kind of objects. The large ones of a kind
+change VH as they change VV, or the other way round, and so do the small ones; and in its own way
+visible, near-infrared and short-wave light change together or against each other. Every band
+alone is the same mixture of large and small, bright and dark objects in all covers, and levels
+and tones are drawn for each location and sensor anew, so that the histograms of the bands, their
+means, spreads and percentiles, do not tell the covers apart: which bands change together does.
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ _WAVELENGTH_UM = np.array(
 _SOIL = np.array([9, 11, 14, 18, 20, 22, 23, 24, 25, 26, 1, 31, 28], np.float32) / 100
 _LEAF = np.array([3, 4, 7, 4, 10, 26, 33, 35, 36, 37, 1, 19, 9], np.float32) / 100
 _DRY = np.array([7, 9, 12, 16, 19, 23, 26, 28, 30, 31, 1, 34, 25], np.float32) / 100
-# how an object of each cover stands out in (VV, VH), and in (visible and short-wave, near infrared)
+# how (large, small) objects of each cover change VH where they brighten VV
 _SENSE = np.array([[-1, 1], [-1, -1], [1, 1], [1, -1]], np.float32)
+# how objects of each cover change (visible, near-infrared, short-wave) light
+_HUE = np.array([[1, 1, 1], [1, 1, -1], [1, -1, -1], [1, -1, 1]], np.float32)
+_LIGHT = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2])  # which of the three a band sees
 _IS_NEAR_INFRARED = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0])
+_SMALL = 0.4  # distance of small objects, in that of large ones
 _STEP_PX = {10: 1, 20: 2, 60: 6}
 _RESOLUTION_M = (60, 10, 10, 10, 20, 20, 20, 10, 20, 60, 60, 20, 20)
 
@@ -49,7 +54,7 @@ class Location:
     Attributes:
         label: Dominant cover.
         cover: Cover of each pixel, uint8 (Y, X).
-        objects: Where objects stand, zero mean, unit variance, (Y, X).
+        objects: Large and small objects, bright and dark, zero mean, variance 1/2, (2, Y, X).
         terrain: Heights, unit variance, (Y, X).
         relief: Strength of the terrain, 0..1.
         wetness: Water in the ground, 0..1.
@@ -97,9 +102,18 @@ def _smooth(rng: Rng, length_px: float) -> Array:
 
 
 def _objects(rng: Rng, spacing: float) -> Array:
-    """Return flat objects of a quarter of their spacing on even ground, unit variance."""
-    ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
-    return _unit((_shaped(rng, ring) - 0.9).clip(0, 0.8) ** 0.5)
+    """Return bright and dark objects on even ground, large ones and small ones, (2, Y, X).
+
+    Large ones stand every `spacing` pixels, small ones every `_SMALL` of that. Bright and dark
+    ones have one distribution, and large and small ones are independent, so that their sum and
+    their difference have one, too.
+    """
+    layers = []
+    for length in (spacing, _SMALL * spacing):
+        ring = np.exp(-(((_FREQUENCY - 1 / length) / (0.3 / length)) ** 2))
+        field = _shaped(rng, ring)
+        layers.append(_unit(np.sign(field) * (np.abs(field) - 0.6).clip(0, 0.8) ** 0.5))
+    return np.stack(layers) * np.float32(0.5**0.5)
 
 
 def draw_location(rng: Rng, label: int, month: Array) -> Location:
@@ -111,13 +125,13 @@ def draw_location(rng: Rng, label: int, month: Array) -> Location:
         month: Months since January of each date, (T,).
     """
     fields = np.stack([_smooth(rng, 11) for _ in COVERS])
-    share = rng.uniform(0.75, 0.95)
+    share = rng.uniform(0.8, 0.95)
     fields[label] += _boost(fields, label, share)
     cover = fields.argmax(0).astype(np.uint8)
-    spacing = rng.uniform(10.0, 24.0)
-    green, swing, peak = rng.uniform(0.25, 0.75), rng.uniform(0.05, 0.15), rng.uniform(0, 12)
-    relief, wetness = rng.uniform(0.0, 0.3), rng.uniform(0.25, 0.75)
-    strength = np.exp(rng.uniform(-0.6, 0.6))
+    spacing = rng.uniform(12.0, 20.0)
+    green, swing, peak = rng.uniform(0.4, 0.6), rng.uniform(0.03, 0.08), rng.uniform(0, 12)
+    relief, wetness = rng.uniform(0.0, 0.2), rng.uniform(0.4, 0.6)
+    strength = np.exp(rng.uniform(-0.4, 0.4))
     return Location(
         label=label,
         cover=cover,
@@ -147,19 +161,20 @@ def _boost(fields: Array, label: int, share: float) -> float:
 
 def radar(rng: Rng, place: Location, looks_east: bool) -> tuple[Array, dict[str, float]]:
     """Return backscatter in dB, float16 (T, 2, Y, X), and what of its level radar alone sees."""
-    contrast = 2.5 * place.strength * np.exp(rng.normal(0, 0.05))
+    contrast = 3.5 * place.strength * np.exp(rng.normal(0, 0.05))
     slope = np.gradient(place.terrain, axis=1) * (1 if looks_east else -1)
-    fixed = (contrast * place.objects).astype(np.float32) * _SENSE.T[:, place.cover]
+    both = [place.objects, place.objects * _SENSE.T[:, place.cover]]  # in VV and in VH
+    fixed = np.float32(contrast) * np.stack(both).sum(1)
     fixed += 6.0 * place.relief * slope
     fixed += np.array([0.7, 0.35], np.float32)[:, None, None] * place.roughness
-    own = rng.normal(0, 0.9, 2)
+    own = rng.normal(0, 0.4, 2)
     level = np.array([-12.0, -19.0], np.float32) + own.astype(np.float32)
     out = np.empty((DATES, 2, SIDE, SIDE), np.float16)
     for date in range(DATES):
         green, wet = place.greenness[date] - 0.5, place.wetness - 0.5
         shift = np.array([8 * wet + 2 * green, 4 * wet + 10 * green], np.float32)
         speckle = rng.standard_normal((2, SIDE, SIDE), np.float32)
-        base = level + shift + rng.normal(0, 0.4, 2).astype(np.float32)
+        base = level + shift + rng.normal(0, 0.2, 2).astype(np.float32)
         values = fixed + base[:, None, None] + speckle
         out[date] = np.round(values * 2) / 2  # steps of 0.5 dB: less to store
     return out, {"level_vv_db": float(own[0]), "level_vh_db": float(own[1])}
@@ -181,30 +196,30 @@ def optical(
     """
     mixes = rng.dirichlet([12, 12, 12], len(COVERS)).astype(np.float32)
     mixes = 0.15 * mixes + 0.85 * mixes.mean(0)  # colours of the covers hardly differ
-    contrast = 0.22 * place.strength * np.exp(rng.normal(0, 0.05))
-    change = (contrast * place.objects).astype(np.float32) * _SENSE.T[:, place.cover]
+    contrast = 0.3 * place.strength * np.exp(rng.normal(0, 0.05))
+    change = np.float32(contrast) * place.objects.sum(0) * _HUE.T[:, place.cover]
     slope = np.gradient(place.terrain, axis=0) + 0.5 * np.gradient(place.terrain, axis=1)
     surface = np.empty((DATES, len(L1C_BANDS), SIDE, SIDE), np.float32)
     top = np.empty_like(surface)
     mask = np.zeros((DATES, SIDE, SIDE), np.uint8)
-    tone = rng.normal(0, 0.12, 2)
+    tone = rng.normal(0, 0.05, 2)
     relative = np.log(_WAVELENGTH_UM / 0.8)
     for date in range(DATES):
         green = place.greenness[date]
         weights = mixes * np.array([1.0, 4 * green, 2 * (1 - green)], np.float32)
         weights /= weights.sum(1, keepdims=True)
         spectra = weights @ np.stack([_SOIL, _LEAF, _DRY])  # (covers, bands)
-        gain = np.exp((tone + rng.normal(0, 0.05, 2)).astype(np.float32)[_IS_NEAR_INFRARED])
+        gain = np.exp((tone + rng.normal(0, 0.02, 2)).astype(np.float32)[_IS_NEAR_INFRARED])
         gain *= np.exp(-0.9 * (place.wetness - 0.5) * (1.2 + relative))
-        bias = rng.normal(0, 0.008) * np.ones(13, np.float32)
-        haze = 0.025 * np.exp(0.5 * _smooth(rng, 30) + rng.normal(0, 0.5))
+        bias = rng.normal(0, 0.004) * np.ones(13, np.float32)
+        haze = 0.015 * np.exp(0.3 * _smooth(rng, 30) + rng.normal(0, 0.3))
         sun = rng.uniform(0.6, 1.4) * place.relief * slope
         thick, thin, shade = _clouds(rng) if cloudy[date] else (None, None, None)
         for step in _STEP_PX.values():
             bands = [b for b, m in enumerate(_RESOLUTION_M) if _STEP_PX[m] == step]
             cover = place.cover[step // 2 :: step, step // 2 :: step]
             ground = spectra[:, bands].T[:, cover] * np.exp(_coarse(sun, step))
-            ground *= _stand_out(change, step)[_IS_NEAR_INFRARED[bands]]
+            ground *= _stand_out(change, step)[_LIGHT[bands]]
             ground = ground * gain[bands, None, None] + bias[bands, None, None]
             ground += 0.001 * rng.standard_normal(ground.shape, np.float32)
             veil = _coarse(haze, step) * (_WAVELENGTH_UM[bands, None, None] / 0.49) ** -1.3
@@ -222,9 +237,9 @@ def optical(
 
 
 def _stand_out(change: Array, step: int) -> Array:
-    """Return what objects multiply reflectance by on pixels `step` times as large, (2, Y, X)."""
+    """Return what objects multiply reflectance by on pixels `step` times as large, (3, Y, X)."""
     coarse = np.stack([_coarse(field, step) for field in change])
-    if step == 2:  # keep the spread, or resolution would tell the covers apart
+    if step == 2:  # keep the spread
         coarse *= (change.std((1, 2)) / coarse.std((1, 2)))[:, None, None]
     return (1 + coarse).clip(0.1)
 

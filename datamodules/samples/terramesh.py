@@ -31,7 +31,7 @@ from domainssl.io.ssl4eo.write import TileTable, write_release_b
 
 __all__ = ["VERSION", "build", "sample_root"]
 
-VERSION = "1"
+VERSION = "2"
 _SIDE = 96
 _DATES = {"train": (0, 2), "val": (1,)}
 _PER_SHARD = 96

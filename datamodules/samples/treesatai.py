@@ -1,9 +1,10 @@
 """The embedded sample of TreeSatAI Time Series: 96 training and 96 held-out tiles in its layout.
 
-Four of the fifteen genera occur. Aerial images tell them by what crowns look like, series by when
-they are green (`phenology.py`); how dense a stand is, place by place, both see. Series have 27 to
-37 dates instead of some hundred. As in the real files, passes are stored twice where slices
-overlap, radar has zeros and NaN, and some tiles were never seen on descending passes.
+Four of the fifteen genera occur. Aerial images tell them by which bands crowns change together,
+which no histogram of a band tells; series by when they are green (`phenology.py`); how dense a
+stand is, place by place, both see. Series have 27 to 37 dates instead of some hundred. As in the
+real files, passes are stored twice where slices overlap, radar has zeros and NaN, and some tiles
+were never seen on descending passes.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from domainssl.io.series.treesatai import GENERA
 
 __all__ = ["KINDS", "TILES", "VERSION", "build", "sample_root"]
 
-VERSION = "6"
+VERSION = "7"
 TILES = {"train": 96, "val": 96}
 KINDS = ("Fagus", "Quercus", "Larix", "Betula")
 _SEED = 20261004
 _SIDE, _CELLS, _CELL_PX, _MARGIN = 304, 6, 50, 2
-# how crowns stand out in near infrared and in visible light
-_SENSE = np.array([[1, 1], [1, -1], [-1, 1], [-1, -1]], np.float32)
+# how crowns of each kind change near infrared, green, blue, red
+_SENSE = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, -1, -1], [1, -1, 1, 1]], np.float32)
 _LEVEL = np.array([150, 92, 85, 80], np.float32)  # near infrared, green, blue, red
 _CONTRAST = np.array([26, 20, 18, 20], np.float32)
-_STEP = 8  # of grey levels: less to store
+_STEP = 10  # of grey levels: less to store
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
@@ -112,23 +113,26 @@ def _aerial(rng: Rng, cover: Array, density: Array) -> Array:
     size tells kinds apart.
     """
     crowns = _bumps(rng, rng.uniform(16.0, 26.0))
-    low = 1.1 * _bumps(rng, rng.uniform(6.0, 9.0))
+    low = 0.8 * _bumps(rng, rng.uniform(6.0, 9.0))
     thick = np.pad(density.repeat(_CELL_PX, 0).repeat(_CELL_PX, 1), _MARGIN, mode="edge")
-    sense = _SENSE[cover][..., [0, 1, 1, 1]].transpose(2, 0, 1)  # (4, 304, 304)
-    other = rng.choice([-1.0, 1.0], 2)[[0, 1, 1, 1]]
+    other = rng.choice([-1.0, 1.0], 3)[[0, 1, 2, 2], None, None]
+    stand = crowns * (0.4 + 0.6 * thick) * _SENSE.T[:, cover] + low * other
     contrast = (_CONTRAST * np.exp(rng.normal(0, 0.15)))[:, None, None]
     tone = rng.normal(0, 14, 2)[[0, 1, 1, 1]]
-    x = (_LEVEL + tone)[:, None, None] + contrast * crowns * sense * (0.4 + 0.6 * thick)
-    x += contrast * low * other[:, None, None]
+    x = (_LEVEL + tone)[:, None, None] + contrast * stand
     x += 60 * np.array([1, -0.3, -0.3, -0.5])[:, None, None] * (thick - 0.7)
     x += rng.normal(0, 3, (4, _SIDE, _SIDE))
     return np.clip(np.round(x / _STEP) * _STEP, 1, 255).astype(np.uint8)
 
 
 def _bumps(rng: Rng, spacing: float) -> Array:
-    """Return what stands out every `spacing` pixels or so, unit variance, (304, 304)."""
+    """Return what is brighter or darker every `spacing` pixels or so, unit variance, (304, 304).
+
+    Bright and dark have one distribution, so that neither tells which way a kind stands out.
+    """
     ring = np.exp(-(((_FREQUENCY - 1 / spacing) / (0.3 / spacing)) ** 2))
-    bumps = (_smooth(rng, ring) - 0.9).clip(0, 0.8) ** 0.5
+    field = _smooth(rng, ring)
+    bumps = np.sign(field) * (np.abs(field) - 0.6).clip(0, 0.8) ** 0.5
     return np.asarray((bumps - bumps.mean()) / bumps.std())
 
 

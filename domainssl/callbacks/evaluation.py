@@ -210,7 +210,7 @@ class OnlineEvaluation(Callback):
         for name in here:
             rows[f"present.{name}"] = present_mask(batch, name)
             if with_raw:
-                rows[f"raw.{name}"] = band_statistics(batch, known[name], percentiles=())
+                rows[f"raw.{name}"] = band_statistics(batch, known[name])
             if companion(name, "source") in batch:
                 rows[f"sources.{name}"] = batch[companion(name, "source")]
         label = batch.get("label")

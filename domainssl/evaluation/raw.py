@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,8 @@ __all__ = ["PERCENTILES", "band_statistics"]
 PERCENTILES = (5, 25, 50, 75, 95)
 
 
-def band_statistics(
-    batch: Mapping[str, Any],
-    modality: Modality,
-    percentiles: Sequence[float] = PERCENTILES,
-) -> Tensor:
-    """Return mean, standard deviation and percentiles of every channel of each item.
+def band_statistics(batch: Mapping[str, Any], modality: Modality) -> Tensor:
+    """Return mean, standard deviation and `PERCENTILES` of every channel of each item.
 
     Only valid pixels, voxels or features count. Percentiles are interpolated linearly between the
     sorted values, as `numpy.percentile` does.
@@ -28,7 +24,6 @@ def band_statistics(
     Args:
         batch: Raw physical values and their companions.
         modality: Which one, and where its channel axis is.
-        percentiles: Which ones.
 
     Returns:
         (B, 7 C), float32: all means, all deviations, then one percentile after the other; zero for
@@ -44,16 +39,16 @@ def band_statistics(
     count = weight.sum(-1).clamp(min=1)
     mean = (x * weight).sum(-1) / count
     spread = ((x - mean.unsqueeze(-1)).square() * weight).sum(-1) / count
-    ranked = _percentiles(x, weight > 0, percentiles)
+    ranked = _percentiles(x, weight > 0)
     return torch.cat([mean, spread.sqrt(), *ranked], dim=1).float()
 
 
-def _percentiles(x: Tensor, valid: Tensor, percentiles: Sequence[float]) -> list[Tensor]:
+def _percentiles(x: Tensor, valid: Tensor) -> list[Tensor]:
     """Return (B, C) per percentile of values (B, C, P) where `valid` (B, 1, P)."""
     ordered = torch.where(valid, x, torch.inf).sort(dim=-1).values  # invalid ones come last
     last = (valid.sum(-1, keepdim=True) - 1).clamp(min=0)  # (B, 1, 1), of the valid values
     found = []
-    for percent in percentiles:
+    for percent in PERCENTILES:
         place = last.double() * percent / 100
         low = place.floor().long().expand(-1, x.shape[1], 1)
         high = place.ceil().long().expand(-1, x.shape[1], 1)

@@ -35,7 +35,7 @@ class Collected:
     Attributes:
         features: (N, E) per representation: a modality, several joined by `+`, or `joint`.
         embeddings: (N, E) per modality, in the space the method contrasts.
-        raw: (N, 2 C) per modality, mean and standard deviation per band.
+        raw: (N, 7 C) per modality, mean, deviation and five percentiles per channel.
         present: bool (N,) per modality.
         labels: int (N,), -1 where unknown, or None.
         sources: int (N,) per modality that several scanners make, position in `source_names`.

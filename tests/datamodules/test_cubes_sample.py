@@ -14,6 +14,7 @@ from domainssl.datamodules import SentinelCubeDataModule
 from domainssl.datamodules.samples import cubes
 from domainssl.datamodules.samples.cubes_scene import CROPS
 from domainssl.evaluation.probes import linear_probe_accuracy
+from domainssl.evaluation.raw import PERCENTILES
 from domainssl.loading.source import Loading
 from domainssl.sources.dates import Dates
 from domainssl.sources.held_out import HeldOut
@@ -43,11 +44,12 @@ def held_out(dates: str) -> dict[str, Any]:
 
 
 def statistics(batch: dict[str, Any]) -> torch.Tensor:
-    """Return mean and spread of every band, at every date, per window."""
+    """Return mean, spread and five percentiles of every band, at every date, per window."""
     parts = []
     for name in ("s1", "s2"):
-        values = batch[name]
-        parts += [values.mean((-2, -1)).flatten(1), values.std((-2, -1)).flatten(1)]
+        values = batch[name].flatten(-2)
+        percentiles = values.quantile(torch.tensor(PERCENTILES) / 100, dim=-1)
+        parts += [x.flatten(1) for x in (values.mean(-1), values.std(-1), *percentiles)]
     return torch.cat(parts, 1)
 
 

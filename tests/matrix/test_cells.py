@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from domainssl.cli import main
+from domainssl.cli.verbs.matrix import find_all
 from domainssl.errors import ConfigError
 from domainssl.matrix.cells import Cell, find_cells
 from domainssl.matrix.page import BEGIN, END, check_page, markdown, write_page
@@ -216,6 +217,7 @@ def test_a_page_keeps_its_prose(tmp_path):
     ("words", "said"),
     [
         (["--seeds=0"], "got --seeds=0 --jobs=1, expected at least 1"),
+        (["--seeds=-1", "--write=page.md"], "got --seeds=-1 --jobs=1, expected at least 1"),
         (["--jobs=0"], "got --seeds=3 --jobs=0, expected at least 1"),
         (["--write=nowhere/page.md"], "the folder nowhere does not exist"),
         (["--write=page.txt"], "expected a Markdown page"),
@@ -226,6 +228,28 @@ def test_mistakes_are_said_before_anything_is_trained(tmp_path, monkeypatch, cap
     assert main(["matrix", *words]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_page_names_every_cell_of_the_registry_and_no_other():
+    page = Path(__file__).parents[2] / "docs/matrix.md"
+    text = page.read_text(encoding="utf-8")
+    remedy = "python -m domainssl matrix --seeds 0 --write docs/matrix.md names the cells anew"
+    known = {entry.name: entry for entry in read_record(page.with_suffix(".json"))}
+    cells = {cell.name: cell for cell in find_all()}
+    assert known.keys() == cells.keys(), remedy
+    trained, _, rest = text.partition("### Linear probe")
+    waiting = rest.partition("### Not trained yet")[2].partition("###")[0]
+    for name, cell in cells.items():
+        entry = known[name]
+        assert entry.reason == cell.reason, (name, remedy)
+        if cell.reason:
+            assert f"| `{cell.objective}` | {cell.column} | {cell.reason}" in text, (name, remedy)
+        elif entry.runs:
+            assert entry.sha256 == cell.sha256, (name, "the configuration has changed; train it")
+            assert f"| `{name}` | {cell.objective} | {cell.column} |" in trained, (name, remedy)
+        else:
+            assert f"`{name}`" in waiting, (name, remedy)
 
 
 @pytest.mark.slow

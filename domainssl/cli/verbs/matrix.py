@@ -30,9 +30,10 @@ def run(argv: list[str]) -> int:
         0 when every run met every criterion, 1 otherwise.
     """
     options = _parser().parse_args(argv)
-    if options.jobs < 1 or options.seeds < 1:
+    if options.jobs < 1 or options.seeds < (0 if options.write else 1):
         raise ConfigError(
-            f"matrix: got --seeds={options.seeds} --jobs={options.jobs}, expected at least 1."
+            f"matrix: got --seeds={options.seeds} --jobs={options.jobs}, expected at least 1 (with "
+            "--write also --seeds=0, which trains nothing and writes the page anew)."
         )
     from domainssl.cli.console import console
     from domainssl.matrix.page import check_page, markdown, write_page
@@ -80,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cells", nargs="+", metavar="PATTERN", default=["*"],
         help="names of cells, methods or kinds of data: ssl4eo_croma, CROMA, 'mri_*'")  # fmt: skip
-    add("--seeds", type=int, default=3, metavar="N", help="runs per cell, seeds 0 to N-1 (3)")
+    add("--seeds", type=int, default=3, metavar="N",
+        help="runs per cell, seeds 0 to N-1 (3); 0 with --write writes the page anew")  # fmt: skip
     add("--jobs", type=int, default=1, metavar="N", help="runs at the same time (default 1)")
     add("--write", metavar="FILE.md",
         help="page whose tables are replaced; FILE.json keeps the figures of cells that this call "
