@@ -294,6 +294,18 @@ class BEiTBackbone(Backbone):
             features.dates[name] = x[key(name, "dates")]
         return features, ends, branches
 
+    def feature_pyramid(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """Return patches at four depths on their grid, as `ViTBackbone` does.
+
+        They are what the blocks L/4, L/2 and 3L/4 (from 0, of L) return, and the normalised patches
+        of the last one.
+        """
+        features, ends, _ = self.encode_layers(self.normalize(batch))
+        chosen = [ends[len(ends) * part // 4] for part in (1, 2, 3)]
+        grid = features.grid[self.name]
+        states = [*chosen, features.tokens[self.name]]
+        return {self.name: [s.transpose(1, 2).unflatten(2, grid) for s in states]}
+
     # -- reference files --------------------------------------------------------------------
 
     @classmethod
