@@ -1,4 +1,4 @@
-"""SSL4EO-S12 v1.1: co-registered Sentinel-1 and Sentinel-2 at four dates, releases A and B.
+"""SSL4EO-S12: Sentinel-1 and Sentinel-2 at four dates, v1.1 (releases A and B) and v1.0.
 
     data = SSL4EOS12DataModule(root="sample", global_batch_size=32)
     data.setup("fit")
@@ -18,11 +18,12 @@ from domainssl.datamodules.base import DomainDataModule
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.ssl4eo.facts import LAND_COVER, LAYERS, PRODUCTS, Product
+from domainssl.io.ssl4eo.first import FOLDERS, PACKED, Packed, scan_first
 from domainssl.io.ssl4eo.labels import labels
 from domainssl.io.ssl4eo.land_cover import LAND_COVER_NAMES
 from domainssl.io.ssl4eo.layout import Catalogue, Group, scan
 from domainssl.io.ssl4eo.read import read
-from domainssl.io.storage.paths import is_folder, join
+from domainssl.io.storage.paths import is_folder, is_url, join
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality
 from domainssl.options import as_dataclass
@@ -74,6 +75,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         loading: Worker processes and memory.
         storage_options: fsspec options for a URL. `retry: {attempts: 5, first_wait_s: 0.5}` is
             ours: how often a request that failed is repeated. Keys belong in the environment.
+            `lmdb: {order: [s1, s2c], dtype: uint8}` says what the LMDB of v1.0 do not.
 
     Raises:
         ConfigError: An argument cannot be used.
@@ -108,6 +110,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         )
         self.root = root
         self.storage_options = dict(storage_options or {})
+        self._packed = Packed.of(self.storage_options)
         self.products = dict(modalities or self.default)
         for name, value in self.products.items():
             if value not in self.known:
@@ -191,6 +194,10 @@ class SSL4EOS12DataModule(DomainDataModule):
 
     def _scan(self, root: str, split: str) -> Catalogue:
         """Return the files of a split."""
+        if not is_url(root):
+            first = scan_first(root, split, self.products, self._packed)
+            if first is not None:
+                return first
         return scan(root, split, self.products, self.storage_options)
 
     def _source(self, catalogue: Catalogue, *, is_training: bool) -> SSL4EOSource:
@@ -269,6 +276,8 @@ class SSL4EOS12DataModule(DomainDataModule):
         return lines + super().describe()
 
     def _title(self, catalogue: Catalogue) -> str:
+        if catalogue.release in (FOLDERS, PACKED):
+            return f"SSL4EO-S12 v{catalogue.release}"
         return f"{self.format} release {catalogue.release}"
 
     def _offset(self, name: str) -> str:

@@ -19,6 +19,7 @@ __all__ = ["Row", "checkup"]
 
 _EXTRAS = {
     "geo": ("zarr", "numcodecs", "xarray", "rasterio", "pyproj", "torchgeo"),
+    "lmdb": ("lmdb",),
     "medical": ("monai", "nibabel", "pydicom", "gdcm", "nrrd", "pandas", "pyarrow"),
     "pathology": (
         "openslide",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from domainssl.io.raster.safe import is_safe, safe_bands
+from domainssl.io.ssl4eo.first import sensors_at
 from domainssl.io.ssl4eo.terramesh import products_at, scan_terramesh
 from domainssl.io.storage.paths import join
 from domainssl.sensors import L1C_BANDS
@@ -14,9 +15,10 @@ from domainssl.sources.windows import Window
 
 if TYPE_CHECKING:
     from domainssl.datamodules.cubes import SentinelCubeDataModule
+    from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
     from domainssl.datamodules.terramesh import TerraMeshDataModule
 
-__all__ = ["open_safe", "open_terramesh", "safe_products"]
+__all__ = ["open_first", "open_safe", "open_terramesh", "safe_products"]
 
 _KEYS = {"S1RTC": "s1", "S1GRD": "s1_grd", "S2L2A": "s2", "S2L1C": "s2_l1c", "S2RGB": "rgb"}
 
@@ -35,6 +37,15 @@ def open_terramesh(root: str, options: Mapping[str, Any]) -> TerraMeshDataModule
         global_batch_size=1,
         window=Window(size=min(side, 224)),
         storage_options=dict(options),
+    )
+
+
+def open_first(root: str) -> SSL4EOS12DataModule:
+    """Return the sensors of SSL4EO-S12 v1.0 at a local folder."""
+    from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
+
+    return SSL4EOS12DataModule(
+        root=root, modalities=sensors_at(root), global_batch_size=1, window=Window(size=224)
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from domainssl.errors import DataError
 from domainssl.inspection.bags import bag_tables, inspect_bags, is_bags
-from domainssl.inspection.earth import open_safe, open_terramesh, safe_products
+from domainssl.inspection.earth import open_first, open_safe, open_terramesh, safe_products
 from domainssl.inspection.files import find_geotiffs, inspect_cube, inspect_geotiffs, inspect_tar
 from domainssl.inspection.layers import inspect_layers
 from domainssl.inspection.scans import inspect_scans, is_scans, scan_tables
@@ -42,6 +42,7 @@ from domainssl.inspection.tables import (
 )
 from domainssl.io.raster.bands import open_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
+from domainssl.io.ssl4eo.first import is_first
 from domainssl.io.ssl4eo.terramesh import is_terramesh
 from domainssl.io.storage.paths import is_file, is_folder, is_url, join, list_folder
 from domainssl.sensors import L1C_BANDS, L2A_BANDS
@@ -306,6 +307,12 @@ FORMATS = (
         lambda p: bool(safe_products(p.path, p.names)),
         _by_datamodule(_open_safe),
         _open_safe,
+    ),
+    Format(
+        "ssl4eo_v1",
+        lambda p: not is_url(p.path) and is_first(p.path),
+        _by_datamodule(lambda p: open_first(p.path)),
+        lambda p: open_first(p.path),
     ),
     Format("ssl4eo", lambda p: _split_product(p) is not None, _describe_ssl4eo, _open_ssl4eo),
     Format("treesatai", _is_treesat, _by_datamodule(_open_treesat), _open_treesat),

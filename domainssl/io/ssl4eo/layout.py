@@ -42,7 +42,7 @@ class Group:
 
     Attributes:
         key: Unique within the catalogue, the file's name (and first member in release B).
-        release: `A`, `B`, or `TerraMesh`.
+        release: `A`, `B`, `TerraMesh`, or `1.0` and `1.0 LMDB`.
         products: Product of each modality key.
         files: File of each modality key.
         count: Number of locations.
@@ -108,10 +108,13 @@ class Catalogue:
         """
         out: dict[str, Any] = {
             "release": self.release, "split": self.split, "locations": self.count, "files": {},
+            **({"first": self.groups[0].key} if self.release.startswith("1.0") else {}),
         }  # fmt: skip
         for modality, name in self.products.items():
             files = list(dict.fromkeys(g.files[modality] for g in self.groups if g.files[modality]))
             options = self.groups[0].storage_options
+            if self.release.startswith("1.0"):  # folders of locations, of LMDB
+                files = [path for path in files if not is_folder(path)]
             sizes = [size_of(path, options) for path in files]
             digest = hashlib.sha256()
             step = max(1, len(files) // max(1, hashed))

@@ -18,8 +18,10 @@ from domainssl.io.raster.time import days
 from domainssl.io.raster.zarr import Cube, open_cube
 from domainssl.io.ssl4eo.facts import LAYERS, NO_DATA_CLASS, Product, check_bands
 from domainssl.io.ssl4eo.facts import product as look_up
+from domainssl.io.ssl4eo.first import FOLDERS, PACKED, load_folders, load_packed
 from domainssl.io.ssl4eo.layout import Group
 from domainssl.io.ssl4eo.tiles import (
+    Raw,
     TileFacts,
     chosen_times,
     date_order,
@@ -39,6 +41,7 @@ __all__ = ["Block", "DNOffset", "check_same", "cubes_b", "read"]
 Array = np.ndarray[Any, Any]
 
 _TARS = HandlePool(limit=16)
+_FIRST = {FOLDERS: load_folders, PACKED: load_packed}
 
 
 @dataclass(kw_only=True)
@@ -101,18 +104,6 @@ class Block:
         return values, self.validity.settle(values, cloud)[0]
 
 
-@dataclass(kw_only=True)
-class _Raw:
-    """Stored arrays of the locations, dates already chosen and in order."""
-
-    values: Array
-    cloud: Array | None
-    meta: TileFacts
-    order: Array
-    decoded: int
-    present: Array
-
-
 def read(
     group: Group,
     modality: str,
@@ -153,8 +144,11 @@ def read(
     if chosen.step != 1:
         raise DataError(f"locations: a slice of step 1 was expected, got {locations}")
     repair = fix_s1_order and product.name == "S1GRD"
-    load = _load_a if group.release == "A" else _load_b
-    raw = load(group, modality, product, list(dates), chosen, repair, scratch)
+    if (first := _FIRST.get(group.release)) is not None:
+        raw = first(group, modality, product, list(dates), chosen)
+    else:
+        load = _load_a if group.release == "A" else _load_b
+        raw = load(group, modality, product, list(dates), chosen, repair, scratch)
     meta, values = raw.meta, raw.values
     validity = Validity(product, mask_clouds)
     _check_range(values, product, group.release, group.files[modality])
@@ -268,7 +262,7 @@ def _load_a(
     chosen: range,
     repair: bool,
     scratch: Scratch | None,
-) -> _Raw:
+) -> Raw:
     path = group.files[modality]
     cube = open_cube(path, options=group.storage_options)
     info = cube.info("bands")
@@ -291,9 +285,7 @@ def _load_a(
         cloud = _empty(chunk, shape, np.dtype(np.uint8), scratch, f"{modality}.cloud")
         decoded += _gather(cube, "cloud_mask", rows, order, dates, cloud)
     present = np.ones(len(chosen), bool)
-    return _Raw(
-        values=values, cloud=cloud, meta=meta, order=order, decoded=decoded, present=present
-    )
+    return Raw(values=values, cloud=cloud, meta=meta, order=order, decoded=decoded, present=present)
 
 
 def _load_b(
@@ -304,7 +296,7 @@ def _load_b(
     chosen: range,
     repair: bool,
     scratch: Scratch | None,
-) -> _Raw:
+) -> Raw:
     metas: list[TileFacts] = []
     orders: list[Array] = []
     values: Array | None = None
@@ -342,7 +334,7 @@ def _load_b(
     if values is None:
         shape = (len(chosen), len(dates), len(product.bands), *group.size)
         values = np.zeros(shape, product.dtype)
-    return _Raw(
+    return Raw(
         values=values,
         cloud=cloud,
         meta=joined(metas),

@@ -13,7 +13,8 @@ from domainssl.io.raster.time import UNKNOWN, decode_times, product_time
 from domainssl.io.raster.zarr import Cube
 
 __all__ = [
-    "TileFacts", "chosen_times", "date_order", "facts_a", "facts_b", "facts_of_nothing", "joined",
+    "Raw", "TileFacts", "chosen_times", "date_order", "facts_a", "facts_b", "facts_of_nothing",
+    "joined",
 ]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
@@ -32,6 +33,18 @@ class TileFacts:
     crs: Array
     x0: Array
     y0: Array
+
+
+@dataclass(kw_only=True)
+class Raw:
+    """Stored arrays of n locations, dates already chosen and in order."""
+
+    values: Array
+    cloud: Array | None
+    meta: TileFacts
+    order: Array
+    decoded: int
+    present: Array
 
 
 def facts_a(cube: Cube, rows: slice) -> TileFacts:
