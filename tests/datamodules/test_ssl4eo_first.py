@@ -169,3 +169,6 @@ def test_pickles_are_parsed_and_never_run() -> None:
     ):
         with pytest.raises(DataError, match="the pickle"):
             parse_plain(damaged, "x")
+    pairs = b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(100))
+    doubled = parse_plain(b"\x80\x04()\x94" + pairs + b"t.", "x")
+    assert len(doubled) == 101  # at once, though its last tuple holds the first one 2^100 times

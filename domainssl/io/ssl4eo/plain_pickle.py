@@ -44,17 +44,19 @@ def parse_plain(data: bytes, where: str) -> tuple[Any, ...]:
             if count > _MOST:
                 raise ValueError(f"more than {_MOST} instructions")
             if name in _CONSTANTS:
+                if type(argument) not in (bytes, int):
+                    raise ValueError("a truth value")
                 stack.append(argument)
             elif name in _TUPLES:
                 size = _TUPLES[name]
                 if size > len(stack):
                     raise ValueError("a tuple of more than there is")
-                stack[len(stack) - size :] = [tuple(stack[len(stack) - size :])]
+                stack[len(stack) - size :] = [_tuple(stack[len(stack) - size :])]
             elif name == "MARK":
                 stack.append(_MARK)
             elif name == "TUPLE":
                 at = max(i for i, one in enumerate(stack) if one is _MARK)
-                stack[at:] = [tuple(stack[at + 1 :])]
+                stack[at:] = [_tuple(stack[at + 1 :])]
             elif name == "MEMOIZE" or name in _PUT:
                 memo[len(memo) if name == "MEMOIZE" else int(argument or 0)] = stack[-1]
             elif name in _GET:
@@ -67,12 +69,13 @@ def parse_plain(data: bytes, where: str) -> tuple[Any, ...]:
                     "bytes and whole numbers. It is not of SSL4EO-S12 v1.0, or hostile; nothing "
                     "of it was run."
                 )
-        if len(stack) != 1 or not isinstance(stack[0], tuple) or not _is_plain(stack[0]):
+        if len(stack) != 1 or not isinstance(stack[0], tuple):
             raise ValueError("no tuple of bytes and whole numbers")
     return stack[0]  # type: ignore[no-any-return]
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return type(value) in (bytes, int)
+def _tuple(values: list[Any]) -> tuple[Any, ...]:
+    # checked while it is made: one that is walked through afterwards may hold itself 2^300 times
+    if any(value is _MARK for value in values):
+        raise ValueError("a mark within a tuple")
+    return tuple(values)
