@@ -15,7 +15,7 @@ from domainssl.io.raster.bands import is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.safe import is_safe
 
-__all__ = ["Found", "find_inputs", "is_raster", "read_manifest"]
+__all__ = ["Found", "find_inputs", "is_manifest", "is_raster", "read_manifest"]
 
 _MANIFESTS = (".csv", ".parquet")
 
@@ -38,6 +38,11 @@ def is_raster(path: str) -> bool:
     return is_safe(path) or path.lower().endswith(GEOTIFF_ENDINGS) or is_store(path)
 
 
+def is_manifest(path: str) -> bool:
+    """Tell whether a path is a table of items, by its ending."""
+    return path.lower().endswith(_MANIFESTS) and os.path.isfile(path)
+
+
 def find_inputs(
     given: str | Path, modalities: Sequence[str], is_item: Callable[[str], bool], what: str
 ) -> list[Found]:
@@ -54,7 +59,7 @@ def find_inputs(
         ConfigError: The manifest has no usable columns.
     """
     path = str(given)
-    if path.lower().endswith(_MANIFESTS) and os.path.isfile(path):
+    if is_manifest(path):
         return read_manifest(path, modalities)
     if is_item(path):
         if "://" not in path and not os.path.exists(path):

@@ -10,7 +10,14 @@ from typing import Any
 
 from domainssl.errors import ConfigError, DataError
 
-__all__ = ["file_name", "file_states", "make_folder", "refuse_other", "repeated"]
+__all__ = [
+    "file_name",
+    "file_states",
+    "make_folder",
+    "refuse_one_file",
+    "refuse_other",
+    "repeated",
+]
 
 
 def file_name(item: str) -> str:
@@ -45,6 +52,18 @@ def make_folder(folder: Path, named: Path) -> None:
         raise DataError(
             f"{named}: cannot be written ({error.strerror or error}). Choose another --output."
         ) from error
+
+
+def refuse_one_file(output: Path, count: int, noun: str) -> None:
+    """Refuse the name of one file for the outputs of several inputs.
+
+    Raises:
+        ConfigError: There are several.
+    """
+    if count > 1:
+        raise ConfigError(
+            f"--output {output}: the name of one file, but there are {count} {noun}. Give a folder."
+        )
 
 
 def refuse_other(target: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """One vector per item, in one table: items in groups, each a part that survives a kill.
 
-An item that is larger than a window is cut into windows side by side from its north-west corner;
-its vector is the mean of theirs, weighted by their valid pixels.
+An item that is larger than a window is cut into windows side by side from its first corner; its
+vector is the mean of theirs, weighted by the share of each that was measured.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,27 +23,44 @@ from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json, write_whole
 from domainssl.inference.dense import DenseOptions
-from domainssl.inference.outputs import refuse_other
+from domainssl.inference.outputs import refuse_other, repeated
 from domainssl.inference.preview import write_scatter
-from domainssl.inference.scenes import Scene
-from domainssl.inference.tokens import TokenWindows, autocast_context
+from domainssl.inference.tokens import autocast_context
 from domainssl.io.raster.geoparquet import Footprint, vector_table
-from domainssl.modality import Batch, batch_to, key
+from domainssl.modality import Batch, batch_to
 
-__all__ = ["PooledEmbedding"]
+__all__ = ["PooledEmbedding", "PooledItem"]
 
 Array = np.ndarray[Any, Any]
 _GROUP = 256  # items of a part
 
 
+class PooledItem(Protocol):
+    """What a vector is of."""
+
+    @property
+    def name(self) -> str:
+        """What its row is called."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the vector rests on: plain data without paths and names of persons."""
+
+    def batches(self) -> Iterator[tuple[float, Batch]]:
+        """Yield weight and batch, of one item, of every window that shows something."""
+
+
 @dataclass(kw_only=True)
 class PooledEmbedding:
-    """One vector per scene: groups that are made one by one (`pieces.Buildable`).
+    """One vector per item: groups that are made one by one (`pieces.Buildable`).
 
     Attributes:
         target: The Parquet file.
-        scenes: The items.
-        windows: Window of each, as a grid of one cell.
+        items: The items.
+        feature: Which feature is taken.
+        columns: Further columns of the table.
+        footprints: Where items lie on the earth; None for those that lie nowhere.
+        group: Items of a part, few where each takes long; None is 256.
         backbone: What computes.
         options: How; halo and dtype of windows do not count here.
         facts: Written into the file.
@@ -52,27 +68,35 @@ class PooledEmbedding:
     """
 
     target: Path
-    scenes: Sequence[Scene]
-    windows: Sequence[TokenWindows]
+    items: Sequence[PooledItem]
+    feature: str
     backbone: Backbone
     options: DenseOptions
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    footprints: Sequence[Footprint] | None = None
+    group: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        count = -(-len(self.scenes) // _GROUP)
+        twice = repeated(item.name for item in self.items)
+        if twice:
+            raise ConfigError(
+                f"embed: several inputs are called {', '.join(twice[:4])}. Give them other names "
+                "in a manifest (column id)."
+            )
+        self._size = self.group or _GROUP
+        count = -(-len(self.items) // self._size)
         self.keys: Sequence[str] = [str(number) for number in range(count)]
-        first = self.windows[0]
         self._request: dict[str, Any] = json.loads(
             json.dumps(
                 {
                     **self.facts,
                     "weights_sha256": weights_digest(self.backbone),
-                    "feature": first.feature,
-                    "window": {n: list(s) for n, s in first.sizes.items()},
+                    "feature": self.feature,
                     "dtype": self.options.dtype,
                     "computed_in": self.options.autocast or "float32",
-                    "items": [[scene.name, scene.facts] for scene in self.scenes],
+                    "items": [[item.name, item.facts] for item in self.items],
                 }
             )
         )
@@ -163,13 +187,10 @@ class PooledEmbedding:
         vectors = np.concatenate([np.load(self._part(k), allow_pickle=False) for k in self.keys])
         facts = {name: value for name, value in self._request.items() if name != "items"}
         content = vector_table(
-            [scene.name for scene in self.scenes],
+            [item.name for item in self.items],
             vectors,
-            footprints=[Footprint(scene.crs, scene.bounds) for scene in self.scenes],
-            columns={
-                "date": [scene.date or None for scene in self.scenes],
-                "crs": [scene.crs for scene in self.scenes],
-            },
+            footprints=self.footprints,
+            columns=self.columns,
             facts=facts,
             dtype=self.options.dtype,
         )
@@ -189,9 +210,9 @@ class PooledEmbedding:
 
         Items that are left out are NaN too, and noted in `left_out`.
         """
-        first = number * _GROUP
-        members = range(first, min(first + _GROUP, len(self.scenes)))
-        dim = self.backbone.embed_dim[self.windows[0].feature]
+        first = number * self._size
+        members = range(first, min(first + self._size, len(self.items)))
+        dim = self.backbone.embed_dim[self.feature]
         sums = np.zeros((len(members), dim), np.float64)
         weights = np.zeros(len(members), np.float64)
         self.backbone.to(self.options.device).eval()
@@ -203,11 +224,11 @@ class PooledEmbedding:
                 torch.inference_mode(),
                 autocast_context(self.options.device, self.options.autocast),
             ):
-                found = self.backbone(moved).pooled[self.windows[0].feature].float().cpu().numpy()
+                found = self.backbone(moved).pooled[self.feature].float().cpu().numpy()
             at = [row - first for row in rows]
             np.add.at(sums, at, found * np.asarray(counts)[:, None])
             np.add.at(weights, at, counts)
-        weights[[self.scenes[member].name in left_out for member in members]] = 0
+        weights[[self.items[member].name in left_out for member in members]] = 0
         sums[weights == 0] = np.nan
         with np.errstate(invalid="ignore", divide="ignore"):
             return (sums / weights[:, None]).astype(np.float32)
@@ -215,20 +236,16 @@ class PooledEmbedding:
     def _windows(
         self, members: Sequence[int], left_out: dict[str, str]
     ) -> Iterator[tuple[int, float, Batch]]:
-        """Yield item, valid pixels and batch of every window that shows something."""
+        """Yield item, weight and batch of every window that shows something."""
         for member in members:
-            scene, windows = self.scenes[member], self.windows[member]
-            for at in product(*(range(n) for n in scene.shape(windows))):
-                try:
-                    batch = scene.read(windows, [slice(i, i + 1) for i in at])
-                except DataError as error:
-                    if not self.skip_bad:
-                        raise
-                    left_out[scene.name] = str(error)
-                    break
-                count = float(batch[key(next(iter(scene.parts)), "valid")].float().sum())
-                if count:
-                    yield member, count, batch
+            item = self.items[member]
+            try:
+                for weight, batch in item.batches():
+                    yield member, weight, batch
+            except DataError as error:
+                if not self.skip_bad:
+                    raise
+                left_out[item.name] = str(error)
 
 
 def _batches(

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError
 from domainssl.inference.bags import bag_items
+from domainssl.inference.domain import domain_of
 from domainssl.inference.inputs import find_inputs, is_raster
 from domainssl.inference.items import ExamItem, SceneItem, windows_of_task
 from domainssl.inference.outputs import file_name
@@ -26,7 +26,7 @@ from domainssl.inference.volume_maps import VolumePrediction, find_volumes, volu
 from domainssl.io.slide.facts import SlideReading
 from domainssl.io.slide.grid import MIN_TISSUE
 
-__all__ = ["NOUNS", "HowPredicted", "Prediction", "domain_of", "prediction"]
+__all__ = ["NOUNS", "HowPredicted", "Prediction", "prediction"]
 
 Prediction = RasterPrediction | VolumePrediction | SlidePrediction | TablePrediction
 NOUNS = {"volumes": "exams", "rasters": "scenes", "slides": "slides", "bags": "slides"}
@@ -57,26 +57,6 @@ class HowPredicted:
     reading: SlideReading = field(default_factory=SlideReading)
     min_tissue: float = MIN_TISSUE
     tiles: int | None = None
-
-
-def domain_of(backbone: Backbone) -> str:
-    """Return what a backbone is shown: `volumes`, `rasters`, `slides` or `bags`.
-
-    Raises:
-        ConfigError: It is something else, such as a table.
-    """
-    modalities = backbone.modalities.values()
-    if {m.kind for m in modalities} == {"features"}:
-        return "bags"
-    if {m.spatial_dims for m in modalities} == {3}:
-        return "volumes"
-    if {m.spatial_dims for m in modalities} == {2}:
-        return "slides" if all(m.mpp_um for m in modalities) else "rasters"
-    shown = ", ".join(f"{m.name} ({m.kind})" for m in modalities)
-    raise ConfigError(
-        f"A backbone of {shown}: rasters, scans, slides and bags of features are read from paths. "
-        "Give its forward pass batches instead."
-    )
 
 
 def prediction(task: Any, sources: Sequence[str], output: Path, how: HowPredicted) -> Prediction:

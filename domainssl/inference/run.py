@@ -17,11 +17,14 @@ from typing import Any, Literal
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.inference.dense import DenseEmbedding, DenseOptions
+from domainssl.inference.domain import domain_of
 from domainssl.inference.inputs import Found, find_inputs, is_raster
+from domainssl.inference.outputs import refuse_one_file
 from domainssl.inference.pooled import PooledEmbedding
+from domainssl.inference.pooled_items import pooled_items, pooled_scenes
 from domainssl.inference.preview import write_map_preview
 from domainssl.inference.scenes import Scene, SceneOptions, open_scene
-from domainssl.inference.tokens import TokenWindows, token_windows, whole_windows
+from domainssl.inference.tokens import TokenWindows, token_windows
 from domainssl.inference.volumes import VolumeEmbedding, volume_embedding
 from domainssl.io.raster.cog import CogWriter
 from domainssl.io.raster.geozarr import VectorLayout, VectorStore
@@ -109,17 +112,23 @@ def embed(
     options = _with(options or EmbedOptions(), more)
     plan = _of_rank(plan or Plan(jobs=0))
     loaded = backbone if isinstance(backbone, Backbone) else _loaded(backbone)
-    if any(modality.kind == "volume" for modality in loaded.modalities.values()):
+    domain = domain_of(loaded)
+    if domain != "rasters" and (options.pooled or domain == "bags"):
+        pooled = pooled_items(loaded, domain, str(source), Path(output), options)
+        pooled.skip_bad = plan.skip_bad
+        return _run(pooled, plan, progress, "items")
+    if domain == "volumes":
         return _run(_volumes(loaded, str(source), Path(output), options), plan, progress, "exams")
-    if all(modality.mpp_um for modality in loaded.modalities.values()):
+    if domain == "slides":
         raise ConfigError(
             "embed: slides become bags of tiles, by the command line: python -m domainssl embed "
-            "BACKBONE SLIDES --output DIR, or tile SLIDES --features BACKBONE."
+            "BACKBONE SLIDES --output DIR, or tile SLIDES --features BACKBONE; pooled=True writes "
+            "one vector per slide."
         )
     found = find_inputs(source, list(loaded.modalities), is_raster, "a GeoTIFF or Zarr store")
     scenes, unopened = _opened(loaded, found, options.scene, skip_bad=plan.skip_bad)
     if options.pooled:
-        table = _pooled(loaded, scenes, Path(output), options)
+        table = pooled_scenes(loaded, scenes, Path(output), options)
         table.skip_bad = plan.skip_bad
         done = _run(table, plan, progress, "groups")
     else:
@@ -227,11 +236,8 @@ def _dense(
         raise ConfigError(
             f"--output {output}: --format {form} writes {endings[0]}. Name both alike."
         )
-    if suffix in endings and len(scenes) > 1:
-        raise ConfigError(
-            f"--output {output}: the name of one file, but there are {len(scenes)} inputs. Give a "
-            "folder."
-        )
+    if suffix in endings:
+        refuse_one_file(output, len(scenes), "inputs")
     return DenseEmbedding(
         root=output.parent if suffix in endings else output,
         items=scenes,
@@ -248,8 +254,6 @@ def _dense(
 def _volumes(
     backbone: Backbone, source: str, output: Path, options: EmbedOptions
 ) -> VolumeEmbedding:
-    if options.pooled:
-        raise ConfigError("--pooled: is for rasters; volumes become maps of vectors.")
     form = options.form or ("zarr" if output.name.endswith(".zarr") else "nifti")
     if form == "cog":
         raise ConfigError("--format cog: is for rasters; volumes become nifti or zarr.")
@@ -266,24 +270,6 @@ def _volumes(
         feature=options.feature,
         window=options.window,
         writer=NiftiWriter() if form == "nifti" else None,
-    )
-
-
-def _pooled(
-    backbone: Backbone, scenes: Sequence[Scene], output: Path, options: EmbedOptions
-) -> PooledEmbedding:
-    if output.suffix.lower() not in (".parquet", ".geoparquet"):
-        raise ConfigError(f"--output {output}: --pooled writes one table; give a .parquet file.")
-    return PooledEmbedding(
-        target=output,
-        scenes=scenes,
-        windows=[
-            whole_windows(backbone, list(s.parts), feature=options.feature, size=options.window)
-            for s in scenes
-        ],
-        backbone=backbone,
-        options=options.dense,
-        facts={"backbone": type(backbone).__name__},
     )
 
 

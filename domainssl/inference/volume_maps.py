@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import torch
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
+from domainssl.inference.inputs import is_manifest, read_manifest
 from domainssl.inference.outputs import file_name, file_states
 from domainssl.inference.predict import (
     LabelMap,
@@ -30,6 +31,7 @@ from domainssl.inference.sliding import Box
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.exams import find_exams
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
+from domainssl.io.volume.folder import EVERY
 from domainssl.io.volume.geometry import TOLERANCE, displacement
 from domainssl.io.volume.prepared import Prepared
 from domainssl.io.volume.scan import describe_scan, is_scan, placed
@@ -83,12 +85,31 @@ def volume_input(task: Owner, reading: Mapping[str, Any] | None = None) -> Volum
     return VolumeInput(contrasts=contrasts, preparation=as_dataclass(Preparation, options))
 
 
+def scans_for(backbone: Backbone) -> VolumeInput:
+    """Return how scans are read for a backbone alone.
+
+    Of a backbone of one modality every scan of a folder is an exam, whatever it is called.
+    """
+    inputs = volume_input(_Holder(backbone))
+    if len(inputs.contrasts) > 1:
+        return inputs
+    ((name, contrast),) = inputs.contrasts.items()
+    return replace(inputs, contrasts={name: replace(contrast, contrast=EVERY)})
+
+
+@dataclass
+class _Holder:
+    """What `volume_input` looks at."""
+
+    backbone: Backbone
+
+
 def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) -> list[Exam]:
     """Return the exams of an input: a scan, or a folder or data set with several.
 
     Args:
-        path: A file, a folder with a DICOM series, or a folder in one of the layouts of
-            `find_exams`.
+        path: A file, a folder with a DICOM series, a folder in one of the layouts of `find_exams`,
+            or a manifest: CSV or Parquet with `id`, and `path` or a column per modality.
         inputs: What is read.
         modality: What a single scan is, where the task knows several.
 
@@ -97,6 +118,14 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
         ConfigError: It does not say which modality a single scan is.
     """
     names = list(inputs.contrasts)
+    if is_manifest(path):
+        listed = [(found.name, found.files) for found in read_manifest(path, names)]
+        return [
+            _one_scan(files, names, modality, name)
+            if isinstance(files, str)
+            else Exam(id=name, patient="", scans=dict(files))
+            for name, files in listed
+        ]
     if not is_scan(path):
         if not os.path.isdir(path):
             describe_scan(path)  # says what it is not
@@ -105,6 +134,11 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
             label="", mask="",
         )  # fmt: skip
         return list(find_exams(path, wanted).items)
+    return [_one_scan(path, names, modality, stem_of(path))]
+
+
+def _one_scan(path: str, names: Sequence[str], modality: str | None, id_: str) -> Exam:
+    """Return the exam of one scan."""
     if modality is None and len(names) > 1:
         raise ConfigError(
             f"{path}: one scan, but the task knows {', '.join(names)}. Say which it is, such as "
@@ -116,7 +150,7 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
             f"--modality {name}: the task does not know it, only {', '.join(names)}."
             f"{nearest(name, names)}"
         )
-    return [Exam(id=stem_of(path), patient="", scans={name: path})]
+    return Exam(id=id_, patient="", scans={name: path})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ all contrasts. An exam is a piece; its shards are kept when a call is killed in 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,21 @@ from torch.nn.functional import pad
 
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
-from domainssl.errors import ConfigError
 from domainssl.files import read_json
 from domainssl.inference.dense import DenseEmbedding, DenseOptions, Writer
-from domainssl.inference.outputs import file_name, file_states, make_folder, refuse_other
+from domainssl.inference.outputs import (
+    file_name,
+    file_states,
+    make_folder,
+    refuse_one_file,
+    refuse_other,
+)
 from domainssl.inference.preview import write_map_preview
 from domainssl.inference.tokens import TokenWindows, token_windows
-from domainssl.inference.volume_maps import VolumeInput, find_volumes, volume_batch, volume_input
+from domainssl.inference.volume_maps import VolumeInput, find_volumes, scans_for, volume_batch
 from domainssl.io.ids import ids_of
 from domainssl.io.raster.geozarr import VectorLayout, VectorStore
 from domainssl.io.volume.exam import Exam
-from domainssl.io.volume.folder import EVERY
 from domainssl.io.volume.prepared import Prepared
 from domainssl.modality import Batch, key
 from domainssl.pieces import Plan, build
@@ -255,19 +259,13 @@ def volume_embedding(
         ConfigError: Several exams are to go into one file, or ids repeat.
         DataError: There is no scan.
     """
-    inputs = volume_input(_Holder(backbone))
-    if len(inputs.contrasts) == 1:  # every scan of a folder is an exam, whatever it is called
-        ((name, contrast),) = inputs.contrasts.items()
-        inputs = replace(inputs, contrasts={name: replace(contrast, contrast=EVERY)})
+    inputs = scans_for(backbone)
     exams = find_volumes(source, inputs, modality)
     names = [exam.id for exam in exams]
     known = [file_name(name) for name in ids_of(names, ids)]
     is_file = output.name.lower().endswith((".nii.gz", ".zarr"))
-    if is_file and len(exams) > 1:
-        raise ConfigError(
-            f"--output {output}: the name of one file, but there are {len(exams)} exams. Give a "
-            "folder."
-        )
+    if is_file:
+        refuse_one_file(output, len(exams), "exams")
     return VolumeEmbedding(
         root=output.parent if is_file else output,
         exams=exams,
@@ -277,13 +275,6 @@ def volume_embedding(
         target=output if is_file else None,
         **more,
     )
-
-
-@dataclass
-class _Holder:
-    """What `volume_input` looks at."""
-
-    backbone: Backbone
 
 
 def _slice_preview(store: VectorStore, layout: VectorLayout, path: Path) -> None:

@@ -34,7 +34,8 @@ def run(argv: list[str]) -> int:
     )
     chosen = _options(options)
     backbone = load_backbone(options.backbone, weights=options.weights)
-    if all(m.kind == "image" and m.mpp_um for m in backbone.modalities.values()):
+    is_slide = all(m.kind == "image" and m.mpp_um for m in backbone.modalities.values())
+    if is_slide and not options.pooled:
         return _slides(options, backbone)
     screen = console()
     with Bar("pieces", kept=f"beside {options.output}") as shown:
@@ -48,10 +49,11 @@ def _slides(options: argparse.Namespace, backbone: Backbone) -> int:
     from domainssl.cli.verbs import tile
 
     modality = next(iter(backbone.modalities.values()))
-    if options.pooled or options.format not in (None, "zarr") or options.dtype == "int8":
+    if options.format not in (None, "zarr") or options.dtype == "int8":
         raise ConfigError(
-            "embed: slides become bags, one vector per tile: --pooled, --dtype int8 and --format "
-            "cog or nifti are not for them. For a vector per slide, embed the bags with TITAN."
+            "embed: slides become bags, one vector per tile: --dtype int8 and --format cog or "
+            "nifti are not for them. For one vector per slide add --pooled, the mean over its "
+            "tiles, or embed the bags with a slide encoder such as TITAN."
         )
     size = options.window or (modality.size[0] if modality.size else 256)
     words = [
@@ -148,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         help="an export, a checkpoint of a run, hf://..., or a name with --weights")  # fmt: skip
     add("input", metavar="INPUT",
         help="a GeoTIFF or Zarr store, a folder of some, or a manifest (CSV or Parquet: id, and "
-        "path or a column per modality); scans; slides")  # fmt: skip
+        "path or a column per modality); scans; slides; bags of their features")  # fmt: skip
     add("--output", required=True, type=Path, metavar="PATH",
         help="file to write where its name ends like one, otherwise a folder")  # fmt: skip
     add("--format", choices=("zarr", "cog", "nifti"),
@@ -157,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ids", choices=("hashed", "plain"), default="hashed",
         help="names of outputs of exams: keyed hashes, or their own (default: hashed)")  # fmt: skip
     add("--pooled", action="store_true",
-        help="one vector per input, in one GeoParquet table with footprints")  # fmt: skip
+        help="one vector per input in one .parquet table; of rasters GeoParquet")  # fmt: skip
     add("--weights", metavar="FILE", help="weights of a backbone that is named")
     add("--feature", metavar="NAME", help="modality, or joint (default: joint of several)")
     add("--dtype", choices=("float32", "float16", "int8"), default="float32",

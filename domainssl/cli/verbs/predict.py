@@ -93,8 +93,9 @@ def _predict(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
+    from domainssl.inference.domain import domain_of
     from domainssl.inference.predict import claim_folder
-    from domainssl.inference.predictions import NOUNS, domain_of, prediction
+    from domainssl.inference.predictions import NOUNS, prediction
     from domainssl.inference.tables import TablePrediction
     from domainssl.pieces import Plan, Shard, build
 

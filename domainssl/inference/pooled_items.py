@@ -1,0 +1,205 @@
+"""Items of one vector each: rasters, exams, slides and bags of their features."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from domainssl.backbones.base import Backbone
+from domainssl.errors import ConfigError
+from domainssl.inference.bags import bag_items
+from domainssl.inference.dense import DenseOptions
+from domainssl.inference.items import ExamItem, SceneItem
+from domainssl.inference.outputs import file_name, file_states
+from domainssl.inference.pooled import PooledEmbedding, PooledItem
+from domainssl.inference.scenes import Scene, SceneOptions
+from domainssl.inference.slide_maps import SlideInput, find_slides
+from domainssl.inference.tokens import TokenWindows, feature_name, whole_windows
+from domainssl.inference.volume_maps import find_volumes, scans_for
+from domainssl.io.ids import ids_of
+from domainssl.io.raster.geoparquet import Footprint
+from domainssl.io.slide.grid import plan_grid
+from domainssl.io.slide.pyramid import Slide
+from domainssl.modality import Batch, Modality, key
+
+__all__ = ["pooled_items", "pooled_scenes"]
+
+
+class Asked(Protocol):
+    """What is asked of an embedding; see `run.EmbedOptions`."""
+
+    @property
+    def feature(self) -> str | None:
+        """Which feature is written."""
+
+    @property
+    def window(self) -> int | None:
+        """Side of a window."""
+
+    @property
+    def ids(self) -> Any:
+        """Names of exams and slides: `hashed` or `plain`."""
+
+    @property
+    def dense(self) -> DenseOptions:
+        """Windows, device, type."""
+
+    @property
+    def scene(self) -> SceneOptions:
+        """What is said about rasters."""
+
+
+@dataclass(frozen=True)
+class SlideItem:
+    """The tiles of a slide that hold tissue, one window each.
+
+    Attributes:
+        name: Id of the slide.
+        slide: The slide.
+        modality: What the backbone expects.
+        side: Side of a tile in pixels.
+    """
+
+    name: str
+    slide: SlideInput
+    modality: Modality
+    side: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the vector rests on."""
+        return {"files": file_states([self.slide.path]), "side": self.side}
+
+    def batches(self) -> Iterator[tuple[float, Batch]]:
+        """Yield weight and batch of every tile.
+
+        Raises:
+            DataError: The slide cannot be read.
+        """
+        resolution = self.modality.mpp_um
+        assert resolution is not None
+        name = self.modality.name
+        with Slide(self.slide.path) as slide:
+            grid = plan_grid(slide, self.side, resolution)
+            for x, y in grid.coords.tolist():
+                rgb, valid = slide.read(x, y, self.side, resolution)
+                if valid.any():
+                    yield (
+                        float(valid.mean()),
+                        {
+                            name: torch.from_numpy(rgb).permute(2, 0, 1)[None].float(),
+                            key(name, "valid"): torch.from_numpy(valid)[None],
+                        },
+                    )
+
+
+def _checked(output: Path) -> Path:
+    if output.suffix.lower() not in (".parquet", ".geoparquet"):
+        raise ConfigError(
+            f"--output {output}: one vector per item goes into one table; give a .parquet file."
+        )
+    return output
+
+
+def _facts(backbone: Backbone, windows: TokenWindows | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"backbone": type(backbone).__name__}
+    if windows is not None:
+        found["window"] = {name: list(sizes) for name, sizes in windows.sizes.items()}
+    return found
+
+
+def pooled_scenes(
+    backbone: Backbone, scenes: Sequence[Scene], output: Path, options: Asked
+) -> PooledEmbedding:
+    """Return a table of rasters, with date, reference system and footprint.
+
+    Raises:
+        ConfigError: The output is no table, or the card states no size of a window.
+    """
+    target = _checked(output)
+    windows = [
+        whole_windows(backbone, list(s.parts), feature=options.feature, size=options.window)
+        for s in scenes
+    ]
+    return PooledEmbedding(
+        target=target,
+        items=[SceneItem(s, own) for s, own in zip(scenes, windows, strict=True)],
+        feature=windows[0].feature,
+        backbone=backbone,
+        options=options.dense,
+        facts=_facts(backbone, windows[0]),
+        columns={
+            "date": [scene.date or None for scene in scenes],
+            "crs": [scene.crs for scene in scenes],
+        },
+        footprints=[Footprint(scene.crs, scene.bounds) for scene in scenes],
+    )
+
+
+def pooled_items(
+    backbone: Backbone, domain: str, source: str, output: Path, options: Asked
+) -> PooledEmbedding:
+    """Return a table of exams, slides or bags.
+
+    Args:
+        backbone: What computes.
+        domain: `volumes`, `slides` or `bags`; see `domain_of`.
+        source: A path; see `find_volumes`, `find_slides` and `bag_items`.
+        output: The table.
+        options: What is asked for.
+
+    Raises:
+        ConfigError: The output is no table, or an option cannot be used.
+        DataError: There is no such input.
+    """
+    target = _checked(output)
+    items: Sequence[PooledItem]
+    windows = None
+    if domain == "bags":
+        items = bag_items(source, backbone)
+    elif domain == "slides":
+        items = _slides(backbone, source, options)
+    else:
+        inputs = scans_for(backbone)
+        exams = find_volumes(source, inputs, options.scene.modality)
+        names = [file_name(name) for name in ids_of([exam.id for exam in exams], options.ids)]
+
+        def of_names(there: Sequence[str]) -> TokenWindows:
+            return whole_windows(backbone, there, feature=options.feature, size=options.window)
+
+        windows = of_names(list(backbone.modalities))
+        items = [
+            ExamItem(name, exam, inputs, of_names) for name, exam in zip(names, exams, strict=True)
+        ]
+    return PooledEmbedding(
+        target=target,
+        items=items,
+        feature=feature_name(backbone, list(backbone.modalities), options.feature),
+        backbone=backbone,
+        options=options.dense,
+        facts=_facts(backbone, windows),
+        group=1,
+    )
+
+
+def _slides(backbone: Backbone, source: str, options: Asked) -> list[SlideItem]:
+    (modality, *others) = backbone.modalities.values()
+    side = options.window or (modality.size[0] if modality.size else None)
+    if others or side is None:
+        raise ConfigError(
+            "embed: slides are embedded by backbones of one stain whose card states the size of a "
+            "tile; otherwise say --window."
+        )
+    slides = find_slides(source)
+    base = source if os.path.isdir(source) else os.path.dirname(source)
+    names = ids_of([os.path.relpath(slide.path, base) for slide in slides], options.ids)
+    if options.ids == "plain":
+        names = [slide.name for slide in slides]
+    return [
+        SlideItem(name, slide, modality, side) for name, slide in zip(names, slides, strict=True)
+    ]

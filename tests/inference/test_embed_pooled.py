@@ -1,0 +1,134 @@
+"""One vector per exam, slide and bag: the mean over what was seen, in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bag_files
+import numpy as np
+import pytest
+import torch
+from scan_files import write_nifti
+from slide_files import write_tiff
+
+from domainssl.backbones.slide import TITANBackbone
+from domainssl.backbones.vit import ViTBackbone
+from domainssl.cli import main
+from domainssl.errors import ConfigError
+from domainssl.inference.run import embed
+from domainssl.inference.volume_maps import find_volumes, scans_for
+from domainssl.modality import Modality
+
+pandas = pytest.importorskip("pandas")
+SMALL = {"width": 12, "depth": 1, "heads": 2}
+CT = Modality(
+    name="ct", kind="volume", channels=("ct",), value_unit="hu", size=(8, 8, 8),
+    mean=(40.0,), std=(300.0,),
+)  # fmt: skip
+
+
+def vectors(path: Path) -> dict[str, np.ndarray]:
+    table = pandas.read_parquet(path)
+    return {row.id: np.array(row.embedding) for row in table.itertuples()}
+
+
+def test_an_exam_larger_than_a_window_is_the_mean_over_its_windows(
+    tmp_path: Path, capsys: Any
+) -> None:
+    torch.manual_seed(0)
+    backbone = ViTBackbone({"ct": CT}, SMALL, 4).eval()
+    rng = np.random.default_rng(0)
+    (tmp_path / "scans").mkdir()
+    values = rng.normal(0, 300, (8, 8, 12)).astype(np.float32)
+    for name, own in (("a", values), ("b", values[..., :8])):
+        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", own, np.eye(4))
+    done = embed(backbone, tmp_path / "scans", tmp_path / "ct.parquet", pooled=True, ids="plain")
+    assert done.pieces == 2 and done.outputs == [tmp_path / "ct.parquet"]
+    found = vectors(tmp_path / "ct.parquet")
+    x = torch.from_numpy(values)[None, None]
+    with torch.no_grad():
+        first = backbone({"ct": x[..., :8]}).pooled["ct"][0]
+        rest = torch.nn.functional.pad(x[..., 8:], (0, 4))
+        valid = torch.nn.functional.pad(torch.ones(1, 8, 8, 4, dtype=torch.bool), (0, 4))
+        second = backbone({"ct": rest, "ct.valid": valid}).pooled["ct"][0]
+    np.testing.assert_allclose(found["b"], first, atol=1e-5)
+    np.testing.assert_allclose(found["a"], (first + 0.5 * second) / 1.5, atol=1e-5)
+    with pytest.raises(ConfigError, match="give a .parquet file"):
+        embed(backbone, tmp_path / "scans", tmp_path / "out", pooled=True)
+
+
+def test_a_manifest_lists_exams_with_their_contrasts(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    for name in ("x", "y"):
+        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", np.zeros((4, 4, 4), np.float32))
+    table = tmp_path / "scans.csv"
+    table.write_text("id,path\np1,scans/x.nii.gz\np2,scans/y.nii.gz\n")
+    one = find_volumes(str(table), scans_for(ViTBackbone({"ct": CT}, SMALL, 4)))
+    assert [(exam.id, Path(exam.scans["ct"]).name) for exam in one] == [
+        ("p1", "x.nii.gz"), ("p2", "y.nii.gz"),
+    ]  # fmt: skip
+    table.write_text("id,t1,flair\np1,scans/x.nii.gz,scans/y.nii.gz\np2,scans/y.nii.gz,\n")
+    mri = {
+        name: Modality(
+            **{**CT.to_dict(), "name": name, "value_unit": "arbitrary", "channels": ("m",)}
+        )
+        for name in ("t1", "flair")
+    }
+    two = find_volumes(str(table), scans_for(SimpleNamespace(modalities=mri)))
+    assert [sorted(exam.scans) for exam in two] == [["flair", "t1"], ["t1"]]
+
+
+def test_bags_become_a_vector_per_slide_by_a_slide_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    facts = Modality(
+        name="tile_features", kind="features", channels=tuple(f"f{i}" for i in range(bag_files.D)),
+        value_unit="arbitrary", mpp_um=0.5, mean=(20.0,) * bag_files.D, std=(20.0,) * bag_files.D,
+    )  # fmt: skip
+    backbone = TITANBackbone({"tile_features": facts}, width=16, depth=1, heads=2).eval()
+    bag_files.trident(tmp_path / "job", "float32")
+    embed(backbone, tmp_path / "job", tmp_path / "slides.parquet", dtype="int8")
+    table = pandas.read_parquet(tmp_path / "slides.parquet")
+    [row] = table.itertuples()
+    coords = np.array(bag_files.LATTICE)
+    places = ((coords - coords.min(0)) / bag_files.SIZE).astype(np.float32)
+    values = np.stack([bag_files.feature(*place) for place in bag_files.LATTICE])
+    batch = {
+        "tile_features": torch.from_numpy(values)[None],
+        "tile_features.coords": torch.from_numpy(places[:, ::-1].copy())[None],
+    }
+    with torch.no_grad():
+        wanted = backbone(batch).pooled["tile_features"][0].numpy()
+    assert row.id == "slide"
+    assert np.abs(np.array(row.embedding) * row.scale - wanted).max() <= 0.51 * row.scale
+
+
+def test_slides_become_the_mean_over_their_tissue(tmp_path: Path) -> None:
+    he = Modality(
+        name="he", kind="image", channels=("r", "g", "b"), value_unit="rgb8", size=(32, 32),
+        mpp_um=1.0, mean=(128.0,) * 3, std=(64.0,) * 3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    backbone = ViTBackbone({"he": he}, SMALL, 8).eval()
+    pixels = np.full((256, 384, 3), 245, np.uint8)
+    pixels[64:192, 128:320] = (180, 60, 140)
+    write_tiff(tmp_path / "slides" / "a.tif", [pixels])
+    embed(backbone, tmp_path / "slides", tmp_path / "he.parquet", pooled=True, ids="plain")
+    tile = torch.tensor([180.0, 60.0, 140.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    with torch.no_grad():
+        wanted = backbone({"he": tile}).pooled["he"][0].numpy()
+    np.testing.assert_allclose(vectors(tmp_path / "he.parquet")["a"], wanted, atol=1e-4)
+
+
+def test_the_verb_writes_the_same_table_under_hashed_ids(tmp_path: Path) -> None:
+    from domainssl import export_backbone
+
+    torch.manual_seed(0)
+    backbone = ViTBackbone({"ct": CT}, SMALL, 4).eval()
+    export_backbone(backbone, tmp_path / "ct")
+    write_nifti(tmp_path / "Miller.nii.gz", np.ones((8, 8, 8), np.float32))
+    words = ["embed", str(tmp_path / "ct"), str(tmp_path / "Miller.nii.gz"), "--pooled"]
+    assert main([*words, f"--output={tmp_path / 'e.parquet'}"]) == 0
+    [name] = vectors(tmp_path / "e.parquet")
+    assert len(name) == 16 and b"Miller" not in (tmp_path / "e.parquet").read_bytes()
