@@ -43,8 +43,9 @@ class SentinelCubeDataModule(DomainDataModule):
     borders, is decoded at once.
 
     Args:
-        root: `sample` (made on first use in the cache) or `sample:change` (two dates and a map of
-            what changed), a folder, a store, or an fsspec URL.
+        root: `sample` (made on first use in the cache), `sample:change` (two dates and a map of
+            what changed) or `sample:weather` (with heights and a year's weather), a folder, a
+            store, or an fsspec URL.
         modalities: The sensors by modality key; None means Sentinel-1 in `s1` and the 12 bands of
             Sentinel-2 L2A in `s2`.
         global_batch_size: Windows per optimiser step, over all devices and accumulation.
@@ -87,7 +88,13 @@ class SentinelCubeDataModule(DomainDataModule):
         )
         check_labels(labels, "path, variable and names")
         self.root = root
-        self.layers = dict(modalities or default_layers())
+        asked = dict(modalities or default_layers())
+        self.locations = [name for name, layer in asked.items() if layer.is_location]
+        self.layers = {n: layer for n, layer in asked.items() if not layer.is_location}
+        if not self.layers:
+            raise ConfigError(
+                "data.init_args.modalities: no layer has files; name one without is_location."
+            )
         self._asked = (window or Window()).sized(_WINDOW)
         self._asked.must_not_resize()
         self.window = self._on_grid(snap_m(self.layers), "pixels of the coarsest modality")
@@ -103,13 +110,15 @@ class SentinelCubeDataModule(DomainDataModule):
         self._problems: list[str] = []
         self._opened: tuple[list[Site], list[str]] | None = None
         self._modalities = as_modalities(
-            {name: self._modality(name, layer) for name, layer in self.layers.items()}
+            {name: self._modality(name, layer) for name, layer in asked.items()}
         )
 
     def _on_grid(self, cell_m: float, name: str) -> Window:
         return self._asked.on_grid(cell_m, px_m=finest_m(self.layers), name=name)
 
     def _modality(self, name: str, layer: Layer) -> Modality:
+        if layer.is_location:
+            return layer.modality(name, (), is_series=False)
         size = self._on_grid(layer.gsd_m, f"pixels of {name!r}").shape
         facts = layer.modality(name, size, is_series=self.dates.is_series)
         return statistics_of(facts, self.statistics)
@@ -130,10 +139,15 @@ class SentinelCubeDataModule(DomainDataModule):
             from domainssl.datamodules.samples.cubes import sample_root
 
             return str(sample_root())
-        if named_sample(self.root, ("change",)) is not None:
+        name = named_sample(self.root, ("change", "weather"))
+        if name == "change":
             from domainssl.datamodules.samples.change import sample_root as change_root
 
             return str(change_root())
+        if name == "weather":
+            from domainssl.datamodules.samples.weather import sample_root as weather_root
+
+            return str(weather_root())
         return self.root
 
     def open_sources(self) -> dict[str, Source]:
@@ -187,6 +201,7 @@ class SentinelCubeDataModule(DomainDataModule):
             is_training=is_training,
             label_names=self.label_names,
             has_mask=isinstance(self.labels, Labels) and self.labels.mask,
+            locations=self.locations,
         )
 
     def _label_layer(self, root: str) -> Layer | None:
@@ -260,7 +275,8 @@ class SentinelCubeDataModule(DomainDataModule):
         """Return lines that tell what was found."""
         lines = [f"{len(self.sites)} sites in {self.root}"]
         lines += [f"problem: {text}" for text in self._problems]
-        for name, modality in self.modalities.items():
+        for name in self.layers:
+            modality = self.modalities[name]
             theirs = [site.layers[name] for site in self.sites]
             counts = sorted({len(layer.times) for layer in theirs})
             span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -269,6 +285,7 @@ class SentinelCubeDataModule(DomainDataModule):
                 f"({modality.value_unit}), {modality.size[0]} px of {modality.gsd_m:g} m, "
                 f"{span} dates per site, {theirs[0].files[0].kind}"
             )
+        lines += [f"{name}: middle of the window in degrees" for name in self.locations]
         names = self.label_names
         lines.append("labels: none" if names is None else f"labels: {', '.join(names)}")
         return lines + super().describe()

@@ -21,7 +21,8 @@ from domainssl.errors import require
 from domainssl.sensors import L2A_BANDS
 
 __all__ = [
-    "DATES", "SITES", "VERSION", "build", "sample_root", "stored_numbers", "write_layers",
+    "DATES", "SITES", "VERSION", "build", "new_store", "put_array", "sample_root",
+    "stored_numbers", "write_layers",
 ]  # fmt: skip
 
 VERSION = "4"
@@ -145,50 +146,60 @@ def _clouds(rng: np.random.Generator, s2: Array) -> Array:
 def _write_optical(
     path: Path, values: Array, scl: Array, times: Array, epsg: int, corner: tuple[float, float]
 ) -> None:
-    group = _group(path, epsg, corner, values.shape[-2:], times)
+    group = new_store(path, epsg, corner, values.shape[-2:], times)
     names = group.create_array("band", shape=(len(L2A_BANDS),), dtype=str, dimension_names=["band"])
     names[:] = np.array(L2A_BANDS)
     attrs = {"scale_factor": 1e-4, "add_offset": -0.1, "_FillValue": 0, "units": "1",
              "long_name": "surface reflectance", "grid_mapping": "spatial_ref"}  # fmt: skip
-    _array(group, "reflectance", values, ("time", "band", "y", "x"), attrs)
-    _array(group, "scl", scl, ("time", "y", "x"), {"grid_mapping": "spatial_ref"})
+    put_array(group, "reflectance", values, ("time", "band", "y", "x"), attrs)
+    put_array(group, "scl", scl, ("time", "y", "x"), {"grid_mapping": "spatial_ref"})
 
 
 def _write_radar(
     path: Path, values: Array, times: Array, epsg: int, corner: tuple[float, float]
 ) -> None:
-    group = _group(path, epsg, corner, values.shape[-2:], times)
+    group = new_store(path, epsg, corner, values.shape[-2:], times)
     attrs = {"scale_factor": 0.01, "_FillValue": -32768, "units": "dB",
              "grid_mapping": "spatial_ref"}  # fmt: skip
     for at, name in enumerate(("vv", "vh")):
-        _array(group, name, values[:, at], ("time", "y", "x"), attrs)
+        put_array(group, name, values[:, at], ("time", "y", "x"), attrs)
 
 
 def _write_labels(
     path: Path, crops: Array, names: Sequence[str], epsg: int, corner: tuple[float, float]
 ) -> None:
-    group = _group(path, epsg, corner, crops.shape, None)
+    group = new_store(path, epsg, corner, crops.shape, None)
     attrs = {"flag_values": list(range(len(names))), "flag_meanings": " ".join(names),
              "grid_mapping": "spatial_ref"}  # fmt: skip
-    _array(group, "label", crops, ("y", "x"), attrs)
+    put_array(group, "label", crops, ("y", "x"), attrs)
 
 
-def _group(
+def new_store(
     path: Path,
     epsg: int,
     corner: tuple[float, float],
     size: Sequence[int],
     times: Array | None,
+    step: float = 10.0,
 ) -> Any:
-    """Make a store with its coordinates and reference system, as xarray and rioxarray do."""
+    """Make a store with its coordinates and reference system, as xarray and rioxarray do.
+
+    Args:
+        path: Of the store.
+        epsg: Reference system.
+        corner: Left and top edge in it.
+        size: Rows and columns.
+        times: Times, (T,); None for none.
+        step: Side of a pixel.
+    """
     zarr = require("zarr", "geo")
     pyproj = require("pyproj", "geo")
     path.parent.mkdir(parents=True, exist_ok=True)
     group = zarr.open_group(str(path), mode="w", zarr_format=3)
     left, top = corner
     for name, values in (
-        ("y", top - 10 * np.arange(size[0]) - 5.0),
-        ("x", left + 10 * np.arange(size[1]) + 5.0),
+        ("y", top - step * (np.arange(size[0]) + 0.5)),
+        ("x", left + step * (np.arange(size[1]) + 0.5)),
     ):
         array = group.create_array(
             name, shape=values.shape, dtype="float64", dimension_names=[name]
@@ -203,18 +214,19 @@ def _group(
     group.create_array(
         "spatial_ref", shape=(), dtype="int64",
         attributes={"crs_wkt": pyproj.CRS.from_epsg(epsg).to_wkt(),
-                    "GeoTransform": f"{left} 10.0 0.0 {top} 0.0 -10.0"},
+                    "GeoTransform": f"{left} {step} 0.0 {top} 0.0 {-step}"},
     )  # fmt: skip
     return group
 
 
-def _array(
+def put_array(
     group: Any, name: str, values: Array, dims: Sequence[str], attrs: Mapping[str, Any]
 ) -> None:
-    """Write one array: chunks of 128 x 128 pixels of one date, a shard per date."""
+    """Write one array: chunks of 128 x 128 pixels of one date at most, a shard per date."""
     codecs = require("zarr.codecs", "geo")
     inner = tuple(
-        {"y": _CHUNK, "x": _CHUNK, "band": n}.get(d, 1) for d, n in zip(dims, values.shape)
+        {"y": min(_CHUNK, n), "x": min(_CHUNK, n), "band": n}.get(d, 1)
+        for d, n in zip(dims, values.shape)
     )
     shard = tuple(1 if d == "time" else n for d, n in zip(dims, values.shape))
     array = group.create_array(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from domainssl.backbones.encoders.backbone import EncoderSizes
+from domainssl.backbones.galileo.groups import PUBLISHED_MODALITIES
 from domainssl.backbones.maestro.inputs import MAESTROInput
 from domainssl.bench.matmul import goal, recorded
 from domainssl.bench.models import forward_backward, modalities
@@ -25,6 +26,7 @@ from domainssl.objectives.clip import CLIP
 from domainssl.objectives.data2vec import Data2Vec, Data2VecEncoding
 from domainssl.objectives.decur import DeCUR
 from domainssl.objectives.dino import DINO, DINOHead
+from domainssl.objectives.galileo import Galileo, GalileoEncoding, GalileoMasking
 from domainssl.objectives.hyper_mae import HyperMAE, HyperMAEEncoding
 from domainssl.objectives.maestro import MAESTRO, MAESTROEncoding
 from domainssl.objectives.moco import MoCoV2, MoCoV3
@@ -120,7 +122,25 @@ def _cases(settings: Settings) -> dict[str, _Case]:
     cases["HyperMAE"] = _Case(
         lambda: HyperMAE(pair, bands, context_size=side), 2, f"LESS {size}, {side} px, all bands"
     )
+    cases["Galileo"] = _galileo(settings)
     return cases | _students(settings, {"s2": pair["s2"]}, side)
+
+
+def _galileo(settings: Settings) -> _Case:
+    """Return Galileo on both sensors and heights."""
+    side = 16 if settings.quick else 64
+    sensors = {n: replace(PUBLISHED_MODALITIES[n], size=(side, side)) for n in ("s1", "s2", "dem")}
+    size: Any = "nano" if settings.quick else "base"
+    # one of the published shapes: what a step costs depends on which is drawn
+    masking = GalileoMasking(patch_sizes=(4,), shapes=((4, 4),) if settings.quick else ((6, 4),))
+    return _Case(
+        lambda: Galileo(
+            {n: m.to_dict() for n, m in sensors.items()}, GalileoEncoding(size=size),
+            masking=masking,
+        ),
+        4,
+        f"{size}, 6 x 6 patches of 4 px and 4 dates of s1, s2 and heights",
+    )  # fmt: skip
 
 
 def _students(settings: Settings, modality: dict[str, Any], side: int) -> dict[str, _Case]:

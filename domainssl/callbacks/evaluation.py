@@ -14,7 +14,7 @@ from torch import Tensor
 
 from domainssl.callbacks._common import console_of, observing
 from domainssl.distributed import all_gather_objects, gather, is_distributed, rank, world_size
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, nearest
 from domainssl.evaluation.features import representation, restricted
 from domainssl.evaluation.raw import band_statistics
 from domainssl.evaluation.report import (
@@ -51,6 +51,8 @@ class OnlineEvaluation(Callback):
         collapse_std: Below this embedding standard deviation features count as collapsed.
         collapse_rank: Below this effective rank, too.
         stop_on_collapse: End the run when features have collapsed.
+        alone: Modalities that are judged without the others, alone and together; None takes all.
+            The rest, such as heights, weather or a place, only takes part in `joint`.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class OnlineEvaluation(Callback):
         collapse_std: float = 0.01,
         collapse_rank: float = 1.5,
         stop_on_collapse: bool = False,
+        alone: tuple[str, ...] | None = None,
     ) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("per_class", per_class)):
             if value < 1:
@@ -70,6 +73,7 @@ class OnlineEvaluation(Callback):
         self.max_items = max_items
         self.collapse_std, self.collapse_rank = collapse_std, collapse_rank
         self.stop_on_collapse = stop_on_collapse
+        self.alone = None if alone is None else tuple(alone)
         self.baseline: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self._evaluated_at = -1
@@ -102,7 +106,8 @@ class OnlineEvaluation(Callback):
         if found is None:
             return
         names = tuple(pl_module.backbone.modalities)  # type: ignore[union-attr, arg-type]
-        raw = _on_first_rank(lambda: measure_raw(found, names, self.per_class))
+        judged = None if self.alone is None else self._subsets(names)
+        raw = _on_first_rank(lambda: measure_raw(found, names, self.per_class, judged))
         if trainer.ckpt_path is not None:
             logger.warning(
                 "OnlineEvaluation: the checkpoint holds no values of the untrained backbone, "
@@ -198,7 +203,7 @@ class OnlineEvaluation(Callback):
             return
         rows: dict[str, Tensor] = {}
         with trainer.precision_plugin.forward_context():
-            for subset in subsets(tuple(known)):
+            for subset in self._subsets(tuple(known)):
                 if not set(subset) <= set(here):
                     continue
                 features = module.features(restricted(batch, subset))
@@ -206,7 +211,8 @@ class OnlineEvaluation(Callback):
                 rows[f"features.{name}"] = representation(features, subset)
                 if subset == tuple(known) and len(subset) > 1:
                     for key, value in module.embed(features).items():
-                        rows[f"embeddings.{key}"] = value
+                        if self.alone is None or key in self.alone:
+                            rows[f"embeddings.{key}"] = value
         for name in here:
             rows[f"present.{name}"] = present_mask(batch, name)
             if with_raw:
@@ -220,6 +226,23 @@ class OnlineEvaluation(Callback):
         ids = batch.get("id") or [f"{rank()}:{self._count + i}" for i in range(count)]
         self._count += count
         self._parts.append(([str(i) for i in ids], {k: _to_host(v) for k, v in rows.items()}))
+
+    def _subsets(self, known: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Return the sets of modalities that are judged.
+
+        Raises:
+            ConfigError: `alone` names a modality that there is not.
+        """
+        if self.alone is None:
+            return subsets(known)
+        for name in self.alone:
+            if name not in known:
+                raise ConfigError(
+                    f"callbacks.evaluation.init_args.alone: no modality {name!r}."
+                    f"{nearest(name, known)} There are {', '.join(known)}."
+                )
+        some = subsets(tuple(name for name in known if name in self.alone))
+        return some if known in some else [*some, known]
 
     def _gathered(self, module: Any) -> Collected | None:
         """Join the rows of all ranks, each item once, in the order of their ids."""

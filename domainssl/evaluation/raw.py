@@ -29,7 +29,8 @@ def band_statistics(batch: Mapping[str, Any], modality: Modality) -> Tensor:
         (B, 7 C), float32: all means, all deviations, then one percentile after the other; zero for
         items without a valid pixel.
     """
-    x = batch[modality.name].double().movedim(modality.channel_axis, 1).flatten(2)  # (B, C, P)
+    x = batch[modality.name].double().movedim(modality.channel_axis, 1)
+    x = x.unsqueeze(-1).flatten(2)  # (B, C, P); a table has one value per channel
     if x.shape[-1] == 0:
         x = x.new_zeros((*x.shape[:2], 1))
     valid = valid_mask(batch, modality)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, permutations
 
@@ -153,13 +153,23 @@ def _across_sources(
 
 
 def measure_raw(
-    found: Collected, modalities: tuple[str, ...], per_class: int = 10
+    found: Collected,
+    modalities: tuple[str, ...],
+    per_class: int = 10,
+    judged: Sequence[tuple[str, ...]] | None = None,
 ) -> dict[str, float]:
-    """Return the scores of per-band statistics, which any method should beat."""
+    """Return the scores of per-band statistics, which any method should beat.
+
+    Args:
+        found: Statistics of all ranks.
+        modalities: Names, in order.
+        per_class: Labels per class of the probe.
+        judged: Sets of modalities; None takes all that `subsets` returns.
+    """
     metrics: dict[str, float] = {}
     if found.labels is None:
         return metrics
-    for subset in subsets(modalities):
+    for subset in judged or subsets(modalities):
         rows = found.rows(subset)
         labels = found.labels[rows]
         if has_classes(labels):

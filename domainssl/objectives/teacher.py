@@ -32,6 +32,7 @@ class _Taught(Objective):
     """
 
     self_distilling: ClassVar[bool] = True
+    moves_frozen: ClassVar[bool] = True  # weights that are not trained follow, too
     teacher: nn.ModuleDict
 
     def __init__(
@@ -85,7 +86,7 @@ class _Taught(Objective):
         ours: list[Tensor] = []
         theirs: list[Tensor] = []
         for name, target in self.teacher.named_parameters():
-            if name in student:
+            if name in student and (self.moves_frozen or student[name].requires_grad):
                 ours.append(target)
                 theirs.append(student[name].detach())
         follow(ours, theirs, share)

@@ -18,6 +18,7 @@ _UNITS = ("auto", "dn", "dn+1000", "reflectance", "db", "linear", "amplitude", "
           "baseline")  # fmt: skip
 # scene classification of L2A: no data, saturated, cloud shadow, clouds, thin cirrus
 _SCL_HIDDEN = (0, 1, 3, 8, 9, 10)
+_SENTINEL = frozenset(("VV", "VH", "HH", "HV", *PRODUCTS["S2L1C"].bands))
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Layer:
         mask: A mask that marks invalid pixels, beside nodata.
         crs: Coordinate reference system where the files do not say.
         is_static: Has no dates even where the others are series, as terrain has none.
+        is_location: Has no files: latitude and longitude of the middle of the window, in degrees,
+            as a table. `bands` are two names for them.
         mean: Per band; the published ones of SSL4EO-S12 where left out and known.
         std: Per band.
         nodata: A stored number, or several, that mean nothing was measured and that the files do
@@ -77,6 +80,7 @@ class Layer:
     mask: Mask | None = None
     crs: str | None = None
     is_static: bool = False
+    is_location: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     nodata: float | tuple[float, ...] | None = None
@@ -86,6 +90,11 @@ class Layer:
         if not self.bands:
             raise ConfigError("data.init_args.modalities: a layer needs 'bands', such as [VV, VH].")
         object.__setattr__(self, "bands", tuple(self.bands))
+        if self.is_location and len(self.bands) != 2:
+            raise ConfigError(
+                "data.init_args.modalities: a layer with is_location has two bands, latitude and "
+                f"longitude, such as [lat, lon]; got {list(self.bands)}."
+            )
         if self.stored_unit not in _UNITS:
             raise ConfigError(
                 f"data.init_args.modalities: stored_unit {self.stored_unit!r} is not one of "
@@ -98,8 +107,10 @@ class Layer:
 
     def modality(self, name: str, size: tuple[int, ...], *, is_series: bool) -> Modality:
         """Return the facts that a backbone is built from, without looking at the files."""
+        if self.is_location:
+            return Modality(name=name, kind="table", channels=self.bands, value_unit="degrees")
         mean, std, low_high = self._statistics()
-        bands = tuple(canonical_band(band) for band in self.bands)
+        bands = tuple(_spelled(band) for band in self.bands)
         return Modality(
             name=name,
             kind="series" if is_series and not self.is_static else "image",
@@ -128,6 +139,12 @@ class Layer:
             tuple(facts.std[i] * scale for i in at),
             tuple(v * scale for v in facts.valid_range),
         )
+
+
+def _spelled(band: str) -> str:
+    """Return the canonical spelling of bands of Sentinel-1 and 2, other names as they are."""
+    found = canonical_band(band)
+    return band if found == band.upper() and found not in _SENTINEL else found
 
 
 def default_layers() -> dict[str, Layer]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from domainssl.errors import DataError
+from domainssl.errors import DataError, require
 from domainssl.io.raster.grid import Bounds
 from domainssl.io.raster.read import MaskRule, Pixels, Target, read_classes, read_pixels
 from domainssl.io.raster.time import days
@@ -44,6 +44,7 @@ class CubeSource:
         is_training: Draw windows and dates anew in every epoch.
         label_names: Names of the classes by number; None where batches carry no labels.
         has_mask: Deliver the class of every pixel of the finest layer as well.
+        locations: Modalities that hold where a window is.
     """
 
     sites: Sequence[Site]
@@ -55,6 +56,7 @@ class CubeSource:
     is_training: bool
     label_names: Sequence[str] | None = None
     has_mask: bool = False
+    locations: Sequence[str] = ()
     _first: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,6 +100,9 @@ class CubeSource:
         for name in self.layers:
             self._cut(name, site, pixels[name], chosen[name], around, drawn, rows)
             rows.bytes_needed += pixels[name].bytes_needed
+        for name in self.locations:
+            places = self._degrees(site, drawn)
+            rows.data |= companions(name, places, np.ones(len(places), bool), count=len(places))
         first = self._first[piece.block]
         rows.data["index"] = np.arange(first + piece.start, first + piece.stop)
         rows.data["id"] = [self._name(site, block, i, chosen) for i in numbers]
@@ -259,6 +264,17 @@ class CubeSource:
             dates=stamps if is_series else stamps[0],
             geo=geo,
         )
+
+    def _degrees(
+        self, site: Site, drawn: Sequence[tuple[float, float, Cut]]
+    ) -> np.ndarray[Any, Any]:
+        """Return latitude and longitude of the middle of each window, float32 (n, 2)."""
+        height, width = (cells * self._snap(site) for cells in self.window.shape)
+        x = [left + width / 2 for left, _, _ in drawn]
+        y = [top - height / 2 for _, top, _ in drawn]
+        transformer = require("pyproj", "geo").Transformer.from_crs(site.crs, 4326, always_xy=True)
+        lon, lat = transformer.transform(x, y)
+        return np.stack([lat, lon], axis=1).astype(np.float32)
 
     def _name(self, site: Site, block: Block, number: int, chosen: Chosen) -> str:
         row, column = (cells * self._snap(site) for cells in self._home(block, number))

@@ -12,6 +12,7 @@ from golden_files import FOLDER, golden_files
 from golden_files import Golden as GoldenFile
 from torch import Tensor
 
+from domainssl._torch import follow
 from domainssl.backbones.galileo.backbone import GalileoBackbone
 from domainssl.backbones.galileo.encoder import (
     GalileoEncoder,
@@ -298,6 +299,16 @@ def test_gradients_of_weights(golden: Golden, case: str) -> None:
                 grad = network.get_parameter(weight).grad
                 assert grad is not None
                 golden.compare(grad, f"{prefix}/{weight}", "gradients")
+
+
+def test_one_step_of_the_teacher(golden: Golden) -> None:
+    found = golden.below("output/ema/")
+    golden.need(bool(found), "output/ema/*")
+    for name, expected in found.items():
+        ours = golden[f"state_dict/target_encoder/{name}"].clone()
+        student = golden[f"state_dict/encoder/{name}"]
+        follow([ours], [student], golden.config["ema_momentum"])
+        assert float((ours - expected).abs().max()) <= golden.tolerance("ema")
 
 
 def test_exit_depths(golden: Golden) -> None:
