@@ -174,7 +174,7 @@ class Galileo(_Taught):
             )
         self.temperature = temperature
         self.backbone = _backbone(encoding, sizes, as_modalities(modalities))
-        self._check_masking([group.name for group in encoding.groups])
+        self._check_masking([group.name for group in encoding.groups or ()])
         inside = self.backbone.encoder.sizes
         predictor = PredictorSizes(
             width=sizes.predictor_width,
@@ -247,7 +247,7 @@ class Galileo(_Taught):
         available = torch.stack([valid[g.name].unsqueeze(-1).flatten(1).any(1) for g in groups], 1)
         shown = min(low + int(numbers[0] * (high - low + 1)), high)
         choice = group_choice(available, noise, numbers[1], shown)
-        shape = (dates,)
+        shape: tuple[int, ...] = (dates,)
         if along == "space":
             shape = next(v.shape[1:3] for _, v in self._of(groups, valid, "space"))
         parts = self._parts(len(available), shape, generators.local)

@@ -85,7 +85,8 @@ class GalileoEncoding:
         size: Named size, `nano`, `tiny` or `base`.
         architecture: Explicit sizes over the named one.
         groups: Bands that make a token each, with what they vary over and the depth that their
-            targets come from; those of modalities that the data lack are left out.
+            targets come from; those of modalities that the data lack are left out. None takes
+            those of the released weights.
         patch_size: Side of a patch in pixels where features are taken; training draws its own.
         normalization: Form for all modalities, or one per modality; None takes that of the
             released weights, and `zscore` for other modalities.
@@ -95,14 +96,15 @@ class GalileoEncoding:
 
     size: Size = "base"
     architecture: GalileoSizes = GalileoSizes()
-    groups: tuple[GalileoGroup, ...] = PUBLISHED_GROUPS
+    groups: tuple[GalileoGroup, ...] | None = None
     patch_size: int = 4
     normalization: str | dict[str, str] | None = None
     weights: str | None = None
     bands: BandPolicy = "strict"
 
     def __post_init__(self) -> None:
-        groups = tuple(as_dataclass(GalileoGroup, group) for group in self.groups)
+        given = PUBLISHED_GROUPS if self.groups is None else self.groups
+        groups = tuple(as_dataclass(GalileoGroup, group) for group in given)
         object.__setattr__(self, "groups", groups)
 
 
