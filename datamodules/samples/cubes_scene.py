@@ -147,7 +147,7 @@ def radar(rng: Rng, field: Field, months: Array) -> Array:
     fixed = fixed + np.array([0.7, 0.35], np.float32)[:, None, None] * field.roughness
     level = np.array([-12.0, -19.0]) + rng.normal(0, 0.9, 2)
     green, wet = field.greenness(months) - 0.5, field.wetness - 0.5
-    out = np.empty((len(months), 2, *field.objects.shape), np.float32)
+    out = np.empty((len(months), 2, *field.roughness.shape), np.float32)
     for date in range(len(months)):
         shift = np.array([8 * wet + 2 * green[date], 4 * wet + 10 * green[date]])
         base = (level + shift + rng.normal(0, 0.4, 2)).astype(np.float32)
@@ -164,7 +164,7 @@ def optical(rng: Rng, field: Field, months: Array) -> Array:
     tone = rng.normal(0, 0.12, 2)
     relative = np.log(_WAVELENGTH_UM / 0.8)
     dry_out = np.exp(-0.9 * (field.wetness - 0.5) * (1.2 + relative))
-    out = np.empty((len(months), 12, *field.objects.shape), np.float32)
+    out = np.empty((len(months), 12, *field.roughness.shape), np.float32)
     for date, green in enumerate(field.greenness(months)):
         weights = field.mix * np.array([1.0, 4 * green, 2 * (1 - green)], np.float32)
         gain = np.exp(tone + rng.normal(0, 0.05, 2))[_IS_NEAR_INFRARED] * dry_out

@@ -90,7 +90,7 @@ def _field(rng: Rng, label: int) -> tuple[Field, float]:
     part = (slice(FIELD), slice(FIELD))
     field = replace(
         place,
-        objects=place.objects[part],
+        objects=place.objects[(..., *part)],
         roughness=place.roughness[part],
         level=float(rng.uniform(0.4, 0.6)),
         swing=float(rng.uniform(0.25, 0.35)),
