@@ -35,6 +35,7 @@ from domainssl.sources.held_out import HeldOut
 from domainssl.sources.labels import class_names
 from domainssl.sources.patients import split_by_patient
 from domainssl.sources.preparation import kept_exams, key_of, split_volumes
+from domainssl.sources.visits import VisitSource, visits_of
 from domainssl.sources.volume_options import (
     Contrast,
     ExamFiles,
@@ -124,17 +125,40 @@ class VolumeDataModule(DomainDataModule):
         self.held_out = (held_out or HeldOut()).of(("val_fraction", "patients", "seed"))
         self.labels = ExamLabels() if isinstance(labels, str) else labels
         self.exams = exams or ExamFiles()
+        self._check_visits()
         self.found: Found[Exam] | None = None
         self.splits: dict[str, list[Exam]] = {}
         self.prepared: Exams[Exam] | None = None
         self._modalities = as_modalities(
             {
                 name: statistics_of(
-                    contrast.modality(name, self.window.shape, preparation.spacing_mm), statistics
+                    contrast.modality(
+                        name,
+                        self.window.shape,
+                        preparation.spacing_mm,
+                        kind="series" if self.exams.dates else "volume",
+                    ),
+                    statistics,
                 )
                 for name, contrast in self.contrasts.items()
             }
         )
+
+    def _check_visits(self) -> None:
+        """Refuse options that visits of one patient cannot share."""
+        if not self.exams.dates:
+            return
+        where = "data.init_args.exams.dates"
+        if self.preparation.foreground:
+            raise ConfigError(
+                f"{where}: visits of a patient need one grid, and every exam is cut to its own "
+                "foreground. Set data.init_args.preparation.foreground: false."
+            )
+        for name in self.source_names:
+            raise ConfigError(
+                f"{where}: a series holds scans of one kind, but modalities.{name}.sources lists "
+                "several. Read them as modalities of their own."
+            )
 
     @property
     def modalities(self) -> dict[str, Modality]:
@@ -161,7 +185,8 @@ class VolumeDataModule(DomainDataModule):
             manifest=self.exams.manifest,
             layout=self.exams.layout,
         )
-        found = replace(found, items=split_volumes(found.items, self.contrasts))
+        exams = self._merged(split_volumes(found.items, self.contrasts))
+        found = replace(found, items=exams)
         self.found = found
         for problem in found.problems:
             _log.warning("%s", problem)
@@ -186,20 +211,28 @@ class VolumeDataModule(DomainDataModule):
         assert self.found is not None
         names = self.label_names
         numbers = {name: i for i, name in enumerate(names or ())}
-        return VolumeSource(
-            exams=exams,
-            ids=ids_of([exam.id for exam in exams], self._ids),
-            modalities=self._modalities,
-            contrasts=self.contrasts,
-            window=self.window,
-            preparation=self.preparation,
-            labels=None if names is None else [numbers.get(exam.label, -1) for exam in exams],
-            has_masks=self._has_masks,
-            seed=self.seed,
-            is_training=is_training,
-            prepared=self.prepared,
-            keys=self._keys(exams),
-        )
+        visits = visits_of(exams, self.exams.max_visits) if self.exams.dates else {}
+        items, labels = [exam.id for exam in exams], [exam.label for exam in exams]
+        if self.exams.dates:
+            items = list(visits)
+            labels = [_one_label([exams[i] for i in own]) for own in visits.values()]
+        common: dict[str, Any] = {
+            "exams": exams,
+            "ids": ids_of(items, self._ids),
+            "modalities": self._modalities,
+            "contrasts": self.contrasts,
+            "window": self.window,
+            "preparation": self.preparation,
+            "labels": None if names is None else [numbers.get(label, -1) for label in labels],
+            "has_masks": self._has_masks,
+            "seed": self.seed,
+            "is_training": is_training,
+            "prepared": self.prepared,
+            "keys": self._keys(exams),
+        }
+        if self.exams.dates:
+            return VisitSource(**common, visits=list(visits.values()))
+        return VolumeSource(**common)
 
     @property
     def _ids(self) -> str:
@@ -209,13 +242,15 @@ class VolumeDataModule(DomainDataModule):
     def _persons(self, exams: Sequence[Exam]) -> dict[str, int]:
         """Return a number per patient for the ids that items of evaluation have."""
         patients = {name: i for i, name in enumerate(dict.fromkeys(e.patient for e in exams))}
+        if self.exams.dates:
+            return dict(zip(ids_of(list(patients), self._ids), patients.values(), strict=True))
         ids = ids_of([exam.id for exam in exams], self._ids)
         return {name: patients[e.patient] for name, e in zip(ids, exams, strict=True)}
 
     @property
     def _has_masks(self) -> bool:
         assert self.found is not None
-        return any(exam.mask for exam in self.found.items)
+        return not self.exams.dates and any(exam.mask for exam in self.found.items)
 
     def _prepared(self, exams: Sequence[Exam]) -> Exams[Exam] | None:
         """Return where prepared exams are kept on disk, if they are."""
@@ -238,6 +273,22 @@ class VolumeDataModule(DomainDataModule):
         if self.labels is None or not there:
             return None
         return class_names(there, self.labels.classes, "exams")
+
+    def _merged(self, exams: Sequence[Exam]) -> Sequence[Exam]:
+        """Return the exams with the names that merged classes have.
+
+        Raises:
+            ConfigError: No exam is of a class that is to be merged.
+        """
+        merge = self.labels.merge if self.labels is not None else {}
+        there = sorted({exam.label for exam in exams if exam.label})
+        for name in merge:
+            if name not in there:
+                raise ConfigError(
+                    f"data.init_args.labels.merge: no exam is of the class {name!r}; there are "
+                    f"{', '.join(there) or 'none'}.{nearest(name, there)}"
+                )
+        return [replace(exam, label=merge.get(exam.label, exam.label)) for exam in exams]
 
     @property
     def num_classes(self) -> int | None:
@@ -328,6 +379,22 @@ class VolumeDataModule(DomainDataModule):
         classes = ", ".join(f"{value} {name}" for value, name in self.mask_names.items())
         lines.append(f"segmentation maps: {masks or 'none'}" + (f" ({classes})" if classes else ""))
         return lines + super().describe()
+
+
+def _one_label(visits: Sequence[Exam]) -> str:
+    """Return the class of a patient, that of the visits where it is known.
+
+    Raises:
+        DataError: Visits are of different classes.
+    """
+    known = sorted({exam.label for exam in visits if exam.label})
+    if len(known) > 1:
+        raise DataError(
+            f"{visits[0].id} and later visits are of the classes {', '.join(known)}; an item is a "
+            "patient and needs one. State one class per patient, or set data.init_args.labels: "
+            "null."
+        )
+    return known[0] if known else ""
 
 
 def _span(sizes: Sequence[tuple[Any, ...]], form: str) -> str:

@@ -64,12 +64,17 @@ class Contrast:
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def modality(
-        self, name: str, size: tuple[int, ...], spacing_mm: tuple[float, ...] | None
+        self,
+        name: str,
+        size: tuple[int, ...],
+        spacing_mm: tuple[float, ...] | None,
+        *,
+        kind: Literal["volume", "series"] = "volume",
     ) -> Modality:
         """Return the facts of the modality under a key."""
         return Modality(
             name=name,
-            kind="volume",
+            kind=kind,
             channels=self.channels or (self.contrast.strip("*") or name,),
             value_unit=self.value_unit,
             size=size,
@@ -95,6 +100,10 @@ class ExamFiles:
         patient: Regular expression whose first group, found in the id of an exam, is its patient;
             empty takes the column `patient`, or the first folder below the root.
         id_table: CSV file to write that tells which id is which exam and patient; None writes none.
+        dates: Column with the date of an exam, or with days since the first visit: an item is then
+            a patient, and every modality the series of its visits. In BIDS a column of
+            `sessions.tsv` or `scans.tsv`, `acq_time`. Empty trains on single exams.
+        max_visits: Most visits of a patient, evenly spread over those there are; None reads all.
         ids: `hashed` ids tell nothing about names of files and patients; `plain` is for public
             data, as the embedded samples have them.
     """
@@ -103,9 +112,16 @@ class ExamFiles:
     manifest: str | None = None
     patient: str = ""
     id_table: str | None = None
+    dates: str = ""
+    max_visits: int | None = None
     ids: Literal["hashed", "plain"] = "hashed"
 
     def __post_init__(self) -> None:
+        if self.max_visits is not None and (self.max_visits < 1 or not self.dates):
+            raise ConfigError(
+                f"{_WHERE}.exams.max_visits: got {self.max_visits!r}, expected 1 or more, and "
+                "exams.dates that tells when the visits were."
+            )
         for name, options in (("layout", ("auto", *LAYOUTS)), ("ids", IDS)):
             value = getattr(self, name)
             if value not in options:
@@ -122,12 +138,14 @@ class ExamLabels:
     Attributes:
         column: Column of a table with the class of an exam; empty for none.
         classes: The classes by number; empty takes those that occur, sorted.
+        merge: Other name per class, to put several into one: {m1: metastases, m2: metastases}.
         mask: Column, or end of the file names, of segmentation maps; empty for none.
         names: Name per value of the maps, from 0 on.
     """
 
     column: str = "label"
     classes: tuple[str, ...] = ()
+    merge: dict[str, str] = field(default_factory=dict)
     mask: str = "mask"
     names: tuple[str, ...] = ()
 
@@ -253,4 +271,5 @@ def wanted(contrasts: dict[str, Contrast], files: ExamFiles, labels: ExamLabels 
         label=labels.column if labels else "",
         mask=labels.mask if labels else "",
         patient=files.patient,
+        dates=files.dates,
     )

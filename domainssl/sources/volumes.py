@@ -20,12 +20,13 @@ from domainssl.loading.memory import empty
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
 from domainssl.modality import Modality, key
+from domainssl.sources.augmentation import Change
 from domainssl.sources.items import companions
 from domainssl.sources.preparation import prepare
 from domainssl.sources.volume_options import Contrast, ExamWindow, Preparation
 from domainssl.sources.windows import Cut
 
-__all__ = ["VolumeSource", "size_of"]
+__all__ = ["Drawn", "VolumeSource", "size_of"]
 
 _WINDOW, _CHANGE = 51, 52  # tags that keep the streams of random numbers apart
 _UNPACKED = 3  # bytes that a byte of a packed scan holds, roughly
@@ -45,6 +46,20 @@ class _Volume(Protocol):
 
     def crop(self, start: Sequence[int], size: Sequence[int]) -> Prepared:
         """Return a box."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A window of an exam: what it holds, the share that is not air, where it lies, what changes.
+
+    `change` is None where nothing does, as in held-out exams.
+    """
+
+    box: Prepared
+    shown: float
+    cut: Cut
+    window: ExamWindow
+    change: Change | None
 
 
 @dataclass(kw_only=True)
@@ -149,35 +164,46 @@ class VolumeSource:
 
     def _window(self, found: _Volume, index: int, epoch: int) -> tuple[Prepared, Cut, float]:
         """Return a box of the exam, the window in it, and how much of the window is not air."""
+        drawn = self._drawn(found, index, epoch)
+        return *self._changed(drawn.box, drawn), drawn.shown
+
+    def _drawn(self, found: _Volume, index: int, epoch: int) -> Drawn:
+        """Draw the place of a window until enough of it is not air, and what is changed there."""
         if not self.is_training:
-            return self._shown(found, self.window, None)
+            cut = self.window.middle(_room(found, self.window))
+            box, shown = self._shown(found, self.window, cut)
+            return Drawn(box=box, shown=shown, cut=cut, window=self.window, change=None)
         rng = generator(self.seed, epoch, _WINDOW, index)
         change = self.window.augmentation.draw(generator(self.seed, epoch, _CHANGE, index))
         window = replace(self.window, size=change.extent(self.window.shape, found.affine))
-        best: tuple[Prepared, Cut, float] | None = None
+        best: Drawn | None = None
         for _ in range(self.window.tries):
-            tried = self._shown(found, window, rng)
-            if best is None or tried[2] > best[2]:
-                best = tried
-            if best[2] >= self.window.min_foreground:
+            cut = window.draw(rng, _room(found, window))
+            box, shown = self._shown(found, window, cut)
+            if best is None or shown > best.shown:
+                best = Drawn(box=box, shown=shown, cut=cut, window=window, change=change)
+            if best.shown >= self.window.min_foreground:
                 break
         assert best is not None  # one is tried at least
-        box, cut, shown = best
+        return best
+
+    def _changed(self, box: Prepared, drawn: Drawn) -> tuple[Prepared, Cut]:
+        """Return a box of the place drawn as it is delivered, and the window in it."""
+        cut, change = drawn.cut.of_part(), drawn.change
+        if change is None:
+            return box, cut
         box = change.move(box, self.window.shape)
         source = self.contrasts
         names = [n for n in box.values if not source[n].is_hu(_word(box.facts, source[n], n))]
         cut = replace(cut, extent=box.shape, size=box.shape)
-        return change.shade(box, names), cut, shown
+        return change.shade(box, names), cut
 
-    def _shown(
-        self, found: _Volume, window: ExamWindow, rng: np.random.Generator | None
-    ) -> tuple[Prepared, Cut, float]:
-        """Read a window, drawn or in the middle; beyond the exam it is filled and not valid.
+    def _shown(self, found: _Volume, window: ExamWindow, cut: Cut) -> tuple[Prepared, float]:
+        """Read a window, and tell how much of it is not air; beyond the exam it is not valid.
 
         An exam that is smaller than the window lies in its middle.
         """
-        room = [max(a, b) for a, b in zip(found.shape, window.shape, strict=True)]
-        cut = window.middle(room) if rng is None else window.draw(rng, room)
+        room = _room(found, window)
         before = [(r - s) // 2 for r, s in zip(room, found.shape, strict=True)]
         begin = [b - p for b, p in zip(cut.begin, before, strict=True)]
         start = [max(0, b) for b in begin]
@@ -188,7 +214,7 @@ class VolumeSource:
             seen |= part.valid[name] & (values[0] >= part.facts["air_below"][name])
         inside = [s - b for s, b in zip(start, begin, strict=True)]
         shown = float(np.count_nonzero(seen)) / math.prod(cut.extent)
-        return _padded(part, inside, cut.extent), cut.of_part(), shown
+        return _padded(part, inside, cut.extent), shown
 
     def _empty(self, exam: Exam, count: int) -> dict[str, Any]:
         """Return what the windows of an exam are written into; absent modalities are complete."""
@@ -227,6 +253,11 @@ class VolumeSource:
             rows.bytes_needed += values.nbytes
         if box.mask is not None and self.has_masks:
             data["mask"][row] = torch.from_numpy(np.ascontiguousarray(cut.view(box.mask)))
+
+
+def _room(found: _Volume, window: ExamWindow) -> list[int]:
+    """Return the sides of an exam, at least those of the window."""
+    return [max(a, b) for a, b in zip(found.shape, window.shape, strict=True)]
 
 
 def _word(facts: Mapping[str, Any], contrast: Contrast, name: str) -> str:

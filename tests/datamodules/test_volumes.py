@@ -360,6 +360,19 @@ def test_classes_that_are_numbers_keep_their_order(tmp_path: Path) -> None:
     assert data.label_names == ("2", "9", "10") and data.mask_names == {0: "air", 1: "body"}
 
 
+def test_classes_are_merged_by_name(tmp_path: Path) -> None:
+    spot_scan(tmp_path / "a.nii.gz")
+    rows = [f"e{i},a.nii.gz,{name}" for i, name in enumerate(("m1", "healthy", "m2", ""))]
+    (tmp_path / "manifest.csv").write_text("\n".join(["id,ct,label", *rows]))
+    data = _data(tmp_path, labels=ExamLabels(merge={"m1": "ill", "m2": "ill"}))
+    data.setup("fit")
+    assert data.label_names == ("healthy", "ill")
+    source: Any = data.source("train")
+    assert source.labels == [1, 0, 1, -1]
+    with pytest.raises(ConfigError, match="no exam is of the class 'm3'; there are healthy, m1"):
+        _data(tmp_path, labels=ExamLabels(merge={"m3": "ill"})).setup("fit")
+
+
 def test_real_scans_and_series_reach_the_batch(shared_data: Path) -> None:
     """Means over the whole scan, as nibabel and pydicom give them; skipped without the files."""
     whole = {"preparation": Preparation(foreground=False), "labels": None}

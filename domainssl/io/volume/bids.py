@@ -69,6 +69,7 @@ def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
                 files[name] = path
     _must_be_there(root, wanted, scans, seen)
     labels = _labels(root, wanted.label)
+    dates = _dates(root, scans, wanted.dates) if wanted.dates else {}
     exams = [
         Exam(
             id=exam,
@@ -76,6 +77,7 @@ def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
             scans=files,
             label=labels.get(exam.split("/")[0], ""),
             mask=masks.get(exam, ""),
+            date=dates.get(exam, ""),
         )
         for exam, files in scans.items()
     ]
@@ -118,3 +120,31 @@ def _labels(root: str, column: str) -> dict[str, str]:
         return {}
     found = {row["participant_id"]: row[column] for row in rows}
     return {name: value for name, value in found.items() if value and value.lower() != "n/a"}
+
+
+def _dates(root: str, scans: Mapping[str, Mapping[str, str]], column: str) -> dict[str, str]:
+    """Return the date of each exam: of its session, else of its first scan that has one."""
+    found: dict[str, str] = {}
+    for exam, files in scans.items():
+        subject, _, session = exam.partition("/")
+        sessions = os.path.join(root, subject, f"{subject}_sessions.tsv")
+        cells = _column(sessions, "session_id", column) if session else {}
+        text = cells.get(session, "")
+        if not text:
+            folder = os.path.join(root, *exam.split("/"))
+            stem = "_".join(part for part in (subject, session) if part)
+            cells = _column(os.path.join(folder, f"{stem}_scans.tsv"), "filename", column)
+            names = (os.path.relpath(path, folder).replace(os.sep, "/") for path in files.values())
+            text = next((cells[name] for name in names if cells.get(name)), "")
+        found[exam] = text
+    return found
+
+
+def _column(path: str, key: str, column: str) -> dict[str, str]:
+    """Return a column of a table by another one; empty without the table or either of them."""
+    if not os.path.isfile(path):
+        return {}
+    columns, rows = read_table(path)
+    if column not in columns or key not in columns:
+        return {}
+    return {row[key]: row[column] for row in rows if row[column].lower() not in ("", "n/a")}

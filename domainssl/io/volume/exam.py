@@ -26,6 +26,8 @@ class Exam:
         label: Class of the exam; empty where unknown.
         mask: File with the class of every voxel; empty where there is none.
         anonymized: File that is not 0 where voxels were removed (a defaced head); empty for none.
+        day: Days since the first visit of its patient; 0 where dates are not asked for.
+        date: What a table says of its date, until it is a day; empty afterwards.
     """
 
     id: str
@@ -37,6 +39,8 @@ class Exam:
     label: str = ""
     mask: str = ""
     anonymized: str = ""
+    day: int = 0
+    date: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +52,14 @@ class Wanted:
         label: Column of a table that holds the class of an exam; empty for none.
         mask: Column, or name of the files, of the segmentation maps; empty for none.
         patient: Regular expression whose first group, found in an exam's id, is the patient.
+        dates: Column of a table with the date of an exam; empty for none.
     """
 
     contrasts: Mapping[str, str]
     label: str = "label"
     mask: str = "mask"
     patient: str = ""
+    dates: str = ""
 
 
 def stem_of(path: str) -> str:

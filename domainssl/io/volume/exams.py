@@ -26,6 +26,7 @@ from domainssl.io.volume.collections import (
 from domainssl.io.volume.exam import Exam, Wanted
 from domainssl.io.volume.folder import read_folder
 from domainssl.io.volume.manifest import read_manifest
+from domainssl.io.volume.visits import with_days
 
 __all__ = ["LAYOUTS", "find_exams", "layout_of"]
 
@@ -43,6 +44,9 @@ LAYOUTS: Mapping[str, tuple[Callable[[str], bool], Callable[[str, Wanted], Found
     "bids": (is_bids, read_bids),
     "folder": (os.path.isdir, read_folder),
 }
+
+
+_DATED = ("manifest", "bids")  # layouts that state dates of exams
 
 
 def _table_in(root: str, wanted: Wanted) -> Found[Exam]:
@@ -97,6 +101,11 @@ def find_exams(
     else:
         named = layout_of(root) if layout == "auto" else layout
         assert named is not None  # a folder is at least a plain one
+        if wanted.dates and named not in _DATED:
+            raise ConfigError(
+                f"data.init_args.exams.dates: the layout {named!r} states no dates, "
+                f"{' and '.join(_DATED)} do. Write a manifest with a column {wanted.dates!r}."
+            )
         found = LAYOUTS[named][1](root, wanted)
     if not found.items:
         raise DataError(
@@ -105,6 +114,8 @@ def find_exams(
         )
     exams = [_with_patient(exam, wanted.patient) for exam in found.items]
     patients_in_two_splits(exams, root)
+    if wanted.dates:
+        exams = with_days(exams, root, wanted.dates)
     return dataclasses.replace(found, items=sorted(exams, key=lambda exam: exam.id))
 
 

@@ -38,6 +38,11 @@ def read_manifest(path: str, root: str, wanted: Wanted) -> Found[Exam]:
                 f"{', '.join(columns)}.{nearest(column, columns)} Set "
                 f"data.init_args.modalities.{name}.contrast to one of them."
             )
+    if wanted.dates and wanted.dates not in columns:
+        raise DataError(
+            f"{path}: no column {wanted.dates!r} with dates, only {', '.join(columns)}."
+            f"{nearest(wanted.dates, columns)} Set data.init_args.exams.dates to one of them."
+        )
     exams: dict[str, Exam] = {}
     missing: list[str] = []
     problems = []
@@ -88,4 +93,5 @@ def _exam(row: Mapping[str, str], root: str, wanted: Wanted, where: str) -> Exam
         label=row.get(wanted.label, "") if wanted.label else "",
         mask=path(wanted.mask),
         anonymized=path("anon_mask"),
+        date=row.get(wanted.dates, "") if wanted.dates else "",
     )
