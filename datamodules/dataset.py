@@ -157,7 +157,8 @@ class DatasetDataModule(DomainDataModule):
     Args:
         root: `sample` (So2Sat, made on first use in the cache), or what the data set gets as root.
         dataset: Class or function and its arguments.
-        modalities: What is read by modality key; None takes those of the sample.
+        modalities: What is read by modality key; None takes those of the sample, or those that
+            the data set states (`domainssl.datamodules.bigearthnet.BigEarthNetV2` and others).
         global_batch_size: Items per optimiser step, over all devices and accumulation.
         window: Windows cut out of the items, flips and turns, the same for all modalities; None
             takes items whole, as they are.
@@ -199,13 +200,16 @@ class DatasetDataModule(DomainDataModule):
                 f"{_WHERE}.dataset.splits: got {unknown}, expected some of {', '.join(_SPLITS)}."
                 f"{nearest(unknown[0], _SPLITS)}"
             )
+        own = _stated(self.dataset.name)
+        if modalities is None:
+            modalities = getattr(own, "described", None)
         if modalities is None and self.dataset.name != _SO2SAT:
             raise ConfigError(
                 f"{_WHERE}.modalities: name what is read of {self.dataset.name!r}, such as "
                 "{s2: {key: image, channels: [B02, B03], value_unit: dn, size: [64, 64]}}."
             )
         self.described = dict(modalities or so2sat_modalities())
-        self.keys = keys or SampleKeys()
+        self.keys = keys or SampleKeys(dates=getattr(own, "dates", None))
         self.held_out = (held_out or HeldOut()).of(("val_fraction", "seed"))
         self.statistics = statistics
         self._read = {name: found.modality(name) for name, found in self.described.items()}
@@ -413,6 +417,11 @@ class DatasetDataModule(DomainDataModule):
         names = self.label_names
         lines.append(f"labels: {', '.join(names)}" if names else "labels: without names")
         return lines + super().describe()
+
+
+def _stated(name: str) -> Any:
+    """Return a data set class of this package, which states its modalities; None for others."""
+    return imported(name) if name.startswith("domainssl.datamodules.") else None
 
 
 def so2sat_class() -> DatasetClass:

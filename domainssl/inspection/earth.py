@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from domainssl.io.raster.safe import is_safe, safe_bands
@@ -15,11 +16,21 @@ from domainssl.sources.windows import Window
 
 if TYPE_CHECKING:
     from domainssl.datamodules.cubes import SentinelCubeDataModule
+    from domainssl.datamodules.dataset import DatasetDataModule
     from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
     from domainssl.datamodules.terramesh import TerraMeshDataModule
 
-__all__ = ["open_first", "open_safe", "open_terramesh", "safe_products"]
+__all__ = [
+    "benchmark_at", "open_benchmark", "open_first", "open_safe", "open_terramesh", "safe_products",
+]  # fmt: skip
 
+# module, class and what lies in the folder
+_BENCHMARKS = (
+    ("bigearthnet", "BigEarthNetV2", ("metadata.parquet", "BigEarthNet-S2", "BigEarthNet-S1")),
+    ("dfc2020", "DFC2020", ("ROIs0000_test", "ROIs0000_validation")),
+    ("flair_hub", "FlairHub", ("FLAIR-HUB_TRAIN.csv", "FLAIR-HUB_VALID.csv", "*_AERIAL_RGBI")),
+    ("eurosat_sar", "EuroSATSAR", ("AnnualCrop", "HerbaceousVegetation", "SeaLake")),
+)
 _KEYS = {"S1RTC": "s1", "S1GRD": "s1_grd", "S2L2A": "s2", "S2L1C": "s2_l1c", "S2RGB": "rgb"}
 
 
@@ -47,6 +58,24 @@ def open_first(root: str) -> SSL4EOS12DataModule:
     return SSL4EOS12DataModule(
         root=root, modalities=sensors_at(root), global_batch_size=1, window=Window(size=224)
     )
+
+
+def benchmark_at(names: Sequence[str] | None) -> str | None:
+    """Return the class of the benchmark set whose files a folder holds, None for no such set."""
+    there = set(names or ())
+    for module, title, marks in _BENCHMARKS:
+        if all(any(fnmatch(name, mark) for name in there) for mark in marks):
+            return f"domainssl.datamodules.{module}.{title}"
+    return None
+
+
+def open_benchmark(root: str, names: Sequence[str] | None) -> DatasetDataModule:
+    """Return the benchmark set in a folder, with the splits that it has."""
+    from domainssl.datamodules.dataset import DatasetClass, DatasetDataModule
+
+    name = benchmark_at(names)
+    assert name is not None
+    return DatasetDataModule(root=root, dataset=DatasetClass(name), global_batch_size=1)
 
 
 def safe_products(path: str, names: Sequence[str] | None) -> list[str]:

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from domainssl.errors import DataError
 from domainssl.inspection.bags import bag_tables, inspect_bags, is_bags
-from domainssl.inspection.earth import open_first, open_safe, open_terramesh, safe_products
+from domainssl.inspection.earth import (
+    benchmark_at,
+    open_benchmark,
+    open_first,
+    open_safe,
+    open_terramesh,
+    safe_products,
+)
 from domainssl.inspection.files import find_geotiffs, inspect_cube, inspect_geotiffs, inspect_tar
 from domainssl.inspection.layers import inspect_layers
 from domainssl.inspection.scans import inspect_scans, is_scans, scan_tables
@@ -315,6 +322,12 @@ FORMATS = (
         lambda p: open_first(p.path),
     ),
     Format("ssl4eo", lambda p: _split_product(p) is not None, _describe_ssl4eo, _open_ssl4eo),
+    Format(
+        "benchmark",
+        lambda p: not is_url(p.path) and benchmark_at(p.names) is not None,
+        _by_datamodule(lambda p: open_benchmark(p.path, p.names)),
+        lambda p: open_benchmark(p.path, p.names),
+    ),
     Format("treesatai", _is_treesat, _by_datamodule(_open_treesat), _open_treesat),
     Format("pastis", _is_pastis, _by_datamodule(_open_pastis), _open_pastis),
     Format("cubes", _is_default_cubes, _by_datamodule(_open_cubes), _open_cubes),

@@ -334,6 +334,8 @@ class DatasetSource:
         """Return how many pixels of a map (..., *S) lie on one of the coarsest; 0 if it differs."""
         axes = len(self._room)
         sides = tuple(values.shape[values.ndim - axes :])
+        if self.window is None and sides in [self._size_read(name) for name in self.modalities]:
+            return 1  # items are taken whole, and the map is that of a modality
         times = sides[0] // self._room[0] if axes and values.ndim >= axes else 0
         return times if sides == tuple(side * times for side in self._room) else 0
 

@@ -1,0 +1,126 @@
+"""EuroSAT-SAR: Sentinel-1 of the EuroSAT patches, with Sentinel-2 where EuroSAT lies beside.
+
+data:
+class_path: DatasetDataModule
+init_args:
+root: /data/eurosat_sar
+dataset: {name: domainssl.datamodules.eurosat_sar.EuroSATSAR}
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from domainssl.datamodules.dataset import DatasetModality
+from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.io.raster.patches import folders_in, measured_or_nan, read_patch
+from domainssl.io.ssl4eo.facts import PRODUCTS
+from domainssl.sensors import L1C_BANDS
+
+__all__ = ["EuroSATPairs", "EuroSATSAR"]
+
+_SIDE = 64
+_SPLITS = ("train", "val", "test")
+_FIFTH = {3: "val", 4: "test"}  # of the patches of a class, by their number
+_STORED = (*L1C_BANDS[:8], "B09", "B10", "B11", "B12", "B8A")  # the order of EuroSAT
+_NAME = re.compile(r"(\w+)_(\d+)\.tiff?")
+
+
+class EuroSATSAR:
+    """Patches of 640 m in ten classes: VV and VH, and 13 bands of L1C from EuroSAT.
+
+    There is no published split of the radar patches: of each class, three fifths are for training,
+    one is held out and one is for tests, by the number in the file's name.
+
+    Args:
+        root: Folder with a folder per class, such as `AnnualCrop/AnnualCrop_1.tif`.
+        split: `train`, `val` or `test`.
+        optical: Folder of EuroSAT (MS) with the same names; None reads radar alone.
+
+    Raises:
+        DataError: There is no folder of a class, or no patch of the split.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = (
+        "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture",
+        "PermanentCrop", "Residential", "River", "SeaLake",
+    )  # fmt: skip
+    described: ClassVar[Mapping[str, DatasetModality]] = {
+        "s1": DatasetModality(
+            key="s1", channels=PRODUCTS["S1GRD"].bands, value_unit="db", size=(_SIDE, _SIDE),
+            gsd_m=10.0, mean=PRODUCTS["S1GRD"].mean, std=PRODUCTS["S1GRD"].std,
+        ),
+    }  # fmt: skip
+
+    def __init__(self, root: str, split: str = "train", optical: str | None = None) -> None:
+        if split not in _SPLITS:
+            raise ConfigError(
+                f"EuroSATSAR: split {split!r} is not one of {', '.join(_SPLITS)}."
+                f"{nearest(split, _SPLITS)}"
+            )
+        self.root, self.optical = root, optical
+        there = [name for name in self.classes if name in folders_in(root)]
+        if not there:
+            raise DataError(
+                f"{root}: none of the ten folders of classes, such as AnnualCrop/; it holds "
+                f"{', '.join(folders_in(root)[:8]) or 'no folder'}."
+            )
+        self._rows: list[tuple[str, str, int]] = []
+        for name in there:
+            found = {
+                int(match[2]): file
+                for file in os.listdir(os.path.join(root, name))
+                if (match := _NAME.fullmatch(file)) and match[1] == name
+            }
+            number = self.classes.index(name)
+            self._rows += [
+                (name, found[n], number)
+                for n in sorted(found)
+                if _FIFTH.get(n % 5, "train") == split
+            ]
+        if not self._rows:
+            raise DataError(f"{root}: no patch of the split {split!r}, such as AnnualCrop_1.tif.")
+
+    @property
+    def targets(self) -> list[int]:
+        """Class of each patch."""
+        return [number for _, _, number in self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `s1`, `s2` where there is EuroSAT, `label` and `id` of a patch."""
+        folder, file, label = self._rows[index]
+        radar = read_patch(os.path.join(self.root, folder, file), 2, _SIDE)
+        item: dict[str, Any] = {
+            "id": os.path.splitext(file)[0],
+            "s1": measured_or_nan(radar.astype(np.float32)),
+            "label": label,
+        }
+        if self.optical is not None:
+            values = read_patch(os.path.join(self.optical, folder, file), len(_STORED), _SIDE)
+            order = [_STORED.index(band) for band in L1C_BANDS]
+            item["s2"] = measured_or_nan(values[order])
+        return item
+
+
+class EuroSATPairs(EuroSATSAR):
+    """Patches of EuroSAT-SAR with those of EuroSAT; `optical` names the folder of the latter."""
+
+    described: ClassVar[Mapping[str, DatasetModality]] = {
+        **EuroSATSAR.described,
+        "s2": DatasetModality(
+            key="s2", channels=L1C_BANDS, value_unit="dn", size=(_SIDE, _SIDE), gsd_m=10.0,
+            mean=PRODUCTS["S2L1C"].mean, std=PRODUCTS["S2L1C"].std,
+            wavelengths_nm=PRODUCTS["S2L1C"].wavelengths_nm,
+        ),
+    }  # fmt: skip
+
+    def __init__(self, root: str, optical: str, split: str = "train") -> None:
+        super().__init__(root, split, optical)

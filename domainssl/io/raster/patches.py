@@ -1,0 +1,61 @@
+"""Small GeoTIFF of benchmark sets: one patch a file, read whole and checked against its layout."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError
+from domainssl.io.raster.gdal import open_raster, reading
+
+__all__ = ["folders_in", "measured_or_nan", "read_patch", "repeated"]
+
+Array = np.ndarray[Any, Any]
+_LARGEST = 2**26  # numbers in a patch
+
+
+def read_patch(path: str, bands: int | None, side: int) -> Array:
+    """Read a patch as stored.
+
+    Args:
+        path: The file.
+        bands: How many it has; None for any number.
+        side: Rows and columns.
+
+    Returns:
+        (C, side, side).
+
+    Raises:
+        DataError: It is missing, damaged, or of another shape.
+    """
+    with open_raster(path) as file, reading(path):
+        shape = (file.count, file.height, file.width)
+        expected = (file.count if bands is None else bands, side, side)
+        if shape != expected or file.count * side * side > _LARGEST:
+            raise DataError(f"{path}: got the shape {shape}, expected {expected}.")
+        if any(np.dtype(kind).kind not in "iuf" for kind in file.dtypes):
+            raise DataError(f"{path}: holds {file.dtypes[0]}, expected real numbers.")
+        values: Array = file.read()
+    return values
+
+
+def repeated(values: Array, side: int) -> Array:
+    """Return coarser pixels (C, h, h), each repeated so that the map has `side` pixels."""
+    times = side // values.shape[-1]
+    return values.repeat(times, -2).repeat(times, -1)
+
+
+def measured_or_nan(values: Array) -> Array:
+    """Return float32 values (C, H, W), NaN in all bands where every stored band is 0."""
+    out: Array = values.astype(np.float32)
+    out[:, ~values.any(0)] = np.nan
+    return out
+
+
+def folders_in(path: str) -> list[str]:
+    """Return the sorted names of the folders in a folder, [] where there is none."""
+    if not os.path.isdir(path):
+        return []
+    return sorted(name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name)))

@@ -1,0 +1,131 @@
+"""BigEarthNet v2, EuroSAT-SAR, DFC2020 and FLAIR-HUB: layouts, classes, splits, missing parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmark_files import FLAIR, S2_PATCH, bigearthnet, dfc2020, eurosat, flair_hub, tif
+
+from domainssl.datamodules.bigearthnet import BigEarthNetV2
+from domainssl.datamodules.dataset import DatasetClass, DatasetDataModule
+from domainssl.datamodules.dfc2020 import DFC2020
+from domainssl.datamodules.eurosat_sar import EuroSATSAR
+from domainssl.datamodules.flair_hub import FlairHub
+from domainssl.errors import ConfigError, DataError
+from domainssl.inspection.recognise import inspect_path
+from domainssl.loading.plan import Piece
+from domainssl.loading.source import Loading
+
+PLACE = "domainssl.datamodules."
+
+
+def _data(root: Path, name: str, arguments: dict[str, Any] | None = None) -> DatasetDataModule:
+    data = DatasetDataModule(
+        root=str(root), dataset=DatasetClass(PLACE + name, arguments or {}), global_batch_size=1,
+        loading=Loading(workers=0),
+    )  # fmt: skip
+    data.setup("fit")
+    return data
+
+
+def _first(data: DatasetDataModule, split: str = "train") -> dict[str, Any]:
+    rows = data.source(split).load(Piece(0, 0, 1), 0)
+    assert not rows.bad
+    return {name: np.asarray(value)[0] for name, value in rows.data.items()}
+
+
+def test_bigearthnet_has_twelve_bands_on_one_grid_and_radar_in_decibels(tmp_path: Path) -> None:
+    data = _data(bigearthnet(tmp_path), "bigearthnet.BigEarthNetV2")
+    assert len(data.classes or ()) == 19 and data.modalities["s2"].channels[-1] == "B12"
+    item = _first(data)
+    assert item["id"] == f"{S2_PATCH[:-1]}0"
+    assert item["s2"].shape == (12, 120, 120) and item["s1"].dtype == np.float32
+    numbers = [101, 102, 103, 104, 105, 106, 107, 108, 180, 109, 111, 112]
+    assert item["s2"][:, 7, 7].tolist() == numbers
+    assert item["s1"][:, 7, 7].tolist() == [-10.25, -17.75]  # not cut to whole numbers, VV first
+    assert np.flatnonzero(item["label_multi"]).tolist() == [4, 17]
+    assert item["mask"][[0, 10, 20], 0].tolist() == [-1, 17, 4]
+    assert _first(data, "val")["id"] == f"{S2_PATCH[:-1]}1"
+    assert len(BigEarthNetV2(str(tmp_path), "test")) == 1
+    with pytest.raises(DataError, match="names no patch of the split 'test'"):
+        BigEarthNetV2(str(tmp_path), "test", clear_only=True)
+
+
+def test_eurosat_sar_alone_and_beside_eurosat(tmp_path: Path) -> None:
+    radar = eurosat(tmp_path / "sar", is_radar=True)
+    data = _data(radar, "eurosat_sar.EuroSATSAR")
+    assert sum(data.source("train").sizes) == 12 and sum(data.source("val").sizes) == 4
+    item = _first(data, "val")
+    assert item["id"] == "AnnualCrop_3" and item["label"] == 0 and (item["s1"] == -5.5).all()
+    optical = eurosat(tmp_path / "ms", is_radar=False)
+    both = _data(radar, "eurosat_sar.EuroSATPairs", {"optical": str(optical)})
+    # EuroSAT stores B8A last
+    assert _first(both)["s2"][:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 13, 9, 10, 11, 12]
+
+
+def test_dfc2020_has_eight_classes_and_cirrus_of_zero(tmp_path: Path) -> None:
+    data = _data(dfc2020(tmp_path), "dfc2020.DFC2020")
+    item = _first(data)
+    assert item["id"] == "ROIs0000_test_s1_0_p2" and item["label"] == 7
+    assert item["mask"][[0, 16, 20], 0].tolist() == [0, -1, 7]
+    valid = item["s2.valid"]
+    assert not valid[0, 0] and valid[0, 1:].all() and item["s2"][10].max() == 0
+    assert _first(data, "val")["id"] == "ROIs0000_validation_s1_0_p32"
+    path = tmp_path / "ROIs0000_test" / "dfc_0" / "ROIs0000_test_dfc_0_p2.tif"
+    tif(path, np.full((1, 256, 256), 11, np.uint8))
+    with pytest.raises(DataError, match="holds the class 11, expected 1 to 10"):
+        DFC2020(str(tmp_path))[0]
+
+
+def test_flair_hub_has_images_series_with_dates_and_missing_sensors(tmp_path: Path) -> None:
+    data = _data(flair_hub(tmp_path), "flair_hub.FlairHub", {"cloud_percent": 10})
+    item = _first(data)
+    assert item["id"] == f"{FLAIR[:-1]}0" and item["aerial"][:, 0, 0].tolist() == [10, 11, 12, 13]
+    assert item["s2"].shape == (3, 10, 10, 10) and item["s2"][2, :, 9, 9].tolist() == \
+        list(range(120, 130))  # fmt: skip
+    days = [str(np.datetime64(int(day), "D")) for day in item["s2.dates"]]
+    assert days == ["2019-01-01", "2019-01-02", "2019-01-03"]
+    assert not item["s2.valid"][1, :5].any() and item["s2.valid"][1, 5:].all()
+    np.testing.assert_allclose(item["s1_asc"][0], -10, rtol=1e-6)
+    assert item["s1_asc.dates"].tolist() == [0, 0, 0] and not item["s1_des.present"]
+    assert not item["dem.valid"][0, 0] and item["dem"][1, 5, 5] == 250.5
+    assert item["mask"][[0, 100], 0].tolist() == [-1, 6] and item["label"] == 6
+    held = _first(data, "val")
+    present = {name: bool(held[f"{name}.present"]) for name in data.modalities}
+    assert [name for name in present if present[name]] == ["aerial"]
+    assert FlairHub(str(tmp_path), max_dates=2)[0]["s2_dates"].tolist() == [17897, 17899]
+
+
+@pytest.mark.parametrize("make", [bigearthnet, dfc2020, flair_hub])
+def test_inspect_knows_the_folders(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    report = inspect_path(str(make(tmp_path)))
+    assert report["splits"]["train"]["items"] in (1, 2) and "val" in report["splits"]
+
+
+def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no metadata\.parquet"):
+        BigEarthNetV2(str(tmp_path))
+    with pytest.raises(DataError, match="none of the ten folders of classes"):
+        EuroSATSAR(str(tmp_path))
+    with pytest.raises(DataError, match="no patch such as ROIs0000_test_s1_0_p0"):
+        DFC2020(str(tmp_path))
+    with pytest.raises(DataError, match=r"expected FLAIR-HUB_TRAIN\.csv"):
+        FlairHub(str(tmp_path))
+    for made in (BigEarthNetV2, EuroSATSAR, DFC2020, FlairHub):
+        with pytest.raises(ConfigError, match=r"split 'trian' is not one of train.*Did you mean"):
+            made(str(tmp_path), "trian")
+    root = bigearthnet(tmp_path / "ben")
+    patch = next(root.glob("BigEarthNet-S2/*/*0/*_B02.tif"))
+    patch.write_bytes(patch.read_bytes()[:100])
+    data = _data(root, "bigearthnet.BigEarthNetV2")
+    with pytest.raises(DataError, match=r"_B02\.tif"):
+        data.source("train").load(Piece(0, 0, 1), 0)
+    (tmp_path / "FLAIR-HUB_TRAIN.csv").write_text(
+        f"patch_id;AERIAL_RGBI\n{FLAIR};../../D012_AERIAL_RGBI/../../../etc/x.tif\n"
+    )
+    with pytest.raises(DataError, match="points outside"):
+        FlairHub(str(tmp_path))[0]
