@@ -1,6 +1,6 @@
 """The embedded sample of change: fields of the cube sample at two dates, and where they changed.
 
-Four sites of 40 fields, as in `cubes.py`, with two dates a year apart. On a part of each field
+Eight sites of 40 fields, as in `cubes.py`, with two dates a year apart. On a part of each field
 something else grows at the second date. Objects are drawn anew for each date, as plants grow anew,
 and so are level, gain and haze: pixels differ between the dates everywhere. Only which bands its
 objects brighten or darken together tells that another crop grows there. `labels/<site>.zarr` holds
@@ -34,6 +34,7 @@ __all__ = ["CHANGES", "VERSION", "build", "sample_root"]
 
 VERSION = "2"
 CHANGES = ("unchanged", "changed")
+_SITES = 8
 _DOWN, _ACROSS = 4, 10  # fields
 _SEED = 20261127
 _SHARE = (0.25, 0.5)  # of a field that changes
@@ -50,8 +51,9 @@ def sample_root() -> Path:
 
 def build(folder: Path) -> None:
     """Write the sample into an empty folder; the same pixels every time."""
-    for number, (site, epsg) in enumerate(SITES.items()):
-        _write_site(folder, number, site, epsg)
+    zones = list(SITES.values())
+    for number in range(_SITES):
+        _write_site(folder, number, f"fields_{'abcdefgh'[number]}", zones[number % len(zones)])
 
 
 def _write_site(folder: Path, number: int, site: str, epsg: int) -> None:

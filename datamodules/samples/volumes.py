@@ -2,7 +2,8 @@
 
 `petct`: 160 training and 96 held-out exams of registered CT and PET. `ctmr`: 96 and 96 exams of
 the abdomen, half of them CT and half MR, with maps of the organs; one is a DICOM series. `brain`:
-160 and 96 exams of four MR contrasts, some of them missing, with maps of the lesions. As in real
+160 and 96 exams of four MR contrasts, some of them missing, with maps of the lesions. `organs` and
+`lesions`: 96 and 32 exams of such scans, whose maps only the layers of the tissue tell. As in real
 files, stored axes point in several directions, integers have slopes and offsets, and some patients
 come twice.
 """
@@ -17,6 +18,12 @@ from domainssl.datamodules.samples.volumes_brain import BRAIN, write_brain
 from domainssl.datamodules.samples.volumes_ctmr import CTMR, write_ctmr
 from domainssl.datamodules.samples.volumes_petct import PETCT, write_petct
 from domainssl.datamodules.samples.volumes_plan import Plan
+from domainssl.datamodules.samples.volumes_regions import (
+    LESIONS,
+    ORGANS,
+    write_lesions,
+    write_organs,
+)
 from domainssl.errors import ConfigError, nearest
 
 __all__ = ["SAMPLES", "build", "sample_root"]
@@ -26,6 +33,8 @@ SAMPLES: dict[str, tuple[Plan, Callable[[Path, str, int], Mapping[str, str]], st
     "petct": (PETCT, write_petct, "3"),
     "ctmr": (CTMR, write_ctmr, "2"),
     "brain": (BRAIN, write_brain, "2"),
+    "organs": (ORGANS, write_organs, "1"),
+    "lesions": (LESIONS, write_lesions, "1"),
 }
 
 

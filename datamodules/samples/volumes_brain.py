@@ -18,7 +18,10 @@ from domainssl.datamodules.samples.volumes_files import affine_of, write_nifti
 from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
 from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, grain, layered, smooth
 
-__all__ = ["BRAIN", "CONTRASTS", "GRID", "Head", "brain", "write_brain"]
+__all__ = [
+    "BRAIN", "CONTRASTS", "GRID", "Head", "brain", "draw_scans", "head_tissues", "write_brain",
+    "write_head",
+]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
@@ -57,21 +60,45 @@ class Head:
 def brain(split: str, number: int) -> Head:
     """Draw an exam of the sample, without writing any file."""
     rng, body_rng = BRAIN.generators(split, number)
-    tissues = _anatomy(body_rng)
+    tissues = head_tissues(body_rng)
     layers = layered(rng, GRID, int(BRAIN.classes(split)[number]), rng.uniform(25, 37))
     layers *= tissues > 3
     lesions = _lesions(rng, tissues)
+    scans = draw_scans(rng, tissues, layers, lesions)
+    return Head(scans=scans, lesions=lesions, layers=layers)
+
+
+def draw_scans(rng: Rng, tissues: Array, layers: Array, lesions: Array) -> dict[str, Array]:
+    """Return what the contrasts show, float32 (X, Y, Z) by name; some exams lack one.
+
+    Args:
+        rng: Source of the draw.
+        tissues: As `head_tissues` returns them.
+        layers: Unit variance, zero outside of the brain.
+        lesions: 0 healthy, 1 oedema, 2 enhancing core, uint8 (X, Y, Z).
+    """
     contrast = np.exp(rng.normal(0, 0.15))
     gain = float(np.exp(rng.normal(0, 0.2)))
     scans = {n: _scan(rng, n, tissues, layers * contrast, lesions, gain) for n in CONTRASTS}
     if rng.random() < 0.2:
         del scans[str(rng.choice(CONTRASTS))]
-    return Head(scans=scans, lesions=lesions, layers=layers)
+    return scans
 
 
 def write_brain(folder: Path, split: str, number: int) -> dict[str, str]:
     """Write the files of an exam and return their cells of the manifest."""
-    exam, case = brain(split, number), BRAIN.case(split, number)
+    return write_head(folder, BRAIN.case(split, number), number, brain(split, number))
+
+
+def write_head(folder: Path, case: str, number: int, exam: Head) -> dict[str, str]:
+    """Write the files of an exam and return their cells of the manifest.
+
+    Args:
+        folder: Of all exams.
+        case: Id of the exam.
+        number: Of the exam; orientations and slopes follow it.
+        exam: What is written.
+    """
     (folder / case).mkdir()
     affine = affine_of(GRID.shape, GRID.spacing_mm)
     cells = {"mask": f"{case}/lesions.nii.gz"}
@@ -86,8 +113,8 @@ def write_brain(folder: Path, split: str, number: int) -> dict[str, str]:
     return cells
 
 
-def _anatomy(rng: Rng) -> Array:
-    """Return the tissue of each voxel, position in the rows of `_SIGNAL`."""
+def head_tissues(rng: Rng) -> Array:
+    """Return the tissue of each voxel, position in the rows of `_SIGNAL`, uint8 (X, Y, Z)."""
     places = GRID.places()
     size = np.exp(rng.normal(0, 0.03, 3))
     head = ellipsoid(places, rng.normal(0, 2, 3), np.multiply((68, 77, 74), size))

@@ -17,7 +17,10 @@ from domainssl.datamodules.samples.volumes_files import affine_of, write_dicom, 
 from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
 from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, grain, layered, smooth
 
-__all__ = ["CTMR", "GRID", "TISSUES", "CtOrMr", "ctmr", "write_ctmr"]
+__all__ = [
+    "CTMR", "GRID", "TISSUES", "CtOrMr", "ctmr", "draw_ct", "draw_mr", "write_ct_or_mr",
+    "write_ctmr",
+]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
@@ -61,9 +64,13 @@ def ctmr(split: str, number: int) -> CtOrMr:
     labels = _anatomy(body_rng)
     layers = layered(rng, GRID, int(CTMR.classes(split)[number]), rng.uniform(32, 48))
     layers *= (labels > 1) & (labels != TISSUES.index("spine"))
-    draw = _ct if number % 2 == 0 else _mr
+    if number % 2:
+        scan = draw_mr(rng, GRID, labels, layers)
+    else:  # with padding around the field
+        outside = ellipsoid(GRID.places(), (0, 0, 0), (80, 80, 1e4)) > 1
+        scan = np.where(outside, np.float32(-1024), draw_ct(rng, GRID, labels, layers))
     return CtOrMr(
-        scan=draw(rng, labels, layers),
+        scan=scan,
         source=("ct", "mr")[number % 2],
         labels=labels,
         layers=layers,
@@ -73,20 +80,38 @@ def ctmr(split: str, number: int) -> CtOrMr:
 def write_ctmr(folder: Path, split: str, number: int) -> dict[str, str]:
     """Write the files of an exam and return their cells of the manifest."""
     exam, case = ctmr(split, number), CTMR.case(split, number)
+    patient = str(CTMR.row(split, number, {})["patient"])
+    dicom_of = patient if (split, number) == _DICOM else None
+    return write_ct_or_mr(folder, case, number, exam, GRID, dicom_of=dicom_of)
+
+
+def write_ct_or_mr(
+    folder: Path, case: str, number: int, exam: CtOrMr, grid: Grid, *, dicom_of: str | None = None
+) -> dict[str, str]:
+    """Write the files of an exam and return their cells of the manifest.
+
+    Args:
+        folder: Of all exams.
+        case: Id of the exam.
+        number: Of the exam; orientation and slope follow it.
+        exam: What is written.
+        grid: Its voxels.
+        dicom_of: Patient, where the scan is written as a DICOM series.
+    """
     (folder / case).mkdir()
-    affine = affine_of(GRID.shape, GRID.spacing_mm)
+    affine = affine_of(grid.shape, grid.spacing_mm)
     ends = ORIENTATIONS[number // 2 % len(ORIENTATIONS)]
     mask = f"{case}/labels.nii.gz"
     write_nifti(folder / mask, exam.labels, affine, orientation=ends)
     stored = (np.round(exam.scan / 4) * 4).astype(np.int16)  # in steps: less to store
-    scan = f"{case}/scan" if (split, number) == _DICOM else f"{case}/scan.nii.gz"
-    if (split, number) == _DICOM:
+    scan = f"{case}/scan.nii.gz" if dicom_of is None else f"{case}/scan"
+    if dicom_of is not None:
         write_dicom(
             folder / scan,
             (stored + 1024).astype(np.int16),
             affine,
             modality="CT",
-            patient=str(CTMR.row(split, number, {})["patient"]),
+            patient=dicom_of,
             rescale=(1.0, -1024.0),
             tags={"PixelPaddingValue": 0},
         )
@@ -118,19 +143,27 @@ def _anatomy(rng: Rng) -> Array:
     return labels
 
 
-def _ct(rng: Rng, labels: Array, layers: Array) -> Array:
+def draw_ct(rng: Rng, grid: Grid, labels: Array, layers: Array) -> Array:
+    """Return Hounsfield units, float32 (X, Y, Z).
+
+    Args:
+        rng: Source of the draw.
+        grid: Voxels.
+        labels: Position in `TISSUES`, (X, Y, Z).
+        layers: Unit variance, zero where there are none, (X, Y, Z).
+    """
     level = rng.normal(0, 10) * (labels > 0)
     values = _HU[labels] + level + 50 * np.exp(rng.normal(0, 0.15)) * layers
-    values += 45 * grain(rng, GRID, _GRAIN_MM) * (layers != 0)
-    values += 18 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(GRID.shape, np.float32)
-    outside = ellipsoid(GRID.places(), (0, 0, 0), (80, 80, 1e4)) > 1  # padding around the field
-    return np.where(outside, -1024, values.clip(-1024, 3000)).astype(np.float32)
+    values += 45 * grain(rng, grid, _GRAIN_MM) * (layers != 0)
+    values += 18 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal(grid.shape, np.float32)
+    return np.asarray(values.clip(-1024, 3000), np.float32)
 
 
-def _mr(rng: Rng, labels: Array, layers: Array) -> Array:
-    log = 0.3 * np.exp(rng.normal(0, 0.15)) * layers + 0.12 * smooth(rng, GRID, 80)
-    log += 0.27 * grain(rng, GRID, _GRAIN_MM) * (layers != 0)
+def draw_mr(rng: Rng, grid: Grid, labels: Array, layers: Array) -> Array:
+    """Return arbitrary numbers of a T1-weighted sequence, float32 (X, Y, Z); see `draw_ct`."""
+    log = 0.3 * np.exp(rng.normal(0, 0.15)) * layers + 0.12 * smooth(rng, grid, 80)
+    log += 0.27 * grain(rng, grid, _GRAIN_MM) * (layers != 0)
     signal = _T1[labels] * np.exp(log)
-    noise = 0.04 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal((2, *GRID.shape), np.float32)
+    noise = 0.04 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal((2, *grid.shape), np.float32)
     gain = 900 * np.exp(rng.normal(0, 0.4))
     return np.asarray(gain * np.hypot(signal + noise[0], noise[1]), np.float32)

@@ -32,11 +32,14 @@ class Plan:
         name: Of the sample.
         exams: Number of exams per split.
         columns: Columns of the manifest between `split` and `label`, and after it.
+        has_classes: Whether exams have a class; where they have none, maps alone say what they
+            show.
     """
 
     name: str
     exams: Mapping[str, int]
     columns: tuple[Sequence[str], Sequence[str]]
+    has_classes: bool = True
 
     def classes(self, split: str) -> Array:
         """Return the class of every exam, position in `PATTERNS`: even and odd exams balanced."""
@@ -62,7 +65,7 @@ class Plan:
             "id": self.case(split, number),
             "patient": f"phantom-{split[0]}{_patient(number):03d}",
             "split": split,
-            "label": PATTERNS[self.classes(split)[number]],
+            "label": PATTERNS[self.classes(split)[number]] if self.has_classes else "",
             **cells,
         }
 

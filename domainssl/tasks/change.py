@@ -174,7 +174,7 @@ class ChangeDetectionTask(SegmentationTask):
         """Return the projected maps of one date, (B, width, *S_i)."""
         names = self.fusion.names
         maps = dense_maps(self.backbone, batch, joint="joint" in names)
-        joined = self.fusion({n: m for n, m in maps.items() if n in names}, batch)
+        joined = self._joined(maps, batch)
         return [layer(m) for layer, m in zip(self.projections, joined, strict=True)]
 
     def _compared(self, before: Tensor, after: Tensor) -> Tensor:

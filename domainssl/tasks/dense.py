@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Batch, Modality
+from domainssl.nn.norm import GlobalBatchNorm
 from domainssl.nn.sliding import Blending, Box, Windows, slide_over
 from domainssl.options import as_dataclass
 from domainssl.tasks.heads_2d import HEADS_2D
@@ -31,11 +32,15 @@ class DenseHead:
         features: Names of the maps that are read; empty takes `joint` where the backbone has it,
             else all.
         width: Channels of the head; None takes its own.
+        normalize: Bring every channel of the maps to mean 0 and deviation 1 over the batches first,
+            as linear probes do: a head on frozen features then learns at one rate, whatever their
+            scale (MAE, He et al. 2022, A.1).
     """
 
     name: str
     features: tuple[str, ...] = ()
     width: int | None = None
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
@@ -68,7 +73,8 @@ class DenseMaps:
     Attributes:
         axes: 2 or 3.
         fusion: Makes one pyramid of those of several names.
-        head: Over that pyramid.
+        norms: Of the maps of that pyramid, or nothing.
+        head: Over them.
         tiles: How held-out items are judged; None takes them whole.
     """
 
@@ -77,6 +83,7 @@ class DenseMaps:
     classes: tuple[str, ...]
     axes: int
     fusion: MapFusion
+    norms: nn.ModuleList
     head: nn.Module
     tiles: Tiles | None
 
@@ -101,6 +108,10 @@ class DenseMaps:
         if not chosen.features:
             levels = {"joint": levels["joint"]} if "joint" in levels else levels
         self.fusion = MapFusion(levels)
+        self.norms = nn.ModuleList(
+            GlobalBatchNorm(level.channels, affine=False) if chosen.normalize else nn.Identity()
+            for level in self.fusion.levels
+        )
         self.head = self._head(chosen)
 
     def _size(self, context_size: int | tuple[int, ...] | None) -> tuple[int, ...]:
@@ -130,10 +141,15 @@ class DenseMaps:
         maps = dense_maps(self.backbone, batch, joint="joint" in self.fusion.names)
         if "joint" in self.fusion.names and len(maps) == 1:  # of one modality, they are its own
             maps.setdefault("joint", next(iter(maps.values())))
-        joined = self.fusion({n: m for n, m in maps.items() if n in self.fusion.names}, batch)
+        joined = self._joined(maps, batch)
         target: Any = self._image(batch) if self.axes == 3 else self._pixels(batch)
         found: Tensor = self.head(joined, target)
         return found.float()
+
+    def _joined(self, maps: Mapping[str, Any], batch: Mapping[str, Any]) -> list[Tensor]:
+        """Return one pyramid of the maps that are read, (B, E_i, *S_i) each."""
+        joined = self.fusion({n: m for n, m in maps.items() if n in self.fusion.names}, batch)
+        return [norm(values) for norm, values in zip(self.norms, joined, strict=True)]
 
     def _pixels(self, batch: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the size of the batch on the pixels of the finest modality."""

@@ -13,7 +13,7 @@ from domainssl.cli import verb_table
 
 VERBS = (
     "fit", "validate", "test", "predict",
-    "inspect", "stats", "recipes", "export", "doctor", "cache", "matrix",
+    "inspect", "stats", "recipes", "export", "doctor", "cache", "matrix", "gains",
 )  # fmt: skip
 
 

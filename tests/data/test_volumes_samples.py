@@ -12,9 +12,16 @@ import torch
 
 from domainssl.datamodules.samples import volumes
 from domainssl.datamodules.samples.volumes_brain import BRAIN, CONTRASTS, brain, write_brain
-from domainssl.datamodules.samples.volumes_ctmr import CTMR, TISSUES, ctmr, write_ctmr
+from domainssl.datamodules.samples.volumes_ctmr import CTMR, TISSUES, CtOrMr, ctmr, write_ctmr
 from domainssl.datamodules.samples.volumes_petct import PETCT, petct, write_petct
 from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS
+from domainssl.datamodules.samples.volumes_regions import (
+    ORGANS,
+    lesions,
+    organs,
+    write_lesions,
+    write_organs,
+)
 from domainssl.datamodules.samples.volumes_scene import PATTERNS
 from domainssl.errors import ConfigError
 from domainssl.evaluation.probes import knn_accuracy, linear_probe_accuracy
@@ -212,3 +219,36 @@ def test_manifest_lists_exams_with_paths_that_exist(
 def test_an_unknown_sample_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sample:petc: no such sample.*Did you mean 'petct'"):
         volumes.sample_root("petc")
+
+
+@pytest.mark.parametrize("sample", ["organs", "lesions"])
+def test_regions_are_told_by_their_layers_and_not_by_brightness(sample: str) -> None:
+    exams = [organs("val", n) if sample == "organs" else lesions("val", n) for n in range(8)]
+    maps = [exam.labels if isinstance(exam, CtOrMr) else exam.lesions for exam in exams]
+    kinds = range(int(max(labels.max() for labels in maps)) + 1)
+    axes = (0, 1, 2) if sample == "organs" else (0, 2)  # across which the layers of a kind change
+    levels, spreads, steepest = [], [], []
+    for exam, labels in zip(exams, maps, strict=True):
+        inside = exam.layers != 0
+        parts = [inside & (labels == kind) for kind in kinds]
+        values = [exam.layers[part] for part in parts]
+        levels.append([float(v.mean()) for v in values])
+        spreads.append([float(v.std()) for v in values])
+        for part, axis in zip(parts[1:], axes, strict=True):
+            steps = [np.square(np.diff(exam.layers, axis=a)) for a in range(3)]
+            there = [np.delete(part, -1, axis=a) for a in range(3)]
+            found = [float(s[t].mean()) for s, t in zip(steps, there, strict=True)]
+            steepest.append(int(np.argmax(found)) == axis)
+    assert np.abs(np.mean(levels, 0)).max() < 0.35 and np.ptp(np.mean(spreads, 0)) < 0.25
+    assert np.mean(steepest) > 0.85
+
+
+@pytest.mark.parametrize("write", [write_organs, write_lesions])
+def test_maps_of_regions_lie_on_the_grid_of_their_scans(tmp_path: Path, write) -> None:
+    row = write(tmp_path, "val", 3)
+    labels = read_labels(str(tmp_path / row["mask"]), Reading())
+    scan = read_scan(str(tmp_path / row["scan" if "scan" in row else "t2"]), Reading())
+    np.testing.assert_allclose(scan.affine, labels.affine, atol=1e-3)
+    drawn = organs("val", 3).labels if "scan" in row else lesions("val", 3).lesions
+    np.testing.assert_array_equal(labels.values[0], drawn)
+    assert ORGANS.row("val", 3, row)["label"] == ""

@@ -161,13 +161,14 @@ def test_the_sample_of_change_has_two_dates_and_the_map_of_what_changed() -> Non
         labels=Labels(mask=True),
         dates=Dates(mode="all"),
         window=Window(size=640, unit="m", jitter=False, flips=False, quarter_turns=False),
-        held_out=HeldOut(val_fraction=0.4),
+        held_out=HeldOut(val_fraction=0.2),
         global_batch_size=96,
         loading=Loading(workers=0),
     )
     data.setup("fit")
     assert data.label_names == ("unchanged", "changed")
-    [batch] = _training(data)
+    assert sum(data.source("train").sizes) == 256
+    batch = next(iter(data.train_dataloader()))
     assert batch["s2"].shape == (96, 2, 12, 64, 64) and bool(batch["s2.frames"].all())
     changed = batch["mask"] == 1
     share = changed.float().mean((1, 2))

@@ -104,8 +104,13 @@ def test_a_sharded_checkpoint_loads_like_any_other(runs: dict[str, Path]) -> Non
 
 
 def test_a_task_with_a_pyramid_of_maps_gives_equal_metrics(tmp_path: Path) -> None:
+    all_weights = {
+        "model.tuning.mode": "full", "model.head.name": "swin_unetr",
+        "model.head.normalize": "false", "model.optimization.lr": "4e-3",
+    }  # fmt: skip
+    words = {**SHORT, **all_weights}
     ddp, fsdp2 = (
-        _metrics(_fit(tmp_path / name, name, "finetune_ct_organs", SHORT, "each of 2 rank(s)"))
+        _metrics(_fit(tmp_path / name, name, "finetune_ct_organs", words, "each of 2 rank(s)"))
         for name in ("ddp", "fsdp2")
     )
     assert ddp.keys() == fsdp2.keys() and len({step for step, _ in ddp}) == 3

@@ -17,6 +17,8 @@ _SAMPLES = {  # name -> DataModule and its root
     "ctmr": ("volumes.VolumeDataModule", "sample:ctmr"),
     "petct": ("volumes.VolumeDataModule", "sample:petct"),
     "brain": ("volumes.VolumeDataModule", "sample:brain"),
+    "organs": ("volumes.VolumeDataModule", "sample:organs"),
+    "lesions": ("volumes.VolumeDataModule", "sample:lesions"),
     "tiles": ("tiles.TileDataModule", "sample:tiles"),
     "slide": ("tiles.TileDataModule", "sample:slide"),
     "bags": ("slides.SlideFeatureDataModule", "sample:bags"),

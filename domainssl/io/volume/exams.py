@@ -83,7 +83,7 @@ def find_exams(
     if not os.path.isdir(root):
         raise ConfigError(
             f"data.init_args.root: {root!r} is no folder. Give one with scans, or an embedded "
-            "sample: sample:ctmr, sample:petct or sample:brain."
+            "sample: sample:ctmr, sample:petct, sample:brain, sample:organs or sample:lesions."
         )
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(

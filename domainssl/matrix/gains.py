@@ -1,0 +1,156 @@
+"""What pretraining gains at few labels: a recipe of fine-tuning from trained and random weights.
+
+Both starts have the same head, schedule and labels. A gain is the mean, over draws of the labels,
+of the difference of a metric on held-out items.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from domainssl.errors import ConfigError, DataError, nearest
+
+__all__ = ["FEW", "Few", "Gain", "last_value", "table", "words_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few:
+    """How a recipe is trained on a tenth of the labels.
+
+    Attributes:
+        start: Recipe of pretraining.
+        metric: What is compared.
+        epochs: Passes over the few items.
+        changes: Values of the recipe that differ.
+    """
+
+    start: str
+    metric: str
+    epochs: int
+    changes: tuple[str, ...] = ()
+
+
+_HEAD = "--model.tuning.mode=frozen"
+FEW: dict[str, Few] = {
+    "finetune_tiles": Few(
+        start="tiles_mae",
+        metric="val/accuracy",
+        epochs=60,
+        changes=(_HEAD, "--model.optimization.lr=0.1"),
+    ),
+    "finetune_slides": Few(
+        start="slides_titan",
+        metric="val/accuracy",
+        epochs=60,
+        changes=("--data.global_batch_size=10",),
+    ),
+    "finetune_ssl4eo_landcover": Few(
+        start="ssl4eo_croma",
+        metric="val/iou",
+        epochs=75,
+        changes=(_HEAD, "--data.global_batch_size=5"),
+    ),
+    "finetune_pastis_crops": Few(start="pastis_maestro", metric="val/iou", epochs=50),
+    "finetune_change": Few(start="cube_croma", metric="val/iou", epochs=25),
+    "finetune_ct_organs": Few(
+        start="ct_conv_mae", metric="val/dice", epochs=12, changes=("--data.global_batch_size=5",)
+    ),
+    "finetune_mri_lesions": Few(
+        start="mri_multicontrast_mae",
+        metric="val/dice",
+        epochs=50,
+        changes=("--data.global_batch_size=5",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What was found for a recipe.
+
+    Attributes:
+        recipe: Its name.
+        metric: What was compared.
+        random: Of random weights, a value per draw.
+        trained: Of the pretrained ones.
+    """
+
+    recipe: str
+    metric: str
+    random: tuple[float, ...]
+    trained: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the differences."""
+        return statistics.fmean(b - a for a, b in zip(self.random, self.trained, strict=True))
+
+
+def words_of(name: str, backbone: str, folder: Path, draw: int, fraction: float) -> list[str]:
+    """Return the words after `fit` for one start and draw.
+
+    Args:
+        name: Recipe, of `FEW`.
+        backbone: Where it starts.
+        folder: Of the run.
+        draw: Which part of the labels.
+        fraction: How large a part.
+
+    Raises:
+        ConfigError: There is no such recipe.
+    """
+    if name not in FEW:
+        raise ConfigError(f"gains: no recipe {name!r}.{nearest(name, FEW)} Known: {', '.join(FEW)}")
+    few = FEW[name]
+    return [
+        f"--config=recipes/{name}.yaml",
+        f"--run_dir={folder}",
+        f"--model.backbone={backbone}",
+        f"--data.loading.train_fraction={fraction}",
+        f"--data.loading.train_draw={draw}",
+        f"--trainer.max_epochs={few.epochs}",
+        f"--trainer.check_val_every_n_epoch={few.epochs}",
+        "--trainer.log_every_n_steps=1",
+        "--callbacks.checkpoint=null",
+        "--callbacks.export=null",
+        *few.changes,
+    ]
+
+
+def last_value(folder: Path, metric: str) -> float:
+    """Return the last value of a metric in the log of a run.
+
+    Raises:
+        DataError: The run has none.
+    """
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        found = [row[metric] for row in csv.DictReader(file) if row.get(metric)]
+    if not found:
+        raise DataError(f"{folder}: no {metric} in metrics.csv. Run `fit` to its end.")
+    return float(found[-1])
+
+
+def table(gains: Sequence[Gain], starts: Mapping[str, str]) -> str:
+    """Return a Markdown table, a row per recipe.
+
+    Args:
+        gains: What was found.
+        starts: What each recipe started from, by its name.
+    """
+    lines = [
+        "| recipe | pretrained by | metric | random, per draw | pretrained, per draw | gain |",
+        "|---|---|---|---|---|---|",
+    ]
+    for gain in gains:
+        random, trained = (
+            " ".join(f"{value:.3f}" for value in values) for values in (gain.random, gain.trained)
+        )
+        lines.append(
+            f"| `{gain.recipe}` | {starts[gain.recipe]} | {gain.metric.removeprefix('val/')} "
+            f"| {random} | {trained} | {gain.mean:+.3f} |"
+        )
+    return "\n".join(lines)
