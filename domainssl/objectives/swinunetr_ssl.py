@@ -49,6 +49,7 @@ __all__ = ["SwinDraws", "SwinEncoding", "SwinUNETRSSL", "SwinUNETRSSLOptions"]
 _PUBLISHED = Optimization(lr=4e-4, weight_decay=1e-5, betas=(0.9, 0.999), warmup_steps=500)
 _TERMS = ("rotation", "contrastive", "reconstruction")
 _IN_UNIT = ("mean2std", "mean2std8", "scale", "window", "item", "batch")
+_CENTRED = "zscore"  # boxes then hold noise of two deviations about the mean
 _CLASSES = 4
 
 
@@ -59,7 +60,8 @@ class SwinEncoding:
     Attributes:
         architecture: Sizes; the published ones differ in `feature_size` alone: base 48, small 24,
             tiny 12.
-        normalization: Form that brings values to [0, 1], where the noise of the boxes lies.
+        normalization: Form that brings values to [0, 1], where the noise of the boxes lies, or
+            `zscore`: the noise then lies within two deviations of the mean.
         weights: Start from this export, checkpoint, `model_swinvit.pt`, or state dict of MONAI's
             SwinUNETR or of the research code.
         bands: Where the bands differ from those of the weights: `strict` refuses, `subset` keeps
@@ -173,10 +175,12 @@ class SwinUNETRSSL(Objective):
             self.backbone, heads = _from_weights(encoding, known)
         self.name = self.backbone.name
         form = self.backbone.normalizer.forms[self.name]
-        if form.name not in _IN_UNIT:
+        self._is_centred = form.name == _CENTRED
+        if form.name not in (*_IN_UNIT, _CENTRED):
             raise ConfigError(
                 f"model.init_args.encoding.normalization: {str(form)!r} does not give values in "
-                f"[0, 1], where the noise of the boxes lies. Choose one of {', '.join(_IN_UNIT)}."
+                f"[0, 1], where the noise of the boxes lies. Choose one of "
+                f"{', '.join((*_IN_UNIT, _CENTRED))}."
             )
         width = self.backbone.embed_dim[self.name]
         self.rotation_head = nn.Linear(width, _CLASSES)
@@ -308,7 +312,9 @@ class SwinUNETRSSL(Objective):
         items = len(clean) // 2
         x, size = clean[view * items : (view + 1) * items], tuple(clean.shape[2:])
         boxes, noise = draws.noise[view]
-        x = torch.where(box_mask(boxes, size).unsqueeze(1), box_noise(boxes, noise, self.cutout), x)
+        filling = box_noise(boxes, noise, self.cutout)
+        filling = 4 * filling - 2 if self._is_centred else filling
+        x = torch.where(box_mask(boxes, size).unsqueeze(1), filling, x)
         if draws.swap:
             boxes, share = draws.swap[view]
             other = (share * items).long().clamp(max=items - 1)

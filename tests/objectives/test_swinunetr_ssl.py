@@ -55,6 +55,15 @@ def test_views_are_the_turned_crop_but_for_boxes_of_noise() -> None:
     assert float(changed.min()) >= 0 and float(changed.max()) <= 1
 
 
+def test_boxes_hold_noise_about_the_mean_where_values_are_centred() -> None:
+    ct = Modality(**{**vars(CT), "mean": (0.0,), "std": (500.0,)})
+    model, x = build(ct, encoding={"normalization": "zscore"}), batch()
+    pictures = model(x, draws(model, x), outputs=True).outputs["reconstruction"]["ct"]
+    changed = pictures["visible"][pictures["visible"] != pictures["input"]]
+    assert -2 <= float(changed.min()) < -1.5 and 1.5 < float(changed.max()) <= 2
+    assert abs(float(changed.mean())) < 0.2  # the mean of the values, as of the noise in [0, 1]
+
+
 def test_a_swap_brings_values_of_another_item() -> None:
     model, x = build(options={"swap": True}), batch()
     x["ct"][0], x["ct"][1] = -1000.0, 1000.0  # 0 and 1 after scaling
