@@ -32,7 +32,7 @@ from domainssl.sensors import L2A_BANDS
 
 __all__ = ["CHANGES", "VERSION", "build", "sample_root"]
 
-VERSION = "2"
+VERSION = "3"
 CHANGES = ("unchanged", "changed")
 _SITES = 8
 _DOWN, _ACROSS = 4, 10  # fields
