@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -80,6 +80,7 @@ class BagItem:
     file: BagFile
     modality: Modality
     most: int | None = None
+    when_empty: ClassVar[str] = "a bag of no tile whose features are finite"
     _shown: tuple[Bag, Array] | None = field(default=None, init=False, repr=False)
 
     @property

@@ -79,7 +79,7 @@ def find_inputs(
                 relative = os.path.relpath(full, path)
                 found.append(Found(_named(relative), full))
     if not found:
-        raise DataError(f"{path}: holds no {what}.")
+        raise DataError(f"{path}: holds no {what.removeprefix('a ')}.")
     return sorted(found, key=lambda item: item.name)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -58,6 +58,7 @@ class SceneItem:
 
     scene: Scene
     windows: TokenWindows
+    when_empty: ClassVar[str] = ""
 
     @property
     def name(self) -> str:
@@ -100,6 +101,7 @@ class ExamItem:
     exam: Exam
     inputs: VolumeInput
     windows: Callable[[Sequence[str]], TokenWindows]
+    when_empty: ClassVar[str] = ""
 
     @property
     def facts(self) -> dict[str, Any]:

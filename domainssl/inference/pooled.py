@@ -46,6 +46,10 @@ class PooledItem(Protocol):
     def facts(self) -> dict[str, Any]:
         """What the vector rests on: plain data without paths and names of persons."""
 
+    @property
+    def when_empty(self) -> str:
+        """What is said of an item that shows nothing; empty says nothing."""
+
     def batches(self) -> Iterator[tuple[float, Batch]]:
         """Yield weight and batch, of one item, of every window that shows something."""
 
@@ -238,10 +242,13 @@ class PooledEmbedding:
     ) -> Iterator[tuple[int, float, Batch]]:
         """Yield item, weight and batch of every window that shows something."""
         for member in members:
-            item = self.items[member]
+            item, shown = self.items[member], 0
             try:
                 for weight, batch in item.batches():
+                    shown += 1
                     yield member, weight, batch
+                if not shown and item.when_empty:
+                    left_out[item.name] = item.when_empty
             except DataError as error:
                 if not self.skip_bad:
                     raise

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -69,6 +69,7 @@ class SlideItem:
     slide: SlideInput
     modality: Modality
     side: int
+    when_empty: ClassVar[str] = "no tile holds enough tissue"
 
     @property
     def facts(self) -> dict[str, Any]:

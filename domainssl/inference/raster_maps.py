@@ -17,7 +17,7 @@ import torch
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
-from domainssl.inference.inputs import is_raster
+from domainssl.inference.inputs import is_manifest, is_raster, read_manifest
 from domainssl.inference.predict import (
     LabelMap,
     NumberMap,
@@ -53,18 +53,21 @@ def find_scenes(path: str, backbone: Backbone, options: SceneOptions) -> list[Sc
 
     Args:
         path: A GeoTIFF or Zarr store; or a folder, either with one raster per modality, named like
-            it (`s1.tif`, `s2.zarr`), or with one scene per raster.
+            it (`s1.tif`, `s2.zarr`), or with one scene per raster; or a manifest.
         backbone: Whose modalities are read.
         options: What the user says.
 
     Raises:
         DataError: Nothing lies there, or no raster.
     """
+    if is_manifest(path):
+        listed = read_manifest(path, list(backbone.modalities))
+        return [open_scene(found.files, backbone, options, found.name) for found in listed]
     if not os.path.isdir(path) or is_raster(path):
         return [open_scene(path, backbone, options)]
     inside = [
         entry for entry in sorted(os.listdir(path))
-        if entry.endswith(_ENDINGS) or is_safe(os.path.join(path, entry))
+        if entry[0] != "." and (entry.endswith(_ENDINGS) or is_safe(os.path.join(path, entry)))
     ]  # fmt: skip
     if not inside:
         raise DataError(f"{path}: holds no rasters, expected files that end in {_ENDINGS}.")
@@ -73,7 +76,7 @@ def find_scenes(path: str, backbone: Backbone, options: SceneOptions) -> list[Sc
     if own:
         name = os.path.basename(os.path.abspath(path))
         return [open_scene(own, backbone, options, name)]
-    return [open_scene(found, backbone, options) for found in named.values()]
+    return [open_scene(os.path.join(path, entry), backbone, options) for entry in inside]
 
 
 @dataclass(frozen=True)
@@ -185,9 +188,10 @@ def _refuse_more_dates(scene: Scene) -> None:
         days = [str(time.astype("datetime64[D]")) for time in np.sort(part.file.times)]
         if len(days) != _PAIR:
             shown = ", ".join(days[:6]) + (", ..." if len(days) > 6 else "")
+            there = f"{len(days)} dates ({shown})" if len(days) > 1 else "one image"
             raise ConfigError(
-                f"{part.file.path}: {len(days)} dates ({shown}), but change is between two. Say "
-                "--date FIRST SECOND, or give two inputs: predict TASK BEFORE AFTER."
+                f"{part.file.path}: {there}, but change is between two dates. Give two inputs: "
+                "predict TASK BEFORE AFTER, or choose two dates of a cube: --date FIRST SECOND."
             )
 
 

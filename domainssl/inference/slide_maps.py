@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from domainssl.io.slide.pyramid import ENDINGS, Slide, SlideReading
 from domainssl.modality import Modality, batch_to, key
 
 __all__ = ["SlideInput", "SlidePrediction", "find_slides"]
+
+logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
@@ -128,6 +131,12 @@ class SlidePrediction:
             assert resolution is not None  # or the task would read rasters
             grid = plan_grid(slide, self.side, resolution, min_tissue=self.min_tissue)
             kept, chances = self._chances(slide, grid)
+            if slide.damaged:
+                first = slide.damaged[0]
+                logger.warning(
+                    "%s: %d stored tiles cannot be read, the first at (%d, %d) of level %d; their "
+                    "pixels are not valid.", key, len(slide.damaged), first.x, first.y, first.level,
+                )  # fmt: skip
         grid = grid.only(kept)
         names = self.task.classes
         if getattr(self.task, "multi_label", False):

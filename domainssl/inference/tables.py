@@ -145,7 +145,7 @@ class TablePrediction:
         pandas: Any = require("pandas", "medical")
         rows = [read_json(self.path(key)) for key in self.keys if self.is_ready(key)]
         table = pandas.DataFrame(rows)
-        numbers = [c for c in table.columns if c not in ("id", "predicted")]
+        numbers = [c for c in table.columns if c not in ("id", "date", "predicted")]
         table[numbers] = table[numbers].apply(pandas.to_numeric)
         content = io.BytesIO()
         if self.target.suffix.lower() == ".parquet":

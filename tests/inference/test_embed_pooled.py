@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from scan_files import write_nifti
-from slide_files import write_tiff
+from slide_files import write_ome, write_tiff
 
 from domainssl.backbones.slide import TITANBackbone
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, DataError
 from domainssl.inference.run import embed
 from domainssl.inference.volume_maps import find_volumes, scans_for
 from domainssl.modality import Modality
@@ -119,6 +119,15 @@ def test_slides_become_the_mean_over_their_tissue(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = backbone({"he": tile}).pooled["he"][0].numpy()
     np.testing.assert_allclose(vectors(tmp_path / "he.parquet")["a"], wanted, atol=1e-4)
+    write_tiff(tmp_path / "glass.tif", [np.full((256, 384, 3), 245, np.uint8)])
+    done = embed(backbone, tmp_path / "glass.tif", tmp_path / "glass.parquet", pooled=True,
+                 ids="plain")  # fmt: skip
+    assert done.left_out == {"glass": "no tile holds enough tissue"}
+    names = {"Channel": {"Name": ["DAPI", "CD3", "CD8", "CD20", "panCK"]}}
+    base = np.zeros((5, 128, 128), np.uint16)
+    write_ome(tmp_path / "five.ome.tif", base, "CYX", metadata=names)
+    with pytest.raises(DataError, match="holds the channels DAPI"):
+        embed(backbone, tmp_path / "five.ome.tif", tmp_path / "five.parquet", pooled=True)
 
 
 def test_the_verb_writes_the_same_table_under_hashed_ids(tmp_path: Path) -> None:

@@ -218,7 +218,10 @@ def test_two_dates_become_one_map_of_what_changed(tmp_path: Path, capsys: Any) -
     assert main([*words, f"--output={tmp_path / 'other'}"]) == 2
     assert "expected one grid for both" in capsys.readouterr().err.replace("\n", " ")
     assert main([*words[:3], f"--output={tmp_path / 'other'}"]) == 2
-    assert "give two inputs" in capsys.readouterr().err.replace("\n", " ")
+    assert (
+        "one image, but change is between two dates. Give two inputs"
+        in capsys.readouterr().err.replace("\n", " ")
+    )
 
 
 def test_numbers_of_pixels_are_written_with_nan_where_nothing_was_measured(tmp_path: Path) -> None:
@@ -291,3 +294,9 @@ def test_items_larger_than_a_window_are_the_mean_over_their_windows(tmp_path: Pa
     wanted = (chances[0] + 0.5 * chances[1]) / 1.5
     assert abs(table.loc["one", "p(a)"] - wanted[0]) < 1e-6
     assert np.isnan(table.loc["two", "p(a)"]) and np.isnan(table.loc["two", "predicted"])
+    dated = tmp_path / "S2A_MSIL2A_20210502T100000_N0300_R022_T33TQM.tif"
+    dated.write_bytes((tmp_path / "tiles" / "one.tif").read_bytes())
+    words = ["predict", str(tmp_path / "task"), str(dated), f"--output={tmp_path / 'dated.csv'}"]
+    assert main(words) == 0
+    [row] = pandas.read_csv(tmp_path / "dated.csv").to_dict("records")
+    assert row["date"] == "2021-05-02T10:00:00" and abs(row["p(a)"] - wanted[0]) < 1e-6

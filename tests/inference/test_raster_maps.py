@@ -101,6 +101,13 @@ def test_folders_are_scenes_or_one_scene_by_modality(tmp_path: Path) -> None:
         scene(tmp_path / f"{name}.tif", pixels((20, 20)))
     found = find_scenes(str(tmp_path), backbone, SceneOptions())
     assert [s.name for s in found] == ["a", "b"]
+    scene(tmp_path / "a.1.tif", pixels((20, 20)))
+    (tmp_path / "._a.tif").write_bytes(b"what some systems leave beside a file")
+    found = find_scenes(str(tmp_path), backbone, SceneOptions())
+    assert [s.name for s in found] == ["a.1", "a", "b"]
+    (tmp_path / "list.csv").write_text("id,path\nfirst,b.tif\n")
+    [one] = find_scenes(str(tmp_path / "list.csv"), backbone, SceneOptions())
+    assert one.name == "first"
     scene(tmp_path / "s2.tif", pixels((20, 20)))
     [one] = find_scenes(str(tmp_path), backbone, SceneOptions())
     assert one.name == tmp_path.name and list(one.parts) == ["s2"]

@@ -316,6 +316,15 @@ class Slide:
             DataError: The resolution is not known or coarser than asked for, the slide holds no
                 colours, or most of it is damaged.
         """
+        self.refuse_channels()
+        return self.read_channels(x, y, size_px, mpp_um)
+
+    def refuse_channels(self) -> None:
+        """Refuse a slide whose channels are no colours.
+
+        Raises:
+            DataError: It is one.
+        """
         facts = self.facts
         if not facts.is_rgb:
             raise DataError(
@@ -323,7 +332,6 @@ class Slide:
                 "expected red, green and blue. Read them with `read_channels`, or write the image "
                 "that pathologists look at as RGB."
             )
-        return self.read_channels(x, y, size_px, mpp_um)
 
     def read_channels(self, x: float, y: float, size_px: int, mpp_um: float) -> tuple[Array, Array]:
         """Read all channels of a square tile as they are stored.

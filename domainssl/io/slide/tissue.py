@@ -122,6 +122,7 @@ def slide_tissue(slide: Slide, options: TissueOptions | None = None) -> TissueMa
         DataError: The resolution is not known, it is no RGB slide, or most of it is damaged.
     """
     options = options or TissueOptions()
+    slide.refuse_channels()
     mpp = slide.facts.resolution()
     rgb, valid, downsample = slide.overview(options.most_px, options.mpp_um)
     area_mm2 = downsample[0] * mpp[0] * downsample[1] * mpp[1] / 1e6
