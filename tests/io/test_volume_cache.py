@@ -308,6 +308,53 @@ def test_a_changed_chunk_is_an_error_when_it_is_read() -> None:
         stored.crop((0, 0, 0), (64, 64, 64))
 
 
+def test_a_changed_byte_of_a_mapped_file_is_an_error_wherever_it_is_served(monkeypatch) -> None:
+    monkeypatch.setattr(stores, "_BLOCK", 4096)
+    stored = VolumeCache({"version": 1}, "memmap").fetch("ab" * 16, exam)
+    made, place = exam(), (1, 40, 15, 30)  # between the blocks that opening compares
+    path = stored.folder / "pet.values.npy"
+    raw = bytearray(path.read_bytes())
+    at = len(raw) - made.values["pet"].nbytes
+    at += 4 * int(np.ravel_multi_index(place, made.values["pet"].shape))
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    opened = stores.Stored.open(stored.folder, str(stored.entry["tag"]))  # opening does not see it
+    far = opened.crop((0, 0, 0), (30, 30, 66))
+    np.testing.assert_array_equal(far.values["pet"], made.values["pet"][:, :30])
+    for start, size in (((40, 15, 30), (1, 1, 1)), ((35, 10, 20), (8, 8, 20))):
+        with pytest.raises(DataError, match=r"content of pet\.values\.npy differs.*Delete the fol"):
+            opened.crop(start, size)
+    stores.forget()
+    with pytest.raises(DataError, match="differs"):
+        opened.whole()
+
+
+def test_another_file_of_the_same_size_is_never_taken_for_the_right_one() -> None:
+    cache = VolumeCache({"version": 1}, "memmap")
+    mine, other = cache.fetch("ab" * 16, exam), cache.fetch("cd" * 16, lambda: exam(seed=1))
+    for name in ("pet.values.npy", "mask.npy"):
+        (mine.folder / name).write_bytes((other.folder / name).read_bytes())
+    stores.forget()
+    with pytest.raises(DataError, match="differs"):
+        mine.crop((0, 0, 0), (1, 1, 1))  # it was opened before
+    found = VolumeCache({"version": 1}, "memmap").fetch("ab" * 16, exam).whole()
+    np.testing.assert_array_equal(found.values["pet"], exam().values["pet"])
+    np.testing.assert_array_equal(found.mask, exam().mask)
+
+
+def test_blocks_hold_every_byte_of_a_box(monkeypatch) -> None:
+    monkeypatch.setattr(stores, "_BLOCK", 64)
+    rng, shape, offset = np.random.default_rng(0), (2, 9, 7, 11), 128
+    places = np.arange(np.prod(shape)).reshape(shape) * 2 + offset
+    for _ in range(20):
+        low = [int(rng.integers(0, n)) for n in shape[1:]]
+        high = [int(rng.integers(a + 1, n + 1)) for a, n in zip(low, shape[1:])]
+        box = (slice(None), *(slice(a, b) for a, b in zip(low, high)))
+        needed = {int(p + byte) // 64 for p in places[box].ravel() for byte in (0, 1)}
+        found = stores._blocks_of(shape, 2, offset, box)
+        assert needed <= found and max(found) == max(needed) and min(found) == min(needed)
+
+
 def test_files_that_change_while_they_are_read_are_not_cached() -> None:
     cache = VolumeCache({})
     with pytest.raises(DataError, match="changed while they were read"):
