@@ -31,7 +31,7 @@ from domainssl.io.ssl4eo.write import TileTable, write_release_b
 
 __all__ = ["VERSION", "build", "sample_root"]
 
-VERSION = "2"
+VERSION = "3"
 _SIDE = 96
 _DATES = {"train": (0, 2), "val": (1,)}
 _PER_SHARD = 96
@@ -58,6 +58,7 @@ class _Tile:
             return np.asarray(LAND[place.cover[inner]].astype(np.uint8)[None, None])
         if product == "DEM":
             heights = 200 + 80 * place.relief * place.terrain[inner]
+            heights += 8 * place.strength * place.objects[inner].sum(0)  # a model of the surface
             return np.asarray(heights.round().astype("<i2")[None, None])
         if product == "S1RTC":
             at = self.place.radar_at(self.date)

@@ -23,6 +23,7 @@ from domainssl.modality import Batch, Modality, key
 from domainssl.objectives.barlow_twins import BarlowTwins
 from domainssl.objectives.base import Objective
 from domainssl.objectives.clip import CLIP
+from domainssl.objectives.csip import CSIP
 from domainssl.objectives.data2vec import Data2Vec, Data2VecEncoding
 from domainssl.objectives.decur import DeCUR
 from domainssl.objectives.dino import DINO, DINOHead
@@ -102,6 +103,8 @@ def _cases(settings: Settings) -> dict[str, _Case]:
         name: _Case(lambda method=method: method(pair, **encoder), 8, words)  # type: ignore[misc]
         for name, method in methods.items()
     }
+    single = {name: value for name, value in encoder.items() if name != "projector"}
+    cases["CSIP"] = _Case(lambda: CSIP(pair, **single), 8, words)
     footprint: dict[str, Any] = {n: m.to_dict() for n, m in _footprint().items()}
     size: Any = "tiny" if settings.quick else "base"
     words = f"{size}, aerial {5 * _METRES} px, s2 and s1 of {_DATES} dates"

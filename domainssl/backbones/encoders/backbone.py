@@ -108,6 +108,7 @@ class EncoderBackbone(Backbone):
             "normalization": "mean2std8",
         },
         "decur_vit_small": {"encoder": "vit_small_patch16_224", "normalization": "mean2std8"},
+        "csip_resnet18": {"encoder": "resnet18"},
         "ssl4eo_resnet18": {"encoder": "resnet18"},
         "ssl4eo_resnet50": {"encoder": "resnet50"},
         "ssl4eo_vit_small": {"encoder": "vit_small_patch16_224"},

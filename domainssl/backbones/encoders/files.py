@@ -101,7 +101,7 @@ def read_encoder_file(state: Mapping[str, Any]) -> EncoderFile:
     Args:
         state: What the file holds: DeCUR joint (with or without `model`, with or without
             `module.`), DeCUR backbone-only (with or without deformable attention), MoCo v2, MoCo
-            v3, DINO, MAE, or plain torchvision, timm and torchgeo names.
+            v3, DINO, MAE, CSIP, or plain torchvision, timm and torchgeo names.
 
     Raises:
         WeightsError: It holds no tensors.
@@ -113,6 +113,9 @@ def read_encoder_file(state: Mapping[str, Any]) -> EncoderFile:
         if any(n.startswith(prefix) for n in flat):  # MoCo v2 and v3: keep the trained encoder
             return EncoderFile({0: _without(_below(flat, prefix), unused)})
     flat = {n.removeprefix("module."): t for n, t in flat.items()}
+    if any(n.startswith("encoder_a.") for n in flat):  # CSIP: an encoder and a layer each
+        encoders = {part: _below(flat, f"encoder_{n}.0.") for part, n in enumerate("ab", 1)}
+        return EncoderFile({p: _without(t, r"fc\.") for p, t in encoders.items() if t})
     attention = {part: blocks for part in (1, 2) if (blocks := _below(flat, f"da{part}_"))}
     flat = _without(flat, r"da[12]_")
     if any(n.startswith("backbone_1.") for n in flat):
