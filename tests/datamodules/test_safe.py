@@ -13,8 +13,10 @@ from safe_files import LEFT, ORDER, TOP, stored, write_safe, zipped
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.datamodules.cubes import SentinelCubeDataModule
 from domainssl.errors import DataError
+from domainssl.inference.run import embed
 from domainssl.inference.scenes import SceneOptions, open_scene
 from domainssl.inspection.recognise import inspect_path
+from domainssl.io.raster.geozarr import VectorStore
 from domainssl.io.raster.safe import describe_safe, is_safe
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
@@ -88,6 +90,26 @@ def test_embedding_reads_a_product_as_a_scene(tmp_path: Path) -> None:
     part = scene.parts["s2"]
     assert part.target.stored_unit == "auto" and part.file.mask is not None
     assert (scene.bounds.width, scene.crs) == (1200, "EPSG:32632")
+
+
+def test_a_zip_without_a_folder_and_an_embedding_of_it(tmp_path: Path) -> None:
+    root = write_safe(tmp_path)
+    path = tmp_path / f"{root.stem}.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(root.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(root).as_posix())
+    facts = {
+        "kind": "image", "channels": L2A, "value_unit": "dn", "size": (16, 16), "gsd_m": 10.0,
+        "mean": (2000.0,) * 12, "std": (1500.0,) * 12,
+    }  # fmt: skip
+    backbone = ViTBackbone({"s2": facts}, {"width": 12, "depth": 1, "heads": 2}, patch_size=8)
+    for source in (path, root):
+        embed(backbone.eval(), source, tmp_path / f"{source.suffix[1:]}.zarr", mask="scl")
+    stores = [VectorStore(tmp_path / f"{name}.zarr") for name in ("zip", "SAFE")]
+    found = [store.read([slice(0, 15), slice(0, 15)]) for store in stores]
+    assert np.array_equal(*found, equal_nan=True)
+    assert np.isnan(found[0][0, -1]).all() and np.isfinite(found[0][:, 2, 2]).all()
 
 
 def test_inspect_knows_products(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ Array = np.ndarray[Any, Any]
 _PRODUCT = re.compile(r"S2[A-D]_MSIL(1C|2A)_\d{8}T\d{6}_.*", re.IGNORECASE)
 _TILE = re.compile(r"_(T\d{2}[A-Z]{3})_")
 _METADATA = re.compile(r"MTD_MSIL(1C|2A)\.xml")
+_TOP = re.compile(r"(?:^|/)(MTD_MSIL(?:1C|2A)\.xml)$")
 _OF_TILE = re.compile(r"GRANULE/[^/]+/MTD_TL\.xml")
 _BAND = re.compile(
     r"GRANULE/[^/]+/IMG_DATA/(?:R\d0m/)?[^/]*_(B\d{2}|B8A|SCL)(?:_(\d0)m)?\.jp2", re.IGNORECASE
@@ -70,10 +71,14 @@ class _Product:
     def __init__(self, path: str) -> None:
         self.path = path
         self.is_zip = path.lower().endswith(".zip")
-        self._sizes: dict[str, tuple[str, int, int]] = {}  # name -> full name, size, method
-        for full, size, method in self._zipped() if self.is_zip else self._listed():
-            inside = full.split("/", 1)[1] if self.is_zip and "/" in full else full
-            self._sizes[inside] = (full, size, method)
+        files = self._zipped() if self.is_zip else self._listed()
+        tops = [full[: match.start(1)] for full, *_ in files if (match := _TOP.search(full))]
+        top = min(tops, key=len, default="")  # zips hold a folder, as a rule
+        self._sizes = {  # name inside of the product -> full name, size, method
+            full[len(top) :]: (full, size, method)
+            for full, size, method in files
+            if full.startswith(top)
+        }
 
     def _listed(self) -> list[tuple[str, int, int]]:
         found = []
