@@ -133,8 +133,19 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
             contrasts={name: c.contrast or name for name, c in inputs.contrasts.items()},
             label="", mask="",
         )  # fmt: skip
-        return list(find_exams(path, wanted).items)
+        return _as_one(path, list(find_exams(path, wanted).items))
     return [_one_scan(path, names, modality, stem_of(path))]
+
+
+def _as_one(path: str, exams: list[Exam]) -> list[Exam]:
+    """Return one exam of a folder that holds nothing but a scan per contrast, named like it."""
+    names = [next(iter(exam.scans)) for exam in exams if len(exam.scans) == 1]
+    if len(exams) < 2 or len(set(names)) < len(exams):
+        return exams
+    if any(e.id.casefold() != n.casefold() for e, n in zip(exams, names, strict=True)):
+        return exams
+    scans = {name: exam.scans[name] for name, exam in zip(names, exams, strict=True)}
+    return [Exam(id=os.path.basename(os.path.abspath(path)), patient="", scans=scans)]
 
 
 def _one_scan(path: str, names: Sequence[str], modality: str | None, id_: str) -> Exam:

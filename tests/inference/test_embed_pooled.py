@@ -10,6 +10,7 @@ import bag_files
 import numpy as np
 import pytest
 import torch
+from dicom_files import write_series
 from scan_files import write_nifti
 from slide_files import write_ome, write_tiff
 
@@ -78,6 +79,27 @@ def test_a_manifest_lists_exams_with_their_contrasts(tmp_path: Path) -> None:
     }
     two = find_volumes(str(table), scans_for(SimpleNamespace(modalities=mri)))
     assert [sorted(exam.scans) for exam in two] == [["flair", "t1"], ["t1"]]
+
+
+@pytest.mark.parametrize("form", ["dicom", "nifti"])
+def test_a_folder_with_a_scan_per_contrast_is_one_exam(tmp_path: Path, form: str) -> None:
+    facts = {**CT.to_dict(), "value_unit": "arbitrary", "channels": ("m",)}
+    mri = {name: Modality(**{**facts, "name": name}) for name in ("t1", "flair")}
+    exam = tmp_path / "exam"
+    exam.mkdir()
+    for number, name in enumerate(mri):
+        if form == "nifti":
+            write_nifti(exam / f"{name}.nii.gz", np.zeros((4, 4, 4), np.float32))
+            continue
+        (exam / name).mkdir()
+        write_series(exam / name, SeriesDescription=name, SeriesInstanceUID=f"1.2.{number}")
+    [found] = find_volumes(str(exam), scans_for(SimpleNamespace(modalities=mri)))
+    assert found.id == "exam" and sorted(found.scans) == ["flair", "t1"]
+    for name, contrast in (("p1", "t1"), ("p2", "flair")):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        write_nifti(tmp_path / "all" / name / f"{contrast}.nii.gz", np.zeros((4, 4, 4), np.float32))
+    two = find_volumes(str(tmp_path / "all"), scans_for(SimpleNamespace(modalities=mri)))
+    assert [one.id for one in two] == ["p1", "p2"]
 
 
 def test_bags_become_a_vector_per_slide_by_a_slide_encoder(tmp_path: Path) -> None:
