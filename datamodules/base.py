@@ -54,6 +54,8 @@ class DomainDataModule(Recorded, LightningDataModule):
     persons: Mapping[str, int] = MappingProxyType({})
     # Modalities whose files state unit, scale and offset: `domainssl.units` believes them.
     units_stated: tuple[str, ...] = ()
+    # `<m>.dates` counts days from the first visit of a person instead of from 1970-01-01.
+    days_are_relative: bool = False
     _policies: ClassVar[tuple[str, ...]] = ("raise", "replace")
 
     def __init__(

@@ -148,6 +148,7 @@ class VolumeDataModule(DomainDataModule):
 
     def _check_visits(self) -> None:
         """Refuse options that visits of one patient cannot share."""
+        self.days_are_relative = bool(self.exams.dates)
         if not self.exams.dates:
             return
         where = "data.init_args.exams.dates"

@@ -97,7 +97,14 @@ def _split(
             if name in rows.data:
                 found[name].append(rows.data)
     modalities = {
-        name: _modality(modality, found[name], f"{split}: {name}", problems, odd)
+        name: _modality(
+            modality,
+            found[name],
+            f"{split}: {name}",
+            problems,
+            odd,
+            days_are_relative=data.days_are_relative,
+        )
         for name, modality in data.modalities.items()
     }
     return {
@@ -115,7 +122,13 @@ def _tensors(data: Batch, modalities: Mapping[str, Modality]) -> Batch:
 
 
 def _modality(
-    modality: Modality, batches: list[Batch], where: str, problems: list[str], odd: list[str]
+    modality: Modality,
+    batches: list[Batch],
+    where: str,
+    problems: list[str],
+    odd: list[str],
+    *,
+    days_are_relative: bool = False,
 ) -> dict[str, Any]:
     """Describe one modality; `problems` are for a person to mend, `odd` is what data may be."""
     facts: dict[str, Any] = {
@@ -140,7 +153,7 @@ def _modality(
         problems.append(f"{where}: {1 - facts['valid_fraction']:.0%} of the pixels are not valid")
     if not present.all():
         odd.append(f"{where}: {1 - present.mean():.0%} of the items lack it")
-    facts |= _dates(batches, modality.name, where, problems)
+    facts |= _dates(batches, modality.name, where, None if days_are_relative else problems)
     rows = band_rows(values, modality.channels, valid)
     constant = [row["band"] for row in rows if row["std"] == 0.0]
     if constant:
@@ -153,7 +166,10 @@ def _companion(data: Batch, name: str, companion: str, default: Any) -> Any:
     return np.full(len(data[name]), default) if given is None else np.asarray(given)
 
 
-def _dates(batches: list[Batch], name: str, where: str, problems: list[str]) -> dict[str, Any]:
+def _dates(
+    batches: list[Batch], name: str, where: str, problems: list[str] | None
+) -> dict[str, Any]:
+    """Return the first and the last date, or, without `problems`, day since the first visit."""
     days = []
     for data in batches:
         if key(name, "dates") in data:
@@ -163,6 +179,8 @@ def _dates(batches: list[Batch], name: str, where: str, problems: list[str]) -> 
     if not days:
         return {}
     every = np.concatenate(days)
+    if problems is None:  # day 0 is the first visit, not an unknown date
+        return {"days": [int(every.min()), int(every.max())]} if every.size else {}
     known = every[every > 0]
     undated = len(every) - len(known)
     if undated:

@@ -12,6 +12,7 @@ from exam_files import write_scan
 
 from domainssl.datamodules.volumes import VolumeDataModule
 from domainssl.errors import ConfigError, DataError
+from domainssl.inspection.data import inspect_data
 from domainssl.loading.source import Loading
 from domainssl.modality import check_batch
 from domainssl.sources.held_out import HeldOut
@@ -90,6 +91,13 @@ def test_at_most_so_many_visits_are_read_and_no_date_is_kept(tmp_path: Path) -> 
     kept = pickle.dumps(data.source("train")) + repr((data.identity(), data.describe())).encode()
     assert not any(text in kept for text in (b"2020", b"2019-12", b"2001-02"))
     assert not {"p1", "p2"} & set(batch["id"])
+
+
+def test_inspect_tells_days_and_takes_none_for_a_date(tmp_path: Path) -> None:
+    report = inspect_data(_data(_manifest(tmp_path), ("ct",)))
+    facts = report["splits"]["train"]["modalities"]["ct"]
+    assert facts["days"] == [0, 31] and "dates" not in facts
+    assert not any("date" in text for text in report["problems"])
 
 
 def test_a_window_is_at_one_place_in_all_visits(tmp_path: Path) -> None:
