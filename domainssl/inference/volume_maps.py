@@ -131,7 +131,7 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
             describe_scan(path)  # says what it is not
         wanted = Wanted(
             contrasts={name: c.contrast or name for name, c in inputs.contrasts.items()},
-            label="", mask="",
+            label="", mask="", may_lack=True,
         )  # fmt: skip
         return _as_one(path, list(find_exams(path, wanted).items))
     return [_one_scan(path, names, modality, stem_of(path))]

@@ -100,6 +100,9 @@ def test_a_folder_with_a_scan_per_contrast_is_one_exam(tmp_path: Path, form: str
         write_nifti(tmp_path / "all" / name / f"{contrast}.nii.gz", np.zeros((4, 4, 4), np.float32))
     two = find_volumes(str(tmp_path / "all"), scans_for(SimpleNamespace(modalities=mri)))
     assert [one.id for one in two] == ["p1", "p2"]
+    (tmp_path / "all" / "p2" / "flair.nii.gz").rename(tmp_path / "all" / "p2" / "t1.nii.gz")
+    two = find_volumes(str(tmp_path / "all"), scans_for(SimpleNamespace(modalities=mri)))
+    assert [sorted(one.scans) for one in two] == [["t1"], ["t1"]]  # no exam has the other contrast
 
 
 def test_bags_become_a_vector_per_slide_by_a_slide_encoder(tmp_path: Path) -> None:

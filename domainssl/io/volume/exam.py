@@ -53,6 +53,7 @@ class Wanted:
         mask: Column, or name of the files, of the segmentation maps; empty for none.
         patient: Regular expression whose first group, found in an exam's id, is the patient.
         dates: Column of a table with the date of an exam; empty for none.
+        may_lack: All exams may lack a contrast, as where a trained model is used.
     """
 
     contrasts: Mapping[str, str]
@@ -60,6 +61,7 @@ class Wanted:
     mask: str = "mask"
     patient: str = ""
     dates: str = ""
+    may_lack: bool = False
 
 
 def stem_of(path: str) -> str:

@@ -59,7 +59,8 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
                 )
             else:
                 files[name] = path
-    _must_match(root, names, matched, seen, len(extra))
+    needed = {} if wanted.may_lack and matched else names
+    _must_match(root, needed, matched, seen, len(extra))
     if not wanted.mask:
         extra = {exam: {k: v for k, v in e.items() if k != "mask"} for exam, e in extra.items()}
     problems += _assign(extra, scans, names)
