@@ -214,3 +214,12 @@ def test_printed_option_tables_are_what_the_code_does() -> None:
 
 def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_the_tests_that_the_page_of_faults_names_exist() -> None:
+    page = (REPOSITORY / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[-1] for line in page.splitlines() if line.startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+){3,})`", row)}
+    there = "\n".join(path.read_text(encoding="utf-8") for path in REPOSITORY.glob("tests/*/*.py"))
+    missing = named - set(re.findall(r"def test_(\w+)", there))
+    assert len(named) > 60 and not missing, missing

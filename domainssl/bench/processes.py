@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Side", "pss_mb"]
+__all__ = ["Side", "pss_mb", "spent"]
 
 ROLLUP = "/proc/{}/smaps_rollup"  # Linux only
 
@@ -81,3 +82,9 @@ def _serve(make: Callable[[], Callable[[], Any]], pipe: Connection) -> None:
             continue
         pids = [child.pid for child in multiprocessing.active_children()]
         pipe.send(pss_mb() + sum(pss_mb(pid) for pid in pids if pid is not None))
+
+
+def spent(work: Callable[[Any], Any], item: Any) -> tuple[int, float]:
+    """Do a piece; return the process and the processor time that it took since its start."""
+    work(item)
+    return os.getpid(), time.process_time()

@@ -4,12 +4,14 @@
     measurement = measure(OfCatalogue(catalogue), "stats.yaml", Plan(jobs=8))
 
 Pieces are merged in the order of the subject, whoever measured them, so the figures depend neither
-on the number of processes nor on shards. After every piece the state is in `stats.yaml.partial`.
+on the number of processes nor on shards. The state is in `stats.yaml.partial`: it is saved after
+every piece, and where there are many as often as takes a twentieth of the time, as it grows too.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,10 +27,12 @@ from domainssl.inspection.moments import Grid, Moments
 from domainssl.inspection.subjects import Measured, Subject
 from domainssl.pieces import Ledger, Pieces, Plan, Shard, replace, spread, work_through
 
-__all__ = ["PERCENTS", "Measurement", "measure"]
+__all__ = ["PERCENTS", "Measurement", "measure", "measure_piece"]
 
 FORMAT = "domainssl statistics 1"
 PERCENTS = (0.1, 1.0, 2.0, 5.0, 25.0, 50.0, 75.0, 95.0, 98.0, 99.0, 99.9)
+_FEW = 64  # pieces after each of which the state is saved
+_RARELY = 20.0  # times as long as saving takes, until it is saved again
 Array = np.ndarray[Any, Any]
 
 
@@ -89,9 +93,12 @@ def measure(
             if isinstance(result, str):
                 result = subject.written(result)
             state.add(number, keys[number], result)
-            state.save()
+            state.save_if_due()
 
-        work_through(pieces, partial(_measure_piece, subject), plan, take, progress)
+        try:
+            work_through(pieces, partial(measure_piece, subject), plan, take, progress)
+        finally:
+            state.save_if_due(at_once=True)
         return _finish(subject, output, plan, state, chosen, resumed)
 
 
@@ -176,7 +183,7 @@ def _entry(facts: Measured, moments: Moments) -> dict[str, Any]:
     }
 
 
-def _measure_piece(subject: Subject, number: int) -> dict[str, Moments] | str:
+def measure_piece(subject: Subject, number: int) -> dict[str, Moments] | str:
     """Return the moments of one piece per modality, or why it cannot be read."""
     facts = subject.modalities
     out = {name: Moments(len(f.channels), f.classes) for name, f in facts.items()}
@@ -215,6 +222,7 @@ class _State:
         facts, arrays = ledger.facts or {"done": [], "skipped": {}}, ledger.arrays
         self.done: list[int] = facts["done"]
         self.skipped: dict[str, str] = facts["skipped"]
+        self._saved, self._saved_at, self._saving_s = len(self.done), time.monotonic(), 0.0
         self.rows: dict[str, list[Array]] = {}
         self.histograms: dict[str, Array] = {}
         for name, measured in modalities.items():
@@ -237,8 +245,20 @@ class _State:
         if isinstance(result, str):
             self.skipped[key] = result
 
+    def save_if_due(self, *, at_once: bool = False) -> None:
+        """Replace the file of the shard, unless that was done a moment ago.
+
+        Args:
+            at_once: Whenever something is new.
+        """
+        since = time.monotonic() - self._saved_at
+        is_due = at_once or len(self.done) <= _FEW or since > _RARELY * self._saving_s
+        if is_due and len(self.done) > self._saved:
+            self.save()
+
     def save(self) -> None:
         """Replace the file of the shard."""
+        start = time.monotonic()
         arrays: dict[str, Array] = {}
         for name, histogram in self.histograms.items():
             places = np.flatnonzero(histogram)
@@ -246,3 +266,5 @@ class _State:
             arrays[f"{name}/places"] = places
             arrays[f"{name}/times"] = histogram.reshape(-1)[places]
         self.ledger.save({"done": self.done, "skipped": self.skipped}, arrays)
+        self._saved, self._saved_at = len(self.done), time.monotonic()
+        self._saving_s = self._saved_at - start

@@ -123,7 +123,8 @@ class Optimization:
             "final_lr_fraction": (0 <= self.final_lr_fraction <= 1, "a share in [0, 1]"),
         }
         for name, (is_fine, expected) in checks.items():
-            if not is_fine:
+            value = getattr(self, name)
+            if not is_fine or (isinstance(value, float) and math.isinf(value)):
                 raise ConfigError(
                     f"optimization.{name}: got {getattr(self, name)!r}, expected {expected}."
                 )

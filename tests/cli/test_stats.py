@@ -29,7 +29,7 @@ def test_file_of_stats_becomes_the_statistics_of_the_data(cli, folder: Path, sam
 
 def test_interrupted_stats_say_how_to_go_on(cli, folder: Path, sample_root: Path, monkeypatch):
     measured = []
-    original = module._measure_piece
+    original = module.measure_piece
 
     def second_is_interrupted(subject, number):
         if measured:
@@ -37,11 +37,11 @@ def test_interrupted_stats_say_how_to_go_on(cli, folder: Path, sample_root: Path
         measured.append(number)
         return original(subject, number)
 
-    monkeypatch.setattr(module, "_measure_piece", second_is_interrupted)
+    monkeypatch.setattr(module, "measure_piece", second_is_interrupted)
     stopped = cli("stats", sample_root, "--split", "val", "--jobs", "0", "--output", "a.yaml")
     assert stopped.status == 130
     assert "Stopped after 1 of 2 blocks; they are kept in a.yaml.partial" in stopped.out
-    monkeypatch.setattr(module, "_measure_piece", original)
+    monkeypatch.setattr(module, "measure_piece", original)
     again = cli("stats", sample_root, "--split", "val", "--jobs", "0", "--output", "a.yaml")
     assert again.status == 0
     assert "1 blocks were measured by an earlier call" in again.out

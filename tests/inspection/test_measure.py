@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -95,10 +96,10 @@ def test_interrupted_measurement_goes_on_and_ends_with_the_same_file(
     with pytest.raises(KeyboardInterrupt):
         measure(OfCatalogue(catalogue), output, Plan(jobs=2), interrupt)
     assert not output.exists() and (tmp_path / "stats.yaml.partial").is_file()
-    original = module._measure_piece
+    original = module.measure_piece
     monkeypatch.setattr(
         module,
-        "_measure_piece",
+        "measure_piece",
         lambda subject, number: seen.append(subject.keys[number]) or original(subject, number),
     )
     steps: list[tuple[int, int]] = []
@@ -152,6 +153,32 @@ def test_values_of_any_size_have_percentiles_to_one_part_in_a_thousand() -> None
     found = Moments.measure(values, np.ones(10_000, bool), Relative())
     exact = np.percentile(values, [1, 30, 50, 75, 99], axis=1, method="inverted_cdf")
     np.testing.assert_allclose(found.percentiles([1, 30, 50, 75, 99]), exact, rtol=1.01e-3)
+
+
+def test_many_pieces_are_saved_rarely_and_at_the_end_whatever_ends_it(
+    catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    save = module.Ledger.save
+    monkeypatch.setattr(module, "_FEW", 1)
+    monkeypatch.setattr(module, "_RARELY", 1e9)
+
+    def noted(self: module.Ledger, facts: Any, arrays: Any) -> None:
+        saved.append(len(facts["done"]))
+        save(self, facts, arrays)
+
+    monkeypatch.setattr(module.Ledger, "save", noted)
+
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(OfCatalogue(catalogue), tmp_path / "stats.yaml", Plan(jobs=0), stop)
+    assert saved == [1, 3]
+    found = measure(OfCatalogue(catalogue), tmp_path / "stats.yaml", Plan(jobs=0))
+    assert found.resumed == 3 and saved == [1, 3, 4]
+    check_against_numpy(catalogue, tmp_path / "stats.yaml")
 
 
 def test_two_calls_at_once_are_refused(catalogue, tmp_path: Path) -> None:
@@ -311,7 +338,7 @@ def test_data_without_a_valid_pixel_are_refused(
     nothing = {n: Moments(len(f.channels), f.classes) for n, f in facts.items()}
     for moments in nothing.values():
         moments.total = 9
-    monkeypatch.setattr(module, "_measure_piece", lambda subject, number: nothing)
+    monkeypatch.setattr(module, "measure_piece", lambda subject, number: nothing)
     with pytest.raises(DataError, match="'s1' has no valid pixel in 4 block"):
         measure(OfCatalogue(catalogue), tmp_path / "stats.yaml", Plan(jobs=0))
 

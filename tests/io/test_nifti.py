@@ -123,6 +123,29 @@ def test_a_file_without_orientation_is_read_only_where_it_is_asked_for(tmp_path:
     assert describe_scan(stated, Reading(orientation="assume_pixdim")).orientation == "LAS"
 
 
+def test_sizes_and_forms_that_disagree_are_a_warning(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "a.nii", ramp(), np.diag([2.0, 2, 3, 1]), pixdim=(2, 2, 5))
+    facts = describe_scan(path)
+    np.testing.assert_allclose(facts.spacing, (2, 2, 3))
+    assert "voxels of 2 × 2 × 3 by the sform, which counts, but 2 × 2 × 5" in facts.warnings[0]
+    image = nibabel.Nifti1Image(ramp(), np.diag([2.0, 2, 3, 1]))
+    image.set_qform(np.diag([2.0, 2, 3, 1]) + np.eye(4, k=3) * 7, code=1)
+    nibabel.save(image, tmp_path / "b.nii")
+    facts = describe_scan(tmp_path / "b.nii")
+    assert facts.affine[0, 3] == 0 and "differ by up to 7 mm (3.5 voxels)" in facts.warnings[0]
+
+
+def test_one_of_several_volumes_has_to_be_chosen(tmp_path: Path) -> None:
+    volumes = np.stack([ramp(), ramp() + 100], axis=-1)
+    path = write_nifti(tmp_path / "a.nii", volumes, pixdim=(2, 2, 2, 1))
+    with pytest.raises(
+        DataError, match=r"a\.nii: holds 2 volumes \(4D\).*`volume: <index>` \(0 to 1\)"
+    ):
+        read_scan(path)
+    first, second = (read_scan(path, Reading(volume=number)).values for number in (0, 1))
+    assert np.array_equal(second, first + 100)
+
+
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
 def test_files_of_nibabel_are_read_by_their_coded_form(tmp_path: Path, kind: type) -> None:
     image = kind(ramp(), None)

@@ -143,3 +143,9 @@ def test_a_polynomial_fall_and_nesterovs_momentum_are_those_of_nnssl():
             parameter.grad = torch.full((2, 2), 1.0 + step)
             each.step()
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "eps", "clip", "lr_bias"])
+def test_numbers_without_end_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}.*inf"):
+        Optimization(**{name: float("inf")})
