@@ -72,8 +72,8 @@ def test_the_recipe_that_learns_soonest_has_learned_after_two_thirds_of_it(tmp_p
     outcome = train(tmp_path / "run", RECIPES / "ssl4eo_simclr.yaml", 0, *short, *quiet)
     assert outcome.items == 64 and outcome.contrastive and len(outcome.criteria()) == 8
     assert_learned(outcome)
-    for name in ("s1", "s2", "joint"):  # labels are hidden from band statistics and random weights
-        assert outcome.metrics[f"val/raw/probe/{name}"] <= 0.5
+    for name in ("s1", "s2", "joint"):  # labels are hidden from histograms
+        assert outcome.metrics[f"val/raw/probe/{name}"] <= 0.4
         assert outcome.metrics[f"val/untrained/probe/{name}"] <= 0.65
 
 
