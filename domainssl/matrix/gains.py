@@ -55,7 +55,7 @@ FEW: dict[str, Few] = {
         changes=(_HEAD, "--data.global_batch_size=5"),
     ),
     "finetune_pastis_crops": Few(start="pastis_maestro", metric="val/iou", epochs=50),
-    "finetune_change": Few(start="cube_croma", metric="val/iou", epochs=75),
+    "finetune_change": Few(start="cube_croma", metric="val/iou", epochs=50),
     "finetune_ct_organs": Few(
         start="ct_conv_mae", metric="val/dice", epochs=12, changes=("--data.global_batch_size=5",)
     ),
