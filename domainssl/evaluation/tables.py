@@ -70,8 +70,8 @@ def _cell(row: Row | None) -> str:
     return f"{100 * row.value:.1f}" + ("" if math.isnan(half) else f" ±{half:.0f}")
 
 
-def overview(rows: Sequence[Row], title: str) -> Table:
-    """Return a table of the headline metric of every protocol, in percent.
+def overview(rows: Sequence[Row], title: str) -> Table | None:
+    """Return a table of the headline metric of every protocol, in percent; None without any.
 
     Args:
         rows: All rows.
@@ -79,6 +79,8 @@ def overview(rows: Sequence[Row], title: str) -> Table:
     """
     by_place = {(r.backbone, r.features, r.protocol): r for r in rows if _is_headline(r)}
     shown = [name for name in HEADLINES if any(place[2] == name for place in by_place)]
+    if not shown:
+        return None
     grid = Table(title=title, title_justify="left", title_style="bold")
     grid.add_column("backbone", overflow="fold")
     grid.add_column("features", no_wrap=True)

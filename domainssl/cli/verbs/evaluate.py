@@ -48,8 +48,8 @@ def run(argv: list[str]) -> int:
         f"{data['kind']}: {data['test_items']} items of {data['test_split']}, probes fitted on "
         f"{data['train_items']}"
     )
-    screen.print(overview(found.rows, title))
-    pairs = pair_table(found.rows)
+    first, pairs = overview(found.rows, title), pair_table(found.rows)
+    screen.print(title if first is None else first, markup=False)
     if pairs is not None:
         screen.print(pairs)
     for text in found.notes:
