@@ -25,6 +25,7 @@ NOT_SHOWN = {
     "cube_galileo",
     "ssl4eo_data2vec",
     "ssl4eo_hyper_mae",
+    "ssl4eo_mae",
     "terramesh_csip",
 }
 # one per objective, and one per kind of data
