@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from domainssl.arguments import class_of
 from domainssl.callbacks._common import console_of, run_folder
 from domainssl.callbacks.export import ExportBackbone
 from domainssl.callbacks.progress import describe_metrics
+from domainssl.tasks.base import Task
 
 __all__ = ["Summary"]
 
@@ -88,6 +90,8 @@ def summarize(
     metrics = describe_metrics(trainer.callback_metrics)
     if metrics:
         lines.append(("result", metrics))
+    if isinstance(module, Task) and (found := _validation(trainer.callback_metrics)):
+        lines.append(("" if metrics else "result", found))
     if run_folder(trainer).exists():
         lines.append(("run", _short(run_folder(trainer))))
     last = _last_checkpoint(trainer)
@@ -95,6 +99,14 @@ def summarize(
         lines.append(("", f"checkpoint {_short(last)}  (resume with --ckpt_path)"))
     lines += [("", text) for text in map(_logger_line, trainer.loggers) if text]
     return lines + _how_to_load(trainer)
+
+
+def _validation(metrics: Mapping[str, Any]) -> str:
+    """Return `validation: accuracy 0.91, f1 0.9`; values of single classes stay in the table."""
+    own = {n.removeprefix("val/"): v for n, v in metrics.items() if n.startswith("val/")}
+    shown = {n.replace("_", " "): float(v) for n, v in own.items() if "/" not in n and n != "loss"}
+    words = [f"{name} {value:.4g}" for name, value in shown.items()]
+    return f"validation: {', '.join(words)}" if words else ""
 
 
 def _how_to_load(trainer: Trainer) -> list[tuple[str, str]]:

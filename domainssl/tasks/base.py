@@ -20,7 +20,7 @@ from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.modality import Batch, Modality, as_modalities
 from domainssl.options import as_dataclass
-from domainssl.tasks.starting import starting_backbone
+from domainssl.tasks.starting import starting_backbone, warn_if_random
 from domainssl.tasks.tuning import Tuning, apply_tuning
 from domainssl.training.execution import Execution
 from domainssl.training.module import Generators, Step, TrainingModule
@@ -91,6 +91,7 @@ class Task(TrainingModule):
         apply_tuning(self.backbone, self.tuning)
         self._unused: list[nn.Parameter] | None = None
         self._watched: dict[str, MetricCollection] = {}
+        self._has_begun = False
         self.results: dict[str, dict[str, Tensor]] = {}
 
     # -- what a subclass implements ---------------------------------------------------------
@@ -179,6 +180,21 @@ class Task(TrainingModule):
     def on_fit_start(self) -> None:
         """Set the mode of all parts: a backbone that was loaded is in evaluation mode."""
         self.train()
+        self._tell_start()
+
+    def on_validation_start(self) -> None:
+        """Tell random weights."""
+        self._tell_start()
+
+    def on_test_start(self) -> None:
+        """Tell random weights."""
+        self._tell_start()
+
+    def _tell_start(self) -> None:
+        """Tell random weights once, where they are used: no checkpoint has replaced them."""
+        if not self._has_begun and not self.trainer.ckpt_path and self.trainer.is_global_zero:
+            warn_if_random(self.arguments["backbone"])
+        self._has_begun = True
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss, and take the batch into the metrics."""

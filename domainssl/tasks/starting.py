@@ -15,7 +15,7 @@ from domainssl.backbones.registry import backbone_class, load_backbone
 from domainssl.errors import ConfigError, nearest, parsing
 from domainssl.modality import Modality
 
-__all__ = ["starting_backbone"]
+__all__ = ["starting_backbone", "tell_start", "warn_if_random"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +79,30 @@ def _of_recipe(
     module = parser.instantiate(parser.parse_object({"model": spec})).model
     backbone: Backbone = module.backbone
     backbone.requires_grad_(True)
-    logger.warning(
-        "%s: random weights, in the architecture of the recipe %s (%s). Give --model.backbone=RUN "
-        "to start from trained ones.", _WHERE, name, type(backbone).__name__
-    )  # fmt: skip
     return backbone
+
+
+def tell_start(source: object) -> str:
+    """Return where weights come from, for the start of a run.
+
+    Args:
+        source: What `starting_backbone` was given, as tasks record it.
+    """
+    if isinstance(source, Mapping):
+        return f"a new {str(source.get('name')).rpartition('.')[2]}"
+    text = str(source)
+    if text.startswith(_RECIPE):
+        return f"random weights, in the architecture of the recipe {text.removeprefix(_RECIPE)}"
+    return f"the backbone of {text}"
+
+
+def warn_if_random(source: object) -> None:
+    """Warn where a recipe names the architecture alone, and its random weights are used."""
+    if isinstance(source, str) and source.startswith(_RECIPE):
+        logger.warning(
+            "%s: %s. Give --model.backbone=RUN to start from trained ones.",
+            _WHERE, tell_start(source),
+        )  # fmt: skip
 
 
 def _on_a_grid(modality: Modality) -> Modality:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from small_tasks import backbone, batch, task
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from domainssl import export_backbone
 from domainssl.errors import ConfigError, DataError
@@ -30,10 +32,24 @@ def test_a_task_starts_from_the_weights_of_an_export(tmp_path):
         torch.testing.assert_close(found.state_dict()[name], tensor)
 
 
-def test_the_backbone_of_a_recipe_is_built_for_the_data_and_says_that_it_is_random(caplog):
+def test_the_backbone_of_a_recipe_is_built_for_the_data_and_says_that_it_is_random(
+    caplog, tmp_path
+):
     found = task(backbone="recipe:tiles_mae")
-    assert "random weights" in caplog.text and found.backbone.embed_dim == {"he": 96}
+    assert found.backbone.embed_dim == {"he": 96} and not caplog.text
     assert found.arguments["backbone"] == "recipe:tiles_mae"
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    items = DataLoader([batch()], batch_size=None)
+    trainer.validate(found, items, verbose=False)
+    assert caplog.text.count("random weights, in the architecture of the recipe tiles_mae") == 1
+    caplog.clear()
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    again = task(backbone="recipe:tiles_mae")
+    trainer.test(again, items, ckpt_path=tmp_path / "kept.ckpt", verbose=False)
+    assert "random weights" not in caplog.text
     with pytest.raises(ConfigError, match="no recipe 'tiles_mea'.* Did you mean 'tiles_mae'"):
         task(backbone="recipe:tiles_mea")
 

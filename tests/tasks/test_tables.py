@@ -12,6 +12,7 @@ from small_tasks import CLASSES, MODALITIES, backbone, batch, task
 from torch.utils.data import DataLoader
 
 from domainssl.callbacks import ResultTables
+from domainssl.callbacks.summary import Summary
 from domainssl.callbacks.tables import _joined
 from domainssl.errors import ConfigError, DataError
 from domainssl.tasks import NumberLoss, RegressionTask
@@ -65,6 +66,20 @@ def test_predictions_may_be_parquet_and_several_labels_have_no_confusion(tmp_pat
     assert not (tmp_path / "test" / "confusion.csv").exists()
     with pytest.raises(ConfigError, match="ResultTables.format: got 'xls'"):
         ResultTables(format="xls")
+
+
+def test_a_fit_ends_with_the_metrics_of_the_held_out_items(tmp_path, capsys):
+    model, given = task(), batch(9)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, callbacks=[Summary()], max_epochs=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(model, *(DataLoader([given], batch_size=None) for _ in range(2)))
+    found = {name: float(value) for name, value in model.results["val"].items() if value.ndim == 0}
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items())
+    assert list(found) == ["accuracy", "auroc", "balanced_accuracy", "f1"]
+    assert f"validation: {shown}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_item_that_two_ranks_had_is_written_once():

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from rich.markup import escape
 
 from domainssl.arguments import plain
 from domainssl.callbacks.evaluation import OnlineEvaluation
@@ -22,9 +23,18 @@ from domainssl.cli.run.rundir import (
     remove_start,
     versions,
 )
+from domainssl.datamodules.base import DomainDataModule
 from domainssl.files import write_json
+from domainssl.tasks.base import Task
+from domainssl.tasks.starting import tell_start
 
 __all__ = ["RunRecord"]
+
+_TUNINGS = {
+    "full": "full (all weights)",
+    "frozen": "frozen (the head alone)",
+    "lora": "lora (low-rank additions and the head)",
+}
 
 
 class RunRecord(SaveConfigCallback):
@@ -83,7 +93,7 @@ class RunRecord(SaveConfigCallback):
             "data": plain(identity()) if callable(identity) else None,
         }
         write_json(self.folder / "run.json", record)
-        _introduce(trainer, pl_module, datamodule, self.folder, stage)
+        _introduce(trainer, pl_module, self.folder, stage, self.facts.get("ckpt_path"))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -122,14 +132,17 @@ def _shown(word: str, datamodule: Any) -> str:
 
 
 def _introduce(
-    trainer: Trainer, module: LightningModule, datamodule: Any, folder: Path, stage: str
+    trainer: Trainer, module: LightningModule, folder: Path, stage: str, ckpt_path: object
 ) -> None:
     screen = console()
-    describe = getattr(datamodule, "describe", None)
-    lines = [str(line) for line in describe()] if callable(describe) else []
-    for position, line in enumerate(lines):
+    datamodule = getattr(trainer, "datamodule", None)
+    for position, line in enumerate(_data_lines(datamodule, module)):
         screen.print(f"[bold]{'data' if position == 0 else '':<8}[/]", line, markup=True)
     screen.print(f"[bold]{'model':<8}[/]", _model_line(module))
+    if isinstance(module, Task):
+        screen.print(f"[bold]{'start':<8}[/]", escape(_start_line(ckpt_path, module, stage)))
+    if stage == "test" and isinstance(datamodule, DomainDataModule):
+        screen.print(f"[bold]{'tested':<8}[/]", "val, the held-out items that fit validates on")
     if stage == "fit":
         screen.print(f"[bold]{'training':<8}[/]", _training_line(trainer, datamodule))
     screen.print(
@@ -145,6 +158,28 @@ def _model_line(module: LightningModule) -> str:
         kept = sum(p.numel() for p in backbone.parameters())
         line += f", of which {_millions(kept)} are the backbone {type(backbone).__name__}"
     return line
+
+
+def _data_lines(datamodule: Any, module: Any) -> list[str]:
+    """Return what data tell of themselves, with the classes of the map where a task learns those.
+
+    Scenes may have labels besides; data whose maps have names of their own tell them already.
+    """
+    describe = getattr(datamodule, "describe", None)
+    lines = [str(line) for line in describe()] if callable(describe) else []
+    is_told = any(line.startswith("segmentation maps:") for line in lines)
+    if is_told or not isinstance(module, Task) or module.classes_from != "mask_classes":
+        return lines
+    own = f"classes of the map: {escape(', '.join(module.classes))}"
+    return [own if line.startswith("labels:") else line for line in lines]
+
+
+def _start_line(ckpt_path: object, task: Task, stage: str) -> str:
+    """Return the weights that a task starts from, and what of its backbone is trained."""
+    line = tell_start(task.arguments["backbone"])
+    if ckpt_path:
+        line = f"the checkpoint {ckpt_path}"
+    return f"{line}; tuning: {_TUNINGS[task.tuning.mode]}" if stage == "fit" else line
 
 
 def _millions(count: int) -> str:
