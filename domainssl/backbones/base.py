@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -19,6 +19,7 @@ from domainssl.errors import ConfigError, DataError, WeightsError, nearest
 from domainssl.lazy import lazily
 from domainssl.modality import Modality, as_modalities, check_batch
 from domainssl.nn.normalization import Normalizer
+from domainssl.nn.patching import grid_of
 from domainssl.units import UnitCheck
 
 __all__ = ["Backbone", "Features", "LoadReport"]
@@ -411,6 +412,48 @@ def refuse_replace(replace: object, name: str) -> None:
     """
     if replace is not None:
         raise ConfigError(f"{name} has no mask token; pass `keep` instead of `replace`.")
+
+
+def present_names(
+    x: Mapping[str, Any], known: Mapping[str, Modality], what: str
+) -> tuple[str, ...]:
+    """Return the modalities of a batch, in the order of the model.
+
+    Args:
+        x: The batch.
+        known: The modalities of the model.
+        what: How messages call them, such as `contrasts`.
+
+    Raises:
+        DataError: There is none.
+    """
+    found = tuple(name for name in known if name in x)
+    if not found:
+        raise DataError(f"The batch has none of the {what} {list(known)}; got {sorted(x)}.")
+    return found
+
+
+def shared_grid(
+    x: Mapping[str, Any], names: Sequence[str], patch_size: int | Sequence[int], what: str
+) -> tuple[int, ...]:
+    """Return the patches per axis of images or volumes of one size.
+
+    Args:
+        x: The batch.
+        names: Modalities that it has.
+        patch_size: Side of a patch, one number or one per axis.
+        what: Whose grid it is, such as `The contrasts of an exam`.
+
+    Raises:
+        DataError: The sizes differ, or are no multiple of the patch.
+    """
+    sizes = {name: tuple(x[name].shape[2:]) for name in names}
+    if len({*sizes.values()}) > 1:
+        raise DataError(
+            f"{what} share a grid; got {sizes}. Resample them to one of them in the DataModule."
+        )
+    name, size = next(iter(sizes.items()))
+    return grid_of(size, patch_size, f"batch.{name}")
 
 
 def common_size(x: Tensor, modality: Modality) -> tuple[int, ...]:

@@ -14,13 +14,20 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from domainssl.backbones.base import Backbone, Features, LoadReport, refuse_replace
+from domainssl.backbones.base import (
+    Backbone,
+    Features,
+    LoadReport,
+    present_names,
+    refuse_replace,
+    shared_grid,
+)
 from domainssl.backbones.vit_files import tensors_of
-from domainssl.errors import ConfigError, DataError, WeightsError
+from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality, key, present_mask, sides_of, valid_mask
 from domainssl.nn.low_rank import LowRankBlocks, LowRankSizes, perception_mask
 from domainssl.nn.masking import mean_of_valid, take_tokens
-from domainssl.nn.patching import grid_coordinates, grid_of, patch_fraction, patchify
+from domainssl.nn.patching import grid_coordinates, patch_fraction, patchify
 from domainssl.nn.positions import sincos_positions
 from domainssl.options import as_dataclass
 from domainssl.sensors import wavelengths_nm
@@ -187,12 +194,7 @@ class LESSBackbone(Backbone):
         Raises:
             DataError: There is none.
         """
-        found = tuple(name for name in self.modalities if name in x)
-        if not found:
-            raise DataError(
-                f"The batch has none of the modalities {list(self.modalities)}; got {sorted(x)}."
-            )
-        return found
+        return present_names(x, self.modalities, "modalities")
 
     def grid(self, x: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the patches per axis.
@@ -200,14 +202,7 @@ class LESSBackbone(Backbone):
         Raises:
             DataError: The images of the batch have different sizes.
         """
-        sizes = {name: tuple(x[name].shape[2:]) for name in self.names(x)}
-        if len({*sizes.values()}) > 1:
-            raise DataError(
-                f"The bands of all modalities share a grid; got {sizes}. Resample them in the "
-                "DataModule."
-            )
-        name, size = next(iter(sizes.items()))
-        return grid_of(size, self.patch_size, f"batch.{name}")
+        return shared_grid(x, self.names(x), self.patch_size, "The bands of all modalities")
 
     def bands(self, names: tuple[str, ...]) -> list[int]:
         """Return the number of bands of some modalities."""

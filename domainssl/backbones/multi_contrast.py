@@ -14,7 +14,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from domainssl.backbones.base import Backbone, Features, LoadReport, refuse_replace
+from domainssl.backbones.base import (
+    Backbone,
+    Features,
+    LoadReport,
+    present_names,
+    refuse_replace,
+    shared_grid,
+)
 from domainssl.backbones.vit_files import (
     patch_weight,
     read_transformer,
@@ -22,7 +29,7 @@ from domainssl.backbones.vit_files import (
     write_transformer,
 )
 from domainssl.backbones.vit_tokens import position_codes, transform
-from domainssl.errors import ConfigError, DataError, WeightsError
+from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality, key, present_mask, sides_of, valid_mask
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.masking import mean_of_valid, take_tokens
@@ -130,12 +137,7 @@ class MultiContrastBackbone(Backbone):
         Raises:
             DataError: There is none.
         """
-        found = tuple(name for name in self.modalities if name in x)
-        if not found:
-            raise DataError(
-                f"The batch has none of the contrasts {list(self.modalities)}; got {sorted(x)}."
-            )
-        return found
+        return present_names(x, self.modalities, "contrasts")
 
     def grid(self, x: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the tokens per axis.
@@ -143,14 +145,7 @@ class MultiContrastBackbone(Backbone):
         Raises:
             DataError: The contrasts of the batch have different sizes.
         """
-        sizes = {name: tuple(x[name].shape[2:]) for name in self.names(x)}
-        if len({*sizes.values()}) > 1:
-            raise DataError(
-                f"The contrasts of an exam share a grid; got {sizes}. Resample them to one of them "
-                "in the DataModule."
-            )
-        name, size = next(iter(sizes.items()))
-        return grid_of(size, self.patch_size, f"batch.{name}")
+        return shared_grid(x, self.names(x), self.patch_size, "The contrasts of an exam")
 
     def present(self, x: Mapping[str, Any]) -> Tensor:
         """Return which contrasts of the batch every item has, bool (B, M)."""
