@@ -224,10 +224,21 @@ def read_card(path: Path) -> tuple[Card, bytes]:
         if not needed.is_file():
             raise WeightsError(
                 f"{needed} does not exist; an exported backbone is the pair {CARD_NAME} and "
-                f"{TENSORS_NAME}. Copy both files, or export again."
+                f"{TENSORS_NAME}. {_task_advice(path)}"
             )
     card = card_at(card_path, Card)
     return card, tensors_of(card, card_path, tensors_path)
+
+
+def _task_advice(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    there = [place for place in (folder, folder / "task") if (place / "task.json").is_file()]
+    if there:
+        return (
+            f"In {there[0]} lies a task, a backbone with its head: load_task({str(there[0])!r}) "
+            f"loads it, python -m domainssl predict {there[0]} INPUT uses it."
+        )
+    return "Copy both files, or export again."
 
 
 def tensors_of(card: Any, card_path: Path, tensors_path: Path) -> bytes:

@@ -422,6 +422,11 @@ def _load(
             if str(name_or_path) in getattr(cls, "not_loadable", {}):
                 reason = cls.not_loadable[str(name_or_path)]  # type: ignore[attr-defined]
                 raise WeightsError(f"{str(name_or_path)!r} cannot be loaded: {reason}.")
+        if len(path.parts) > 1:  # no name holds a separator
+            raise WeightsError(
+                f"{str(name_or_path)!r} does not exist. Give the folder of a run or an export, a "
+                "checkpoint, or a name of list_backbones()."
+            )
         raise WeightsError(
             f"{str(name_or_path)!r} is neither a file or folder nor the name of a backbone."
             f"{nearest(name_or_path, [*variants, *PRETRAINED])} Known names: "

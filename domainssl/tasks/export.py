@@ -186,8 +186,7 @@ def load_task(path: str | Path, *, sha256: str | None = None) -> Task:
         if not needed.is_file():
             raise WeightsError(
                 f"{needed} does not exist; an exported task is the pair {CARD_NAME} and "
-                f"{TENSORS_NAME}. Copy both files, or export again: python -m domainssl export "
-                f"--checkpoint RUN --output FOLDER.{_backbone_advice(path)}"
+                f"{TENSORS_NAME}. {_advice(path)}"
             )
     card = card_at(card_path, TaskCard)
     content = tensors_of(card, card_path, tensors_path)
@@ -214,10 +213,13 @@ def _files(path: Path) -> tuple[Path, Path]:
     return path / CARD_NAME, path / TENSORS_NAME
 
 
-def _backbone_advice(path: Path) -> str:
+def _advice(path: Path) -> str:
     if (path / "backbone.json").exists() or (path / "backbone").is_dir():
-        return " There is a backbone, which predicts nothing: see load_backbone."
-    return ""
+        return "There is a backbone, which predicts nothing: see load_backbone, or fine-tune it."
+    return (
+        "Copy both files, or export again: python -m domainssl export --checkpoint RUN --output "
+        "FOLDER."
+    )
 
 
 def _of_checkpoint(path: Path) -> Task:

@@ -46,6 +46,13 @@ def test_a_damaged_or_missing_export_is_refused(tmp_path):
     domainssl.export_backbone(backbone(), tmp_path / "backbone")
     with pytest.raises(WeightsError, match="There is a backbone, which predicts nothing"):
         domainssl.load_task(tmp_path / "backbone")
+    domainssl.export_task(task(), tmp_path / "run" / "task")
+    for place in (tmp_path / "run", tmp_path / "run" / "task"):
+        with pytest.raises(WeightsError, match=r"lies a task.*load_task\('.*run/task'\).*predict"):
+            domainssl.load_backbone(place)
+    with pytest.raises(WeightsError, match="'runs/nothere' does not exist") as caught:
+        domainssl.load_backbone("runs/nothere")
+    assert "croma_base" not in str(caught.value)
     card = tmp_path / "out" / "task.json"
     facts = json.loads(card.read_text())
     card.write_text(json.dumps({**facts, "classes": "a"}))

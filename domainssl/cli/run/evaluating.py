@@ -15,6 +15,7 @@ import torch
 from domainssl.arguments import class_name, plain
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
+from domainssl.backbones.hub import HubAddress
 from domainssl.backbones.registry import load_backbone
 from domainssl.cli.run.device import chosen_device
 from domainssl.cli.run.rundir import versions
@@ -143,6 +144,9 @@ def evaluate_backbones(
         WeightsError: A backbone cannot be loaded, or does not fit the data.
     """
     places = [_place(word) for word in request.backbones]
+    for _, place in places:
+        if "/" in place and not HubAddress.matches(place) and not Path(place).exists():
+            raise WeightsError(f"evaluate: {place!r} does not exist. Give a run or an export.")
     data = _data(request, [place for _, place in places])
     split = _split(data, request.split)
     device = chosen_device(request.device, "evaluate")

@@ -126,7 +126,8 @@ def _predict(argv: list[str]) -> int:
     for reason in found.skipped.values():
         screen.print(f"left out: {reason}", markup=False)
     before = f", {found.resumed} of them before" if found.resumed else ""
-    made = "row(s)" if isinstance(work, TablePrediction) else "map(s)"
+    kinds = {"TablePrediction": "row(s)", "SlidePrediction": "slide(s) as regions"}
+    made = kinds.get(type(work).__name__, "map(s)")
     names = ", ".join(task.classes)
     if task.kind != "regression":
         names = ", ".join(f"{value} {name}" for value, name in enumerate(task.classes))
