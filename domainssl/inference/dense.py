@@ -232,6 +232,13 @@ class DenseEmbedding:
             DataError: Nothing can be written there.
         """
         make_folder(self.folder, self.root)
+        try:
+            self._claim_each(restart)
+        except ConfigError:
+            self.release()
+            raise
+
+    def _claim_each(self, restart: bool) -> None:
         for number, layout in enumerate(self.layouts):
             target, working = self.target(number), self._working(number)
             for record in (_record(target), working / "request.json"):

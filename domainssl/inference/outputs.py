@@ -72,9 +72,31 @@ def refuse_other(target: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         ConfigError: They differ.
     """
-    differing = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+    differing = _differences("", found, wanted)
     if differing:
+        more = f"; {len(differing) - 6} more" if len(differing) > 6 else ""
         raise ConfigError(
-            f"{target}: made from something else ({', '.join(differing)} differ). Choose another "
+            f"{target}: made from something else: {'; '.join(differing[:6])}{more}. Choose another "
             "--output, or add --restart to write it anew."
         )
+
+
+def _differences(name: str, found: Any, wanted: Any) -> list[str]:
+    """Return what differs with both values, named by the way to it."""
+    if found == wanted:
+        return []
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        return [
+            text
+            for key in sorted({*found, *wanted})
+            for text in _differences(f"{name}.{key}" if name else key, found.get(key),
+                                     wanted.get(key))
+        ]  # fmt: skip
+    if name.rpartition(".")[2] in ("file", "files"):
+        name = f"{name} (bytes, time of change in ns)"
+    return [f"{name} was {_short(found)}, is {_short(wanted)}"]
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -411,10 +411,7 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     from rich.text import Text
 
     parts: list[Any] = [Text(f"{report['path']}: {_headline(report)}", style="bold")]
-    tables = {"ssl4eo": _ssl4eo, "geotiff": _geotiff, "data": _data, "layers": _layers,
-              "scans": scan_tables, "slides": slide_tables, "pictures": picture_tables,
-              "bags": bag_tables}  # fmt: skip
-    parts += tables.get(report["kind"], _cube)(report)
+    parts += _tables(report)
     problems = report["problems"]
     if problems:
         parts.append(Text(f"{len(problems)} problem{'s' * (len(problems) > 1)}", style="bold red"))
@@ -422,6 +419,14 @@ def render(report: Mapping[str, Any]) -> RenderableType:
     else:
         parts.append(Text("no problems found", style="green"))
     return Lines(*parts)
+
+
+def _tables(report: Mapping[str, Any]) -> list[Any]:
+    """Return the tables of a report by its kind."""
+    tables = {"ssl4eo": _ssl4eo, "geotiff": _geotiff, "data": _data, "layers": _layers,
+              "scans": scan_tables, "slides": slide_tables, "pictures": picture_tables,
+              "bags": bag_tables}  # fmt: skip
+    return list(tables.get(report["kind"], _cube)(report))
 
 
 def _headline(report: Mapping[str, Any]) -> str:
@@ -491,7 +496,7 @@ def _layers(report: Mapping[str, Any]) -> list[Any]:
     for name, layer in report["layers"].items():
         first = layer["first"]
         parts.append(facts_table(name, {"sites": layer["sites"], "first": first["path"]}))
-        parts += {"geotiff": _geotiff}.get(first["kind"], _cube)(first)
+        parts += _tables(first)
     return parts
 
 

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 __all__ = ["add_row", "as_text", "facts_table", "new_table", "note_lines", "values_table"]
 
 
+_PLACES = ("transform", "bounds", "pixel")  # coordinates: four digits are 100 m off
+
+
 def add_row(table: Table, *cells: str) -> None:
     """Add a row of texts as they are: names out of files are no markup."""
     from rich.text import Text
@@ -43,7 +46,8 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     table = new_table(title, "what", "found")
     for name, value in facts.items():
         if value is not None and value != {} and value != []:
-            add_row(table, name.replace("_", " "), as_text(value))
+            text = _in_full(value) if name in _PLACES else as_text(value)
+            add_row(table, name.replace("_", " "), text)
     return table
 
 
@@ -54,6 +58,13 @@ def as_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(as_text(item) for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _in_full(value: Any) -> str:
+    """Return coordinates with all their digits."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(_in_full(item) for item in value)
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def note_lines(report: Mapping[str, Any]) -> list[Any]:

@@ -354,9 +354,25 @@ def test_the_command_writes_a_folder_of_rasters_and_refuses_to_mix(
     )
     capsys.readouterr()
     assert main([*words, "--halo=0"]) == 2
-    assert "made from something else (chunk, halo, shard differ)" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "made from something else: chunk was [" in said and "; halo was 1, is 0; shard" in said
     assert main([*words, "--halo=0", "--restart"]) == 0
     assert VectorStore(tmp_path / "out" / "scene.zarr").facts["halo"] == 0
+
+
+def test_a_raster_that_changed_is_named_with_both_sizes_and_leaves_nothing(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    embed(backbone, scene, tmp_path / "e.zarr")
+    before = scene.stat()
+    os.utime(scene, ns=(1, 1))
+    with pytest.raises(ConfigError) as caught:
+        embed(backbone, scene, tmp_path / "e.zarr")
+    assert (
+        "made from something else: source.modalities.s2.file (bytes, time of change in ns) was "
+        f"[{before.st_size}, {before.st_mtime_ns}], is [{before.st_size}, 1]. "
+    ) in str(caught.value)
+    assert not [p.name for p in tmp_path.iterdir() if p.name.endswith(".claims")]
 
 
 def test_what_embed_did_not_write_is_left_alone(

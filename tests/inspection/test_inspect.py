@@ -136,7 +136,7 @@ def write_tif(path: Path) -> None:
     profile = {
         "driver": "GTiff", "height": 30, "width": 40, "count": 2, "dtype": "float32",
         "crs": "EPSG:32632", "nodata": -9999.0, "compress": "deflate",
-        "transform": rasterio.Affine(10, 0, 500000, 0, -10, 5000000),
+        "transform": rasterio.Affine(10, 0, 717705.5, 0, -10, 5000000),
     }  # fmt: skip
     with rasterio.open(path, "w", **profile) as file:
         file.write(data)
@@ -145,10 +145,11 @@ def write_tif(path: Path) -> None:
 def test_geotiff_values_leave_out_no_data(tmp_path: Path) -> None:
     write_tif(tmp_path / "a.tif")
     [found] = inspect_path(str(tmp_path))["files"]
-    assert found["crs"] == "EPSG:32632" and found["transform"][:3] == [10.0, 0.0, 500000.0]
+    assert found["crs"] == "EPSG:32632" and found["transform"][:3] == [10.0, 0.0, 717705.5]
     assert found["valid_share"] == pytest.approx(2 / 3)
     assert [row["mean"] for row in found["values"]] == [5.0, 6.5]
-    assert "deflate" in text_of(inspect_path(str(tmp_path / "a.tif")))
+    text = text_of(inspect_path(str(tmp_path / "a.tif")))
+    assert "deflate" in text and "10 0 717705.5 0 -10 5000000" in text
 
 
 def test_geotiff_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:

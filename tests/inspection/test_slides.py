@@ -58,6 +58,17 @@ def test_unknown_resolution_and_damage_are_problems(tmp_path: Path) -> None:
     assert main(["inspect", str(tmp_path)]) == 1
 
 
+def test_folders_of_stains_are_described_by_their_first_slides(tmp_path: Path) -> None:
+    for stain in ("he", "ihc"):
+        (tmp_path / stain).mkdir()
+        write_tiff(tmp_path / stain / "x.tif", [squares(256, 192)])
+    report = inspect_path(str(tmp_path))
+    assert report["kind"] == "layers" and report["problems"] == []
+    assert [e["first"]["kind"] for e in report["layers"].values()] == ["slides", "slides"]
+    text = _text(report)
+    assert text.count("256 x 192") == 4  # size and level of each
+
+
 def test_multiplex_shows_its_channels(tmp_path: Path) -> None:
     values = np.stack([np.full((256, 256), 1000 * (n + 1), np.uint16) for n in range(4)])
     names = ["DAPI", "CD3", "CD8", "CD20"]
