@@ -85,6 +85,9 @@ def _differences(name: str, found: Any, wanted: Any) -> list[str]:
     """Return what differs with both values, named by the way to it."""
     if found == wanted:
         return []
+    if name == "items" and isinstance(found, list) and isinstance(wanted, list):
+        members = dict(found), dict(wanted)  # pairs of name and facts
+        return _differences(name, *members) or ["the order of the items differs"]
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         return [
             text
@@ -98,5 +101,5 @@ def _differences(name: str, found: Any, wanted: Any) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
+    text = "none" if value is None else str(value)
     return text if len(text) <= 80 else f"{text[:79]}…"

@@ -14,6 +14,7 @@ from cube_files import LEFT, TOP, coded, write_geotiff
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference import pooled
+from domainssl.inference.outputs import refuse_other
 from domainssl.inference.run import embed
 from domainssl.inference.scenes import Scene
 from domainssl.io.raster.geozarr import VectorStore
@@ -136,10 +137,17 @@ def test_groups_are_shared_and_resumed(
         assert done.pieces == count
     one, two = (tmp_path / f"{n}.parquet" for n in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
-    with pytest.raises(ConfigError, match="items differ"):
+    with pytest.raises(ConfigError, match=r"else: items\.e was \{.*, is none\."):
         (tmp_path / "in" / "e.tif").unlink()
         embed(backbone, tmp_path / "in", two, pooled=True)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_items_in_another_order_are_refused(tmp_path: Path) -> None:
+    pairs: list[list[Any]] = [["a", {"crs": 1}], ["b", {"crs": 2}]]
+    with pytest.raises(ConfigError, match="else: the order of the items differs"):
+        refuse_other(tmp_path / "o", {"items": pairs}, {"items": pairs[::-1]})
+    refuse_other(tmp_path / "o", {"items": pairs}, {"items": pairs})
 
 
 def test_a_manifest_names_items_and_modalities(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_exams_of_a_folder_are_hashed_kept_and_never_mixed(
     names = [p.name for p in (tmp_path / "out").iterdir()]
     assert len(names) == 6 and not any("anna" in n or n.startswith(".") for n in names)
     assert embed(backbone(), tmp_path / "in", tmp_path / "out").resumed == 2
-    with pytest.raises(ConfigError, match="halo differ"):
+    with pytest.raises(ConfigError, match="else: halo was none, is 0"):
         embed(backbone(), tmp_path / "in", tmp_path / "out", halo=0)
     done = embed(
         backbone(), tmp_path / "in", tmp_path / "out", halo=0, plan=Plan(jobs=0, restart=True)
