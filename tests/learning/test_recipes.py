@@ -1,4 +1,4 @@
-"""Recipes learn, and every cell of the matrix trains, resumes and is probed.
+"""Recipes learn.
 
 Each kind of data and each objective is trained to its end at least once, by a run that is kept for
 other tests (`recipe_runs.kept`) and judged by what it logs; `docs/matrix.md` has all of them with
@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_runs import RECIPES, assert_learned, kept, train
+from recipe_runs import COVERED, LEARN, RECIPES, assert_learned, kept, train
 
-from domainssl.cli import main
-from domainssl.cli.verbs.matrix import find_all
-from domainssl.matrix.cells import COLUMNS, Cell
+from domainssl.matrix.cells import COLUMNS
 from domainssl.matrix.runs import read_outcome
 
-COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside this one
 # They train, but that they learn their sample is not shown yet; docs/matrix.md lists them.
 NOT_SHOWN = {
     "ct_swinunetr_ssl",
@@ -28,13 +25,6 @@ NOT_SHOWN = {
     "ssl4eo_mae",
     "terramesh_csip",
 }
-# one per objective, and one per kind of data
-LEARN = (
-    "ct_conv_mae", "ct_vitautoenc", "ctmr_simdino", "mri_multicontrast_mae", "slides_titan",
-    "ssl4eo_barlow_twins", "ssl4eo_clip", "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_moco",
-    "ssl4eo_moco2", "ssl4eo_simclr", "ssl4eo_vicreg", "tiles_mae", "treesat_maestro",
-    "treesat_omnisat",
-)  # fmt: skip
 FOUND = sorted(
     (path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("finetune_")),
     key=lambda path: path.stem,
@@ -82,30 +72,3 @@ def test_the_recipe_that_learns_soonest_has_learned_after_two_thirds_of_it(tmp_p
 @pytest.mark.parametrize("name", LEARN)
 def test_a_recipe_learns(name):
     assert_learned(read_outcome(kept(name)))
-
-
-@pytest.fixture(scope="module")
-def cells() -> tuple[Cell, ...]:
-    """All cells of the matrix."""
-    return find_all()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(8))
-def test_every_other_cell_trains_resumes_and_is_probed(cells, part, tmp_path):
-    others = [c for c in cells if not c.reason and c.name not in {*LEARN, *COVERED}]
-    assert len(others) > 30
-    for cell in others[part::8]:
-        path, run = tmp_path / f"{cell.name}.yaml", tmp_path / cell.name
-        config = {**cell.config, "callbacks": {"evaluation": "OnlineEvaluation"}}
-        config["callbacks"]["checkpoint"] = {
-            "class_path": "AtomicCheckpoint",
-            "init_args": {"every_n_train_steps": 10},
-        }
-        path.write_text(yaml.safe_dump(config))
-        words = ["fit", f"--config={path}", f"--run_dir={run}", "--trainer.accelerator=cpu"]
-        words += ["--trainer.max_epochs=null", "--trainer.val_check_interval=null"]
-        assert main([*words, "--trainer.max_steps=10"]) == 0, cell.name
-        assert main([*words, "--trainer.max_steps=20", "--auto_resume=true"]) == 0, cell.name
-        metrics = read_outcome(run).metrics
-        assert any(key.startswith("val/probe/") for key in metrics), cell.name
