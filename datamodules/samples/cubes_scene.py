@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from domainssl.datamodules.samples import fields
+
 __all__ = [
     "CROPS", "FIELD", "Field", "draw_field", "draw_objects", "optical", "radar", "smooth",
 ]  # fmt: skip
@@ -81,43 +83,14 @@ class Field:
         return (self.level + self.swing * season).clip(0.02, 0.98).astype(np.float32)
 
 
-def _spectrum() -> Array:
-    rows, columns = np.fft.fftfreq(FIELD)[:, None], np.fft.rfftfreq(FIELD)[None]
-    return np.sqrt(rows**2 + columns**2).astype(np.float32)
-
-
-_FREQUENCY = _spectrum()
-
-
-def _shaped(rng: Rng, gain: Array) -> Array:
-    """Return a unit-variance random field whose spectrum follows `gain`."""
-    white = np.fft.rfft2(rng.standard_normal((FIELD, FIELD), np.float32))
-    return _unit(np.fft.irfft2(white * gain, (FIELD, FIELD)).astype(np.float32))
-
-
-def _unit(field: Array) -> Array:
-    field = field - field.mean()
-    return field / max(float(field.std()), 1e-6)
-
-
 def smooth(rng: Rng, length_px: float) -> Array:
     """Return a unit-variance field with the correlation length given."""
-    return _shaped(rng, np.exp(-((_FREQUENCY * length_px * 2.0) ** 2)))
+    return fields.smooth(rng, FIELD, length_px)
 
 
 def draw_objects(rng: Rng, spacing: float) -> Array:
-    """Return bright and dark objects on even ground, large ones and small ones, (2, Y, X).
-
-    Large ones stand every `spacing` pixels, small ones every `_SMALL` of that. Bright and dark
-    ones have one distribution, and large and small ones are independent, so that their sum and
-    their difference have one, too.
-    """
-    layers = []
-    for length in (spacing, _SMALL * spacing):
-        ring = np.exp(-(((_FREQUENCY - 1 / length) / (0.3 / length)) ** 2))
-        field = _shaped(rng, ring)
-        layers.append(_unit(np.sign(field) * (np.abs(field) - 0.6).clip(0, 0.8) ** 0.5))
-    return np.stack(layers) * np.float32(0.5**0.5)
+    """Return large and small objects, (2, Y, X); see `fields.layers`."""
+    return fields.layers(rng, FIELD, spacing, _SMALL)
 
 
 def draw_field(rng: Rng, label: int) -> Field:

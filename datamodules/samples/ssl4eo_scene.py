@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from domainssl.datamodules.samples.fields import frequency, layers, shaped, smooth
 from domainssl.sensors import L1C_BANDS
 
 __all__ = ["COVERS", "DATES", "SIDE", "Location", "draw_location", "optical", "radar"]
@@ -76,46 +77,6 @@ class Location:
     factors: dict[str, float]
 
 
-def _spectrum() -> Array:
-    rows = np.fft.fftfreq(SIDE)[:, None]
-    columns = np.fft.rfftfreq(SIDE)[None]
-    return np.sqrt(rows**2 + columns**2).astype(np.float32)
-
-
-_FREQUENCY = _spectrum()
-
-
-def _unit(field: Array) -> Array:
-    field = field - field.mean()
-    return field / max(float(field.std()), 1e-6)
-
-
-def _shaped(rng: Rng, gain: Array) -> Array:
-    """Return a unit-variance random field whose spectrum follows `gain`."""
-    white = np.fft.rfft2(rng.standard_normal((SIDE, SIDE), np.float32))
-    return _unit(np.fft.irfft2(white * gain, (SIDE, SIDE)).astype(np.float32))
-
-
-def _smooth(rng: Rng, length_px: float) -> Array:
-    """Return a unit-variance field with the correlation length given."""
-    return _shaped(rng, np.exp(-((_FREQUENCY * length_px * 2.0) ** 2)))
-
-
-def _objects(rng: Rng, spacing: float) -> Array:
-    """Return bright and dark objects on even ground, large ones and small ones, (2, Y, X).
-
-    Large ones stand every `spacing` pixels, small ones every `_SMALL` of that. Bright and dark
-    ones have one distribution, and large and small ones are independent, so that their sum and
-    their difference have one, too.
-    """
-    layers = []
-    for length in (spacing, _SMALL * spacing):
-        ring = np.exp(-(((_FREQUENCY - 1 / length) / (0.3 / length)) ** 2))
-        field = _shaped(rng, ring)
-        layers.append(_unit(np.sign(field) * (np.abs(field) - 0.6).clip(0, 0.8) ** 0.5))
-    return np.stack(layers) * np.float32(0.5**0.5)
-
-
 def draw_location(rng: Rng, label: int, month: Array) -> Location:
     """Draw the factors of a location.
 
@@ -124,7 +85,7 @@ def draw_location(rng: Rng, label: int, month: Array) -> Location:
         label: The cover that shall dominate.
         month: Months since January of each date, (T,).
     """
-    fields = np.stack([_smooth(rng, 11) for _ in COVERS])
+    fields = np.stack([smooth(rng, SIDE, 11) for _ in COVERS])
     share = rng.uniform(0.8, 0.95)
     fields[label] += _boost(fields, label, share)
     cover = fields.argmax(0).astype(np.uint8)
@@ -135,13 +96,13 @@ def draw_location(rng: Rng, label: int, month: Array) -> Location:
     return Location(
         label=label,
         cover=cover,
-        objects=_objects(rng, spacing),
-        terrain=_shaped(rng, 1 / np.maximum(_FREQUENCY, 0.5 / SIDE) ** 1.8),
+        objects=layers(rng, SIDE, spacing, _SMALL),
+        terrain=shaped(rng, SIDE, 1 / np.maximum(frequency(SIDE), 0.5 / SIDE) ** 1.8),
         relief=relief,
         wetness=wetness,
         strength=float(strength),
         greenness=(green + swing * np.cos(2 * np.pi * (month - peak) / 12)).astype(np.float32),
-        roughness=_smooth(rng, 8),
+        roughness=smooth(rng, SIDE, 8),
         factors={
             "share": float((cover == label).mean()),
             "spacing_px": float(spacing),
@@ -212,7 +173,7 @@ def optical(
         gain = np.exp((tone + rng.normal(0, 0.02, 2)).astype(np.float32)[_IS_NEAR_INFRARED])
         gain *= np.exp(-0.9 * (place.wetness - 0.5) * (1.2 + relative))
         bias = rng.normal(0, 0.004) * np.ones(13, np.float32)
-        haze = 0.015 * np.exp(0.3 * _smooth(rng, 30) + rng.normal(0, 0.3))
+        haze = 0.015 * np.exp(0.3 * smooth(rng, SIDE, 30) + rng.normal(0, 0.3))
         sun = rng.uniform(0.6, 1.4) * place.relief * slope
         thick, thin, shade = _clouds(rng) if cloudy[date] else (None, None, None)
         for step in _STEP_PX.values():
@@ -246,7 +207,7 @@ def _stand_out(change: Array, step: int) -> Array:
 
 def _clouds(rng: Rng) -> tuple[Array, Array, Array]:
     """Return thick cloud, thin cloud and shadow, 0..1, (1, Y, X)."""
-    field = _smooth(rng, 12)
+    field = smooth(rng, SIDE, 12)
     level = rng.uniform(1.2, 2.2)
     thick = np.clip((field - level) * 6, 0, 1)
     thin = np.clip((field - level + 0.4) * 2, 0, 0.6) * (1 - thick)

@@ -223,10 +223,13 @@ class LESSBackbone(Backbone):
         share = patch_fraction(valid_mask(x, self.modalities[name]), self.patch_size)
         return share * present_mask(x, name).unsqueeze(1)
 
-    def codes(self, names: tuple[str, ...], grid: tuple[int, ...], width: int) -> Tensor:
+    def codes(
+        self, names: tuple[str, ...], grid: tuple[int, ...], width: int, device: torch.device
+    ) -> Tensor:
         """Return `E(c, n)` of all bands and patches, float32 (1 + C, 1 + N, width)."""
         waves = [w for name in names for w in self.modalities[name].wavelengths_nm or ()]
-        return spectral_codes(torch.tensor(waves), grid_coordinates(grid) * self.gsd_m, width)
+        metres = grid_coordinates(grid, device=device) * self.gsd_m
+        return spectral_codes(torch.tensor(waves, device=device), metres, width)
 
     def near(self, coords: Tensor) -> Tensor | None:
         """Return which of some positions, (N, 2) or (B, N, 2), may see each other."""
@@ -253,7 +256,8 @@ class LESSBackbone(Backbone):
         names, grid = names or self.names(x), self.grid(x)
         tokens = torch.cat([self.embed[n](self.patches(x[n])) for n in names], dim=1)
         items, attended = len(tokens), self.attended(x, names)
-        codes = self.codes(names, grid, self.width).to(tokens).expand(items, -1, -1, -1)
+        codes = self.codes(names, grid, self.width, tokens.device).to(tokens.dtype)
+        codes = codes.expand(items, -1, -1, -1)
         coords = grid_coordinates(grid, device=tokens.device)
         if keep_bands is not None:
             tokens, attended = take(tokens, keep_bands, 1), attended.gather(1, keep_bands)

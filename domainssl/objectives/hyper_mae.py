@@ -11,6 +11,7 @@ bands of all modalities with a light decoder.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -241,7 +242,7 @@ class HyperMAEDecoder(nn.Module):
             if name not in found:
                 found[name] = self._hidden(tokens, count)
         tokens = torch.cat([head, *(found[name] for name in wanted)], dim=1)
-        codes = backbone.codes(wanted, encoded.grid, self.width).to(tokens)
+        codes = backbone.codes(wanted, encoded.grid, self.width, tokens.device).to(tokens.dtype)
         near = backbone.near(grid_coordinates(encoded.grid, device=tokens.device))
         tokens = self.transformer(tokens + codes, near)[:, 1:, 1:]
         parts = zip(wanted, tokens.split(counts, dim=1), strict=True)
@@ -340,7 +341,7 @@ class HyperMAE(Objective):
         self, batch: Batch, names: tuple[str, ...], generators: Generators
     ) -> HyperMAEPass:
         attended = self.backbone.attended(batch, names)
-        patches = torch.tensor(self.backbone.grid(batch)).prod().item()
+        patches = math.prod(self.backbone.grid(batch))
         items, bands = attended.shape
 
         def uniform(count: int) -> Tensor:
@@ -349,7 +350,7 @@ class HyperMAE(Objective):
         kept = max(int(bands * (1 - self.band_mask_ratio)), min(_LEAST_BANDS, bands))
         # bands that an item lacks come last
         by_band = mask_from_noise(uniform(bands) + (~attended).float(), kept)
-        by_patch = mask_from_noise(uniform(int(patches)), kept_count(int(patches), self.mask_ratio))
+        by_patch = mask_from_noise(uniform(patches), kept_count(patches, self.mask_ratio))
         return HyperMAEPass(
             keep_bands=by_band.keep,
             restore_bands=by_band.restore,
