@@ -15,6 +15,7 @@ from domainssl.modality import sides_of
 __all__ = [
     "grid_coordinates",
     "grid_of",
+    "hidden_and_seen",
     "patch_fraction",
     "patch_proportions",
     "patchify",
@@ -121,3 +122,22 @@ def patch_fraction(mask: Tensor, patch_size: int | Sequence[int]) -> Tensor:
     tokens = patchify(mask.unsqueeze(1).float(), patch_size)
     assert tokens.shape[-1] == math.prod(sides_of(patch_size, mask.ndim - 1))
     return tokens.mean(-1)
+
+
+def hidden_and_seen(seen: Tensor, predicted: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+    """Return what pictures of a reconstruction show, detached, in the layout of the patches.
+
+    Args:
+        seen: Patches, (..., P).
+        predicted: Of the same shape.
+        hidden: bool, without the last axis; True where the network did not see the patch.
+
+    Returns:
+        `input`, `visible` (NaN where hidden) and `predicted`, with seen patches in their places.
+    """
+    where = hidden.unsqueeze(-1)
+    return {
+        "input": seen.detach(),
+        "visible": seen.masked_fill(where, float("nan")).detach(),
+        "predicted": torch.where(where, predicted, seen).detach(),
+    }

@@ -34,7 +34,7 @@ from domainssl.modality import (
     valid_mask,
 )
 from domainssl.nn.masking import Masking, kept_count, mask_from_noise
-from domainssl.nn.patching import grid_of, patchify, unpatchify
+from domainssl.nn.patching import grid_of, hidden_and_seen, patchify, unpatchify
 from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.objectives.croma_parts import (
     SIZES,
@@ -317,15 +317,9 @@ class CROMA(Objective):
             masks,
             strict=True,
         ):
-            hidden = removed.unsqueeze(-1)
-            shown = {
-                "input": seen,
-                "visible": seen.masked_fill(hidden, float("nan")),
-                "predicted": torch.where(hidden, predicted, seen),
-            }
             pictures[name] = {
-                kind: unpatchify(tokens, grid, size, channels_first=True).detach()
-                for kind, tokens in shown.items()
+                kind: unpatchify(tokens, grid, size, channels_first=True)
+                for kind, tokens in hidden_and_seen(seen, predicted, removed).items()
             }
         embeddings = {name: z.detach() for name, z in self.embed(features).items()}
         return {"reconstruction": pictures, "embeddings": embeddings}

@@ -38,7 +38,7 @@ from domainssl.losses.spectral import hidden_bands_and_patches
 from domainssl.modality import Batch, Modality, as_modalities, sides_of, valid_mask
 from domainssl.nn.low_rank import LowRankBlocks
 from domainssl.nn.masking import kept_count, mask_from_noise
-from domainssl.nn.patching import grid_coordinates, grid_of, patchify, unpatchify
+from domainssl.nn.patching import grid_coordinates, grid_of, hidden_and_seen, patchify, unpatchify
 from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.options import MethodOptions, as_dataclass, decide, named_sizes, option
 from domainssl.training.execution import Execution
@@ -448,15 +448,11 @@ class HyperMAE(Objective):
         pictures = {}
         for name, prediction in found.items():
             t = targets[name]
-            mask = (hidden[name].unsqueeze(2) | drawn.hidden_patches.unsqueeze(1)).unsqueeze(3)
+            mask = hidden[name].unsqueeze(2) | drawn.hidden_patches.unsqueeze(1)
             whole = prediction.float() * t["scale"] + t["mean"]
-            shown = {
-                "input": t["patches"],
-                "visible": t["patches"].masked_fill(mask, float("nan")),
-                "predicted": torch.where(mask, whole, t["patches"]),
-            }
+            shown = hidden_and_seen(t["patches"], whole, mask)
             pictures[name] = {
-                kind: self._images(values.detach(), encoded.grid) for kind, values in shown.items()
+                kind: self._images(values, encoded.grid) for kind, values in shown.items()
             }
         return pictures
 

@@ -24,7 +24,7 @@ from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.reconstruction import masked_patch_mse, patch_statistics
 from domainssl.modality import Batch, Modality, as_modalities, present_mask, sides_of, valid_mask
 from domainssl.nn.masking import kept_count, mask_from_noise
-from domainssl.nn.patching import grid_of, patchify, unpatchify
+from domainssl.nn.patching import grid_of, hidden_and_seen, patchify, unpatchify
 from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.objectives.mae_parts import (
     SIZES,
@@ -250,20 +250,15 @@ class MAE(Objective):
         self, seen: Tensor, predicted: Tensor, draws: MAEDraws, features: Features
     ) -> dict[str, Tensor]:
         """Return input, visible (NaN where hidden) and predicted in the modality's layout."""
-        hidden = draws.removed.unsqueeze(-1)
-        shown = {
-            "input": seen,
-            "visible": seen.masked_fill(hidden, float("nan")),
-            "predicted": torch.where(hidden, predicted, seen.float()),
-        }
+        shown = hidden_and_seen(seen, predicted, draws.removed)
         grid, patch = features.grid[self.backbone.name], self.backbone.patch_size
         if self.backbone.modality.kind != "series":
-            return {kind: unpatchify(t.detach(), grid, patch) for kind, t in shown.items()}
+            return {kind: unpatchify(t, grid, patch) for kind, t in shown.items()}
         frames, places = grid[0], grid[1:]
         return {
-            kind: unpatchify(
-                t.detach().unflatten(1, (frames, -1)).flatten(0, 1), places, patch
-            ).unflatten(0, (-1, frames))
+            kind: unpatchify(t.unflatten(1, (frames, -1)).flatten(0, 1), places, patch).unflatten(
+                0, (-1, frames)
+            )
             for kind, t in shown.items()
         }
 

@@ -43,7 +43,7 @@ from domainssl.modality import (
 from domainssl.nn.blocks import Transformer
 from domainssl.nn.contrast_masking import contrast_masking, drop_contrasts, random_shares
 from domainssl.nn.masking import restore_tokens
-from domainssl.nn.patching import grid_of, patchify, unpatchify
+from domainssl.nn.patching import grid_of, hidden_and_seen, patchify, unpatchify
 from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.options import MethodOptions, as_dataclass, decide, option
 from domainssl.training.execution import Execution
@@ -424,14 +424,9 @@ class MultiContrastMAE(Objective):
         self, seen: Tensor, predicted: Tensor, removed: Tensor, encoded: ContrastTokens
     ) -> dict[str, Tensor]:
         """Return input, visible (NaN where hidden) and predicted of a contrast."""
-        hidden = removed.unsqueeze(-1)
-        shown = {
-            "input": seen,
-            "visible": seen.masked_fill(hidden, float("nan")),
-            "predicted": torch.where(hidden, predicted, seen.float()),
-        }
+        shown = hidden_and_seen(seen, predicted, removed)
         patch = self.backbone.patch_size
-        return {kind: unpatchify(t.detach(), encoded.grid, patch) for kind, t in shown.items()}
+        return {kind: unpatchify(t, encoded.grid, patch) for kind, t in shown.items()}
 
     def modality_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """Yield a contrast's patch embedding and its code in the decoder."""
