@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from ledger import Ledger
+from real_data import REAL_DATA
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ONE_THREAD = ("callbacks", "evaluation", "objectives")
@@ -103,11 +104,9 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with small real files ($DOMAINSSL_SAMPLE_DATA or ../shared/data), or a skip."""
-    named = os.environ.get("DOMAINSSL_SAMPLE_DATA")
-    folder = Path(named) if named else REPOSITORY.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("no real sample data: neither $DOMAINSSL_SAMPLE_DATA nor ../shared/data")
-    return folder
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real sample data: no folder {REAL_DATA} ($DOMAINSSL_SAMPLE_DATA)")
+    return REAL_DATA
 
 
 @pytest.fixture(scope="session")

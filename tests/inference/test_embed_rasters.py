@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cube_files import LEFT, TOP, coded, write_cube, write_geotiff
+from real_data import REAL_DATA
 
 import domainssl
 from domainssl.backbones.vit import ViTBackbone
@@ -26,7 +27,7 @@ S2 = {
     "kind": "image", "channels": BANDS, "value_unit": "dn", "size": (32, 32), "gsd_m": 10.0,
     "mean": (2000.0,) * 3, "std": (1500.0,) * 3,
 }  # fmt: skip
-REAL = Path(os.environ.get("DOMAINSSL_SAMPLE_DATA", "/nowhere")) / "eo" / "terramesh_examples"
+REAL = REAL_DATA / "eo" / "terramesh_examples"
 
 
 @pytest.fixture(scope="module")

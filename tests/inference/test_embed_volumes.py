@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from real_data import REAL_DATA
 from scan_files import oblique, write_nifti
 
 from domainssl.backbones.vit import ViTBackbone
@@ -23,7 +23,7 @@ from domainssl.pieces import Plan
 from domainssl.sources.preparation import prepare
 
 nibabel = pytest.importorskip("nibabel")
-REAL = Path(os.environ.get("DOMAINSSL_SAMPLE_DATA", "/nowhere")) / "medical"
+REAL = REAL_DATA / "medical"
 
 
 def backbone(spacing_mm: tuple[float, ...] | None = None, patch: Any = 4) -> ViTBackbone:

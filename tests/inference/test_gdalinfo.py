@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from real_data import REAL_DATA
 
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
@@ -20,7 +21,7 @@ from domainssl.tasks import SegmentationTask
 from domainssl.tasks.export import export_task
 
 rasterio = pytest.importorskip("rasterio")
-REAL = Path(os.environ.get("DOMAINSSL_SAMPLE_DATA", "/nowhere")) / "eo/terramesh_examples/S2L2A"
+REAL = REAL_DATA / "eo/terramesh_examples/S2L2A"
 FILES = [*sorted(REAL.glob("*.tif")), None]  # None: made here, where no real pixels are
 PATCH = 16
 
