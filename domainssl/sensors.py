@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 
 __all__ = [
+    "DARK_DN",
+    "DARK_FRACTION",
     "L1C_BANDS",
     "L2A_BANDS",
     "S1_BANDS",
@@ -21,6 +23,9 @@ L1C_BANDS = (
     "B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B10", "B11", "B12",
 )  # fmt: skip
 L2A_BANDS = tuple(band for band in L1C_BANDS if band != "B10")
+# Numbers with the offset of +1000 are hardly ever this low: reflectances below -0.05
+DARK_DN = 500
+DARK_FRACTION = 0.01  # of the pixels, up to which they may be
 # Lowest and highest plausible value by unit
 VALID_RANGES = {"dn": (-1000.0, 32767.0), "db": (-60.0, 40.0), "rgb8": (0.0, 255.0)}
 

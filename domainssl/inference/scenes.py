@@ -19,9 +19,10 @@ import torch
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest, require
 from domainssl.inference.tokens import TokenWindows
-from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile
+from domainssl.io.raster.bands import LayerFile
 from domainssl.io.raster.describe import Sought, describe
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
+from domainssl.io.raster.offset import settled_unit
 from domainssl.io.raster.read import MaskRule, Target, conversion, read_pixels
 from domainssl.io.raster.sites import Found
 from domainssl.modality import Batch, Modality, key
@@ -346,18 +347,11 @@ def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
                 f"{path}: dates of Sentinel-2 processing baselines before and from 04.00 in one "
                 "series; write one of both kinds, or the values without the offset."
             )
-        baseline = file.baselines[date] if file.baselines else None
-        plain = [b for b in file.bands if b.is_integer and not b.is_scaled]
-        if baseline is not None and baseline >= OFFSET_BASELINE and unit == "auto" and plain:
-            raise DataError(
-                f"{path}: of Sentinel-2 processing baseline {baseline:05.2f}, whose numbers are "
-                "1000 too high, and its attributes do not say whether that is still in. Set "
-                "--stored_unit to dn+1000 (still in) or dn (taken off)."
-            )
+    rule = MaskRule(options.mask_values) if options.mask else MaskRule()
+    unit = settled_unit(file, dates, unit, modality.value_unit, rule)
     for band in file.bands:
         conversion(band, modality.value_unit, unit, path)
     step = _step(file, modality, options)
-    rule = MaskRule(options.mask_values) if options.mask else MaskRule()
     target = Target(modality.value_unit, unit, step, rule)
     return _Part(file=file, modality=modality, dates=dates, target=target)
 

@@ -19,6 +19,8 @@ from domainssl.cli import main
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference import dense
 from domainssl.inference.run import embed
+from domainssl.inference.scenes import SceneOptions, open_scene
+from domainssl.inference.tokens import token_windows
 from domainssl.io.raster.geozarr import VectorStore
 from domainssl.pieces import Plan, Shard
 
@@ -294,9 +296,12 @@ def test_one_date_of_a_cube_is_chosen(backbone: ViTBackbone, tmp_path: Path) -> 
     write_cube(tmp_path / "c.zarr", coded(4, 3, 64), BANDS)
     with pytest.raises(ConfigError, match="4 dates .2021-03-01, 2021-03-20"):
         embed(backbone, tmp_path / "c.zarr", tmp_path / "e.zarr")
-    embed(backbone, tmp_path / "c.zarr", tmp_path / "e.zarr", date="2021-05-02")
+    with pytest.raises(DataError, match="--stored_unit to dn"):  # the offset, or a bright day?
+        embed(backbone, tmp_path / "c.zarr", tmp_path / "e.zarr", date="2021-05-02")
+    chosen = {"date": "2021-05-02", "stored_unit": "dn"}
+    embed(backbone, tmp_path / "c.zarr", tmp_path / "e.zarr", **chosen)
     path = write_geotiff(tmp_path / "d.tif", coded(4, 3, 64)[2].astype(np.uint16), BANDS)
-    embed(backbone, path, tmp_path / "d.zarr")
+    embed(backbone, path, tmp_path / "d.zarr", stored_unit="dn")
     np.testing.assert_array_equal(vectors(tmp_path / "e.zarr"), vectors(tmp_path / "d.zarr"))
 
 
@@ -325,6 +330,42 @@ def test_an_offset_that_nobody_states_is_asked_for(backbone: ViTBackbone, tmp_pa
     plain = write_geotiff(tmp_path / "p.tif", coded(1, 3, 32)[0].astype(np.uint16), BANDS)
     embed(backbone, plain, tmp_path / "p.zarr")
     np.testing.assert_array_equal(vectors(tmp_path / "e.zarr"), vectors(tmp_path / "p.zarr"))
+
+
+@pytest.mark.parametrize("empty", [0, -9999])
+def test_numbers_that_may_carry_the_offset_are_refused_unless_their_dark_pixels_exclude_it(
+    backbone: ViTBackbone, tmp_path: Path, empty: int
+) -> None:
+    values = coded(1, 3, 203)[0].astype(np.int16) + 1000
+    values[:, :90] = empty  # nodata that nobody declared is no dark pixel
+    path = write_geotiff(tmp_path / "s.tif", values, BANDS)
+    with pytest.raises(DataError, match=r"offset of \+1000.*--stored_unit to dn .*or dn\+1000"):
+        open_scene(str(path), backbone, SceneOptions())
+    for unit, expected in (("dn", 3000.0), ("dn+1000", 2000.0)):
+        values[:, 90:] = 3000
+        part = open_scene(
+            str(write_geotiff(path, values, BANDS)), backbone, SceneOptions(stored_unit=unit)
+        )
+        windows = token_windows(backbone, ["s2"], feature=None, size=None, dates=1)
+        batch = part.read(windows, (slice(16, 18), slice(0, 2)))
+        assert batch["s2"].unique().tolist() == [expected]
+    values[0, 150:] = 400  # more than 1 % below a reflectance of -0.05
+    dark = open_scene(str(write_geotiff(path, values, BANDS)), backbone, SceneOptions())
+    assert dark.facts["modalities"]["s2"]["stored_unit"] == "dn"
+
+
+def test_dates_on_both_sides_of_the_change_of_baselines_are_judged_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = ViTBackbone({"s2": {**S2, "kind": "series"}}, {"width": 16, "depth": 1, "heads": 2})
+    times = np.array(["2021-03-01", "2021-08-30", "2023-03-01"], "datetime64[s]")
+    values = coded(3, 3, 32) - np.array([0, 4000, 8000])[:, None, None, None]
+    values[2] += 1000
+    write_cube(tmp_path / "c.zarr", values, BANDS, times=times)
+    with pytest.raises(DataError, match="2023-03-01.*offset of .1000"):
+        open_scene(str(tmp_path / "c.zarr"), backbone, SceneOptions())
+    values[2] -= 1000
+    write_cube(tmp_path / "d.zarr", values, BANDS, times=times)
+    open_scene(str(tmp_path / "d.zarr"), backbone, SceneOptions())
 
 
 def test_bands_are_taken_in_the_order_of_the_card_and_missing_ones_are_named(

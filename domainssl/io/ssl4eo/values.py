@@ -9,6 +9,7 @@ import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.io.ssl4eo.facts import NO_DATA_CLASS, OBSCURED_CLASSES, Product
+from domainssl.sensors import DARK_DN, DARK_FRACTION
 
 __all__ = ["DNOffset", "Validity", "find_offset", "remove_offset"]
 
@@ -18,7 +19,6 @@ Array = np.ndarray[Any, Any]
 _OFFSET = 1000
 _MAY_CARRY = ("A", "TerraMesh")  # releases whose S2L2A has the offset unless tiles are too dark
 _CIRRUS_LIMIT = 800  # cirrus is 0..100 DN without the offset
-_DARK_LIMIT = 500  # with the offset, 1 % of a tile this dark would be reflectances below -0.05
 _LEAST_DN = -30_000  # below lie marks such as -32768, which taking the offset away would wrap
 _LEAST_M = -1000  # heights below are marks of no data, such as -9999
 _EXPONENTS = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}
@@ -132,9 +132,9 @@ def _verdict(item: Array, cloud: Array | None, validity: Validity, release: str)
             return _OFFSET if 2 * high > cirrus.size else 0
     elif release in _MAY_CARRY:
         # Whole rows first: four times the pixels, but side by side in memory.
-        is_dark = item[:, :, ::4].min(axis=1)[..., ::4] < _DARK_LIMIT
+        is_dark = item[:, :, ::4].min(axis=1)[..., ::4] < DARK_DN
         if is_dark.any():
             valid = mask()
-            if np.count_nonzero(is_dark & valid) > 0.01 * np.count_nonzero(valid):
+            if np.count_nonzero(is_dark & valid) > DARK_FRACTION * np.count_nonzero(valid):
                 return 0
     return _OFFSET if release in _MAY_CARRY else 0

@@ -1,0 +1,116 @@
+"""Whether Sentinel-2 numbers that say nothing about it still carry the offset of +1000."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from domainssl.errors import DataError
+from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile
+from domainssl.io.raster.grid import Bounds
+from domainssl.io.raster.read import MaskRule, Target, read_pixels
+from domainssl.sensors import DARK_DN, DARK_FRACTION, L1C_BANDS
+
+__all__ = ["settled_unit"]
+
+_START = np.datetime64("2022-01-25")  # first products of baseline 04.00
+_SIDE = 64  # pixels along the sides of a part that is looked at
+_PARTS = 4  # parts along each axis
+_ALL = 1024  # the same, where none of those shows a measured pixel
+_DATES = 8  # dates of a series that are looked at, on each side of the first date of 04.00
+
+
+def settled_unit(
+    file: LayerFile, dates: Sequence[int], unit: str, value_unit: str, rule: MaskRule
+) -> str:
+    """Return the stored unit, where `auto` is settled by what the file or its pixels say.
+
+    Whole numbers of Sentinel-2 without scale and offset are `dn` if their processing baseline is
+    earlier than 04.00, or if more than 1 % of the pixels are darker than 500 in some band, which
+    with the offset would be reflectances below -0.05.
+
+    Args:
+        file: The layer.
+        dates: Positions of the dates that are read.
+        unit: As asked for, see `conversion`.
+        value_unit: What is delivered.
+        rule: Which mask values are left out.
+
+    Raises:
+        DataError: Nothing tells whether the offset is in.
+    """
+    plain = [band.is_integer and not band.is_scaled for band in file.bands]
+    if unit != "auto" or file.kind == "safe" or not any(plain):
+        return unit
+    known = [file.baselines[date] if file.baselines else None for date in dates]
+    late = [baseline for baseline in known if baseline is not None and baseline >= OFFSET_BASELINE]
+    if late:
+        raise DataError(
+            f"{file.path}: of Sentinel-2 processing baseline {late[0]:05.2f}, whose numbers are "
+            "1000 too high, and its attributes do not say whether that is still in. Set "
+            "--stored_unit to dn+1000 (still in) or dn (taken off)."
+        )
+    names = {band.name for band in file.bands}
+    if value_unit not in ("dn", "reflectance") or not names <= set(L1C_BANDS):
+        return unit
+    silent = [date for date, baseline in zip(dates, known, strict=True) if baseline is None]
+    before = [date for date in silent if file.times[date] < _START]
+    for group in (before, [date for date in silent if date not in before]):
+        shown = group[:: -(-len(group) // _DATES)] if group else []
+        if group and not any(_is_dark(file, date, rule) for date in shown):
+            days = sorted(str(file.times[d])[:10] for d in group if not np.isnat(file.times[d]))
+            when = f" of {days[0]}" if days else ""
+            raise DataError(
+                f"{file.path}: nothing says whether the Sentinel-2 numbers{when} still carry the "
+                "offset of +1000 of processing baseline 04.00 and later: no baseline is in its "
+                f"name or attributes, and at most {DARK_FRACTION:.0%} of the pixels are darker "
+                f"than {DARK_DN}, which would show that it is off. Set --stored_unit to dn "
+                "(numbers without the offset; also where the model was trained on these numbers as "
+                "they are) or dn+1000 (still in)."
+            )
+    return "dn" if all(plain) else unit
+
+
+def _is_dark(file: LayerFile, date: int, rule: MaskRule) -> bool:
+    """Tell whether too many pixels of a date are too dark to carry the offset, or none is there."""
+    step = min(band.grid.step for band in file.bands)
+    bounds = file.bands[0].grid.bounds
+    for band in file.bands[1:]:
+        bounds = bounds.shared(band.grid.bounds)
+    shape = [int(side / step + 1e-6) for side in (bounds.height, bounds.width)]
+    target = Target("dn", "dn", step, rule)
+    dark = measured = 0
+    for stage in _stages(shape):
+        for row, column, side in stage:
+            left, top = bounds.left + column * step, bounds.top - row * step
+            height, width = min(side, shape[0] - row), min(side, shape[1] - column)
+            part = Bounds(left, top - height * step, left + width * step, top)
+            pixels = read_pixels(file, [date], part, target)
+            values: Any = pixels.values[0]
+            seen = pixels.valid[0] & (values != 0).any(0)
+            # 0 and numbers below -1000 are marks of no data that nobody declared
+            is_low = ((values < DARK_DN) & (values != 0) & (values >= -1000)).any(0)
+            dark += int((is_low & seen).sum())
+            measured += int(seen.sum())
+        if measured:
+            return dark > DARK_FRACTION * measured
+    return True
+
+
+def _stages(shape: Sequence[int]) -> Iterator[Iterator[tuple[int, int, int]]]:
+    """Yield row, column and side of parts: a few evenly spread, then all of the raster."""
+    rows, columns = (_starts(size) for size in shape)
+    yield ((row, column, _SIDE) for row, column in product(rows, columns))
+    rows, columns = (list(range(0, size, _ALL)) for size in shape)
+    yield ((row, column, _ALL) for row, column in product(rows, columns))
+
+
+def _starts(size: int) -> list[int]:
+    """Return where parts begin, evenly spread; side by side where they cover all."""
+    count = min(_PARTS, -(-size // _SIDE))
+    if count * _SIDE >= size:
+        return [i * _SIDE for i in range(count)]
+    return [round(i * (size - _SIDE) / (count - 1)) for i in range(count)]
