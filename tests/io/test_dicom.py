@@ -87,6 +87,12 @@ def test_a_localizer_of_the_series_is_left_out_with_a_warning(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR")
+def test_a_series_of_localizers_alone_says_so(tmp_path: Path) -> None:
+    write_series(tmp_path, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    facts = describe_scan(tmp_path)
+    assert facts.shape == (4, 5, 6) and "every image is marked as a localizer" in facts.warnings[0]
+
+
 def test_patient_data_appear_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_series(tmp_path / "good", PatientBirthDate="not a date")
     write_series(tmp_path / "two", number=3)
@@ -152,6 +158,25 @@ def test_signs_bits_and_photometry(tmp_path: Path) -> None:
     assert read_scan(tmp_path / "a").values.min() == -876
 
 
+def test_bits_that_do_not_end_at_the_lowest_one_are_refused(tmp_path: Path) -> None:
+    write_slice(tmp_path / "a", plane(0) << 4, signed=False, bits=12, HighBit=15)
+    with pytest.raises(DataError, match=r"a: its numbers have 12 bits .* up to bit 15 \(HighBit\)"):
+        read_scan(tmp_path / "a")
+
+
+def test_ct_without_a_scale_is_said_and_a_slope_of_zero_is_refused(tmp_path: Path) -> None:
+    write_series(tmp_path / "bare", slope=None)
+    scan = read_scan(tmp_path / "bare")
+    assert scan.values.min() == 24 and "6 of 6 images state no Rescale" in scan.facts.warnings[0]
+    write_series(tmp_path / "mr", slope=None, modality="MR", sop=MR)
+    assert describe_scan(tmp_path / "mr").warnings == ()
+    write_series(tmp_path / "zero", slope=0)
+    with pytest.raises(DataError, match=r"zero: IM\d+ has the RescaleSlope 0"):
+        read_scan(tmp_path / "zero")
+    write_slice(tmp_path / "empty", np.zeros((5, 4), int), slope=0, intercept=0, modality="PT")
+    assert not read_scan(tmp_path / "empty").values.any()  # a slice of PET without a count
+
+
 def test_values_beyond_16_bits_are_kept(tmp_path: Path) -> None:
     write_slice(tmp_path / "a", plane(0) + 60000, signed=False)
     scan = read_scan(tmp_path / "a")
@@ -214,6 +239,9 @@ def test_gap_duplicate_and_double_places_name_files_and_positions(tmp_path: Path
     write_series(tmp_path / "gap")
     (tmp_path / "gap" / "IM0004").unlink()  # the fourth slice, at -92.5
     with pytest.raises(DataError, match=r"5 mm between IM\d+ at -95 mm, IM\d+ at -90 mm, as if 1"):
+        describe_scan(tmp_path / "gap")
+    write_slice(tmp_path / "gap" / "IM0004", plane(3), None)
+    with pytest.raises(DataError, match=r"Left out before: 1 image without position: IM0004"):
         describe_scan(tmp_path / "gap")
     write_series(tmp_path / "copy")
     write_slice(tmp_path / "copy" / "again", plane(1), (-3, -4, -97.5))

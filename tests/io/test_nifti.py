@@ -146,6 +146,35 @@ def test_one_of_several_volumes_has_to_be_chosen(tmp_path: Path) -> None:
     assert np.array_equal(second, first + 100)
 
 
+def _qform_only(path: Path, affine: np.ndarray, field: int, *numbers: float) -> Path:
+    """A file with a qform alone, of which float fields from byte `field` on are set."""
+    image = nibabel.Nifti1Image(ramp(), None)
+    image.set_qform(affine, code=1)
+    nibabel.save(image, path)
+    content = bytearray(path.read_bytes())
+    content[field : field + 4 * len(numbers)] = np.array(numbers, "<f4").tobytes()
+    path.write_bytes(content)
+    return path
+
+
+def test_fields_of_a_qform_that_tools_leave_odd_are_read_and_said(tmp_path: Path) -> None:
+    right = oblique() * [1, 1, -1, 1]  # pixdim[0] is 1
+    scan = read_scan(_qform_only(tmp_path / "a.nii", right, 76, 0.0))
+    np.testing.assert_allclose(scan.affine, read_scan(
+        _qform_only(tmp_path / "b.nii", right, 76, 1.0)).affine, atol=1e-6)  # fmt: skip
+    assert at(scan, right, (2, 1, 3)) == ramp()[2, 1, 3]
+    assert "pixdim[0] is 0" in scan.facts.warnings[0]
+    scan = read_scan(_qform_only(tmp_path / "c.nii", oblique(), 80, -0.8, 1.2, -3.0))
+    assert at(scan, oblique(), (2, 1, 3)) == ramp()[2, 1, 3]
+    assert "signs do not count" in scan.facts.warnings[0]
+    turned = np.diag([2.0, -3.0, -4.0, 1.0])  # the quaternion (0, 1, 0, 0)
+    facts = describe_scan(_qform_only(tmp_path / "d.nii", turned, 256, 1.00001, 0.0, 0.0))
+    np.testing.assert_allclose(facts.spacing, (2, 3, 4), rtol=1e-6)
+    assert facts.orientation == "RPI" and facts.warnings == ()
+    with pytest.raises(DataError, match=r"e\.nii: the quaternion of the qform has the length 1\.2"):
+        describe_scan(_qform_only(tmp_path / "e.nii", turned, 256, 0.9, 0.8, 0.0))
+
+
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
 def test_files_of_nibabel_are_read_by_their_coded_form(tmp_path: Path, kind: type) -> None:
     image = kind(ramp(), None)
@@ -271,6 +300,14 @@ def test_labels_are_whole_numbers_in_one_channel(tmp_path: Path) -> None:
     assert labels.values.dtype == np.int32 and at(labels, oblique(), (0, 0, 0)) == 1
     with pytest.raises(DataError, match=r"b\.nii: holds the value .*\.5, expected whole numbers"):
         read_labels(write_nifti(tmp_path / "b.nii", ramp(), slope=0.5))
+    near = (np.arange(120).reshape(6, 5, 4) * 255).astype(np.int16)
+    for more in ({"slope": 1 / 255}, {"slope": 1 / 255, "intercept": 1e-6}):  # 3 is 3.0000002
+        labels = read_labels(write_nifti(tmp_path / "a.nii", near, **more))
+        assert at(labels, oblique(), (2, 1, 3)) == 47 and labels.values.max() == 119
+    with pytest.raises(DataError, match=r"b\.nii: holds the value 3\.125, expected"):
+        read_labels(write_nifti(tmp_path / "b.nii", np.full((2, 2, 2), 3.125, np.float32)))
+    with pytest.raises(DataError, match=r"d\.nii: holds 3 maps .*Merge them into one"):
+        read_labels(write_nifti(tmp_path / "d.nii", np.zeros((2, 2, 2, 3), np.uint8)))
     with pytest.raises(DataError, match="2 values per voxel, expected one label"):
         read_labels(write_nifti(tmp_path / "c.nii", np.zeros((2, 2, 2, 1, 2), np.uint8)))
 

@@ -84,7 +84,7 @@ def test_the_axis_that_is_none_of_space_is_channels_or_volumes_by_its_kind(tmp_p
     layers = write_nrrd(
         tmp_path / "b.seg.nrrd", values, [*lines, "kinds: list domain domain domain"]
     )
-    with pytest.raises(DataError, match=r"b\.seg\.nrrd: holds 2 volumes"):
+    with pytest.raises(DataError, match=r"b\.seg\.nrrd: holds 2 maps .*one label map"):
         read_labels(layers)
     second = read_labels(layers, Reading(volume=1))
     assert at(second, oblique(), (2, 1, 3)) == values[1, 2, 1, 3]

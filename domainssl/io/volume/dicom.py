@@ -188,6 +188,14 @@ def _header(path: str, series: _Series) -> Header:
         warnings = (*warnings, f"{path}: one image; give the folder to read its series")
     if stack.several:
         warnings = (*warnings, f"{path}: {stack.several}")
+    bare = [plane for plane in stack.volumes[0] if not series.files[plane.path].has_scale]
+    if series.modality == "CT" and bare:
+        warnings = (
+            *warnings,
+            f"{path}: {len(bare)} of {stack.sizes[2]} images state no RescaleSlope or "
+            f"RescaleIntercept, such as {bare[0].name}: their stored numbers count as Hounsfield "
+            "units, which they hardly are",
+        )
     return Header(
         path=path,
         format="dicom",
@@ -214,7 +222,7 @@ def _series(path: str, reading: Reading) -> _Series:
             names = [os.path.basename(file.path) for file in group]
             left_out.append(f"{len(group)} of another series ({key}): {_some(names)}")
     group = keys[chosen]
-    stack = stacked(path, [plane for file in group for plane in file.planes])
+    stack = stacked(path, [plane for file in group for plane in file.planes], more)
     files = {file.path: file for file in group}
     for file in {files[plane.path].syntax: files[plane.path]
                  for plane in stack.volumes[0]}.values():  # fmt: skip
@@ -329,6 +337,11 @@ def _values(
             raise DataError(
                 f"{path}: {plane.name} decodes to {pixels.shape[0]} × {pixels.shape[1]} pixels, "
                 f"its header has {plane.rows} × {plane.columns}. Export it again."
+            )
+        if plane.slope == 0 and files[plane.path].table is None and pixels.min() < pixels.max():
+            raise DataError(
+                f"{path}: {plane.name} has the RescaleSlope 0, by which all its values would be "
+                "one. Correct it (1 if stored numbers are the values), or export the series again."
             )
     exact = all(
         files[p.path].table is not None

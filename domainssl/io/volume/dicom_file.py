@@ -90,6 +90,7 @@ class Plane:
         is_localizer: Whether it is marked as a localizer.
         phases: What may tell planes at one place apart, by attribute.
         segment: Number of the segment that a plane of a segmentation shows.
+        is_scaled: Whether slope and intercept are stated.
     """
 
     path: str
@@ -105,6 +106,7 @@ class Plane:
     is_localizer: bool
     phases: tuple[tuple[str, str], ...]
     segment: int | None = None
+    is_scaled: bool = True
 
     @property
     def name(self) -> str:
@@ -138,6 +140,7 @@ class DicomFile:
         padding: Least and greatest stored number that stands for no value.
         table: Table of values, instead of slope and intercept.
         kind: Type of a segmentation: BINARY, FRACTIONAL or LABELMAP.
+        has_scale: Whether it states slope and intercept, or a table.
     """
 
     path: str
@@ -152,6 +155,7 @@ class DicomFile:
     padding: tuple[int, int] | None = None
     table: Table | None = None
     kind: str = ""
+    has_scale: bool = True
 
 
 def dicom() -> Any:
@@ -270,20 +274,35 @@ def _image(path: str, found: Any, what: str, size: int) -> DicomFile:
             "series to NIfTI, for example with dcm2niix."
         )
     is_signed = bool(int(found.get("PixelRepresentation") or 0))
+    _check_bits(path, found, bits)
+    planes, table = _planes(path, found, count), _table(found, syntax)
     return DicomFile(
         path=path,
         series=_series(path, found),
         number=int(found.get("SeriesNumber") or 0),
         modality=str(found.get("Modality") or ""),
         what=what,
-        planes=tuple(_planes(path, found, count)),
+        planes=tuple(planes),
         syntax=str(syntax),
         is_signed=is_signed,
         bits=bits,
         padding=_padding(found, is_signed, bits),
-        table=_table(found, syntax),
+        table=table,
         kind=str(found.get("SegmentationType") or ""),
+        has_scale=table is not None or all(plane.is_scaled for plane in planes),
     )
+
+
+def _check_bits(path: str, found: Any, bits: int) -> None:
+    """Refuse numbers that do not end at the lowest bit: they would be read as multiples."""
+    stored = int(found.get("BitsStored") or bits)
+    high = int(found.get("HighBit") or stored - 1)
+    if stored <= high < bits:
+        raise DataError(
+            f"{path}: its numbers have {stored} bits (BitsStored) up to bit {high} (HighBit), "
+            f"expected HighBit {stored - 1}. Convert it, for example with `gdcmconv --raw`; or "
+            "correct HighBit, if the numbers end at bit 0."
+        )
 
 
 def _syntax(found: Any) -> Any:
@@ -381,6 +400,7 @@ def _plane(path: str, found: Any, frame: int, get: Callable[[str], Any]) -> Plan
         is_localizer="LOCALIZER" in [str(part).upper() for part in kind],
         phases=tuple((name, _text(value)) for name, value in phases if value is not None),
         segment=None if segment is None else int(segment),
+        is_scaled=slope is not None and intercept is not None,
     )
 
 

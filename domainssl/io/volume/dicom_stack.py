@@ -56,12 +56,13 @@ def names_of(planes: Sequence[Plane], places: Sequence[float] | None = None) -> 
     return ", ".join(names[:_SHOWN]) + more
 
 
-def stacked(path: str, planes: Sequence[Plane]) -> Stack:
+def stacked(path: str, planes: Sequence[Plane], without: Sequence[str] = ()) -> Stack:
     """Stack the planes of one series.
 
     Args:
         path: Path as given, for messages.
         planes: Planes in any order.
+        without: What was left out before, and why, for messages.
 
     Raises:
         DataError: Sizes or orientations are mixed, or planes are missing, double or off the line;
@@ -71,6 +72,8 @@ def stacked(path: str, planes: Sequence[Plane]) -> Stack:
     kept, odd = _one_orientation(path, kept)
     left_out += odd
     warnings = [f"{path}: left out: {text}" for text in left_out]
+    if any(plane.is_localizer for plane in kept):
+        warnings.append(f"{path}: every image is marked as a localizer")
     _check_equal(path, kept)
     first = kept[0]
     row, column, normal = _directions(path, first)
@@ -79,7 +82,7 @@ def stacked(path: str, planes: Sequence[Plane]) -> Stack:
     kept, places = [kept[n] for n in order], places[order]
     volumes, places, several = _split(path, kept, places)
     positions = np.array([plane.position for plane in volumes[0]], np.float64)
-    step = _step(path, volumes[0], places, positions, normal, warnings)
+    step = _step(path, volumes[0], places, positions, normal, warnings, [*without, *left_out])
     assert first.spacing is not None
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1] = row * first.spacing[1], column * first.spacing[0]
@@ -254,7 +257,7 @@ def _numeric(entry: tuple[str, int]) -> tuple[float, str]:
 
 def _step(
     path: str, planes: Sequence[Plane], places: Array, positions: Array, normal: Array,
-    warnings: list[str],
+    warnings: list[str], left_out: Sequence[str],
 ) -> Array:  # fmt: skip
     """Return the vector from one plane to the next in LPS mm."""
     if len(planes) == 1:
@@ -270,10 +273,11 @@ def _step(
         pair = names_of(planes[at : at + 2], [float(p) for p in places[at : at + 2]])
         missing = round(float(gaps[at]) / usual) - 1
         hint = f", as if {missing} were missing" if missing > 0 else ""
+        before = f" Left out before: {'; '.join(left_out)}." if left_out else ""
         raise DataError(
             f"{path}: the images are not equally spaced: {gaps[at]:.6g} mm between {pair}{hint}, "
-            f"{usual:.6g} mm elsewhere; {wrong.size} of {len(gaps)} distances differ. Add the "
-            "missing images, or convert the series with resampling to NIfTI."
+            f"{usual:.6g} mm elsewhere; {wrong.size} of {len(gaps)} distances differ.{before} Add "
+            "the missing images, or convert the series with resampling to NIfTI."
         )
     step: Array = (positions[-1] - positions[0]) / (len(planes) - 1)
     line = positions[0] + np.arange(len(planes))[:, None] * step

@@ -28,6 +28,8 @@ _FIRST_VOXEL = {348: 352, 540: 544}
 _TO_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 _UNITS = {1: "metres", 3: "micrometres"}
 _PIXDIM = 0.01  # relative difference of voxel sizes that is said
+_ROUNDING = 1e-4  # of a quaternion's length
+_SMALL = 1e-7  # below: the first part of a quaternion is rounding
 _NAMED = 1024  # bytes of content looked at to tell what a file is
 
 
@@ -259,8 +261,8 @@ def _affine(
             pixdim[2] = pixdim[2] or 1.0
     qform, qform_code = None, int(header["qform_code"])
     if qform_code > 0 and sform is None:
-        with _parsing(f"{path}: the qform"):
-            qform = header.get_qform()
+        qform, odd = _qform(path, header)
+        warnings += odd
     if unit not in _TO_MM:
         warnings.append(f"{path}: xyzt_units has the unknown code {unit}, taken for mm")
     scale = np.diag([_TO_MM.get(unit, 1.0)] * 3 + [1.0])
@@ -287,6 +289,37 @@ def _affine(
     return scale @ affine, True, warnings
 
 
+def _qform(path: str, header: Any) -> tuple[Array, list[str]]:
+    """Return the qform, (4, 4), and what is odd about its fields.
+
+    As in the C library of NIfTI, a pixdim[0] that is not below 0 means no flip, and a quaternion
+    that rounding made longer than 1 is scaled back. Sizes below 0 count without their sign, as
+    nibabel and SPM read them.
+    """
+    warnings = []
+    stated = np.asarray(header["pixdim"][:4], np.float64)
+    if stated[0] not in (1.0, -1.0):
+        warnings.append(f"{path}: pixdim[0] is {stated[0]:g}, expected 1 or -1; taken for 1 in the "
+                        "qform")  # fmt: skip
+        stated[0] = -1.0 if stated[0] < 0 else 1.0
+    if (stated[1:] < 0).any():
+        warnings.append(f"{path}: voxel sizes of pixdim are below 0; their signs do not count")
+    vector = np.array([header[f"quatern_{axis}"] for axis in "bcd"], np.float64)
+    length = float(np.linalg.norm(vector))
+    if not length <= 1 + _ROUNDING:
+        raise DataError(
+            f"{path}: the quaternion of the qform has the length {length:g}, expected at most 1. "
+            "The header is damaged; get the file again from its source."
+        )
+    rest = 1.0 - length**2
+    real = np.sqrt(rest) if rest >= _SMALL else 0.0
+    turn = require("nibabel", "medical").quaternions.quat2mat([real, *vector])
+    qform = np.eye(4)
+    qform[:3, :3] = turn * (np.abs(stated[1:]) * (1, 1, stated[0]))
+    qform[:3, 3] = [header[f"qoffset_{axis}"] for axis in "xyz"]
+    return qform, warnings
+
+
 def _sizes(sizes: Array) -> str:
     return " × ".join(f"{size:.6g}" for size in sizes)
 
@@ -305,8 +338,9 @@ def _contradictions(
         )
     if code > 0 and np.isfinite(sform).all() and abs(np.linalg.det(sform[:3, :3])) > 0:
         try:
+            qform, odd = _qform(path, header)
+            warnings += odd
             with _parsing(f"{path}: the qform"):
-                qform = np.asarray(header.get_qform(), np.float64)
                 distance, voxels = displacement(sform, qform, sizes)
         except DataError as error:
             return [*warnings, f"{error} The sform counts."]

@@ -101,6 +101,7 @@ FORMATS = (
     ),
 )
 ENDINGS = tuple(ending for form in FORMATS for ending in form.endings)
+_ROUNDING = 1e-3  # by which scaled or stored labels may miss a whole number
 _KNOWN = "NIfTI (.nii, .nii.gz, .hdr/.img), NRRD, MetaImage (.mha, .mhd), MGH (.mgz) or DICOM"
 
 
@@ -141,8 +142,10 @@ def read_labels(path: str | os.PathLike[str], reading: Reading | None = None) ->
         reading: What the user says about files that leave it open.
 
     Raises:
-        DataError: As `read_scan`; or the values are several per voxel, or no whole numbers.
+        DataError: As `read_scan`; or there are several maps or values per voxel, or values are no
+            whole numbers.
     """
+    _check_one_map(str(path), reading or Reading())
     scan = read_scan(path, reading)
     values = scan.values
     if len(values) != 1:
@@ -152,17 +155,30 @@ def read_labels(path: str | os.PathLike[str], reading: Reading | None = None) ->
         )
     if values.dtype.kind == "f":
         whole = np.where(scan.valid, values, 0) if scan.valid is not None else values
-        found = whole[whole != np.rint(whole)]
+        labels = np.rint(whole)
+        found = whole[np.abs(whole - labels) > _ROUNDING]
         if found.size or np.abs(whole).max(initial=0) >= 2**24:
             example = found[0] if found.size else np.abs(whole).max()
             raise DataError(
-                f"{path}: holds the value {example:g}, expected whole numbers below 2^24 as "
+                f"{path}: holds the value {example:.9g}, expected whole numbers below 2^24 as "
                 "labels. Is it an image, or was it interpolated?"
             )
-        values = whole.astype(np.int32)
+        values = labels.astype(np.int32)
     elif scan.valid is not None:
         values = np.where(scan.valid, values, np.zeros((), values.dtype))
     return replace(scan, values=values)
+
+
+def _check_one_map(path: str, reading: Reading) -> None:
+    """Refuse a file with a map per segment or layer, of which none is the label map."""
+    if os.path.isdir(path) or reading.volume is not None:
+        return
+    volumes = describe_scan(path, reading).volumes
+    if volumes > 1:
+        raise DataError(
+            f"{path}: holds {volumes} maps (segments or layers of their own), expected one label "
+            "map. Merge them into one, for example with 3D Slicer's export as a label map."
+        )
 
 
 def placed(labels: Scan, shape: Sequence[int], affine: Array) -> Scan:
