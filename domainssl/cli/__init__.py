@@ -116,8 +116,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _unknown_verb(word: str) -> str:
     if word.startswith("-"):
+        close = nearest(word, ("--help", "--version", "--debug"))
         return (
-            f"Option {word!r} stands before the verb. Write the verb first:\n"
+            f"Option {word!r} stands before the verb.{close} Write the verb first:\n"
             f"python -m domainssl fit {word} …   Verbs: {', '.join(verb_table())}"
         )
     if word in _REPLACED:

@@ -73,7 +73,7 @@ def test_items_of_a_configuration_are_measured_and_used(cli, folder: Path):
         (["sample", "--config", "recipes/cube_croma.yaml"], "but not both"),
         ([], "Give a path, or --config"),
         (["sample:treesat"], "Did you mean 'treesatai'"),
-        (["sample", "--limt", "3"], "'--limt' is not understood"),
+        (["sample", "--limt", "3"], "there is no option '--limt'"),
     ],
 )
 def test_words_that_name_no_data_are_refused(cli, words, said):

@@ -168,7 +168,7 @@ REFUSED = {
     ("--seeds=0",): "expected 1 or more",
     ("--resamples=1",): "expected 10 or more",
     ("--device=tpu",): "expected auto, cpu, cuda",
-    ("--frobnicate",): "is not understood",
+    ("--frobnicate",): "there is no option '--frobnicate'",
 }
 
 

@@ -162,7 +162,9 @@ class Checker:
                 self.add(f"No {section} is given", None, advice)
 
     def _unknown_top_level(self, key: str, node: Node, accepted: list[str]) -> None:
-        advice = f"{nearest(key, accepted)} Accepted: {', '.join(accepted)}"
+        options = ["config"] if node.where.file.startswith("command line") else []
+        close = nearest(key, [*accepted, *options])
+        advice = f"{close} Accepted: {', '.join(accepted)}"
         if key in parameters(_trainer_class()) and key not in _MOVED:
             advice = f"It belongs to the trainer: trainer.{key}"
         for section in CLASS_SECTIONS:

@@ -8,6 +8,7 @@ from typing import Any
 
 from domainssl.cli.config import catalog
 from domainssl.cli.config.nodes import MAX_TEXT, Mistake, Node, Where, mapping, parse
+from domainssl.cli.words import ALWAYS
 from domainssl.errors import nearest
 
 __all__ = ["CLASS_SECTIONS", "DEFAULT_LOGGERS", "NAMED_SECTIONS", "Composition", "compose"]
@@ -21,6 +22,7 @@ _COMMAND_LINE = "command line"
 _SPEC_KEYS = ("class_path", "init_args", "dict_kwargs")
 _FLAGS = ("--print_config", "--plan", "--json")
 _SWITCHES = ("--auto_resume",)  # `--auto_resume` alone means true
+_WORDS = (*_FLAGS, *_SWITCHES, *ALWAYS, "--config", "--ckpt_path", "--run_dir")
 
 
 @dataclass(kw_only=True)
@@ -97,13 +99,17 @@ def _split(argv: list[str], result: Composition) -> tuple[list[str], list[tuple[
                 overrides.append((key.lstrip("-"), "true"))
                 continue
             if not words or words[0].startswith("--"):
-                advice = f"Write {key}=VALUE, for a switch {key}=true."
+                close = "" if "." in key else nearest(key, _WORDS)
+                advice = f"{close} Write {key}=VALUE, for a switch {key}=true."
                 found = f"Option {key!r} has no value"
                 result.mistakes.append(Mistake(found, Where(_COMMAND_LINE), advice))
                 continue
             text = words.pop(0)
         if key in ("--config", "-c"):
             files.append(text)
+        elif key in _FLAGS:
+            found = f"Option {key!r} is a switch and takes no value, got {text!r}"
+            result.mistakes.append(Mistake(found, Where(_COMMAND_LINE), f"Write {key} alone."))
         else:
             overrides.append((key.lstrip("-"), text))
     return files, overrides

@@ -40,7 +40,10 @@ def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> 
             raise ConfigError(f"{verb}: give a path, or --config, but not both.")
         return build_data([*(f"--config={file}" for file in config), *more])
     if more:
-        raise ConfigError(f"{verb}: {more[0]!r} is not understood. Look at {verb} --help.")
+        raise ConfigError(
+            f"{verb}: {more[0]!r} changes the data of a recipe. Add --config RECIPE, or leave "
+            "the option out."
+        )
     if path is None:
         raise ConfigError(f"{verb}: what shall be looked at? Give a path, or --config RECIPE.")
     kind, colon, name = path.partition(":")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from domainssl.cli.words import Parser
 
 __all__ = ["run"]
 
@@ -34,8 +34,8 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m domainssl bags",
         description="Feature bags: what an encoder said about the tiles of slides.",
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from domainssl.cli.words import Parser
+
 if TYPE_CHECKING:
     from domainssl.bench.report import Settings
 
@@ -15,7 +17,7 @@ def run(argv: list[str]) -> int:
     """Print one row per figure, as they are found."""
     from domainssl.bench.report import SUBJECTS, Settings
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m domainssl bench",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Measure speed and memory. Two sides run in turn (A B A B ...); printed are "

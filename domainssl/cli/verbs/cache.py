@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -19,12 +20,11 @@ __all__ = ["run"]
 
 def run(argv: list[str]) -> int:
     """Print the cache as a table, delete what is in it, or prepare what a run will read."""
-    parser = _parser()
-    options, more = parser.parse_known_args(argv)
+    options, more = _parser().parse_known_args(argv)
     if options.action == "build":
         return _build(options, more)
     if more:
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+        raise ConfigError(f"cache: {more[0]!r} is for `cache build --config RECIPE`.")
     from domainssl.cache import cache_dir, entries
     from domainssl.cli.console import console
 
@@ -37,9 +37,10 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m domainssl cache",
+        passes="--data.",
         description="List or clear what was built once and kept, such as the embedded samples and "
         "prepared exams, or prepare the exams of a recipe before a run. "
         "The folder is $DOMAINSSL_CACHE, by default ~/.cache/domainssl. Whatever is cleared is "
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     clearing.add_argument("--yes", action="store_true", help="do not ask")
     building = actions.add_parser(
         "build",
+        passes="--data.",
         help="prepare the exams of a recipe",
         description="Prepare the exams that a recipe reads, as its data section says, and keep "
         "them for all runs with the same preparation. What is there already is not made again, so "

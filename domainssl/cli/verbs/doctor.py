@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+
+from domainssl.cli.words import Parser
 
 __all__ = ["run"]
 
 
 def run(argv: list[str]) -> int:
     """Print one row per check; the exit status is 1 when something required is broken."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m domainssl doctor",
         description="Check the installation: status and remedy per row. Exit status 1 when "
         "something required does not work.",

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -133,10 +134,9 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m domainssl embed",
-        allow_abbrev=False,
         description="Compute one vector per patch of every raster and write them as GeoZarr or COG "
         "on the grid of the patches, or one vector per raster as GeoParquet, with a picture beside "
         "it: look at it first. Windows of the size of the weights overlap by a halo; each vector "

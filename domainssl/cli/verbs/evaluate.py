@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from domainssl.cli.words import Parser
 
 __all__ = ["run"]
 
@@ -17,9 +18,6 @@ def run(argv: list[str]) -> int:
     from domainssl.evaluation.comparison import PROTOCOLS, Protocol
     from domainssl.evaluation.tables import overview, pair_table
 
-    foreign = [word for word in more if not word.startswith("--data.")]
-    if foreign:
-        raise ConfigError(f"evaluate: {foreign[0]!r} is not understood. Look at evaluate --help.")
     for name, least in (("seeds", 1), ("max_items", 2)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -58,9 +56,10 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m domainssl evaluate",
+        passes="--data.",
         description="Measure what frozen features of backbones tell about the labels of data: "
         "nearest neighbours, linear and MLP probes, k-means, few-shot, retrieval of items and "
         "across modalities, and a linear probe of patches where the data deliver maps; for every "

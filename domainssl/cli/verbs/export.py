@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
 __all__ = ["run"]
@@ -96,8 +97,8 @@ def _task(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m domainssl export",
         description="Write backbone.safetensors and backbone.json (the card: bands, units, "
         "statistics, origin) from a checkpoint; of a fine-tuning run task.safetensors and "

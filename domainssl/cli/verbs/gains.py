@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def run(argv: list[str]) -> int:
     from domainssl.cli.console import console
     from domainssl.matrix.gains import FEW, table
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m domainssl gains",
         description="Fine-tune recipes on a part of the labels, from pretrained and from random "
         "weights with the same head, schedule and labels, and print a metric of held-out items "

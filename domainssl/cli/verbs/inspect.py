@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
+from domainssl.cli.words import Parser
 
 __all__ = ["run"]
 
 
 def run(argv: list[str]) -> int:
     """Print what a data set or a file holds; the exit status is 1 when it has problems."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m domainssl inspect",
+        passes="--data.",
         description="Say what is at a path: a folder, an archive, a cube, a GeoTIFF, a scan, a "
         "DICOM folder, slides, tiles or features, local or behind an fsspec URL. Values are "
         "measured on a part of the data. "

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError, DomainSSLError, nearest
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def run(argv: list[str]) -> int:
     return 0 if all(each.outcome is not None and each.outcome.has_learned for each in found) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m domainssl matrix",
         description="Train every method on every kind of data that it can use, on the embedded "
         "samples and on the CPU, each run in a process of its own with one thread, and write what "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ def run(argv: list[str]) -> int:
     return run_verb("predict", argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m domainssl predict", allow_abbrev=False, formatter_class=_RAW,
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m domainssl predict", formatter_class=_RAW,
         description=_ABOUT,
     )  # fmt: skip
     add = parser.add_argument

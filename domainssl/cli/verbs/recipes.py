@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from domainssl.cli.words import Parser
 
 __all__ = ["run"]
 
 
 def run(argv: list[str]) -> int:
     """Print every recipe and overlay with what its first comments say."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m domainssl recipes",
         description="List the recipes (complete runs) and the configs (overlays) of the working "
         "directory and of the installed package.",

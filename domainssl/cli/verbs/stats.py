@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,9 +102,10 @@ def _of_files(options: argparse.Namespace) -> tuple[Subject, str]:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m domainssl stats",
+        passes="--data.",
         description="Measure mean, standard deviation, percentiles and share of valid pixels of "
         "every band, over all locations and dates, in one pass and in float64. The figures do not "
         "depend on the number of processes. An interrupted call leaves OUTPUT.partial, and the "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -46,10 +47,9 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m domainssl tile",
-        allow_abbrev=False,
         description="Lay one grid of tiles over every slide, keep the tiles that hold tissue, and "
         "write for each slide a table of tiles (Parquet), their coordinates in TRIDENT's layout "
         "(HDF5) and a picture with the outline of tissue and the kept tiles: look at it before you "
