@@ -114,7 +114,7 @@ class DomainDataModule(Recorded, LightningDataModule):
 
     @abstractmethod
     def open_sources(self) -> dict[str, Source]:
-        """Look at what is there and return a source per split, out of `train`, `val`, `predict`.
+        """Look at what is there and return a source per split: `train`, `val`, `test`, `predict`.
 
         Raises:
             DataError: The data are missing or contradict themselves.
@@ -222,9 +222,15 @@ class DomainDataModule(Recorded, LightningDataModule):
         """Return the held-out items in fixed order, or nothing where there are none."""
         return self._stream("val", shuffle=False) if "val" in self._sources else []
 
+    @property
+    def tested_split(self) -> str:
+        """The split that `test` measures: `test` if there is one, else `val`; after setup."""
+        return "test" if "test" in self._sources else "val"
+
     def test_dataloader(self) -> BlockStream | list[BlockStream]:
-        """Return the held-out items."""
-        return self.val_dataloader()
+        """Return the items of the tested split in fixed order."""
+        split = self.tested_split
+        return self._stream(split, shuffle=False) if split in self._sources else []
 
     def predict_dataloader(self) -> BlockStream:
         """Return the items to predict, in fixed order."""

@@ -29,6 +29,7 @@ from domainssl.datamodules.foreign import (
     datasets_of,
     imported,
     indexed,
+    tested_dataset_of,
     transforms_of,
 )
 from domainssl.datamodules.statistics import statistics_of
@@ -45,7 +46,7 @@ from domainssl.units import unit_change
 __all__ = ["DatasetClass", "DatasetDataModule", "DatasetModality"]
 
 _log = logging.getLogger(__name__)
-_SPLITS = ("train", "val", "predict")
+_SPLITS = ("train", "val", "test", "predict")
 _SO2SAT = "torchgeo.datasets.So2Sat"
 _WHERE = "data.init_args"
 _RESCALES = re.compile(r"(Normali[sz]e|Standardi[sz]e|ScaleIntensity|RescaleIntensity|ZNorm)\w*")
@@ -65,8 +66,8 @@ class DatasetClass:
             `LightningDataModule`, whose data sets are taken without its augmentations.
         arguments: Constructor arguments of all splits. A mapping with `class_path` and
             `init_args` is built first, such as a transform.
-        splits: Arguments over those, by `train`, `val` and `predict`. Without `val`, `held_out`
-            divides `train`. A `LightningDataModule` has its own splits.
+        splits: Arguments over those, by `train`, `val`, `test` and `predict`. Without `val`,
+            `held_out` divides `train`. A `LightningDataModule` has its own splits.
         root: Name of the argument that takes `data.init_args.root`; null for none.
     """
 
@@ -215,6 +216,7 @@ class DatasetDataModule(DomainDataModule):
         self._read = {name: found.modality(name) for name, found in self.described.items()}
         self.window = None if window is None else self._on_grid(window)
         self._given: Mapping[str, Any] | None = None
+        self._module: LightningDataModule | None = None
         self._counts: dict[str, int] = {}
 
     @classmethod
@@ -227,8 +229,8 @@ class DatasetDataModule(DomainDataModule):
         """Take data sets as they are, in Python.
 
         Args:
-            datasets: One per split (`train`, `val`, `predict`), one that `held_out` divides, or a
-                `LightningDataModule`.
+            datasets: One per split (`train`, `val`, `test`, `predict`), one that `held_out`
+                divides, or a `LightningDataModule`.
             modalities: See the class.
             options: All other arguments of the class but `root` and `dataset`.
         """
@@ -243,6 +245,7 @@ class DatasetDataModule(DomainDataModule):
             },
             **options,
         )
+        data._module = some if isinstance(some, LightningDataModule) else None
         data._given = datasets_of(some) if isinstance(some, LightningDataModule) else parts
         return data
 
@@ -299,6 +302,14 @@ class DatasetDataModule(DomainDataModule):
 
         return str(sample_root())
 
+    def setup(self, stage: str | None = None) -> None:
+        """Open the sources; the test data of a `LightningDataModule` only where they are tested."""
+        super().setup(stage)
+        if stage == "test" and self._module is not None and "test" not in self._sources:
+            dataset = tested_dataset_of(self._module)
+            if dataset is not None:
+                self._sources["test"] = self._source("test", dataset)
+
     def open_sources(self) -> dict[str, Source]:
         """Build the data sets of the splits; predictions are made for the held-out one."""
         datasets = self._given if self._given is not None else self._built()
@@ -324,7 +335,8 @@ class DatasetDataModule(DomainDataModule):
                 )
             arguments[self.dataset.root] = root
         if isinstance(make, type) and issubclass(make, LightningDataModule):
-            return datasets_of(called(make, arguments, self.dataset.name))
+            self._module = called(make, arguments, self.dataset.name)
+            return datasets_of(self._module)
         return {
             split: called(make, arguments | dict(constructed(own)), self.dataset.name)
             for split, own in self.dataset.splits.items()

@@ -163,11 +163,10 @@ class _FootprintDataModule(DomainDataModule):
         """Return the tiles of a split."""
 
     def _sources_of_splits(self) -> dict[str, Source]:
-        """Return what is trained and validated on; predictions are made for the last split."""
+        """Return a source per split; predictions are made for the last one."""
         sources: dict[str, Source] = {
             split: self._source(found, is_training=split == "train")
             for split, found in self.catalogues.items()
-            if split != "test"
         }
         last = list(self.catalogues.values())[-1]
         sources["predict"] = self._source(last, is_training=False)

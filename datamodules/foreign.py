@@ -100,6 +100,17 @@ def datasets_of(module: LightningDataModule) -> dict[str, Any]:
     return found
 
 
+def tested_dataset_of(module: LightningDataModule) -> Any:
+    """Return the data set that a `LightningDataModule` is tested on; None without one."""
+    name = type(module).__name__
+    if type(module).test_dataloader is LightningDataModule.test_dataloader:
+        return None
+    with parsing(f"{name}.setup('test')", advice=ADVICE):
+        module.setup("test")
+        dataset = getattr(module, "test_dataset", None)
+        return dataset or getattr(module.test_dataloader(), "dataset", None)
+
+
 def indexed(dataset: Any, modalities: Mapping[str, Modality]) -> Any:
     """Return a data set whose items have numbers: boxes of a torchgeo `GeoDataset` on a grid."""
     if not any(c.__name__ == "GeoDataset" for c in type(dataset).__mro__):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +12,7 @@ from domainssl.errors import ConfigError, nearest
 from domainssl.io.subjects import Owned
 from domainssl.sources.held_out import HeldOut
 
-__all__ = ["by_patient", "split_by_patient"]
+__all__ = ["by_patient", "split_by_patient", "tested_split"]
 
 T = TypeVar("T", bound=Owned)
 
@@ -87,6 +87,25 @@ def split_by_patient(exams: Sequence[T], rule: HeldOut, what: str = "exams") -> 
             "left for training. Lower val_fraction, or correct the splits of the data."
         )
     return {split: part for split, part in parts.items() if part}
+
+
+def tested_split(parts: Mapping[str, Sequence[Any]]) -> str:
+    """Return the split that a test measures.
+
+    Args:
+        parts: Items with `label`, `labels` or `mask`, by split.
+
+    Returns:
+        `test`; `val` where there is none, or where its items lack the labels that others have.
+    """
+    labelled = {split for split, items in parts.items() if any(map(_is_labelled, items))}
+    is_judged = "test" in labelled or not labelled
+    return "test" if "test" in parts and is_judged else "val"
+
+
+def _is_labelled(item: Any) -> bool:
+    values = [getattr(item, name, "") for name in ("label", "mask")]
+    return any(values) or any(getattr(item, "labels", ()))
 
 
 def _in(exam: T, split: str) -> T:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from monai.data import Dataset as MonaiDataset
 from monai.data import MetaTensor
 from monai.transforms import Compose, NormalizeIntensityd, RandSpatialCropSamplesd
@@ -277,6 +278,32 @@ def test_a_torchgeo_datamodule_gives_raw_values_without_its_augmentations(
     for split in ("train", "val"):
         assert data.source(split).sizes == own.source(split).sizes
         assert torch.equal(first(data, 5, split)["s2"], first(own, 5, split)["s2"])
+
+
+class Module(LightningDataModule):
+    """Data sets of three stages; the one of the test is made for the test alone."""
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "test":
+            self.test_dataset = Pairs(2)
+        else:
+            self.train_dataset, self.val_dataset = Pairs(6), Pairs(4)
+
+    def test_dataloader(self) -> None: ...
+
+
+def test_a_test_takes_the_test_split_where_there_is_one() -> None:
+    parts = {"train": Pairs(6), "val": Pairs(4), "test": Pairs(2)}
+    for given in (parts, Module()):
+        data = of(given)
+        data.setup("test")
+        [batch] = data.test_dataloader()
+        assert batch["id"] == ["test_0", "test_1"]
+        assert [item for part in data.val_dataloader() for item in part["id"]] == [
+            "val_0", "val_1", "val_2", "val_3",
+        ]  # fmt: skip
+    data = of({"train": Pairs(6), "val": Pairs(2)})
+    assert [batch["id"] for batch in data.test_dataloader()] == [["val_0", "val_1"]]
 
 
 def test_a_geodataset_is_read_on_a_grid(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bag_files import LATTICE, TRIDENT, write
 
+from domainssl.cli.run.record import _tested_line
 from domainssl.datamodules.slides import SlideFeatureDataModule
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.slide.features import Bag, read_bag, to_grid, write_bag
@@ -157,6 +158,25 @@ def test_splits_of_clam_say_which_slide_is_where(tmp_path, kind):
         "1 slides of splits_0.csv have no features and are left out: gone",
         "1 slides are not in splits_0.csv and are left out: d",
     ]
+
+
+@pytest.mark.parametrize(("label", "split"), [("y", "test"), ("", "val")])
+def test_a_test_takes_the_test_split_unless_it_lacks_labels(tmp_path, label, split):
+    table = [("a", "train", "x"), ("b", "val", "y"), ("c", "val", "x"), ("d", "test", label)]
+    rows = [{"slide_id": n, "case_id": n, "split": s, "label": k} for n, s, k in table]
+    module = data(slides(tmp_path, cells=block(2, 2), rows=rows))
+    assert module.tested_split == split
+    [batch] = module.test_dataloader()
+    assert batch["id"] == {"test": ["d"], "val": ["b", "c"]}[split]
+    assert (
+        _tested_line(module)
+        == {
+            "test": "the 1 items of the test split",
+            "val": "val, the held-out items that fit validates on: the 1 of test have no labels",
+        }[split]
+    )
+    [batch] = module.val_dataloader()
+    assert batch["id"] == ["b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,8 @@ def _split(data: Any, asked: str | None) -> str:
             "evaluate: nothing is held out, so there is nothing to measure on. State a split in "
             "the data, or set data.init_args.held_out.val_fraction."
         )
-    return asked or held_out[0]
+    own = getattr(data, "tested_split", None)
+    return asked or (own if own in held_out else held_out[0])
 
 
 def _has(data: Any, split: str) -> bool:

@@ -24,6 +24,7 @@ from domainssl.cli.run.rundir import (
     versions,
 )
 from domainssl.datamodules.base import DomainDataModule
+from domainssl.errors import ConfigError
 from domainssl.files import write_json
 from domainssl.tasks.base import Task
 from domainssl.tasks.starting import tell_start
@@ -142,7 +143,7 @@ def _introduce(
     if isinstance(module, Task):
         screen.print(f"[bold]{'start':<8}[/]", escape(_start_line(ckpt_path, module, stage)))
     if stage == "test" and isinstance(datamodule, DomainDataModule):
-        screen.print(f"[bold]{'tested':<8}[/]", "val, the held-out items that fit validates on")
+        screen.print(f"[bold]{'tested':<8}[/]", _tested_line(datamodule))
     if stage == "fit":
         screen.print(f"[bold]{'training':<8}[/]", _training_line(trainer, datamodule))
     screen.print(
@@ -172,6 +173,17 @@ def _data_lines(datamodule: Any, module: Any) -> list[str]:
         return lines
     own = f"classes of the map: {escape(', '.join(module.classes))}"
     return [own if line.startswith("labels:") else line for line in lines]
+
+
+def _tested_line(data: DomainDataModule) -> str:
+    """Return which items are measured, and why where there are others."""
+    if data.tested_split == "test":
+        return f"the {sum(data.source('test').sizes)} items of the test split"
+    try:
+        unused = sum(data.source("test").sizes)
+    except ConfigError:
+        return "val, the held-out items that fit validates on: the data have no test split"
+    return f"val, the held-out items that fit validates on: the {unused} of test have no labels"
 
 
 def _start_line(ckpt_path: object, task: Task, stage: str) -> str:
