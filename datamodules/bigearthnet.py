@@ -120,8 +120,8 @@ class BigEarthNetV2:
         label[list(labels)] = 1
         item: dict[str, Any] = {
             "id": patch,
-            "s1": measured_or_nan(np.concatenate(echoes).astype(np.float32)),
-            "s2": measured_or_nan(np.concatenate(bands)),
+            "s1": measured_or_nan(np.concatenate(echoes), "db"),
+            "s2": measured_or_nan(np.concatenate(bands), "dn"),
             "label": label,
         }
         path = os.path.join(self.root, _MAP, tile, patch, f"{patch}_reference_map.tif")

@@ -95,8 +95,8 @@ class DFC2020:
         counts = np.bincount(mask[mask >= 0], minlength=len(self.classes))
         return {
             "id": self._stems[index].format("s1"),
-            "s1": measured_or_nan(read("s1", 2).astype(np.float32)),
-            "s2": measured_or_nan(read("s2", 13)),
+            "s1": measured_or_nan(read("s1", 2), "db"),
+            "s2": measured_or_nan(read("s2", 13), "dn"),
             "mask": mask,
             "label": int(counts.argmax()) if counts.any() else -1,
         }

@@ -14,8 +14,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from domainssl.datamodules.dataset import DatasetModality
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.raster.patches import folders_in, measured_or_nan, read_patch
@@ -100,13 +98,13 @@ class EuroSATSAR:
         radar = read_patch(os.path.join(self.root, folder, file), 2, _SIDE)
         item: dict[str, Any] = {
             "id": os.path.splitext(file)[0],
-            "s1": measured_or_nan(radar.astype(np.float32)),
+            "s1": measured_or_nan(radar, "db"),
             "label": label,
         }
         if self.optical is not None:
             values = read_patch(os.path.join(self.optical, folder, file), len(_STORED), _SIDE)
             order = [_STORED.index(band) for band in L1C_BANDS]
-            item["s2"] = measured_or_nan(values[order])
+            item["s2"] = measured_or_nan(values[order], "dn")
         return item
 
 

@@ -184,7 +184,7 @@ class FlairHub:
         if self.max_dates is not None and len(values) > self.max_dates:
             chosen = np.linspace(0, len(values) - 1, self.max_dates).round().astype(np.int64)
         if key == "s2":
-            out = np.stack([measured_or_nan(date) for date in values[chosen]])
+            out = np.stack([measured_or_nan(date, "dn") for date in values[chosen]])
             if self.cloud_percent is not None:
                 masks = read_patch(self._path(index, _MASKS), 2 * len(values), _CELLS)
                 hidden = masks.reshape(-1, 2, _CELLS, _CELLS).max(1)[chosen] > self.cloud_percent

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from domainssl.errors import DataError
+from domainssl.missing import unmarked_value
 from domainssl.modality import Modality, key
 
-__all__ = ["UnitCheck", "unit_change", "unit_of_item", "unmarked_value"]
+__all__ = ["UnitCheck", "unit_change", "unit_of_item"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -31,10 +32,6 @@ _LEAST_VOTES = 3
 _AGREEMENT = 0.9  # of the items that speak for any unit
 _OUTSIDE = 0.01  # share of an item's values outside valid_range
 FITS, UNDECIDED = "fits", ""
-_MISSING = (-9999.0, -99999.0, -999.0, -32768.0, -32767.0, -9999999.0, -1e20)
-_HUGE = 1e30  # beyond it lie GDAL's and netCDF's default fill values of floats
-_UNMARKED_SHARE = 1e-3
-_UNMARKED_ITEMS = 2
 
 _EXPECTED = {
     "dn": "digital numbers without offset (0..10000)",
@@ -211,30 +208,6 @@ _RULES: dict[str, Callable[[_Item, Modality], str]] = {
 }
 
 
-def unmarked_value(values: Array) -> float | None:
-    """Return a number that files use for missing values and that lies apart from all others.
-
-    Args:
-        values: Values that are taken for valid, any shape.
-
-    Returns:
-        -9999, -32768 or their like, or a number beyond 1e30; in at least 0.1 % of the values, and
-        at least twice as far from the others as they are from each other. None without one.
-    """
-    finite = values[np.isfinite(values)].astype(np.float64)
-    if not finite.size:
-        return None
-    for number in (finite.min(), finite.max()):
-        rest = finite[finite != number]
-        is_known = number in _MISSING or abs(number) > _HUGE
-        if not is_known or not rest.size or finite.size - rest.size < _UNMARKED_SHARE * finite.size:
-            continue
-        low, high = rest.min(), rest.max()
-        if min(abs(number - low), abs(number - high)) > 2 * (high - low):
-            return float(number)
-    return None
-
-
 @dataclass
 class _Ballot:
     """What the items of one modality from one loader have said so far."""
@@ -246,9 +219,6 @@ class _Ballot:
 
     def add(self, verdict: str, values: Array) -> None:
         self.votes[verdict] += 1
-        number = unmarked_value(values)
-        if number is not None:
-            self.unmarked[number] += 1
         if verdict not in (FITS, UNDECIDED):
             self.low = min(self.low, float(values.min()))
             self.high = max(self.high, float(values.max()))
@@ -270,7 +240,8 @@ class UnitCheck:
     Args:
         modalities: What the model takes, by name.
         stated: Modalities whose unit, scale and offset the files themselves state and the
-            DataModule applies; what is stated is believed, the values are not looked at.
+            DataModule applies; what is stated is believed, but missing values that nothing
+            declares are looked for.
         least_votes: Items that have to agree before anything is said.
     """
 
@@ -283,8 +254,9 @@ class UnitCheck:
         self.modalities = {
             name: modality
             for name, modality in modalities.items()
-            if name not in stated and modality.kind in ("image", "series", "volume")
+            if modality.kind in ("image", "series", "volume")
         }
+        self.stated = frozenset(stated)
         self.least_votes = least_votes
         self._seen: Counter[str] = Counter()
         self._ballots: dict[tuple[str, str], _Ballot] = {}
@@ -326,12 +298,15 @@ class UnitCheck:
             ballot = self._ballots.setdefault((loader, name), _Ballot())
             places = np.linspace(0, len(x) - 1, min(len(x), _ITEMS)).round().astype(int)
             for i in dict.fromkeys(places.tolist()):
-                values = _values_of(batch, x, name, i, modality)
-                if values is not None:
+                values, is_whole = _values_of(batch, x, name, i, modality)
+                if not values.size:
+                    continue
+                if (number := unmarked_value(values)) is not None:
+                    ballot.unmarked[number] += 1
+                if is_whole and name not in self.stated:
                     ballot.add(unit_of_item(values, modality), values)
             for number, count in ballot.unmarked.items():
-                if count >= min(_UNMARKED_ITEMS, self.least_votes):
-                    return _said_unmarked(modality.name, number, count, source)
+                return _said_unmarked(modality.name, number, count, source)
             verdict = ballot.decision(self.least_votes)
             if verdict not in (FITS, UNDECIDED):
                 return _message(modality, ballot, verdict, source)
@@ -340,31 +315,37 @@ class UnitCheck:
 
 def _values_of(
     batch: Mapping[str, Any], x: Tensor, name: str, i: int, modality: Modality
-) -> Array | None:
-    """Return some values (C, n) of an item, None unless all of it is valid.
+) -> tuple[Array, bool]:
+    """Return some valid values (C, n) of an item, and whether all of it is valid.
 
     Padded dates do not count as a part of it.
     """
     item, valid = x[i], batch.get(key(name, "valid"))
     present, frames = batch.get(key(name, "present")), batch.get(key(name, "frames"))
+    nothing = np.empty((len(modality.channels), 0))
     if isinstance(present, Tensor) and not bool(present[i]):
-        return None
+        return nothing, False
     real = frames[i] if isinstance(frames, Tensor) else slice(None)
-    if isinstance(valid, Tensor) and not bool(valid[i][real].all()):
-        return None
-    pixels = item[real].movedim(modality.channel_axis - 1, 0).flatten(1)  # (C, ...) -> (C, n)
+    first = item[real].movedim(modality.channel_axis - 1, 0)
+    pixels = first.flatten(1)  # (C, ...) -> (C, n)
     if not pixels.numel():
-        return None
+        return nothing, False
     # An odd step, so that it does not run down one column of the image
     step = max(1, pixels.numel() // _VALUES) | 1
     values = pixels[:, ::step].to(torch.float64).numpy()
-    return values if np.isfinite(values).all() else None
+    is_whole = bool(np.isfinite(values).all())
+    if isinstance(valid, Tensor):
+        mask = valid[i][real]
+        is_whole &= bool(mask.all())
+        if mask.shape == first.shape[1:]:
+            values = values[:, mask.flatten()[::step].numpy()]
+    return values, is_whole
 
 
 def _said_unmarked(name: str, number: float, count: int, source: str) -> str:
     return (
-        f"{name} values are {number:g} in a part of {count} fully valid items of {source}, far "
-        "from all others: files use this number for missing values, but here nothing declares it, "
+        f"{name} values are {number:g} in a part of {count} item(s) of {source}, far from all "
+        "others: files use this number for missing values, but here nothing declares it, "
         f"so it is not marked in '{name}.valid'. Declare it in the files (nodata, _FillValue), or "
         f"for cubes with data.init_args.modalities.{name}.nodata: {number:g}."
     )

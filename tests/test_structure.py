@@ -13,8 +13,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "domainssl"
 
 COMMON = {
-    "modality", "sensors", "units", "errors", "arguments", "options", "files", "screen", "cache",
-    "distributed", "pieces", "lazy", "_torch",
+    "modality", "missing", "sensors", "units", "errors", "arguments", "options", "files", "screen",
+    "cache", "distributed", "pieces", "lazy", "_torch",
 }  # fmt: skip
 NETWORK = COMMON | {"nn", "losses"}
 LEARNERS = NETWORK | {"backbones", "training"}
@@ -28,8 +28,9 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "screen": set(),
     "sensors": {"errors"},
+    "missing": set(),
     "modality": {"errors", "arguments", "sensors"},
-    "units": {"errors", "modality", "sensors"},
+    "units": {"errors", "missing", "modality", "sensors"},
     "distributed": {"errors"},
     "cache": {"errors", "files"},
     "cluster": {"errors"},

@@ -172,7 +172,7 @@ def test_undeclared_missing_values_in_a_part_of_the_windows_are_told(sample) -> 
     values[:2, :, :, :20] = -9999
     batch = {"s1": torch.from_numpy(values)}
     found = UnitCheck({"s1": modality("S1GRD", "s1")}).find(batch, "train", "the data")
-    assert "s1 values are -9999 in a part of 2 fully valid items" in found
+    assert "s1 values are -9999 in a part of 2 item(s)" in found
     assert "data.init_args.modalities.s1.nodata: -9999" in found
     values[:2, :, :, :20] = -25
     assert UnitCheck({"s1": modality("S1GRD", "s1")}).find(batch, "train", "the data") == ""

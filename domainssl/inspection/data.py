@@ -18,6 +18,7 @@ from domainssl.inspection.files import band_rows
 from domainssl.inspection.items import OfSource, channel_first
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Source
+from domainssl.missing import told
 from domainssl.modality import Batch, Modality, key
 from domainssl.pieces import spread
 from domainssl.units import UnitCheck
@@ -82,7 +83,9 @@ def _split(
     measured = 0
     for block in spread([i for i, size in enumerate(sizes) if size], _BLOCKS):
         try:
-            rows = source.load(Piece(block, 0, min(sizes[block], _ITEMS)), 0)
+            with told() as numbers:
+                rows = source.load(Piece(block, 0, min(sizes[block], _ITEMS)), 0)
+            problems += [f"{split}: {text}" for text in numbers.values()]
         except DataError as error:
             problems.append(f"{split}: {error}")
             continue

@@ -20,8 +20,8 @@ from domainssl.io.raster.read import missing_of
 from domainssl.io.raster.zarr import Cube, open_cube
 from domainssl.io.storage.archives import tar_index
 from domainssl.io.storage.paths import Options, fetch_ranges
+from domainssl.missing import unmarked_value
 from domainssl.sensors import L1C_BANDS
-from domainssl.units import unmarked_value
 
 __all__ = [
     "band_rows",
@@ -144,7 +144,8 @@ def unmarked_problems(where: str, found: Mapping[str, float]) -> list[str]:
         bands.setdefault(number, []).append(name)
     return [
         f"{where}: {' '.join(names[:8])} hold{'s' * (len(names) == 1)} {number:g} far from all "
-        "other values, and nothing declares it as missing, so training takes it for a value: set "
+        "other values, and nothing declares it as missing (training leaves such pixels out of dn, "
+        "reflectance and dB, and stops in other units): set "
         f"data.init_args.modalities.<name>.nodata: {number:g}"
         for number, names in bands.items()
     ]

@@ -16,6 +16,7 @@ from domainssl.io.ssl4eo.labels import labels
 from domainssl.io.ssl4eo.layout import Catalogue, scan
 from domainssl.io.ssl4eo.read import Block, check_same, read
 from domainssl.io.storage.paths import Options, fetch_ranges, is_folder, join, list_folder, size_of
+from domainssl.missing import told
 
 __all__ = ["EXPECTED", "inspect_ssl4eo", "product_at", "splits_at", "without_archives"]
 
@@ -167,7 +168,9 @@ def _product(
             [raw] = fetch_ranges(path, [(member.offset, member.size)], options)
             cube = open_cube(raw, f"{path}:{member.key}")
         facts |= _storage(cube, problems)
-        block = read(group, name, [0])
+        with told() as numbers:
+            block = read(group, name, [0])
+        problems += numbers.values()
     except DataError as error:
         if str(error) not in problems:
             problems.append(str(error))

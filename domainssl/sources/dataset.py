@@ -13,6 +13,7 @@ from torch import Tensor
 from domainssl.errors import DataError, nearest, parsing
 from domainssl.loading.plan import Piece, generator
 from domainssl.loading.source import Rows
+from domainssl.missing import marks, tell
 from domainssl.modality import Batch, Modality, collate
 from domainssl.sources.items import companions
 from domainssl.sources.windows import Cut, Window
@@ -427,6 +428,12 @@ def _measured(
             "to dn, dn+1000, reflectance, linear or amplitude."
         )
     kind, factor, addition = change
+    if kind == "linear" and values.dtype is not torch.bfloat16:
+        stored = values.numpy()
+        hidden = marks(stored, factor, addition * factor, modality.value_unit)
+        if hidden is not None:
+            tell(f"{modality.name} of the data set", stored[hidden])
+            valid &= ~torch.from_numpy(hidden).any(axis)
     if change != ("linear", 1.0, 0.0):
         values = (values.double() + addition) * factor
         if kind != "linear":

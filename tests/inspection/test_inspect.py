@@ -67,11 +67,15 @@ def test_nan_share_and_unequal_ids_are_reported(tmp_path: Path) -> None:
     write_split(tmp_path, "train", [[0, 1]])
     values = np.full((2, DATES, 2, SIDE, SIDE), -10, np.float16)
     values[0, 0, :, : SIDE // 2] = np.nan
+    values[1, 0, 0, :2] = -32768
     path = tmp_path / "train" / "S1GRD" / "ssl4eos12_train_seasonal_data_000001.zarr.zip"
     write_release_a(path, "S1GRD", values, tile_table([0, 7], s1=True))
     report = inspect_path(str(tmp_path))
     assert report["splits"]["train"]["products"]["S1GRD"]["nan_share"] == pytest.approx(0.25)
     assert any("'sample', location 1" in text for text in report["problems"])
+    assert any("S1GRD" in t and "some pixels hold -32768" in t for t in report["problems"])
+    share = report["splits"]["train"]["products"]["S1GRD"]["valid_share"]
+    assert share == pytest.approx(0.75 - 1 / SIDE)
 
 
 def test_one_file_is_described_by_its_arrays(root: Path) -> None:

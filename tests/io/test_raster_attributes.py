@@ -18,7 +18,7 @@ from domainssl.io.raster.geotiff import describe_geotiff
 from domainssl.io.raster.grid import Bounds
 from domainssl.io.raster.read import Target, read_pixels
 from domainssl.io.raster.time import decode_times
-from domainssl.units import unmarked_value
+from domainssl.missing import unmarked_value
 
 SIDE = 16
 AROUND = Bounds(LEFT, TOP - SIDE * 10, LEFT + SIDE * 10, TOP)

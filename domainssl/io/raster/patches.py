@@ -9,6 +9,7 @@ import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.io.raster.gdal import open_raster, reading
+from domainssl.missing import beyond, tell
 
 __all__ = ["folders_in", "measured_or_nan", "read_patch", "repeated"]
 
@@ -25,7 +26,7 @@ def read_patch(path: str, bands: int | None, side: int) -> Array:
         side: Rows and columns.
 
     Returns:
-        (C, side, side).
+        (C, side, side); NaN for what the file calls nodata, where it holds floats.
 
     Raises:
         DataError: It is missing, damaged, or of another shape.
@@ -38,6 +39,9 @@ def read_patch(path: str, bands: int | None, side: int) -> Array:
         if any(np.dtype(kind).kind not in "iuf" for kind in file.dtypes):
             raise DataError(f"{path}: holds {file.dtypes[0]}, expected real numbers.")
         values: Array = file.read()
+        for band, nodata in zip(values, file.nodatavals, strict=True):
+            if values.dtype.kind == "f" and nodata is not None:
+                band[band == nodata] = np.nan
     return values
 
 
@@ -47,9 +51,21 @@ def repeated(values: Array, side: int) -> Array:
     return values.repeat(times, -2).repeat(times, -1)
 
 
-def measured_or_nan(values: Array) -> Array:
-    """Return float32 values (C, H, W), NaN in all bands where every stored band is 0."""
+def measured_or_nan(values: Array, unit: str) -> Array:
+    """Return float32 values (C, H, W), NaN where nothing was measured.
+
+    That is where every stored band is 0, and in all bands where one holds a number that the unit
+    cannot (-9999 dB).
+
+    Args:
+        values: Stored values, (C, H, W).
+        unit: Their unit.
+    """
     out: Array = values.astype(np.float32)
+    hidden = beyond(out, unit)
+    if hidden is not None:
+        tell(f"patches of {unit}", out[hidden])
+        out[:, hidden.any(0)] = np.nan
     out[:, ~values.any(0)] = np.nan
     return out
 

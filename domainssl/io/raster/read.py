@@ -18,6 +18,7 @@ from domainssl.io.raster.bands import LayerFile, StoredBand, open_store
 from domainssl.io.raster.geotiff import read_geotiff
 from domainssl.io.raster.grid import Bounds, Grid
 from domainssl.io.raster.safe import read_safe
+from domainssl.missing import marks, tell
 from domainssl.units import unit_change
 
 __all__ = [
@@ -176,6 +177,7 @@ def read_pixels(file: LayerFile, dates: Sequence[int], bounds: Bounds, target: T
         np.empty((len(dates), len(file.bands), height, width), np.float32),
         np.ones((len(dates), height, width), bool),
     )
+    zeros = _Zeros(file.bands, target.unit)
     for members in _together(file.bands):
         first = file.bands[members[0]]
         places = _Places.of(first.grid, bounds, target.step, (height, width), file.path)
@@ -187,6 +189,8 @@ def read_pixels(file: LayerFile, dates: Sequence[int], bounds: Bounds, target: T
             out.values[:, member] = values
             if missing.any():
                 out.valid &= ~missing
+            zeros.look(stored[at], places)
+    zeros.hide(out.valid)
     if file.mask is not None and target.rule.values:
         places = _Places.of(file.mask.grid, bounds, target.step, (height, width), file.path)
         [mask], _ = _stored(file, [file.mask], dates, places, out, is_map=True)
@@ -194,6 +198,29 @@ def read_pixels(file: LayerFile, dates: Sequence[int], bounds: Bounds, target: T
     if not out.valid.all():
         out.values *= out.valid[:, None]
     return out
+
+
+class _Zeros:
+    """Pixels that are stored as 0 in every band of a sensor: no data, declared or not.
+
+    That is so for Sentinel-2 (where one band alone may be 0: cirrus, deep water), and decibels of
+    exactly 0 in every polarisation are what exports fill with.
+    """
+
+    def __init__(self, bands: Sequence[StoredBand], unit: str) -> None:
+        least = {"dn": 3, "reflectance": 3, "db": 2}.get(unit)
+        self._found: Any = None if least is None or len(bands) < least else True
+
+    def look(self, stored: Array, places: _Places) -> None:
+        """Look at the stored numbers (T, h, w) of one more band."""
+        if self._found is not None:
+            is_zero = stored == 0
+            self._found = self._found & places.all(is_zero) if is_zero.any() else None
+
+    def hide(self, valid: Array) -> None:
+        """Take the pixels that were 0 in all bands out of `valid` (T, H, W)."""
+        if self._found is not None:
+            valid &= ~self._found
 
 
 def read_classes(file: LayerFile, bounds: Bounds, step: float) -> tuple[Array, Array]:
@@ -283,6 +310,10 @@ class _Places:
         """Return True (..., H, W) where any stored pixel below is True."""
         laid = self.nearest(hidden)
         return np.asarray(self._blocks(laid).any((-3, -1))) if self.finer > 1 else laid
+
+    def all(self, hidden: Array) -> Array:
+        """Return True (..., H, W) where all stored pixels below are True."""
+        return ~self.any(~hidden)
 
     def resample(self, values: Array, missing: Array, *, in_power: bool) -> tuple[Array, Array]:
         """Return float32 values and their mask on the delivered pixels, (..., H, W)."""
@@ -449,6 +480,11 @@ def _decode(
     if hidden is not False:
         missing |= hidden
     kind, factor, offset = conversion(band, target.unit, target.stored_unit, where)
+    if kind == "linear":
+        found = marks(stored, factor, offset, target.unit)
+        if found is not None and (found & ~missing).any():
+            tell(f"{band.path or where}, {band.name}", stored[found & ~missing])
+            missing |= found
     if factor == 1.0 and offset.is_integer() and kind == "linear":  # exact in float32
         if stored.dtype.kind in "iu" and stored.dtype.itemsize > 2:
             missing |= (stored > _WHOLE) | (stored < -_WHOLE)

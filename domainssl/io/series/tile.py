@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from domainssl.missing import beyond, tell
+
 __all__ = ["Image", "Series", "Tile", "even_dates", "join_days", "measured", "typical_dates"]
 
 Array = np.ndarray[Any, Any]
 Unit = Literal["dn", "db", "linear"]
-
-_NO_DATA_DN = -10_000  # what level-2 processors write where nothing was seen
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def measured(values: Array, unit: Unit) -> tuple[Array, Array]:
     """Return finite values in the unit of a batch, and where something was measured.
 
     Linear backscatter becomes dB; its zeros and NaN, dB that are zero in every channel, and
-    digital numbers that are zero in every band stand for no data.
+    digital numbers that are zero in every band stand for no data, and so do numbers that no
+    instrument measures, such as -9999.
 
     Args:
         values: Stored values, (T, C, H, W).
@@ -89,10 +90,12 @@ def measured(values: Array, unit: Unit) -> tuple[Array, Array]:
         valid = np.asarray(good.all(1))
     else:
         valid = np.asarray(np.isfinite(x).all(1) & (x != 0).any(1))
-        if unit == "dn":
-            valid &= (x > _NO_DATA_DN).all(1)
+    hidden = beyond(x, "dn" if unit == "dn" else "db")
+    if hidden is not None:
+        tell(f"series of {unit}", x[hidden])
+        valid &= ~hidden.any(1)
+        x[hidden] = 0
     x *= valid[:, None]
-    x[~np.isfinite(x)] = 0
     return x, valid
 
 

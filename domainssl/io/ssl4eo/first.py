@@ -249,9 +249,12 @@ def _read_band(path: str, out: Array) -> tuple[int, float, float]:
         kind = np.dtype(file.dtypes[0])
         if not np.can_cast(kind, out.dtype, "same_kind") and kind != np.uint16:
             raise DataError(f"{path}: holds {kind}, expected {out.dtype}.")
-        values = file.read(1)
+        values, nodata = file.read(1), file.nodata
+        missing = None if nodata is None else values == nodata
         if kind == np.uint16:
             values = np.minimum(values, np.iinfo(np.int16).max)
+        if missing is not None and missing.any():
+            values[missing] = np.nan if out.dtype.kind == "f" and kind.kind == "f" else 0
         out[...] = values.repeat(times, 0).repeat(times, 1)
         code = plain_crs(file.crs.to_wkt(), path) if file.crs else ""
         epsg = int(code[5:]) if code.startswith("EPSG:") else 0

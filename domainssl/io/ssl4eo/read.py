@@ -150,7 +150,7 @@ def read(
         load = _load_a if group.release == "A" else _load_b
         raw = load(group, modality, product, list(dates), chosen, repair, scratch)
     meta, values = raw.meta, raw.values
-    validity = Validity(product, mask_clouds)
+    validity = Validity(product, mask_clouds, group.files[modality])
     _check_range(values, product, group.release, group.files[modality])
     if product.has_offset and values.dtype.kind == "u":
         values = values.astype(np.int32)

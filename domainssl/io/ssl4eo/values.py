@@ -9,6 +9,7 @@ import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.io.ssl4eo.facts import NO_DATA_CLASS, OBSCURED_CLASSES, Product
+from domainssl.missing import beyond, tell
 from domainssl.sensors import DARK_DN, DARK_FRACTION
 
 __all__ = ["DNOffset", "Validity", "find_offset", "remove_offset"]
@@ -19,9 +20,6 @@ Array = np.ndarray[Any, Any]
 _OFFSET = 1000
 _MAY_CARRY = ("A", "TerraMesh")  # releases whose S2L2A has the offset unless tiles are too dark
 _CIRRUS_LIMIT = 800  # cirrus is 0..100 DN without the offset
-_LEAST_DN = -30_000  # below lie marks such as -32768, which taking the offset away would wrap
-_LEAST_M = -1000  # heights below are marks of no data, such as -9999
-_EXPONENTS = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,17 @@ class Validity:
     Attributes:
         product: The product.
         mask_clouds: Thin and thick cloud and cloud shadow are not valid.
+        file: Where the values come from, for what is said about numbers such as -9999.
     """
 
     product: Product
     mask_clouds: bool = False
+    file: str = ""
 
     def settle(self, values: Array, cloud: Array | None) -> tuple[Array, int]:
-        """Tell where measurements are, and put 0 in place of what is not finite.
+        """Tell where measurements are, and put 0 in place of what is none.
+
+        None are numbers that are not finite, and those that the unit cannot hold (-9999 dB).
 
         Args:
             values: Stored values, (T, C, h, w); changed in place.
@@ -49,15 +51,11 @@ class Validity:
         """
         valid = self._nonzero(values)
         count = 0
-        least = _LEAST_M if self.product.value_unit == "m" else _LEAST_DN
-        if values.dtype.kind == "f":
-            bad = _not_finite(values)
-            count = int(bad.sum())
-            if self.product.value_unit == "m":
-                bad |= values < least
-        else:
-            bad = values < least if values.min(initial=0) < least else np.zeros(1, bool)
-        if bad.any():
+        bad = beyond(values, self.product.value_unit)
+        if bad is not None:
+            if values.dtype.kind == "f":
+                count = int((~np.isfinite(values)).sum())
+            tell(f"{self.product.name}{f', {self.file}' if self.file else ''}", values[bad])
             values[bad] = 0
             valid &= ~bad.any(axis=1)
         if cloud is not None:
@@ -72,14 +70,6 @@ class Validity:
             is_used = values[:, 0] != 0
             return is_used if is_used.all() else is_used | values.any(axis=1)
         return np.ones((len(values), *values.shape[2:]), bool)
-
-
-def _not_finite(values: Array) -> Array:
-    bits, exponent = _EXPONENTS.get(values.dtype.itemsize, (None, 0))
-    if bits is None:
-        return ~np.isfinite(values)
-    found: Array = (values.view(bits) & exponent) == exponent
-    return found
 
 
 def find_offset(
