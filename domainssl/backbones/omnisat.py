@@ -20,7 +20,7 @@ from domainssl.backbones.base import Backbone, Features, LoadReport, common_size
 from domainssl.errors import ConfigError, DataError, WeightsError, nearest
 from domainssl.modality import Modality, key, present_mask, sides_of, valid_mask
 from domainssl.nn.bypass import PatchEncoder, Pooled
-from domainssl.nn.calendar import Calendar
+from domainssl.nn.calendar import Calendar, calendars_of
 from domainssl.nn.fusion import Combiner, RelativeLayout
 from domainssl.nn.ltae import LTAE
 from domainssl.nn.masking import mean_of_valid
@@ -154,7 +154,7 @@ class OmniSatBackbone(Backbone):
         self.grid = sides_of(grid, self.spatial_dims, "grid")
         self.attend_to_padding, self.pool = attend_to_padding, pool
         self.series = as_dataclass(SeriesArchitecture, series)
-        self.calendars = _calendars(calendar, self.modalities)
+        self.calendars = calendars_of(calendar, self.modalities)
         for name, modality in self.modalities.items():
             patch = _patch_sides(name, modality, self.patch_size)
             encoder: nn.Module
@@ -493,12 +493,3 @@ def _patch_sides(
             "volume 3 or more along one axis (or 1, a series of one date)."
         )
     return patch
-
-
-def _calendars(
-    given: Calendar | Mapping[str, Any], modalities: Mapping[str, Modality]
-) -> dict[str, Calendar]:
-    """Return a calendar per modality, from one for all or one per modality."""
-    if isinstance(given, Mapping) and given and set(given) <= set(modalities):
-        return {n: as_dataclass(Calendar, given.get(n, Calendar())) for n in modalities}
-    return dict.fromkeys(modalities, as_dataclass(Calendar, given))

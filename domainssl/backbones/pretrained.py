@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from domainssl.sensors import L1C_BANDS, L2A_BANDS
+from domainssl.sensors import L1C_BANDS, L2A_BANDS, S1_BANDS
 
 __all__ = ["PRETRAINED", "Pretrained", "weights_table"]
 
@@ -216,6 +216,12 @@ def _sensors() -> list[Pretrained]:
         )
         for size in ("nano", "tiny", "base")
     ]  # fmt: skip
+    # besides these: SPOT, NAIP, Landsat 7 and 8, ALOS-2 and MODIS, see AnySat's SENSORS
+    anysat_bands = {"aerial": ("NIR", "G", "B", "R"), "s1_asc": S1_BANDS, "s2": _S2_GALILEO}
+    anysat = _of(
+        "anysat_base.geoplex", "AnySat", "g-astruc/AnySat/models/AnySat.pth", anysat_bands, "MIT",
+        units={"aerial": "rgb8", "s1_asc": "db", "s2": "dn"},
+    )  # fmt: skip
     satellite = {"large": "vit_large", "large_qkvb": "vit_large", "7b": "vit_7b"}
     dinov3 = [
         _of(
@@ -226,6 +232,7 @@ def _sensors() -> list[Pretrained]:
         for size, stem in satellite.items()
     ]  # fmt: skip
     return [
+        anysat,
         *galileo,
         *dinov3,
         _of("maestro_base.flair_hub", "MAESTRO", "IGNF/MAESTRO_FLAIR-HUB_base", {}, "Apache-2.0"),

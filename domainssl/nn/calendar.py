@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from domainssl.errors import ConfigError
+from domainssl.options import as_dataclass
 
-__all__ = ["Calendar", "date_sinusoids", "day_of_year"]
+__all__ = ["Calendar", "calendars_of", "date_sinusoids", "day_of_year"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,19 @@ class Calendar:
             return day_of_year(dates)
         start = (date.fromisoformat(self.origin) - date(1970, 1, 1)).days
         return dates.long() - start
+
+
+def calendars_of(given: Calendar | Mapping[str, Any], names: Iterable[str]) -> dict[str, Calendar]:
+    """Return a calendar per modality.
+
+    Args:
+        given: One for all, or one by name; modalities without one count the days of the year.
+        names: Modalities.
+    """
+    known = list(names)
+    if isinstance(given, Mapping) and given and set(given) <= set(known):
+        return {n: as_dataclass(Calendar, given.get(n, Calendar())) for n in known}
+    return dict.fromkeys(known, as_dataclass(Calendar, given))
 
 
 def day_of_year(dates: Tensor) -> Tensor:

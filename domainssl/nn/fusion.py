@@ -34,6 +34,12 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
 
+def _terms(table: RelativeTable, q: Tensor, first_head: bool) -> Tensor:
+    """Return the terms per bucket, (B, Hd, Q, d) -> (B, Hd, Q, 8)."""
+    terms: Tensor = table(q[:, :1] if first_head else q)
+    return terms.expand(-1, q.shape[1], -1, -1)
+
+
 class _MLP(nn.Module):
     def __init__(self, width: int, ratio: float, dropout: float) -> None:
         super().__init__()
@@ -47,6 +53,8 @@ class _MLP(nn.Module):
 
 
 class _SelfAttention(SelfAttention):
+    first_head = False  # see FusionBlock
+
     def __init__(self, width: int, heads: int, dropout: float, attention_dropout: float) -> None:
         nn.Module.__init__(self)
         self.heads, self.dropout, self.attention_dropout = heads, dropout, attention_dropout
@@ -58,7 +66,7 @@ class _SelfAttention(SelfAttention):
     def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
         """(B, N, E), int64 (N, N) and bool (B, N) -> (B, N, E)."""
         q, k, v = (_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        terms = self.rpe_k(q * q.shape[-1] ** -0.5)
+        terms = _terms(self.rpe_k, q * q.shape[-1] ** -0.5, self.first_head)
         dropout = self.attention_dropout if self.training else 0.0
         y = relative_attention(q, k, v, terms, buckets, valid, dropout=dropout, path=self.path)
         y = self.proj(rearrange(y, "b h n d -> b n (h d)"))
@@ -66,29 +74,40 @@ class _SelfAttention(SelfAttention):
 
 
 class _ReadoutAttention(CrossAttention):
-    """One learned query per output position, the same for all items."""
+    """One query per output position, the same for all items: learned, or one with fixed codes."""
+
+    pos_embed: nn.Parameter | None
+    first_head = False  # see FusionBlock
 
     def __init__(
-        self, width: int, heads: int, positions: int, dropout: float, attention_dropout: float
-    ) -> None:
+        self, width: int, heads: int, positions: int | None, dropout: float,
+        attention_dropout: float,
+    ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.heads, self.dropout, self.attention_dropout = heads, dropout, attention_dropout
         self.path: AttentionPath = "fused"
         self.q_learned = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, width))
+        if positions is None:
+            self.pos_embed = None
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, positions, width))
         self.wk = nn.Linear(width, width)
         self.wv = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
         self.rpe_k = RelativeTable(width // heads)
 
-    def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
-        """(B, N, E), int64 (1 + P, N) and bool (B, N) -> (B, 1 + P, E)."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, buckets: Tensor, valid: Tensor, codes: Tensor | None = None
+    ) -> Tensor:
+        """(B, N, E), int64 (1 + P, N), bool (B, N), codes (1 + P, E) -> (B, 1 + P, E)."""
         # A key bias adds the same number to all keys of a query, which the softmax takes away.
         bias = self.wk.bias.detach() + 0 * self.wk.bias
         k, v = F.linear(x, self.wk.weight, bias), self.wv(x)
-        q = (self.q_learned + self.pos_embed).to(k.dtype).expand(x.shape[0], -1, -1)
+        places = self.pos_embed if codes is None else codes
+        assert places is not None
+        q = (self.q_learned + places).to(k.dtype).expand(x.shape[0], -1, -1)
         q, k, v = (_heads(part, self.heads) for part in (q, k, v))
-        terms = self.rpe_k(q)  # unscaled, as published
+        terms = _terms(self.rpe_k, q, self.first_head)  # unscaled, as published
         dropout = self.attention_dropout if self.training else 0.0
         y = relative_attention(q, k, v, terms, buckets, valid, dropout=dropout, path=self.path)
         y = self.proj(rearrange(y, "b h n d -> b n (h d)"))
@@ -96,17 +115,22 @@ class _ReadoutAttention(CrossAttention):
 
 
 class FusionBlock(TransformerBlock):
-    """Pre-norm self-attention with relative terms, and a feed-forward network, with residuals."""
+    """Pre-norm self-attention with relative terms, and a feed-forward network, with residuals.
+
+    With `first_head` the queries of the first head give the relative terms of all heads, as the
+    released code of AnySat has it; else every head its own.
+    """
 
     def __init__(
         self, width: int, heads: int, ratio: float, dropout: float, attention_dropout: float,
-        drop_path: float,
+        drop_path: float, epsilon: float = 1e-6, first_head: bool = False,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=epsilon)
         self.attn = _SelfAttention(width, heads, dropout, attention_dropout)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.attn.first_head = first_head
+        self.norm2 = nn.LayerNorm(width, eps=epsilon)
         self.mlp = _MLP(width, ratio, dropout)
 
     def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
@@ -116,22 +140,29 @@ class FusionBlock(TransformerBlock):
 
 
 class ReadoutBlock(TransformerBlock):
-    """Cross-attention of learned queries without residual, and a feed-forward network with one."""
+    """Cross-attention of learned queries without residual, and a feed-forward network with one.
+
+    With `positions` None the codes of the queries come with every call; `first_head` as in
+    `FusionBlock`.
+    """
 
     def __init__(
-        self, width: int, heads: int, positions: int, ratio: float, dropout: float,
-        attention_dropout: float, drop_path: float,
+        self, width: int, heads: int, positions: int | None, ratio: float, dropout: float,
+        attention_dropout: float, drop_path: float, first_head: bool = False,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = _ReadoutAttention(width, heads, positions, dropout, attention_dropout)
+        self.attn.first_head = first_head
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = _MLP(width, ratio, dropout)
 
-    def forward(self, x: Tensor, buckets: Tensor, valid: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, buckets: Tensor, valid: Tensor, codes: Tensor | None = None
+    ) -> Tensor:
         """(B, N, E) -> (B, 1 + P, E)."""
-        y: Tensor = self.attn(self.norm1(x), buckets, valid)
+        y: Tensor = self.attn(self.norm1(x), buckets, valid, codes)
         return y + drop_path(self.mlp(self.norm2(y)), self.drop_path, self.training)
 
 

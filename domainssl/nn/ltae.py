@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from domainssl.nn.calendar import date_sinusoids
 from domainssl.nn.norm import GlobalBatchNorm
 
 __all__ = ["LTAE", "linear_before_norm", "masked_group_norm"]
+
+_GROUPS = 4  # of the layers' group normalisations
 
 
 def linear_before_norm(
@@ -102,6 +104,8 @@ class LTAE(nn.Module):
         attention_dropout: On the attention weights.
         calendar_length: Base of the date sinusoids.
         input_norm: Normalise groups of channels over the dates before attention.
+        norm: After every layer: over the batch (OmniSat), or over four groups of the channels of
+            each patch and date, whatever else is in the batch (AnySat).
 
     Raises:
         ConfigError: Widths do not fit together.
@@ -119,6 +123,7 @@ class LTAE(nn.Module):
         attention_dropout: float = 0.1,
         calendar_length: int = 367,
         input_norm: bool = False,
+        norm: Literal["batch", "group"] = "batch",
     ) -> None:
         super().__init__()
         if widths_in[-1] != width or widths_out[-1] != width or width % heads:
@@ -129,10 +134,10 @@ class LTAE(nn.Module):
         self.width, self.heads, self.calendar_length = width, heads, calendar_length
         before: list[nn.Module] = []
         for a, b in zip([inputs, *widths_in[:-1]], widths_in, strict=True):
-            before += [nn.Linear(a, b), GlobalBatchNorm(b), nn.ReLU(), nn.Dropout(dropout)]
+            before += [nn.Linear(a, b), _norm(b, norm), nn.ReLU(), nn.Dropout(dropout)]
         after: list[nn.Module] = []
         for a, b in zip([width, *widths_out[:-1]], widths_out, strict=True):
-            after += [nn.Linear(a, b), GlobalBatchNorm(b), nn.ReLU()]
+            after += [nn.Linear(a, b), _norm(b, norm), nn.ReLU()]
         # Places in the lists are those of the published state dict.
         self.inconv = nn.ModuleList(before)
         self.in_norm = nn.GroupNorm(heads, width) if input_norm else None
@@ -172,10 +177,18 @@ class LTAE(nn.Module):
         return tokens, attention
 
 
+def _norm(width: int, norm: Literal["batch", "group"]) -> nn.Module:
+    if norm == "batch":
+        return GlobalBatchNorm(width)
+    if width % _GROUPS:
+        raise ConfigError(f"L-TAE: the width {width} is not a multiple of its {_GROUPS} groups.")
+    return nn.GroupNorm(_GROUPS, width)
+
+
 def _layers(layers: nn.ModuleList, x: Tensor, rows: Tensor) -> Tensor:
     """Run linear layers, batch normalisations over the counted rows, and the rest."""
     for i, layer in enumerate(layers):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and isinstance(layers[i + 1], GlobalBatchNorm):
             x = linear_before_norm(x, layer, layers[i + 1])
         elif isinstance(layer, GlobalBatchNorm):
             x = layer(x, rows)

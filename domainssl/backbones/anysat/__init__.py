@@ -1,0 +1,1 @@
+"""AnySat: images and series of eleven sensors, with patches of any size in metres."""
