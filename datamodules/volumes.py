@@ -353,10 +353,10 @@ class VolumeDataModule(DomainDataModule):
     def _headers(self, name: str) -> str:
         """Return sizes, orientations and types of a few of the scans of a modality."""
         assert self.found is not None
-        scans = [exam.scans[name] for exam in self.found.items if name in exam.scans]
-        reading = self.contrasts[name].reading
+        exams = [exam for exam in self.found.items if name in exam.scans]
+        read = self.contrasts[name].reading_of
         try:
-            facts = [describe_scan(path, reading) for path in spread(scans, _HEADERS)]
+            facts = [describe_scan(e.scans[name], read(e, name)) for e in spread(exams, _HEADERS)]
         except DataError as error:
             return f"; {error}"
         shapes = _span([f.shape for f in facts], "{:d}")

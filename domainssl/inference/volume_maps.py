@@ -28,6 +28,7 @@ from domainssl.inference.predict import (
     predict_map,
 )
 from domainssl.inference.sliding import Box
+from domainssl.io.volume.dicom_studies import series_at
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.exams import find_exams
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
@@ -126,7 +127,10 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
             else Exam(id=name, patient="", scans=dict(files))
             for name, files in listed
         ]
-    if not is_scan(path):
+    several = os.path.isdir(path) and is_scan(path) and len(series_at(path)) > 1
+    if several:  # a flat export: series are told by what they say of themselves
+        inputs = _by_name(inputs, modality)
+    if several or not is_scan(path):
         if not os.path.isdir(path):
             describe_scan(path)  # says what it is not
         wanted = Wanted(
@@ -135,6 +139,16 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
         )  # fmt: skip
         return _as_one(path, list(find_exams(path, wanted).items))
     return [_one_scan(path, names, modality, stem_of(path))]
+
+
+def _by_name(inputs: VolumeInput, modality: str | None) -> VolumeInput:
+    """Return the contrasts, or one of them, each named by its key where it takes every scan."""
+    contrasts = {
+        name: replace(c, contrast="") if c.contrast == EVERY else c
+        for name, c in inputs.contrasts.items()
+        if modality in (None, name)
+    }
+    return replace(inputs, contrasts=contrasts or inputs.contrasts)
 
 
 def _as_one(path: str, exams: list[Exam]) -> list[Exam]:
@@ -208,7 +222,7 @@ class VolumePrediction:
         first = self.inputs.preparation.resample_to
         names = [name for name in self.inputs.contrasts if name in exam.scans]
         name = first if first in names else names[0]
-        facts = describe_scan(exam.scans[name], self.inputs.contrasts[name].reading)
+        facts = describe_scan(exam.scans[name], self.inputs.contrasts[name].reading_of(exam, name))
         count, states = len(self.task.classes), file_states(exam.scans.values())
         read = partial(volume_batch, prepared)
         if self.writes_numbers:

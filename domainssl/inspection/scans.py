@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 from domainssl.errors import DataError
 from domainssl.inspection.files import band_rows, find_geotiffs
 from domainssl.inspection.tables import add_row, facts_table, new_table, note_lines, values_table
-from domainssl.io.volume.dicom import is_series, list_series
+from domainssl.io.volume.dicom import is_series
+from domainssl.io.volume.dicom_studies import series_at
 from domainssl.io.volume.geometry import check_same_grid
 from domainssl.io.volume.scan import (
     ENDINGS,
@@ -67,7 +68,7 @@ def inspect_scans(path: str) -> dict[str, Any]:
     entries = [entry for found in paths[:_LISTED] for entry in _one(found, problems)]
     facts = [entry.facts for entry in entries]
     scans = [_described(entry, problems, measure=n < _MEASURED) for n, entry in enumerate(entries)]
-    notes = [*_grids(facts), *_unlike(facts)]
+    notes = [*_together(entries), *_grids(facts), *_unlike(facts)]
     if count > _LISTED:
         notes.append(f"{count} scans; the headers of the first {_LISTED} are read")
     return {
@@ -83,10 +84,12 @@ def inspect_scans(path: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A scan and how it is read."""
+    """A scan, how it is read, and what contrast a series of several shows."""
 
     facts: ScanFacts
     reading: Reading
+    word: str = ""
+    study: str = field(default="", repr=False)
 
 
 def _is_one(path: str) -> bool:
@@ -98,26 +101,53 @@ def _is_one(path: str) -> bool:
 
 def _one(path: str, problems: list[str]) -> list[_Entry]:
     """Return facts and reading of the scan at a path, of each series where there are several."""
-    readings = [Reading()]
+    readings = [(Reading(), "", "")]
     if os.path.isdir(path) or is_series(path):
         try:
-            keys = list(list_series(path))
+            series = series_at(path)
         except DataError as error:
             problems.append(str(error))
             return []
-        readings = [Reading(series=key) for key in keys] or readings
+        readings = [(Reading(series=s.key), s.word, s.study) for s in series] or readings
     found = []
-    for reading in readings:
+    for reading, word, study in readings:
         try:
-            found.append(_Entry(describe_scan(path, reading), reading))
+            found.append(_Entry(describe_scan(path, reading), reading, word, study))
         except DataError as error:
             problems.append(str(error))
     if len(found) > 1:
-        names = ", ".join(str(entry.reading.series) for entry in found)
-        problems.append(
-            f"{path}: {len(found)} series: {names}; to read one of them set `series: <key>`"
-        )
+        problems += _several(path, found)
     return found
+
+
+def _several(path: str, found: Sequence[_Entry]) -> list[str]:
+    """Say how the series of a folder are read, where their contrasts do not tell them apart."""
+    words = {(entry.study, entry.word) for entry in found if entry.word}
+    if len(words) == len(found):
+        return []
+    names = ", ".join(
+        f"{entry.reading.series} ({entry.word})" if entry.word else str(entry.reading.series)
+        for entry in found
+    )
+    return [
+        f"{path}: {len(found)} series: {names}. To read one of them set `series: <key>`; to read "
+        "several, set the contrast of each modality to its word, where one series has it, to its "
+        "key, or to its description with * for any letters"
+    ]
+
+
+def _together(entries: Sequence[_Entry]) -> list[str]:
+    """Say which modalities read the series of flat folders, where their contrasts tell them."""
+    words = Counter(entry.word for entry in entries if entry.word)
+    several = Counter(entry.facts.path for entry in entries if entry.word)
+    if max(several.values(), default=0) < 2:
+        return []
+    counts = ", ".join(f"{word} ({count})" for word, count in words.items())
+    named = ", ".join(f"{word}: {{}}" for word in words)
+    return [
+        f"DICOM series by contrast: {counts}; modalities named after them read them as one exam "
+        f"per folder or study: modalities: {{{named}}}"
+    ]
 
 
 def _described(entry: _Entry, problems: list[str], *, measure: bool) -> dict[str, Any]:
@@ -126,6 +156,7 @@ def _described(entry: _Entry, problems: list[str], *, measure: bool) -> dict[str
     report: dict[str, Any] = {
         "path": facts.path,
         "series": entry.reading.series,
+        "contrast": entry.word or None,
         "format": facts.format,
         "modality": facts.modality,
         "shape": list(facts.shape),

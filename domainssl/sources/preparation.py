@@ -144,7 +144,8 @@ def key_of(exam: Exam, cache: VolumeCache, options: Preparation) -> str:
     """Return the name of a prepared exam in a cache; it changes whenever one of its files does."""
     files = {**exam.scans, "(mask)": exam.mask, "(anonymized)": exam.anonymized}
     identity = identity_of(files, content=options.cache_key == "content")
-    return cache.key([identity, plain(exam.volumes), exam.source])
+    chosen = [plain(exam.series)] if exam.series else []
+    return cache.key([identity, plain(exam.volumes), exam.source, *chosen])
 
 
 def _compact(
@@ -170,7 +171,7 @@ def split_volumes(exams: Sequence[Exam], contrasts: Mapping[str, Contrast]) -> l
     out = []
     for exam in exams:
         counts = {
-            name: describe_scan(exam.scans[name], contrasts[name].reading).volumes
+            name: describe_scan(exam.scans[name], contrasts[name].reading_of(exam, name)).volumes
             for name in split
             if name in exam.scans and name not in exam.volumes
         }
@@ -191,10 +192,7 @@ def split_volumes(exams: Sequence[Exam], contrasts: Mapping[str, Contrast]) -> l
 
 
 def _read(exam: Exam, name: str, contrast: Contrast) -> Scan:
-    reading = contrast.reading
-    if name in exam.volumes and reading.volume in (None, "split"):
-        reading = replace(reading, volume=exam.volumes[name])
-    scan = read_scan(exam.scans[name], reading)
+    scan = read_scan(exam.scans[name], contrast.reading_of(exam, name))
     for text in set(scan.facts.warnings) - _said:
         _said.add(text)
         _log.warning("%s", text)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from domainssl.errors import ConfigError, nearest
 from domainssl.io.ids import IDS
-from domainssl.io.volume.exam import Wanted
+from domainssl.io.volume.exam import Exam, Wanted
 from domainssl.io.volume.exams import LAYOUTS
 from domainssl.io.volume.scan import Reading
 from domainssl.io.volume.stores import TIERS
@@ -83,6 +83,15 @@ class Contrast:
             mean=self.mean or None,
             std=self.std or None,
         )
+
+    def reading_of(self, exam: Exam, name: str) -> Reading:
+        """Return how the file of an exam is read, with the volume or series that the exam means."""
+        reading = self.reading
+        if name in exam.volumes and reading.volume in (None, "split"):
+            reading = replace(reading, volume=exam.volumes[name])
+        if name in exam.series and reading.series is None:
+            reading = replace(reading, series=exam.series[name])
+        return reading
 
     def is_hu(self, source: str) -> bool:
         """Tell whether the values of a scan are Hounsfield units."""

@@ -338,7 +338,8 @@ def test_one_of_several_series_is_chosen_by_a_key_without_patient_data(tmp_path:
     values = write_series(tmp_path, number=3)
     for k in range(2):
         write_slice(tmp_path / f"z{k}", plane(k), (0, 0, k), series="2", number=7)
-    with pytest.raises(DataError, match=r"2 series: ct-3 with 6 images.*ct-7 with 2.*`series: <"):
+    wanted = r"2 series: ct-3 \(ct\) with 6 .*ct-7 \(ct\) with 2.*`series: <"
+    with pytest.raises(DataError, match=wanted):
         describe_scan(tmp_path)
     scan = read_scan(tmp_path, Reading(series="ct-3"))
     holds(scan, values, affine_of())

@@ -36,7 +36,6 @@ __all__ = [
     "files_in",
     "holds_image",
     "is_series",
-    "list_series",
     "read",
     "series_keys",
 ]
@@ -133,18 +132,6 @@ def series_keys(files: Sequence[DicomFile]) -> dict[str, list[DicomFile]]:
         times = sum(other == key or other.startswith(f"{key}.") for other in keys)
         keys[f"{key}.{times + 1}" if times else key] = group
     return keys
-
-
-def list_series(path: str) -> dict[str, int]:
-    """Return the keys of the series at a path, with how many images each has.
-
-    Raises:
-        DataError: A DICOM file is damaged.
-    """
-    images = [file for file in contents(path)[0] if file.what == "image"]
-    placed = [f for f in images if any(p.position and p.orientation for p in f.planes)]
-    keys = series_keys(placed)
-    return {key: sum(len(file.planes) for file in group) for key, group in keys.items()}
 
 
 def describe(path: str, reading: Reading) -> ScanFacts:
@@ -286,14 +273,16 @@ def _chosen(path: str, keys: Mapping[str, list[DicomFile]], reading: Reading) ->
     if len(candidates) > 1:
         raise DataError(
             f"{path}: holds {len(candidates)} series: {_listed(real or keys)}. Choose one with "
-            "`series: <key>`, or put each in a folder of its own."
+            "`series: <key>`, read several as modalities with their contrasts, or put each in a "
+            "folder of its own."
         )
     return candidates[0]
 
 
 def _listed(keys: Mapping[str, list[DicomFile]]) -> str:
     return "; ".join(
-        f"{key} with {sum(len(file.planes) for file in group)} images such as "
+        f"{key}{f' ({group[0].word})' if group[0].word else ''} with "
+        f"{sum(len(file.planes) for file in group)} images such as "
         f"{names_of(group[0].planes[:1])}"
         for key, group in keys.items()
     )

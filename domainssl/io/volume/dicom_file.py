@@ -13,13 +13,14 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from domainssl.errors import DataError, parsing, require
 from domainssl.io.volume.codestream import image_size
+from domainssl.io.volume.dicom_words import word_of
 from domainssl.io.volume.stored import VOLUME_LIMIT, open_stored
 
 __all__ = [
@@ -60,6 +61,7 @@ _QUIET = r"pydicom(\..*)?"
 _PHASES = ("EchoTime", "TemporalPositionIdentifier", "TriggerTime", "DiffusionBValue",
            "AcquisitionNumber", "InversionTime", "FlipAngle", "RepetitionTime",
            "ImageType")  # fmt: skip
+_TEXTS = ("SeriesDescription", "ProtocolName")  # may hold names: compared, shown nowhere
 _TAGS = (
     "SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "Modality",
     "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
@@ -67,7 +69,7 @@ _TAGS = (
     "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
     "SpacingBetweenSlices", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-    "SegmentationType", *_PHASES,
+    "SegmentationType", *_PHASES, *_TEXTS, "ContrastBolusAgent",
 )  # fmt: skip
 _DAMAGED = "The file is cut off or damaged; export it again."
 
@@ -141,6 +143,9 @@ class DicomFile:
         table: Table of values, instead of slope and intercept.
         kind: Type of a segmentation: BINARY, FRACTIONAL or LABELMAP.
         has_scale: Whether it states slope and intercept, or a table.
+        study: Digest that tells its study from others.
+        word: Contrast of its series, such as `t1c`; empty where unknown.
+        texts: What its series is called; never shown.
     """
 
     path: str
@@ -156,6 +161,9 @@ class DicomFile:
     table: Table | None = None
     kind: str = ""
     has_scale: bool = True
+    study: str = field(default="", repr=False)
+    word: str = ""
+    texts: tuple[str, ...] = field(default=(), repr=False)
 
 
 def dicom() -> Any:
@@ -276,11 +284,14 @@ def _image(path: str, found: Any, what: str, size: int) -> DicomFile:
     is_signed = bool(int(found.get("PixelRepresentation") or 0))
     _check_bits(path, found, bits)
     planes, table = _planes(path, found, count), _table(found, syntax)
+    texts = [str(found.get(name) or "") for name in _TEXTS]
+    modality, agent = str(found.get("Modality") or ""), str(found.get("ContrastBolusAgent") or "")
+    study = str(found.get("StudyInstanceUID") or "").strip()
     return DicomFile(
         path=path,
         series=_series(path, found),
         number=int(found.get("SeriesNumber") or 0),
-        modality=str(found.get("Modality") or ""),
+        modality=modality,
         what=what,
         planes=tuple(planes),
         syntax=str(syntax),
@@ -290,6 +301,9 @@ def _image(path: str, found: Any, what: str, size: int) -> DicomFile:
         table=table,
         kind=str(found.get("SegmentationType") or ""),
         has_scale=table is not None or all(plane.is_scaled for plane in planes),
+        study=hashlib.sha256(study.encode()).hexdigest() if study else "",
+        word=word_of(modality, texts, agent),
+        texts=tuple(texts),
     )
 
 

@@ -22,6 +22,7 @@ class Exam:
         split: `train`, `val`, `test`, or empty where the data do not say.
         scans: File, or folder of a DICOM series, per modality key; missing contrasts are not there.
         volumes: Which volume of a 4D file a modality reads, where it is one of several.
+        series: Which series of a DICOM folder a modality reads, where the folder holds several.
         source: What kind of scan it is, such as `ct` or `mr`; empty where unknown.
         label: Class of the exam; empty where unknown.
         mask: File with the class of every voxel; empty where there is none.
@@ -35,6 +36,7 @@ class Exam:
     scans: Mapping[str, str]
     split: str = ""
     volumes: Mapping[str, int] = field(default_factory=dict)
+    series: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     label: str = ""
     mask: str = ""

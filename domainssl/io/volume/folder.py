@@ -2,7 +2,8 @@
 
 A scan belongs to a contrast whose name ends its file name (`p01_t1.nii.gz`, `p01/t1.nii.gz`) or is
 one of its folders (`t1/p01.nii.gz`, `p01/t1/<series>`). The rest of the path is the exam, its first
-folder the patient; folders named `train`, `val` or `test` say the split.
+folder the patient; folders named `train`, `val` or `test` say the split. DICOM folders that no name
+of a contrast is in are asked what their series show.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from domainssl.errors import DataError, nearest
 from domainssl.io.subjects import EVERY, Found, ends_with, split_of
+from domainssl.io.volume.dicom_studies import Studies, studies_of
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.scan import list_scans
 
@@ -34,6 +36,7 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
     problems: list[str] = []
     matched: set[str] = set()
     seen: list[str] = []
+    unnamed: list[str] = []  # folders with DICOM
     names = {**wanted.contrasts}
     masks: tuple[str, ...] = (wanted.mask,)
     if not wanted.mask or wanted.mask in MASKS:  # maps are no scans, wanted or not
@@ -46,10 +49,12 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
             extra.setdefault(of, {}).setdefault(kind, path)
             continue
         seen.append(parts[-1])
+        is_named = False
         for name, contrast in names.items():
             exam = "/".join(parts) if contrast == EVERY else _exam_of(parts, contrast)
             if exam is None:
                 continue
+            is_named = True
             matched.add(name)
             files = scans.setdefault(exam, {})
             if name in files:
@@ -59,12 +64,23 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
                 )
             else:
                 files[name] = path
+        if not is_named and os.path.isdir(path):
+            unnamed.append(path)
+    studies = studies_of(unnamed, root, names)
+    problems += studies.problems
+    for exam, parts_of in studies.scans.items():
+        for name, (path, _) in parts_of.items():
+            matched.add(name)
+            scans.setdefault(exam, {}).setdefault(name, path)
     needed = {} if wanted.may_lack and matched else names
-    _must_match(root, needed, matched, seen, len(extra))
+    _must_match(root, needed, matched, seen, len(extra), studies)
     if not wanted.mask:
         extra = {exam: {k: v for k, v in e.items() if k != "mask"} for exam, e in extra.items()}
     problems += _assign(extra, scans, names)
-    exams = [_exam(exam, files, extra.get(exam, {})) for exam, files in sorted(scans.items())]
+    exams = [
+        _exam(exam, files, extra.get(exam, {}), studies.scans.get(exam, {}))
+        for exam, files in sorted(scans.items())
+    ]
     if not wanted.patient:
         problems += _crowds(root, exams)
     return Found(layout="folder", items=exams, problems=problems)
@@ -136,8 +152,9 @@ def _crowds(root: str, exams: Sequence[Exam]) -> list[str]:
 
 
 def _must_match(
-    root: str, names: dict[str, str], matched: set[str], seen: Sequence[str], others: int
-) -> None:
+    root: str, names: dict[str, str], matched: set[str], seen: Sequence[str], others: int,
+    studies: Studies,
+) -> None:  # fmt: skip
     if not seen and others:
         raise DataError(
             f"{root}: no scan there, only {others} segmentation maps, as their names say "
@@ -151,22 +168,31 @@ def _must_match(
     for name, contrast in names.items():
         if name not in matched:
             shown = sorted(set(seen))
+            series = studies.seen
+            said = ", ".join(f"{count} {word}" for word, count in series.items())
+            said = f" By what DICOM series say they are {said}." if series else ""
+            said += "".join(f" {text}" for text in studies.problems[:1])
+            words = ", or to one of these words or the description of a series" if series else ""
             raise DataError(
                 f"{root}: no scan ends with or lies in a folder {contrast!r}, as modality "
                 f"{name!r} asks for; there are {len(shown)} names, such as "
-                f"{', '.join(shown[:6])}.{nearest(contrast, shown)} Set "
+                f"{', '.join(shown[:6])}.{said}{nearest(contrast, [*shown, *series])} Set "
                 f"data.init_args.modalities.{name}.contrast to the end of the file names, or to "
-                f"'{EVERY}' where every scan is an exam."
+                f"'{EVERY}' where every scan is an exam{words}."
             )
 
 
-def _exam(name: str, scans: dict[str, str], extra: dict[str, str]) -> Exam:
+def _exam(
+    name: str, scans: dict[str, str], extra: dict[str, str],
+    series: Mapping[str, tuple[str, str]],
+) -> Exam:  # fmt: skip
     folders = name.split("/")
     split = split_of(folders[0]) if len(folders) > 1 else ""
     return Exam(
         id=name,
         patient=folders[1 if split else 0],
         scans=scans,
+        series={n: key for n, (path, key) in series.items() if scans[n] == path},
         split=split,
         mask=extra.get("mask", ""),
         anonymized=extra.get("anonymized", ""),
