@@ -452,20 +452,32 @@ def _headline(report: Mapping[str, Any]) -> str:
 def _ssl4eo(report: Mapping[str, Any]) -> list[Any]:
     parts: list[Any] = []
     for split, entry in report["splits"].items():
-        facts = {k: v for k, v in entry.items() if k != "products"}
+        titles = {"dates": "dates per location", "size": "pixels"}
+        facts = {titles.get(k, k): v for k, v in entry.items() if k != "products"}
         parts.append(facts_table(split, facts))
         for name, found in entry["products"].items():
             rows = found.get("values", [])
-            labels = {"offset": "offset in the file: locations"}
-            facts = {labels.get(k, k): v for k, v in found.items() if k != "values"}
-            parts.append(facts_table(f"{split} {name}", facts))
+            parts.append(facts_table(f"{split} {name}", _titled(found)))
             if rows:
                 unit = found["value_unit"]
-                where = f"{found['measured_locations']} locations, first date, valid pixels"
+                where = f"{found['measured_locations']} locations, first date of each, valid pixels"
                 if any(int(value) for value in found["offset"] or {}):
                     where += ", after the offset was taken away"
                 parts.append(values_table(f"{split} {name}, {unit}, {where}", rows))
     return parts
+
+
+def _titled(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return facts of a modality under titles that tell counts, spans and what they are of."""
+    titles = {
+        "offset": "offset in the file: locations",
+        "dates": "dates, first to last" if "measured_dates" in facts else "dates looked at",
+        "measured_dates": "dates of the measured values",
+        "measured_locations": "locations looked at",
+    }
+    shown = {k: v for k, v in facts.items() if k != "values"}
+    shown |= {k: " to ".join(shown[k]) for k in ("dates", "measured_dates") if shown.get(k)}
+    return {titles.get(k, k): v for k, v in shown.items()}
 
 
 def _geotiff(report: Mapping[str, Any]) -> list[Any]:
@@ -481,8 +493,7 @@ def _data(report: Mapping[str, Any]) -> list[Any]:
     for split, entry in report["splits"].items():
         parts.append(facts_table(split, {k: v for k, v in entry.items() if k != "modalities"}))
         for name, found in entry["modalities"].items():
-            facts = {k: v for k, v in found.items() if k != "values"}
-            parts.append(facts_table(f"{split} {name}", facts))
+            parts.append(facts_table(f"{split} {name}", _titled(found)))
             if found.get("values"):
                 title = (
                     f"{split} {name}, {found['value_unit']}, valid pixels of the items looked at"

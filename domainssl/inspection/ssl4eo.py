@@ -193,9 +193,16 @@ def _storage(cube: Cube, problems: list[str]) -> dict[str, Any]:
     }
 
 
+def _span(dates: np.ndarray[Any, Any]) -> list[str] | None:
+    """Return the first and the last known date."""
+    known = dates[dates > 0]
+    if not known.size:
+        return None
+    return [str(np.datetime64(int(day), "D")) for day in (known.min(), known.max())]
+
+
 def _values(block: Block, name: str, problems: list[str]) -> dict[str, Any]:
     values = np.moveaxis(block.values, 2, 0)
-    known = block.dates[block.dates > 0]
     if (block.dates <= 0).any():
         problems.append(f"{block.file}: {int((block.dates <= 0).sum())} unknown dates")
     if not block.valid.any():
@@ -203,12 +210,11 @@ def _values(block: Block, name: str, problems: list[str]) -> dict[str, Any]:
     offsets = Counter(int(value) for value in block.offset)
     if len(offsets) > 1:
         problems.append(f"{block.file}: locations with and without the +1000: {dict(offsets)}")
-    span = [str(np.datetime64(int(day), "D")) for day in (known.min(), known.max())] \
-        if known.size else None  # fmt: skip
     return {
         "measured_locations": len(block.ids),
         "first_ids": block.ids[:3],
-        "dates": span,
+        "dates": _span(block.stored_dates),
+        "measured_dates": _span(block.dates),
         "crs": {str(code): count for code, count in Counter(block.crs.tolist()).items()},
         "valid_share": float(block.valid.mean()),
         "nan_share": float(1 - block.finite_share),

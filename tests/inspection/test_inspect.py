@@ -41,12 +41,17 @@ def test_both_releases_are_described_as_plain_data(root: Path) -> None:
     assert found["codec"] == "blosc(lz4, 5, shuffle 1)"
     assert found["crs"] == {"32632": 3} and found["valid_share"] == 1.0
     assert found["offset"] == {("1000" if report["release"] == "A" else "0"): 3}
+    first = np.datetime64("2020-01-05")  # of every location; the others are 80 days apart
+    assert found["dates"] == [str(first), str(first + 80 * (DATES - 1))]
+    assert found["measured_dates"] == [str(first), str(first)]
     values = {row["band"]: row for row in found["values"]}
     assert values["B02"]["min"] == 1.0 and values["B02"]["max"] == 1004.0
 
 
 def test_tables_show_release_values_and_problems(root: Path) -> None:
     text = text_of(inspect_path(str(root)))
+    for part in ("dates per location", "dates, first to last", "dates of the measured values"):
+        assert part in text
     for part in ("SSL4EO-S12 v1.1, release", "S1GRD", "blosc(lz4, 5, shuffle 1)", "B8A", "32632"):
         assert part in text
     assert "no problems found" in text

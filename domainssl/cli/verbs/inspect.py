@@ -1,6 +1,8 @@
-"""Say what is at a path: release, products, bands, chunks, values, problems."""
+"""Say what is at a path, data or results: release, products, bands, chunks, values, problems."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from domainssl.cli.words import Parser
 
@@ -13,7 +15,9 @@ def run(argv: list[str]) -> int:
         prog="python -m domainssl inspect",
         passes="--data.",
         description="Say what is at a path: a folder, an archive, a cube, a GeoTIFF, a scan, a "
-        "DICOM folder, slides, tiles or features, local or behind an fsspec URL. Values are "
+        "DICOM folder, slides, tiles or features, local or behind an fsspec URL; or a result: a "
+        "run, a folder of runs, a backbone, a task, a checkpoint, an embedding, predictions, with "
+        "the next command. Values are "
         "measured on a part of the data. "
         "Exit status 1 when problems were found, 2 when nothing could be read.",
     )
@@ -33,7 +37,8 @@ def run(argv: list[str]) -> int:
     from domainssl.arguments import plain
     from domainssl.cli.console import console
     from domainssl.cli.run.looking import data_at
-    from domainssl.inspection.recognise import inspect_path, render
+    from domainssl.cli.run.results import render_result
+    from domainssl.inspection.recognise import render
 
     data = data_at(options.path, options.config, more, "inspect")
     if data is not None:
@@ -41,14 +46,32 @@ def run(argv: list[str]) -> int:
 
         report = {"path": str(getattr(data, "root", "")), **inspect_data(data)}
     else:
-        path = options.path
-        if path == "sample":
-            from domainssl.datamodules.samples.ssl4eo import sample_root
-
-            path = str(sample_root())
-        report = inspect_path(path)
+        report = _at(options.path)
     if options.json:
         print(json.dumps(plain(report), indent=2))
     else:
-        console().print(render(report), soft_wrap=False)
+        shown = render_result(report) if "next" in report else render(report)
+        console().print(shown, soft_wrap=False)
     return 1 if report["problems"] else 0
+
+
+def _at(path: str) -> dict[str, Any]:
+    """Describe what lies at a path: results of this library, or data."""
+    from domainssl.cli.run.results import result_at, runs_below
+    from domainssl.errors import DataError
+    from domainssl.inspection.recognise import inspect_path
+
+    if path == "sample":
+        from domainssl.datamodules.samples.ssl4eo import sample_root
+
+        return inspect_path(str(sample_root()))
+    found = result_at(path)
+    if found is not None:
+        return found
+    try:
+        return inspect_path(path)
+    except DataError:
+        found = runs_below(path)
+        if found is None:
+            raise
+        return found

@@ -53,6 +53,7 @@ class Block:
             of a read in parts: as stored.
         valid: True where the pixel is a measurement, (n, T, Y, X); n = 0 for a read in parts.
         dates: Days since 1970-01-01, 0 if unknown, int32 (n, T).
+        stored_dates: Those of all dates of each location, whichever were asked for, int32 (n, D).
         ids: What pairs the locations over products: the location id (A), the tar key (B).
         location_ids: The location id as stored.
         lat, lon: Centre of each tile, WGS84, (n,); NaN if not stored.
@@ -74,6 +75,7 @@ class Block:
     values: Array
     valid: Array
     dates: Array
+    stored_dates: Array
     ids: list[str]
     location_ids: list[str]
     lat: Array
@@ -169,6 +171,7 @@ def read(
         values=values,
         valid=valid,
         dates=days(times),
+        stored_dates=days(chosen_times(meta, _all_dates(meta), repair)),
         ids=meta.ids,
         location_ids=meta.location_ids,
         lat=meta.lat,
@@ -252,6 +255,11 @@ def _check_dates(group: Group, dates: Sequence[int]) -> None:
 
 
 # ---------------------------------------------------------------------------- loading
+
+
+def _all_dates(meta: TileFacts) -> Array:
+    """Return the places of all stored dates, int64 (n, D)."""
+    return np.broadcast_to(np.arange(meta.times.shape[1]), meta.times.shape)
 
 
 def _load_a(
