@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,12 +116,33 @@ def indexed(dataset: Any, modalities: Mapping[str, Modality]) -> Any:
     """Return a data set whose items have numbers: boxes of a torchgeo `GeoDataset` on a grid."""
     if not any(c.__name__ == "GeoDataset" for c in type(dataset).__mro__):
         return dataset
-    from torchgeo.samplers import GridGeoSampler, Units
-
     size: Any = max(modality.size for modality in modalities.values())
     with parsing(f"a grid on {type(dataset).__name__}", advice=ADVICE):
-        boxes = list(GridGeoSampler(dataset, size=size, stride=size, units=Units.PIXELS))
+        boxes = list(_grid(dataset, size))
     return _Boxes(dataset, boxes)
+
+
+def _grid(dataset: Any, size: tuple[int, int]) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield boxes [x, y, t] of `size` pixels (rows, columns), scene by scene.
+
+    Those at the right and at the top that would leave the scene are moved into it. Scenes that are
+    smaller are left out. (The grids of torchgeo's samplers differ between its versions.)
+    """
+    height, width = size[0] * dataset.res[1], size[1] * dataset.res[0]
+    index = dataset.index
+    for span, shape in zip(index.index, index.geometry, strict=True):
+        left, bottom, right, top = shape.bounds
+        rows, columns = (
+            math.ceil(round(side / step, 6))
+            for side, step in ((top - bottom, height), (right - left, width))
+        )
+        if round((top - bottom) / height, 6) < 1 or round((right - left) / width, 6) < 1:
+            continue
+        for row in range(rows):
+            y = min(bottom + row * height, top - height)
+            for column in range(columns):
+                x = min(left + column * width, right - width)
+                yield slice(x, x + width), slice(y, y + height), slice(span.left, span.right)
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,9 @@ def test_a_torchgeo_datamodule_gives_raw_values_without_its_augmentations(
 ) -> None:
     from domainssl.datamodules.samples.so2sat import sample_root as so2sat
 
-    splits = DatasetClass("torchgeo.datamodules.So2SatDataModule", {"batch_size": 4})
+    splits = DatasetClass(
+        "torchgeo.datamodules.So2SatDataModule", {"batch_size": 4, "checksum": False}
+    )
     sensors = DatasetDataModule().described
     data = DatasetDataModule(str(so2sat()), splits, sensors, loading=Loading(workers=0))
     data.setup("fit")
@@ -313,17 +315,19 @@ def test_a_geodataset_is_read_on_a_grid(tmp_path: Path) -> None:
     class Scenes(RasterDataset):
         filename_glob = "*.tif"
 
-    values = np.arange(64, dtype=np.float32).reshape(1, 8, 8)
+    values = np.arange(72, dtype=np.float32).reshape(1, 8, 9)
     with rasterio.open(
-        tmp_path / "a.tif", "w", driver="GTiff", width=8, height=8, count=1, dtype="float32",
+        tmp_path / "a.tif", "w", driver="GTiff", width=9, height=8, count=1, dtype="float32",
         crs="EPSG:32632", transform=rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000),
     ) as file:  # fmt: skip
         file.write(values)
     sensors = {"dem": {"channels": ("height",), "value_unit": "arbitrary", "size": (4, 4)}}
     data = of({"train": Scenes(str(tmp_path))}, sensors, held_out=HeldOut(val_fraction=0))
-    rows = data.source("train").load(Piece(0, 0, 4), 0).data
+    source = data.source("train")
+    assert sum(source.sizes) == 6  # the last column of boxes is moved into the scene
+    rows = source.load(Piece(0, 0, 6), 0).data
     found = {tuple(item.flatten().tolist()) for item in rows["dem"]}
     wanted = {
-        tuple(values[0, y : y + 4, x : x + 4].flatten().tolist()) for y in (0, 4) for x in (0, 4)
+        tuple(values[0, y : y + 4, x : x + 4].flatten().tolist()) for y in (0, 4) for x in (0, 4, 5)
     }
     assert found == wanted
