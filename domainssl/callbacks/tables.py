@@ -12,6 +12,8 @@ import numpy as np
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
 
 from domainssl.callbacks._common import console_of, run_folder
@@ -30,7 +32,8 @@ class ResultTables(Callback):
 
     `predictions.csv` has a row per item with its id, label and what was predicted;
     `confusion.csv` and `confusion.png` count labels (rows) by what was predicted (columns);
-    `classes.csv` has the metrics of every class. What a kind of task has not is left out.
+    `classes.csv` has the metrics of every class. What a kind of task has not is left out. The
+    screen shows metrics, the table of classes and where the files lie instead of Lightning's table.
 
     Args:
         format: `csv`, or `parquet` for the predictions, which needs pyarrow.
@@ -50,8 +53,10 @@ class ResultTables(Callback):
         self._rows: dict[str, list[Any]] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier test."""
+        """Forget an earlier test; the metrics are shown by this callback, not by the Trainer."""
         self._rows = {}
+        if isinstance(pl_module, Task):
+            trainer.test_loop.verbose = False
 
     def on_test_batch_end(
         self,
@@ -92,8 +97,41 @@ class ResultTables(Callback):
         if per_class:
             lines = [[c, *(v[i] for v in per_class.values())] for i, c in enumerate(classes)]
             written.append(_write_csv(folder / "classes.csv", ["class", *per_class], lines))
+        screen = console_of(trainer)
+        own = {n: float(v) for n, v in found.items() if v.ndim == 0}
+        loss = trainer.callback_metrics.get("test/loss")
+        own |= {} if loss is None else {"loss": float(loss)}
+        words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items())
+        screen.print(f"{'result':<8} {words}", markup=False)
+        if per_class:
+            screen.print(_shown(classes, per_class, found.get("confusion")))
         shown = ", ".join(path.name for path in written)
-        console_of(trainer).print(f"{'results':<8} {folder}  ({shown})", markup=False)
+        screen.print(f"{'written':<8} {folder}  ({shown})", markup=False)
+
+
+def _shown(
+    classes: Sequence[str], columns: Mapping[str, Sequence[float]], confusion: Tensor | None
+) -> Table:
+    """Return the table per class for the screen; of very many classes the first ones.
+
+    Args:
+        classes: Names.
+        columns: A number per class, by the name of the metric.
+        confusion: Labels by what was predicted, (K, K), where there is one: classes without a
+            label get no numbers.
+    """
+    counts = None if confusion is None else confusion.sum(1).tolist()
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.add_column("class", overflow="fold")
+    for title in ([] if counts is None else ["labelled"]) + list(columns):
+        table.add_column(title.replace("_", " "), justify="right")
+    for number, name in enumerate(classes[:_MOST_NAMED]):
+        count = None if counts is None else counts[number]
+        cells = ["-" if count == 0 else f"{v[number]:.3f}" for v in columns.values()]
+        table.add_row(escape(name), *([] if count is None else [f"{count:,.0f}"]), *cells)
+    if len(classes) > _MOST_NAMED:
+        table.add_row(f"{len(classes) - _MOST_NAMED} more in classes.csv")
+    return table
 
 
 def _joined(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:

@@ -457,8 +457,8 @@ def _record(target: Path) -> Path:
 
 
 def _picture(target: Path) -> Path:
-    name = target.name.removesuffix(".gz")
-    return target.with_name(f"{name.removesuffix(Path(name).suffix)}.png")
+    """Return the preview; it keeps the ending, so that a store and its COG have one each."""
+    return target.with_name(f"{target.name}.png")
 
 
 def _plain(layout: VectorLayout) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,10 +15,14 @@ __all__ = [
     "file_name",
     "file_states",
     "make_folder",
+    "refuse_ending",
     "refuse_one_file",
     "refuse_other",
     "repeated",
 ]
+
+
+_ENDING = re.compile(r"\w\.[A-Za-z][A-Za-z0-9]{0,9}$")  # such as .zarr, .nii.gz, .h5; not v1.2
 
 
 def file_name(item: str) -> str:
@@ -63,6 +68,23 @@ def refuse_one_file(output: Path, count: int, noun: str) -> None:
     if count > 1:
         raise ConfigError(
             f"--output {output}: the name of one file, but there are {count} {noun}. Give a folder."
+        )
+
+
+def refuse_ending(output: Path, written: str) -> None:
+    """Refuse the name of a file of another kind where a folder would be made of it.
+
+    Args:
+        output: What the user gave; it has none of the endings that are written.
+        written: What is written, for the message.
+
+    Raises:
+        ConfigError: It ends like a file, and is no folder.
+    """
+    if _ENDING.search(output.name) and not output.is_dir():
+        raise ConfigError(
+            f"--output {output}: ends like a file, but {written}. Give one of these endings, or "
+            f"the name of a folder; one that is called so has to be there (mkdir {output})."
         )
 
 

@@ -24,7 +24,7 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json, write_whole
 from domainssl.inference.dense import DenseOptions
 from domainssl.inference.outputs import refuse_other, repeated
-from domainssl.inference.preview import write_scatter
+from domainssl.inference.preview import write_items
 from domainssl.inference.tokens import autocast_context
 from domainssl.io.raster.geoparquet import Footprint, vector_table
 from domainssl.modality import Batch, batch_to
@@ -200,7 +200,8 @@ class PooledEmbedding:
         )
         try:
             write_whole(self.target, content)
-            write_scatter(self.target.with_suffix(".png"), vectors)
+            names = [item.name for item in self.items]
+            write_items(self.target.with_name(f"{self.target.name}.png"), vectors, names)
             left_out = self.left_out()
             write_json(self._record, self._request | ({"left_out": left_out} if left_out else {}))
         except OSError as error:

@@ -9,22 +9,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from domainssl.errors import ConfigError
 from domainssl.inference.bags import bag_items
 from domainssl.inference.domain import domain_of
 from domainssl.inference.inputs import find_inputs, is_raster
 from domainssl.inference.items import ExamItem, SceneItem, windows_of_task
-from domainssl.inference.outputs import file_name
+from domainssl.inference.outputs import file_name, refuse_ending
 from domainssl.inference.predict import PredictOptions
 from domainssl.inference.raster_maps import RasterPrediction, find_pairs, find_scenes
 from domainssl.inference.scenes import Scene, SceneOptions, open_scene
 from domainssl.inference.slide_maps import SlidePrediction, find_slides
 from domainssl.inference.tables import Item, TablePrediction
-from domainssl.inference.volume_maps import VolumePrediction, find_volumes, volume_input
+from domainssl.inference.volume_maps import (
+    VolumeInput,
+    VolumePrediction,
+    find_volumes,
+    volume_input,
+)
+from domainssl.io.ids import ids_of
 from domainssl.io.slide.facts import SlideReading
 from domainssl.io.slide.grid import MIN_TISSUE
+from domainssl.io.volume.exam import Exam
 
 __all__ = ["NOUNS", "HowPredicted", "Prediction", "prediction"]
 
@@ -45,6 +52,7 @@ class HowPredicted:
         scene: What is said about rasters.
         dates: Two dates of a cube, for tasks of change.
         reading: What is said about slides.
+        ids: What outputs of scans and slides are called: `plain`, like them, or `hashed`.
         min_tissue: Least share of tissue in a tile.
         tiles: Tiles of a bag at most.
     """
@@ -55,6 +63,7 @@ class HowPredicted:
     scene: SceneOptions = field(default_factory=SceneOptions)
     dates: tuple[str, ...] = ()
     reading: SlideReading = field(default_factory=SlideReading)
+    ids: Literal["plain", "hashed"] = "plain"
     min_tissue: float = MIN_TISSUE
     tiles: int | None = None
 
@@ -73,6 +82,8 @@ def prediction(task: Any, sources: Sequence[str], output: Path, how: HowPredicte
         DataError: There is no such input.
     """
     domain = domain_of(task.backbone)
+    if output.suffix.lower() not in _TABLES:
+        refuse_ending(output, "maps and regions go into a folder, tables also to .csv or .parquet")
     batch_size = how.batch_size or (_TILES if domain == "slides" else _BATCH)
     how = replace(how, windows=replace(how.windows, batch_size=batch_size))
     pair = task.kind == "change" and len(sources) == 2
@@ -94,8 +105,11 @@ def prediction(task: Any, sources: Sequence[str], output: Path, how: HowPredicte
                 "of tiles as regions, from tasks of classification. For one answer per slide, "
                 "embed its tiles and train a task on the bags."
             )
+        slides = find_slides(sources[0])
+        names = ids_of([slide.name for slide in slides], how.ids)
+        slides = [replace(slide, name=name) for slide, name in zip(slides, names, strict=True)]
         return SlidePrediction(
-            folder=output, slides=find_slides(sources[0]), task=task, options=how.windows,
+            folder=output, slides=slides, task=task, options=how.windows,
             reading=how.reading, min_tissue=how.min_tissue,
         )  # fmt: skip
     target = output if is_table else output / "predictions.csv"
@@ -116,7 +130,7 @@ def _maps(
     if domain == "volumes":
         inputs = volume_input(task, getattr(task, "reading", None))
         return VolumePrediction(
-            folder=output, exams=find_volumes(sources[0], inputs, how.modality), task=task,
+            folder=output, exams=_exams(sources[0], inputs, how), task=task,
             inputs=inputs, options=how.windows, writes_numbers=numbers,
         )  # fmt: skip
     scenes: Sequence[Any]
@@ -127,6 +141,13 @@ def _maps(
     return RasterPrediction(
         folder=output, scenes=scenes, task=task, options=how.windows, writes_numbers=numbers
     )
+
+
+def _exams(source: str, inputs: VolumeInput, how: HowPredicted) -> list[Exam]:
+    """Return the exams of an input, under the names that outputs have."""
+    exams = find_volumes(source, inputs, how.modality)
+    names = ids_of([exam.id for exam in exams], how.ids)
+    return [replace(exam, id=name) for exam, name in zip(exams, names, strict=True)]
 
 
 def _one_date(how: HowPredicted) -> SceneOptions:
@@ -149,7 +170,7 @@ def _items(task: Any, domain: str, source: str, how: HowPredicted) -> Sequence[I
                 file_name(exam.id), exam, inputs,
                 lambda names: windows_of_task(task, names, options, 3),
             )
-            for exam in find_volumes(source, inputs, how.modality)
+            for exam in _exams(source, inputs, how)
         ]  # fmt: skip
     found = find_inputs(
         source, list(task.backbone.modalities), is_raster, "a GeoTIFF or Zarr store"

@@ -12,12 +12,13 @@ from PIL import Image
 
 from domainssl.files import write_whole
 
-__all__ = ["directions", "paint", "write_map_preview", "write_scatter",
+__all__ = ["directions", "paint", "write_items", "write_map_preview",
            "write_tile_preview"]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 _SIDE = 1024  # most pixels along a side
 _SAMPLE = 20_000  # vectors that the directions are found from
+_FEW = 5  # items, fewer of which are drawn as rows
 _PERCENT = 2.0  # cut off at both ends of each colour
 
 
@@ -84,21 +85,37 @@ def write_map_preview(
     _save(path, Image.fromarray(paint(shown), "RGBA"))
 
 
-def write_scatter(path: Path, vectors: Array) -> None:
-    """Write a PNG with a dot per vector, (N, E), over the two strongest directions."""
+def write_items(path: Path, vectors: Array, names: Sequence[str]) -> None:
+    """Write a PNG of one vector per item, (N, E); NaN is left out, and nothing gives no picture.
+
+    From five items on a dot each over the two strongest directions; a few have none that tell
+    anything, and are drawn as rows of their features with their names.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    valid = vectors[np.isfinite(vectors).all(1)]
-    mean, axes = directions(valid[:: max(1, len(valid) // _SAMPLE)])
-    shown = (valid - mean) @ axes
-    figure = Figure(figsize=(5, 5), dpi=100)
+    kept = np.isfinite(vectors).all(1)
+    valid = vectors[kept]
+    if not len(valid):
+        return
+    figure = Figure(figsize=(5, 5) if len(valid) >= _FEW else (8, 2.5), dpi=100)
     FigureCanvasAgg(figure)
     plot = figure.add_subplot()
-    colours = paint(shown)[:, :3] / 255
-    plot.scatter(shown[:, 0], shown[:, 1], s=6, c=colours if len(shown) else None)
-    plot.set_xlabel("first direction")
-    plot.set_ylabel("second direction")
+    if len(valid) < _FEW:
+        most = float(np.abs(valid).max()) or 1.0
+        shown = plot.imshow(
+            valid, aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest"
+        )
+        shown_names = [names[i] for i in np.flatnonzero(kept).tolist()]
+        plot.set_yticks(range(len(valid)), shown_names)
+        plot.set_xlabel("feature")
+        figure.colorbar(shown, ax=plot, label="value")
+    else:
+        mean, axes = directions(valid[:: max(1, len(valid) // _SAMPLE)])
+        places = (valid - mean) @ axes
+        plot.scatter(places[:, 0], places[:, 1], s=12, c=paint(places)[:, :3] / 255)
+        plot.set_xlabel("first direction")
+        plot.set_ylabel("second direction")
     figure.tight_layout()
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})

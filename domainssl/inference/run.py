@@ -19,7 +19,7 @@ from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.inference.dense import DenseEmbedding, DenseOptions
 from domainssl.inference.domain import domain_of
 from domainssl.inference.inputs import Found, find_inputs, is_raster
-from domainssl.inference.outputs import refuse_one_file
+from domainssl.inference.outputs import refuse_ending, refuse_one_file
 from domainssl.inference.pooled import PooledEmbedding
 from domainssl.inference.pooled_items import pooled_items, pooled_scenes
 from domainssl.inference.preview import write_map_preview
@@ -227,16 +227,18 @@ def _of_rank(plan: Plan) -> Plan:
 def _dense(
     backbone: Backbone, scenes: Sequence[Scene], output: Path, options: EmbedOptions
 ) -> DenseEmbedding:
-    form = options.form or "zarr"
+    suffix = output.suffix.lower()
+    form = options.form or ("cog" if suffix in (".tif", ".tiff") else "zarr")
     if form == "nifti":
         raise ConfigError("--format nifti: is for volumes; rasters become zarr or cog.")
     endings = {"zarr": (".zarr",), "cog": (".tif", ".tiff")}[form]
-    suffix = output.suffix.lower()
     if suffix in (".zarr", ".tif", ".tiff") and suffix not in endings:
         raise ConfigError(
             f"--output {output}: --format {form} writes {endings[0]}. Name both alike."
         )
-    if suffix in endings:
+    if suffix not in endings:
+        refuse_ending(output, "rasters become .zarr or .tif, and .parquet with --pooled")
+    else:
         refuse_one_file(output, len(scenes), "inputs")
     return DenseEmbedding(
         root=output.parent if suffix in endings else output,
@@ -260,6 +262,8 @@ def _volumes(
     ending = output.name.lower().endswith(".zarr" if form == "nifti" else ".nii.gz")
     if ending:
         raise ConfigError(f"--output {output}: is not the name of a {form} file.")
+    if not output.name.lower().endswith((".nii.gz", ".zarr")):
+        refuse_ending(output, "scans become .nii.gz or .zarr, and .parquet with --pooled")
     return volume_embedding(
         backbone,
         source,

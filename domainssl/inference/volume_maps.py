@@ -18,7 +18,13 @@ import torch
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
+from domainssl.files import write_json
 from domainssl.inference.inputs import is_manifest, read_manifest
+from domainssl.inference.map_preview import (
+    class_colours,
+    write_class_preview,
+    write_number_preview,
+)
 from domainssl.inference.outputs import file_name, file_states
 from domainssl.inference.predict import (
     LabelMap,
@@ -229,14 +235,46 @@ class VolumePrediction:
             numbers = NumberMap(self.path(key), prepared.shape, count, states)
             predict_map(self.task, read, numbers, self.options)
             moved = _numbers_on_grid(numbers.numbers, prepared, facts)
+            first = moved[0]
+            layer = _fullest(np.isfinite(first))
+            write_number_preview(
+                self._beside(key, "png"), _axial(first, layer), self.task.classes[0]
+            )
             write_numbers(self.path(key), moved, facts, self.task.classes)
             numbers.remove()
             return
         found = LabelMap(self.path(key), prepared.shape, count, states)
         predict_map(self.task, read, found, self.options, nothing=0)
         labels = _on_grid(found.labels, prepared, facts)
-        write_labels(self.path(key), labels, facts, dict(enumerate(self.task.classes)))
+        classes, colours = self.task.classes, class_colours(count)
+        write_class_preview(
+            self._beside(key, "png"), _axial(labels, _fullest(labels > 0)), classes, nodata=0
+        )
+        write_json(
+            self._beside(key, "json"),
+            {
+                "labels": {str(value): name for value, name in enumerate(classes)},
+                "colours": {str(value): list(colour) for value, colour in enumerate(colours)},
+            },
+        )
+        write_labels(self.path(key), labels, facts, dict(enumerate(classes)))
         found.remove()
+
+    def _beside(self, key: str, ending: str) -> Path:
+        path = self.path(key)
+        return path.with_name(f"{path.name}.{ending}")
+
+
+def _fullest(shown: Array) -> int:
+    """Return the axial layer (X, Y, Z) that shows most, of several the middle one."""
+    counts = shown.sum((0, 1))
+    best = np.flatnonzero(counts == counts.max())
+    return int(best[len(best) // 2])
+
+
+def _axial(values: Array, layer: int) -> Array:
+    """Return an axial layer as a picture: front at the top, the patient's right on the left."""
+    return np.asarray(values[..., layer].T[::-1, ::-1])
 
 
 def volume_batch(prepared: Prepared, box: Box) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from scan_files import oblique, write_nifti
 
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
+from domainssl.io.ids import ids_of
 from domainssl.tasks import SegmentationTask
 from domainssl.tasks.export import export_task
 
@@ -40,6 +42,9 @@ def test_a_scan_becomes_a_map_equal_to_monai_in_memory(tmp_path: Path, capsys: A
     words = ["predict", str(tmp_path / "task"), str(path), "--output", str(tmp_path / "out")]
     assert main(words) == 0
     assert "1 map(s); classes: 0 air, 1 organ, 2 bone" in capsys.readouterr().out
+    told = json.loads((tmp_path / "out/scan.nii.gz.json").read_text())
+    assert told["labels"] == {"0": "air", "1": "organ", "2": "bone"} and len(told["colours"]) == 3
+    assert (tmp_path / "out/scan.nii.gz.png").read_bytes().startswith(b"\x89PNG")
     found = nibabel.as_closest_canonical(nibabel.load(tmp_path / "out/scan.nii.gz"))
     given = nibabel.as_closest_canonical(nibabel.load(path))
     np.testing.assert_allclose(found.affine, given.affine, atol=1e-5)
@@ -53,6 +58,13 @@ def test_a_scan_becomes_a_map_equal_to_monai_in_memory(tmp_path: Path, capsys: A
     assert main([*words, "--overlap=0.5"]) == 2
     assert "overlap differ" in capsys.readouterr().err
     assert main([*words, "--overlap=0.5", "--restart"]) == 0
+    hidden = [*words[:-1], str(tmp_path / "hidden"), "--ids=hashed"]
+    assert main(hidden) == 0
+    names = {p.name for p in (tmp_path / "hidden").iterdir()} - {"predict.json"}
+    [key] = ids_of(["scan"], "hashed")
+    assert names == {f"{key}.nii.gz{end}" for end in ("", ".json", ".png")}
+    assert main([*words[:-1], str(tmp_path / "map.nii.gz")]) == 2
+    assert "maps and regions go into a folder" in capsys.readouterr().err
 
 
 def test_a_raster_becomes_a_cog(tmp_path: Path) -> None:

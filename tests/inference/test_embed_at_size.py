@@ -68,5 +68,7 @@ def test_a_large_scene_takes_bounded_memory_and_survives_a_kill(tmp_path: Path) 
     assert [rank.wait() for rank in ranks] == [0, 0]
     for name in ("killed", "ranks"):
         assert same(tmp_path / "whole.zarr", tmp_path / f"{name}.zarr"), name
-        assert filecmp.cmp(tmp_path / "whole.png", tmp_path / f"{name}.png", shallow=False)
+        assert filecmp.cmp(
+            tmp_path / "whole.zarr.png", tmp_path / f"{name}.zarr.png", shallow=False
+        )
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]

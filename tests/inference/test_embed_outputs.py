@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from cube_files import LEFT, TOP, coded, write_geotiff
+from PIL import Image
 
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference import pooled
 from domainssl.inference.outputs import refuse_other
+from domainssl.inference.preview import write_items
 from domainssl.inference.run import embed
 from domainssl.inference.scenes import Scene
 from domainssl.io.raster.geozarr import VectorStore
@@ -48,7 +50,7 @@ def test_a_cog_holds_the_vectors_of_the_store_on_its_grid(
 
     path = write(tmp_path / "a.tif", 70, hole=True)
     embed(backbone, path, tmp_path / "e.zarr", dtype=dtype)
-    embed(backbone, path, tmp_path / "e.tif", form="cog", dtype=dtype)
+    embed(backbone, path, tmp_path / "e.tif", dtype=dtype)  # the ending tells the form
     store = VectorStore(tmp_path / "e.zarr")
     stored = np.asarray(store.group["embedding"][...])
     with rasterio.open(tmp_path / "e.tif") as file:
@@ -62,7 +64,9 @@ def test_a_cog_holds_the_vectors_of_the_store_on_its_grid(
     if dtype == "int8":
         with rasterio.open(tmp_path / "e_scale.tif") as file:
             np.testing.assert_array_equal(file.read(1), store.group["scale"][...])
-    assert (tmp_path / "e.png").is_file()
+    # each has its own preview, and they show the same
+    first, second = ((tmp_path / f"e.{end}.png").read_bytes() for end in ("zarr", "tif"))
+    assert first == second and not (tmp_path / "e.png").exists()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
@@ -104,7 +108,38 @@ def test_one_vector_per_raster_with_its_footprint(backbone: ViTBackbone, tmp_pat
     assert shapes[0].bounds[0] == pytest.approx(7.73, abs=0.01)  # west of the meridian of zone 32
     box = table["bbox"][0].as_py()
     assert (box["xmin"], box["ymin"], box["xmax"], box["ymax"]) == shapes[0].bounds
-    assert (tmp_path / "v.png").is_file()
+    with Image.open(tmp_path / "v.parquet.png") as picture:
+        assert picture.size == (800, 250)  # two rows of features: no cloud of dots to see
+
+
+def test_outputs_that_end_like_another_file_are_refused(
+    backbone: ViTBackbone, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.tif", 32)
+    for name in ("x.foo", "x.nii.gz", "maps.h5"):
+        with pytest.raises(ConfigError, match=r"ends like a file.*\.zarr or \.tif.*mkdir"):
+            embed(backbone, path, tmp_path / name)
+        assert not (tmp_path / name).exists()
+    (tmp_path / "set.foo").mkdir()  # a folder is a folder, whatever it is called
+    for folder in ("set.foo", "v1.2"):
+        embed(backbone, path, tmp_path / folder)
+        assert (tmp_path / folder / "a.zarr").is_dir()
+    with pytest.raises(ConfigError, match="Name both alike"):
+        embed(backbone, path, tmp_path / "x.tif", form="zarr")
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, None), (1, (800, 250)), (5, (500, 500))])
+def test_a_few_vectors_are_drawn_as_rows_and_none_not_at_all(
+    count: int, size: Any, tmp_path: Path
+) -> None:
+    vectors = np.full((6, 4), np.nan, np.float32)
+    vectors[:count] = np.random.default_rng(0).normal(size=(count, 4))
+    write_items(tmp_path / "v.png", vectors, [*"abcdef"])
+    if size is None:
+        assert not (tmp_path / "v.png").exists()
+        return
+    with Image.open(tmp_path / "v.png") as picture:
+        assert picture.size == size
 
 
 def test_geopandas_reads_the_table(backbone: ViTBackbone, tmp_path: Path) -> None:

@@ -189,7 +189,9 @@ def test_parts_ranks_processes_and_resumed_calls_write_the_same_store(
     assert (done.pieces, done.resumed) == (16, 8)
     for name in ("parts", "ranks", "killed"):
         assert equal_folders(tmp_path / "whole.zarr", tmp_path / f"{name}.zarr"), name
-        assert filecmp.cmp(tmp_path / "whole.png", tmp_path / f"{name}.png", shallow=False)
+        assert filecmp.cmp(
+            tmp_path / "whole.zarr.png", tmp_path / f"{name}.zarr.png", shallow=False
+        )
     left = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert not left
 
@@ -200,7 +202,7 @@ def test_several_processes_write_equal_bytes(
     embed(backbone, scene, tmp_path / "one.zarr", plan=Plan(jobs=0))
     embed(backbone, scene, tmp_path / "two.zarr", plan=Plan(jobs=2))
     assert equal_folders(tmp_path / "one.zarr", tmp_path / "two.zarr")
-    for ending in (".png", ".zarr.json"):
+    for ending in (".zarr.png", ".zarr.json"):
         one, two = (tmp_path / f"{name}{ending}" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
 
@@ -392,7 +394,7 @@ def test_the_command_writes_a_folder_of_rasters_and_refuses_to_mix(
     assert main(words) == 0
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == sorted(
-        f"{n}{e}" for n in ("scene", "more__b") for e in (".zarr", ".zarr.json", ".png")
+        f"{n}{e}" for n in ("scene", "more__b") for e in (".zarr", ".zarr.json", ".zarr.png")
     )
     capsys.readouterr()
     assert main([*words, "--halo=0"]) == 2

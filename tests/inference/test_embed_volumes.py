@@ -65,7 +65,7 @@ def test_vectors_lie_where_their_patches_lie_whatever_the_axes_of_the_file(tmp_p
     with torch.no_grad():
         tokens = backbone()({"ct": values}).tokens["ct"][0].unflatten(0, (4, 4, 4))
     np.testing.assert_allclose(image.get_fdata()[0, 0, 0], tokens[0, 0, 0], atol=1e-5)
-    assert (tmp_path / "e.png").is_file()
+    assert (tmp_path / "e.nii.gz.png").is_file()
 
 
 def test_scans_without_a_unit_are_scaled_by_limits_of_the_whole_scan(tmp_path: Path) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.errors import DataError
+from domainssl.inference.map_preview import class_colours, write_class_preview
 from domainssl.inference.predict import PredictOptions
 from domainssl.inference.raster_maps import RasterPrediction, find_scenes
 from domainssl.inference.scenes import SceneOptions
+from domainssl.io.raster.class_map import MapPlace, write_class_map
 from domainssl.pieces import Plan, build
 
 rasterio = pytest.importorskip("rasterio")
@@ -81,7 +85,33 @@ def test_the_map_has_georeference_nodata_and_names(tmp_path: Path) -> None:
         wanted = (first >= 1000).astype(int) + (first >= 2000)
         wanted[first == 0] = 255
         assert np.array_equal(found.read(1), wanted)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["tile.tif"]
+        assert found.colorinterp[0].name == "palette"
+        colours = [found.colormap(1)[n][:3] for n in range(3)]
+        assert colours == class_colours(3) and found.colormap(1)[255][:3] == (0, 0, 0)
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["tile.tif", "tile.tif.aux.xml", "tile.tif.png"]
+    categories = ElementTree.parse(tmp_path / "out/tile.tif.aux.xml").iter("Category")
+    assert [c.text for c in categories] == ["water", "field", "forest"]
+    picture = np.asarray(Image.open(tmp_path / "out/tile.tif.png").convert("RGB"))
+    shown = {tuple(c) for c in np.unique(picture.reshape(-1, 3), axis=0).tolist()}
+    assert set(colours) <= shown
+
+
+def test_many_classes_have_colours_of_their_own(tmp_path: Path) -> None:
+    colours = class_colours(300)
+    assert len(set(colours)) == 300 and colours[:3] == class_colours(3)
+    labels = np.arange(300, dtype=np.int16).reshape(15, 20)
+    write_class_preview(tmp_path / "m.png", labels, [f"c{n}" for n in range(300)], nodata=-1)
+    assert (tmp_path / "m.png").is_file()
+    place = MapPlace(crs="EPSG:32633", corner=(500010.0, 5200020.0), step=10.0)
+    write_class_map(
+        tmp_path / "m.tif", labels, place, nodata=-1, classes=[f"<{n}>" for n in range(300)],
+        colours=colours,
+    )  # fmt: skip
+    with rasterio.open(tmp_path / "m.tif") as found:
+        assert found.dtypes == ("int16",) and found.tags(1)["CLASS_299"] == "<299>"
+    [*categories] = ElementTree.parse(tmp_path / "m.tif.aux.xml").iter("Category")
+    assert categories[299].text == "<299>"
 
 
 def test_a_scene_smaller_than_a_window_and_one_in_degrees(tmp_path: Path) -> None:

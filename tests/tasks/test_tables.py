@@ -57,6 +57,26 @@ def test_a_test_leaves_predictions_confusion_and_a_table_per_class(tmp_path):
     assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_screen_shows_metrics_a_table_of_classes_and_where_files_lie(tmp_path, capsys):
+    model, given = task(), batch(9)
+    given["label"] = torch.tensor([0, 0, 0, 0, 0, 1, 1, -1, -1])  # none of the third class
+    logged = pl.Trainer(
+        accelerator="cpu", logger=False, callbacks=[ResultTables()], enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    ).test(model, DataLoader([given], batch_size=None))[0]  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("result"))
+    assert f"accuracy {logged['test/accuracy']:.4g}" in lines[first]
+    assert f"loss {logged['test/loss']:.4g}" in " ".join(lines[first : first + 3])
+    begin = next(i for i, line in enumerate(lines) if line.startswith("class"))
+    assert lines[begin].split() == ["class", "labelled", "auroc", "f1", "precision", "recall"]
+    shown = [line.split() for line in lines[begin + 1 : begin + 4]]
+    assert [row[:2] for row in shown] == [[CLASSES[0], "5"], [CLASSES[1], "2"], [CLASSES[2], "0"]]
+    assert shown[0][5] == f"{logged[f'test/recall/{CLASSES[0]}']:.3f}" and shown[2][2:] == ["-"] * 4
+    text = "".join(lines[begin + 4 :]).replace("\n", "")
+    assert "written" in text and "confusion.csv" in text and "Test metric" not in " ".join(lines)
+
+
 def test_predictions_may_be_parquet_and_several_labels_have_no_confusion(tmp_path):
     given = batch()
     given["label"] = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, torch.nan, 0], [0, 1, 0]])

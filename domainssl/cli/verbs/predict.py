@@ -82,6 +82,9 @@ def _parser() -> Parser:
         help="least share of tissue in a tile of a slide; 0 takes all (default: 0.2)")
     add("--tiles", type=int, metavar="N",
         help="tiles of a bag at most, evenly spread (default: all)")
+    add("--ids", choices=("plain", "hashed"), default="plain",
+        help="what outputs of scans and slides are called: like their inputs, or by keyed hashes "
+        "of their paths, where names tell persons (default: plain)")
     add("--shard", default="1/1", metavar="I/N", help="do the I-th of N parts of a folder")
     add("--limit", type=int, help="do so many inputs only, evenly spread")
     add("--skip_bad", action="store_true", help="leave out and list inputs that cannot be read")
@@ -195,6 +198,7 @@ def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
         ),
         dates=tuple(options.date),
         reading=SlideReading(mpp_um=options.mpp_um),
+        ids=options.ids,
         min_tissue=options.min_tissue,
         tiles=options.tiles,
     )

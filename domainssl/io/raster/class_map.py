@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 
 from domainssl.errors import require
-from domainssl.files import PART
+from domainssl.files import PART, write_whole
 from domainssl.io.raster.gdal import reading
 
 __all__ = ["MapPlace", "write_class_map", "write_number_map"]
@@ -36,7 +37,13 @@ class MapPlace:
 
 
 def write_class_map(
-    path: Path, labels: Array, place: MapPlace, *, nodata: int, classes: Sequence[str]
+    path: Path,
+    labels: Array,
+    place: MapPlace,
+    *,
+    nodata: int,
+    classes: Sequence[str],
+    colours: Sequence[tuple[int, int, int]],
 ) -> None:
     """Write a map with overviews of the most frequent class; complete before it has its name.
 
@@ -46,10 +53,24 @@ def write_class_map(
             file, as it is read in strips.
         place: Where it lies.
         nodata: Label of pixels without a class.
-        classes: Names by number; they become tags `CLASS_0`, `CLASS_1`, ...
+        classes: Names by number; they become tags `CLASS_0`, `CLASS_1`, ..., and the categories
+            of the band in `<path>.aux.xml`, where GDAL keeps them and QGIS takes its legend from.
+        colours: Red, green and blue by number; the colour table of maps in bytes.
     """
     tags = {f"CLASS_{number}": name for number, name in enumerate(classes)}
-    _write(path, labels[None], place, nodata=nodata, bands=["class"], tags=tags, overviews="MODE")
+    names = "".join(f"      <Category>{escape(name)}</Category>\n" for name in classes)
+    beside = (
+        '<PAMDataset>\n  <PAMRasterBand band="1">\n    <CategoryNames>\n'
+        f"{names}    </CategoryNames>\n  </PAMRasterBand>\n</PAMDataset>\n"
+    )
+    write_whole(path.with_name(f"{path.name}.aux.xml"), beside.encode())
+    table = {number: (*colour, 255) for number, colour in enumerate(colours)}
+    table[nodata] = (0, 0, 0, 0)
+    palette = table if labels.dtype == np.uint8 else {}
+    _write(
+        path, labels[None], place, nodata=nodata, bands=["class"], tags=tags, overviews="MODE",
+        palette=palette,
+    )  # fmt: skip
 
 
 def write_number_map(path: Path, numbers: Array, place: MapPlace, targets: Sequence[str]) -> None:
@@ -73,6 +94,7 @@ def _write(
     bands: Sequence[str],
     tags: Mapping[str, str],
     overviews: str,
+    palette: Mapping[int, tuple[int, ...]] | None = None,
 ) -> None:
     rasterio = require("rasterio", "geo")
     shutil = require("rasterio.shutil", "geo")
@@ -90,6 +112,8 @@ def _write(
                 file.descriptions = tuple(bands)
                 if tags:
                     file.update_tags(1, **tags)
+                if palette:
+                    file.write_colormap(1, palette)
                 for row in range(0, height, _ROWS):
                     part = np.asarray(values[:, row : row + _ROWS])
                     window = rasterio.windows.Window(0, row, width, part.shape[1])
