@@ -14,7 +14,7 @@ from pathlib import Path
 __all__ = ["HANG_S", "RECIPE", "TRAINING", "run_session"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HANG_S = 1200.0  # ends what waits for ever; on a busy machine a run of seconds takes minutes
+HANG_S = 600.0  # ends what waits for ever; on a busy machine a run of seconds takes minutes
 
 TRAINING = """\
 seed_everything: 0

@@ -22,7 +22,8 @@ import torch.multiprocessing as mp
 
 __all__ = ["RankError", "close_ranks", "run_ranks"]
 
-HANG_S = 1200.0  # ends a job that waits for ever, on a busy machine too
+HANG_S = 600.0  # ends a job that waits for ever, on a busy machine too
+MEET_S = 60.0  # from the time all ranks run until they have formed their group
 
 
 class RankError(RuntimeError):
@@ -36,10 +37,12 @@ def _serve(rank: int, world: int, folder: str, jobs: Connection) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
+    jobs.send((None, 0.0))  # it runs
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
         timeout=timedelta(seconds=2 * HANG_S),
     )  # fmt: skip
+    jobs.send((None, 0.0))  # all have met
     booked = 0.0
     while True:
         try:
@@ -74,26 +77,35 @@ class _Ranks:
             self.pipes.append(ours)
             self.processes.append(process)
 
+    def meet(self) -> None:
+        """Wait until all ranks have formed their group."""
+        self.wait_for_all(HANG_S)
+        self.wait_for_all(MEET_S)
+
     def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args))
+        self.wait_for_all(HANG_S)
+        paths = [Path(self.folder.name, f"result_{rank}.pt") for rank in range(len(self.pipes))]
+        return [torch.load(path, weights_only=True) for path in paths]
+
+    def wait_for_all(self, seconds: float) -> None:
+        """Wait for an answer of every rank; the first that fails or ends raises."""
         waiting = dict(enumerate(self.pipes))
         while waiting:
-            answered = wait(list(waiting.values()), HANG_S)
+            answered = wait(list(waiting.values()), seconds)
             if not answered:
-                raise RankError(f"ranks {[*waiting]} did not answer in {HANG_S} s{self.output()}")
+                raise RankError(f"ranks {[*waiting]} did not answer in {seconds} s{self.output()}")
             for rank in [rank for rank, pipe in waiting.items() if pipe in answered]:
                 try:
-                    error, seconds = waiting.pop(rank).recv()
-                except EOFError:
+                    error, spent = waiting.pop(rank).recv()
+                except (EOFError, OSError):
                     self.processes[rank].join()
                     status = self.processes[rank].exitcode
                     raise RankError(f"rank {rank} ended with {status}{self.output()}") from None
-                ledger.add(seconds)
+                ledger.add(spent)
                 if error:
                     raise RankError(f"rank {rank} failed:\n{error}{self.output()}")
-        paths = [Path(self.folder.name, f"result_{rank}.pt") for rank in range(len(self.pipes))]
-        return [torch.load(path, weights_only=True) for path in paths]
 
     def output(self) -> str:
         """The last lines that every rank has printed."""
@@ -111,6 +123,7 @@ class _Ranks:
 
 
 _running: dict[int, _Ranks] = {}
+_not_started: list[str] = []  # why ranks could not be started
 
 
 def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
@@ -127,12 +140,24 @@ def run_ranks(function: Callable[..., Any], *args: Any, world: int = 2) -> list[
     Raises:
         RankError: A rank raised, ended or did not answer.
     """
-    if world not in _running:
-        _running[world] = _Ranks(world)
+    if _not_started:
+        raise RankError(f"earlier in this session ranks could not be started: {_not_started[0]}")
     try:
+        if world not in _running:
+            _start(world)
         return _running[world].run(function, args)
     except BaseException:  # the ranks may wait for each other
-        _running.pop(world).close(kill=True)
+        if world in _running:
+            _running.pop(world).close(kill=True)
+        raise
+
+
+def _start(world: int) -> None:
+    try:
+        _running[world] = _Ranks(world)
+        _running[world].meet()
+    except (OSError, RankError) as error:
+        _not_started.append(str(error))
         raise
 
 

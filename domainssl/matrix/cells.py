@@ -11,7 +11,8 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from itertools import combinations
 from typing import Any
 
@@ -75,9 +76,15 @@ class Cell:
         text = json.dumps(self.config, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def is_named(self, pattern: str) -> bool:
+        """Tell whether a pattern such as `mri_*` fits its name, objective or kind of data."""
+        return any(fnmatch(text, pattern) for text in (self.name, self.objective, self.column))
+
 
 def find_cells(
-    recipes: Mapping[str, Mapping[str, Any]], refusal: Callable[[Mapping[str, Any]], str]
+    recipes: Mapping[str, Mapping[str, Any]],
+    refusal: Callable[[Mapping[str, Any]], str],
+    patterns: Sequence[str] = ("*",),
 ) -> list[Cell]:
     """Return every recipe as a cell, and a composed cell for every pair that no recipe covers.
 
@@ -85,9 +92,10 @@ def find_cells(
         recipes: Name to content of pretraining recipes.
         refusal: Says why a configuration cannot be built, or returns an empty text. A composed cell
             takes the first modalities of its data with which the objective can be built.
+        patterns: Which cells are composed; of others only names are known, and `config` is empty.
 
     Returns:
-        Cells by column, then objective.
+        All cells by column, then objective.
     """
     objectives = sorted({_objective(content) for content in recipes.values()})
     found = []
@@ -107,7 +115,7 @@ def find_cells(
                 if _objective(content) == objective
             ]
             if not cells and column.base in recipes:
-                cells = [_composed(objective, column, recipes, refusal)]
+                cells = [_composed(objective, column, recipes, refusal, patterns)]
             found += cells
     return found
 
@@ -133,27 +141,28 @@ def _composed(
     column: Column,
     recipes: Mapping[str, Mapping[str, Any]],
     refusal: Callable[[Mapping[str, Any]], str],
+    patterns: Sequence[str],
 ) -> Cell:
     base = recipes[column.base]
     candidates = [name for name in recipes if _objective(recipes[name]) == objective]
     donor = min(candidates, key=lambda name: (_distance(recipes[name], base), _rank(name)))
-    reason: str = ""
-    config: dict[str, Any] = {}
-    for tried in _tries(recipes[donor], base):
-        said = refusal(tried)
-        if not config or not said:
-            reason, config = said, tried
-        if not said:
-            break
-    return Cell(
+    cell = Cell(
         name=f"{_prefix(column.base)}_{donor.partition('_')[2]}",
         objective=objective,
         column=column.title,
-        config=config,
+        config={},
         is_recipe=False,
         recipes=(donor, column.base),
-        reason=reason,
     )
+    if not any(map(cell.is_named, patterns)):
+        return cell
+    for tried in _tries(recipes[donor], base):
+        said = refusal(tried)
+        if not cell.config or not said:
+            cell = replace(cell, config=tried, reason=said)
+        if not said:
+            break
+    return cell
 
 
 def _tries(donor: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

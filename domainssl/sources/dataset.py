@@ -168,7 +168,7 @@ class DatasetSource:
         """Return an item as a mapping."""
         with torch.random.fork_rng(devices=[]), parsing(where, advice=_ADVICE):
             draw = generator(self.seed, epoch, _ITEM, index)
-            torch.manual_seed(int(draw.integers(2**63)))
+            torch.default_generator.manual_seed(int(draw.integers(2**63)))  # of the CPU alone
             found = self.dataset[number]
         if isinstance(found, list | tuple):
             if found and all(isinstance(part, Mapping) for part in found):

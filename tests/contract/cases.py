@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
 from domainssl.cli.config.catalog import find_classes
@@ -64,13 +65,20 @@ def every_recipe() -> list[str]:
     return list(_recipes())
 
 
+_parsed: dict[str, tuple[ArgumentParser, Namespace]] = {}  # parsing costs ten times building
+
+
 def _instantiate(base: type, section: dict[str, Any], kind: str, **changes: Any) -> Any:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(base, "it")
     path = find_classes(kind)[section["class_path"].rsplit(".", 1)[-1]]
     arguments = {**section.get("init_args", {}), **changes}
-    parsed = parser.parse_object({"it": {"class_path": path, "init_args": arguments}})
-    return parser.instantiate(parsed).it
+    key = repr((base, path, arguments))
+    if key not in _parsed:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(base, "it")
+        given = {"it": {"class_path": path, "init_args": copy.deepcopy(arguments)}}
+        _parsed[key] = parser, parser.parse_object(given)
+    parser, found = _parsed[key]
+    return parser.instantiate(copy.deepcopy(found)).it
 
 
 def build_data(recipe: str, **changes: Any) -> DomainDataModule:

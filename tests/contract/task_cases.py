@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ _OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@cache
 def _recipes() -> dict[str, dict[str, Any]]:
     found = sorted(RECIPES.glob("finetune_*.yaml"))
     return {path.stem: yaml.safe_load(path.read_text()) for path in found}

@@ -202,7 +202,7 @@ def _run(
         enable_model_summary=False,
         limit_val_batches=0,
         use_distributed_sampler=False,
-        callbacks=[watch, AtomicCheckpoint(str(folder), every_n_train_steps=1), _Stop(steps)],
+        callbacks=[watch, AtomicCheckpoint(str(folder), every_n_train_steps=steps), _Stop(steps)],
     )
     trainer.fit(build(recipe), data, ckpt_path=checkpoint, weights_only=True)
     return watch.steps, folder / "last.ckpt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from ranks import RankError, run_ranks
@@ -37,6 +38,23 @@ def test_jobs_run_on_the_same_ranks_one_after_another():
     assert run_ranks(identity) == run_ranks(identity)
     assert [rank for rank, _ in run_ranks(identity)] == [0, 1]
     assert [float(value) for value in run_ranks(total)] == [3, 3]
+
+
+def test_where_ranks_cannot_be_started_no_later_job_tries_it_again(monkeypatch):
+    tried: list[int] = []
+
+    def full(world: int) -> None:
+        tried.append(world)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ranks, "_running", {})
+    monkeypatch.setattr(ranks, "_not_started", [])
+    monkeypatch.setattr(ranks, "_Ranks", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_ranks(identity)
+    with pytest.raises(RankError, match=r"could not be started: .*No space left"):
+        run_ranks(identity)
+    assert tried == [2]
 
 
 @pytest.mark.slow

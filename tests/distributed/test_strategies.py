@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import run_session
 
 from domainssl import load_backbone, load_task
 
@@ -45,15 +43,13 @@ def _fit(
     overrides: dict[str, str] = OVERRIDES,
     batch: str = "12 items on each of 2 rank(s) = 24 per optimiser step",
 ) -> Path:
-    command = [sys.executable, "-m", "domainssl", "fit", "--config", f"recipes/{recipe}.yaml"]
-    command += ["--config", f"configs/trainer/{trainer_config}.yaml", f"--run_dir={folder}"]
-    command += [f"--{key}={value}" for key, value in overrides.items()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=1200, check=False
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert batch in result.stdout
+    words = ["fit", "--config", f"recipes/{recipe}.yaml", f"--run_dir={folder}"]
+    words += ["--config", f"configs/trainer/{trainer_config}.yaml"]
+    words += [f"--{key}={value}" for key, value in overrides.items()]
+    output = folder.with_suffix(".txt")
+    status = run_session(words, output)
+    assert status == 0, output.read_text()[-6000:]
+    assert batch in output.read_text()
     return folder
 
 

@@ -252,7 +252,18 @@ def test_the_page_names_every_cell_of_the_registry_and_no_other():
             assert f"`{name}`" in waiting, (name, remedy)
 
 
-@pytest.mark.slow
+def test_only_cells_that_a_pattern_names_are_composed():
+    def never(config: Any) -> str:
+        raise AssertionError(config)
+
+    asked: list[Any] = []
+    cells = find_cells(recipes(), lambda config: asked.append(config) or "", ("petct_mae",))
+    assert len(asked) == 1 and by_name(cells)["petct_mae"].config == asked[0]
+    every = find_cells(recipes(), no_refusal)
+    assert [c.name for c in cells] == [c.name for c in every]
+    assert find_cells(recipes(), never, ("ssl4eo_*", "CROMA"))[0].is_recipe
+
+
 def test_an_unknown_cell_is_answered_with_the_nearest(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["matrix", "--cells", "ssl4eo_crom"]) == 2

@@ -8,7 +8,11 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 __all__ = ["Parameter", "dataclasses_in", "in_words", "parameters", "rejects", "takes_more"]
 
@@ -166,15 +170,26 @@ def rejects(hint: Any, value: Any) -> bool:
     """
     if hint is Any or hint is inspect.Parameter.empty:
         return False
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
 
-    parser = ArgumentParser(exit_on_error=False)
-    try:
-        parser.add_argument("--value", type=hint)
-    except (ValueError, TypeError):
+    parser = _parser_of(hint)
+    if parser is None:
         return False
     try:
         parser.parse_object({"value": value})
     except (ArgumentError, TypeError, ValueError):
         return True
     return False
+
+
+@cache
+def _parser_of(hint: Any) -> ArgumentParser | None:
+    """Return a parser of `value` with an annotation, or None where jsonargparse has none."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_argument("--value", type=hint)
+    except (ValueError, TypeError):
+        return None
+    return parser

@@ -7,8 +7,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +45,8 @@ def run(argv: list[str]) -> int:
     if page is not None:
         check_page(page)
     before = read_record(page.with_suffix(".json")) if page is not None else []
-    cells = find_all()
+    has_all = options.list or page is not None  # composing a cell takes a second
+    cells = find_all(("*",) if has_all else tuple(options.cells))
     chosen = [cell for cell in _chosen(cells, options.cells) if not cell.reason]
     screen = console()
     if options.list:
@@ -96,8 +96,12 @@ def _parser() -> Parser:
 
 
 @cache
-def find_all() -> tuple[Cell, ...]:
-    """Return all cells of the recipes that come with the package; built once per process."""
+def find_all(patterns: tuple[str, ...] = ("*",)) -> tuple[Cell, ...]:
+    """Return all cells of the recipes that come with the package; composed once per process.
+
+    Args:
+        patterns: Which cells are composed; of others only names are known.
+    """
     import yaml
 
     from domainssl.cli.config import catalog
@@ -110,7 +114,8 @@ def find_all() -> tuple[Cell, ...]:
     logging.disable(logging.WARNING)  # what Lightning says of every Trainer that is built
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            return tuple(find_cells(recipes, lambda config: _refusal(config, Path(scratch))))
+            told = partial(_refusal, scratch=Path(scratch))
+            return tuple(find_cells(recipes, told, patterns))
     finally:
         logging.disable(before)
 
@@ -142,11 +147,7 @@ def _chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     """
     found = []
     for pattern in patterns:
-        some = [
-            cell
-            for cell in cells
-            if any(fnmatch(text, pattern) for text in (cell.name, cell.objective, cell.column))
-        ]
+        some = [cell for cell in cells if cell.is_named(pattern)]
         if not some:
             names = sorted({cell.name for cell in cells} | {cell.objective for cell in cells})
             raise ConfigError(
