@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -62,6 +63,7 @@ ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = {"modality", "backbones", "errors"}
 
 
+@cache
 def sources() -> list[Path]:
     """All Python files of the package, links followed, relative to it."""
     found = []
@@ -94,6 +96,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield from imports(node)
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse((PACKAGE / path).read_text(encoding="utf-8"), filename=str(path))
 
