@@ -106,7 +106,7 @@ class ExamItem:
     @property
     def facts(self) -> dict[str, Any]:
         """What a result rests on."""
-        return {"files": file_states(self.exam.scans.values())}
+        return {"files": file_states(self.exam.scans.values()), **self.inputs.facts}
 
     def described(self) -> dict[str, Any]:
         """Return nothing more."""

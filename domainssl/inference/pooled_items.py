@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -52,6 +52,10 @@ class Asked(Protocol):
     @property
     def scene(self) -> SceneOptions:
         """What is said about rasters."""
+
+    @property
+    def scan(self) -> Mapping[str, Any]:
+        """What is said about scans."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def pooled_items(
     elif domain == "slides":
         items = _slides(backbone, source, options)
     else:
-        inputs = scans_for(backbone)
+        inputs = scans_for(backbone, options.scan)
         exams = find_volumes(source, inputs, options.scene.modality)
         names = [file_name(name) for name in ids_of([exam.id for exam in exams], options.ids)]
 

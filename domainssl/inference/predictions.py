@@ -6,7 +6,7 @@ build(work, Plan(jobs=0), noun=NOUNS[domain_of(task.backbone)])
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,7 @@ class HowPredicted:
         batch_size: Windows at once; None is 64 tiles of slides, and 1 of all others.
         modality: What a single scan is.
         scene: What is said about rasters.
+        scan: What is said about scans: fields of `Reading`.
         dates: Two dates of a cube, for tasks of change.
         reading: What is said about slides.
         ids: What outputs of scans and slides are called: `plain`, like them, or `hashed`.
@@ -61,6 +62,7 @@ class HowPredicted:
     batch_size: int | None = None
     modality: str | None = None
     scene: SceneOptions = field(default_factory=SceneOptions)
+    scan: Mapping[str, Any] = field(default_factory=dict)
     dates: tuple[str, ...] = ()
     reading: SlideReading = field(default_factory=SlideReading)
     ids: Literal["plain", "hashed"] = "plain"
@@ -128,7 +130,7 @@ def _maps(
             "classification, tile by tile."
         )
     if domain == "volumes":
-        inputs = volume_input(task, getattr(task, "reading", None))
+        inputs = volume_input(task, getattr(task, "reading", None), how.scan)
         return VolumePrediction(
             folder=output, exams=_exams(sources[0], inputs, how), task=task,
             inputs=inputs, options=how.windows, writes_numbers=numbers,
@@ -164,7 +166,7 @@ def _items(task: Any, domain: str, source: str, how: HowPredicted) -> Sequence[I
         return bag_items(source, task.backbone, how.tiles)
     options = how.windows
     if domain == "volumes":
-        inputs = volume_input(task, getattr(task, "reading", None))
+        inputs = volume_input(task, getattr(task, "reading", None), how.scan)
         return [
             ExamItem(
                 file_name(exam.id), exam, inputs,

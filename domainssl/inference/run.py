@@ -52,6 +52,7 @@ class EmbedOptions:
         pooled: Write one vector per item, as a table.
         dense: Windows, device, type.
         scene: What is said about rasters.
+        scan: What is said about scans whose files leave it open: fields of `Reading`.
     """
 
     feature: str | None = None
@@ -61,6 +62,7 @@ class EmbedOptions:
     pooled: bool = False
     dense: DenseOptions = DenseOptions()
     scene: SceneOptions = SceneOptions()
+    scan: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -270,6 +272,7 @@ def _volumes(
         output,
         modality=options.scene.modality,
         ids=options.ids,
+        scan=options.scan,
         options=options.dense,
         feature=options.feature,
         window=options.window,

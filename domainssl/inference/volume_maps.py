@@ -67,37 +67,49 @@ class VolumeInput:
     Attributes:
         contrasts: By modality key.
         preparation: What is done to a whole exam.
+        scan: What the user says of files that leave it open: fields of `Reading`.
     """
 
     contrasts: Mapping[str, Contrast]
     preparation: Preparation = field(default_factory=Preparation)
+    scan: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result rests on, beside the files."""
+        return {"scan": dict(self.scan)} if self.scan else {}
 
 
-def volume_input(task: Owner, reading: Mapping[str, Any] | None = None) -> VolumeInput:
+def volume_input(
+    task: Owner, reading: Mapping[str, Any] | None = None, scan: Mapping[str, Any] | None = None
+) -> VolumeInput:
     """Return how scans are read for a task.
 
     Args:
         task: Its modalities tell unit, channels and voxel size.
         reading: What the training data said of themselves, where the task kept it.
+        scan: What the user says of these files: fields of `Reading`.
     """
     told = reading or {}
     contrasts = {}
     for name, modality in task.backbone.modalities.items():
         known = dict(told.get("contrasts", {}).get(name, {}))
-        known["reading"] = as_dataclass(Reading, known.get("reading", {}))
+        known["reading"] = as_dataclass(Reading, {**known.get("reading", {}), **(scan or {})})
         known |= {"value_unit": modality.value_unit, "channels": modality.channels}
         contrasts[name] = as_dataclass(Contrast, known)
     spacing = next(iter(task.backbone.modalities.values())).spacing_mm
     options = {"foreground": False, **told.get("preparation", {}), "spacing_mm": spacing}
-    return VolumeInput(contrasts=contrasts, preparation=as_dataclass(Preparation, options))
+    return VolumeInput(
+        contrasts=contrasts, preparation=as_dataclass(Preparation, options), scan=scan or {}
+    )
 
 
-def scans_for(backbone: Backbone) -> VolumeInput:
+def scans_for(backbone: Backbone, scan: Mapping[str, Any] | None = None) -> VolumeInput:
     """Return how scans are read for a backbone alone.
 
     Of a backbone of one modality every scan of a folder is an exam, whatever it is called.
     """
-    inputs = volume_input(_Holder(backbone))
+    inputs = volume_input(_Holder(backbone), scan=scan)
     if len(inputs.contrasts) > 1:
         return inputs
     ((name, contrast),) = inputs.contrasts.items()
@@ -133,7 +145,8 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
             else Exam(id=name, patient="", scans=dict(files))
             for name, files in listed
         ]
-    several = os.path.isdir(path) and is_scan(path) and len(series_at(path)) > 1
+    is_chosen = "series" in inputs.scan
+    several = os.path.isdir(path) and is_scan(path) and not is_chosen and len(series_at(path)) > 1
     if several:  # a flat export: series are told by what they say of themselves
         inputs = _by_name(inputs, modality)
     if several or not is_scan(path):

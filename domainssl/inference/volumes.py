@@ -6,7 +6,7 @@ all contrasts. An exam is a piece; its shards are kept when a call is killed in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -174,7 +174,8 @@ class VolumeEmbedding:
 
     def _asked(self, exam: Exam) -> dict[str, Any]:
         """Return what the vectors of an exam are made from."""
-        return {**self._request, "files": file_states(exam.scans.values())}
+        files = file_states(exam.scans.values())
+        return {**self._request, **self.inputs.facts, "files": files}
 
     def _record(self, key: str) -> Path:
         target = self._target(key)
@@ -243,6 +244,7 @@ def volume_embedding(
     *,
     modality: str | None,
     ids: str,
+    scan: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> VolumeEmbedding:
     """Find the exams of an input and how they are read.
@@ -253,13 +255,14 @@ def volume_embedding(
         output: File where its name ends like one, otherwise a folder.
         modality: What a single scan is.
         ids: `hashed` or `plain`.
+        scan: What the user says of files that leave it open: fields of `Reading`.
         more: Further fields of `VolumeEmbedding`.
 
     Raises:
         ConfigError: Several exams are to go into one file, or ids repeat.
         DataError: There is no scan.
     """
-    inputs = scans_for(backbone)
+    inputs = scans_for(backbone, scan)
     exams = find_volumes(source, inputs, modality)
     names = [exam.id for exam in exams]
     known = [file_name(name) for name in ids_of(names, ids)]

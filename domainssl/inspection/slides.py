@@ -38,6 +38,7 @@ _LARGE = 4096  # pixels of an untiled TIFF that is a slide and no tile
 _TIFF = (".tif", ".tiff")
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # JPEG 2000 may be a map
 _GEO = (33550, 33922, 34264, 34735)  # tags of GeoTIFF
+_DARK = 64  # of 255: glass is brighter
 _COLOURED = 60  # of 255: the brightest part of a slide is glass, which has no colour
 
 
@@ -191,14 +192,23 @@ def _measured(slide: Slide) -> dict[str, Any]:
     if facts.is_rgb and facts.mpp is not None:
         options = TissueOptions(most_px=_OVERVIEW * 2)
         report["tissue_fraction"] = round(float(slide_tissue(slide, options).mask.mean()), 6)
+    odd = []
+    if facts.is_rgb and facts.dtype == "uint16" and valid.any() and values[valid].max() < _DARK:
+        odd.append(
+            f"{facts.path}: 16-bit colours reach {values[valid].max()} of 255 after scaling to 8 "
+            "bit: the scanner used fewer bits than the file states, and pictures are nearly black. "
+            "Scale the colours to 16 or 8 bit"
+        )
     if facts.is_rgb and facts.format == "dicom" and valid.any():
         bright = values[valid][np.argsort(values[valid].mean(-1))[-valid.sum() // 50 - 1 :]]
         if np.ptp(bright.mean(0)) > _COLOURED:
-            report["odd"] = [
+            odd.append(
                 f"{facts.path}: the brightest part has the colour "
                 f"{bright.mean(0).round().astype(int).tolist()}, expected glass: are luma and "
                 "chroma read as red, green and blue?"
-            ]
+            )
+    if odd:
+        report["odd"] = odd
     width, height = facts.tile_size
     columns, rows = -(-facts.size[0] // width), -(-facts.size[1] // height)
     chosen = spread(range(columns * rows), _STORED)
@@ -272,7 +282,7 @@ def slide_tables(report: Mapping[str, Any]) -> list[Any]:
     for slide in report["slides"]:
         if "values" not in slide:
             continue
-        shown = {k: v for k, v in slide.items() if k not in ("path", "values", "mpp_stated")}
+        shown = {k: v for k, v in slide.items() if k not in ("path", "values", "mpp_stated", "odd")}
         for name in ("size", "tile_size"):
             shown[name] = f"{shown[name][0]} x {shown[name][1]} pixels"
         shown["levels"] = ", ".join(f"{w} x {h}" for w, h in slide["levels"])

@@ -16,8 +16,10 @@ from domainssl.backbones.vit import ViTBackbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference.predict import PredictOptions, claim_folder
 from domainssl.inference.volume_maps import VolumePrediction, find_volumes, volume_input
+from domainssl.io.volume.facts import reading_of_words
 from domainssl.io.volume.scan import read_labels
 from domainssl.pieces import Plan, build
+from domainssl.sources.preparation import prepare
 
 nibabel = pytest.importorskip("nibabel")
 
@@ -216,3 +218,21 @@ def test_numbers_that_are_not_finite_are_no_class(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not finite"):
         predicted(Broken("ct"), path, tmp_path / "out")
     assert not (tmp_path / "out/scan.nii.gz").exists()
+
+
+def test_what_files_leave_open_is_said_with_the_option_scan(tmp_path: Path) -> None:
+    values = blob((12, 10, 9))
+    pair = np.stack([values, values + 100], -1)
+    path = write_nifti(tmp_path / "scan.nii", pair, code=0, pixdim=(1.0, 2.0, 3.0))
+    given = reading_of_words(["orientation=assume_pixdim", "volume=1"])
+    inputs = volume_input(Thresholds("ct"), None, given)
+    [exam] = find_volumes(str(path), inputs)
+    prepared = prepare(exam, inputs.contrasts, inputs.preparation)
+    np.testing.assert_array_equal(prepared.values["ct"][0], values + 100)
+    assert inputs.facts == {"scan": given} and prepared.affine[2, 2] == 3.0
+    with pytest.raises(DataError, match=r"`--scan orientation=assume_pixdim`"):
+        prepare(exam, volume_input(Thresholds("ct")).contrasts, inputs.preparation)
+    for word, found in (("volum=1", "Did you mean 'volume'"), ("volume=split", "give its index"),
+                        ("space", "expected KEY=VALUE"), ("space=LSP", "got 'LSP'")):  # fmt: skip
+        with pytest.raises(ConfigError, match=found):
+            reading_of_words([word])

@@ -69,6 +69,17 @@ def test_folders_of_stains_are_described_by_their_first_slides(tmp_path: Path) -
     assert text.count("256 x 192") == 4  # size and level of each
 
 
+def test_sixteen_bit_colours_that_use_fewer_are_called_dark(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    for name, factor in (("dark.tif", 16), ("good.tif", 257)):
+        tifffile.imwrite(tmp_path / name, squares(128, 128).astype("uint16") * factor,
+                         tile=(64, 64), photometric="rgb", resolution=(20_000, 20_000),
+                         resolutionunit=3, metadata=None)  # fmt: skip
+    reports = {Path(r["path"]).name: r for r in inspect_path(str(tmp_path))["slides"]}
+    assert "fewer bits than the file states" in reports["dark.tif"]["odd"][0]
+    assert "odd" not in reports["good.tif"]
+
+
 def test_multiplex_shows_its_channels(tmp_path: Path) -> None:
     values = np.stack([np.full((256, 256), 1000 * (n + 1), np.uint16) for n in range(4)])
     names = ["DAPI", "CD3", "CD8", "CD20"]

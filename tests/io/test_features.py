@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import h5py
 import numpy as np
 import pytest
@@ -57,6 +59,17 @@ def test_tiles_of_a_second_contour_are_off_the_lattice_and_share_cells_by_their_
     summed = to_grid(bag, legacy_titan_grid=True)
     assert summed.features.shape == (D, 2, 1)  # x is the first axis
     assert summed.features[:, 1, 0] == pytest.approx(feature(512, 0) + feature(520, 0))
+
+
+@pytest.mark.parametrize("factor", [1 / 512, 0.25])
+def test_coordinates_that_lie_closer_than_tiles_make_no_grid(factor):
+    coords = (np.array(LATTICE) * factor).astype(int)
+    bag = Bag(slide="a", features=np.ones((len(coords), 4), np.float32), coords=coords,
+              patch_size_level0=SIZE)  # fmt: skip
+    with pytest.raises(DataError, match=r"a: 19 tiles lie in \d cells of 512 pixels of level 0"):
+        to_grid(bag)
+    twice = replace(bag, coords=np.array([LATTICE[0]] * len(coords)))  # features of views of a tile
+    assert to_grid(twice).counts.tolist() == [[19]]
 
 
 def test_a_zero_vector_is_no_background_and_a_feature_that_is_not_finite_is():

@@ -53,6 +53,20 @@ def test_resolution_that_does_not_count_names_its_override(
     assert np.abs(_mean(tile) - _mean(rgb[256:320, 320:384])).max() < 0.6
 
 
+@pytest.mark.parametrize("tile", [(64, 64), None])
+@pytest.mark.parametrize(("unit", "pixels"), [("micron", 2.0), ("\\u00B5m", 2.0), ("mm", 2000.0)])
+def test_the_unit_that_imagej_states_beside_its_resolution_counts(
+    tmp_path: Path, unit: str, pixels: float, tile: Any
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    for name, text in (("a.tif", f"ImageJ=1.53t\nunit={unit}\n"), ("b.tif", f"unit={unit}\n")):
+        tifffile.imwrite(tmp_path / name, squares(128, 128), tile=tile, photometric="rgb",
+                         resolution=(pixels, 2 * pixels), resolutionunit=1, description=text,
+                         metadata=None)  # fmt: skip
+    assert Slide(tmp_path / "a.tif").facts.mpp == pytest.approx((0.5, 0.25))
+    assert Slide(tmp_path / "b.tif").facts.mpp is None  # of another program
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, 352.8, float("nan"), True])
 def test_override_is_held_to_the_same_range(value: float) -> None:
     with pytest.raises(ConfigError, match=r"mpp_um.*0\.05 and 10"):

@@ -93,6 +93,7 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
     from domainssl.inference.dense import DenseOptions
     from domainssl.inference.run import EmbedOptions
     from domainssl.inference.scenes import SceneOptions
+    from domainssl.io.volume.facts import reading_of_words
 
     for name in ("batch_size", "window"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
@@ -129,6 +130,7 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
         form=given.format,
         ids=given.ids,
         pooled=given.pooled,
+        scan=reading_of_words(given.scan),
         dense=dense,
         scene=scene,
     )
@@ -172,6 +174,9 @@ def _parser() -> Parser:
     add("--autocast", choices=("bfloat16", "float16"),
         help="type of the matrix products (default: float32)")  # fmt: skip
     add("--modality", metavar="NAME", help="which one the raster is, where its bands do not tell")
+    add("--scan", nargs="+", default=[], metavar="KEY=VALUE",
+        help="how scans are read whose files leave it open: orientation=assume_pixdim, volume=0, "
+        "space=LPS, series=mr-3 (as inspect shows it)")  # fmt: skip
     add("--stored_unit", default="auto", metavar="UNIT",
         help="what the files hold: dn, dn+1000, baseline, reflectance, db, linear, amplitude, "
         "arbitrary; or by modality: s1=db,s2=dn (default: their attributes tell)")  # fmt: skip

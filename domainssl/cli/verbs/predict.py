@@ -73,6 +73,9 @@ def _parser() -> Parser:
     add("--modality", metavar="NAME", help="what a single file is, for tasks of several modalities")
     add("--date", nargs="+", default=[], metavar="DATE",
         help="date of a cube with several: 2021-05-02, first or last; two for change")
+    add("--scan", nargs="+", default=[], metavar="KEY=VALUE",
+        help="how scans are read whose files leave it open: orientation=assume_pixdim, volume=0, "
+        "space=LPS, series=mr-3 (as inspect shows it)")
     add("--stored_unit", default="auto",
         help="what rasters hold: dn, dn+1000, reflectance, db, linear, amplitude (default: auto)")
     add("--any_gsd", action="store_true", help="take pixels of another size than in training")
@@ -113,6 +116,7 @@ def _predict(argv: list[str]) -> int:
         work = prediction(task, options.input, options.output, _how(options, windows))
         _refuse_repeated(work.keys)
         asked = {n: getattr(options, n) for n in ("min_tissue", "tiles") if noun == "slides"}
+        asked |= {"scan": options.scan} if options.scan else {}
         facts = {"input": noun, **work.options.facts(), **asked}
         claim_folder(work.folder, task, facts, restart=options.restart)
         if options.restart:
@@ -180,6 +184,7 @@ def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
     from domainssl.inference.predictions import HowPredicted
     from domainssl.inference.scenes import SceneOptions
     from domainssl.io.slide.facts import SlideReading
+    from domainssl.io.volume.facts import reading_of_words
 
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch_size: got {options.batch_size}, expected 1 or more.")
@@ -196,6 +201,7 @@ def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
         scene=SceneOptions(
             modality=options.modality, stored_unit=options.stored_unit, any_gsd=options.any_gsd
         ),
+        scan=reading_of_words(options.scan),
         dates=tuple(options.date),
         reading=SlideReading(mpp_um=options.mpp_um),
         ids=options.ids,

@@ -15,6 +15,7 @@ __all__ = ["Bag", "Cells", "FeatureGrid", "cells_of", "to_grid"]
 Array = np.ndarray[Any, Any]
 _TOLERANCE = 0.05  # of a step, beyond which a tile is not on the lattice
 _MOST_BYTES = 2**33  # of a grid
+_CROWDED = 4  # tiles of different places, from which on their distances are looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,7 @@ def cells_of(bag: Bag) -> Cells:
     cells -= first
     origin = origin + first * step
     columns, rows = cells.T
+    _check_spread(bag, len(np.unique(cells, axis=0)), step)
     return Cells(
         rows=rows,
         columns=columns,
@@ -169,6 +171,19 @@ def cells_of(bag: Bag) -> Cells:
         step=step,
         off_lattice=int(np.count_nonzero(~on_lattice)),
     )
+
+
+def _check_spread(bag: Bag, count: int, step: int) -> None:
+    """Refuse coordinates that lie closer than tiles can: most features would be averaged away."""
+    assert bag.coords is not None
+    places = len(np.unique(bag.coords, axis=0))
+    if places >= _CROWDED and 2 * count <= places:
+        raise DataError(
+            f"{bag.path or bag.slide}: {places} tiles lie in {count} cells of {step} pixels of "
+            "level 0, so the size of a tile and the coordinates contradict each other. Expected "
+            "coordinates in pixels of level 0, not counts of tiles or pixels of another level; "
+            "correct them, or patch_size_level0."
+        )
 
 
 def to_grid(bag: Bag, *, legacy_titan_grid: bool = False) -> FeatureGrid:

@@ -13,6 +13,7 @@ import numpy as np
 from domainssl.errors import DataError, parsing, require
 from domainssl.files import read_small
 from domainssl.io.slide.facts import Pair, Region, Stored, level_factors
+from domainssl.io.slide.tiff_pages import imagej_unit
 
 __all__ = ["OpenSlidePyramid", "vendor"]
 
@@ -209,7 +210,7 @@ def _resolutions(properties: dict[str, str]) -> Iterator[tuple[str, float, float
         yield "aperio.MPP", value, value
     unit = {"centimeter": _CENTIMETRE_UM, "inch": _INCH_UM}.get(
         properties.get("tiff.ResolutionUnit", "").lower()
-    )
+    ) or imagej_unit(properties.get("tiff.ImageDescription", ""))
     dots = [_number(properties.get(f"tiff.{axis}Resolution")) for axis in "XY"]
     if unit and dots[0] and dots[1] and min(dots[0], dots[1]) > 0:
         found = unit / dots[0], unit / dots[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ __all__ = [
     "Layout",
     "Level",
     "decoded",
+    "imagej_unit",
     "is_ome",
     "layout_of",
     "orientation_of",
@@ -40,6 +42,8 @@ _CODINGS: dict[int, Coding] = {
     0: "white_is_zero", 1: "grey", 2: "rgb", 3: "palette", 5: "cmyk", 6: "ycbcr",
 }  # fmt: skip
 _UNITS_UM = {2: 25_400.0, 3: 10_000.0}  # of TIFF's ResolutionUnit: inch, centimetre
+_IMAGEJ_UM = {"micron": 1.0, "microns": 1.0, "um": 1.0, "µm": 1.0, "μm": 1.0, "nm": 1e-3, "mm": 1e3,
+              "cm": 1e4, "inch": 25_400.0}  # fmt: skip
 _NOT_SLIDES = ("label", "macro", "thumbnail", "overview")
 _RGB = ("red", "green", "blue")
 _RGB_COLORS = (0xFF0000FF, 0x00FF00FF, 0x0000FFFF)
@@ -328,6 +332,7 @@ def _stated(image: OmeImage | None, page: Any) -> Iterator[tuple[str, float, flo
 def resolution_tags(page: Any) -> tuple[float, float] | None:
     """Return micrometres per pixel in x and y from the tags of a page, None without a unit."""
     unit = _UNITS_UM.get(int(page.tags.valueof(296, 1)))  # pixels per nothing without it
+    unit = unit or imagej_unit(str(page.description or ""))
     values = []
     for tag in (282, 283):
         value = page.tags.valueof(tag)
@@ -335,6 +340,14 @@ def resolution_tags(page: Any) -> tuple[float, float] | None:
             return None
         values.append(unit * value[1] / value[0])
     return (values[0], values[1])
+
+
+def imagej_unit(description: str) -> float | None:
+    """Return the unit in um that ImageJ states beside resolution tags without one, if it does."""
+    if not description.startswith("ImageJ="):
+        return None
+    found = re.search(r"^unit=(.*)$", description, re.MULTILINE)
+    return _IMAGEJ_UM.get(found[1].strip().replace("\\u00B5", "µ").lower()) if found else None
 
 
 def decoded(page: Any, data: bytes, index: int) -> Array:

@@ -25,7 +25,15 @@ from domainssl.io.volume.dicom_file import (
     look,
 )
 from domainssl.io.volume.dicom_stack import Stack, names_of, stacked
-from domainssl.io.volume.facts import Header, Reading, Scan, ScanFacts, chosen_volume, finish
+from domainssl.io.volume.facts import (
+    Header,
+    Reading,
+    Scan,
+    ScanFacts,
+    chosen_volume,
+    finish,
+    in_words,
+)
 from domainssl.io.volume.stored import check_size
 
 __all__ = [
@@ -156,6 +164,7 @@ def read(path: str, reading: Reading) -> Scan:
         raise DataError(
             f"{path}: {stack.several}. Choose one with `volume: <index>` (0 to "
             f"{len(stack.volumes) - 1}), or put each in a folder of its own."
+            + in_words("volume=<index>")
         )
     planes = stack.volumes[chosen_volume(path, len(stack.volumes), reading)]
     stored = _stored(series.files, planes)
@@ -274,7 +283,7 @@ def _chosen(path: str, keys: Mapping[str, list[DicomFile]], reading: Reading) ->
         raise DataError(
             f"{path}: holds {len(candidates)} series: {_listed(real or keys)}. Choose one with "
             "`series: <key>`, read several as modalities with their contrasts, or put each in a "
-            "folder of its own."
+            "folder of its own." + in_words("series=<key>")
         )
     return candidates[0]
 

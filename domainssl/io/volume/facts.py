@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +11,16 @@ import numpy as np
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.volume.geometry import axis_codes, ras_affine, ras_axes, spacing_of, to_ras
 
-__all__ = ["Header", "Reading", "Scan", "ScanFacts", "chosen_volume", "finish"]
+__all__ = [
+    "Header",
+    "Reading",
+    "Scan",
+    "ScanFacts",
+    "chosen_volume",
+    "finish",
+    "in_words",
+    "reading_of_words",
+]
 
 Array = np.ndarray[Any, Any]
 SPACES = ("LPS", "RAS", "LAS")
@@ -54,6 +63,35 @@ class Reading:
                 f"volume: got {self.volume!r}, expected an index from 0 on, 'split', or null."
                 f"{nearest(self.volume, ('split',))}"
             )
+
+
+def in_words(option: str) -> str:
+    """Return how embed and predict take an option of `Reading`, for messages."""
+    return f" In embed and predict: `--scan {option}`."
+
+
+def reading_of_words(words: Sequence[str]) -> dict[str, Any]:
+    """Return fields of `Reading` from words such as `space=LPS`.
+
+    Raises:
+        ConfigError: A word is none of them, or a value cannot be used.
+    """
+    given: dict[str, Any] = {}
+    names = [field.name for field in fields(Reading)]
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not sign or name not in names:
+            raise ConfigError(
+                f"--scan {word}: expected KEY=VALUE with one of {', '.join(names)}."
+                f"{nearest(name, names)}"
+            )
+        given[name] = int(value) if name == "volume" and value.isdigit() else value
+        if given[name] == "split":
+            raise ConfigError(
+                "--scan volume=split: one volume is read at a time here; give its index."
+            )
+    Reading(**given)
+    return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +210,7 @@ def chosen_volume(path: str, volumes: int, reading: Reading) -> int:
         raise DataError(
             f"{path}: holds {volumes} volumes (4D), expected one. Choose one with "
             f"`volume: <index>` (0 to {volumes - 1}), or take each as an item of its own with "
-            "`volume: split`."
+            "`volume: split`." + in_words("volume=<index>")
         )
     index = index or 0
     if index >= volumes:

@@ -9,7 +9,15 @@ from typing import Any, Literal
 import numpy as np
 
 from domainssl.errors import DataError, nearest, parsing
-from domainssl.io.volume.facts import Header, Reading, Scan, ScanFacts, chosen_volume, finish
+from domainssl.io.volume.facts import (
+    Header,
+    Reading,
+    Scan,
+    ScanFacts,
+    chosen_volume,
+    finish,
+    in_words,
+)
 from domainssl.io.volume.geometry import LPS_TO_RAS
 from domainssl.io.volume.stored import (
     Packing,
@@ -213,7 +221,7 @@ def _affine(
         raise DataError(
             f"{path}: has no TransformMatrix, so the orientation is unknown. Add it, or set "
             f"`orientation: assume_pixdim` to read it by its voxel sizes {sizes}, the axes taken "
-            "for right, anterior, superior."
+            "for right, anterior, superior." + in_words("orientation=assume_pixdim")
         )
     if matrix is None:
         warnings.append(f"{path}: no TransformMatrix: orientation assumed")

@@ -7,7 +7,15 @@ import math
 import numpy as np
 
 from domainssl.errors import DataError, parsing, require
-from domainssl.io.volume.facts import Header, Reading, Scan, ScanFacts, chosen_volume, finish
+from domainssl.io.volume.facts import (
+    Header,
+    Reading,
+    Scan,
+    ScanFacts,
+    chosen_volume,
+    finish,
+    in_words,
+)
 from domainssl.io.volume.stored import StoredFile, check_size, open_stored
 
 __all__ = ["ENDINGS", "describe", "is_mgh", "read"]
@@ -79,7 +87,7 @@ def _header(path: str, file: StoredFile, reading: Reading) -> Header:
         raise DataError(
             f"{path}: goodRASFlag is 0, so voxel size and orientation are unknown. Correct the "
             "header, or set `orientation: assume_pixdim` to read it with voxels of 1 mm, the axes "
-            "taken for right, anterior, superior."
+            "taken for right, anterior, superior." + in_words("orientation=assume_pixdim")
         )
     return Header(
         path=path,

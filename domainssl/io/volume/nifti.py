@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, parsing, require
-from domainssl.io.volume.facts import Header, Reading, Scan, ScanFacts, chosen_volume, finish
+from domainssl.io.volume.facts import (
+    Header,
+    Reading,
+    Scan,
+    ScanFacts,
+    chosen_volume,
+    finish,
+    in_words,
+)
 from domainssl.io.volume.geometry import displacement
 from domainssl.io.volume.stored import StoredFile, as_float32, check_size, open_stored, rescaled
 
@@ -275,6 +283,7 @@ def _affine(
                 f"{path}: neither sform nor qform is coded (both codes are 0), so the orientation "
                 "is unknown. Correct the header, or set `orientation: assume_pixdim` to read it by "
                 f"its voxel sizes {_sizes(pixdim)}, the axes taken for right, anterior, superior."
+                + in_words("orientation=assume_pixdim")
             )
         if not np.isfinite(pixdim).all() or not pixdim.all():
             raise DataError(f"{path}: pixdim gives voxels of {_sizes(pixdim)}, expected sizes > 0.")

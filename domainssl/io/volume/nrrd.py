@@ -22,6 +22,7 @@ from domainssl.io.volume.facts import (
     ScanFacts,
     chosen_volume,
     finish,
+    in_words,
 )
 from domainssl.io.volume.stored import (
     Packing,
@@ -294,6 +295,7 @@ def _affine(
                 f"{path}: has spacings ({found}) but no space directions, so the orientation is "
                 "unknown. Add them, or set `orientation: assume_pixdim` to read it by its voxel "
                 "sizes, the axes taken for right, anterior, superior."
+                + in_words("orientation=assume_pixdim")
             )
         warnings.append(f"{path}: no space directions: orientation assumed, voxels of {found} mm")
         return np.diag([*sizes, 1.0]), False, warnings
@@ -318,7 +320,7 @@ def _world(path: str, fields: dict[str, Any], reading: Reading, warnings: list[s
     if reading.space is None:
         raise DataError(
             f"{path}: {found}, so that left and right are unknown. Set `space: LPS` (what ITK and "
-            f"3D Slicer mean), or another of {', '.join(SPACES)}."
+            f"3D Slicer mean), or another of {', '.join(SPACES)}." + in_words("space=LPS")
         )
     warnings.append(f"{path}: {found}, read as {reading.space}")
     return reading.space
