@@ -16,7 +16,12 @@ from pathlib import Path
 from domainssl.datamodules.samples import made_once
 from domainssl.datamodules.samples.volumes_brain import BRAIN, write_brain
 from domainssl.datamodules.samples.volumes_ctmr import CTMR, write_ctmr
-from domainssl.datamodules.samples.volumes_petct import PETCT, write_petct
+from domainssl.datamodules.samples.volumes_petct import (
+    PETCT,
+    UPRIGHT,
+    write_petct,
+    write_upright,
+)
 from domainssl.datamodules.samples.volumes_plan import Plan
 from domainssl.datamodules.samples.volumes_regions import (
     LESIONS,
@@ -31,6 +36,7 @@ __all__ = ["SAMPLES", "build", "sample_root"]
 # name -> plan, what writes an exam, and a version that changes with the values
 SAMPLES: dict[str, tuple[Plan, Callable[[Path, str, int], Mapping[str, str]], str]] = {
     "petct": (PETCT, write_petct, "3"),
+    "upright": (UPRIGHT, write_upright, "1"),
     "ctmr": (CTMR, write_ctmr, "2"),
     "brain": (BRAIN, write_brain, "2"),
     "organs": (ORGANS, write_organs, "1"),

@@ -6,6 +6,7 @@ anew; foci of uptake reach the PET scan alone, calcifications the CT scan alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,33 @@ import numpy as np
 
 from domainssl.datamodules.samples.volumes_files import affine_of, write_nifti
 from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
-from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, grain, layered, smooth
+from domainssl.datamodules.samples.volumes_scene import (
+    UPRIGHT_PATTERNS,
+    Grid,
+    ellipsoid,
+    grain,
+    layered,
+    smooth,
+    upright,
+)
 
-__all__ = ["GRID", "PETCT", "PetCT", "petct", "write_petct"]
+__all__ = [
+    "GRID",
+    "PETCT",
+    "UPRIGHT",
+    "PetCT",
+    "petct",
+    "upright_ct",
+    "write_petct",
+    "write_upright",
+]
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
-PETCT = Plan("petct", {"train": 160, "val": 96}, (("ct", "pet"), ()))
+_EXAMS = {"train": 160, "val": 96}
+PETCT = Plan("petct", _EXAMS, (("ct", "pet"), ()))
+UPRIGHT = Plan("upright", _EXAMS, (("ct",), ()), patterns=UPRIGHT_PATTERNS)
 GRID = Grid((40, 40, 36), (4.0, 4.0, 4.0))
 # centre and radii in mm, Hounsfield units, uptake over that of the tissue around
 _ORGANS = {
@@ -33,7 +53,6 @@ _ORGANS = {
 }
 _GRAIN_MM = (10.0, 14.0)  # finer than the layers; each scan has its own
 _HU_PER_LAYER, _UPTAKE_PER_LAYER = 50.0, 0.3
-_GRAIN_MM = (10.0, 14.0)  # finer than the layers, and of each scan its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,35 +75,66 @@ class PetCT:
 
 def petct(split: str, number: int) -> PetCT:
     """Draw an exam of the sample, without writing any file."""
-    return _draw(*PETCT.generators(split, number), int(PETCT.classes(split)[number]))
+    rng, body_rng = PETCT.generators(split, number)
+    return _draw(rng, body_rng, int(PETCT.classes(split)[number]), layered)
+
+
+def upright_ct(split: str, number: int) -> PetCT:
+    """Draw an exam of CT whose pattern a turn about the axis of the body leaves as it is.
+
+    Its level and contrast are those of all exams: methods that tell crops apart would otherwise
+    tell them by that.
+    """
+    rng, body_rng = UPRIGHT.generators(split, number)
+    return _draw(rng, body_rng, int(UPRIGHT.classes(split)[number]), upright, varies=0.0)
 
 
 def write_petct(folder: Path, split: str, number: int) -> dict[str, str]:
     """Write the files of an exam and return their cells of the manifest."""
     exam, case = petct(split, number), PETCT.case(split, number)
-    affine = affine_of(GRID.shape, GRID.spacing_mm)
     (folder / case).mkdir()
     cells = {name: f"{case}/{name}.nii.gz" for name in ("ct", "pet")}
-    ends = [ORIENTATIONS[(number + more) % len(ORIENTATIONS)] for more in (0, 2)]
-    units, scaling = np.round(exam.ct).astype(np.int16), None
-    if number % 3:  # unsigned with an offset, as some converters write
-        units, scaling = (units + 1024).astype(np.uint16), (1.0, -1024.0)
-    write_nifti(folder / cells["ct"], units, affine, orientation=ends[0], scaling=scaling)
+    _write_ct(folder / cells["ct"], exam.ct, number)
     uptake, scaling = exam.pet.round(2), None
     if number % 4:
         scaling = (float(exam.pet.max()) / 4000, 0.0)
         uptake = np.round(exam.pet / scaling[0]).astype(np.int16)
-    write_nifti(folder / cells["pet"], uptake, affine, orientation=ends[1], scaling=scaling)
+    affine, ends = affine_of(GRID.shape, GRID.spacing_mm), _ends(number + 2)
+    write_nifti(folder / cells["pet"], uptake, affine, orientation=ends, scaling=scaling)
     return cells
 
 
-def _draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
+def write_upright(folder: Path, split: str, number: int) -> dict[str, str]:
+    """Write the file of an exam and return its cell of the manifest."""
+    case = UPRIGHT.case(split, number)
+    (folder / case).mkdir()
+    _write_ct(folder / case / "ct.nii.gz", upright_ct(split, number).ct, number)
+    return {"ct": f"{case}/ct.nii.gz"}
+
+
+def _ends(number: int) -> str:
+    return ORIENTATIONS[number % len(ORIENTATIONS)]
+
+
+def _write_ct(path: Path, ct: Array, number: int) -> None:
+    units, scaling = np.round(ct).astype(np.int16), None
+    if number % 3:  # unsigned with an offset, as some converters write
+        units, scaling = (units + 1024).astype(np.uint16), (1.0, -1024.0)
+    affine = affine_of(GRID.shape, GRID.spacing_mm)
+    write_nifti(path, units, affine, orientation=_ends(number), scaling=scaling)
+
+
+def _draw(
+    rng: Rng, body_rng: Rng, pattern: int, textured: Callable[..., Array], varies: float = 1.0
+) -> PetCT:
     """Draw a phantom.
 
     Args:
         rng: Source of what differs between exams of a patient.
         body_rng: Source of the patient's body.
-        pattern: Class, position in `PATTERNS`.
+        pattern: Class, position in the patterns of `textured`.
+        textured: Draws the layers, `layered` or `upright`.
+        varies: How much level and contrast differ between exams.
     """
     places = GRID.places()
     size = float(np.exp(body_rng.normal(0, 0.04)))
@@ -96,14 +146,14 @@ def _draw(rng: Rng, body_rng: Rng, pattern: int) -> PetCT:
         (ellipsoid(places, np.add(c, body_rng.normal(0, 3, 3)), np.multiply(r, size)), hu, up)
         for c, r, hu, up in _ORGANS.values()
     ]
-    period, contrast = rng.uniform(40, 60), float(np.exp(rng.normal(0, 0.15)))
-    layers = np.where(tissue, layered(rng, GRID, pattern, period), 0.0)
+    period, contrast = rng.uniform(40, 60), float(np.exp(varies * rng.normal(0, 0.15)))
+    layers = np.where(tissue, textured(rng, GRID, pattern, period), 0.0)
     ct, uptake = np.where(inside, -95.0, -1000.0), np.where(inside, 0.5, 0.02)
     ct[tissue], uptake[tissue] = 40.0, 1.0
     for distance, hu, up in organs:
         ct[(distance < 1) & tissue], uptake[(distance < 1) & tissue] = hu, up
-    level = rng.normal()
-    own = {"ct_level": rng.normal(0, 10), "pet_level": rng.normal(0, 0.1)}
+    level = varies * rng.normal()
+    own = {"ct_level": varies * rng.normal(0, 10), "pet_level": varies * rng.normal(0, 0.1)}
     scan = ct + np.where(inside, 25 * level + own["ct_level"], 0)
     scan += _HU_PER_LAYER * contrast * np.exp(rng.normal(0, 0.1)) * layers
     scan += np.where(tissue, 25 * grain(rng, GRID, _GRAIN_MM), 0)

@@ -32,21 +32,20 @@ class Plan:
         name: Of the sample.
         exams: Number of exams per split.
         columns: Columns of the manifest between `split` and `label`, and after it.
-        has_classes: Whether exams have a class; where they have none, maps alone say what they
-            show.
+        patterns: Names of the classes; where there are none, maps alone say what exams show.
     """
 
     name: str
     exams: Mapping[str, int]
     columns: tuple[Sequence[str], Sequence[str]]
-    has_classes: bool = True
+    patterns: tuple[str, ...] = PATTERNS
 
     def classes(self, split: str) -> Array:
-        """Return the class of every exam, position in `PATTERNS`: even and odd exams balanced."""
+        """Return the class of every exam, position in `patterns`: even and odd exams balanced."""
         out = np.empty(self.exams[split], int)
         for half in (0, 1):
             rng = np.random.default_rng([_SEED, len(self.name), len(split), half])
-            out[half::2] = rng.permutation(np.arange(len(out[half::2])) % len(PATTERNS))
+            out[half::2] = rng.permutation(np.arange(len(out[half::2])) % len(self.patterns))
         return out
 
     def generators(self, split: str, number: int) -> tuple[Rng, Rng]:
@@ -65,7 +64,7 @@ class Plan:
             "id": self.case(split, number),
             "patient": f"phantom-{split[0]}{_patient(number):03d}",
             "split": split,
-            "label": PATTERNS[self.classes(split)[number]] if self.has_classes else "",
+            "label": self.patterns[self.classes(split)[number]] if self.patterns else "",
             **cells,
         }
 

@@ -38,8 +38,8 @@ Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
 _EXAMS = {"train": 96, "val": 32}
-ORGANS = Plan("organs", _EXAMS, (("scan", "source"), ("mask",)), has_classes=False)
-LESIONS = Plan("lesions", _EXAMS, (CONTRASTS, ("mask",)), has_classes=False)
+ORGANS = Plan("organs", _EXAMS, (("scan", "source"), ("mask",)), patterns=())
+LESIONS = Plan("lesions", _EXAMS, (CONTRASTS, ("mask",)), patterns=())
 ORGAN_GRID = Grid((40, 40, 40), (3.2, 3.2, 3.0))
 # what is around, then the kinds of regions by number: position in `PATTERNS`
 _ORGAN_LAYERS = tuple(PATTERNS.index(p) for p in ("diffuse", "sagittal", "coronal", "axial"))

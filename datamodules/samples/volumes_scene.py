@@ -13,13 +13,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PATTERNS", "Grid", "ellipsoid", "grain", "layered", "shaped", "smooth"]
+__all__ = [
+    "PATTERNS", "UPRIGHT_PATTERNS", "Grid", "ellipsoid", "grain", "layered", "shaped", "smooth",
+    "upright",
+]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
 # the plane that layers are parallel to; diffuse: none
 PATTERNS = ("sagittal", "coronal", "axial", "diffuse")
+# those that a turn about the z axis leaves as they are; fibres: along z; lattice: both, half each
+UPRIGHT_PATTERNS = ("axial", "fibres", "lattice", "diffuse")
 
 
 @dataclass(frozen=True)
@@ -100,3 +105,21 @@ def layered(
     across = np.abs(frequencies[pattern])
     along = (squared - across**2) / (tilt * centre) ** 2
     return shaped(rng, grid, np.exp(-(((across - centre) / (spread * centre)) ** 2) - along))
+
+
+def upright(
+    rng: Rng, grid: Grid, pattern: int, period_mm: float, spread: float = 0.3, tilt: float = 0.35
+) -> Array:
+    """Return a unit-variance Gaussian field with a pattern of `UPRIGHT_PATTERNS`; see `layered`."""
+    name = UPRIGHT_PATTERNS[pattern]
+    if name in PATTERNS:
+        return layered(rng, grid, PATTERNS.index(name), period_mm, spread, tilt)
+    centre = 1 / period_mm
+    frequencies = grid.frequencies()
+    across, along = np.hypot(frequencies[0], frequencies[1]), frequencies[2]
+    gain = np.exp(-(((across - centre) / (spread * centre)) ** 2) - (along / (tilt * centre)) ** 2)
+    fibres = shaped(rng, grid, gain)
+    if name == "fibres":
+        return fibres
+    layers = layered(rng, grid, PATTERNS.index("axial"), period_mm, spread, tilt)
+    return np.asarray((fibres + layers) / np.float32(2**0.5))

@@ -13,7 +13,14 @@ import torch
 from domainssl.datamodules.samples import volumes
 from domainssl.datamodules.samples.volumes_brain import BRAIN, CONTRASTS, brain, write_brain
 from domainssl.datamodules.samples.volumes_ctmr import CTMR, TISSUES, CtOrMr, ctmr, write_ctmr
-from domainssl.datamodules.samples.volumes_petct import PETCT, petct, write_petct
+from domainssl.datamodules.samples.volumes_petct import (
+    PETCT,
+    UPRIGHT,
+    petct,
+    upright_ct,
+    write_petct,
+    write_upright,
+)
 from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS
 from domainssl.datamodules.samples.volumes_regions import (
     ORGANS,
@@ -22,16 +29,18 @@ from domainssl.datamodules.samples.volumes_regions import (
     write_lesions,
     write_organs,
 )
-from domainssl.datamodules.samples.volumes_scene import PATTERNS
 from domainssl.errors import ConfigError
 from domainssl.evaluation.probes import knn_accuracy, linear_probe_accuracy
 from domainssl.io.volume.scan import Reading, read_labels, read_scan
 
 nibabel: Any = pytest.importorskip("nibabel", reason="needs the extra medical")
 
-PLANS = {"petct": PETCT, "ctmr": CTMR, "brain": BRAIN}
-SCANS = [("petct", "ct"), ("petct", "pet"), ("ctmr", "scan"), *(("brain", c) for c in CONTRASTS)]
-WRITERS = {"petct": write_petct, "ctmr": write_ctmr, "brain": write_brain}
+PLANS = {"petct": PETCT, "upright": UPRIGHT, "ctmr": CTMR, "brain": BRAIN}
+SCANS = [
+    ("petct", "ct"), ("petct", "pet"), ("upright", "ct"), ("ctmr", "scan"),
+    *(("brain", c) for c in CONTRASTS),
+]  # fmt: skip
+WRITERS = {"petct": write_petct, "upright": write_upright, "ctmr": write_ctmr, "brain": write_brain}
 
 
 def _draw(sample: str, number: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -39,6 +48,9 @@ def _draw(sample: str, number: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     if sample == "petct":
         found = petct("val", number)
         return {"ct": found.ct, "pet": found.pet}, found.layers
+    if sample == "upright":
+        found = upright_ct("val", number)
+        return {"ct": found.ct}, found.layers
     if sample == "ctmr":
         exam = ctmr("val", number)
         return {"scan": exam.scan}, exam.layers
@@ -129,7 +141,7 @@ def test_classes_are_balanced_and_patients_are_in_one_split(plan) -> None:
     for split, count in plan.exams.items():
         for half in (0, 1):  # CT and MR
             assert np.bincount(plan.classes(split)[half::2]).tolist() == [count // 8] * 4
-    assert {row["label"] for row in rows} == set(PATTERNS)
+    assert {row["label"] for row in rows} == set(plan.patterns)
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -163,6 +175,17 @@ def test_one_case_is_a_dicom_series_on_the_grid_of_its_labels(tmp_path: Path) ->
     assert exam.labels.max() == len(TISSUES) - 1
 
 
+def test_a_quarter_turn_leaves_the_pattern_of_upright_tissue_as_it_is() -> None:
+    for number in range(12):
+        layers = upright_ct("val", number).layers
+        layers = layers[:, 8:32, 8:32] if (layers[20] != 0).all() else layers[8:32, 8:32, 8:32]
+        x, y, z = energies(layers[None])[0].tolist()
+        name = UPRIGHT.patterns[UPRIGHT.classes("val")[number]]
+        assert {"axial": z > x + 1 and z > y + 1, "fibres": z < x - 1 and z < y - 1}.get(
+            name, abs(x - y) < 1
+        ), (name, x, y, z)
+
+
 def test_lesions_show_in_some_contrasts_only() -> None:
     heads = [brain("train", number) for number in range(24)]
     changes: dict[str, list[list[float]]] = {name: [[], []] for name in CONTRASTS}
@@ -191,7 +214,7 @@ def test_files_are_the_same_every_time(tmp_path: Path, sample) -> None:
         (tmp_path / folder).mkdir()
         WRITERS[sample](tmp_path / folder, "train", 0)
     paths = [path for path in (tmp_path / "first").rglob("*") if path.is_file()]
-    assert len(paths) >= 2
+    assert paths
     for path in paths:
         twin = tmp_path / "second" / path.relative_to(tmp_path / "first")
         assert path.read_bytes() == twin.read_bytes()
@@ -199,6 +222,7 @@ def test_files_are_the_same_every_time(tmp_path: Path, sample) -> None:
 
 @pytest.mark.parametrize(("sample", "columns"), [
     ("petct", "id patient split ct pet label"),
+    ("upright", "id patient split ct label"),
     ("ctmr", "id patient split scan source label mask"),
     ("brain", "id patient split t1 t1c t2 flair label mask"),
 ])  # fmt: skip

@@ -18,7 +18,6 @@ from domainssl.matrix.runs import read_outcome
 
 # They train, but that they learn their sample is not shown yet; docs/matrix.md lists them.
 NOT_SHOWN = {
-    "ct_swinunetr_ssl",
     "cube_galileo",
     "ssl4eo_data2vec",
     "ssl4eo_hyper_mae",
