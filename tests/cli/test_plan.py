@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from domainssl.backbones.vit import ViTArchitecture, ViTBackbone
 from domainssl.cli import main
 from domainssl.cli.run import plan as planning
 from domainssl.cli.run.plan import Asked
+from domainssl.cli.run.plan_measure import Bounds, _line, step_seconds
 from domainssl.cli.run.plan_report import lines, problems_of
-from domainssl.cli.run.plan_steps import _tokens
+from domainssl.cli.run.plan_steps import Measured, _tokens
 from domainssl.modality import Modality
 
 RECIPE = ["--config", "recipes/ssl4eo_croma.yaml", "--data.global_batch_size=16"]
@@ -29,6 +31,8 @@ def plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Plan:
     monkeypatch.chdir(tmp_path)
+    patient = Bounds(slow_s=math.inf, whole_s=math.inf)  # whatever else the machine does
+    monkeypatch.setattr(planning, "BOUNDS", patient)
 
     def run(*words: str) -> tuple[int, dict[str, Any]]:
         status = main(["fit", *RECIPE, *words, "--plan", "--json"])
@@ -105,6 +109,46 @@ def test_a_step_that_cannot_fit_is_estimated_and_not_tried(
     fits = memory["largest_batch"]
     assert f"; {fits} fit. Set trainer.accumulate_grad_batches=" in problem
     assert f"data.init_args.global_batch_size={fits}" in problem
+
+
+def test_a_slow_model_is_planned_from_two_steps_of_two_items(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, real = plan()
+    said = capsys.readouterr().err
+    monkeypatch.setattr(planning, "BOUNDS", Bounds(slow_s=0.0, whole_s=0.0))
+    monkeypatch.setattr(planning, "_READ", 8)
+    status = main(["fit", *RECIPE, "--plan", "--json"])
+    found = capsys.readouterr()
+    facts = json.loads(found.out)
+    memory, time = facts["memory"], facts["time"]
+    assert status == 0 and memory["measured_at"] == [2] and not memory["is_measured"]
+    assert memory["bytes_per_device"] == pytest.approx(real["memory"]["bytes_per_device"], rel=0.2)
+    assert not time["is_measured"] and time["run_s"] > 0
+    assert time["steps_per_epoch"] == real["time"]["steps_per_epoch"] == 6
+    assert facts["batch"] == real["batch"] and facts["tokens"] == real["tokens"]
+    needed = real["reading"]["bytes_needed_per_step"]
+    assert facts["reading"]["bytes_needed_per_step"] == pytest.approx(needed, rel=0.01)
+    assert "to compute a batch" in str(list(lines(facts))) and "about " in str(list(lines(facts)))
+    steps = [line.partition(": ")[2] for line in found.err.splitlines() if "plan, " in line]
+    assert steps == [
+        "reading 4 items",
+        "step 1 of 4: 2 items, to warm up",
+        "step 2 of 2: 2 items, for its memory",
+        "reading 3 batches of 8 items",
+    ]  # fmt: skip
+    assert not said  # of the plan before, which the fixture has read
+
+
+def test_the_optimiser_grows_neither_memory_nor_time_with_the_batch() -> None:
+    found = Measured(
+        memory={2: 900}, passes={2: 520}, held=400, paces={2: (5.0, 1.0)},
+    )  # fmt: skip
+    assert _line(found) == (400.0, 60.0)  # copies of the optimiser at its step are no activations
+    assert step_seconds(found, 20) == 1.0 + 4.0 * 10
+    found.seconds = [3.0, 9.0, 4.0]
+    assert step_seconds(found, 20) == 4.0
+    assert step_seconds(Measured(), 20) is None
 
 
 def test_a_full_disk_is_told_before_the_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,6 +270,12 @@ def test_an_unknown_cell_is_answered_with_the_nearest(tmp_path, monkeypatch, cap
     assert "Did you mean 'ssl4eo_croma'?" in capsys.readouterr().err
 
 
+def test_the_list_of_named_cells_builds_no_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["matrix", "--list", "--cells", "ssl4eo_croma"]) == 0  # a recipe: nothing is built
+    assert capsys.readouterr().out == "ssl4eo_croma  CROMA, S1/S2 images: recipe\n"
+
+
 @pytest.mark.slow
 def test_the_list_gives_a_reason_for_every_cell_that_cannot_exist(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

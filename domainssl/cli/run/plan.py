@@ -6,12 +6,9 @@ import itertools
 import json
 import math
 import shutil
-import statistics
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +18,17 @@ import torch
 from torch import Tensor
 
 from domainssl.cli.console import console
-from domainssl.cli.run.plan_report import lines, problems_of
-from domainssl.cli.run.plan_steps import (
-    TIMED,
-    Measured,
-    Phase,
-    StepMeter,
-    first_items,
-    with_batches,
+from domainssl.cli.run.plan_measure import (
+    Bounds,
+    is_affordable,
+    memory_facts,
+    small_steps,
+    step_seconds,
+    tell,
+    whole_steps,
 )
+from domainssl.cli.run.plan_report import lines, problems_of
+from domainssl.cli.run.plan_steps import TIMED, Measured
 from domainssl.cli.run.request import Request
 from domainssl.errors import ConfigError
 from domainssl.loading.plan import EpochPlan
@@ -37,7 +36,8 @@ from domainssl.loading.stream import BlockStream
 
 __all__ = ["Asked", "for_planning", "show_plan"]
 
-_SAFE = 0.9  # share of the device's memory that an estimate may take before it is tried
+_READ = 32  # items of a batch that are read where whole batches are not needed
+BOUNDS = Bounds()
 _LIMITS = (
     "max_time", "limit_train_batches", "limit_val_batches", "limit_test_batches", "min_epochs",
     "limit_predict_batches", "overfit_batches", "fast_dev_run", "val_check_interval", "profiler",
@@ -155,20 +155,57 @@ def _facts(run: Any, asked: Asked) -> dict[str, Any]:
     if per_device is not None and items["train"] is not None and items["train"] < given:
         facts["problems"] = problems_of(facts)
         return facts
-    stream, batches, reading = _read(data)
+    stream, measured, reading, size = _measured(run, per_device, facts["device"]["memory_bytes"])
     facts["reading"] = reading
-    size = _size(batches[0], model)
-    facts["batch"]["per_device"] = per_device = size
-    measured = _measure(run, batches, size, facts["device"]["memory_bytes"])
+    facts["batch"]["per_device"] = size
     facts["tokens"] = measured.tokens
-    facts["memory"] = _memory(measured, size, facts["device"]["memory_bytes"])
-    epoch = _epoch(data, stream, asked, devices, per_device)
+    facts["memory"] = memory_facts(measured, size, facts["device"]["memory_bytes"])
+    epoch = _epoch(data, stream, asked, devices, size)
     facts["reading"]["blocks_per_step"] = epoch.pop("blocks_per_step")
-    facts["time"] = _time(measured, reading, epoch, asked)
+    facts["time"] = _time(measured, size, reading, epoch, asked)
     facts["disk"] = _disk(run, asked, measured.optimizer_bytes)
     facts["problems"] = problems_of(facts)
     data.teardown("fit")
     return facts
+
+
+def _measured(
+    run: Any, per_device: int | None, memory: int
+) -> tuple[Any, Measured, dict[str, Any], int]:
+    """Take small steps, and whole ones where they are affordable.
+
+    Returns:
+        The stream, what the steps told, what reading costs, and the items of a batch.
+    """
+    data, model = run.datamodule, run.model
+    few = max(BOUNDS.items)
+    if per_device is None or per_device <= few:
+        tell("reading the first batches")
+        stream, batches, reading = _read(data, per_device)
+        size = _size(batches[0], model)
+    else:
+        size, data.global_batch_size = per_device, few
+        tell(f"reading {few} items")
+        batches = _take(data.train_dataloader(), 1)
+        if not batches:
+            raise _no_batch()
+    found = small_steps(run, batches[0], size, BOUNDS)
+    is_tried = is_affordable(found, size, memory, BOUNDS)
+    if per_device is not None and per_device > few:
+        data.global_batch_size = size if is_tried else min(size, _READ)
+        tell(f"reading {TIMED} batches of {data.global_batch_size} items")
+        stream, batches, reading = _read(data, size)
+    if is_tried:
+        found = whole_steps(run, batches, size, found)
+    data.global_batch_size = size if per_device is not None else data.global_batch_size
+    return stream, found, reading, size
+
+
+def _no_batch() -> ConfigError:
+    return ConfigError(
+        "data: the training stream has no batch. Lower data.init_args.global_batch_size or use "
+        "more data."
+    )
 
 
 def _count(accelerator: Any, devices: Any) -> int:
@@ -210,8 +247,8 @@ def _items(data: Any) -> dict[str, int | None]:
     return {"train": found.get("train"), "val": found.get("val")}
 
 
-def _read(data: Any) -> tuple[Any, list[Any], dict[str, Any]]:
-    """Read as many batches as are timed, and say what they cost.
+def _read(data: Any, size: int | None) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Read as many batches as are timed, and say what batches of `size` items cost.
 
     Raises:
         ConfigError: There is not one batch.
@@ -224,15 +261,14 @@ def _read(data: Any) -> tuple[Any, list[Any], dict[str, Any]]:
     batches = _take(stream)
     seconds = time.perf_counter() - begun
     if not batches:
-        raise ConfigError(
-            "data: the training stream has no batch. Lower data.init_args.global_batch_size or "
-            "use more data."
-        )
+        raise _no_batch()
     if not isinstance(stream, BlockStream):
-        return stream, batches, {"seconds_per_batch": seconds / len(batches)}
+        read = int(getattr(data, "global_batch_size", 0) or 0) or 1
+        share = 1.0 if size is None else size / read
+        return stream, batches, {"seconds_per_batch": seconds / len(batches) * share}
     tally, loading = stream.tally, stream.loading
     per_item = tally.bytes_decoded / max(1, tally.items)
-    size = stream.plan(0).batch_size
+    size = size or stream.plan(0).batch_size
     reading = {
         "workers": loading.workers or 0,
         "bytes_per_step": round(per_item * size),
@@ -245,9 +281,9 @@ def _read(data: Any) -> tuple[Any, list[Any], dict[str, Any]]:
     return stream, batches, reading
 
 
-def _take(stream: Any) -> list[Any]:
+def _take(stream: Any, count: int = TIMED) -> list[Any]:
     """Return the first batches of a stream."""
-    return list(itertools.islice(stream, TIMED))
+    return list(itertools.islice(stream, count))
 
 
 def _caches(data: Any) -> list[Any]:
@@ -260,93 +296,6 @@ def _size(batch: Mapping[str, Any], model: Any) -> int:
     found = [batch[n] for n in names if n in batch]
     found += [v for v in batch.values() if isinstance(v, Tensor) and v.ndim]
     return len(found[0])
-
-
-def _measure(run: Any, batches: list[Any], size: int, memory: int) -> Measured:
-    """Take small steps, and whole ones where they will fit."""
-    few = [n for n in (2, 4) if n < size]
-    small = [Phase(items=n, kind=k) for n in few for k in ("warm", "memory")]
-    found = Measured()
-    if small:
-        found = _train(run, [first_items(batches[0], p.items) for p in small], small)
-        if found.failed_at is not None or _expected(found, size) > _SAFE * memory:
-            return found
-    whole = [Phase(items=size, kind=kind) for kind in ("warm", "memory", *("time",) * TIMED)]
-    steps = [batches[index % len(batches)] for index in range(len(whole))]
-    before = dict(found.memory)
-    found = _train(run, steps, whole)
-    found.memory = {**before, **found.memory}
-    return found
-
-
-def _train(run: Any, batches: list[Any], phases: list[Phase]) -> Measured:
-    meter = StepMeter(phases)
-    trainer = run.trainer
-    trainer.callbacks[:] = [meter]
-    trainer.fit_loop.max_epochs = trainer.current_epoch + 1
-    with _out_of_memory_is_told(meter), _grown(), warnings.catch_warnings():
-        for text in (".*have no `val_dataloader`.*", ".*module.s. in eval mode.*"):
-            warnings.filterwarnings("ignore", message=text)
-        trainer.fit(run.model, datamodule=with_batches(run.datamodule, batches))
-    trainer.fit_loop.epoch_progress.reset()
-    return meter.found
-
-
-@contextmanager
-def _grown() -> Iterator[None]:
-    """Free what the device keeps for later, so that another size starts afresh."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    yield
-
-
-@contextmanager
-def _out_of_memory_is_told(meter: StepMeter) -> Iterator[None]:
-    """Leave it to the plan to say that a step did not fit."""
-    try:
-        yield
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        assert meter.found.failed_at is not None
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error) or meter.found.failed_at is None:
-            raise
-
-
-def _line(memory: Mapping[int, int]) -> tuple[float, float]:
-    """Return bytes that do not depend on the batch, and bytes per item."""
-    (few, low), (many, high) = min(memory.items()), max(memory.items())
-    if few == many:
-        return 0.0, low / few
-    slope = max(1.0, (high - low) / (many - few))
-    return max(0.0, low - slope * few), slope
-
-
-def _expected(found: Measured, size: int) -> float:
-    if not found.memory:
-        return math.inf
-    fixed, slope = _line(found.memory)
-    return fixed + slope * size
-
-
-def _memory(found: Measured, size: int, available: int) -> dict[str, Any]:
-    """Return the bytes that one device needs, and the largest batch that fits."""
-    is_measured = size in found.memory
-    if not found.memory:
-        return {
-            "bytes_per_device": None, "is_measured": False, "failed_at": found.failed_at,
-            "largest_batch": 0, "available_bytes": available,
-        }  # fmt: skip
-    fixed, slope = _line(found.memory)
-    return {
-        "bytes_per_device": round(found.memory[size] if is_measured else fixed + slope * size),
-        "is_measured": is_measured,
-        "measured_at": sorted(found.memory),
-        "bytes_without_items": round(fixed),
-        "bytes_per_item": round(slope),
-        "largest_batch": max(0, math.floor((_SAFE * available - fixed) / slope)),
-        "failed_at": found.failed_at,
-        "available_bytes": available,
-    }
 
 
 def _epoch(data: Any, stream: Any, asked: Asked, devices: int, size: int) -> dict[str, Any]:
@@ -374,7 +323,7 @@ def _epoch(data: Any, stream: Any, asked: Asked, devices: int, size: int) -> dic
 
 
 def _time(
-    found: Measured, reading: Mapping[str, Any], epoch: Mapping[str, Any], asked: Asked
+    found: Measured, size: int, reading: Mapping[str, Any], epoch: Mapping[str, Any], asked: Asked
 ) -> dict[str, Any]:
     """Return seconds per step, epoch and run, without validation and callbacks."""
     steps = epoch["steps"]
@@ -382,7 +331,7 @@ def _time(
     if asked.max_steps > 0:
         own = asked.max_steps / max(1, steps)
         epochs = own if epochs is None else min(float(epochs), own)
-    compute = statistics.median(found.seconds) if found.seconds else None
+    compute = step_seconds(found, size) if found.failed_at is None and found.fits else None
     step = epoch_s = None
     if compute is not None:
         loading = float(reading["seconds_per_batch"])
@@ -390,6 +339,7 @@ def _time(
         step = max(compute, loading) if is_parallel else compute + loading
         epoch_s = step * epoch["batches"]
     return {
+        "is_measured": bool(found.seconds),
         "compute_s": compute,
         "batch_s": step,
         "steps_per_epoch": steps,

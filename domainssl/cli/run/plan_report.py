@@ -79,9 +79,10 @@ def _time(time: Mapping[str, Any]) -> Iterator[str]:
     if time["batch_s"] is None:
         yield _row("time", "not measured: a step does not fit")
         return
+    about = "" if time["is_measured"] else "about "  # from steps of a few items
     text = (
-        f"{_seconds(time['compute_s'])} to compute a batch, {_seconds(time['batch_s'])} with "
-        f"reading; {time['steps_per_epoch']} step(s) and {_seconds(time['epoch_s'])} per epoch"
+        f"{about}{_seconds(time['compute_s'])} to compute a batch, {_seconds(time['batch_s'])} "
+        f"with reading; {time['steps_per_epoch']} step(s) and {_seconds(time['epoch_s'])} per epoch"
     )
     if time["run_s"] is not None:
         text += f"; {time['epochs']:g} epochs: {_seconds(time['run_s'])}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -17,6 +18,7 @@ from domainssl.modality import Modality, key
 __all__ = ["Measured", "Phase", "StepMeter", "first_items", "held_bytes", "with_batches"]
 
 TIMED = 3  # steps whose time is measured, after others have warmed up
+_KINDS = {"warm": "to warm up", "memory": "for its memory", "time": "for its time"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,10 @@ class Measured:
         optimizer_bytes: State of the optimiser.
         tokens: Tokens of one item, by modality and `joint`.
         failed_at: Size of the batch that did not fit, if one did not.
+        paces: Seconds of the last step by size of the batch, and those of them in the optimiser.
+        held: Bytes at the start of a measured step, without the batch.
+        passes: Bytes held at once by forward and backward pass, by size of the batch.
+        fits: Whether a step of the whole batch is expected to fit.
     """
 
     memory: dict[int, int] = field(default_factory=dict)
@@ -49,6 +55,10 @@ class Measured:
     optimizer_bytes: int = 0
     tokens: dict[str, int] = field(default_factory=dict)
     failed_at: int | None = None
+    paces: dict[int, tuple[float, float]] = field(default_factory=dict)
+    held: int = 0
+    passes: dict[int, int] = field(default_factory=dict)
+    fits: bool = True
 
 
 def first_items(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -82,12 +92,22 @@ class StepMeter(Callback):
 
     Args:
         phases: What to measure of each step, in order.
+        slow_s: Seconds of a first step after which the steps end with the next one.
+        tell: Is told of every step before it is taken.
     """
 
-    def __init__(self, phases: Sequence[Phase]) -> None:
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        slow_s: float = math.inf,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.phases = list(phases)
+        self._slow_s, self._tell = slow_s, tell
+        self._updating: float | None = None
         self.found = Measured()
         self._meter: PeakMemory | None = None
+        self._index, self._batch = 0, cast(Any, None)
         self._held = 0
         self._begun = 0.0
 
@@ -95,18 +115,38 @@ class StepMeter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to count."""
+        self._index = batch_idx
         phase, device = self.phases[batch_idx], str(pl_module.device)
+        place = f"step {batch_idx + 1} of {len(self.phases)}"
+        self._tell(f"{place}: {phase.items} items, {_KINDS[phase.kind]}")
         self.found.failed_at = phase.items  # until its end
         if batch_idx == 0:
             self.found.tokens = _tokens(pl_module, batch)
         if phase.kind == "memory":
-            self._held = held_bytes(pl_module, trainer.optimizers) + _batch_bytes(batch)
-            if device.startswith("cuda"):
-                self._held = torch.cuda.memory_allocated(device)
-            self._meter = PeakMemory(device)
-            self._meter.start()
+            self._measure_memory(trainer, pl_module, batch)
+            self.found.held = self._held - _batch_bytes(batch)
+        self._updating, self._batch = None, batch
         _wait(device)
         self._begun = time.perf_counter()
+
+    def _measure_memory(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        device = str(pl_module.device)
+        self._held = held_bytes(pl_module, trainer.optimizers) + _batch_bytes(batch)
+        if device.startswith("cuda"):
+            self._held = torch.cuda.memory_allocated(device)
+        self._meter = PeakMemory(device)
+        self._meter.start()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Tell what grows with the batch apart from the optimiser, which does not."""
+        if self._meter is not None and self._updating is None:
+            items = self.phases[self._index].items
+            self.found.passes[items] = self._held + self._meter.stop()
+            self._measure_memory(trainer, pl_module, self._batch)
+        _wait(str(pl_module.device))
+        self._updating = self._updating or time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,11 +154,19 @@ class StepMeter(Callback):
         """Note what was measured."""
         phase = self.phases[batch_idx]
         _wait(str(pl_module.device))
+        now = time.perf_counter()
+        update = 0.0 if self._updating is None else now - self._updating
+        self.found.paces[phase.items] = (now - self._begun, update)
         if phase.kind == "time":
-            self.found.seconds.append(time.perf_counter() - self._begun)
+            self.found.seconds.append(now - self._begun)
         if self._meter is not None:
-            self.found.memory[phase.items] = self._held + self._meter.stop()
+            most = self._held + self._meter.stop()
+            self.found.memory[phase.items] = max(most, self.found.passes.get(phase.items, 0))
             self._meter = None
+        if batch_idx == 0 and now - self._begun > self._slow_s:
+            self.phases = self.phases[:2]
+        if batch_idx + 1 == len(self.phases):
+            trainer.should_stop = True
         states = [t for optimizer in trainer.optimizers for t in _states(optimizer)]
         self.found.optimizer_bytes = sum(t.untyped_storage().nbytes() for t in states)
         self.found.failed_at = None

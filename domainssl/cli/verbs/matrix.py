@@ -45,12 +45,13 @@ def run(argv: list[str]) -> int:
     if page is not None:
         check_page(page)
     before = read_record(page.with_suffix(".json")) if page is not None else []
-    has_all = options.list or page is not None  # composing a cell takes a second
-    cells = find_all(("*",) if has_all else tuple(options.cells))
-    chosen = [cell for cell in _chosen(cells, options.cells) if not cell.reason]
+    # composing a cell takes a second, and the record of a page holds all of them
+    cells = find_all(tuple(options.cells) if page is None else ("*",))
+    named = _chosen(cells, options.cells)
+    chosen = [cell for cell in named if not cell.reason]
     screen = console()
     if options.list:
-        for cell in cells:
+        for cell in named:
             told = cell.reason or ("recipe" if cell.is_recipe else " + ".join(cell.recipes))
             screen.print(f"{cell.name}  {cell.objective}, {cell.column}: {told}", markup=False)
         return 0
@@ -91,7 +92,7 @@ def _parser() -> Parser:
     add("--runs", default="runs/matrix", metavar="FOLDER",
         help="keeps the runs (default runs/matrix)")  # fmt: skip
     add("--restart", action="store_true", help="repeat runs that an earlier call has finished")
-    add("--list", action="store_true", help="list the cells, and why some cannot exist")
+    add("--list", action="store_true", help="list the cells that --cells names, with reasons")
     return parser
 
 
