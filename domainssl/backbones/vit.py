@@ -80,6 +80,8 @@ class ViTArchitecture:
         class_token: Put a learned token before those of the patches.
         mask_token: Have a learned token for `encode(replace=...)`.
         pooling: `pooled` is the mean of the valid tokens, or the `class` token.
+        drop_path: Share of items that skip a branch of the last block while training, less in
+            those before.
     """
 
     width: int = 768
@@ -93,6 +95,7 @@ class ViTArchitecture:
     class_token: bool = True
     mask_token: bool = False
     pooling: Literal["mean", "class"] = "mean"
+    drop_path: float = 0.0
 
 
 class ViTBackbone(Backbone):
@@ -157,6 +160,7 @@ class ViTBackbone(Backbone):
             hidden=a.hidden,
             qkv_bias=self.qkv_bias,
             epsilon=self.epsilon,
+            drop_path=a.drop_path,
         )
         self.embed_dim = {self.name: a.width}
         for part in self.modules():

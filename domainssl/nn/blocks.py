@@ -134,6 +134,7 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention where wanted, and a feed-forward network, with residuals."""
 
     is_block = True  # see `blocks_of`
+    drop_path: float = 0.0  # share of items that skip a branch while training
 
     def __init__(
         self,
@@ -163,12 +164,14 @@ class TransformerBlock(nn.Module):
         cross_bias: DistanceBias | None = None,
     ) -> Tensor:
         """(B, N, E) -> (B, N, E)."""
-        x = x + self.attention(x, bias)
+        x = x + self._dropped(self.attention(x, bias))
         if self.cross is not None:
             assert context is not None
-            x = x + self.cross(x, context, cross_bias)
-        out: Tensor = x + self.feed_forward(x)
-        return out
+            x = x + self._dropped(self.cross(x, context, cross_bias))
+        return x + self._dropped(self.feed_forward(x))
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        return drop_path(branch, self.drop_path, self.training)
 
 
 class Transformer(nn.Module):
@@ -186,6 +189,8 @@ class Transformer(nn.Module):
         epsilon: Added to the variance in the norms of self-attention and feed-forward.
         dropout: Share dropped in self-attention (weights and result) and feed-forward (both
             layers) while training, from the global generator.
+        drop_path: Share of items that skip a branch of the last block while training, less in
+            those before, from the global generator.
 
     Set `gradient_checkpointing` to recompute blocks in the backward pass.
     """
@@ -203,10 +208,11 @@ class Transformer(nn.Module):
         qkv_bias: bool = False,
         epsilon: float = 1e-5,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
-        self.blocks = nn.ModuleList(
+        blocks = [
             TransformerBlock(
                 width,
                 heads,
@@ -219,7 +225,10 @@ class Transformer(nn.Module):
                 dropout=dropout,
             )
             for _ in range(depth)
-        )
+        ]
+        for number, block in enumerate(blocks):
+            block.drop_path = drop_path * number / max(1, depth - 1)
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, eps=epsilon)
 
     def forward(

@@ -48,12 +48,15 @@ class StudentArchitecture:
         depth: Blocks.
         heads: Attention heads.
         hidden: Width of the feed-forward layers; None is four times the width.
+        drop_path: Share of items that skip a branch of the student's last block, less in those
+            before; None is 0. Of `vit` alone.
     """
 
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
     hidden: int | None = None
+    drop_path: float | None = None
 
 
 SIZES: dict[str, StudentArchitecture] = {
@@ -193,8 +196,9 @@ def published_crops(modality: Modality) -> tuple[Views, Views, Views]:
     Volumes have no published counterpart; their values change by gamma, blur, brightness and
     contrast, and never by colour.
     """
+    color: dict[str, Any]
     if modality.value_unit in ("dn", "reflectance", "rgb8"):
-        color: dict[str, Any] = {"color_probability": 0.8, "grey_probability": 0.2}
+        color = {"color_probability": 0.8, "grey_probability": 0.2}
     elif modality.value_unit in ("db", "linear"):
         color = {"grey_probability": 0.2}
     elif modality.spatial_dims == 3:
@@ -202,6 +206,8 @@ def published_crops(modality: Modality) -> tuple[Views, Views, Views]:
         color |= {"gamma_probability": 0.8}
     else:
         return Views(crop_area=_LARGE), Views(crop_area=_LARGE), Views(crop_area=_SMALL)
+    if modality.spatial_dims == 2 and modality.value_unit in ("dn", "reflectance", "db", "linear"):
+        color["flip"] = (0.0, 0.5)  # left and right alone
     inverts = 0.2 if modality.value_unit in ("dn", "reflectance", "rgb8") else 0.0
     return (
         Views(crop_area=_LARGE, blur_probability=1.0, **color),
@@ -233,9 +239,10 @@ def make_student(
                 "the student. Use encoder: vit, or give patches no weight (loss_weights.patch: 0)."
             )
         return _convolutional(known, encoding, sizes, crops)
+    own = {**vars(sizes), "drop_path": sizes.drop_path or 0.0}
     arguments: dict[str, Any] = {
         "architecture": ViTArchitecture(
-            **vars(sizes), positions=encoding.positions, resizing=encoding.resizing,
+            **own, positions=encoding.positions, resizing=encoding.resizing,
             mask_token=has_masks, pooling="class",
         ),
         "patch_size": encoding.patch_size,
@@ -273,7 +280,14 @@ def _convolutional(
     crops: Crops,
 ) -> EncoderBackbone:
     """Build timm's encoders and the small transformer."""
-    wanted: dict[str, Any] = {n: v for n, v in vars(sizes).items() if n != "hidden"}
+    if sizes.drop_path:
+        raise ConfigError(
+            f"model.init_args.encoding.architecture.drop_path: got {sizes.drop_path!r}, but "
+            f"{encoding.encoder!r} has no branches that are dropped. Set it to null, or use "
+            "encoder: vit."
+        )
+    unused = ("hidden", "drop_path")
+    wanted: dict[str, Any] = {n: v for n, v in vars(sizes).items() if n not in unused}
     arguments: dict[str, Any] = {
         "encoder": encoding.encoder,
         "sizes": EncoderSizes(**wanted, patch_size=_one_number(encoding.patch_size)),
