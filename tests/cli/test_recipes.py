@@ -1,14 +1,18 @@
 """Every recipe runs through the command line, and every overlay fits over it."""
 
+import re
 import signal
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from domainssl.backbones.encoders.files import published_modality
 from domainssl.cli.config import catalog
 from domainssl.cli.run.train import build, prepare
+from domainssl.matrix.record import read_record
 from domainssl.objectives.decur import DeCUR
 from domainssl.objectives.joint_embedding import published_views
 
@@ -21,6 +25,56 @@ TINY = [
     "--trainer.limit_train_batches=2",
     "--trainer.limit_val_batches=1",
 ]
+
+
+TIMES = {
+    "about half a minute": 30, "about a minute": 60, "about a minute and a half": 90,
+    "about two minutes": 120,
+}  # fmt: skip
+HOMES = {"volumes": "medical", "tiles": "pathology", "slides": "pathology"}  # others: geo
+NEEDS = re.compile(
+    r"# needs: pip install 'domainssl\[(\w+)\]'; the embedded sample is made on first use\. "
+    r"A CPU takes (.*)\.$"
+)
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, list[float]]:
+    """Processor seconds of the runs of the matrix."""
+    entries = read_record(ROOT / "docs/matrix.json")
+    return {e.name: [run.cost["cpu_seconds"] for run in e.runs if run.cost] for e in entries}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_its_extra_and_how_long_it_takes(name, costs):
+    """The one place of both: the list of recipes and the README repeat it."""
+    text = (ROOT / name).read_text()
+    found = NEEDS.match(text.splitlines()[1])
+    assert found is not None, "expected: " + NEEDS.pattern
+    data = yaml.safe_load(text)["data"]["class_path"].rpartition(".")[2]
+    home = catalog.find_classes("data")[data].split(".")[-2]
+    assert found[1] == HOMES.get(home, "geo")
+    own, seconds = costs.get(Path(name).stem), TIMES[found[2]]
+    assert not own or seconds / 2 < statistics.median(own) < 2 * seconds, own
+    if name.endswith("/ssl4eo_croma.yaml"):
+        readme = " ".join((ROOT / "README.md").read_text().split())
+        assert f"Sentinel-2 images: {found[2]} on a CPU" in readme
+
+
+def test_recipes_are_listed_by_domain_with_extra_and_time(cli):
+    lines = cli("recipes").out.splitlines()
+    place = {line.split()[0]: i for i, line in enumerate(lines) if line.startswith("  recipes/")}
+    starts = [i for i, line in enumerate(lines) if "pip install" in line and line[0] != " "]
+    assert [lines[i].partition(":")[0] for i in starts] == [
+        "Earth observation", "CT, MR and PET", "Tiles and slides",
+    ]  # fmt: skip
+    assert starts[0] < place["recipes/ssl4eo_croma.yaml"] < starts[1]
+    assert (
+        starts[1] < place["recipes/petct_croma.yaml"] < starts[2] < place["recipes/tiles_mae.yaml"]
+    )
+    assert place.keys() == set(RECIPES)
+    needs = lines[place["recipes/tiles_mae.yaml"] + 1]
+    assert "pip install 'domainssl[pathology]'" in needs and "A CPU takes about a minute" in needs
 
 
 def test_recipes_and_overlays_are_found():

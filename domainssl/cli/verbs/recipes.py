@@ -8,6 +8,12 @@ from domainssl.cli.words import Parser
 
 __all__ = ["run"]
 
+_DOMAINS = {
+    "geo": "Earth observation: pip install 'domainssl[geo]'",
+    "medical": "CT, MR and PET: pip install 'domainssl[medical]'",
+    "pathology": "Tiles and slides: pip install 'domainssl[pathology]'",
+}  # by extra
+
 
 def run(argv: list[str]) -> int:
     """Print every recipe and overlay with what its first comments say."""
@@ -23,14 +29,12 @@ def run(argv: list[str]) -> int:
     from domainssl.cli.console import console
 
     screen = console()
-    found = {"recipes": catalog.recipes(), "configs": catalog.configs()}
-    titles = {
-        "recipes": "Recipes: complete runs, python -m domainssl fit --config RECIPE",
-        "configs": "Configs: laid over a recipe, … --config RECIPE --config CONFIG",
-    }
-    width = max((len(name) for group in found.values() for name in group), default=0)
-    for group, entries in found.items():
-        screen.print(f"[bold]{titles[group]}[/]")
+    groups = _groups(catalog.recipes())
+    groups["Configs: laid over a recipe, … --config RECIPE --config CONFIG"] = catalog.configs()
+    width = max((len(name) for entries in groups.values() for name in entries), default=0)
+    screen.print("Recipes are complete runs: python -m domainssl fit --config RECIPE\n")
+    for title, entries in groups.items():
+        screen.print(f"[bold]{escape(title)}[/]")
         for name, path in entries.items():
             about, needs = _comments(path)
             screen.print(f"  [cyan]{escape(name):<{width}}[/]  {escape(about)}")
@@ -40,6 +44,18 @@ def run(argv: list[str]) -> int:
             screen.print("  none found")
         screen.print()
     return 0
+
+
+def _groups(recipes: dict[str, Path]) -> dict[str, dict[str, Path]]:
+    """Return the recipes by the domain of the extra that they need."""
+    groups: dict[str, dict[str, Path]] = {}
+    for name, path in recipes.items():
+        needs = _comments(path)[1]
+        extra = next((word for word in _DOMAINS if f"[{word}]" in needs), "")
+        title = _DOMAINS.get(extra, "Recipes of your own")
+        groups.setdefault(title, {})[name] = path
+    order = [*_DOMAINS.values(), "Recipes of your own"]
+    return {title: groups[title] for title in order if title in groups}
 
 
 def _comments(path: Path) -> tuple[str, str]:
