@@ -14,6 +14,7 @@ __all__ = [
     "S2_M",
     "VALID_RANGES",
     "canonical_band",
+    "names_of_band",
     "wavelengths_nm",
 ]
 
@@ -54,6 +55,12 @@ def canonical_band(name: str) -> str:
         return _NAMES[plain]
     numbered = _NUMBERED.fullmatch(plain)
     return f"B{int(numbered[1]):02d}" if numbered else text.upper()
+
+
+def names_of_band(band: str) -> list[str]:
+    """Return the names that a band is known by, its canonical one first."""
+    known = canonical_band(band)
+    return [known, *(name for name, meant in _NAMES.items() if meant == known)]
 
 
 def wavelengths_nm(bands: Sequence[str]) -> tuple[float, ...] | None:

@@ -18,13 +18,12 @@ import torch
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest, require
+from domainssl.inference.scene_bands import describe_scene, modality_of
 from domainssl.inference.tokens import TokenWindows
 from domainssl.io.raster.bands import LayerFile
-from domainssl.io.raster.describe import Sought, describe
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.io.raster.offset import settled_unit
 from domainssl.io.raster.read import MaskRule, Target, conversion, read_pixels
-from domainssl.io.raster.sites import Found
 from domainssl.modality import Batch, Modality, key
 
 __all__ = ["Scene", "SceneOptions", "open_scene", "stem"]
@@ -42,6 +41,7 @@ class SceneOptions:
 
     Attributes:
         modality: Which one the raster is; None finds the one whose bands it has.
+        bands: What the bands of a GeoTIFF are called, in their order, instead of its own names.
         stored_unit: What the files hold, see `sources.cube_options.Layer`; one for all modalities,
             or `s1=db,s2=dn`.
         date: Date of a cube, such as `2021-05-02`, `first` or `last`; None for the only one.
@@ -54,6 +54,7 @@ class SceneOptions:
     """
 
     modality: str | None = None
+    bands: tuple[str, ...] = ()
     stored_unit: str = "auto"
     date: str | None = None
     max_dates: int | None = None
@@ -262,7 +263,8 @@ def open_scene(
         WeightsError: The data do not fit the weights.
     """
     if isinstance(files, str):
-        files = {_modality_of(files, backbone, options): files}
+        found = options.modality or modality_of(files, backbone.modalities, **_described(options))
+        files = {found: files}
     for known in files:
         if known not in backbone.modalities:
             raise ConfigError(
@@ -298,37 +300,11 @@ def stem(path: str) -> str:
     return os.path.splitext(name)[0] or name
 
 
-def _sought(modality: Modality, options: SceneOptions) -> Sought:
-    return Sought(
-        bands=modality.channels, step_hint=modality.gsd_m, mask=options.mask, crs=options.crs
-    )
-
-
-def _modality_of(path: str, backbone: Backbone, options: SceneOptions) -> str:
-    """Return the modality whose bands a file has."""
-    if options.modality is not None:
-        return options.modality
-    names = list(backbone.modalities)
-    if len(names) == 1:
-        return names[0]
-    fitting, reasons = [], []
-    for name in names:
-        try:
-            found = describe(
-                _sought(backbone.modalities[name], options), Found(path, "", options.group)
-            )
-        except DataError as error:
-            reasons.append(f"{name}: {error}")
-            continue
-        if found.has_names or len(names) == 1:
-            fitting.append(name)
-    if len(fitting) != 1:
-        raise ConfigError(
-            f"{path}: which modality of the backbone is it? Say --modality "
-            f"{' or '.join(fitting or names)}."
-            + ("" if fitting else " Its bands fit none by name: " + " ".join(reasons)[:600])
-        )
-    return fitting[0]
+def _described(options: SceneOptions) -> dict[str, Any]:
+    """Return how files are described; see `describe_scene`."""
+    return {
+        "names": options.bands, "mask": options.mask, "crs": options.crs, "group": options.group,
+    }  # fmt: skip
 
 
 def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
@@ -337,7 +313,7 @@ def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
             f"{path}: a raster, but modality {modality.name!r} of the backbone is of kind "
             f"{modality.kind!r}."
         )
-    file = describe(_sought(modality, options), Found(path, "", options.group))
+    file = describe_scene(path, modality, **_described(options))
     dates = _dates(file, modality, options)
     asked = options.unit_of(modality.name)
     unit = file.stored_unit(asked, dates[0])

@@ -19,9 +19,11 @@ from domainssl.cli import main
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference import dense
 from domainssl.inference.run import embed
+from domainssl.inference.scene_bands import modality_of
 from domainssl.inference.scenes import SceneOptions, open_scene
 from domainssl.inference.tokens import token_windows
 from domainssl.io.raster.geozarr import VectorStore
+from domainssl.modality import Modality
 from domainssl.pieces import Plan, Shard
 
 BANDS = ("B02", "B03", "B04")
@@ -380,8 +382,38 @@ def test_bands_are_taken_in_the_order_of_the_card_and_missing_ones_are_named(
     embed(backbone, plain, tmp_path / "p.zarr")
     np.testing.assert_array_equal(vectors(tmp_path / "t.zarr"), vectors(tmp_path / "p.zarr"))
     lacking = write_geotiff(tmp_path / "l.tif", values, ("B02", "B03", "B8A"))
-    with pytest.raises(DataError, match="no band 'B04'"):
+    with pytest.raises(
+        DataError, match=r"B02 B03 B8A. are not those of 's2' .B02 B03 B04.: B04 is"
+    ):
         embed(backbone, lacking, tmp_path / "l.zarr")
+    misspelled = write_geotiff(tmp_path / "m.tif", values[[1, 0, 2]], ("gren", "blue", "B04"))
+    hint = r"B03 is missing .is 'gren' 'green', B03\?.\. .*--bands B02,B03,B04"
+    with pytest.raises(DataError, match=hint):
+        embed(backbone, misspelled, tmp_path / "m.zarr")
+    embed(backbone, misspelled, tmp_path / "m.zarr", bands=("green", "blue", "red"))
+    np.testing.assert_array_equal(vectors(tmp_path / "m.zarr"), vectors(tmp_path / "p.zarr"))
+    with pytest.raises(DataError, match="3 bands, but 2 names"):
+        embed(backbone, misspelled, tmp_path / "n.zarr", bands=("green", "blue"))
+
+
+def test_a_raster_that_fits_no_modality_is_told_with_the_bands_of_both(tmp_path: Path) -> None:
+    radar = {**S2, "channels": ("VV", "VH"), "value_unit": "db", "mean": (-10.0,) * 2,
+             "std": (5.0,) * 2}  # fmt: skip
+    both = {"s1": Modality(name="s1", **radar), "s2": Modality(name="s2", **S2)}
+    values = coded(1, 3, 32)[0].astype(np.uint16)
+    path = str(write_geotiff(tmp_path / "a.tif", values, ("B02", "B03", "Rdd")))
+    with pytest.raises(ConfigError) as caught:
+        modality_of(path, both)
+    assert str(caught.value) == (
+        f"{path}: which modality of the backbone is it? Its bands are B02 B03 Rdd; s1 has VV VH, "
+        "of which VV VH are missing; s2 has B02 B03 B04, of which B04 is missing (is 'Rdd' 'red', "
+        "B04?). Say --modality s1 or s2, with --bands where its bands have other names or none, "
+        "in their order."
+    )
+    assert modality_of(path, both, names=("B02", "B03", "B04")) == "s2"
+    bare = str(write_geotiff(tmp_path / "b.tif", values, None))
+    with pytest.raises(ConfigError, match="Its bands have no names; s1 has VV VH; s2 has B02 B03"):
+        modality_of(bare, both)
 
 
 def test_the_command_writes_a_folder_of_rasters_and_refuses_to_mix(

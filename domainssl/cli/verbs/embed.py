@@ -116,6 +116,7 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
     )
     scene = SceneOptions(
         modality=given.modality,
+        bands=tuple(filter(None, given.bands.replace(",", " ").split())),
         stored_unit=given.stored_unit,
         date=given.date,
         max_dates=given.max_dates,
@@ -177,6 +178,8 @@ def _parser() -> Parser:
     add("--scan", nargs="+", default=[], metavar="KEY=VALUE",
         help="how scans are read whose files leave it open: orientation=assume_pixdim, volume=0, "
         "space=LPS, series=mr-3 (as inspect shows it)")  # fmt: skip
+    add("--bands", default="", metavar="B02,B03,...",
+        help="bands of a GeoTIFF in their order, where it names none or others")  # fmt: skip
     add("--stored_unit", default="auto", metavar="UNIT",
         help="what the files hold: dn, dn+1000, baseline, reflectance, db, linear, amplitude, "
         "arbitrary; or by modality: s1=db,s2=dn (default: their attributes tell)")  # fmt: skip

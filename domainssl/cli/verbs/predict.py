@@ -71,6 +71,8 @@ def _parser() -> Parser:
     add("--batch_size", type=int, help="windows at once (default: 1; 64 tiles of slides)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--modality", metavar="NAME", help="what a single file is, for tasks of several modalities")
+    add("--bands", default="", metavar="B02,B03,...",
+        help="bands of a GeoTIFF in their order, where it names none or others")
     add("--date", nargs="+", default=[], metavar="DATE",
         help="date of a cube with several: 2021-05-02, first or last; two for change")
     add("--scan", nargs="+", default=[], metavar="KEY=VALUE",
@@ -199,7 +201,10 @@ def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
         batch_size=options.batch_size,
         modality=options.modality,
         scene=SceneOptions(
-            modality=options.modality, stored_unit=options.stored_unit, any_gsd=options.any_gsd
+            modality=options.modality,
+            bands=tuple(filter(None, options.bands.replace(",", " ").split())),
+            stored_unit=options.stored_unit,
+            any_gsd=options.any_gsd,
         ),
         scan=reading_of_words(options.scan),
         dates=tuple(options.date),

@@ -35,7 +35,12 @@ def _open(path: str) -> Any:
 
 
 def describe_geotiff(
-    path: str, bands: Sequence[str], *, crs: str | None = None, date: str = ""
+    path: str,
+    bands: Sequence[str],
+    *,
+    crs: str | None = None,
+    date: str = "",
+    names: Sequence[str] = (),
 ) -> LayerFile:
     """Find the bands of one sensor in a file, by their descriptions.
 
@@ -46,6 +51,7 @@ def describe_geotiff(
         bands: Names wanted.
         crs: Used where the file does not say.
         date: Date in the file's name.
+        names: What its bands are called, in their order, instead of its own names.
 
     Raises:
         DataError: A band or the coordinate reference system is missing.
@@ -59,7 +65,10 @@ def describe_geotiff(
         )
     grid = Grid.of_transform(tuple(file.transform)[:6], file.height, file.width, path)
     alpha = _alpha(file)
-    titles = titles_or_none([t for i, t in enumerate(file.descriptions) if i != alpha])
+    own: list[str | None] = [t for i, t in enumerate(file.descriptions) if i != alpha]
+    if names and len(names) != len(own):
+        raise DataError(f"{path}: {len(own)} bands, but {len(names)} names ({' '.join(names)}).")
+    titles = titles_or_none(names or own)
     has_names = titles is not None
     if titles is None:
         if file.count == len(bands):  # 4 bands of bytes are called alpha in passing
