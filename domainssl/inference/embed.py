@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ class SlideEmbedding:
         return self.folder / f"features_{self.encoder}" if self.layout == "zarr" else self.folder
 
     @property
+    def outputs(self) -> list[Path]:
+        """Bags that are there, in the order of the slides."""
+        pattern = f"**/features_{self.encoder}/{{}}.h5"
+        if self.layout == "zarr":
+            pattern = f"features_{self.encoder}/{{}}.zarr"
+        return [path for key in self.ids for path in self.folder.glob(pattern.format(escape(key)))]
+
+    @property
     def name(self) -> str:
         """Modality that the tiles are."""
         return next(iter(self.backbone.modalities))
@@ -119,10 +128,13 @@ class SlideEmbedding:
         """
         path = self.folder / "encoders" / f"{self.encoder}.json"
         wanted = {"weights": weights_digest(self.backbone)}
+        if self.dtype == "int8":  # never beside exact ones
+            wanted["dtype"] = "int8"
         if path.is_file() and read_json(path) != wanted:
             raise ConfigError(
-                f"{self.folder}: holds features of other weights as features_{self.encoder}. "
-                "Choose another --output, or give the file or folder of the weights another name."
+                f"{self.folder}: holds features of other weights, or of another --dtype, as "
+                f"features_{self.encoder}. Choose another --output, or give the file or folder of "
+                "the weights another name."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)

@@ -12,6 +12,7 @@ from typing import Any
 from domainssl.errors import ConfigError, DataError
 
 __all__ = [
+    "encoder_name",
     "file_name",
     "file_states",
     "make_folder",
@@ -28,6 +29,16 @@ _ENDING = re.compile(r"\w\.[A-Za-z][A-Za-z0-9]{0,9}$")  # such as .zarr, .nii.gz
 def file_name(item: str) -> str:
     """Return the id of an item as the name of one file."""
     return item.replace("/", "__").replace(os.sep, "__")
+
+
+def encoder_name(backbone: str) -> str:
+    """Return a name for features: the run's, where a file or folder in it has none of its own."""
+    path = Path(backbone)
+    names = [path.name.removesuffix(".ckpt")]
+    if path.exists():
+        names += [parent.name for parent in path.resolve().parents if parent.name]
+    own = (n for n in names if n not in ("backbone", "backbone.safetensors", "checkpoints", "last"))
+    return next(own, names[0])
 
 
 def repeated(names: Iterable[str]) -> list[str]:

@@ -19,11 +19,12 @@ from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.inference.dense import DenseEmbedding, DenseOptions
 from domainssl.inference.domain import domain_of
 from domainssl.inference.inputs import Found, find_inputs, is_raster
-from domainssl.inference.outputs import refuse_ending, refuse_one_file
+from domainssl.inference.outputs import encoder_name, refuse_ending, refuse_one_file
 from domainssl.inference.pooled import PooledEmbedding
 from domainssl.inference.pooled_items import pooled_items, pooled_scenes
 from domainssl.inference.preview import write_map_preview
 from domainssl.inference.scenes import Scene, SceneOptions, open_scene
+from domainssl.inference.slide_bags import embed_slides
 from domainssl.inference.tokens import TokenWindows, token_windows
 from domainssl.inference.volumes import VolumeEmbedding, volume_embedding
 from domainssl.io.raster.cog import CogWriter
@@ -94,12 +95,13 @@ def embed(
     progress: Progress | None = None,
     **more: Any,
 ) -> Embedded:
-    """Write the embeddings of rasters or volumes on the grid of the patches, or one per raster.
+    """Write embeddings of rasters or volumes on the grid of the patches, bags, or one per item.
 
     Args:
         backbone: A backbone, or what `load_backbone` reads.
         source: A raster, a folder of rasters, or a manifest, see `inputs.find_inputs`; or, where
-            the backbone takes volumes, a scan or a folder of exams.
+            the backbone takes volumes, a scan or a folder of exams; of slides, a
+            slide or a folder with some, whose tiles become bags in the folder `output`.
         output: The file to write where its name ends like one, otherwise a folder.
         options: How; None takes the defaults.
         plan: Part, restart and processes; None does everything in this process.
@@ -122,11 +124,13 @@ def embed(
     if domain == "volumes":
         return _run(_volumes(loaded, str(source), Path(output), options), plan, progress, "exams")
     if domain == "slides":
-        raise ConfigError(
-            "embed: slides become bags of tiles, by the command line: python -m domainssl embed "
-            "BACKBONE SLIDES --output DIR, or tile SLIDES --features BACKBONE; pooled=True writes "
-            "one vector per slide."
-        )
+        given = backbone if not isinstance(backbone, Backbone) else type(backbone).__name__
+        name = encoder_name(str(given))
+        built, bags = embed_slides(loaded, str(source), Path(output), options, plan, name, progress)
+        return Embedded(
+            outputs=bags.outputs, pieces=built.entries, resumed=built.resumed,
+            missing=built.missing, left_out=built.skipped,
+        )  # fmt: skip
     found = find_inputs(source, list(loaded.modalities), is_raster, "a GeoTIFF or Zarr store")
     scenes, unopened = _opened(loaded, found, options.scene, skip_bad=plan.skip_bad)
     if options.pooled:

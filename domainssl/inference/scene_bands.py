@@ -13,7 +13,7 @@ from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
 from domainssl.io.raster.safe import is_safe
 from domainssl.io.raster.sites import Found
 from domainssl.modality import Modality
-from domainssl.sensors import canonical_band, names_of_band
+from domainssl.sensors import L1C_BANDS, S1_BANDS, canonical_band, names_of_band
 
 __all__ = ["describe_scene", "modality_of"]
 
@@ -127,7 +127,8 @@ def _lacking(lacking: Sequence[str], own: Sequence[str]) -> str:
     hints = []
     for band in own:
         others = [name for each in lacking for name in names_of_band(each)]
-        hint = nearest(band, others) if canonical_band(band) not in others else ""
+        is_known = canonical_band(band) in (*L1C_BANDS, *S1_BANDS)
+        hint = "" if is_known else nearest(band, others)
         if hint:
             meant = next(each for each in others if repr(each) in hint)
             known = canonical_band(meant)

@@ -14,10 +14,12 @@ import torch
 from processes import killed
 from slide_files import write_tiff
 
+import domainssl
 from domainssl import export_backbone, load_backbone
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
-from domainssl.cli.verbs.tile import _encoder
+from domainssl.errors import ConfigError
+from domainssl.inference.outputs import encoder_name
 from domainssl.io.slide import bag_hdf5, bag_zarr
 from domainssl.io.slide.features import read_bag
 from domainssl.io.slide.pyramid import Slide
@@ -63,6 +65,28 @@ def test_features_of_all_tiles_lie_in_tridents_layout(slides: Path) -> None:
             torch.testing.assert_close(
                 torch.from_numpy(bag.features[number]), expected, atol=1e-5, rtol=1e-5
             )
+
+
+def test_python_writes_the_bags_of_the_command_line_and_in_int8_with_a_scale(slides: Path) -> None:
+    tiny, out = slides.parent / "tiny", slides.parent
+    words = ["embed", str(tiny), str(slides), "--format=zarr", "--ids=plain"]
+    assert main([*words, f"--output={out / 'cli'}"]) == 0
+    done = domainssl.embed(tiny, slides, out / "own", form="zarr", ids="plain")
+    assert [path.name for path in done.outputs] == ["a.tif.zarr", "b.tif.zarr"]
+    exact = read_bag(out / "cli" / "features_tiny" / "a.tif.zarr")
+    again = read_bag(done.outputs[0])
+    np.testing.assert_array_equal(again.features, exact.features)
+    np.testing.assert_array_equal(again.coords, exact.coords)
+    assert domainssl.embed(tiny, slides, out / "own", form="zarr", ids="plain").resumed == 2
+    assert main([*words, f"--output={out / 'small'}", "--dtype=int8"]) == 0
+    small = read_bag(out / "small" / "features_tiny" / "a.tif.zarr")
+    scale = np.abs(exact.features).max(1, keepdims=True) / 127
+    assert small.dtype == "int8" and small.features.dtype == np.float32
+    assert (np.abs(small.features - exact.features) <= 0.55 * scale).all()  # float16 before
+    with pytest.raises(ConfigError, match="another --dtype"):
+        domainssl.embed(tiny, slides, out / "own", form="zarr", ids="plain", dtype="int8")
+    with pytest.raises(ConfigError, match="say form zarr"):
+        domainssl.embed(tiny, slides, out / "new", dtype="int8")
 
 
 def test_what_is_there_is_not_computed_again_and_parts_do_their_share(
@@ -174,8 +198,8 @@ def test_the_backbone_of_a_run_is_called_by_the_run(tmp_path: Path) -> None:
     (tmp_path / "first" / "checkpoints" / "last.ckpt").touch()
     first = tmp_path / "first"
     given = [first, first / "backbone", first / "checkpoints" / "last.ckpt"]
-    assert [_encoder(str(path)) for path in given] == ["first"] * 3
-    assert _encoder("uni") == "uni"
+    assert [encoder_name(str(path)) for path in given] == ["first"] * 3
+    assert encoder_name("uni") == "uni"
 
 
 def test_embed_does_the_same_in_one_command_with_a_picture(slides: Path) -> None:

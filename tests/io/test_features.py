@@ -146,6 +146,21 @@ def test_every_layout_is_written_and_read_back(tmp_path, layout, source):
     assert not list(tmp_path.rglob(".*part*"))
 
 
+@pytest.mark.parametrize("count", [3, 0])
+def test_int8_has_a_scale_per_tile_and_tiles_that_are_not_finite_stay_so(tmp_path, count):
+    features = np.array([[1.0, -254.0], [0.0, 0.0], [np.inf, 1.0]], np.float32)[:count]
+    coords = np.array([[0, 0], [64, 0], [0, 64]], np.int64)[:count]
+    bag = Bag(slide="s", features=features, coords=coords, patch_size_level0=64)
+    again = read_bag(write_bag(tmp_path, bag, "zarr", dtype="int8"))
+    assert again.dtype == "int8" and again.features.shape == (count, 2)
+    if count:
+        # steps of 2: 1 is rounded to the even neighbour of 0.5
+        assert again.features[:2].tolist() == [[0.0, -254.0], [0.0, 0.0]]
+        assert np.isnan(again.features[2]).all()
+    with pytest.raises(ConfigError, match="int8: needs a scale per tile, which trident lacks"):
+        write_bag(tmp_path, bag, "trident", dtype="int8")
+
+
 def test_outliers_are_stored_in_float32():
     from domainssl.io.slide.bag_zarr import stored_type
 

@@ -50,11 +50,16 @@ def _slides(options: argparse.Namespace, backbone: Backbone) -> int:
     from domainssl.cli.verbs import tile
 
     modality = next(iter(backbone.modalities.values()))
-    if options.format not in (None, "zarr") or options.dtype == "int8":
+    if options.format not in (None, "zarr"):
         raise ConfigError(
-            "embed: slides become bags, one vector per tile: --dtype int8 and --format cog or "
-            "nifti are not for them. For one vector per slide add --pooled, the mean over its "
-            "tiles, or embed the bags with a slide encoder such as TITAN."
+            "embed: slides become bags, one vector per tile: --format cog or nifti is not for "
+            "them. For one vector per slide add --pooled, the mean over its tiles, or embed the "
+            "bags with a slide encoder such as TITAN."
+        )
+    if options.dtype == "int8" and options.format != "zarr":
+        raise ConfigError(
+            "--dtype int8: of slides needs a scale per tile, which only bags of our own layout "
+            "have: add --format zarr."
         )
     size = options.window or (modality.size[0] if modality.size else 256)
     words = [
@@ -63,6 +68,8 @@ def _slides(options: argparse.Namespace, backbone: Backbone) -> int:
         f"--device={options.device}", f"--shard={options.shard}", f"--ids={options.ids}",
         f"--layout={'zarr' if options.format == 'zarr' else 'trident'}", f"--jobs={options.jobs}",
     ]  # fmt: skip
+    if options.dtype != "float32":
+        words.append(f"--dtype={options.dtype}")
     for name in ("weights", "autocast", "scheduler"):
         if getattr(options, name) is not None:
             words.append(f"--{name}={getattr(options, name)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domainssl.cli.words import Parser
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
     from domainssl.backbones.base import Backbone
@@ -94,6 +94,9 @@ def _parser() -> Parser:
         help="type of the matrix products of --features (default: float32)")  # fmt: skip
     add("--layout", choices=("trident", "zarr"), default="trident",
         help="layout of the bags (default: trident)")  # fmt: skip
+    add("--dtype", choices=("float32", "float16", "int8"),
+        help="of the features; int8, with a scale per tile, for --layout zarr (default: float32, "
+        "of zarr float16 where that holds them)")  # fmt: skip
     add("--jobs", type=int, help="processes; 0 for this one alone (default: one per core)")
     add("--shard", default="1/1", metavar="I/N",
         help="do the I-th of N parts, for several machines that share the folder")  # fmt: skip
@@ -106,27 +109,15 @@ def _parser() -> Parser:
 
 
 def _tiling(options: argparse.Namespace) -> SlideTiling:
-    from domainssl.inference.outputs import file_name, repeated
-    from domainssl.io.ids import ids_of
+    from domainssl.inference.slide_inputs import named_slides
     from domainssl.io.slide.tiling import SlideTiling
 
-    found = list(_slides(options.slides))
-    names = [name for _, name in found]
-    ids = list(ids_of(names, options.ids))
-    if options.ids == "plain":
-        ids = [file_name(name) for name in ids]
-    twice = set(repeated(ids))
-    if twice:
-        same = [path for (path, _), key in zip(found, ids, strict=True) if key in twice]
-        raise ConfigError(
-            f"tile: {len(same)} slides have the same name below the folders that are given: "
-            f"{', '.join(same[:4])}. Give the folder above them instead."
-        )
+    slides, ids = named_slides(options.slides, options.ids)
     if options.id_table is not None:
-        _write_ids(options.id_table, ids, [path for path, _ in found])
+        _write_ids(options.id_table, ids, slides)
     return SlideTiling(
         folder=options.output,
-        slides=[path for path, _ in found],
+        slides=slides,
         ids=ids,
         options=_grid_options(options),
     )
@@ -157,30 +148,6 @@ def _grid_options(options: argparse.Namespace) -> GridOptions:
         ),
         tissue=TissueOptions(method=options.tissue, remove_pen=not options.keep_pen),
     )
-
-
-def _slides(given: Sequence[str]) -> list[tuple[str, str]]:
-    """Return path and name of every slide.
-
-    Raises:
-        DataError: A folder holds none, or nothing lies at a path.
-    """
-    from domainssl.io.slide.pyramid import ENDINGS, list_slides
-
-    found = []
-    for path in given:
-        if os.path.isdir(path):
-            inside = list_slides(path)
-            if not inside:
-                raise DataError(
-                    f"{path}: holds no slides, expected files that end in {', '.join(ENDINGS)}."
-                )
-            found += [(slide, os.path.relpath(slide, path)) for slide in inside]
-        elif os.path.exists(path):
-            found.append((path, os.path.basename(path)))
-        else:
-            raise DataError(f"{path}: nothing lies there. Give slides or folders with slides.")
-    return list(dict.fromkeys(found))
 
 
 def _write_ids(path: Path, ids: Sequence[str], slides: Sequence[str]) -> None:
@@ -229,16 +196,6 @@ def _backbone(options: argparse.Namespace) -> Backbone:
     return backbone
 
 
-def _encoder(features: str) -> str:
-    """Return a name for features: the run's, where a file or folder in it has none of its own."""
-    path = Path(features)
-    names = [path.name.removesuffix(".ckpt")]
-    if path.exists():
-        names += [parent.name for parent in path.resolve().parents if parent.name]
-    own = (n for n in names if n not in ("backbone", "backbone.safetensors", "checkpoints", "last"))
-    return next(own, names[0])
-
-
 def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any, backbone: Backbone) -> None:
     """Write the features of the tiles of all slides of this part."""
     from dataclasses import replace
@@ -246,6 +203,7 @@ def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any, backbone: 
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.inference.embed import SlideEmbedding
+    from domainssl.inference.outputs import encoder_name
     from domainssl.pieces import build
 
     ready = [key for key in made.keys if made.is_ready(key)]
@@ -255,12 +213,13 @@ def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any, backbone: 
         slides=[slides[key] for key in ready],
         ids=ready,
         backbone=backbone,
-        encoder=_encoder(options.features),
+        encoder=encoder_name(options.features),
         reading=made.options.reading,
         batch_size=options.batch_size,
         device=options.device,
         autocast=options.autocast,
         layout=options.layout,
+        dtype=options.dtype,
     )
     embedding.claim()
     with Bar("slides") as shown:

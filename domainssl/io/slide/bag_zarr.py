@@ -1,7 +1,9 @@
 """Feature bags of our own: a Zarr v3 group per slide.
 
-`features` (N, D) in chunks of 1024 rows, `coords` int32 (N, 2) as x, y at level 0, and, where the
-size of a tile is known, `grid` int32 (N, 2) as row, column; everything else in the attributes.
+`features` (N, D) in chunks of 1024 rows, with int8 `scale` float32 (N,) beside it (a value is
+feature x scale; NaN of tiles whose features are not finite), `coords` int32 (N, 2) as x, y at level
+0, and, where the size of a tile is known, `grid` int32 (N, 2) as row, column; everything else in
+the attributes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 
 from domainssl.errors import DataError, parsing, require
 from domainssl.files import PART
+from domainssl.io.raster.geozarr import quantize
 from domainssl.io.raster.zarr3 import open_v3, v3_members
 from domainssl.io.slide.bag import Bag, cells_of
 from domainssl.io.storage.archives import FolderStore
@@ -50,8 +53,10 @@ def write_zarr(root: Path, bag: Bag, dtype: str | None = None) -> Path:
     zarr = require("zarr", "pathology")
     target = root / f"{bag.slide}.zarr"
     hidden = root / f".{target.name}{PART}{uuid.uuid4().hex}"
-    values = bag.features.astype(dtype or stored_type(bag.features))
-    arrays = {"features": values}
+    if dtype == "int8":
+        arrays = _quantized(bag.features)
+    else:
+        arrays = {"features": bag.features.astype(dtype or stored_type(bag.features))}
     if bag.coords is not None:
         arrays["coords"] = bag.coords.astype(np.int32)
         if bag.patch_size_level0 is not None and len(bag):
@@ -69,7 +74,7 @@ def write_zarr(root: Path, bag: Bag, dtype: str | None = None) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         group = zarr.open_group(str(hidden), mode="w", zarr_format=3, attributes=facts)
         for name, array in arrays.items():
-            chunks = (max(1, min(_ROWS, len(array))), max(1, array.shape[1]))
+            chunks = (max(1, min(_ROWS, len(array))), *(max(1, n) for n in array.shape[1:]))
             made = group.create_array(name, shape=array.shape, dtype=array.dtype, chunks=chunks)
             if array.size:
                 made[...] = array
@@ -83,6 +88,13 @@ def write_zarr(root: Path, bag: Bag, dtype: str | None = None) -> Path:
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return target
+
+
+def _quantized(features: Any) -> dict[str, Any]:
+    """Return int8 features and the scale of each tile, an error of at most half a scale."""
+    is_finite = np.isfinite(features).all(1, keepdims=True)
+    stored, scale = quantize(np.where(is_finite, features, np.nan).T)
+    return {"features": np.ascontiguousarray(stored.T), "scale": scale}
 
 
 def read_zarr(path: Path) -> Bag:
@@ -102,6 +114,11 @@ def read_zarr(path: Path) -> Bag:
     with parsing(f"{path}: the bag"):
         found = members["features"]
         features = np.asarray(found[...], np.float32)
+        if "scale" in members:
+            scale = np.asarray(members["scale"][...], np.float32)
+            if scale.shape != (len(features),):
+                raise ValueError(f"scale has the shape {scale.shape}")
+            features = features * scale[:, None]
         coords = None
         if "coords" in members:
             coords = np.asarray(members["coords"][...]).astype(np.int64)

@@ -110,8 +110,9 @@ def write_bag(path: str | Path, bag: Bag, layout: Layout, *, dtype: str | None =
         path: Folder of all slides; the slide's name and the layout give the file.
         bag: What is written.
         layout: `clam`, `trident` or `zarr`.
-        dtype: Of the features: `float32`, `float16`, or None for the layout's own: float32, and
-            in `zarr` float16 where no feature is beyond 1000.
+        dtype: Of the features: `float32`, `float16`, in `zarr` also `int8` with a scale per tile,
+            or None for the layout's own: float32, and in `zarr` float16 where no feature is beyond
+            1000.
 
     Returns:
         The file or folder with the features.
@@ -125,8 +126,10 @@ def write_bag(path: str | Path, bag: Bag, layout: Layout, *, dtype: str | None =
             f"layout: got {layout!r}, expected one of {', '.join(get_args(Layout))}."
             f"{nearest(layout, get_args(Layout))}"
         )
-    if dtype not in (None, "float32", "float16"):
-        raise ConfigError(f"dtype: got {dtype!r}, expected float32 or float16.")
+    if dtype not in (None, "float32", "float16", "int8"):
+        raise ConfigError(f"dtype: got {dtype!r}, expected float32, float16 or int8.")
+    if dtype == "int8" and layout != "zarr":
+        raise ConfigError(f"dtype int8: needs a scale per tile, which {layout} lacks; take zarr.")
     if layout == "clam" and dtype == "float16":
         raise ConfigError("dtype: CLAM's features are float32; leave it out.")
     if not bag.slide or Path(bag.slide).name != bag.slide or bag.slide.startswith("."):
