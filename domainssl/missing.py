@@ -8,13 +8,13 @@ to use for missing values count, and only beyond those limits (`marks`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-__all__ = ["beyond", "marks", "tell", "told", "unmarked_value"]
+__all__ = ["MARKS", "beyond", "marks", "tell", "told", "unmarked_value"]
 
 Array = np.ndarray[Any, Any]
 
@@ -26,7 +26,7 @@ _MEASURABLE = {
     "index": (-900.0, 900.0),
     "m": (-1000.0, 10_000.0),
 }
-_MARKS = (
+MARKS = (
     -9999.0, -99999.0, -999.0, -32768.0, -32767.0, -9999999.0, -10_000.0, -1e20, 1e20,
     9999.0, 99999.0, 32767.0, 65535.0,
 )  # fmt: skip
@@ -102,9 +102,9 @@ def _extremes(stored: Array) -> tuple[float, float]:
 
 def _is_mark(number: float, dtype: np.dtype[Any]) -> bool:
     if dtype.kind != "f":
-        return number in _MARKS
+        return number in MARKS
     with np.errstate(over="ignore"):
-        return abs(number) > _HUGE or number in np.array(_MARKS, dtype).tolist()
+        return abs(number) > _HUGE or number in np.array(MARKS, dtype).tolist()
 
 
 def tell(what: str, numbers: Array) -> None:
@@ -138,11 +138,12 @@ def told() -> Iterator[dict[tuple[str, float], str]]:
         _EARS.remove(ear)
 
 
-def unmarked_value(values: Array) -> float | None:
+def unmarked_value(values: Array, known: Collection[float] = _MISSING) -> float | None:
     """Return a number that files use for missing values and that lies apart from all others.
 
     Args:
         values: Values that are taken for valid, any shape.
+        known: Numbers that count; those of `MARKS` besides may also be saturated values.
 
     Returns:
         -9999, -32768 or their like, or a number beyond 1e30; in at least 0.1 % of the values, and
@@ -153,7 +154,7 @@ def unmarked_value(values: Array) -> float | None:
         return None
     for number in (finite.min(), finite.max()):
         rest = finite[finite != number]
-        is_known = number in _MISSING or abs(number) > _HUGE
+        is_known = number in known or abs(number) > _HUGE
         if not is_known or not rest.size or finite.size - rest.size < _UNMARKED_SHARE * finite.size:
             continue
         low, high = rest.min(), rest.max()

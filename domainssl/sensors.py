@@ -45,11 +45,15 @@ _NAMES = {  # of STAC and its catalogues, without blanks, hyphens and underscore
 }  # fmt: skip
 _NUMBERED = re.compile(r"b(?:and)?(\d+)", re.ASCII)
 _SEPARATORS = re.compile(r"[\s_\-]+")
+_SIZE = re.compile(r"^(b(?:and)?[\s_\-]*\d+a?)[\s_\-]+(?:10|20|60)\s?m$", re.IGNORECASE)  # B02_10m
 
 
 def canonical_band(name: str) -> str:
-    """Return the canonical spelling of a band: `b2`, `Band 2`, `blue` -> `B02`; `vv` -> `VV`."""
-    text = str(name).strip()
+    """Return the canonical spelling of a band: `b2`, `Band 2`, `B02_10m`, `blue` -> `B02`.
+
+    GDAL's own descriptions of Sentinel-2 (`B2, central wavelength 490 nm`) are bands as well.
+    """
+    text = _SIZE.sub(r"\1", str(name).strip().split(", central wavelength")[0])
     plain = _SEPARATORS.sub("", text.lower())
     if plain in _NAMES:
         return _NAMES[plain]

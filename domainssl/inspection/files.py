@@ -14,13 +14,13 @@ import numpy as np
 from domainssl.errors import DataError
 from domainssl.io.raster.bands import StoredBand
 from domainssl.io.raster.gdal import open_raster, reading
-from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, bands_in, hidden_by_alpha
+from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, bands_in, grid_in, hidden_by_alpha
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES
 from domainssl.io.raster.read import missing_of
 from domainssl.io.raster.zarr import Cube, open_cube
 from domainssl.io.storage.archives import tar_index
 from domainssl.io.storage.paths import Options, fetch_ranges
-from domainssl.missing import unmarked_value
+from domainssl.missing import MARKS, unmarked_value
 from domainssl.sensors import L1C_BANDS
 
 __all__ = [
@@ -81,6 +81,7 @@ def inspect_geotiffs(paths: Sequence[str]) -> dict[str, Any]:
         if file["crs"] is None:
             problems.append(f"{file['path']}: no coordinate reference system")
         problems += unmarked_problems(file["path"], file.pop("unmarked"))
+        problems += file.pop("grid_problems")
         if not file["valid_share"]:
             problems.append(f"{file['path']}: no pixel in which all bands are valid")
     return {
@@ -122,7 +123,17 @@ def _geotiff(path: str) -> dict[str, Any]:
             "offset": _offset(data, valid),
             "values": band_rows(decoded, names, valid),
             "unmarked": unmarked_values(data, names, valid),
+            "grid_problems": _grid_problems(file, path) if file.crs else [],
         }
+
+
+def _grid_problems(file: Any, path: str) -> list[str]:
+    """Return why training could not place the pixels."""
+    try:
+        grid_in(file, path)
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def unmarked_values(values: Array, names: Sequence[str], valid: Array) -> dict[str, float]:
@@ -133,7 +144,7 @@ def unmarked_values(values: Array, names: Sequence[str], valid: Array) -> dict[s
         names: Names of the bands.
         valid: Pixels that count, broadcastable to (...).
     """
-    found = {n: unmarked_value(v[valid]) for n, v in zip(names, values, strict=True)}
+    found = {n: unmarked_value(v[valid], MARKS) for n, v in zip(names, values, strict=True)}
     return {name: number for name, number in found.items() if number is not None}
 
 

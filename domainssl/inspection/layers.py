@@ -8,11 +8,17 @@ import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.inspection.files import band_rows, unmarked_problems, unmarked_values
-from domainssl.io.raster.bands import GRD_REASON, StoredBand, stored_bands, time_dim
+from domainssl.io.raster.bands import (
+    GRD_REASON,
+    OFFSET_BASELINE,
+    StoredBand,
+    stored_bands,
+    time_dim,
+)
 from domainssl.io.raster.grd import is_grd, polarisations, read_sigma0
 from domainssl.io.raster.grid import crs_of
 from domainssl.io.raster.read import missing_of
-from domainssl.io.raster.time import times_of
+from domainssl.io.raster.time import stored_baselines, times_of
 from domainssl.io.raster.zarr import Cube
 
 __all__ = ["inspect_layers"]
@@ -35,6 +41,9 @@ def inspect_layers(cube: Cube) -> dict[str, Any]:
         folder = band.array.rpartition("/")[0]
         facts = (folder, band.grid, band.chunk, band.scale, band.offset, band.nodata, band.unit)
         groups.setdefault(facts, []).append(band)
+    for name, info in cube.arrays.items():
+        if info.dtype.kind == "c" and len(info.shape) >= 2:
+            report["problems"].append(f"{cube.name}: {name}: {info.dtype} numbers are not read")
     for bands in groups.values():
         report["layers"].append(_facts(cube, bands))
         rows, unmarked = _values(cube, bands)
@@ -51,6 +60,7 @@ def inspect_layers(cube: Cube) -> dict[str, Any]:
             report["problems"].append(f"{where}: no coordinate reference system")
         if isinstance(facts["dates"], str):
             report["problems"].append(facts["dates"])
+        report["problems"] += _baselines(cube, bands[0], facts)
     return report
 
 
@@ -79,6 +89,22 @@ def _facts(cube: Cube, bands: list[StoredBand]) -> dict[str, Any]:
     except DataError as error:
         facts["dates"] = str(error)
     return facts
+
+
+def _baselines(cube: Cube, band: StoredBand, facts: dict[str, Any]) -> list[str]:
+    """Say that dates with and without the offset of 1000 are in one series."""
+    if not isinstance(facts["dates"], int) or band.is_scaled:
+        return []
+    known = stored_baselines(cube, band.array, time_dim(cube, band), facts["dates"])
+    carry = {baseline >= OFFSET_BASELINE for baseline in known if baseline is not None}
+    if len(carry) < 2:
+        return []
+    return [
+        f"{cube.name}: {band.array}: dates of Sentinel-2 processing baseline 04.00 and later, "
+        "which store 1000 more, and earlier ones are in one series: set "
+        "data.init_args.modalities.<name>.stored_unit to baseline, or to dn where no date has the "
+        "offset any more"
+    ]
 
 
 def _values(cube: Cube, bands: list[StoredBand]) -> tuple[list[dict[str, Any]], dict[str, float]]:

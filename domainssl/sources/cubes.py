@@ -274,6 +274,7 @@ class CubeSource:
         y = [top - height / 2 for _, top, _ in drawn]
         transformer = require("pyproj", "geo").Transformer.from_crs(site.crs, 4326, always_xy=True)
         lon, lat = transformer.transform(x, y)
+        lon = (np.asarray(lon) + 180) % 360 - 180  # grids of 0 to 360 degrees
         return np.stack([lat, lon], axis=1).astype(np.float32)
 
     def _name(self, site: Site, block: Block, number: int, chosen: Chosen) -> str:

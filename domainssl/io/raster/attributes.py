@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,9 @@ import numpy as np
 from domainssl.errors import DataError
 from domainssl.io.raster.zarr import ArrayInfo
 
-__all__ = ["check_scaling", "limits_of", "number_of"]
+__all__ = ["check_scaling", "limits_of", "number_of", "stac_scaling"]
+
+_log = logging.getLogger(__name__)
 
 
 def number_of(value: Any, info: ArrayInfo, where: str) -> float:
@@ -43,6 +47,42 @@ def number_of(value: Any, info: ArrayInfo, where: str) -> float:
         raise DataError(
             f"{where}: {value!r} is no number, as fill value, scale and offset must be"
         ) from error
+
+
+def stac_scaling(info: ArrayInfo, band: Any) -> tuple[Any, Any, Any]:
+    """Return scale, offset and nodata as STAC names them, which xarray passes on as they are.
+
+    Floats were scaled by what wrote them (stackstac, odc-stac), so of them nodata alone counts.
+
+    Args:
+        info: The array; its attributes may hold `raster:scale` and `raster:offset`, or `scale`
+            and `offset` (a scale of 1 or more is a pixel size).
+        band: The entry of `raster:bands` of this band, if any.
+
+    Returns:
+        None for what is not stated.
+    """
+    stac = band if isinstance(band, Mapping) else {}
+    nodata = stac.get("nodata", info.attrs.get("raster:nodata"))
+    if info.dtype.kind not in "iu":
+        return None, None, nodata
+    scale = stac.get("scale", info.attrs.get("raster:scale"))
+    offset = stac.get("offset", info.attrs.get("raster:offset"))
+    plain = info.attrs.get("scale")
+    if scale is None and offset is None and isinstance(plain, int | float) and 0 < plain < 1:
+        scale, offset = plain, info.attrs.get("offset")
+    if scale is not None or offset is not None:
+        _say_stac(str(scale), str(offset))
+    return scale, offset, nodata
+
+
+@cache
+def _say_stac(scale: str, offset: str) -> None:
+    _log.warning(
+        "scale %s and offset %s of STAC's attributes are applied to stored integers, as "
+        "scale_factor and add_offset would be",
+        scale, offset,
+    )  # fmt: skip
 
 
 def check_scaling(where: str, scale: float, offset: float) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, nearest, parsing
-from domainssl.io.raster.attributes import check_scaling, limits_of, number_of
+from domainssl.io.raster.attributes import check_scaling, limits_of, number_of, stac_scaling
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
 from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
@@ -393,11 +393,15 @@ def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
     attrs, where = info.attrs, f"{cube.name}: {info.name}"
     nodata = [v for n in _NODATA_NAMES for v in _list(attrs.get(n))]
     nodata += _list(_of_band(attrs.get("nodatavals"), candidate))
+    stac = stac_scaling(info, _of_band(attrs.get("raster:bands"), candidate))
+    nodata += _list(stac[2])
     if cube.format == 2:
         nodata.append(info.fill)  # as xarray; in format 3 it is what absent chunks read as
     numbers = {number_of(v, info, where) for v in nodata if v is not None}
     scale = attrs.get("scale_factor", _of_band(attrs.get("scales"), candidate))
     offset = attrs.get("add_offset", _of_band(attrs.get("offsets"), candidate))
+    if scale is None and offset is None:
+        scale, offset = stac[:2]
     scaling = (
         1.0 if scale is None else number_of(scale, info, where),
         0.0 if offset is None else number_of(offset, info, where),
@@ -441,6 +445,7 @@ def _choose(
 ) -> StoredBand:
     name = canonical_band(band)
     if not found.get(name):
+        _refuse_numbers(cube, name)
         have = ", ".join(sorted(found)) or "no array with the dimensions y and x"
         place = f"{cube.name}/{group}" if group else cube.name
         raise DataError(f"{place}: no band {band!r}; there are: {have}.{nearest(name, found)}")
@@ -454,6 +459,20 @@ def _choose(
             "Name the folder inside the store in data.init_args.modalities.<name>.group."
         )
     return _with_limits(cube, chosen)
+
+
+def _refuse_numbers(cube: Cube, band: str) -> None:
+    """Say that a band is there, but holds numbers that are not read.
+
+    Raises:
+        DataError: It does.
+    """
+    for name, info in cube.arrays.items():
+        if canonical_band(name.rpartition("/")[2]) == band and info.dtype.kind in "cbV":
+            raise DataError(
+                f"{cube.name}: {name} holds {info.dtype} numbers; whole and real ones are read. "
+                "Write amplitude or power, such as abs(x) ** 2 for radar, or uint8."
+            )
 
 
 def _with_limits(cube: Cube, band: StoredBand) -> StoredBand:

@@ -19,7 +19,14 @@ from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import stamp
 from domainssl.sensors import canonical_band
 
-__all__ = ["GEOTIFF_ENDINGS", "bands_in", "describe_geotiff", "hidden_by_alpha", "read_geotiff"]
+__all__ = [
+    "GEOTIFF_ENDINGS",
+    "bands_in",
+    "describe_geotiff",
+    "grid_in",
+    "hidden_by_alpha",
+    "read_geotiff",
+]
 
 GEOTIFF_ENDINGS = (".tif", ".tiff")
 
@@ -63,7 +70,7 @@ def describe_geotiff(
             f"{path}: no coordinate reference system. Name it in "
             "data.init_args.modalities.<name>.crs, such as EPSG:32632."
         )
-    grid = Grid.of_transform(tuple(file.transform)[:6], file.height, file.width, path)
+    grid = grid_in(file, path)
     alpha = _alpha(file)
     own: list[str | None] = [t for i, t in enumerate(file.descriptions) if i != alpha]
     if names and len(names) != len(own):
@@ -90,6 +97,25 @@ def describe_geotiff(
         path=path, kind="geotiff", bands=tuple(chosen), times=times, crs=known,
         baselines=baselines, has_names=has_names,
     )  # fmt: skip
+
+
+def grid_in(file: Any, path: str) -> Grid:
+    """Return the grid of an open file.
+
+    Args:
+        file: The file, as `open_raster` returns it.
+        path: How errors call it.
+
+    Raises:
+        DataError: The file has no transform, or pixels are turned or not square.
+    """
+    if file.transform.is_identity:
+        points = " but ground control points" if file.gcps[0] else ""
+        raise DataError(
+            f"{path}: no transform{points}, so nothing says where its pixels lie. Write one with "
+            "gdalwarp or gdal_translate -a_ullr."
+        )
+    return Grid.of_transform(tuple(file.transform)[:6], file.height, file.width, path)
 
 
 def bands_in(file: Any) -> list[StoredBand]:

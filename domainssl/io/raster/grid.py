@@ -146,6 +146,7 @@ def crs_of(cube: Cube, array: str) -> str | None:
     folder = array.rpartition("/")[0]
     for value in (
         *_grid_mapping(cube, folder, info.attrs),
+        *_scalars(cube, folder),
         *(_field(cube.group_attrs(group)) for group in _upwards(folder)),
         _field(info.attrs),
         _stac(cube),
@@ -164,12 +165,44 @@ def _grid_mapping(cube: Cube, folder: str, attrs: Mapping[str, Any]) -> list[Any
     """Return what the grid-mapping variables beside the array and above it say."""
     found = []
     group = cube.group_attrs(folder)
-    name = attrs.get("grid_mapping") or group.get("grid_mapping") or "spatial_ref"
+    name = _mapping_name(attrs) or _mapping_name(group) or "spatial_ref"
     for above in _upwards(folder):
-        path = f"{above}/{name}" if above else str(name)
+        path = f"{above}/{name}" if above else name
         if path in cube.arrays:
             theirs = cube.arrays[path].attrs
             found += [theirs.get(n) for n in ("crs_wkt", "spatial_ref", "epsg_code")]
+            if not any(found) and theirs.get("grid_mapping_name"):
+                found.append(_of_parameters(theirs, f"{cube.name}: {path}"))
+    return found
+
+
+def _mapping_name(attrs: Mapping[str, Any]) -> str:
+    """Return the grid mapping of a variable, the first one of CF's longer form `crs: x y`."""
+    return str(attrs.get("grid_mapping") or "").split(":")[0].strip()
+
+
+def _of_parameters(attrs: Mapping[str, Any], where: str) -> Any:
+    """Return the CRS that the parameters of a CF grid mapping make."""
+    pyproj = require("pyproj", "geo")
+    try:
+        return pyproj.CRS.from_cf(dict(attrs))
+    except (pyproj.exceptions.CRSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{where}: the grid mapping {attrs['grid_mapping_name']!r} makes no coordinate "
+            f"reference system ({error!r:.200}). Write crs_wkt into it."
+        ) from error
+
+
+def _scalars(cube: Cube, folder: str) -> list[Any]:
+    """Return what single numbers or texts beside the array and above it say (stackstac)."""
+    found = []
+    for above in _upwards(folder):
+        for name in ("proj:code", "proj:epsg", "epsg"):
+            info = cube.arrays.get(f"{above}/{name}" if above else name)
+            if info is not None and info.shape in ((), (1,)):
+                is_text = info.dtype.kind in "USTO"
+                value = np.ravel(np.asarray((cube.read_text if is_text else cube.read)(info.name)))
+                found.append(str(value[0]) if is_text else int(value[0]))
     return found
 
 
@@ -233,6 +266,13 @@ def _grid(
             )
         return Grid.of_transform(stated, height, width, where)
     ys, xs = centres
+    if all(len(v) > 1 and np.array_equal(v, np.arange(len(v))) for v in (ys, xs)):
+        if stated is None:
+            raise DataError(
+                f"{where}: the coordinates {y!r} and {x!r} count pixels (0, 1, 2 …) and do not say "
+                "where they lie. Write coordinates, or a transform (GeoTransform)."
+            )
+        return Grid.of_transform(stated, height, width, where)
     lines = [_line(values, f"{where}: {name}") for values, name in ((xs, x), (ys, y))]
     places = []
     for (first, step, slack), at in zip(lines, (0, 4), strict=True):
@@ -314,7 +354,7 @@ def _transform(cube: Cube, folder: str, attrs: Mapping[str, Any]) -> Sequence[fl
                 return [a, b, c, d, e, f]
             if b and f:  # in GDAL's order
                 return [b, c, a, e, f, d]
-    mapping = attrs.get("grid_mapping") or cube.group_attrs(folder).get("grid_mapping")
+    mapping = _mapping_name(attrs) or _mapping_name(cube.group_attrs(folder))
     for above in _upwards(folder):
         path = f"{above}/{mapping or 'spatial_ref'}".lstrip("/")
         text = cube.arrays[path].attrs.get("GeoTransform") if path in cube.arrays else None

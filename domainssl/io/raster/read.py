@@ -50,10 +50,14 @@ class MaskRule:
     is_bits: bool = False
 
     def hides(self, mask: Array) -> Array:
-        """Return True where a pixel is to be left out."""
+        """Return True where a pixel is to be left out; NaN in a mask of floats is no class."""
+        unknown: Any = False
+        if mask.dtype.kind == "f":
+            unknown = ~np.isfinite(mask)
+            mask = np.where(unknown, 0, mask).astype(np.int64)
         if self.is_bits:
-            return np.asarray((mask & mask.dtype.type(sum(self.values))) != 0)
-        return np.isin(mask, self.values)
+            return unknown | np.asarray((mask & mask.dtype.type(sum(self.values))) != 0)
+        return unknown | np.isin(mask, self.values)
 
 
 @dataclass(frozen=True)
