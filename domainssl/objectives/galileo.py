@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -39,6 +40,7 @@ from domainssl.objectives.galileo_parts import (
     GalileoPass,
     GalileoSizes,
     cut_batch,
+    fill,
     group_choice,
     lowest,
     series_steps,
@@ -188,6 +190,25 @@ class Galileo(_Taught):
             for term in ("global", "local")
         })  # fmt: skip
         self.make_teacher()
+        if encoding.predictors is not None:
+            self.load_pretraining_parts(encoding.predictors)
+
+    def load_pretraining_parts(self, folder: str | Path) -> None:
+        """Fill the predictors, and the teacher where it is there, from a released folder.
+
+        Args:
+            folder: With `decoder.pt` (of global passes), `second_decoder.pt` (of local ones) and
+                perhaps `target_encoder.pt`.
+
+        Raises:
+            WeightsError: A file is missing, or of other sizes or groups.
+        """
+        place = Path(folder)
+        fill(self.predictors["global"], place / "decoder.pt")
+        fill(self.predictors["local"], place / "second_decoder.pt")
+        target = place / "target_encoder.pt"
+        if target.exists():
+            fill(cast(GalileoBackbone, self.teacher["backbone"]).encoder, target)
 
     def _check_masking(self, known: list[str]) -> None:
         for name in self.masking.ignored:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.galileo.groups import PUBLISHED_GROUPS, GalileoGroup
-from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.backbones.registry import read_tensors
+from domainssl.errors import ConfigError, DataError, WeightsError, nearest
 from domainssl.modality import COMPANIONS, Modality
 from domainssl.options import as_dataclass
 
@@ -26,6 +28,7 @@ __all__ = [
     "GalileoPass",
     "GalileoSizes",
     "cut_batch",
+    "fill",
     "group_choice",
     "lowest",
     "series_steps",
@@ -91,6 +94,9 @@ class GalileoEncoding:
         normalization: Form for all modalities, or one per modality; None takes that of the
             released weights, and `zscore` for other modalities.
         weights: Start from a released `encoder.pt`, one of ours, or an export.
+        predictors: Folder of a released model, beside whose `encoder.pt` lie the predictors
+            (`decoder.pt`, `second_decoder.pt`) and perhaps the teacher (`target_encoder.pt`), to go
+            on with its training; None starts them anew. Needs `weights`.
         bands: Where the bands differ from those of the weights: `strict` refuses.
     """
 
@@ -100,9 +106,15 @@ class GalileoEncoding:
     patch_size: int = 4
     normalization: str | dict[str, str] | None = None
     weights: str | None = None
+    predictors: str | None = None
     bands: BandPolicy = "strict"
 
     def __post_init__(self) -> None:
+        if self.predictors is not None and self.weights is None:
+            raise ConfigError(
+                f"model.init_args.encoding.predictors: {self.predictors!r} belong to an encoder; "
+                "set encoding.weights to encoder.pt beside them."
+            )
         given = PUBLISHED_GROUPS if self.groups is None else self.groups
         groups = tuple(as_dataclass(GalileoGroup, group) for group in given)
         object.__setattr__(self, "groups", groups)
@@ -367,3 +379,27 @@ def series_steps(x: Mapping[str, Any], modalities: Mapping[str, Modality]) -> in
             "periods, such as one per month."
         )
     return max(steps.values(), default=1)
+
+
+def fill(module: nn.Module, path: Path) -> None:
+    """Copy a released file into one network of pretraining, all of it.
+
+    Args:
+        module: A predictor, or the encoder of the teacher.
+        path: Its file.
+
+    Raises:
+        WeightsError: The file is missing, or of another network.
+    """
+    content = read_tensors(path)
+    found = {n.replace(".backbone", ""): t for n, t in content.items() if isinstance(t, Tensor)}
+    own = module.state_dict()
+    odd = sorted(own.keys() ^ found.keys())
+    odd += [n for n in own if n in found and own[n].shape != found[n].shape]
+    if odd:
+        raise WeightsError(
+            f"{path} does not fit: {len(odd)} tensors are missing, unknown or of another shape, "
+            f"such as {', '.join(odd[:3])}. Give encoding.size, architecture and groups of the "
+            "model that it belongs to."
+        )
+    module.load_state_dict(found)

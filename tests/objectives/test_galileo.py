@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from domainssl.backbones.galileo.groups import PUBLISHED_GROUPS, PUBLISHED_MODALITIES
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, DataError, WeightsError
 from domainssl.losses.discrimination import token_discrimination
 from domainssl.modality import Batch
 from domainssl.objectives.base import Generators
@@ -242,3 +243,43 @@ def test_it_fits_a_few_items():
         model.after_step(step)
     assert first is not None
     assert loss < first / 2
+
+
+def test_a_released_training_goes_on_with_predictors_and_teacher(tmp_path: Path) -> None:
+    trained = made(*PUBLISHED_MODALITIES)
+    for parameter in trained.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    files = {
+        "encoder": trained.backbone.encoder, "decoder": trained.predictors["global"],
+        "second_decoder": trained.predictors["local"],
+        "target_encoder": trained.teacher["backbone"].encoder,
+    }  # fmt: skip
+    for name, part in files.items():
+        state = part.state_dict()
+        state = {n.replace("blocks.", "blocks.backbone.", 1): t for n, t in state.items()}
+        torch.save(state, tmp_path / f"{name}.pt")
+    encoding: dict[str, Any] = {"architecture": SIZES, "weights": str(tmp_path / "encoder.pt")}
+    known: Any = {n: PUBLISHED_MODALITIES[n] for n in ("s2", "era5")}
+    anew = Galileo(
+        known, encoding=GalileoEncoding(**encoding), masking=GalileoMasking(patch_sizes=(2, 4))
+    )
+    encoding["predictors"] = str(tmp_path)
+    found = Galileo(
+        known, encoding=GalileoEncoding(**encoding), masking=GalileoMasking(patch_sizes=(2, 4))
+    )
+    own, other = trained.state_dict(), anew.state_dict()
+    for name, tensor in found.state_dict().items():
+        assert torch.equal(tensor, own[name]), name
+    assert any(not torch.equal(other[n], own[n]) for n in own if n.startswith("predictors."))
+    (tmp_path / "second_decoder.pt").unlink()
+    with pytest.raises(WeightsError, match="second_decoder.pt does not exist"):
+        Galileo(
+            known, encoding=GalileoEncoding(**encoding), masking=GalileoMasking(patch_sizes=(2, 4))
+        )
+    torch.save({"mask_token": torch.zeros(3)}, tmp_path / "decoder.pt")
+    with pytest.raises(WeightsError, match=r"decoder.pt does not fit: \d+ tensors are missing"):
+        Galileo(
+            known, encoding=GalileoEncoding(**encoding), masking=GalileoMasking(patch_sizes=(2, 4))
+        )
+    with pytest.raises(ConfigError, match="belong to an encoder; set encoding.weights"):
+        GalileoEncoding(predictors=str(tmp_path))
