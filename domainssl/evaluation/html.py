@@ -155,7 +155,7 @@ def html_report(page: Page) -> str:
     data = data.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     folder = Path(__file__).parent
     parts = {
-        "title": html.escape(f"Evaluation on {page.facts['data']['kind']}"),
+        "title": html.escape(f"Evaluation on {page.facts['data']['name']}"),
         "style": (folder / "report.css").read_text(encoding="utf-8"),
         "script": (folder / "report.js").read_text(encoding="utf-8"),
         "table": _table(page.rows),

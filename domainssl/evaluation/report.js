@@ -19,6 +19,9 @@
     if (isBaseline(name)) return "var(--base0)";
     return `var(--c${trained.indexOf(name) % 8})`;
   }
+  // bars have no shape: several untrained backbones differ by how strong their grey is
+  const untrained = backbones.filter((name) => name !== "raw" && isBaseline(name));
+  function strength(name) { return untrained.includes(name) ? 0.65 ** untrained.indexOf(name) : 1; }
   function shape(name) { return SHAPES[backbones.indexOf(name) % SHAPES.length]; }
   function make(name, attributes, parent, text) {
     const node = document.createElementNS(NS, name);
@@ -106,9 +109,10 @@
   function legend(section, entries) {
     const parent = by(section).querySelector(".legend");
     parent.replaceChildren();
-    for (const [name, fill, kind] of entries) {
+    for (const [name, fill, kind, opacity] of entries) {
       const item = html("span", parent);
-      symbol(kind, 7, 7, 5, fill, make("svg", { viewBox: "0 0 14 14", "aria-hidden": "true" }, item));
+      const mark = symbol(kind, 7, 7, 5, fill, make("svg", { viewBox: "0 0 14 14", "aria-hidden": "true" }, item));
+      if (opacity !== undefined) mark.setAttribute("fill-opacity", opacity);
       item.append(name);
     }
   }
@@ -179,12 +183,13 @@
   function bars() {
     const rows = predicted();
     if (hide_section("bars", !rows.length)) return;
-    by("bars").querySelector(".hint").textContent = `${by("protocol").value}, features ${by("features").value}${rows[0].seeds > 1 ? ", first seed" : ""}`;
     const names = present(rows), several = Boolean(rows[0].per_class);
+    by("bars").querySelector(".hint").textContent = `${by("protocol").value}, features ${by("features").value}${rows[0].seeds > 1 ? ", first seed" : ""}`
+      + (several ? "" : ": share of the items of a class that are predicted as it");
     const labels = several ? data.facts.labels : data.classes;
-    by("bars").querySelector("h2").textContent = several ? "Average precision per label" : "Share found per class";
+    by("bars").querySelector("h2").textContent = several ? "Average precision per label" : "Recall per class";
     const band = names.length * 11 + 26;
-    const chart = canvas("bars", labels.length * band + 26, several ? "Average precision per label" : "Share found per class");
+    const chart = canvas("bars", labels.length * band + 26, several ? "Average precision per label" : "Recall per class");
     const left = 8, right = chart.width - 14;
     scale(chart.svg, left, right, chart.height);
     labels.forEach((label, place) => {
@@ -194,11 +199,11 @@
         const row = rows.find((r) => r.backbone === backbone);
         const counts = several ? [] : row.confusion[place], total = counts.reduce((a, b) => a + b, 0);
         const share = several ? row.per_class[place] : total ? counts[place] / total : 0;
-        const node = make("rect", { x: left, y: start + 20 + line * 11, width: Math.max(1.5, share * (right - left)), height: 9, fill: colour(backbone), class: "mark" }, chart.svg);
+        const node = make("rect", { x: left, y: start + 20 + line * 11, width: Math.max(1.5, share * (right - left)), height: 9, fill: colour(backbone), "fill-opacity": strength(backbone), class: "mark" }, chart.svg);
         chart.marks.push({ node, place: -1, text: `${backbone}\n${label}: ${several ? "" : `${counts[place]} of ${total} items, `}${percent(share)}` });
       });
     });
-    legend("bars", names.map((name) => [name, colour(name), "square"]));
+    legend("bars", names.map((name) => [name, colour(name), "square", strength(name)]));
     chart.done();
   }
 
@@ -206,7 +211,7 @@
     const rows = predicted().filter((r) => r.confusion), row = rows.find((r) => r.backbone === by("backbone").value);
     if (hide_section("confusion", !rows.length)) return;
     if (!row) return missing("confusion");
-    by("confusion").querySelector(".hint").textContent = `${row.backbone}, ${row.protocol}, features ${row.features}: rows are classes, columns predictions; shares of the row`;
+    by("confusion").querySelector(".hint").textContent = `${row.backbone}, ${row.protocol}, features ${row.features}: rows are true classes, columns what they are predicted as; numbers count items, colours are shares of the row`;
     const count = data.classes.length;
     const parent = by("confusion").querySelector(".chart");
     const left = Math.min(130, parent.clientWidth * 0.3), top = 24;

@@ -93,8 +93,22 @@ def overview(rows: Sequence[Row], title: str) -> Table | None:
         last = position + 1 == len(places) or places[position + 1][0] != features
         cells = [_cell(by_place.get((backbone, features, name))) for name in shown]
         grid.add_row(_escaped(backbone), features, *cells, end_section=last)
-    grid.caption = "percent ± half of the 95 % interval over test items"
+    grid.add_row("chance", "", *(_chances(rows, name) for name in shown), style="dim")
+    grid.caption = (
+        "percent ± half of the 95 % interval over test items; chance: what features without "
+        "information reach"
+    )
     return grid
+
+
+def _chances(rows: Sequence[Row], protocol: str) -> str:
+    """Return the chance of a protocol, or the range of it over subsets of modalities."""
+    found = [r.chance for r in rows if r.protocol == protocol and _is_headline(r)]
+    found = [value for value in found if not math.isnan(value)]
+    if not found:
+        return ""
+    low, high = f"{100 * min(found):.1f}", f"{100 * max(found):.1f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _is_headline(row: Row) -> bool:

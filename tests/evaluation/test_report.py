@@ -14,8 +14,11 @@ from evaluation_fakes import data_file, exported
 from PIL import Image
 
 import domainssl
+from domainssl.cli.run.evaluating import _data_name
+from domainssl.evaluation.comparison import Row
 from domainssl.evaluation.gallery import principal
 from domainssl.evaluation.html import spectrum
+from domainssl.evaluation.tables import overview
 
 BROWSER, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FEW = {"protocols": ("knn", "linear", "retrieval", "cross_modal", "dense"), "resamples": 20}
@@ -56,6 +59,48 @@ def test_report_is_one_small_file_without_addresses(report: Path) -> None:
     links = set(re.findall(r"(?:https?:)?//[a-z][\w.-]+\w", own))
     assert links == {"http://www.w3.org"}  # the name of SVG, which nothing fetches
     assert not re.search(r"<(?:link|img|script)[^>]+(?:href|src)=\"(?!data:)", text)
+
+
+def test_title_and_captions_say_what_is_shown(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert "<h1>Evaluation on pairs</h1>" in text  # the format of the data, no class of ours
+    assert content(report)["facts"]["data"]["kind"] == "LabelledPairs"
+    assert "Short grey ticks are chance: what features without information reach." in text
+    assert "for accuracy the share of the largest class" in text
+    assert "numbers count items, colours are shares of the row" in text
+    assert "Share found per class" not in text
+
+
+def test_the_table_on_screen_has_a_row_of_chances() -> None:
+    def row(features: str, protocol: str, metric: str, chance: float) -> Row:
+        return Row(
+            backbone="a", features=features, protocol=protocol, metric=metric, value=0.5, low=0.4,
+            high=0.6, seeds=1, seed_std=0.0, chance=chance, train_items=9, test_items=9,
+        )  # fmt: skip
+
+    rows = [
+        row("s1", "kNN", "accuracy", 0.25),
+        row("s2", "kNN", "accuracy", 0.5),
+        row("s1", "retrieval", "mAP", 0.125),
+        row("s1", "kNN", "balanced accuracy", 0.9),
+    ]
+    table = overview(rows, "t")
+    assert table is not None
+    assert [list(column.cells)[-1] for column in table.columns] == [
+        "chance", "", "25.0 to 50.0", "12.5",
+    ]  # fmt: skip
+    assert "chance: what features without information reach" in str(table.caption)
+
+
+def test_a_sample_is_called_one() -> None:
+    class Data:
+        root = "sample:petct"
+
+        def identity(self) -> dict[str, str]:
+            return {"format": "volumes"}
+
+    assert _data_name(Data()) == "volumes (embedded sample)"
+    assert _data_name(object()) == "object"
 
 
 def test_names_of_users_are_text_and_never_markup(report: Path) -> None:

@@ -449,12 +449,21 @@ def _labels(sides: Sides, data: Any, notes: list[str]) -> tuple[list[int], list[
     return kept, [str(named[k]) if fits else f"label {k}" for k in kept]
 
 
+def _data_name(data: Any) -> str:
+    """Return what the data are called in titles: their format, and whether they are a sample."""
+    facts = data.identity() if hasattr(data, "identity") else {}
+    name = str(facts.get("format") or type(data).__name__)
+    is_sample = str(getattr(data, "root", "")).partition(":")[0] == "sample"
+    return f"{name} (embedded sample)" if is_sample else name
+
+
 def _facts(
     request: Request, data: Any, split: str, subjects: Sequence[Subject], sides: Sides
 ) -> dict[str, Any]:
     return {
         "data": {
             "kind": type(data).__name__,
+            "name": _data_name(data),
             "modalities": {n: list(m.channels) for n, m in data.modalities.items()},
             "train_items": len(sides.train.ids),
             "test_items": len(sides.test.ids),

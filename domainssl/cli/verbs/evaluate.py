@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     screen = console()
     data = found.facts["data"]
     title = (
-        f"{data['kind']}: {data['test_items']} items of {data['test_split']}, probes fitted on "
+        f"{data['name']}: {data['test_items']} items of {data['test_split']}, probes fitted on "
         f"{data['train_items']}"
     )
     first, pairs = overview(found.rows, title), pair_table(found.rows)
