@@ -16,7 +16,7 @@ import pytest
 import tifffile
 from PIL import Image
 from processes import killed
-from slide_files import damage_tile, write_tiff
+from slide_files import damage_tile, write_ome, write_tiff
 
 from domainssl.cli import main
 from domainssl.inspection.slides import inspect_slides
@@ -199,6 +199,11 @@ def test_slide_that_cannot_be_read_ends_it_or_is_left_out(
     assert len(_ids(tmp_path / "out")) == 3
     assert _tile(slides, tmp_path / "other", "--mpp_um", "0.5") == 0
     assert len(_ids(tmp_path / "other")) == 4
+    stains = np.full((5, 256, 256), 1000, np.uint16)
+    write_ome(tmp_path / "multiplex" / "a.ome.tif", stains, "CYX", photometric="minisblack")
+    assert _tile(tmp_path / "multiplex", tmp_path / "no", "--min_tissue", "0") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "a.ome.tif: holds the channels" in said and "expected red, green and blue" in said
 
 
 def test_regions_restrict_and_label_tiles(slides: Path, tmp_path: Path) -> None:

@@ -131,6 +131,7 @@ class SlideTiling:
             remove_parts(self.folder / part, key)
             remove_parts(self.folder / part, f"{key}_patches")
         with Slide(path, options.reading) as slide:
+            slide.refuse_channels()
             regions = None
             if options.regions is not None:
                 found = regions_for(options.regions, path)

@@ -67,7 +67,10 @@ class Reading:
 
 def in_words(option: str) -> str:
     """Return how embed and predict take an option of `Reading`, for messages."""
-    return f" In embed and predict: `--scan {option}`."
+    return (
+        " It stands under `reading` of a modality in a configuration; embed and predict take "
+        f"`--scan {option}`."
+    )
 
 
 def reading_of_words(words: Sequence[str]) -> dict[str, Any]:
