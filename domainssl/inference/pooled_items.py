@@ -23,6 +23,7 @@ from domainssl.inference.tokens import TokenWindows, feature_name, whole_windows
 from domainssl.inference.volume_maps import find_volumes, scans_for
 from domainssl.io.ids import ids_of
 from domainssl.io.raster.geoparquet import Footprint
+from domainssl.io.slide.facts import SlideReading
 from domainssl.io.slide.grid import plan_grid
 from domainssl.io.slide.pyramid import Slide
 from domainssl.modality import Batch, Modality, key
@@ -57,8 +58,12 @@ class Asked(Protocol):
     def scan(self) -> Mapping[str, Any]:
         """What is said about scans."""
 
+    @property
+    def mpp_um(self) -> float | None:
+        """Resolution of slides that state none."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class SlideItem:
     """The tiles of a slide that hold tissue, one window each.
 
@@ -67,18 +72,21 @@ class SlideItem:
         slide: The slide.
         modality: What the backbone expects.
         side: Side of a tile in pixels.
+        reading: What the user says of the slide.
     """
 
     name: str
     slide: SlideInput
     modality: Modality
     side: int
+    reading: SlideReading = SlideReading()
     when_empty: ClassVar[str] = "no tile holds enough tissue"
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the vector rests on."""
-        return {"files": file_states([self.slide.path]), "side": self.side}
+        said = {"mpp_um": self.reading.mpp_um} if self.reading.mpp_um else {}
+        return {"files": file_states([self.slide.path]), "side": self.side, **said}
 
     def batches(self) -> Iterator[tuple[float, Batch]]:
         """Yield weight and batch of every tile.
@@ -89,7 +97,7 @@ class SlideItem:
         resolution = self.modality.mpp_um
         assert resolution is not None
         name = self.modality.name
-        with Slide(self.slide.path) as slide:
+        with Slide(self.slide.path, self.reading) as slide:
             grid = plan_grid(slide, self.side, resolution)
             for x, y in grid.coords.tolist():
                 rgb, valid = slide.read(x, y, self.side, resolution)
@@ -205,6 +213,8 @@ def _slides(backbone: Backbone, source: str, options: Asked) -> list[SlideItem]:
     names = ids_of([os.path.relpath(slide.path, base) for slide in slides], options.ids)
     if options.ids == "plain":
         names = [slide.name for slide in slides]
+    reading = SlideReading(mpp_um=options.mpp_um)
     return [
-        SlideItem(name, slide, modality, side) for name, slide in zip(names, slides, strict=True)
+        SlideItem(name=name, slide=slide, modality=modality, side=side, reading=reading)
+        for name, slide in zip(names, slides, strict=True)
     ]

@@ -54,6 +54,7 @@ class EmbedOptions:
         dense: Windows, device, type.
         scene: What is said about rasters.
         scan: What is said about scans whose files leave it open: fields of `Reading`.
+        mpp_um: Micrometres per pixel of level 0, of slides that state none or a wrong one.
     """
 
     feature: str | None = None
@@ -64,6 +65,7 @@ class EmbedOptions:
     dense: DenseOptions = DenseOptions()
     scene: SceneOptions = SceneOptions()
     scan: Mapping[str, Any] = field(default_factory=dict)
+    mpp_um: float | None = None
 
 
 @dataclass(kw_only=True)

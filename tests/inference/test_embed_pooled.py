@@ -148,6 +148,12 @@ def test_slides_become_the_mean_over_their_tissue(tmp_path: Path) -> None:
     done = embed(backbone, tmp_path / "glass.tif", tmp_path / "glass.parquet", pooled=True,
                  ids="plain")  # fmt: skip
     assert done.left_out == {"glass": "no tile holds enough tissue"}
+    write_tiff(tmp_path / "bare.tif", [pixels], mpp=None)
+    with pytest.raises(DataError, match=r"bare\.tif: the resolution is not known.*`embed`"):
+        embed(backbone, tmp_path / "bare.tif", tmp_path / "no.parquet", pooled=True)
+    embed(backbone, tmp_path / "bare.tif", tmp_path / "bare.parquet", pooled=True, ids="plain",
+          mpp_um=0.5)  # fmt: skip
+    np.testing.assert_allclose(vectors(tmp_path / "bare.parquet")["bare"], wanted, atol=1e-4)
     names = {"Channel": {"Name": ["DAPI", "CD3", "CD8", "CD20", "panCK"]}}
     base = np.zeros((5, 128, 128), np.uint16)
     write_ome(tmp_path / "five.ome.tif", base, "CYX", metadata=names)

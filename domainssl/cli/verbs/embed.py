@@ -70,7 +70,7 @@ def _slides(options: argparse.Namespace, backbone: Backbone) -> int:
     ]  # fmt: skip
     if options.dtype != "float32":
         words.append(f"--dtype={options.dtype}")
-    for name in ("weights", "autocast", "scheduler"):
+    for name in ("weights", "autocast", "scheduler", "mpp_um"):
         if getattr(options, name) is not None:
             words.append(f"--{name}={getattr(options, name)}")
     words += [f"--{name}" for name in ("skip_bad", "restart") if getattr(options, name)]
@@ -139,6 +139,7 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
         ids=given.ids,
         pooled=given.pooled,
         scan=reading_of_words(given.scan),
+        mpp_um=given.mpp_um,
         dense=dense,
         scene=scene,
     )
@@ -183,10 +184,11 @@ def _parser() -> Parser:
         help="type of the matrix products (default: float32)")  # fmt: skip
     add("--modality", metavar="NAME", help="which one the raster is, where its bands do not tell")
     add("--scan", nargs="+", default=[], metavar="KEY=VALUE",
-        help="how scans are read whose files leave it open: orientation=assume_pixdim, volume=0, "
-        "space=LPS, series=mr-3 (as inspect shows it)")  # fmt: skip
+        help="of scans: orientation=assume_pixdim, volume=0, space=LPS, series=mr-3")  # fmt: skip
     add("--bands", default="", metavar="B02,B03,...",
         help="bands of a GeoTIFF in their order, where it names none or others")  # fmt: skip
+    add("--mpp_um", type=float, metavar="UM",
+        help="um per pixel of level 0, for slides that state none or a wrong one")  # fmt: skip
     add("--stored_unit", default="auto", metavar="UNIT",
         help="what the files hold: dn, dn+1000, baseline, reflectance, db, linear, amplitude, "
         "arbitrary; or by modality: s1=db,s2=dn (default: their attributes tell)")  # fmt: skip

@@ -121,7 +121,7 @@ class SlideFacts:
         raise DataError(
             f"{self.path}: the resolution is not known ({said or 'the file states none'}), "
             f"expected {low:g} to {high:g} um per pixel. Give it with `mpp_um: <um per "
-            f"pixel>` (`--mpp_um` of `tile` and of `predict`){power}."
+            f"pixel>` (`--mpp_um` of `tile`, `embed`, `predict`){power}."
         )
 
 
