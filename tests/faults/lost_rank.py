@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from domainssl.errors import DataError
@@ -19,7 +21,8 @@ class LoseRank(Callback):
 
     Args:
         rank: Which.
-        how: `kill` (SIGKILL), `error` (a file that cannot be read), `hang` (no answer any more).
+        how: `kill` (SIGKILL), `error` (a file that cannot be read), `hang` (no answer any more;
+            the time limit of the group, which both need to start, then becomes short).
         step: Optimiser steps done before.
     """
 
@@ -29,6 +32,8 @@ class LoseRank(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if self.how == "hang" and trainer.global_step == self.step:
+            torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=15))
         if (trainer.global_rank, trainer.global_step) != (self.rank, self.step):
             return
         if self.how == "kill":
