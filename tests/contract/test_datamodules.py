@@ -20,6 +20,8 @@ from domainssl.datamodules.base import DomainDataModule
 from domainssl.loading.plan import Piece
 from domainssl.modality import Modality, check_batch
 
+_STEPS = 9  # of a run, over more than one epoch
+
 
 @pytest.fixture(scope="module", params=DATAMODULES)
 def recipe(request: pytest.FixtureRequest, sample_root: Path) -> str:
@@ -190,8 +192,9 @@ class _Watch(Callback):
 
 
 def _run(
-    recipe: str, folder: Path, workers: int, steps: int, checkpoint: str | None = None
-) -> tuple[list[tuple[list[str], Tensor]], Path]:
+    recipe: str, folder: Path, workers: int, steps: int, every: int, checkpoint: Path | None = None
+) -> list[tuple[list[str], Tensor]]:
+    """Train to a step and save every few steps; a checkpoint goes on from there."""
     data = build_data(recipe, loading={"workers": workers}, global_batch_size=16)
     watch = _Watch()
     trainer = Trainer(
@@ -202,10 +205,14 @@ def _run(
         enable_model_summary=False,
         limit_val_batches=0,
         use_distributed_sampler=False,
-        callbacks=[watch, AtomicCheckpoint(str(folder), every_n_train_steps=steps), _Stop(steps)],
+        callbacks=[
+            watch,
+            AtomicCheckpoint(str(folder), every_n_train_steps=every, keep_last=-1),
+            _Stop(steps),
+        ],
     )
     trainer.fit(build(recipe), data, ckpt_path=checkpoint, weights_only=True)
-    return watch.steps, folder / "last.ckpt"
+    return watch.steps
 
 
 class _Stop(Callback):
@@ -219,26 +226,33 @@ class _Stop(Callback):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    steps, _ = _run(recipe, tmp_path_factory.mktemp("whole"), 0, 9)
-    return steps
+def uninterrupted(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
+    """Return the steps of a run, and a checkpoint that it left while its workers read ahead."""
+    folder = tmp_path_factory.mktemp("whole")
+    return _run(recipe, folder, 2, _STEPS, 4), folder / "step_0000004.ckpt"
 
 
-@pytest.mark.parametrize(
-    ("workers", "stop"),
-    [
-        pytest.param(0, 2, marks=pytest.mark.slow),
-        pytest.param(0, 6, marks=pytest.mark.slow),
-        (2, 4),
-    ],
-)
-def test_a_resumed_run_goes_on_bit_for_bit(
-    recipe: str, uninterrupted: list[Any], tmp_path: Path, workers: int, stop: int
-) -> None:
-    before, checkpoint = _run(recipe, tmp_path / "first", workers, stop)
-    after, _ = _run(recipe, tmp_path / "second", workers, 9, str(checkpoint))
-    joined = before + after
-    assert len(joined) == len(uninterrupted) == 9
-    for (ids, loss), (expected_ids, expected_loss) in zip(joined, uninterrupted, strict=True):
+def _assert_same(steps: list[Any], expected: list[Any]) -> None:
+    assert len(steps) == len(expected) > 0
+    for (ids, loss), (expected_ids, expected_loss) in zip(steps, expected, strict=True):
         assert ids == expected_ids
         assert torch.equal(loss, expected_loss)
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(
+    recipe: str, uninterrupted: tuple[list[Any], Path], tmp_path: Path
+) -> None:
+    steps, checkpoint = uninterrupted
+    assert len(steps) == _STEPS
+    _assert_same(_run(recipe, tmp_path, 2, _STEPS, _STEPS, checkpoint), steps[4:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [2, 6])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit_without_workers(
+    recipe: str, uninterrupted: tuple[list[Any], Path], tmp_path: Path, stop: int
+) -> None:
+    before = _run(recipe, tmp_path / "first", 0, stop, stop)
+    checkpoint = tmp_path / "first" / "last.ckpt"
+    after = _run(recipe, tmp_path / "second", 0, _STEPS, _STEPS, checkpoint)
+    _assert_same(before + after, uninterrupted[0])
