@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_files import FOLDER, IS_OURS, golden_files
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,10 +18,8 @@ from domainssl.modality import Modality, sides_of
 from domainssl.nn.masking import mask_from_keep, mask_from_noise
 from domainssl.objectives.mae import MAE, MAEArchitecture, MAEDraws, MAEEncoding, MAEOptions
 
-IS_OURS = "DOMAINSSL_GOLDEN_DIR" not in os.environ
-GOLDEN_DIR = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 GOLDEN = ("mae2d", "mae3d")
-FILES = [path for name in GOLDEN for path in sorted(GOLDEN_DIR.glob(f"{name}_*.safetensors"))]
+FILES = [path for name in GOLDEN for path in golden_files(name)]
 # json key of the 2D and of the 3D model -> ours
 SIZES = {
     "embed_dim": "width", "depth": "depth", "num_heads": "heads",
@@ -35,7 +33,7 @@ SIZES = {
 
 def test_golden_files_exist() -> None:
     for name in GOLDEN:
-        assert any(path.name.startswith(name) for path in FILES), f"no {name}_* in {GOLDEN_DIR}"
+        assert any(path.name.startswith(name) for path in FILES), f"no {name}_* in {FOLDER}"
 
 
 class Golden:

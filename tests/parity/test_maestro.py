@@ -5,12 +5,12 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_files import FOLDER, golden_files
 from grouped import grouped
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,14 +31,12 @@ from domainssl.objectives.maestro import (
     MAESTROMasking,
 )
 
-IS_OURS = "DOMAINSSL_GOLDEN_DIR" not in os.environ
-GOLDEN = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-FILES = sorted(GOLDEN.glob("maestro_*.safetensors"))
+FILES = golden_files("maestro")
 KINDS = {"mod": "modality", "bands": "bands", "dates": "dates", "loc": "locations"}
 
 
 def test_golden_files_exist() -> None:
-    assert FILES, f"no maestro_*.safetensors in {GOLDEN}"
+    assert FILES, f"no maestro_*.safetensors in {FOLDER}"
 
 
 def days(dates: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_files import FOLDER, golden_files
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,9 +25,8 @@ from domainssl.objectives.multi_contrast_mae import (
     MultiContrastOptions,
 )
 
-GOLDEN_DIR = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 GOLDEN = ("bmmae",)
-FILES = sorted(GOLDEN_DIR.glob("bmmae_*.safetensors"))
+FILES = golden_files("bmmae")
 SIZES = {
     "hidden_size": "width", "num_layers": "depth", "num_heads": "heads", "mlp_dim": "hidden",
     "decoder_hidden_size": "decoder_width", "decoder_num_layers": "decoder_depth",
@@ -36,7 +35,7 @@ SIZES = {
 
 
 def test_golden_files_exist() -> None:
-    assert FILES, f"no bmmae_*.safetensors in {GOLDEN_DIR}"
+    assert FILES, f"no bmmae_*.safetensors in {FOLDER}"
 
 
 def _sides(given: int | list[int]) -> int | tuple[int, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from golden_files import FOLDER, golden_files
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,13 +22,12 @@ from domainssl.objectives.vitautoenc import (
 )
 from domainssl.training.module import Step
 
-GOLDEN_DIR = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 GOLDEN = ("vitautoenc",)
-FILES = sorted(GOLDEN_DIR.glob("vitautoenc_*.safetensors"))
+FILES = golden_files("vitautoenc")
 
 
 def test_golden_files_exist() -> None:
-    assert FILES, f"no vitautoenc_*.safetensors in {GOLDEN_DIR}"
+    assert FILES, f"no vitautoenc_*.safetensors in {FOLDER}"
 
 
 class Golden:
