@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -56,9 +57,17 @@ def kept(name: str) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").is_file():
             shutil.rmtree(folder, ignore_errors=True)
+            _clear(root, name)
             train(folder, recipe)
             (folder / "done").touch()
     return folder
+
+
+def _clear(root: Path, name: str) -> None:
+    """Remove runs of the recipe with other code that are a day old: all of them are 200 MB."""
+    for old in root.glob(f"{name}-????????????????"):
+        if time.time() - old.stat().st_mtime > 86_400:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def assert_learned(outcome: Outcome) -> None:

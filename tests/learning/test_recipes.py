@@ -7,11 +7,12 @@ several seeds.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
-from recipe_runs import COVERED, LEARN, RECIPES, assert_learned, kept, train
+from recipe_runs import COVERED, LEARN, RECIPES, _clear, assert_learned, kept, train
 
 from domainssl.matrix.cells import COLUMNS
 from domainssl.matrix.runs import read_outcome
@@ -71,3 +72,14 @@ def test_the_recipe_that_learns_soonest_has_learned_after_two_thirds_of_it(tmp_p
 @pytest.mark.parametrize("name", LEARN)
 def test_a_recipe_learns(name):
     assert_learned(read_outcome(kept(name)))
+
+
+def test_runs_of_other_code_are_removed_after_a_day(tmp_path):
+    names = [f"a-{16 * '0'}", f"a-{16 * '1'}", f"ab-{16 * '1'}"]
+    fresh, old, other = (tmp_path / name for name in names)
+    for folder in (fresh, old, other):
+        folder.mkdir()
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    _clear(tmp_path, "a")
+    assert sorted(tmp_path.iterdir()) == [fresh, other]
