@@ -239,10 +239,12 @@ def test_compiled_blocks_give_equal_losses(recipe: str, model: Objective) -> Non
     expected = _losses(model(batch, draws))
     expected.sum().backward()
     other = build(recipe)
-    assert compile_blocks(other.backbone) > 0
-    losses = _losses(other(batch, draws))
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    losses.sum().backward()
+    # blocks of several sizes one by one: code for any size takes SwinUNETR's five times as long
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        assert compile_blocks(other.backbone) > 0
+        losses = _losses(other(batch, draws))
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+        losses.sum().backward()
     # how far rounding carries: the same step on values that differ in their last digits
     near = build(recipe)
     names = near.backbone.modalities
