@@ -15,7 +15,7 @@ from domainssl.io.raster.bands import is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.safe import is_safe
 
-__all__ = ["Found", "find_inputs", "is_manifest", "is_raster", "read_manifest"]
+__all__ = ["Found", "examples", "find_inputs", "is_manifest", "is_raster", "read_manifest"]
 
 _MANIFESTS = (".csv", ".parquet")
 
@@ -79,8 +79,20 @@ def find_inputs(
                 relative = os.path.relpath(full, path)
                 found.append(Found(_named(relative), full))
     if not found:
-        raise DataError(f"{path}: holds no {what.removeprefix('a ')}.")
+        raise DataError(
+            f"{path}: holds no {what.removeprefix('a ')}, which the model takes for "
+            f"{', '.join(modalities) or 'slides'}.{examples(path)}"
+        )
     return sorted(found, key=lambda item: item.name)
+
+
+def examples(folder: str) -> str:
+    """Return a sentence that names a few files of a folder in which nothing was found."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    if not names:
+        return " The folder is empty."
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" It has {', '.join(names[:3])}{more}."
 
 
 def _named(relative: str) -> str:

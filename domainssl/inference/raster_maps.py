@@ -17,7 +17,7 @@ import torch
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
-from domainssl.inference.inputs import is_manifest, is_raster, read_manifest
+from domainssl.inference.inputs import examples, is_manifest, is_raster, read_manifest
 from domainssl.inference.map_preview import (
     class_colours,
     write_class_preview,
@@ -75,7 +75,10 @@ def find_scenes(path: str, backbone: Backbone, options: SceneOptions) -> list[Sc
         if entry[0] != "." and (entry.endswith(_ENDINGS) or is_safe(os.path.join(path, entry)))
     ]  # fmt: skip
     if not inside:
-        raise DataError(f"{path}: holds no rasters, expected files that end in {_ENDINGS}.")
+        raise DataError(
+            f"{path}: holds no rasters, expected files that end in {', '.join(_ENDINGS)}, or "
+            f".SAFE products.{examples(path)}"
+        )
     named = {entry.partition(".")[0]: os.path.join(path, entry) for entry in inside}
     own = {name: named[name] for name in backbone.modalities if name in named}
     if own:

@@ -345,9 +345,10 @@ def _dates(file: LayerFile, modality: Modality, options: SceneOptions) -> tuple[
     if options.date is not None and days.count(options.date) == 1:
         return (order[days.index(options.date)],)
     shown = ", ".join(days[:6]) + (", ..." if len(days) > 6 else "")
+    asked = f"--date {options.date}" if options.date else "--date is needed"
     raise ConfigError(
-        f"--date: got {options.date!r}, and {file.path} has {len(days)} dates ({shown}), while the "
-        "backbone takes one. Choose one of them, first or last."
+        f"{asked}: {file.path} has {len(days)} dates ({shown}), while the backbone takes one. "
+        "Choose one of them, first or last."
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from domainssl.backbones.base import Backbone
-from domainssl.errors import ConfigError, nearest
+from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.files import write_json
 from domainssl.inference.inputs import is_manifest, read_manifest
 from domainssl.inference.map_preview import (
@@ -130,7 +130,8 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
         path: A file, a folder with a DICOM series, a folder in one of the layouts of `find_exams`,
             or a manifest: CSV or Parquet with `id`, and `path` or a column per modality.
         inputs: What is read.
-        modality: What a single scan is, where the task knows several.
+        modality: What a single scan is, where the task knows several; also every scan of a folder
+            in which none is named like a modality.
 
     Raises:
         DataError: There is no scan.
@@ -156,7 +157,7 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
             contrasts={name: c.contrast or name for name, c in inputs.contrasts.items()},
             label="", mask="", may_lack=True,
         )  # fmt: skip
-        return _as_one(path, list(find_exams(path, wanted).items))
+        return _as_one(path, _exams(path, wanted, None if several else modality))
     return [_one_scan(path, names, modality, stem_of(path))]
 
 
@@ -168,6 +169,22 @@ def _by_name(inputs: VolumeInput, modality: str | None) -> VolumeInput:
         if modality in (None, name)
     }
     return replace(inputs, contrasts=contrasts or inputs.contrasts)
+
+
+def _exams(path: str, wanted: Wanted, modality: str | None) -> list[Exam]:
+    """Return the exams of a folder; of a stated modality every scan, where none has its name."""
+    try:
+        return list(find_exams(path, wanted).items)
+    except DataError as error:
+        if modality in wanted.contrasts:
+            every = replace(wanted, contrasts={str(modality): EVERY})
+            return list(find_exams(path, every).items)
+        if "no scan ends with" not in str(error):
+            raise
+        names = " or ".join(wanted.contrasts)
+        raise DataError(
+            f"{error} Where every scan of the folder is one of them, say which: --modality {names}."
+        ) from error
 
 
 def _as_one(path: str, exams: list[Exam]) -> list[Exam]:

@@ -22,6 +22,7 @@ from domainssl.pieces import Plan, build
 from domainssl.sources.preparation import prepare
 
 nibabel = pytest.importorskip("nibabel")
+BESIDE = [f"scan.nii.gz{ending}" for ending in ("", ".json", ".png")]
 
 
 class Thresholds:
@@ -77,7 +78,7 @@ def test_the_map_has_axes_affine_and_values_of_the_file(axes: Any, tmp_path: Pat
         assert form[1] == 1
         np.testing.assert_allclose(form[0], affine, atol=1e-4)
     assert b"2 lesion" in found.header.extensions[0].get_content()
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["scan.nii.gz"]
+    assert sorted(os.listdir(tmp_path / "out")) == BESIDE
     ours = read_labels(tmp_path / "out/scan.nii.gz")
     assert ours.facts.orientation == read_labels(path).facts.orientation
 
@@ -160,7 +161,7 @@ def test_a_killed_call_goes_on_within_an_exam(tmp_path: Path) -> None:
     predicted(Counting("ct"), path, tmp_path / "b", batch_size=4)
     found = nibabel.load(tmp_path / "b/scan.nii.gz")
     assert np.array_equal(np.asarray(found.dataobj), whole) and sum(seen) < 20
-    assert os.listdir(tmp_path / "b") == ["scan.nii.gz"]
+    assert sorted(os.listdir(tmp_path / "b")) == BESIDE
     seen.clear()
     predicted(Counting("ct"), path, tmp_path / "b")
     assert not seen  # what is there is not made again
@@ -199,13 +200,26 @@ def test_inputs_that_cannot_be_predicted_are_named(tmp_path: Path) -> None:
         work.make("a")
 
 
+def test_every_scan_of_a_folder_is_taken_where_the_modality_is_said(tmp_path: Path) -> None:
+    inputs = volume_input(Thresholds("flair"))
+    for name in ("p1", "p2"):
+        write_nifti(tmp_path / f"{name}.nii.gz", np.zeros((4, 4, 4), np.float32))
+    first = next(iter(inputs.contrasts))
+    with pytest.raises(DataError, match=f"no scan ends with.*--modality {first}"):
+        find_volumes(str(tmp_path), inputs)
+    found = find_volumes(str(tmp_path), inputs, first)
+    assert [(exam.id, [*exam.scans]) for exam in found] == [("p1", [first]), ("p2", [first])]
+
+
 def test_exams_of_a_folder_are_predicted_with_the_contrasts_they_have(tmp_path: Path) -> None:
     for case, contrasts in {"p1": ("t1", "t2"), "p2": ("t2",)}.items():
         (tmp_path / "in" / case).mkdir(parents=True)
         for name in contrasts:
             write_nifti(tmp_path / "in" / case / f"{name}.nii.gz", blob((8, 8, 8)))
     work = predicted(Thresholds("t1", "t2"), tmp_path / "in", tmp_path / "out")
-    maps = {p.name: np.asarray(nibabel.load(p).dataobj) for p in (tmp_path / "out").iterdir()}
+    maps = {
+        p.name: np.asarray(nibabel.load(p).dataobj) for p in (tmp_path / "out").glob("*.nii.gz")
+    }
     assert sorted(maps) == sorted(f"{key}.nii.gz" for key in work.keys) and len(maps) == 2
 
 

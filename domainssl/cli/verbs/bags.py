@@ -54,7 +54,8 @@ def _parser() -> Parser:
     add("--output", required=True, help="folder to write")
     add("--patches", help="folder of the tiling step, where it is not beside the features")
     add("--encoder", default="", help="which features, where there are several")
-    add("--dtype", choices=("float32", "float16"), help="type of features (default: the layout's)")
+    add("--dtype", choices=("float32", "float16", "int8"),
+        help="type of features; int8 for zarr alone (default: the layout's)")  # fmt: skip
     add("--jobs", type=int, default=0, help="processes (default 0: this one alone)")
     add("--shard", default="1/1", metavar="I/N", help="do the I-th of N parts")
     add("--scheduler", metavar="ADDRESS",

@@ -90,6 +90,11 @@ def _report(done: Embedded, screen: object) -> None:
         screen.print(f"  {path}", markup=False)
     if len(done.outputs) > 20:
         screen.print(f"  and {len(done.outputs) - 20} more")
+    pictures = [path.with_name(f"{path.name}.png") for path in done.outputs]
+    shown = next((picture for picture in pictures if picture.is_file()), None)
+    if shown is not None:
+        screen.print(f"look first at the picture{'s' * (len(pictures) > 1)} beside: {shown}",
+                     markup=False)  # fmt: skip
     for name, reason in done.left_out.items():
         screen.print(f"left out: {name}: {reason}", markup=False)
     if done.missing:

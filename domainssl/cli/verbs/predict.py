@@ -143,6 +143,8 @@ def _predict(argv: list[str]) -> int:
         names = ", ".join(f"{value} {name}" for value, name in enumerate(task.classes))
     what = "numbers" if task.kind == "regression" else "classes"
     screen.print(f"{found.entries} {made}{before}; {what}: {names}", markup=False)
+    if made == "map(s)" and found.entries:
+        screen.print("a picture with a legend lies beside every map (.png)", markup=False)
     return 0
 
 
