@@ -17,7 +17,7 @@ import numpy as np
 
 from domainssl.datamodules.dataset import DatasetModality
 from domainssl.errors import ConfigError, DataError, nearest, parsing, require
-from domainssl.io.raster.patches import measured_or_nan, read_patch, repeated
+from domainssl.io.raster.patches import measured_or_nan, read_map, read_patch, repeated
 from domainssl.io.ssl4eo.facts import PRODUCTS
 
 __all__ = ["BigEarthNetV2"]
@@ -92,6 +92,11 @@ class BigEarthNetV2:
         for patch, labels, part, radar, *hidden in rows:
             if part != _SPLITS[split] or any(hidden):
                 continue
+            if not isinstance(labels, list) or not all(map(_is_name, (patch, radar))):
+                raise DataError(
+                    f"{path}: a row of patch_id {patch!r:.80}, s1_name {radar!r:.80} and labels "
+                    f"{labels!r:.80}; expected two names of folders and a list of classes."
+                )
             if odd := [name for name in labels if name not in numbers]:
                 raise DataError(f"{path}: patch {patch} has the class {odd[0]!r}, none of the 19.")
             self._rows.append((str(patch), str(radar), tuple(numbers[name] for name in labels)))
@@ -126,8 +131,12 @@ class BigEarthNetV2:
         }
         path = os.path.join(self.root, _MAP, tile, patch, f"{patch}_reference_map.tif")
         if os.path.isdir(os.path.join(self.root, _MAP)):
-            item["mask"] = _classes(read_patch(path, 1, _SIDE)[0])
+            item["mask"] = _classes(read_map(path, _SIDE))
         return item
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value == os.path.basename(value) and value.strip(".") != ""
 
 
 def _classes(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

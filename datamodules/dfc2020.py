@@ -18,7 +18,7 @@ import numpy as np
 
 from domainssl.datamodules.dataset import DatasetModality
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.io.raster.patches import measured_or_nan, read_patch
+from domainssl.io.raster.patches import measured_or_nan, read_map, read_patch
 from domainssl.io.ssl4eo.facts import PRODUCTS
 
 __all__ = ["DFC2020"]
@@ -83,7 +83,8 @@ class DFC2020:
             name = f"{self._stems[index].format(kind)}.tif"
             return read_patch(os.path.join(self.folder, f"{kind}_0", name), bands, _SIDE)
 
-        stored = read("dfc", 1)[0]
+        name = f"{self._stems[index].format('dfc')}.tif"
+        stored = read_map(os.path.join(self.folder, "dfc_0", name), _SIDE)
         if stored.min() < 0 or stored.max() > 10:
             raise DataError(
                 f"{self._stems[index].format('dfc')}.tif: holds the class {stored.max()}, expected "

@@ -21,7 +21,7 @@ import numpy as np
 
 from domainssl.datamodules.dataset import DatasetModality
 from domainssl.errors import ConfigError, DataError, nearest, parsing
-from domainssl.io.raster.patches import measured_or_nan, read_patch
+from domainssl.io.raster.patches import measured_or_nan, read_map, read_patch
 from domainssl.io.ssl4eo.facts import PRODUCTS
 from domainssl.io.storage.archives import check_member
 from domainssl.sensors import L2A_BANDS
@@ -163,7 +163,7 @@ class FlairHub:
                 item |= self._series(key, path, bands, index)
         path = self._path(index, _COSIA)
         if os.path.isfile(path):
-            mask = read_patch(path, 1, 512)[0].astype(np.int64)
+            mask = read_map(path, 512)
             mask[(mask < 0) | (mask >= _USED)] = -1
             counts = np.bincount(mask[mask >= 0], minlength=_USED)
             item |= {"mask": mask, "label": int(counts.argmax()) if counts.any() else -1}
@@ -204,6 +204,18 @@ def _parts(patch: str) -> tuple[str, str, str]:
     return parts[0], parts[1], parts[2]
 
 
+def _refuse_view(connection: sqlite3.Connection, name: str) -> None:
+    """Let tables alone be read: a view is a query, which may never end.
+
+    Raises:
+        ValueError: It is none.
+    """
+    query = "SELECT type, sql FROM sqlite_master WHERE name = ?"
+    kinds = connection.execute(query, (name,)).fetchall()
+    if any(kind != "table" or "VIRTUAL" in str(sql).upper() for kind, sql in kinds):
+        raise ValueError(f"{name!r} is no plain table")
+
+
 def _dates(root: str, name: str) -> dict[str, Array]:
     """Return the days since 1970-01-01 of each area, {} where there is no table of dates."""
     sensor = name.rpartition("_")[0]
@@ -215,7 +227,9 @@ def _dates(root: str, name: str) -> dict[str, Array]:
     with parsing(f"{path}: the table of dates", advice=advice, also=(sqlite3.Error,)):
         connection = sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode=ro", uri=True)
         try:
+            _refuse_view(connection, "gpkg_contents")
             [(table,), *_] = connection.execute("SELECT table_name FROM gpkg_contents").fetchall()
+            _refuse_view(connection, str(table))
             title = str(table).replace('"', '""')
             query = f'SELECT patch_id, acquisition_dates FROM "{title}"'
             for patch, text in connection.execute(query):

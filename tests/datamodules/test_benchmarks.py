@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from benchmark_files import FLAIR, S2_PATCH, bigearthnet, dfc2020, eurosat, flair_hub, tif
 
@@ -129,3 +132,39 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="points outside"):
         FlairHub(str(tmp_path))[0]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"patch_id": "../../x_1_2"}, {"s1_name": None}, {"labels": None}, {"labels": "Pastures"}],
+    ids=["climbs", "no radar", "no labels", "a text"],
+)
+def test_rows_of_bigearthnet_that_name_no_patch_are_refused(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    path = bigearthnet(tmp_path) / "metadata.parquet"
+    pandas.read_parquet(path).assign(**row).to_parquet(path)
+    with pytest.raises(DataError, match="expected two names of folders and a list of classes"):
+        BigEarthNetV2(str(tmp_path))
+
+
+def test_maps_hold_whole_classes_and_dates_lie_in_tables(tmp_path: Path) -> None:
+    root = dfc2020(tmp_path / "dfc")
+    path = root / "ROIs0000_test" / "dfc_0" / "ROIs0000_test_dfc_0_p2.tif"
+    tif(path, np.full((1, 256, 256), 1.5, np.float32))
+    with pytest.raises(DataError, match=r"p2\.tif: holds numbers that are not whole"):
+        DFC2020(str(root))[0]
+    (tmp_path / "flair").mkdir()
+    root = flair_hub(tmp_path / "flair")
+    table = root / "GLOBAL_ALL_MTD" / "GLOBAL_SENTINEL2_MTD_DATES.gpkg"
+    table.parent.mkdir(exist_ok=True)
+    table.unlink(missing_ok=True)
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+    with closing(sqlite3.connect(table)) as file:
+        file.execute("CREATE TABLE gpkg_contents(table_name)")
+        file.execute("INSERT INTO gpkg_contents VALUES ('t')")
+        columns = "i AS patch_id, '' AS acquisition_dates"
+        file.execute(f"CREATE VIEW t AS {endless} SELECT {columns} FROM n")
+        file.commit()
+    with pytest.raises(DataError, match=r"DATES\.gpkg: .* 't' is no plain table"):
+        FlairHub(str(root))

@@ -13,6 +13,7 @@ from safe_files import LEFT, ORDER, TOP, stored, write_safe, zipped
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.datamodules.cubes import SentinelCubeDataModule
 from domainssl.errors import DataError
+from domainssl.inference.inputs import is_raster
 from domainssl.inference.run import embed
 from domainssl.inference.scenes import SceneOptions, open_scene
 from domainssl.inspection.recognise import inspect_path
@@ -26,7 +27,7 @@ from domainssl.sources.windows import Window
 L2A = tuple(band for band in ORDER if band != "B10")
 
 
-def _source(root: Path, **layer: Any) -> Any:
+def _source(root: Path | str, **layer: Any) -> Any:
     data = SentinelCubeDataModule(
         root=str(root),
         modalities={"s2": Layer(**{"path": ".", "bands": L2A, "mask": Mask(), **layer})},
@@ -118,6 +119,20 @@ def test_inspect_knows_products(tmp_path: Path) -> None:
         report = inspect_path(str(place))
         found = report["splits"]["train"]["modalities"]["s2"]
         assert found["channels"] == list(L2A) and found["dates"][0] == "2022-03-01"
+
+
+@pytest.mark.parametrize("ending", ["SAFE", "SAFE.zip", "zip"])
+def test_products_behind_urls_are_refused_by_what_to_do(ending: str) -> None:
+    url = f"https://127.0.0.1:9/S2A_MSIL2A_20220301T100031_N0400_R122_T32TQM_x.{ending}"
+    for look in (inspect_path, is_safe, is_raster, _source):
+        with pytest.raises(DataError, match="are read from local folders, not behind URLs"):
+            look(url)
+
+
+def test_a_zipped_zarr_product_of_the_same_name_is_no_safe(tmp_path: Path) -> None:
+    path = tmp_path / "S2A_MSIL2A_20220301T100031_N0400_R122_T32TQM_x.zarr.zip"
+    path.write_bytes(b"PK")
+    assert not is_safe(str(path))
 
 
 def _edit(path: Path, old: str, new: str) -> None:

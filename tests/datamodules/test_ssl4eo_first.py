@@ -142,6 +142,15 @@ def test_packed_samples_are_read_in_the_order_and_type_that_are_named(tmp_path: 
         _data(tmp_path / "native", names, storage_options={"lmdb": {"ordr": []}})
 
 
+@pytest.mark.parametrize("kept", [0.5, 0.9, 8192])
+def test_an_lmdb_that_was_cut_is_refused_before_it_is_mapped(tmp_path: Path, kept: float) -> None:
+    path = _packed(tmp_path / "a", [bytes(100_000)] * 3) / "data.mdb"
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(kept * len(raw)) if kept < 1 else int(kept)])
+    with pytest.raises(DataError, match=r"data\.mdb: \d+ bytes, but its header speaks of"):
+        _data(tmp_path / "a", {"s1": "S1GRD"})
+
+
 class _Runs:
     def __reduce__(self) -> Any:
         return os.mkdir, ("/tmp/was_run_by_a_pickle",)

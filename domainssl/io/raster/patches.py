@@ -11,7 +11,7 @@ from domainssl.errors import DataError
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.missing import beyond, tell
 
-__all__ = ["folders_in", "measured_or_nan", "read_patch", "repeated"]
+__all__ = ["folders_in", "measured_or_nan", "read_map", "read_patch", "repeated"]
 
 Array = np.ndarray[Any, Any]
 _LARGEST = 2**26  # numbers in a patch
@@ -43,6 +43,18 @@ def read_patch(path: str, bands: int | None, side: int) -> Array:
             if values.dtype.kind == "f" and nodata is not None:
                 band[band == nodata] = np.nan
     return values
+
+
+def read_map(path: str, side: int) -> Array:
+    """Read a patch of classes, int64 (side, side).
+
+    Raises:
+        DataError: As `read_patch`; or a number is not whole.
+    """
+    values = read_patch(path, 1, side)[0]
+    if values.dtype.kind == "f" and not (values == np.rint(values)).all():
+        raise DataError(f"{path}: holds numbers that are not whole, expected classes.")
+    return values.astype(np.int64)
 
 
 def repeated(values: Array, side: int) -> Array:

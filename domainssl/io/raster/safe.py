@@ -50,10 +50,19 @@ _FILES = HandlePool(limit=64)
 
 
 def is_safe(path: str) -> bool:
-    """Whether a local path is a Sentinel-2 product: a folder or zip of its name and content."""
+    """Whether a local path is a Sentinel-2 product: a folder or zip of its name and content.
+
+    Raises:
+        DataError: It is one behind a URL.
+    """
     name = os.path.basename(path.rstrip("/\\"))
-    if not _PRODUCT.fullmatch(name) or "://" in path:
+    if not _PRODUCT.fullmatch(name) or name.lower().endswith(".zarr.zip"):
         return False
+    if "://" in path and name.lower().endswith((".safe", ".safe.zip", ".zip")):
+        raise DataError(
+            f"{path}: Sentinel-2 products (.SAFE, also zipped) are read from local folders, not "
+            "behind URLs. Download it, or use the product in Zarr (EOPF) or as COG."
+        )
     if name.lower().endswith(".zip"):
         return os.path.isfile(path)
     return name.upper().endswith(".SAFE") and os.path.isdir(path)

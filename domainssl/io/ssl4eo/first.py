@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 
 from domainssl.errors import ConfigError, DataError, nearest, require
+from domainssl.files import open_regular
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.grid import plain_crs
 from domainssl.io.raster.time import product_time
@@ -66,6 +67,7 @@ _SCALED = {
 }  # fmt: skip
 _WHERE = "data.init_args.storage_options.lmdb"
 _LMDB = HandlePool(limit=8)
+_MAGIC = (0xBEEFC0DE).to_bytes(4, "little")
 _log = logging.getLogger(__name__)
 
 
@@ -291,6 +293,7 @@ class _Store:
     def __init__(self, path: str) -> None:
         lmdb = require("lmdb", "lmdb")
         self.path = path
+        _refuse_cut(join(path, "data.mdb") if os.path.isdir(path) else path)
         try:
             self._env = lmdb.open(
                 path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False,
@@ -309,6 +312,33 @@ class _Store:
         if found is None:
             raise DataError(f"{self.path}: no sample {key!r} among {self.count}.")
         return bytes(found)
+
+
+def _refuse_cut(path: str) -> None:
+    """Refuse a file that is shorter than its newest header says.
+
+    LMDB maps the file, and the system ends a process that touches what is not there. A header is
+    a page: 16 bytes, magic number, version, address and size of the map, two tables of 48 bytes
+    (the first begins with the size of a page), last page, number of the transaction.
+
+    Raises:
+        DataError: It is.
+    """
+    with open_regular(path) as file:
+        length = os.fstat(file.fileno()).st_size
+        first = file.read(152)
+        if len(first) < 152 or first[16:20] != _MAGIC:
+            return  # LMDB says what it thinks of it
+        page = int.from_bytes(first[40:44], "little")
+        file.seek(page)
+        heads = [head for head in (first, file.read(152)) if head[16:20] == _MAGIC]
+    newest = max(heads, key=lambda head: int.from_bytes(head[144:152], "little"))
+    pages = int.from_bytes(newest[136:144], "little") + 1
+    if pages * page > length:
+        raise DataError(
+            f"{path}: {length} bytes, but its header speaks of {pages} pages of {page}, "
+            f"{pages * page} bytes. The file is not whole; get it again."
+        )
 
 
 def _store(path: str) -> _Store:
