@@ -338,10 +338,8 @@ def _of_vectors(path: Path, record: Mapping[str, Any]) -> _Report:
     plain = {k: v for k, v in record.items() if isinstance(v, str | int | float | bool)}
     lists = {k: v for k, v in record.items() if isinstance(v, list) and len(v) <= 8}
     after = []
-    name = path.name.removesuffix(".gz")
-    picture = path.with_name(f"{name.removesuffix(Path(name).suffix)}.png")
-    if picture.is_file():
-        after.append(f"look at {picture}")
+    pictures = (path.with_name(f"{path.name}.png"), path.with_suffix(".png"))
+    after += [f"look at {picture}" for picture in pictures if picture.is_file()][:1]
     opened = {
         ".zarr": f"xarray.open_zarr({str(path)!r}, consolidated=False)",
         ".tif": f"rioxarray.open_rasterio({str(path)!r})",
