@@ -171,7 +171,8 @@ def test_features_of_other_weights_are_not_taken_for_these(
     assert _tile(slides) == 0 and _tile(slides) == 0
     _export_other(slides)
     assert _tile(slides) == 2
-    assert "holds features of other weights as features_tiny" in capsys.readouterr().err
+    text = "holds features of other weights, or of another --dtype, as features_tiny"
+    assert text in capsys.readouterr().err
 
 
 def test_tiles_of_another_resolution_than_the_training_are_refused_before_slides_are_read(
