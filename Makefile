@@ -7,7 +7,8 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.domainssl-installed
 # Tests run in two processes of one thread each; JOBS=0 runs them in one.
 JOBS   ?= 2
-PYTEST  = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist loadfile --durations=20
+# A process that crashes ends the run: pytest-xdist would start another and may wait for ever.
+PYTEST  = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist loadfile --max-worker-restart=0 --durations=20
 FAST   := not slow and not gpu and not online and not multigpu
 SLOW   := slow and not gpu and not online and not multigpu
 

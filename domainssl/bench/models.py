@@ -109,15 +109,25 @@ def peak_memory(run: Callable[[], Any], device: str) -> int:
     return most
 
 
+_MARK = "domainssl: mark of PeakMemory"
+
+
 class PeakMemory:
     """Measures the most bytes of tensors that are held at once between `start` and `stop`.
 
+    On a CPU torch's profiler counts, which must neither start nor stop while an operation that it
+    has seen begin, such as a step of an optimiser, has not ended: `mark` divides the time instead.
+
     Args:
         device: Where the tensors are.
+
+    Attributes:
+        until_mark: After `stop`, the most bytes before `mark`; None if that was not called.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
+        self.until_mark: int | None = None
         self._before = 0
         self._open = ExitStack()
         self._profiler: Any = None
@@ -136,19 +146,32 @@ class PeakMemory:
         self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._open.enter_context(self._profiler)
 
+    def mark(self) -> None:
+        """End the part of which `until_mark` tells."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+            self.until_mark = torch.cuda.max_memory_allocated(self.device) - self._before
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        with torch.profiler.record_function(_MARK):
+            pass
+
     def stop(self) -> int:
         """Return the most bytes beyond those held at the start."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
-            return torch.cuda.max_memory_allocated(self.device) - self._before
+            most = torch.cuda.max_memory_allocated(self.device) - self._before
+            return most if self.until_mark is None else max(most, self.until_mark)
         self._open.close()
-        results = self._profiler.profiler.kineto_results
+        events = self._profiler.profiler.kineto_results.events()
         self._profiler = None
-        changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
         held = most = 0
-        for _, change in sorted(changes, key=lambda pair: pair[0]):
-            held += change
-            most = max(most, held)
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                most = max(most, held)
+            elif event.name() == _MARK:
+                self.until_mark = most
         return most
 
 

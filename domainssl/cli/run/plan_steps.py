@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -107,7 +107,6 @@ class StepMeter(Callback):
         self._updating: float | None = None
         self.found = Measured()
         self._meter: PeakMemory | None = None
-        self._index, self._batch = 0, cast(Any, None)
         self._held = 0
         self._begun = 0.0
 
@@ -115,7 +114,6 @@ class StepMeter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to count."""
-        self._index = batch_idx
         phase, device = self.phases[batch_idx], str(pl_module.device)
         place = f"step {batch_idx + 1} of {len(self.phases)}"
         self._tell(f"{place}: {phase.items} items, {_KINDS[phase.kind]}")
@@ -123,28 +121,22 @@ class StepMeter(Callback):
         if batch_idx == 0:
             self.found.tokens = _tokens(pl_module, batch)
         if phase.kind == "memory":
-            self._measure_memory(trainer, pl_module, batch)
+            self._held = held_bytes(pl_module, trainer.optimizers) + _batch_bytes(batch)
+            if device.startswith("cuda"):
+                self._held = torch.cuda.memory_allocated(device)
             self.found.held = self._held - _batch_bytes(batch)
-        self._updating, self._batch = None, batch
+            self._meter = PeakMemory(device)
+            self._meter.start()
+        self._updating = None
         _wait(device)
         self._begun = time.perf_counter()
-
-    def _measure_memory(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        device = str(pl_module.device)
-        self._held = held_bytes(pl_module, trainer.optimizers) + _batch_bytes(batch)
-        if device.startswith("cuda"):
-            self._held = torch.cuda.memory_allocated(device)
-        self._meter = PeakMemory(device)
-        self._meter.start()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Tell what grows with the batch apart from the optimiser, which does not."""
         if self._meter is not None and self._updating is None:
-            items = self.phases[self._index].items
-            self.found.passes[items] = self._held + self._meter.stop()
-            self._measure_memory(trainer, pl_module, self._batch)
+            self._meter.mark()
         _wait(str(pl_module.device))
         self._updating = self._updating or time.perf_counter()
 
@@ -160,8 +152,9 @@ class StepMeter(Callback):
         if phase.kind == "time":
             self.found.seconds.append(now - self._begun)
         if self._meter is not None:
-            most = self._held + self._meter.stop()
-            self.found.memory[phase.items] = max(most, self.found.passes.get(phase.items, 0))
+            self.found.memory[phase.items] = self._held + self._meter.stop()
+            if self._meter.until_mark is not None:
+                self.found.passes[phase.items] = self._held + self._meter.until_mark
             self._meter = None
         if batch_idx == 0 and now - self._begun > self._slow_s:
             self.phases = self.phases[:2]
