@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -46,6 +47,8 @@ def result_at(path: str) -> _Report | None:
 def runs_below(path: str) -> _Report | None:
     """Describe a folder of runs, None where there is none at most three folders below."""
     place = Path(path).expanduser()
+    if not os.path.isdir(place):  # also of a name that no file can have, at which 3.13's glob stops
+        return None
     patterns = ("/".join(["*"] * depth) for depth in range(1, _DEPTH + 1))
     places = (p.parent for s in patterns for p in sorted(place.glob(f"{s}/run.json")))
     runs = [each for each in places if _is_run(each)]
