@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
         check_page(page)
     before = read_record(page.with_suffix(".json")) if page is not None else []
     # composing a cell takes a second, and the record of a page holds all of them
-    cells = find_all(tuple(options.cells) if page is None else ("*",))
+    cells = find_all(options.cells if page is None else ("*",))
     named = _chosen(cells, options.cells)
     chosen = [cell for cell in named if not cell.reason]
     screen = console()
@@ -96,13 +96,17 @@ def _parser() -> Parser:
     return parser
 
 
-@cache
-def find_all(patterns: tuple[str, ...] = ("*",)) -> tuple[Cell, ...]:
+def find_all(patterns: Sequence[str] = ("*",)) -> tuple[Cell, ...]:
     """Return all cells of the recipes that come with the package; composed once per process.
 
     Args:
         patterns: Which cells are composed; of others only names are known.
     """
+    return _found(tuple(patterns))
+
+
+@cache
+def _found(patterns: tuple[str, ...]) -> tuple[Cell, ...]:
     import yaml
 
     from domainssl.cli.config import catalog
