@@ -114,20 +114,14 @@ def _train(run: Any, batches: list[Any], phases: list[Phase], slow_s: float) -> 
     trainer = run.trainer
     trainer.callbacks[:] = [meter]
     trainer.fit_loop.max_epochs = trainer.current_epoch + 1
-    with _out_of_memory_is_told(meter), _grown(), warnings.catch_warnings():
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # so that another size starts afresh
+    with _out_of_memory_is_told(meter), warnings.catch_warnings():
         for text in (".*have no `val_dataloader`.*", ".*module.s. in eval mode.*"):
             warnings.filterwarnings("ignore", message=text)
         trainer.fit(run.model, datamodule=with_batches(run.datamodule, batches))
     trainer.fit_loop.epoch_progress.reset()
     return meter.found
-
-
-@contextmanager
-def _grown() -> Iterator[None]:
-    """Free what the device keeps for later, so that another size starts afresh."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    yield
 
 
 @contextmanager
