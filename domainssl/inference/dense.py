@@ -32,7 +32,7 @@ from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError
 from domainssl.files import PART, read_json, write_json, write_whole
-from domainssl.inference.outputs import make_folder, refuse_other, repeated
+from domainssl.inference.outputs import beside, make_folder, refuse_other, repeated
 from domainssl.inference.sliding import Box, Windows, slide_over
 from domainssl.inference.tokens import (
     Autocast,
@@ -350,7 +350,7 @@ class DenseEmbedding:
                 return
             store = VectorStore(working / "store")
             if self.preview is not None and not target.exists():
-                self.preview(store, layout, _picture(target))
+                self.preview(store, layout, beside(target, "png"))
             if target.exists():
                 pass  # a call was killed after it gave the name, which is its last step but one
             elif self.writer is None:
@@ -453,12 +453,7 @@ def _counts(layout: VectorLayout) -> tuple[int, ...]:
 
 def _record(target: Path) -> Path:
     """Return the file that says what a complete output was made from."""
-    return target.with_name(f"{target.name}.json")
-
-
-def _picture(target: Path) -> Path:
-    """Return the preview; it keeps the ending, so that a store and its COG have one each."""
-    return target.with_name(f"{target.name}.png")
+    return beside(target, "json")
 
 
 def _plain(layout: VectorLayout) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from domainssl.errors import ConfigError, DataError
 
 __all__ = [
+    "beside",
     "encoder_name",
     "file_name",
     "file_states",
@@ -24,6 +25,11 @@ __all__ = [
 
 
 _ENDING = re.compile(r"\w\.[A-Za-z][A-Za-z0-9]{0,9}$")  # such as .zarr, .nii.gz, .h5; not v1.2
+
+
+def beside(output: Path, ending: str) -> Path:
+    """Return a file that goes with an output: its name whole, so that no two share one."""
+    return output.with_name(f"{output.name}.{ending}")
 
 
 def file_name(item: str) -> str:

@@ -23,7 +23,7 @@ from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json, write_whole
 from domainssl.inference.dense import DenseOptions
-from domainssl.inference.outputs import refuse_other, repeated
+from domainssl.inference.outputs import beside, refuse_other, repeated
 from domainssl.inference.preview import write_items
 from domainssl.inference.tokens import autocast_context
 from domainssl.io.raster.geoparquet import Footprint, vector_table
@@ -112,7 +112,7 @@ class PooledEmbedding:
 
     @property
     def _record(self) -> Path:
-        return self.target.with_name(f"{self.target.name}.json")
+        return beside(self.target, "json")
 
     def claim(self, *, restart: bool = False) -> None:
         """Check that nothing else lies where the table goes, or remove it.
@@ -201,7 +201,7 @@ class PooledEmbedding:
         try:
             write_whole(self.target, content)
             names = [item.name for item in self.items]
-            write_items(self.target.with_name(f"{self.target.name}.png"), vectors, names)
+            write_items(beside(self.target, "png"), vectors, names)
             left_out = self.left_out()
             write_json(self._record, self._request | ({"left_out": left_out} if left_out else {}))
         except OSError as error:

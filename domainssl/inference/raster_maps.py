@@ -23,6 +23,7 @@ from domainssl.inference.map_preview import (
     write_class_preview,
     write_number_preview,
 )
+from domainssl.inference.outputs import beside
 from domainssl.inference.predict import (
     LabelMap,
     NumberMap,
@@ -246,23 +247,19 @@ class RasterPrediction:
         if self.writes_numbers:
             numbers = NumberMap(path, grid.shape, count, scene.facts)
             predict_map(self.task, grid.read, numbers, self.options)
-            write_number_preview(_picture(path), numbers.numbers[0], self.task.classes[0])
+            write_number_preview(beside(path, "png"), numbers.numbers[0], self.task.classes[0])
             write_number_map(path, numbers.numbers, grid.place, self.task.classes)
             numbers.remove()
             return
         found = LabelMap(path, grid.shape, count, scene.facts)
         nodata = _NODATA[found.labels.dtype == np.uint8]
         predict_map(self.task, grid.read, found, self.options, nothing=nodata)
-        write_class_preview(_picture(path), found.labels, self.task.classes, nodata)
+        write_class_preview(beside(path, "png"), found.labels, self.task.classes, nodata)
         write_class_map(
             path, found.labels, grid.place, nodata=nodata, classes=self.task.classes,
             colours=class_colours(count),
         )  # fmt: skip
         found.remove()
-
-
-def _picture(path: Path) -> Path:
-    return path.with_name(f"{path.name}.png")
 
 
 class _Pixels:

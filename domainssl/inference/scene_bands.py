@@ -15,7 +15,12 @@ from domainssl.io.raster.sites import Found
 from domainssl.modality import Modality
 from domainssl.sensors import L1C_BANDS, S1_BANDS, canonical_band, names_of_band
 
-__all__ = ["describe_scene", "modality_of"]
+__all__ = ["bands_of_words", "describe_scene", "modality_of"]
+
+
+def bands_of_words(text: str) -> tuple[str, ...]:
+    """Return the names in a text such as `B02,B03,B04`."""
+    return tuple(text.replace(",", " ").split())
 
 
 def describe_scene(

@@ -25,7 +25,7 @@ from domainssl.inference.map_preview import (
     write_class_preview,
     write_number_preview,
 )
-from domainssl.inference.outputs import file_name, file_states
+from domainssl.inference.outputs import beside, file_name, file_states
 from domainssl.inference.predict import (
     LabelMap,
     NumberMap,
@@ -38,7 +38,7 @@ from domainssl.io.volume.dicom_studies import series_at
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.exams import find_exams
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
-from domainssl.io.volume.folder import EVERY
+from domainssl.io.volume.folder import EVERY, NoScanNamedError
 from domainssl.io.volume.geometry import TOLERANCE, displacement
 from domainssl.io.volume.prepared import Prepared
 from domainssl.io.volume.scan import describe_scan, is_scan, placed
@@ -179,7 +179,7 @@ def _exams(path: str, wanted: Wanted, modality: str | None) -> list[Exam]:
         if modality in wanted.contrasts:
             every = replace(wanted, contrasts={str(modality): EVERY})
             return list(find_exams(path, every).items)
-        if "no scan ends with" not in str(error):
+        if not isinstance(error, NoScanNamedError):
             raise
         names = " or ".join(wanted.contrasts)
         raise DataError(
@@ -268,7 +268,7 @@ class VolumePrediction:
             first = moved[0]
             layer = _fullest(np.isfinite(first))
             write_number_preview(
-                self._beside(key, "png"), _axial(first, layer), self.task.classes[0]
+                beside(self.path(key), "png"), _axial(first, layer), self.task.classes[0]
             )
             write_numbers(self.path(key), moved, facts, self.task.classes)
             numbers.remove()
@@ -278,10 +278,10 @@ class VolumePrediction:
         labels = _on_grid(found.labels, prepared, facts)
         classes, colours = self.task.classes, class_colours(count)
         write_class_preview(
-            self._beside(key, "png"), _axial(labels, _fullest(labels > 0)), classes, nodata=0
+            beside(self.path(key), "png"), _axial(labels, _fullest(labels > 0)), classes, nodata=0
         )
         write_json(
-            self._beside(key, "json"),
+            beside(self.path(key), "json"),
             {
                 "labels": {str(value): name for value, name in enumerate(classes)},
                 "colours": {str(value): list(colour) for value, colour in enumerate(colours)},
@@ -289,10 +289,6 @@ class VolumePrediction:
         )
         write_labels(self.path(key), labels, facts, dict(enumerate(classes)))
         found.remove()
-
-    def _beside(self, key: str, ending: str) -> Path:
-        path = self.path(key)
-        return path.with_name(f"{path.name}.{ending}")
 
 
 def _fullest(shown: Array) -> int:

@@ -20,6 +20,7 @@ from domainssl.backbones.card import weights_digest
 from domainssl.files import read_json
 from domainssl.inference.dense import DenseEmbedding, DenseOptions, Writer
 from domainssl.inference.outputs import (
+    beside,
     file_name,
     file_states,
     make_folder,
@@ -178,8 +179,7 @@ class VolumeEmbedding:
         return {**self._request, **self.inputs.facts, "files": files}
 
     def _record(self, key: str) -> Path:
-        target = self._target(key)
-        return target.with_name(f"{target.name}.json")
+        return beside(self._target(key), "json")
 
     def claim(self, *, restart: bool = False) -> None:
         """Compare the complete outputs with what is asked for, or remove them.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from domainssl.errors import DomainSSLError, WeightsError, parsing, require
 from domainssl.files import read_json
+from domainssl.inference.outputs import beside
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -272,7 +273,7 @@ def _checkpoint(path: Path) -> _Report | None:
 
 def _graph(path: Path) -> _Report | None:
     """Describe a graph: the file, its card, or the folder of both."""
-    cards = [path.with_name(f"{path.name}.json"), path]
+    cards = [beside(path, "json"), path]
     cards = sorted(path.glob("encoder.*.json")) if path.is_dir() else cards
     for card in cards:
         facts = _facts_in(card) if card.suffix == ".json" else {}
@@ -322,7 +323,7 @@ def _embedding(path: Path) -> _Report | None:
     """Describe what `embed` has written: a store, a map, a volume or a table."""
     if not path.name.lower().endswith(_VECTORS):
         return None
-    record = _facts_in(path.with_name(f"{path.name}.json"))
+    record = _facts_in(beside(path, "json"))
     is_own = "weights_sha256" in record or "weights_sha256" in record.get("request", {})
     if path.suffix == ".parquet" and path.is_file():
         found = _table(path)
@@ -341,7 +342,7 @@ def _of_vectors(path: Path, record: Mapping[str, Any]) -> _Report:
     plain = {k: v for k, v in record.items() if isinstance(v, str | int | float | bool)}
     lists = {k: v for k, v in record.items() if isinstance(v, list) and len(v) <= 8}
     after = []
-    pictures = (path.with_name(f"{path.name}.png"), path.with_suffix(".png"))
+    pictures = (beside(path, "png"), path.with_suffix(".png"))
     after += [f"look at {picture}" for picture in pictures if picture.is_file()][:1]
     opened = {
         ".zarr": f"xarray.open_zarr({str(path)!r}, consolidated=False)",

@@ -80,6 +80,8 @@ def _slides(options: argparse.Namespace, backbone: Backbone) -> int:
 def _report(done: Embedded, screen: object) -> None:
     from rich.console import Console
 
+    from domainssl.inference.outputs import beside
+
     assert isinstance(screen, Console)
     screen.print(
         f"{done.pieces} piece(s) are done"
@@ -90,7 +92,7 @@ def _report(done: Embedded, screen: object) -> None:
         screen.print(f"  {path}", markup=False)
     if len(done.outputs) > 20:
         screen.print(f"  and {len(done.outputs) - 20} more")
-    pictures = [path.with_name(f"{path.name}.png") for path in done.outputs]
+    pictures = [beside(path, "png") for path in done.outputs]
     shown = next((picture for picture in pictures if picture.is_file()), None)
     if shown is not None:
         screen.print(f"look first at the picture{'s' * (len(pictures) > 1)} beside: {shown}",
@@ -104,6 +106,7 @@ def _report(done: Embedded, screen: object) -> None:
 def _options(given: argparse.Namespace) -> EmbedOptions:
     from domainssl.inference.dense import DenseOptions
     from domainssl.inference.run import EmbedOptions
+    from domainssl.inference.scene_bands import bands_of_words
     from domainssl.inference.scenes import SceneOptions
     from domainssl.io.volume.facts import reading_of_words
 
@@ -128,7 +131,7 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
     )
     scene = SceneOptions(
         modality=given.modality,
-        bands=tuple(filter(None, given.bands.replace(",", " ").split())),
+        bands=bands_of_words(given.bands),
         stored_unit=given.stored_unit,
         date=given.date,
         max_dates=given.max_dates,

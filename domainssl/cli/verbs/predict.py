@@ -186,6 +186,7 @@ def _task(options: argparse.Namespace) -> Any:
 def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
     from domainssl.inference.predict import PredictOptions
     from domainssl.inference.predictions import HowPredicted
+    from domainssl.inference.scene_bands import bands_of_words
     from domainssl.inference.scenes import SceneOptions
     from domainssl.io.slide.facts import SlideReading
     from domainssl.io.volume.facts import reading_of_words
@@ -204,7 +205,7 @@ def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
         modality=options.modality,
         scene=SceneOptions(
             modality=options.modality,
-            bands=tuple(filter(None, options.bands.replace(",", " ").split())),
+            bands=bands_of_words(options.bands),
             stored_unit=options.stored_unit,
             any_gsd=options.any_gsd,
         ),

@@ -18,11 +18,15 @@ from domainssl.io.volume.dicom_studies import Studies, studies_of
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.scan import list_scans
 
-__all__ = ["MASKS", "read_folder"]
+__all__ = ["MASKS", "NoScanNamedError", "read_folder"]
 
 MASKS = ("mask", "labels", "label", "seg", "segmentation", "dseg", "gt")
 _CROWD = 8  # exams of one patient that are no surprise
 _ANONYMIZED = "anon_mask"
+
+
+class NoScanNamedError(DataError):
+    """There are scans, but none is named like a contrast that is asked for."""
 
 
 def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
@@ -173,7 +177,7 @@ def _must_match(
             said = f" By what DICOM series say they are {said}." if series else ""
             said += "".join(f" {text}" for text in studies.problems[:1])
             words = ", or to one of these words or the description of a series" if series else ""
-            raise DataError(
+            raise NoScanNamedError(
                 f"{root}: no scan ends with or lies in a folder {contrast!r}, as modality "
                 f"{name!r} asks for; there are {len(shown)} names, such as "
                 f"{', '.join(shown[:6])}.{said}{nearest(contrast, [*shown, *series])} Set "
