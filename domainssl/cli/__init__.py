@@ -24,6 +24,7 @@ _ORDER = ("fit", "validate", "test", "predict", "recipes", "inspect", "stats", "
 _REPLACED = {"learning": "matrix"}
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _TERMINATED = 128 + signal.SIGTERM
+_PIPE = 128 + signal.SIGPIPE
 _PLACE = (
     errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
     errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.ENOTEMPTY, errno.EBUSY, errno.EIO, errno.ESTALE,
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0 on success, 2 when something has to be corrected by the user, 1 for any other
-        failure, 130 after an interrupt, 143 after SIGTERM.
+        failure, 130 after an interrupt, 141 where nobody reads the output, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -87,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         with printable_logs():
-            return int(importlib.import_module(f"domainssl.cli.verbs.{verb}").run(rest))
+            status = int(importlib.import_module(f"domainssl.cli.verbs.{verb}").run(rest))
+            sys.stdout.flush()
+            return status
     except KeyboardInterrupt:
         _complain("Interrupted.")
         return 130
@@ -97,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
             return _TERMINATED
         return stop.code if isinstance(stop.code, int) else 2 if stop.code else 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return _PIPE
         if debug:
             raise
         if isinstance(error, DomainSSLError) or type(error).__name__ == "MisconfigurationException":
@@ -112,6 +117,16 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(printable(traceback.format_exc()))
         _complain(f"{verb} failed: {type(error).__name__}: {error}")
         return 1
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the output any more, as after `| head`; if so, drop what is left."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _unknown_verb(word: str) -> str:

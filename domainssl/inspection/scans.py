@@ -25,6 +25,7 @@ from domainssl.io.volume.scan import (
     is_scan,
     iter_scans,
     read_scan,
+    scans_and_aside,
 )
 
 __all__ = ["inspect_scans", "is_scans", "scan_tables"]
@@ -69,6 +70,11 @@ def inspect_scans(path: str) -> dict[str, Any]:
     facts = [entry.facts for entry in entries]
     scans = [_described(entry, problems, measure=n < _MEASURED) for n, entry in enumerate(entries)]
     notes = [*_together(entries), *_grids(facts), *_unlike(facts)]
+    if not _is_one(path):
+        aside = scans_and_aside(path)[1]
+        notes += aside.told(path)
+        if aside.maps:
+            notes.append(f"{path}: {len(aside.maps)} DICOM segmentations, which label maps may be")
     if count > _LISTED:
         notes.append(f"{count} scans; the headers of the first {_LISTED} are read")
     return {

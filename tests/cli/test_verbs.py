@@ -8,8 +8,9 @@ import sys
 
 import pytest
 from cli_runs import HANG_S
+from scan_files import ramp, write_nifti
 
-from domainssl.cli import verb_table
+from domainssl.cli import main, verb_table
 
 VERBS = (
     "fit", "validate", "test", "predict",
@@ -207,3 +208,13 @@ def test_inspect_of_nothing_mentions_the_sample(cli, folder):
     result = cli("inspect", folder / "nowhere")
     assert result.status == 2
     assert "nothing lies there" in result.err and "'sample'" in result.err
+
+
+def test_output_that_nobody_reads_any_more_is_no_failure(tmp_path, monkeypatch, capfd):
+    path = write_nifti(tmp_path / "a.nii", ramp())
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert main(["inspect", str(path), "--json"]) == 141
+    assert capfd.readouterr().err == ""

@@ -7,7 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dicom_files import CT, MR, PET, PRIVATE, ROOT, plane, write_slice
+from dicom_files import (
+    CT,
+    MR,
+    PET,
+    PRIVATE,
+    ROOT,
+    RTSTRUCT,
+    blank,
+    plane,
+    write_seg,
+    write_series,
+    write_slice,
+)
 
 from domainssl.cli import main
 from domainssl.datamodules.volumes import VolumeDataModule
@@ -158,3 +170,44 @@ def test_descriptions_of_vendors_are_words(word: str, descriptions: list[str]) -
     )
     assert word_of("MR", ["AX T1", ""], "Gadovist") == "t1c"  # as the file states
     assert word_of("MR", ["unnamed", "t2_tse"], "NONE") == "t2"  # the name of the protocol
+
+
+def test_contours_are_counted_and_segmentations_are_the_maps_of_their_exams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "export"
+    for patient in ("p1", "p2", "p3"):
+        write_series(root / patient / "CT")
+        (root / patient / "RT").mkdir()
+        contours = blank(root / patient / "RT" / "1", RTSTRUCT)
+        contours.save_as(root / patient / "RT" / "1")
+    contours.save_as(root / "p3" / "CT" / "ZZ")  # beside the images
+    for place in ("p1/seg", "p2/SEG301"):
+        (root / place).mkdir()
+        write_seg(root / place / "1.dcm", [np.eye(5, 4, dtype=np.uint8)], [2], [7])
+    monkeypatch.setenv("DOMAINSSL_CACHE", str(tmp_path / "kept"))
+    for many in (32, 2, 2):  # without an index, with a new one, from it
+        monkeypatch.setattr("domainssl.io.volume.dicom_aside.MANY", many)
+        exams = read_folder(str(root), Wanted(contrasts={"ct": "ct"}))
+        assert [exam.mask for exam in exams.items] == [str(root / "p1/seg/1.dcm"), "", ""]
+        contours_, maps = exams.problems
+        assert "4 RTSTRUCT left out (contours are not read; turn them into a label map" in contours_
+        assert "p1/RT/1, p2/RT/1, p3/CT/ZZ, p3/RT/1" in contours_
+        assert "1 DICOM segmentation left out" in maps and "p2/SEG301/1.dcm" in maps
+    kept = [path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert kept and not any(word in text for text in kept for word in (b"SEG301", b"RT/"))
+    contrasts = {"ct": Contrast(value_unit="hu")}
+    data = VolumeDataModule(
+        str(root), contrasts, window=ExamWindow(size=(4, 5, 6)),
+        preparation=Preparation(foreground=False), held_out=HeldOut(val_fraction=0.34),
+        loading=Loading(workers=0),
+    )  # fmt: skip
+    data.setup("fit")
+    assert sum("4 RTSTRUCT" in line for line in data.describe()) == 1
+    maps = prepare(
+        exams.items[0], data.contrasts, Preparation(foreground=False), with_mask=True
+    ).mask
+    assert maps is not None and np.unique(maps).tolist() == [0, 7] and (maps == 7).sum() == 4
+    report = inspect_path(str(root))
+    assert any("4 RTSTRUCT" in note for note in report["notes"]) and not report["problems"]
+    assert any("2 DICOM segmentations" in note for note in report["notes"])

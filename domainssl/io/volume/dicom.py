@@ -37,6 +37,7 @@ from domainssl.io.volume.facts import (
 from domainssl.io.volume.stored import check_size
 
 __all__ = [
+    "CONTOURS",
     "ENDINGS",
     "contents",
     "describe",
@@ -46,12 +47,13 @@ __all__ = [
     "is_series",
     "read",
     "series_keys",
+    "some_names",
 ]
 
 Array = np.ndarray[Any, Any]
 ENDINGS = (".dcm", ".dicom", ".ima")
 _NAMED = 5
-_CONTOURS = (
+CONTOURS = (
     "contours are not read; turn them into a label map (NIfTI or DICOM SEG), for example with "
     "3D Slicer or dcmrtstruct2nii"
 )
@@ -208,7 +210,7 @@ def _header(path: str, series: _Series) -> Header:
 def _series(path: str, reading: Reading) -> _Series:
     """Return the series that is read, and what else lies there."""
     found, others = contents(path)
-    left_out = [f"{len(others)} without DICOM: {_some(others)}"] if others else []
+    left_out = [f"{len(others)} without DICOM: {some_names(others)}"] if others else []
     images, more = _images(path, found)
     left_out += more
     keys = series_keys(images)
@@ -216,7 +218,7 @@ def _series(path: str, reading: Reading) -> _Series:
     for key, group in keys.items():
         if key != chosen:
             names = [os.path.basename(file.path) for file in group]
-            left_out.append(f"{len(group)} of another series ({key}): {_some(names)}")
+            left_out.append(f"{len(group)} of another series ({key}): {some_names(names)}")
     group = keys[chosen]
     stack = stacked(path, [plane for file in group for plane in file.planes], more)
     files = {file.path: file for file in group}
@@ -232,7 +234,8 @@ def _series(path: str, reading: Reading) -> _Series:
     )
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
@@ -252,10 +255,10 @@ def _images(path: str, found: Sequence[DicomFile]) -> tuple[list[DicomFile], lis
     for what, names in sorted(others.items()):
         hint = ""
         if what == "RTSTRUCT":
-            hint = f" ({_CONTOURS})"
+            hint = f" ({CONTOURS})"
         if what == "segmentation":
             hint = " (give the file itself as the label)"
-        left_out.append(f"{len(names)} {what}: {_some(names)}{hint}")
+        left_out.append(f"{len(names)} {what}: {some_names(names)}{hint}")
     if not images:
         found_here = "; ".join(left_out) or "nothing of DICOM"
         raise DataError(

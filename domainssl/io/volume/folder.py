@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from domainssl.errors import DataError, nearest
-from domainssl.io.subjects import EVERY, Found, ends_with, split_of
+from domainssl.io.subjects import EVERY, Found, counted, ends_with, split_of
+from domainssl.io.volume.dicom import some_names
 from domainssl.io.volume.dicom_studies import Studies, studies_of
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
-from domainssl.io.volume.scan import list_scans
+from domainssl.io.volume.scan import scans_and_aside
 
 __all__ = ["MASKS", "NoScanNamedError", "read_folder"]
 
@@ -45,7 +46,9 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
     masks: tuple[str, ...] = (wanted.mask,)
     if not wanted.mask or wanted.mask in MASKS:  # maps are no scans, wanted or not
         masks = tuple(name for name in MASKS if name not in names.values())
-    for path in list_scans(root):
+    paths, aside = scans_and_aside(root)
+    problems += aside.told(root)
+    for path in paths:
         parts = _parts(path, root)
         place = _other(parts, masks)
         if place is not None:
@@ -70,6 +73,7 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
                 files[name] = path
         if not is_named and os.path.isdir(path):
             unnamed.append(path)
+    problems += _maps(aside.maps, root, masks, extra) if wanted.mask else []
     studies = studies_of(unnamed, root, names)
     problems += studies.problems
     for exam, parts_of in studies.scans.items():
@@ -122,6 +126,26 @@ def _other(parts: Sequence[str], masks: Sequence[str]) -> tuple[str, str] | None
             if exam is not None:
                 return kind, exam
     return None
+
+
+def _maps(
+    paths: Sequence[str], root: str, masks: Sequence[str], extra: dict[str, dict[str, str]]
+) -> list[str]:
+    """Give DICOM segmentations that are named like maps to their exams; tell of the others."""
+    others = []
+    for path in paths:
+        place = _other(_parts(path, root), masks)
+        if place is None:
+            others.append(os.path.relpath(path, root))
+        else:
+            extra.setdefault(place[1], {}).setdefault(place[0], path)
+    if not others:
+        return []
+    return [
+        f"{root}: {counted(len(others), 'DICOM segmentation')} left out, not named like one: "
+        f"{some_names(others)}. Name the files or their folders {masks[0]!r}, or list them in the "
+        "column of the label maps in a manifest."
+    ]
 
 
 def _assign(

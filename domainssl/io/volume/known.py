@@ -10,12 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from domainssl.io.storage.scan_index import ScanIndex, Seen
+from domainssl.io.storage.scan_index import Rest, ScanIndex, Seen
 from domainssl.io.volume import dicom
 
-__all__ = ["series_folders"]
+__all__ = ["MANY", "hashed", "rests_of", "series_folders"]
 
-_MANY = 32  # folders or files that are worth an index
+MANY = 32  # folders or files that are worth an index
 
 
 def series_folders(root: str, files: Mapping[str, Sequence[str]]) -> list[str]:
@@ -27,11 +27,11 @@ def series_folders(root: str, files: Mapping[str, Sequence[str]]) -> list[str]:
         root: The folder above them.
         files: Files that may be DICOM, by folder.
     """
-    if len(files) < _MANY:
+    if len(files) < MANY:
         return [folder for folder in files if dicom.holds_image(folder)]
-    keys = {folder: _hashed(folder) for folder in files}
+    keys = {folder: hashed(folder) for folder in files}
     first = {keys[folder]: inside[0] for folder, inside in files.items()}
-    index = ScanIndex("series", {"root": _hashed(root)})
+    index = ScanIndex("series", {"root": hashed(root)})
     index.fill(first, partial(_look, first))
     return [f for f in files if index.get(keys[f]) is not None or dicom.holds_image(f)]
 
@@ -42,11 +42,16 @@ def _look(first: Mapping[str, str], keys: Sequence[str]) -> list[Seen | None]:
     for key in keys:
         path = first[key]
         is_image = dicom.is_series(path) and dicom.holds_image(path)
-        rests = ((0, ""), (len(os.path.basename(path)) + 1, ""))  # itself and its folder
-        found.append(Seen("image", "", rests) if is_image else None)
+        found.append(Seen("image", "", rests_of(path)) if is_image else None)
     return found
 
 
-def _hashed(path: str) -> str:
+def rests_of(path: str) -> tuple[Rest, ...]:
+    """Return what a row on the folder of a file rests on: the file and its folder."""
+    return (0, ""), (len(os.path.basename(path)) + 1, "")
+
+
+def hashed(path: str) -> str:
+    """Return what stands for a path in the cache."""
     name = os.path.abspath(path).encode("utf-8", "surrogateescape")
     return hashlib.blake2b(name, digest_size=16).hexdigest()

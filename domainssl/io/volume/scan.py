@@ -14,6 +14,7 @@ import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.io.volume import dicom, dicom_seg, metaimage, mgh, nifti, nrrd
+from domainssl.io.volume.dicom_aside import Aside, aside_of
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
 from domainssl.io.volume.geometry import TOLERANCE, displacement
 from domainssl.io.volume.known import series_folders
@@ -32,6 +33,7 @@ __all__ = [
     "placed",
     "read_labels",
     "read_scan",
+    "scans_and_aside",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -231,12 +233,28 @@ def list_scans(folder: str | os.PathLike[str]) -> list[str]:
     Args:
         folder: A local folder.
     """
+    found, folders = _below(str(folder))
+    return sorted([*found, *series_folders(str(folder), folders)])
+
+
+def scans_and_aside(folder: str | os.PathLike[str]) -> tuple[list[str], Aside]:
+    """Return what `list_scans` returns, and the DICOM files there that show no image.
+
+    Args:
+        folder: A local folder.
+    """
+    found, folders = _below(str(folder))
+    return sorted([*found, *series_folders(str(folder), folders)]), aside_of(folders)
+
+
+def _below(folder: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the scans by name, and the files that may be DICOM by folder."""
     found, folders = [], {}
-    for base, names in _walk(str(folder)):
+    for base, names in _walk(folder):
         found += names
         if files := dicom.files_in(base):
             folders[base] = files
-    return sorted([*found, *series_folders(str(folder), folders)])
+    return found, folders
 
 
 def iter_scans(folder: str | os.PathLike[str]) -> Iterator[str]:
