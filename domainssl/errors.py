@@ -20,6 +20,7 @@ __all__ = [
     "nearest",
     "parsing",
     "require",
+    "setting",
 ]
 
 # what parsers of files raise on content that they were not written for
@@ -94,6 +95,15 @@ def nearest(name: object, options: Iterable[object]) -> str:
     lowered = {text.lower(): text for text in texts}
     found = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.6)
     return f" Did you mean {lowered[found[0]]!r}?" if found else ""
+
+
+def setting(name: str) -> str:
+    """Return how an option of a modality is set where runs, and where `embed` and `predict` read.
+
+    Args:
+        name: Such as `crs`.
+    """
+    return f"data.init_args.modalities.<name>.{name}, or --{name} of embed and predict"
 
 
 def require(module: str, extra: str) -> ModuleType:

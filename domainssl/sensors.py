@@ -15,6 +15,7 @@ __all__ = [
     "VALID_RANGES",
     "canonical_band",
     "names_of_band",
+    "unit_in_name",
     "wavelengths_nm",
 ]
 
@@ -41,24 +42,35 @@ _NAMES = {  # of STAC and its catalogues, without blanks, hyphens and underscore
     "rededge071": "B05", "rededge075": "B06", "rededge078": "B07", "nir": "B08", "nir08": "B8A",
     "nirnarrow": "B8A", "b08a": "B8A", "nir09": "B09", "watervapor": "B09", "watervapour": "B09",
     "cirrus": "B10", "swir1": "B11", "swir16": "B11", "swir2": "B12", "swir22": "B12",
-    "vv": "VV", "vh": "VH",
 }  # fmt: skip
 _NUMBERED = re.compile(r"b(?:and)?(\d+)", re.ASCII)
 _SEPARATORS = re.compile(r"[\s_\-]+")
+_RADAR = re.compile(  # of SNAP and its like: Sigma0_VV_db, Gamma0_VH, VV_dB, Intensity_VV
+    r"(?:(?:sigma|gamma|beta)(?:0|nought|naught)?|intensity|amplitude)?(vv|vh|hv|hh)(db)?"
+)
 _SIZE = re.compile(r"^(b(?:and)?[\s_\-]*\d+a?)[\s_\-]+(?:10|20|60)\s?m$", re.IGNORECASE)  # B02_10m
 
 
 def canonical_band(name: str) -> str:
     """Return the canonical spelling of a band: `b2`, `Band 2`, `B02_10m`, `blue` -> `B02`.
 
-    GDAL's own descriptions of Sentinel-2 (`B2, central wavelength 490 nm`) are bands as well.
+    GDAL's own descriptions of Sentinel-2 (`B2, central wavelength 490 nm`) and SNAP's of radar
+    (`Sigma0_VV_db` -> `VV`) are bands as well.
     """
     text = _SIZE.sub(r"\1", str(name).strip().split(", central wavelength")[0])
     plain = _SEPARATORS.sub("", text.lower())
     if plain in _NAMES:
         return _NAMES[plain]
-    numbered = _NUMBERED.fullmatch(plain)
+    numbered, radar = _NUMBERED.fullmatch(plain), _RADAR.fullmatch(plain)
+    if radar:
+        return radar[1].upper()
     return f"B{int(numbered[1]):02d}" if numbered else text.upper()
+
+
+def unit_in_name(name: str) -> str:
+    """Return `dB` where the name of a radar band says so, as `Sigma0_VV_db` does; else nothing."""
+    radar = _RADAR.fullmatch(_SEPARATORS.sub("", str(name).lower()))
+    return "dB" if radar and radar[2] else ""
 
 
 def names_of_band(band: str) -> list[str]:

@@ -14,6 +14,7 @@ from domainssl.inference.scenes import stem
 from domainssl.io.raster.bands import is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.safe import is_safe
+from domainssl.io.raster.sites import other_format
 
 __all__ = ["Found", "examples", "find_inputs", "is_manifest", "is_raster", "read_manifest"]
 
@@ -67,6 +68,8 @@ def find_inputs(
         return [Found(stem(path), path)]
     if not os.path.isdir(path):
         reason = "is none of these" if os.path.exists(path) else "nothing lies there"
+        if os.path.exists(path) and is_item is is_raster and other_format(path):
+            raise DataError(f"{path}: {other_format(path)}")
         raise DataError(f"{path}: {reason}. Give {what}, a folder of some, or a manifest.")
     found = []
     for base, folders, names in os.walk(path):

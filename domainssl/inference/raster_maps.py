@@ -35,7 +35,6 @@ from domainssl.inference.scenes import Scene, SceneOptions, open_scene
 from domainssl.inference.sliding import Box
 from domainssl.io.raster.class_map import MapPlace, write_class_map, write_number_map
 from domainssl.io.raster.grid import Bounds
-from domainssl.io.raster.read import read_pixels
 from domainssl.io.raster.safe import is_safe
 from domainssl.modality import Batch, key
 
@@ -194,7 +193,7 @@ def find_pairs(
 
 def _refuse_more_dates(scene: Scene) -> None:
     for part in scene.parts.values():
-        days = [str(time.astype("datetime64[D]")) for time in np.sort(part.file.times)]
+        days = [str(time.astype("datetime64[D]")) for time in np.unique(part.file.times)]
         if len(days) != _PAIR:
             shown = ", ".join(days[:6]) + (", ..." if len(days) > 6 else "")
             there = f"{len(days)} dates ({shown})" if len(days) > 1 else "one image"
@@ -290,10 +289,10 @@ class _Pixels:
             bounds.top - rows.start * self.step,
         )
         for name, part in self._scene.parts.items():
-            pixels = read_pixels(part.file, part.dates, around, part.target)
+            pixels = part.read(around)
             values, valid = pixels.values, pixels.valid & np.isfinite(pixels.values).all(1)
             values = np.where(valid[:, None], values, np.float32(0))
-            times = part.file.times[list(part.dates)]
+            times = part.times
             days = times.astype("datetime64[D]").astype(np.int64).astype(np.int32)
             dates = torch.from_numpy(days)
             is_series = part.modality.kind == "series"

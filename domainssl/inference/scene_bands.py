@@ -61,7 +61,7 @@ def describe_scene(
         if own and lacking:
             raise DataError(
                 f"{path}: its bands ({' '.join(own)}) are not those of {modality.name!r} "
-                f"({' '.join(modality.channels)}): {_lacking(lacking, own)}. {_ADVICE}"
+                f"({' '.join(modality.channels)}): {_lacking(lacking, own)}. {_advice(modality)}"
             ) from error
         raise
 
@@ -71,10 +71,12 @@ def _missing(modality: Modality, own: Sequence[str]) -> list[str]:
     return [band for band in modality.channels if canonical_band(band) not in known]
 
 
-_ADVICE = (
-    "If the file has them under other names, name its bands in their order: --bands "
-    "B02,B03,B04 (GeoTIFF)."
-)
+def _advice(modality: Modality) -> str:
+    names = ",".join(modality.channels[:3]) + (",..." if modality.num_channels > 3 else "")
+    return (
+        "If the file has them under other names, name its bands in their order: --bands "
+        f"{names} (GeoTIFF)."
+    )
 
 
 def modality_of(path: str, modalities: Mapping[str, Modality], **options: Any) -> str:

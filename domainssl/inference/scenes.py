@@ -19,11 +19,12 @@ import torch
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest, require
 from domainssl.inference.scene_bands import describe_scene, modality_of
+from domainssl.inference.scene_units import refuse_other_unit
 from domainssl.inference.tokens import TokenWindows
 from domainssl.io.raster.bands import LayerFile
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.io.raster.offset import settled_unit
-from domainssl.io.raster.read import MaskRule, Target, conversion, read_pixels
+from domainssl.io.raster.read import MaskRule, Pixels, Target, conversion, read_pixels
 from domainssl.modality import Batch, Modality, key
 
 __all__ = ["Scene", "SceneOptions", "open_scene", "stem"]
@@ -51,6 +52,7 @@ class SceneOptions:
         crs: Used where files do not say.
         group: Folder inside a store.
         any_gsd: Take pixels of another size than that of the card as they are.
+        any_unit: Take values that look like those of another unit as they are.
     """
 
     modality: str | None = None
@@ -63,6 +65,7 @@ class SceneOptions:
     crs: str | None = None
     group: str = ""
     any_gsd: bool = False
+    any_unit: bool = False
 
     def unit_of(self, modality: str) -> str:
         """Return what the files of a modality hold.
@@ -90,14 +93,27 @@ class _Part:
     Attributes:
         file: Where it lies.
         modality: What the backbone expects.
-        dates: Positions of the dates that are read.
+        dates: Positions of the dates that are read; of several entries of one time, such as two
+            granules of one overpass, the first valid pixels count.
         target: What is delivered.
     """
 
     file: LayerFile
     modality: Modality
-    dates: tuple[int, ...]
+    dates: tuple[tuple[int, ...], ...]
     target: Target
+
+    @property
+    def times(self) -> Any:
+        """datetime64[s] per date."""
+        return self.file.times[[entries[0] for entries in self.dates]]
+
+    def read(self, bounds: Bounds) -> Pixels:
+        """Read all dates over a rectangle; see `read_pixels`."""
+        entries = [entry for date in self.dates for entry in date]
+        pixels = read_pixels(self.file, entries, bounds, self.target)
+        counts = [len(date) for date in self.dates]
+        return pixels if max(counts) == 1 else pixels.merged(counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +142,7 @@ class Scene:
                 "stored_unit": part.target.stored_unit,
                 "value_unit": part.target.unit,
                 "step": part.target.step,
-                "dates": [str(part.file.times[d]) for d in part.dates],
+                "dates": [str(time) for time in part.times],
             }
             if os.path.isfile(part.file.path):
                 known = os.stat(part.file.path)
@@ -141,7 +157,7 @@ class Scene:
     @property
     def date(self) -> str:
         """The only date of the scene, ISO 8601; empty where there are several or none."""
-        known = {str(p.file.times[d]) for p in self.parts.values() for d in p.dates}
+        known = {str(time) for part in self.parts.values() for time in part.times}
         return known.pop() if len(known) == 1 and "NaT" not in known else ""
 
     @cached_property
@@ -212,7 +228,7 @@ class Scene:
                 self.bounds.left + kept[1] * step,
                 self.bounds.top - rows[0] * step,
             )
-            pixels = read_pixels(part.file, part.dates, around, part.target)
+            pixels = part.read(around)
             margins = ((0, rows[1] - kept[0]), (0, columns[1] - kept[1]))
             values, valid = pixels.values, pixels.valid & np.isfinite(pixels.values).all(1)
             if np.any(margins):
@@ -222,8 +238,8 @@ class Scene:
                 values, valid = values[0], valid[0]
             batch[name] = torch.from_numpy(values)[None]
             batch[key(name, "valid")] = torch.from_numpy(np.ascontiguousarray(valid))[None]
-            days = part.file.times[list(part.dates)].astype("datetime64[D]").astype(np.int64)
-            if not np.isnat(part.file.times[list(part.dates)]).any():
+            days = part.times.astype("datetime64[D]").astype(np.int64)
+            if not np.isnat(part.times).any():
                 dates = torch.from_numpy(days.astype(np.int32))
                 batch[key(name, "dates")] = dates[None] if len(values.shape) == 4 else dates
         return batch
@@ -316,35 +332,49 @@ def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
     file = describe_scene(path, modality, **_described(options))
     dates = _dates(file, modality, options)
     asked = options.unit_of(modality.name)
-    unit = file.stored_unit(asked, dates[0])
-    for date in dates:
+    entries = [entry for date in dates for entry in date]
+    unit = file.stored_unit(asked, entries[0])
+    for date in entries:
         if file.stored_unit(asked, date) != unit:
             raise DataError(
                 f"{path}: dates of Sentinel-2 processing baselines before and from 04.00 in one "
                 "series; write one of both kinds, or the values without the offset."
             )
     rule = MaskRule(options.mask_values) if options.mask else MaskRule()
-    unit = settled_unit(file, dates, unit, modality.value_unit, rule)
+    unit = settled_unit(file, entries, unit, modality.value_unit, rule)
     for band in file.bands:
         conversion(band, modality.value_unit, unit, path)
     step = _step(file, modality, options)
     target = Target(modality.value_unit, unit, step, rule)
-    return _Part(file=file, modality=modality, dates=dates, target=target)
+    part = _Part(file=file, modality=modality, dates=dates, target=target)
+    if not options.any_unit:
+        refuse_other_unit(file, entries[:1], modality, target)
+    return part
 
 
-def _dates(file: LayerFile, modality: Modality, options: SceneOptions) -> tuple[int, ...]:
-    order = [int(i) for i in np.argsort(file.times, kind="stable")]
+def _dates(
+    file: LayerFile, modality: Modality, options: SceneOptions
+) -> tuple[tuple[int, ...], ...]:
+    order: list[tuple[int, ...]] = []
+    for entry in np.argsort(file.times, kind="stable").tolist():
+        if order and file.times[entry] == file.times[order[-1][0]]:
+            order[-1] = (*order[-1], entry)
+        else:
+            order.append((entry,))
     if modality.kind == "series":
         count = len(order) if options.max_dates is None else min(options.max_dates, len(order))
         return tuple(order[i * len(order) // count] for i in range(count))
     if options.date is None and len(order) == 1:
-        return (0,)
-    days = [str(file.times[i].astype("datetime64[D]")) for i in order]
+        return (order[0],)
     if options.date in ("first", "last"):
         return (order[0 if options.date == "first" else -1],)
-    if options.date is not None and days.count(options.date) == 1:
-        return (order[days.index(options.date)],)
-    shown = ", ".join(days[:6]) + (", ..." if len(days) > 6 else "")
+    times = [str(file.times[entries[0]]) for entries in order]
+    days = [time[:10] for time in times]
+    fitting = [i for i, time in enumerate(times) if options.date in (time[:10], time[:16], time)]
+    if len(fitting) == 1:
+        return (order[fitting[0]],)
+    names = times if fitting or len(set(days)) < len(days) else days
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     asked = f"--date {options.date}" if options.date else "--date is needed"
     raise ConfigError(
         f"{asked}: {file.path} has {len(days)} dates ({shown}), while the backbone takes one. "

@@ -139,6 +139,7 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
         crs=given.crs,
         group=given.group,
         any_gsd=given.any_gsd,
+        any_unit=given.any_unit,
     )
     return EmbedOptions(
         feature=given.feature,
@@ -206,9 +207,9 @@ def _parser() -> Parser:
     add("--crs", metavar="EPSG:N", help="where the files do not say")
     add("--group", default="", help="folder inside a store")
     add("--any_gsd", action="store_true", help="take pixels of another size as they are")
+    add("--any_unit", action="store_true", help="take values that look like those of another unit")
     add("--jobs", type=int, default=0, help="processes on the CPU (default 0: this one alone)")
-    add("--shard", default="1/1", metavar="I/N",
-        help="do the I-th of N parts, for machines that share the folder")  # fmt: skip
+    add("--shard", default="1/1", metavar="I/N", help="do the I-th of N parts, a machine each")
     add("--scheduler", metavar="ADDRESS",
         help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
     add("--skip_bad", action="store_true", help="leave out and list shards that cannot be read")

@@ -80,7 +80,11 @@ def _parser() -> Parser:
         "space=LPS, series=mr-3 (as inspect shows it)")
     add("--stored_unit", default="auto",
         help="what rasters hold: dn, dn+1000, reflectance, db, linear, amplitude (default: auto)")
+    add("--mask", metavar="ARRAY", help="array of a store that marks clouds, such as scl")
+    add("--crs", metavar="EPSG:N", help="of rasters that do not say it")
+    add("--group", default="", help="folder inside a store")
     add("--any_gsd", action="store_true", help="take pixels of another size than in training")
+    add("--any_unit", action="store_true", help="take values that look like those of another unit")
     add("--mpp_um", type=float, metavar="UM",
         help="um per pixel of level 0, for slides that state none or a wrong one")
     add("--min_tissue", type=float, default=0.2,
@@ -207,7 +211,11 @@ def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
             modality=options.modality,
             bands=bands_of_words(options.bands),
             stored_unit=options.stored_unit,
+            mask=options.mask,
+            crs=options.crs,
+            group=options.group,
             any_gsd=options.any_gsd,
+            any_unit=options.any_unit,
         ),
         scan=reading_of_words(options.scan),
         dates=tuple(options.date),

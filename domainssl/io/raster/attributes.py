@@ -17,7 +17,7 @@ import numpy as np
 from domainssl.errors import DataError
 from domainssl.io.raster.zarr import ArrayInfo
 
-__all__ = ["check_scaling", "limits_of", "number_of", "stac_scaling"]
+__all__ = ["check_scaling", "check_sign", "limits_of", "number_of", "stac_scaling"]
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +100,20 @@ def check_scaling(where: str, scale: float, offset: float) -> None:
         raise DataError(
             f"{where}: scale {scale:g} and offset {offset:g} give no values; expected finite "
             "numbers, and a scale other than 0. Correct or remove scale_factor and add_offset."
+        )
+
+
+def check_sign(info: ArrayInfo, where: str) -> None:
+    """Refuse integers whose attribute `_Unsigned` (netCDF) says another sign than their type.
+
+    Raises:
+        DataError: It does.
+    """
+    stated = {"true": "u", "false": "i"}.get(str(info.attrs.get("_Unsigned", "")).lower())
+    if stated and info.dtype.kind in "iu" and info.dtype.kind != stated:
+        raise DataError(
+            f"{where}: {info.dtype} numbers, of which _Unsigned is {info.attrs['_Unsigned']!r}. "
+            "Write them in the type that is meant, such as with xarray's astype('uint16')."
         )
 
 

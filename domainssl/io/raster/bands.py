@@ -18,8 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, nearest, parsing
-from domainssl.io.raster.attributes import check_scaling, limits_of, number_of, stac_scaling
+from domainssl.errors import DataError, nearest, parsing, setting
+from domainssl.io.raster.attributes import (
+    check_scaling,
+    check_sign,
+    limits_of,
+    number_of,
+    stac_scaling,
+)
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
 from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
@@ -27,7 +33,7 @@ from domainssl.io.storage.archives import FolderStore
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import Options, is_url, stamp
 from domainssl.io.storage.paths import is_file as file_exists
-from domainssl.sensors import canonical_band
+from domainssl.sensors import canonical_band, unit_in_name
 
 __all__ = [
     "GRD_REASON",
@@ -79,6 +85,7 @@ class StoredBand:
         limits: Lowest and highest stored value that is valid, where stated.
         unit: What the attributes call the unit of decoded values.
         is_integer: Stored as integers.
+        is_byte: Stored as numbers of one byte.
         has_mask: The file marks missing pixels apart from the values: by a mask band, a `.msk`
             file or an alpha band (GeoTIFF).
         path: Its file, where a layer has one per band; empty means that of the `LayerFile`.
@@ -96,6 +103,7 @@ class StoredBand:
     limits: tuple[float, float] | None = None
     unit: str = ""
     is_integer: bool = False
+    is_byte: bool = False
     has_mask: bool = False
     path: str = ""
 
@@ -186,8 +194,8 @@ def without_names(where: str, count: int, bands: Sequence[str]) -> list[str]:
     if count != len(bands):
         raise DataError(
             f"{where}: {count} bands without names of their own, but {len(bands)} are wanted "
-            f"({' '.join(bands)}). Write band names into the file, or ask for all of its bands in "
-            "their order."
+            f"({' '.join(bands)}). Write band names into the file, ask for all of its bands in "
+            "their order, or name them: --bands of embed and predict (GeoTIFF)."
         )
     if count > 1:
         _log.info("%s: bands have no names; taken in the order %s", where, " ".join(bands))
@@ -282,7 +290,7 @@ def describe_zarr(
         if known is None:
             raise DataError(
                 f"{path}: no coordinate reference system (spatial_ref, proj:code, proj:epsg, "
-                "STAC). Name it in data.init_args.modalities.<name>.crs, such as EPSG:32632."
+                f"STAC). Set {setting('crs')}, such as EPSG:32632."
             )
         cover = _mask(cube, mask, group) if mask else None
         dim = time_dim(cube, chosen[0])
@@ -391,6 +399,7 @@ def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
     """Take scale, offset, fill and limits from the attributes, each once."""
     info, axes = candidate.info, candidate.axes
     attrs, where = info.attrs, f"{cube.name}: {info.name}"
+    check_sign(info, where)
     nodata = [v for n in _NODATA_NAMES for v in _list(attrs.get(n))]
     nodata += _list(_of_band(attrs.get("nodatavals"), candidate))
     stac = stac_scaling(info, _of_band(attrs.get("raster:bands"), candidate))
@@ -418,8 +427,9 @@ def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
         offset=scaling[1],
         nodata=tuple(sorted(n for n in numbers if not math.isnan(n))),
         limits=limits_of(info, where),
-        unit=str(attrs.get("units", "")),
+        unit=str(attrs.get("units", "")) or unit_in_name(info.name.rpartition("/")[2]),
         is_integer=info.dtype.kind in "iu",
+        is_byte=info.dtype.itemsize == 1,
     )
 
 
@@ -456,7 +466,7 @@ def _choose(
     if len(same) > 1:
         raise DataError(
             f"{cube.name}: band {band!r} is in several arrays: {', '.join(b.array for b in same)}. "
-            "Name the folder inside the store in data.init_args.modalities.<name>.group."
+            f"Name the folder inside the store: set {setting('group')}."
         )
     return _with_limits(cube, chosen)
 

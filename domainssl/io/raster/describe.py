@@ -76,7 +76,8 @@ def describe(
             raise DataError(
                 f"{found.path}: the mask {sought.mask!r} is asked for, as recipes/cube_croma.yaml "
                 "does, but masks are read from zarr stores only. Set data.init_args.modalities."
-                "<name>.mask: null; nodata and masks of the GeoTIFF itself count all the same."
+                "<name>.mask: null, or leave out --mask of embed; nodata and masks of the GeoTIFF "
+                "itself count all the same."
             )
         return describe_geotiff(found.path, sought.bands, crs=sought.crs, date=found.date)
     return describe_zarr(
@@ -256,7 +257,7 @@ def _to_texts(file: LayerFile, heard: Sequence[tuple[int, str]]) -> tuple[str, s
 
 _FACTS = (
     "name", "array", "index", "axes", "chunk", "scale", "offset", "nodata", "limits", "unit",
-    "is_integer", "has_mask",
+    "is_integer", "is_byte", "has_mask",
 )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, nearest, require
+from domainssl.errors import DataError, nearest, require, setting
 from domainssl.io.raster.attributes import check_scaling
 from domainssl.io.raster.bands import LayerFile, StoredBand, titles_or_none, without_names
 from domainssl.io.raster.gdal import open_raster, reading
@@ -17,7 +17,7 @@ from domainssl.io.raster.grid import Grid, plain_crs
 from domainssl.io.raster.time import baselines_of, parse_date, product_time
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import stamp
-from domainssl.sensors import canonical_band
+from domainssl.sensors import canonical_band, unit_in_name
 
 __all__ = [
     "GEOTIFF_ENDINGS",
@@ -31,6 +31,7 @@ __all__ = [
 GEOTIFF_ENDINGS = (".tif", ".tiff")
 
 _OPACITY = re.compile(r"alpha|opacity|mask|valid\w*|transparency", re.IGNORECASE)
+_COLORS = {"red": "B04", "green": "B03", "blue": "B02"}
 _FILES = HandlePool(limit=64)
 _BESIDE = (".msk", ".aux.xml")  # they change what a file says
 Array = np.ndarray[Any, Any]
@@ -64,18 +65,19 @@ def describe_geotiff(
         DataError: A band or the coordinate reference system is missing.
     """
     file = _open(path)
+    grid = grid_in(file, path)
     known = plain_crs(file.crs.to_wkt(), path) if file.crs else crs
     if known is None:
         raise DataError(
-            f"{path}: no coordinate reference system. Name it in "
-            "data.init_args.modalities.<name>.crs, such as EPSG:32632."
+            f"{path}: no coordinate reference system. Set {setting('crs')}, such as EPSG:32632."
         )
-    grid = grid_in(file, path)
     alpha = _alpha(file)
     own: list[str | None] = [t for i, t in enumerate(file.descriptions) if i != alpha]
     if names and len(names) != len(own):
         raise DataError(f"{path}: {len(own)} bands, but {len(names)} names ({' '.join(names)}).")
     titles = titles_or_none(names or own)
+    if titles is None and {canonical_band(band) for band in bands} <= set(_COLORS.values()):
+        titles = _colors(file, alpha)
     has_names = titles is not None
     if titles is None:
         if file.count == len(bands):  # 4 bands of bytes are called alpha in passing
@@ -89,10 +91,19 @@ def describe_geotiff(
         if name not in titles:
             have = ", ".join(t for t in titles if t)
             raise DataError(f"{path}: no band {band!r}; there are: {have}.{nearest(name, titles)}")
+        if titles.count(name) > 1:
+            several = [str(t) for t, known_as in zip(names or own, titles) if known_as == name]
+            raise DataError(
+                f"{path}: band {band!r} is there {titles.count(name)} times "
+                f"({', '.join(several)}). Write a file with one of them: gdal_translate -b N."
+            )
         chosen.append(_band(file, band, titles.index(name), grid, alpha))
     time = parse_date(date) if date else product_time([path.rpartition("/")[2]])[0]
     times = np.array([time], "datetime64[s]")
-    baselines = baselines_of([path])
+    told = file.tags()  # of GDAL's own driver for products of Sentinel-2
+    names_of_product = (path, told.get("PRODUCT_URI", ""), told.get("PROCESSING_BASELINE", ""))
+    known_as = [number for number in baselines_of(names_of_product) if number is not None]
+    baselines = (known_as[0] if known_as else None,)
     return LayerFile(
         path=path, kind="geotiff", bands=tuple(chosen), times=times, crs=known,
         baselines=baselines, has_names=has_names,
@@ -111,6 +122,7 @@ def grid_in(file: Any, path: str) -> Grid:
     """
     if file.transform.is_identity:
         points = " but ground control points" if file.gcps[0] else ""
+        points = " but rational polynomials (RPC)" if file.rpcs else points
         raise DataError(
             f"{path}: no transform{points}, so nothing says where its pixels lie. Write one with "
             "gdalwarp or gdal_translate -a_ullr."
@@ -165,6 +177,17 @@ def _alpha(file: Any) -> int | None:
     return None if is_band else at
 
 
+def _colors(file: Any, alpha: int | None) -> list[str] | None:
+    """Return the colours that a file calls its bands; None where it does not, or in passing.
+
+    Writers of three or four bands of bytes call them red, green and blue, whatever they hold.
+    """
+    found = [color.name for i, color in enumerate(file.colorinterp) if i != alpha]
+    if file.dtypes[0] == "uint8" or not set(_COLORS) <= set(found):
+        return None
+    return [_COLORS.get(name, "") for name in found]
+
+
 def _band(file: Any, name: str, index: int, grid: Grid, alpha: int | None) -> StoredBand:
     nodata = file.nodatavals[index]
     if np.dtype(file.dtypes[index]).kind not in "iuf":
@@ -186,8 +209,9 @@ def _band(file: Any, name: str, index: int, grid: Grid, alpha: int | None) -> St
         offset=float(file.offsets[index]),
         nodata=(float(nodata),) if has_nodata else (),
         limits=None,
-        unit=str(file.units[index] or ""),
+        unit=str(file.units[index] or "") or unit_in_name(file.descriptions[index] or ""),
         is_integer=np.dtype(file.dtypes[index]).kind in "iu",
+        is_byte=np.dtype(file.dtypes[index]).itemsize == 1,
         has_mask=("per_dataset" in flags and "alpha" not in flags) or alpha is not None,
     )
 

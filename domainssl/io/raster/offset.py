@@ -14,12 +14,16 @@ from domainssl.io.raster.grid import Bounds
 from domainssl.io.raster.read import MaskRule, Target, read_pixels
 from domainssl.sensors import DARK_DN, DARK_FRACTION, L1C_BANDS
 
-__all__ = ["settled_unit"]
+__all__ = ["settled_unit", "unsettled"]
 
 _START = np.datetime64("2022-01-25")  # first products of baseline 04.00
 _SIDE = 64  # pixels along the sides of a part that is looked at
 _PARTS = 4  # parts along each axis
 _ALL = 1024  # the same, where none of those shows a measured pixel
+_CHOICE = (
+    "dn (numbers without the offset; also where the model was trained on these numbers as they "
+    "are) or dn+1000 (still in)"
+)
 _DATES = 8  # dates of a series that are looked at, on each side of the first date of 04.00
 
 
@@ -42,36 +46,84 @@ def settled_unit(
     Raises:
         DataError: Nothing tells whether the offset is in.
     """
+    reason = unsettled(file, dates, unit, value_unit, rule, option="--stored_unit")
+    if reason:
+        raise DataError(reason)
     plain = [band.is_integer and not band.is_scaled for band in file.bands]
-    if unit != "auto" or file.kind == "safe" or not any(plain):
-        return unit
-    known = [file.baselines[date] if file.baselines else None for date in dates]
-    late = [baseline for baseline in known if baseline is not None and baseline >= OFFSET_BASELINE]
-    if late:
-        raise DataError(
-            f"{file.path}: of Sentinel-2 processing baseline {late[0]:05.2f}, whose numbers are "
-            "1000 too high, and its attributes do not say whether that is still in. Set "
-            "--stored_unit to dn+1000 (still in) or dn (taken off)."
+    is_known = unit == "auto" and file.kind != "safe" and value_unit in ("dn", "reflectance")
+    is_optical = {band.name for band in file.bands} <= set(L1C_BANDS)
+    return "dn" if is_known and is_optical and all(plain) else unit
+
+
+def unsettled(
+    file: LayerFile,
+    dates: Sequence[int],
+    unit: str,
+    value_unit: str,
+    rule: MaskRule,
+    *,
+    option: str,
+) -> str:
+    """Return why nothing settles whether numbers carry the offset; empty where something does.
+
+    Args:
+        file: The layer; see `settled_unit` for it and the rest.
+        dates: Positions of the dates that are looked at.
+        unit: As asked for.
+        value_unit: What is delivered.
+        rule: Which mask values are left out.
+        option: What sets the stored unit.
+
+    Raises:
+        DataError: A part that is looked at cannot be read.
+    """
+    if unit != "auto" or file.kind == "safe" or value_unit not in ("dn", "reflectance"):
+        return ""
+    silent_bands = [band for band in file.bands if band.is_integer and band.offset == 0.0]
+    if not silent_bands or not {band.name for band in file.bands} <= set(L1C_BANDS):
+        return ""
+    if all(band.is_byte and not band.is_scaled for band in file.bands):
+        return (
+            f"{file.path}: numbers of one byte (0 to 255), as previews and pictures have them, are "
+            "no digital numbers of Sentinel-2 (0 to 10000 and more). Read the product itself; "
+            f"{option} dn takes them as they are."
         )
-    names = {band.name for band in file.bands}
-    if value_unit not in ("dn", "reflectance") or not names <= set(L1C_BANDS):
-        return unit
+    known = [file.baselines[date] if file.baselines else None for date in dates]
+    late = [d for d, b in zip(dates, known, strict=True) if b is not None and b >= OFFSET_BASELINE]
+    is_scaled = any(band.is_scaled for band in silent_bands)
+    if late and not (is_scaled and _shows_dark(file, late, rule)):
+        baseline = file.baselines[late[0]]
+        return (
+            f"{file.path}: of Sentinel-2 processing baseline {baseline:05.2f}, whose numbers are "
+            "1000 too high, and its attributes do not say whether that is still in. Set "
+            + (
+                f"the offset of its scale, such as with gdal_edit.py -offset -0.1, or {option} to "
+                "reflectance where it is off."
+                if is_scaled
+                else f"{option} to dn+1000 (still in) or dn (taken off)."
+            )
+        )
+    if is_scaled:
+        return ""  # a scale without an offset says what the numbers are, but for late baselines
     silent = [date for date, baseline in zip(dates, known, strict=True) if baseline is None]
     before = [date for date in silent if file.times[date] < _START]
     for group in (before, [date for date in silent if date not in before]):
-        shown = group[:: -(-len(group) // _DATES)] if group else []
-        if group and not any(_is_dark(file, date, rule) for date in shown):
+        if group and not _shows_dark(file, group, rule):
             days = sorted(str(file.times[d])[:10] for d in group if not np.isnat(file.times[d]))
             when = f" of {days[0]}" if days else ""
-            raise DataError(
+            return (
                 f"{file.path}: nothing says whether the Sentinel-2 numbers{when} still carry the "
                 "offset of +1000 of processing baseline 04.00 and later: no baseline is in its "
                 f"name or attributes, and at most {DARK_FRACTION:.0%} of the pixels are darker "
-                f"than {DARK_DN}, which would show that it is off. Set --stored_unit to dn "
-                "(numbers without the offset; also where the model was trained on these numbers as "
-                "they are) or dn+1000 (still in)."
+                f"than {DARK_DN}, which would show that it is off. Set {option} to {_CHOICE}."
             )
-    return "dn" if all(plain) else unit
+    return ""
+
+
+def _shows_dark(file: LayerFile, dates: Sequence[int], rule: MaskRule) -> bool:
+    """Tell whether one of some dates is too dark to carry the offset."""
+    shown = dates[:: -(-len(dates) // _DATES)]
+    return any(_is_dark(file, date, rule) for date in shown)
 
 
 def _is_dark(file: LayerFile, date: int, rule: MaskRule) -> bool:
@@ -81,7 +133,8 @@ def _is_dark(file: LayerFile, date: int, rule: MaskRule) -> bool:
     for band in file.bands[1:]:
         bounds = bounds.shared(band.grid.bounds)
     shape = [int(side / step + 1e-6) for side in (bounds.height, bounds.width)]
-    target = Target("dn", "dn", step, rule)
+    is_scaled = any(band.is_scaled for band in file.bands)
+    target = Target("dn", "reflectance" if is_scaled else "dn", step, rule)
     dark = measured = 0
     for stage in _stages(shape):
         for row, column, side in stage:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError
+from domainssl.errors import DataError, setting
 from domainssl.io.raster.bands import LayerFile, StoredBand, open_store
 from domainssl.io.raster.geotiff import read_geotiff
 from domainssl.io.raster.grid import Bounds, Grid
@@ -132,8 +132,8 @@ def conversion(
         return kind, _tidy(band.scale * factor), _tidy((band.offset + addition) * factor)
     raise DataError(
         f"{where}: there is no way from stored {source!r} to value_unit {unit!r}. Set "
-        "data.init_args.modalities.<name>.stored_unit to what the file holds: dn, dn+1000, "
-        "reflectance, db, linear, amplitude or baseline."
+        f"{setting('stored_unit')}, to what the file holds: dn, dn+1000, reflectance, db, linear, "
+        "amplitude or baseline."
     )
 
 
@@ -158,8 +158,8 @@ def _source_unit(band: StoredBand, unit: str, where: str) -> str:
     if found is None:
         raise DataError(
             f"{where}: band {band.name!r} has units {band.unit!r}, which does not say what its "
-            "numbers are. Set data.init_args.modalities.<name>.stored_unit: dn, dn+1000, "
-            "reflectance, db, linear or amplitude."
+            f"numbers are. Set {setting('stored_unit')}: dn, dn+1000, reflectance, db, linear or "
+            "amplitude."
         )
     return found
 

@@ -244,7 +244,8 @@ def describe_safe(path: str, bands: Sequence[str], *, mask: str | None = None) -
     if mask is not None and (mask.upper() != "SCL" or "SCL" not in there):
         raise DataError(
             f"{path}: the mask {mask!r} is asked for; products of level 2A have 'scl', those of "
-            "level 1C none. Set data.init_args.modalities.<name>.mask: null."
+            "level 1C none. Set data.init_args.modalities.<name>.mask: null, or leave out --mask "
+            "of embed."
         )
     return LayerFile(
         path=path, kind="safe", bands=tuple(chosen), times=np.array([time], "datetime64[s]"),

@@ -18,7 +18,7 @@ from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.safe import is_safe, safe_site
 from domainssl.io.storage.paths import Options, is_file, join, list_folder
 
-__all__ = ["Found", "find_files"]
+__all__ = ["Found", "find_files", "other_format"]
 
 _ENDINGS = (".zarr.zip", ".zarr", *GEOTIFF_ENDINGS)
 _OTHERS = {  # formats that lie in such folders, and are not read
@@ -131,13 +131,20 @@ def _refuse_others(paths: Sequence[str], root: str) -> None:
         DataError: One of them has such an ending.
     """
     for path in paths:
-        kind = _OTHERS.get(os.path.splitext(path.lower())[1])
-        if kind is not None:
-            raise DataError(
-                f"{path}: {kind} is not read. {_READ}; convert it, for instance with "
-                f"`gdal_translate -of COG` or xarray's `to_zarr`. {root} holds no other raster of "
-                "this layer."
-            )
+        reason = other_format(path)
+        if reason:
+            raise DataError(f"{path}: {reason} {root} holds no other raster of this layer.")
+
+
+def other_format(path: str) -> str:
+    """Return that files of an ending are not read, and what to do; empty where nothing is known."""
+    kind = _OTHERS.get(os.path.splitext(path.lower())[1])
+    if kind is None:
+        return ""
+    return (
+        f"{kind} is not read. {_READ}; convert it, for instance with `gdal_translate -of COG` or "
+        "xarray's `to_zarr`."
+    )
 
 
 def _single(path: str, options: Options | None) -> bool:

@@ -278,7 +278,10 @@ def _stored_times(cube: Cube, info: ArrayInfo) -> Any:
     if info.dtype.kind in "iuf" and "units" not in info.attrs and values.size:
         known = abs(values[np.isfinite(values)].astype(np.float64))
         if known.size and known.max() < 1e17:  # nanoseconds of 1973
-            raise DataError(f"{where} has no CF units, such as 'days since 2020-01-01'")
+            raise DataError(
+                f"{where} has no CF units, such as 'days since 2020-01-01'; it holds "
+                f"{values.ravel()[0]}. Write dates as xarray does (datetime64), or as ISO text."
+            )
     return decode_times(values, info.attrs, where)
 
 
