@@ -6,6 +6,7 @@ in windows, and its map brought back: an exam is a piece, and one that is there 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from domainssl.inference.predict import (
     predict_map,
 )
 from domainssl.inference.sliding import Box
+from domainssl.io.subjects import Found
 from domainssl.io.volume.dicom_studies import series_at
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.exams import find_exams
@@ -52,6 +54,7 @@ from domainssl.sources.volume_options import Contrast, Preparation
 __all__ = ["VolumeInput", "VolumePrediction", "find_volumes", "volume_batch", "volume_input"]
 
 Array = np.ndarray[Any, Any]
+_log = logging.getLogger(__name__)
 
 
 class Owner(Protocol):
@@ -174,17 +177,24 @@ def _by_name(inputs: VolumeInput, modality: str | None) -> VolumeInput:
 def _exams(path: str, wanted: Wanted, modality: str | None) -> list[Exam]:
     """Return the exams of a folder; of a stated modality every scan, where none has its name."""
     try:
-        return list(find_exams(path, wanted).items)
+        return _told(find_exams(path, wanted))
     except DataError as error:
         if modality in wanted.contrasts:
             every = replace(wanted, contrasts={str(modality): EVERY})
-            return list(find_exams(path, every).items)
+            return _told(find_exams(path, every))
         if not isinstance(error, NoScanNamedError):
             raise
         names = " or ".join(wanted.contrasts)
         raise DataError(
             f"{error} Where every scan of the folder is one of them, say which: --modality {names}."
         ) from error
+
+
+def _told(found: Found[Exam]) -> list[Exam]:
+    """Return the exams, and say what was left out."""
+    for problem in found.problems:
+        _log.warning("%s", problem)
+    return list(found.items)
 
 
 def _as_one(path: str, exams: list[Exam]) -> list[Exam]:

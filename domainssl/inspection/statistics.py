@@ -158,7 +158,7 @@ def _report(subject: Subject, found: Measurement) -> dict[str, Any]:
     for name, moments in found.moments.items():
         if not moments.count:
             raise DataError(
-                f"{about.get('root')} ({about.get('split')}): {name!r} has no valid pixel in "
+                f"{about.get('split')}: {name!r} has no valid pixel in "
                 f"{found.blocks} block(s), so there are no statistics. Look with `inspect`."
             )
         out["modalities"][name] = _entry(subject.modalities[name], moments)

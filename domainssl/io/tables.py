@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from domainssl.errors import parsing, require
+from domainssl.errors import DataError, parsing, require
 from domainssl.files import open_regular, read_small
 
 __all__ = ["MANIFESTS", "read_table"]
 
 MANIFESTS = ("manifest.csv", "manifest.parquet", "manifest.jsonl")
 _MOST_BYTES = 500_000_000
+_EMPTY = ("nan", "n/a", "<na>")  # as pandas and BIDS write a cell that holds nothing
+_ADVICE = "Each row needs as many cells as the first one, which names the columns."
 
 
 def read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
@@ -22,7 +24,7 @@ def read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
     """
     pandas: Any = require("pandas", "medical")
     lower = path.lower()
-    with parsing(f"{path}: the table", also=(pandas.errors.ParserError,)):
+    with parsing(f"{path}: the table", advice=_ADVICE, also=(pandas.errors.ParserError,)):
         if lower.endswith(".parquet"):
             require("pyarrow", "medical")
             with open_regular(path) as file:
@@ -34,9 +36,19 @@ def read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
             else:
                 header = text.readline()
                 text.seek(0)
-                mark = max((",", ";", "\t"), key=header.count)
-                table = pandas.read_csv(text, sep=mark, dtype=str, keep_default_na=False)
-    columns = [str(name).strip() for name in table.columns]
+                mark = max((",", ";", "\t", "|"), key=header.count)
+                # a header that pandas reads as such may have fewer cells than the rows
+                cells = pandas.read_csv(
+                    text, sep=mark, dtype=str, keep_default_na=False, header=None
+                )
+                table = cells.iloc[1:].set_axis(list(cells.iloc[0]), axis=1)
+    columns = [_text(name, pandas) for name in table.columns]
+    twice = [name for name in dict.fromkeys(columns) if name and columns.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"{path}: two columns are named {' and '.join(map(repr, twice))}, so that it is "
+            "unknown which counts. Rename one."
+        )
     rows = [
         {name: _text(cell, pandas) for name, cell in zip(columns, row, strict=True)}
         for row in table.itertuples(index=False, name=None)
@@ -49,4 +61,5 @@ def _text(cell: Any, pandas: Any) -> str:
         return ""
     if isinstance(cell, float) and cell.is_integer():  # whole numbers beside an empty cell
         return str(int(cell))
-    return str(cell).strip()
+    text = str(cell).strip()
+    return "" if text.lower() in _EMPTY else text

@@ -153,12 +153,19 @@ def _compact(
 ) -> Prepared:
     """Prepare an exam and keep every array in the smallest type that holds it."""
     done = prepare(exam, contrasts, options, with_mask=with_mask)
-    values = {name: compact(array) for name, array in done.values.items()}
+    values = {name: _small(array, exam.scans[name]) for name, array in done.values.items()}
     if options.cache_half:
         for name, array in values.items():
             values[name] = halve(array, _PRECISION.get(contrasts[name].value_unit), name)
-    mask = None if done.mask is None else compact(done.mask, is_classes=True)
+    mask = None if done.mask is None else _small(done.mask, exam.mask, is_classes=True)
     return replace(done, values=values, mask=mask)
+
+
+def _small(values: Array, path: str, *, is_classes: bool = False) -> Array:
+    try:
+        return compact(values, is_classes=is_classes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def split_volumes(exams: Sequence[Exam], contrasts: Mapping[str, Contrast]) -> list[Exam]:

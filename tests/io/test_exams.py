@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -103,13 +104,13 @@ def test_a_second_scan_of_a_contrast_is_left_out_and_named(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl", "semicolon"])
 def test_manifests_hold_exams(tmp_path: Path, ending: str) -> None:
-    _touch(tmp_path, "x/1.nii", "x/2.nii", "x/m.nii")
+    _touch(tmp_path, "x/1.nii", "x/2.nii", "x/3.nii", "x/m.nii")
     table = pandas.DataFrame(
         {
             "id": [7, 8],
             "patient": ["A", "B"],
             "t1": ["x/1.nii", "x/2.nii"],
-            "FLAIR": ["x/2.nii", None],
+            "FLAIR": ["x/3.nii", None],
             "label": [1, None],
             "mask": [None, "x/m.nii"],
             "split": ["training", "val"],
@@ -125,7 +126,7 @@ def test_manifests_hold_exams(tmp_path: Path, ending: str) -> None:
     first, second = find_exams(str(tmp_path), TWO, manifest=path.name).items
     assert (first.id, first.patient, first.split, first.mask) == ("7", "A", "train", "")
     assert first.label in ("1", "1.0") and second.label == ""
-    assert _relative(tmp_path, dict(first.scans)) == {"t1": "x/1.nii", "flair": "x/2.nii"}
+    assert _relative(tmp_path, dict(first.scans)) == {"t1": "x/1.nii", "flair": "x/3.nii"}
     assert sorted(second.scans) == ["t1"] and second.mask == str(tmp_path / "x/m.nii")
 
 
@@ -290,3 +291,92 @@ def test_the_list_of_nnssl_holds_sessions(tmp_path: Path, monkeypatch: pytest.Mo
     assert exam.scans["t1"].endswith("a.nii.gz") and exam.anonymized.endswith("anon.nii.gz")
     every = find_exams(str(tmp_path), Wanted(contrasts={"scan": "*"}))
     assert [e.id for e in every.items] == ["D1/p/s/a", "D1/p/s/b", "D1/p/s/c"]
+
+
+def test_a_table_is_read_as_it_is_meant_whatever_its_columns_are_called(tmp_path: Path) -> None:
+    _touch(tmp_path, "a.nii", "b, 2.nii", "c.nii")
+    rows = [
+        'ID|Patient ID|Split|T1|label',
+        "1|p|train|a.nii|NaN",
+        "2|p|train|b, 2.nii|x",
+        "3|q|Validation|c.nii|n/a",
+    ]  # fmt: skip
+    (tmp_path / "manifest.csv").write_bytes("\r\n".join(rows).encode("utf-8-sig"))
+    found = find_exams(str(tmp_path), Wanted(contrasts={"scan": "T1"}))
+    assert [(e.id, e.patient, e.split, e.label) for e in found.items] == [
+        ("1", "p", "train", ""),
+        ("2", "p", "train", "x"),
+        ("3", "q", "val", ""),
+    ]
+    assert not found.problems
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (
+            "id,t1\na,a.nii,b.nii\n",
+            "Expected 2 fields in line 2, saw 3.*as many cells as the first",
+        ),
+        ("id,t1,t1\na,a.nii,b.nii\n", "two columns are named 't1'.*Rename one"),
+        ("id,t1,dx\na,a.nii,x\n", "no column 'diagnosis', only id, t1, dx.*labels.column"),
+        (
+            "id,patient,split,t1\na,p,train,a.nii\nb,q,val,./a.nii\n",
+            "a.nii: is a scan of a and of b, which are exams of different patients.*train and val",
+        ),
+    ],
+)
+def test_a_table_that_would_be_read_wrongly_is_refused(
+    tmp_path: Path, table: str, said: str
+) -> None:
+    _touch(tmp_path, "a.nii", "b.nii")
+    (tmp_path / "manifest.csv").write_text(table)
+    label = "diagnosis" if "dx" in table else "label"
+    with pytest.raises(DataError, match=said):
+        find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"}, label=label))
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("id,subject_id,t1\na,s,a.nii\nb,s,b.nii\n", "no column 'patient'.*Rename 'subject_id'"),
+        ("id,patient,t1\na,s,a.nii\nb,,b.nii\n", "1 of 2 rows name no patient in 'patient'"),
+        ("id,t1\na,a.nii\nb,a.nii\n", "a.nii: is a scan of a and of b"),
+    ],
+)
+def test_what_may_put_a_patient_into_two_splits_is_said(
+    tmp_path: Path, table: str, said: str
+) -> None:
+    _touch(tmp_path, "a.nii", "b.nii")
+    (tmp_path / "manifest.csv").write_text(table)
+    (problem,) = find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"})).problems
+    assert re.search(said, problem)
+
+
+def test_every_scan_of_a_table_and_of_bids(tmp_path: Path) -> None:
+    every = Wanted(contrasts={"scan": "*"}, may_lack=True)
+    _touch(tmp_path, "a.nii", "bids/sub-1/anat/sub-1_T1w.nii", "bids/sub-1/dwi/sub-1_dwi.nii")
+    (tmp_path / "manifest.csv").write_text("id,scan\na,a.nii\n")
+    (exam,) = find_exams(str(tmp_path), every).items
+    assert _relative(tmp_path, dict(exam.scans)) == {"scan": "a.nii"}
+    found = find_exams(str(tmp_path / "bids"), every).items
+    assert {e.id: e.patient for e in found} == {
+        "sub-1/sub-1_T1w": "sub-1",
+        "sub-1/sub-1_dwi": "sub-1",
+    }
+
+
+def test_files_that_a_collection_does_not_name_are_told(tmp_path: Path) -> None:
+    names = ("a_0000", "a_0001", "b_0000", "c_0007", "d")
+    _touch(tmp_path, *(f"imagesTr/{name}.nii.gz" for name in names))
+    about = {"channel_names": {"0": "T2", "1": "FLAIR"}, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(about))
+    found = find_exams(str(tmp_path), Wanted(contrasts={"flair": "FLAIR"}))
+    assert [e.id for e in found.items] == ["imagesTr/a"]
+    odd, without = found.problems
+    assert "2 files are of no channel, such as c_0007.nii.gz, d.nii.gz; expected CASE_NUMBER" in odd
+    assert "2 cases have no file of flair, such as b, c" in without
+    maps = [f"derivatives/{n}/sub-1/anat/sub-1_dseg.nii" for n in ("fast", "other")]
+    _touch(tmp_path / "bids", "sub-1/anat/sub-1_T1w.nii", *maps)
+    (problem,) = find_exams(str(tmp_path / "bids"), Wanted(contrasts={"t1": "t1"})).problems
+    assert "another segmentation map of sub-1 beside" in problem

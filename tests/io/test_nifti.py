@@ -81,6 +81,8 @@ def test_a_slope_without_a_finite_intercept_is_refused(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "a.nii", ramp(), slope=2.0, intercept=float("nan"))
     with pytest.raises(DataError, match=r"a\.nii: scl_slope is 2 and scl_inter nan"):
         describe_scan(path)
+    scan = read_scan(write_nifti(tmp_path / "b.nii", ramp(), slope=float("inf")))
+    assert scan.values.dtype == np.int16 and "scl_slope is infinite" in scan.facts.warnings[0]
 
 
 def test_rgb_is_three_channels_and_vectors_of_volumes_keep_their_places(tmp_path: Path) -> None:

@@ -95,6 +95,10 @@ def test_detached_voxels_lie_in_the_folder_of_the_header(tmp_path: Path) -> None
     lines = [*lps_lines(oblique()), "data file: a.raw"]
     path = write_nrrd(tmp_path / "in" / "a.nhdr", ramp(), lines)
     assert at(read_scan(path), oblique(), (2, 1, 3)) == ramp()[2, 1, 3]
+    spaced = [*lps_lines(oblique()), "data file: 50 % of a 2.raw"]
+    path = write_nrrd(tmp_path / "in" / "b.nhdr", ramp(), spaced)
+    assert at(read_scan(path), oblique(), (2, 1, 3)) == ramp()[2, 1, 3]
+    path = write_nrrd(tmp_path / "in" / "a.nhdr", ramp(), lines)
     for outside in ("../a.raw", str(tmp_path / "in" / "a.raw"), "C:/a.raw", "..\\a.raw"):
         path.write_text(path.read_text().replace("data file: a.raw", f"data file: {outside}"))
         with pytest.raises(DataError, match="outside its own folder"):

@@ -208,7 +208,7 @@ def test_classes_stay_whole_numbers() -> None:
 
 
 def test_numbers_beyond_32_bit_are_refused() -> None:
-    with pytest.raises(ConfigError, match="do not fit into 32 bit"):
+    with pytest.raises(DataError, match="do not fit into 32 bit"):
         compact(np.array([2**40]))
 
 

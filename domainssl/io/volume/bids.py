@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from domainssl.errors import DataError, nearest
-from domainssl.io.subjects import Found
+from domainssl.io.subjects import EVERY, Found
 from domainssl.io.tables import read_table
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
 from domainssl.io.volume.scan import list_scans
@@ -50,13 +50,19 @@ def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
             continue
         exam = "/".join(f"{e}-{entities[e]}" for e in _OWN[:2] if e in entities)
         if suffix in (wanted.mask, "dseg") and wanted.mask:
-            masks.setdefault(exam, path)
+            if masks.setdefault(exam, path) != path:
+                problems.append(
+                    f"{path}: another segmentation map of {exam} beside {masks[exam]}; left out, "
+                    "the first one is read."
+                )
             continue
         if parts[0] in ("derivatives", "sourcedata"):
             continue
         others = {k: v for k, v in entities.items() if k not in _OWN}
         seen.add("_".join([*(f"{k}-{v}" for k, v in others.items()), suffix]))
         for name, (entities_of, suffix_of) in asked.items():
+            if suffix_of == EVERY:
+                scans[f"{exam}/{stem_of(path)}"] = {name: path}
             if suffix != suffix_of or others != entities_of:
                 continue
             files = scans.setdefault(exam, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from domainssl.errors import DataError, nearest, parsing
@@ -132,8 +132,12 @@ def read_nnunet(root: str, wanted: Wanted) -> Found[Exam]:
             if isinstance(value, int)
         }
     exams = []
+    problems: list[str] = []
+    known = sorted(int(number) for number in content["channel_names"])
     for folder, labels, split in (("imagesTr", "labelsTr", ""), ("imagesTs", "labelsTs", "test")):
-        for case, files in sorted(_cases(os.path.join(root, folder), ending).items()):
+        cases = _cases(os.path.join(root, folder), ending)
+        problems += _odd_cases(os.path.join(root, folder), cases, channels, known, ending)
+        for case, files in sorted(cases.items()):
             mask = os.path.join(root, labels, case + ending)
             exams.append(
                 Exam(
@@ -145,7 +149,35 @@ def read_nnunet(root: str, wanted: Wanted) -> Found[Exam]:
                 )
             )
     exams = [exam for exam in exams if exam.scans]
-    return Found(layout="nnunet", items=exams, mask_names=names)
+    return Found(layout="nnunet", items=exams, problems=problems, mask_names=names)
+
+
+def _odd_cases(
+    folder: str,
+    cases: Mapping[str, Mapping[int, str]],
+    channels: Mapping[str, int],
+    known: Sequence[int],
+    ending: str,
+) -> list[str]:
+    """Say which files are of no channel, and which cases of none that is asked for."""
+    found = []
+    named = {file for files in cases.values() for n, file in files.items() if n in known}
+    there = os.listdir(folder) if os.path.isdir(folder) else ()
+    odd = sorted(n for n in there if n.endswith(ending) and not n.startswith(".")
+                 and os.path.join(folder, n) not in named)  # fmt: skip
+    if odd:
+        numbers = ", ".join(f"{number:04d}" for number in known)
+        found.append(
+            f"{folder}: {len(odd)} files are of no channel, such as {', '.join(odd[:_NAMED])}; "
+            f"expected CASE_NUMBER{ending} with one of {numbers}. Left out."
+        )
+    without = sorted(c for c, files in cases.items() if not set(files) & set(channels.values()))
+    if without:
+        found.append(
+            f"{folder}: {len(without)} cases have no file of {', '.join(channels)}, such as "
+            f"{', '.join(without[:_NAMED])}. Left out."
+        )
+    return found
 
 
 def _cases(folder: str, ending: str) -> dict[str, dict[int, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.subjects import Found, patients_in_two_splits
@@ -47,6 +47,7 @@ LAYOUTS: Mapping[str, tuple[Callable[[str], bool], Callable[[str, Wanted], Found
 
 
 _DATED = ("manifest", "bids")  # layouts that state dates of exams
+_NAMED = 5  # scans that are named
 
 
 def _table_in(root: str, wanted: Wanted) -> Found[Exam]:
@@ -83,7 +84,8 @@ def find_exams(
     if not os.path.isdir(root):
         raise ConfigError(
             f"data.init_args.root: {root!r} is no folder. Give one with scans, or an embedded "
-            "sample: sample:ctmr, sample:petct, sample:brain, sample:organs or sample:lesions."
+            "sample: sample:ctmr, sample:petct, sample:upright, sample:brain, sample:organs or "
+            "sample:lesions."
         )
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(
@@ -112,11 +114,48 @@ def find_exams(
             f"{root}: no exam with {' or '.join(wanted.contrasts)} in it (layout {found.layout}). "
             f"{found.problems[0] if found.problems else 'Check data.init_args.modalities.'}"
         )
+    if wanted.label not in ("", Wanted.label) and not any(exam.label for exam in found.items):
+        raise DataError(
+            f"{root}: data.init_args.labels.column is {wanted.label!r}, but no exam has a class "
+            f"there (layout {found.layout}). It is a column of the manifest, or of "
+            "participants.tsv in BIDS; other layouts state none."
+        )
     exams = [_with_patient(exam, wanted.patient) for exam in found.items]
     patients_in_two_splits(exams, root)
+    problems = [*found.problems, *_shared(exams, root)]
     if wanted.dates:
         exams = with_days(exams, root, wanted.dates)
-    return dataclasses.replace(found, items=sorted(exams, key=lambda exam: exam.id))
+    exams.sort(key=lambda exam: exam.id)
+    return dataclasses.replace(found, items=exams, problems=problems)
+
+
+def _shared(exams: Sequence[Exam], root: str) -> list[str]:
+    """Say which scan is that of two patients; a held-out patient would be trained on.
+
+    Raises:
+        DataError: It is, in two splits.
+    """
+    owners: dict[tuple[object, ...], Exam] = {}
+    found: list[str] = []
+    for exam in exams:
+        for name, path in exam.scans.items():
+            scan = os.path.normpath(path), exam.volumes.get(name), exam.series.get(name)
+            other = owners.setdefault(scan, exam)
+            if other.patient == exam.patient:
+                continue
+            text = (
+                f"{path}: is a scan of {other.id} and of {exam.id}, which are exams of different "
+                "patients. Give exams of one patient one name, or correct the path."
+            )
+            if other.split != exam.split:
+                raise DataError(
+                    f"{text} They are in the splits {other.split or 'none'} and "
+                    f"{exam.split or 'none'}."
+                )
+            found.append(text)
+    if len(found) > _NAMED:
+        found = [*found[:_NAMED], f"{root}: {len(found)} scans in all are of several patients."]
+    return found
 
 
 def _with_patient(exam: Exam, pattern: str) -> Exam:

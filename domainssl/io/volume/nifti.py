@@ -180,6 +180,8 @@ def _layout(path: str, file: StoredFile, reading: Reading) -> _Layout:
             voxels.check(first + total, what)
     affine, is_oriented, warnings = _affine(path, header, sizes, reading)
     slope, intercept = _scaling(path, header)
+    if math.isinf(float(header["scl_slope"])):
+        warnings.append(f"{path}: scl_slope is infinite, so that values count as stored")
     return _Layout(
         header=Header(
             path=path,

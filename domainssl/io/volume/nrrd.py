@@ -206,7 +206,8 @@ def _dtype(fields: dict[str, Any], *, is_text: bool) -> np.dtype[Any]:
 
 
 def _detached(path: str, named: str) -> str:
-    if named.upper().startswith("LIST") or "%" in named or len(named.split()) > 1:
+    is_list = re.fullmatch(r"LIST( +\d+)?", named, re.IGNORECASE)
+    if is_list or re.search(r"%\d*d.*\s\d", named):
         raise DataError(
             f"{path}: its voxels lie in several files ({named.split()[0]} ...), which is not read. "
             "Save it as one .nrrd file."

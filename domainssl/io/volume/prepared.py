@@ -157,7 +157,7 @@ def compact(values: Array, *, is_classes: bool = False) -> Array:
         is_classes: They are classes of voxels, which never become float32.
 
     Raises:
-        ConfigError: Whole numbers beyond 32 bit.
+        DataError: Whole numbers beyond 32 bit.
     """
     kind, size = values.dtype.kind, values.dtype.itemsize
     if kind not in "iub":
@@ -172,7 +172,7 @@ def compact(values: Array, *, is_classes: bool = False) -> Array:
     ):
         if least <= low and high <= most and not (is_classes and dtype is np.float32):
             return values.astype(dtype, copy=False)
-    raise ConfigError(
+    raise DataError(
         f"values from {low} to {high} do not fit into 32 bit; convert the scan to float."
     )
 
