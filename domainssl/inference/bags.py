@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from domainssl.errors import ConfigError, DataError, require
 from domainssl.files import write_whole
 from domainssl.inference.inputs import find_inputs
 from domainssl.inference.outputs import file_states
+from domainssl.io.ids import ids_of
 from domainssl.io.slide.bag import Bag, cells_of
 from domainssl.io.slide.bag_folders import BagFile, find_bags
 from domainssl.io.slide.features import read_bag
@@ -27,10 +29,13 @@ __all__ = ["BagItem", "bag_items"]
 
 Array = np.ndarray[Any, Any]
 _MPP_TOLERANCE = 0.1
+_HASHED = re.compile("[0-9a-f]{16}")  # an id of `ids_of`
 _ENDINGS = (".h5", ".hdf5", ".pt", ".zarr")
 
 
-def bag_items(source: str, backbone: Backbone, most: int | None = None) -> list[BagItem]:
+def bag_items(
+    source: str, backbone: Backbone, most: int | None = None, ids: str = "plain"
+) -> list[BagItem]:
     """Return the slides of an input.
 
     Args:
@@ -38,6 +43,8 @@ def bag_items(source: str, backbone: Backbone, most: int | None = None) -> list[
             manifest with `id` and `path`.
         backbone: Of one set of features.
         most: Tiles of a slide at most, evenly spread; None takes all.
+        ids: `hashed`, or `plain` for names that may be public. Names of bags that are hashes, as
+            `tile` writes them, stay.
 
     Raises:
         ConfigError: The backbone takes several sets of features, or `most` is no number of tiles.
@@ -60,7 +67,15 @@ def bag_items(source: str, backbone: Backbone, most: int | None = None) -> list[
             BagFile(f.name, f.files if isinstance(f.files, str) else next(iter(f.files.values())))
             for f in found
         ]
-    return [BagItem(file=file, modality=modality, most=most) for file in files]
+    names = [file.slide for file in files]
+    hashed = [
+        name if _HASHED.fullmatch(name) else own
+        for name, own in zip(names, ids_of(names, ids), strict=True)
+    ]
+    return [
+        BagItem(name=name, file=file, modality=modality, most=most)
+        for name, file in zip(hashed, files, strict=True)
+    ]
 
 
 def _is_bag(path: str) -> bool:
@@ -72,21 +87,18 @@ class BagItem:
     """The tiles of one slide as one batch.
 
     Attributes:
+        name: Id of the slide.
         file: Where the features lie.
         modality: What the backbone expects.
         most: Tiles at most.
     """
 
+    name: str
     file: BagFile
     modality: Modality
     most: int | None = None
     when_empty: ClassVar[str] = "a bag of no tile whose features are finite"
     _shown: tuple[Bag, Array] | None = field(default=None, init=False, repr=False)
-
-    @property
-    def name(self) -> str:
-        """Name of the slide."""
-        return self.file.slide
 
     @property
     def facts(self) -> dict[str, Any]:

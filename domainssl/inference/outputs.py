@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -53,9 +54,24 @@ def repeated(names: Iterable[str]) -> list[str]:
 
 
 def file_states(paths: Iterable[str | Path]) -> list[list[int]]:
-    """Return size and time of change in nanoseconds of files and folders."""
-    found = [os.stat(path) for path in paths]
-    return [[stat.st_size, stat.st_mtime_ns] for stat in found]
+    """Return size and time of change in nanoseconds of files.
+
+    Of a folder, such as a series of DICOM images, which does not change when a file in it is
+    written over: the sum of the sizes, and a number that depends on all sizes and times in it.
+    """
+    return [_folder_state(path) if os.path.isdir(path) else _state(path) for path in paths]
+
+
+def _state(path: str | Path) -> list[int]:
+    facts = os.stat(path)
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def _folder_state(path: str | Path) -> list[int]:
+    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    states = [_state(os.path.join(path, name)) for name in names]
+    digest = hashlib.blake2b(repr(states).encode(), digest_size=6).digest()
+    return [sum(size for size, _ in states), int.from_bytes(digest, "big")]
 
 
 def make_folder(folder: Path, named: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ __all__ = ["PooledEmbedding", "PooledItem"]
 
 Array = np.ndarray[Any, Any]
 _GROUP = 256  # items of a part
+_UNTOLD = "cannot be read; the call that left it out said why"
+_log = logging.getLogger(__name__)
 
 
 class PooledItem(Protocol):
@@ -69,6 +72,7 @@ class PooledEmbedding:
         options: How; halo and dtype of windows do not count here.
         facts: Written into the file.
         skip_bad: Give items that cannot be read a vector of NaN, and list them.
+        is_private: Keep the reasons, which name files, out of what is written: they are logged.
     """
 
     target: Path
@@ -81,6 +85,7 @@ class PooledEmbedding:
     group: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     skip_bad: bool = False
+    is_private: bool = False
 
     def __post_init__(self) -> None:
         twice = repeated(item.name for item in self.items)
@@ -254,6 +259,9 @@ class PooledEmbedding:
                 if not self.skip_bad:
                     raise
                 left_out[item.name] = str(error)
+                if self.is_private:
+                    _log.warning("%s is left out: %s", item.name, error)
+                    left_out[item.name] = _UNTOLD
 
 
 def _batches(

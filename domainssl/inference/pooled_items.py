@@ -21,7 +21,7 @@ from domainssl.inference.scenes import Scene, SceneOptions
 from domainssl.inference.slide_maps import SlideInput, find_slides
 from domainssl.inference.tokens import TokenWindows, feature_name, whole_windows
 from domainssl.inference.volume_maps import find_volumes, scans_for
-from domainssl.io.ids import ids_of
+from domainssl.io.ids import ids_of, write_ids
 from domainssl.io.raster.geoparquet import Footprint
 from domainssl.io.slide.facts import SlideReading
 from domainssl.io.slide.grid import plan_grid
@@ -45,6 +45,10 @@ class Asked(Protocol):
     @property
     def ids(self) -> Any:
         """Names of exams and slides: `hashed` or `plain`."""
+
+    @property
+    def id_table(self) -> Path | None:
+        """Where to write which id is which input."""
 
     @property
     def dense(self) -> DenseOptions:
@@ -174,9 +178,11 @@ def pooled_items(
     items: Sequence[PooledItem]
     windows = None
     if domain == "bags":
-        items = bag_items(source, backbone)
+        items = bags = bag_items(source, backbone, ids=options.ids)
+        sources = [bag.file.path for bag in bags]
     elif domain == "slides":
-        items = _slides(backbone, source, options)
+        items = slides = _slides(backbone, source, options)
+        sources = [item.slide.path for item in slides]
     else:
         inputs = scans_for(backbone, options.scan)
         exams = find_volumes(source, inputs, options.scene.modality)
@@ -189,6 +195,9 @@ def pooled_items(
         items = [
             ExamItem(name, exam, inputs, of_names) for name, exam in zip(names, exams, strict=True)
         ]
+        sources = [exam.id for exam in exams]
+    if options.id_table is not None:
+        write_ids(options.id_table, [item.name for item in items], sources, domain[:-1])
     return PooledEmbedding(
         target=target,
         items=items,
@@ -197,6 +206,7 @@ def pooled_items(
         options=options.dense,
         facts=_facts(backbone, windows),
         group=1,
+        is_private=options.ids == "hashed",
     )
 
 

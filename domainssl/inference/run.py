@@ -50,6 +50,8 @@ class EmbedOptions:
         form: Final form of maps: a Zarr store, or a COG or NIfTI made from it; None is the
             domain's own: NIfTI of volumes, Zarr of rasters.
         ids: Names of the outputs of exams: `hashed`, or `plain` where names may be public.
+        id_table: CSV file to write that tells which id is which exam, slide or bag; None writes
+            none.
         pooled: Write one vector per item, as a table.
         dense: Windows, device, type.
         scene: What is said about rasters.
@@ -61,6 +63,7 @@ class EmbedOptions:
     window: int | None = None
     form: Literal["zarr", "cog", "nifti"] | None = None
     ids: Literal["hashed", "plain"] = "hashed"
+    id_table: Path | None = None
     pooled: bool = False
     dense: DenseOptions = DenseOptions()
     scene: SceneOptions = SceneOptions()
@@ -133,6 +136,8 @@ def embed(
             outputs=bags.outputs, pieces=built.entries, resumed=built.resumed,
             missing=built.missing, left_out=built.skipped,
         )  # fmt: skip
+    if options.id_table is not None:
+        raise ConfigError("id_table: is for exams, slides and bags; rasters keep their names.")
     found = find_inputs(source, list(loaded.modalities), is_raster, "a GeoTIFF or Zarr store")
     scenes, unopened = _opened(loaded, found, options.scene, skip_bad=plan.skip_bad)
     if options.pooled:
@@ -278,6 +283,7 @@ def _volumes(
         output,
         modality=options.scene.modality,
         ids=options.ids,
+        id_table=options.id_table,
         scan=options.scan,
         options=options.dense,
         feature=options.feature,

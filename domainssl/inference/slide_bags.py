@@ -15,6 +15,7 @@ from domainssl.errors import ConfigError
 from domainssl.inference.dense import DenseOptions
 from domainssl.inference.embed import SlideEmbedding
 from domainssl.inference.slide_inputs import named_slides
+from domainssl.io.ids import write_ids
 from domainssl.io.slide.tiling import GridOptions, SlideTiling
 from domainssl.pieces import Built, Plan, build
 
@@ -37,6 +38,10 @@ class Asked(Protocol):
     @property
     def ids(self) -> Any:
         """Names of slides: `hashed` or `plain`."""
+
+    @property
+    def id_table(self) -> Path | None:
+        """Where to write which id is which slide."""
 
     @property
     def dense(self) -> DenseOptions:
@@ -85,6 +90,8 @@ def embed_slides(
         )
     side = asked.window or (modality.size[0] if modality.size else _SIDE)
     paths, ids = named_slides([source], asked.ids)
+    if asked.id_table is not None:
+        write_ids(asked.id_table, ids, paths, "slide")
     grids = SlideTiling(
         folder=output,
         slides=paths,

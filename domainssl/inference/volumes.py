@@ -30,7 +30,7 @@ from domainssl.inference.outputs import (
 from domainssl.inference.preview import write_map_preview
 from domainssl.inference.tokens import TokenWindows, token_windows
 from domainssl.inference.volume_maps import VolumeInput, find_volumes, scans_for, volume_batch
-from domainssl.io.ids import ids_of
+from domainssl.io.ids import ids_of, write_ids
 from domainssl.io.raster.geozarr import VectorLayout, VectorStore
 from domainssl.io.volume.exam import Exam
 from domainssl.io.volume.prepared import Prepared
@@ -244,6 +244,7 @@ def volume_embedding(
     *,
     modality: str | None,
     ids: str,
+    id_table: Path | None = None,
     scan: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> VolumeEmbedding:
@@ -255,6 +256,7 @@ def volume_embedding(
         output: File where its name ends like one, otherwise a folder.
         modality: What a single scan is.
         ids: `hashed` or `plain`.
+        id_table: Where to write which id is which exam; None writes none.
         scan: What the user says of files that leave it open: fields of `Reading`.
         more: Further fields of `VolumeEmbedding`.
 
@@ -266,6 +268,8 @@ def volume_embedding(
     exams = find_volumes(source, inputs, modality)
     names = [exam.id for exam in exams]
     known = [file_name(name) for name in ids_of(names, ids)]
+    if id_table is not None:
+        write_ids(id_table, known, names, "exam")
     is_file = output.name.lower().endswith((".nii.gz", ".zarr"))
     if is_file:
         refuse_one_file(output, len(exams), "exams")

@@ -19,7 +19,7 @@ from domainssl.cache import cache_dir
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.files import new_file, open_regular
 
-__all__ = ["IDS", "KEY_VARIABLE", "id_key", "ids_of", "write_table"]
+__all__ = ["IDS", "KEY_VARIABLE", "id_key", "ids_of", "write_ids", "write_table"]
 
 IDS = ("hashed", "plain")
 KEY_VARIABLE = "DOMAINSSL_ID_KEY"
@@ -120,12 +120,29 @@ def write_table(path: str, named: Sequence[tuple[str, str]], mode: str, what: st
     Raises:
         DataError: The file cannot be written.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("id", what, "patient"))
     names = [name for name, _ in named]
-    for identity, (name, patient) in zip(ids_of(names, mode), named, strict=True):
-        writer.writerow((identity, name, patient))
+    rows = [(i, *pair) for i, pair in zip(ids_of(names, mode), named, strict=True)]
+    _write(path, [("id", what, "patient"), *rows], "data.init_args.exams.id_table")
+
+
+def write_ids(path: str | Path, ids: Sequence[str], names: Sequence[str], what: str) -> None:
+    """Write which id is which input, readable by the owner alone.
+
+    Args:
+        path: File to write.
+        ids: Of every input.
+        names: What the user knows each by.
+        what: Title of the column of names.
+
+    Raises:
+        DataError: The file cannot be written.
+    """
+    _write(path, [("id", what), *zip(ids, names, strict=True)], "--id_table")
+
+
+def _write(path: str | Path, rows: Sequence[Sequence[str]], option: str) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
     try:
         with new_file(Path(path)) as file:
             if os.name == "posix":
@@ -133,6 +150,5 @@ def write_table(path: str, named: Sequence[tuple[str, str]], mode: str, what: st
             file.write(text.getvalue().encode())
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}). Choose another "
-            "data.init_args.exams.id_table."
+            f"{path}: cannot be written ({error.strerror or error}). Choose another {option}."
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference import pooled
-from domainssl.inference.outputs import refuse_other
+from domainssl.inference.outputs import file_states, refuse_other
 from domainssl.inference.preview import write_items
 from domainssl.inference.run import embed
 from domainssl.inference.scenes import Scene
@@ -223,3 +224,16 @@ def test_an_item_that_cannot_be_read_gets_no_vector_and_is_named(
     assert np.isfinite(rows[0]).all() and (rows[1] is None or np.isnan(rows[1]).all())
     again = embed(backbone, tmp_path / "in", output, pooled=True, plan=plan)
     assert again.resumed == 1 and list(again.left_out) == ["b"]
+
+
+def test_the_state_of_a_folder_changes_with_a_file_that_is_written_over(tmp_path: Path) -> None:
+    for name in ("IM1", "IM2"):
+        (tmp_path / name).write_bytes(b"12345")
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+    whole, folder = os.stat(tmp_path), file_states([tmp_path])
+    with (tmp_path / "IM1").open("r+b") as file:
+        file.write(b"x")
+    os.utime(tmp_path / "IM1", ns=(10**18 - 1, 10**18 - 1))  # older, as files from an archive
+    assert os.stat(tmp_path).st_mtime_ns == whole.st_mtime_ns
+    assert file_states([tmp_path]) != folder and file_states([tmp_path])[0][0] == 10
+    assert file_states([tmp_path / "IM1"]) == [[5, 10**18 - 1]]

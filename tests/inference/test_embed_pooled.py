@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,9 @@ from domainssl.cli import main
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference.run import embed
 from domainssl.inference.volume_maps import find_volumes, scans_for
+from domainssl.io.ids import ids_of
 from domainssl.modality import Modality
+from domainssl.pieces import Plan
 
 pandas = pytest.importorskip("pandas")
 SMALL = {"width": 12, "depth": 1, "heads": 2}
@@ -113,7 +116,8 @@ def test_bags_become_a_vector_per_slide_by_a_slide_encoder(tmp_path: Path) -> No
     )  # fmt: skip
     backbone = TITANBackbone({"tile_features": facts}, width=16, depth=1, heads=2).eval()
     bag_files.trident(tmp_path / "job", "float32")
-    embed(backbone, tmp_path / "job", tmp_path / "slides.parquet", dtype="int8")
+    embed(backbone, tmp_path / "job", tmp_path / "slides.parquet", dtype="int8",
+          id_table=tmp_path / "ids.csv")  # fmt: skip
     table = pandas.read_parquet(tmp_path / "slides.parquet")
     [row] = table.itertuples()
     coords = np.array(bag_files.LATTICE)
@@ -125,7 +129,14 @@ def test_bags_become_a_vector_per_slide_by_a_slide_encoder(tmp_path: Path) -> No
     }
     with torch.no_grad():
         wanted = backbone(batch).pooled["tile_features"][0].numpy()
-    assert row.id == "slide"
+    [(identity, path)] = pandas.read_csv(tmp_path / "ids.csv").itertuples(index=False)
+    assert row.id == identity == ids_of(["slide"], "hashed")[0] and path.endswith("/slide.h5")
+    assert (tmp_path / "ids.csv").stat().st_mode & 0o077 == 0
+    embed(backbone, tmp_path / "job", tmp_path / "named.parquet", ids="plain")
+    assert pandas.read_parquet(tmp_path / "named.parquet").id.tolist() == ["slide"]
+    os.rename(path, tmp_path / f"{identity}.h5")  # as `tile` names bags
+    embed(backbone, tmp_path / f"{identity}.h5", tmp_path / "same.parquet")
+    assert pandas.read_parquet(tmp_path / "same.parquet").id.tolist() == [identity]
     assert np.abs(np.array(row.embedding) * row.scale - wanted).max() <= 0.51 * row.scale
 
 
@@ -172,3 +183,23 @@ def test_the_verb_writes_the_same_table_under_hashed_ids(tmp_path: Path) -> None
     assert main([*words, f"--output={tmp_path / 'e.parquet'}"]) == 0
     [name] = vectors(tmp_path / "e.parquet")
     assert len(name) == 16 and b"Miller" not in (tmp_path / "e.parquet").read_bytes()
+
+
+def test_why_exams_were_left_out_is_told_and_not_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    backbone = ViTBackbone({"ct": CT}, SMALL, 4).eval()
+    for name in ("Miller", "Smith"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        write_nifti(tmp_path / "in" / name / "ct.nii", np.ones((8, 8, 8), np.float32))
+    cut = tmp_path / "in" / "Smith" / "ct.nii"
+    cut.write_bytes(cut.read_bytes()[:500])
+    (tmp_path / "out").mkdir()
+    done = embed(backbone, tmp_path / "in", tmp_path / "out" / "e.parquet", pooled=True,
+                 plan=Plan(jobs=0, skip_bad=True), id_table=tmp_path / "ids.csv")  # fmt: skip
+    [identity] = done.left_out
+    assert f"{identity},Smith" in (tmp_path / "ids.csv").read_text()
+    assert str(cut) in caplog.text
+    written = [path.name.encode() + path.read_bytes() for path in (tmp_path / "out").iterdir()]
+    assert len(written) == 3 and not any(b"Smith" in text for text in written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -324,8 +325,10 @@ def of_this_rank(path: str) -> dict[str, Tensor]:
     student = golden[f"{here}/student"].clone().requires_grad_()
     teacher, patch = golden[f"{here}/teacher"], golden[f"{here}/patch"]
     zero = torch.zeros(teacher.shape[1])
-    warm, final = c["warmup_teacher_temp"], c["teacher_temp"]
-    targets = centered_softmax(teacher, zero, (warm + final) / 2)
+    said = golden.facts["groups"]["two_ranks/rankR/*"]  # temperatures stand in words alone
+    warm = float(re.findall(r"\(temp ([0-9.]+)\)", said)[0])
+    [(even, rounds)] = re.findall(r"at temp ([0-9.]+), (\d+) iterations", said)
+    targets = centered_softmax(teacher, zero, warm)
     loss = class_distillation(
         student.unflatten(0, (-1, len(teacher) // 2)),
         targets.unflatten(0, (2, -1)),
@@ -340,8 +343,8 @@ def of_this_rank(path: str) -> dict[str, Tensor]:
         "grad_student": student.grad,
         "center": moved_center(zero, teacher.sum(0), count, momentum, "per_rank"),
         "patch_center": moved_center(zero, patch.sum(0), rows, momentum, "per_rank"),
-        "sinkhorn_cls": sinkhorn(teacher, 0.06),  # the temperature that the file's text gives
-        "sinkhorn_patch": sinkhorn(patch, 0.06),
+        "sinkhorn_cls": sinkhorn(teacher, float(even), iterations=int(rounds)),
+        "sinkhorn_patch": sinkhorn(patch, float(even), iterations=int(rounds)),
     }
 
 

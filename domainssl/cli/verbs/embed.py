@@ -70,7 +70,7 @@ def _slides(options: argparse.Namespace, backbone: Backbone) -> int:
     ]  # fmt: skip
     if options.dtype != "float32":
         words.append(f"--dtype={options.dtype}")
-    for name in ("weights", "autocast", "scheduler", "mpp_um"):
+    for name in ("weights", "autocast", "scheduler", "mpp_um", "id_table"):
         if getattr(options, name) is not None:
             words.append(f"--{name}={getattr(options, name)}")
     words += [f"--{name}" for name in ("skip_bad", "restart") if getattr(options, name)]
@@ -146,12 +146,24 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
         window=given.window,
         form=given.format,
         ids=given.ids,
+        id_table=given.id_table,
         pooled=given.pooled,
         scan=reading_of_words(given.scan),
         mpp_um=given.mpp_um,
         dense=dense,
         scene=scene,
     )
+
+
+def _add_ids(parser: Parser) -> None:
+    parser.add_argument(
+        "--ids", choices=("hashed", "plain"), default="hashed",
+        help="of exams, slides and bags: keyed hashes, or their own names (default: hashed)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--id_table", type=Path, metavar="FILE",
+        help="write which id is which exam, slide or bag, readable by you alone",
+    )  # fmt: skip
 
 
 def _parser() -> Parser:
@@ -176,8 +188,7 @@ def _parser() -> Parser:
     add("--format", choices=("zarr", "cog", "nifti"),
         help="zarr, or cog of rasters or nifti of volumes, which are made from it at the end "
         "(default: zarr of rasters, nifti of volumes)")  # fmt: skip
-    add("--ids", choices=("hashed", "plain"), default="hashed",
-        help="names of outputs of exams: keyed hashes, or their own (default: hashed)")  # fmt: skip
+    _add_ids(parser)
     add("--pooled", action="store_true",
         help="one vector per input in one .parquet table; of rasters GeoParquet")  # fmt: skip
     add("--weights", metavar="FILE", help="weights of a backbone that is named")

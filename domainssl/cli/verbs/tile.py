@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +109,12 @@ def _parser() -> Parser:
 
 def _tiling(options: argparse.Namespace) -> SlideTiling:
     from domainssl.inference.slide_inputs import named_slides
+    from domainssl.io.ids import write_ids
     from domainssl.io.slide.tiling import SlideTiling
 
     slides, ids = named_slides(options.slides, options.ids)
     if options.id_table is not None:
-        _write_ids(options.id_table, ids, slides)
+        write_ids(options.id_table, ids, slides, "slide")
     return SlideTiling(
         folder=options.output,
         slides=slides,
@@ -148,21 +148,6 @@ def _grid_options(options: argparse.Namespace) -> GridOptions:
         ),
         tissue=TissueOptions(method=options.tissue, remove_pen=not options.keep_pen),
     )
-
-
-def _write_ids(path: Path, ids: Sequence[str], slides: Sequence[str]) -> None:
-    import csv
-    import io
-
-    from domainssl.files import new_file
-
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([("id", "slide"), *zip(ids, slides, strict=True)])
-    with new_file(path) as file:
-        if os.name == "posix":
-            os.fchmod(file.fileno(), 0o600)
-        file.write(text.getvalue().encode())
 
 
 def _backbone(options: argparse.Namespace) -> Backbone:
