@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from itertools import combinations
 from typing import Any
 
-__all__ = ["COLUMNS", "Cell", "Column", "find_cells"]
+__all__ = ["COLUMNS", "Cell", "Column", "column_of", "find_cells"]
 
 
 @dataclass(frozen=True)
@@ -25,23 +25,26 @@ class Column:
 
     Attributes:
         title: Its name.
+        word: Its name in those of composed cells, where a recipe has the usual name.
         prefixes: Beginnings of the names of its recipes, `<data>_<method>`.
         base: Recipe whose data and trainer stand for the kind in composed cells.
     """
 
     title: str
+    word: str
     prefixes: tuple[str, ...]
     base: str
 
 
 COLUMNS = (
-    Column("S1/S2 images", ("ssl4eo", "cube", "so2sat", "terramesh"), "ssl4eo_croma"),
-    Column("series", ("treesat", "pastis"), "pastis_maestro"),
-    Column("CT and MR volumes", ("ct", "ctmr", "petct"), "petct_croma"),
-    Column("contrasts of MRI", ("mri",), "mri_croma"),
-    Column("tiles", ("tiles", "stains"), "stains_croma"),
-    Column("feature grids of slides", ("slides",), "slides_titan"),
+    Column("S1/S2 images", "images", ("ssl4eo", "cube", "so2sat", "terramesh"), "ssl4eo_croma"),
+    Column("series", "series", ("treesat", "pastis"), "pastis_maestro"),
+    Column("CT and MR volumes", "volumes", ("ct", "ctmr", "petct"), "petct_croma"),
+    Column("contrasts of MRI", "contrasts", ("mri",), "mri_croma"),
+    Column("tiles", "tiles", ("tiles", "stains"), "stains_croma"),
+    Column("feature grids of slides", "grids", ("slides",), "slides_titan"),
 )
+_SERIES = "series"
 # arguments that hold one entry per modality, and what an entry for other data leaves out
 _PER_MODALITY = ("views", "inputs", "patch_size")
 _OF_THE_DATA = ("target_bands", "group", "image_size")
@@ -100,7 +103,7 @@ def find_cells(
     objectives = sorted({_objective(content) for content in recipes.values()})
     found = []
     for column in _columns(recipes):
-        own = {name: recipes[name] for name in sorted(recipes) if _prefix(name) in column.prefixes}
+        own = {n: recipes[n] for n in sorted(recipes) if column_of(n, recipes[n]) == column.title}
         for objective in objectives:
             cells = [
                 Cell(
@@ -120,11 +123,22 @@ def find_cells(
     return found
 
 
+def column_of(name: str, recipe: Mapping[str, Any]) -> str:
+    """Return the title of the kind of data of a recipe.
+
+    Images of several dates are series, whichever archive they come from.
+    """
+    if recipe["data"]["init_args"].get("dates", {}).get("mode") in ("views", "all"):
+        return _SERIES
+    titles = [column.title for column in COLUMNS if _prefix(name) in column.prefixes]
+    return titles[0] if titles else _prefix(name)
+
+
 def _columns(recipes: Mapping[str, Any]) -> Sequence[Column]:
     """Return the columns, with one of its own for every kind of data that no column names."""
     known = {prefix for column in COLUMNS for prefix in column.prefixes}
     others = sorted({_prefix(name) for name in recipes} - known)
-    more = [Column(p, (p,), min(n for n in recipes if _prefix(n) == p)) for p in others]
+    more = [Column(p, p, (p,), min(n for n in recipes if _prefix(n) == p)) for p in others]
     return [*COLUMNS, *more]
 
 
@@ -146,8 +160,10 @@ def _composed(
     base = recipes[column.base]
     candidates = [name for name in recipes if _objective(recipes[name]) == objective]
     donor = min(candidates, key=lambda name: (_distance(recipes[name], base), _rank(name)))
+    method = donor.partition("_")[2]
+    name = f"{_prefix(column.base)}_{method}"
     cell = Cell(
-        name=f"{_prefix(column.base)}_{donor.partition('_')[2]}",
+        name=f"{column.word}_{method}" if name in recipes else name,
         objective=objective,
         column=column.title,
         config={},
@@ -169,13 +185,14 @@ def _tries(donor: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[dict[s
     """Yield the model of `donor` on the data of `base`, in the order of preference.
 
     As many modalities as the model was made for, the first ones first; then, for the first of
-    them, with the patches of the model and with its window.
+    them, with the normalisation of the model, with its patches and with its window.
     """
     names = tuple(_modalities(base))
     count = min(len(_modalities(donor)), len(names))
     choices = list(combinations(names, count))[:_MOST_CHOICES]
     for choice in choices:
         yield _joined(donor, base, choice, base)
+    yield _joined(donor, base, choices[0], base, keep_normalization=True)
     yield _joined(donor, base, choices[0], donor)
     config = _joined(donor, base, choices[0], donor)
     window = donor["data"]["init_args"].get("window", {})
@@ -189,6 +206,8 @@ def _joined(
     base: Mapping[str, Any],
     names: tuple[str, ...],
     patches: Mapping[str, Any],
+    *,
+    keep_normalization: bool = False,
 ) -> dict[str, Any]:
     """Return the model of `donor` on the modalities `names` of `base`, with the patches of one."""
     config, model = copy.deepcopy(dict(base)), copy.deepcopy(dict(donor["model"]))
@@ -196,7 +215,7 @@ def _joined(
     model["init_args"] = _adapted(model["init_args"], old, names, _scale(donor, base))
     encoding = model["init_args"].get("encoding", {})
     of_data = base["model"]["init_args"].get("encoding", {})
-    if "normalization" in encoding and "normalization" in of_data:
+    if "normalization" in encoding and "normalization" in of_data and not keep_normalization:
         encoding["normalization"] = of_data["normalization"]
     patch = _patch(patches["model"]["init_args"].get("encoding", {}))
     for part in (encoding, encoding.get("sizes") or {}):

@@ -94,7 +94,14 @@ class CSIP(_JointEmbedding):
     ) -> None:
         if temperature <= 0:
             raise ConfigError(f"model.init_args.temperature: got {temperature}, expected > 0.")
-        usual = {name: _usual_view(m) for name, m in as_modalities(modalities).items()}
+        known = as_modalities(modalities)
+        for name, modality in known.items():
+            if modality.kind == "series":
+                raise ConfigError(
+                    f"CSIP compares one image with another of its place; modality {name!r} is a "
+                    "series. Choose one date of it (dates: {mode: one})."
+                )
+        usual = {name: _usual_view(m) for name, m in known.items()}
         super().__init__(
             modalities,
             encoding,

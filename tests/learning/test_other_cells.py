@@ -31,12 +31,12 @@ def test_every_other_cell_trains_resumes_and_is_probed(cells, part, tmp_path):
         config = {**cell.config, "callbacks": {"evaluation": "OnlineEvaluation"}}
         config["callbacks"]["checkpoint"] = {
             "class_path": "AtomicCheckpoint",
-            "init_args": {"every_n_train_steps": 4},
+            "init_args": {"every_n_train_steps": 10},
         }
         path.write_text(yaml.safe_dump(config))
         words = ["fit", f"--config={path}", f"--run_dir={run}", "--trainer.accelerator=cpu"]
         words += ["--trainer.max_epochs=null", "--trainer.val_check_interval=null"]
-        assert main([*words, "--trainer.max_steps=4"]) == 0, cell.name
-        assert main([*words, "--trainer.max_steps=8", "--auto_resume=true"]) == 0, cell.name
+        assert main([*words, "--trainer.max_steps=10"]) == 0, cell.name
+        assert main([*words, "--trainer.max_steps=20", "--auto_resume=true"]) == 0, cell.name
         metrics = read_outcome(run).metrics
         assert any(key.startswith("val/probe/") for key in metrics), cell.name

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from recipe_runs import COVERED, LEARN, RECIPES, _clear, assert_learned, kept, train
 
-from domainssl.matrix.cells import COLUMNS
+from domainssl.matrix.cells import COLUMNS, column_of
 from domainssl.matrix.runs import read_outcome
 
 # They train, but that they learn their sample is not shown yet; docs/matrix.md lists them.
@@ -45,10 +45,8 @@ def test_each_objective_and_each_kind_of_data_learns_once():
     never = {_objective(names[name]) for name in NOT_SHOWN}
     missing = {_objective(path) for path in FOUND} - {_objective(names[n]) for n in trained}
     assert missing <= never  # an objective none of whose recipes is shown to learn
-    prefixes = {name.partition("_")[0] for name in trained}
-    shown = {name.partition("_")[0] for name in names.keys() - NOT_SHOWN}
-    for column in COLUMNS:
-        assert prefixes & set(column.prefixes) or not shown & set(column.prefixes), column.title
+    columns = {n: column_of(n, yaml.safe_load(path.read_text())) for n, path in names.items()}
+    assert {columns[name] for name in trained} == {column.title for column in COLUMNS}
 
 
 def test_the_page_says_of_which_recipes_learning_is_not_shown():

@@ -13,7 +13,7 @@ from PIL import Image
 from domainssl.cli import main
 from domainssl.cli.verbs.matrix import find_all
 from domainssl.errors import ConfigError
-from domainssl.matrix.cells import Cell, find_cells
+from domainssl.matrix.cells import Cell, column_of, find_cells
 from domainssl.matrix.page import BEGIN, END, check_page, markdown, write_page
 from domainssl.matrix.picture import gain, write_picture
 from domainssl.matrix.record import Entry, merged, read_record, write_record
@@ -113,6 +113,28 @@ def test_a_new_kind_of_data_is_a_column_of_its_own():
     cells = by_name(find_cells(found, no_refusal))
     assert cells["drones_mae"].column == "drones"
     assert cells["drones_croma"].recipes == ("ssl4eo_croma", "drones_mae")
+
+
+def test_several_dates_are_a_series_and_a_composed_cell_takes_no_name_of_a_recipe():
+    found = recipes()
+    found["ssl4eo_simclr"]["data"]["init_args"]["dates"] = {"mode": "views"}
+    assert column_of("ssl4eo_simclr", found["ssl4eo_simclr"]) == "series"
+    assert column_of("ssl4eo_mae", found["ssl4eo_mae"]) == "S1/S2 images"
+    cells = by_name(find_cells(found, no_refusal))
+    assert cells["ssl4eo_simclr"].column == "series" and cells["ssl4eo_simclr"].is_recipe
+    assert cells["images_simclr"].column == "S1/S2 images"
+    assert cells["images_simclr"].recipes == ("ssl4eo_simclr", "ssl4eo_croma")
+    assert "dates" not in cells["images_simclr"].config["data"]["init_args"]
+
+
+def test_a_composed_cell_keeps_the_normalization_of_its_model_where_that_of_the_data_cannot_be():
+    def refuses_item(config: Any) -> str:
+        encoding = config["model"]["init_args"].get("encoding", {})
+        return "no" if encoding.get("normalization") == "item" else ""
+
+    cell = by_name(find_cells(recipes(), refuses_item))["petct_simclr"]
+    assert not cell.reason
+    assert cell.config["model"]["init_args"]["encoding"]["normalization"] == "zscore"
 
 
 def outcome(trained: float, untrained: float = 0.5) -> Outcome:

@@ -137,3 +137,15 @@ def test_a_released_checkpoint_loads_by_its_exact_prefixes(tmp_path: Path) -> No
                 torch.testing.assert_close(
                     found[name], nets[letter](unit[name]), rtol=1e-4, atol=1e-4
                 )
+
+
+def test_a_series_is_refused_with_what_to_choose() -> None:
+    image = {"size": (SIZE, SIZE)}
+    series = Modality(
+        name="rgb", kind="series", channels=("red",), value_unit="rgb8", **image
+    ).to_dict()
+    heights = Modality(
+        name="dem", kind="image", channels=("height",), value_unit="m", **image
+    ).to_dict()
+    with pytest.raises(ConfigError, match=r"'rgb' is a series\. Choose one date"):
+        CSIP({"rgb": series, "dem": heights})
