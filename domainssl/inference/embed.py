@@ -28,7 +28,8 @@ from domainssl.inference.tokens import Autocast, autocast_context
 from domainssl.io.slide.bag import cells_of
 from domainssl.io.slide.bag_folders import has_bag
 from domainssl.io.slide.features import Bag, Layout, read_places, write_bag
-from domainssl.io.slide.pyramid import Slide, SlideReading
+from domainssl.io.slide.pyramid import Slide
+from domainssl.io.slide.tiling import SlideTiling
 from domainssl.modality import Batch, batch_to, key
 
 __all__ = ["Autocast", "SlideEmbedding", "embed_batches"]
@@ -72,12 +73,9 @@ class SlideEmbedding:
     """The features of the tiles of some slides: entries that are made one by one.
 
     Attributes:
-        folder: Folder that `tile` has written, with `patches`; features go there too.
-        slides: Paths of the slides.
-        ids: Their ids.
+        grids: The slides and their grids; features go into the same folder.
         backbone: What computes.
         encoder: Name of the features.
-        reading: What the user says about slides.
         batch_size: Tiles at once.
         device: Where to compute.
         autocast: See `embed_batches`.
@@ -85,12 +83,9 @@ class SlideEmbedding:
         dtype: Of the features as stored; None is the layout's own.
     """
 
-    folder: Path
-    slides: Sequence[str]
-    ids: Sequence[str]
+    grids: SlideTiling
     backbone: Backbone
     encoder: str
-    reading: SlideReading
     batch_size: int = 64
     device: str = "cpu"
     autocast: Autocast | None = None
@@ -98,9 +93,14 @@ class SlideEmbedding:
     dtype: str | None = None
 
     @property
+    def folder(self) -> Path:
+        """Where grids and features lie."""
+        return self.grids.folder
+
+    @property
     def keys(self) -> Sequence[str]:
         """Ids of the slides."""
-        return self.ids
+        return self.grids.keys
 
     @property
     def _root(self) -> Path:
@@ -113,7 +113,7 @@ class SlideEmbedding:
         pattern = f"**/features_{self.encoder}/{{}}.h5"
         if self.layout == "zarr":
             pattern = f"features_{self.encoder}/{{}}.zarr"
-        return [path for key in self.ids for path in self.folder.glob(pattern.format(escape(key)))]
+        return [path for key in self.keys for path in self.folder.glob(pattern.format(escape(key)))]
 
     @property
     def name(self) -> str:
@@ -141,6 +141,8 @@ class SlideEmbedding:
 
     def is_ready(self, key: str) -> bool:
         """Tell whether the features of a slide are there, and no older than its grid."""
+        if not self.grids.is_ready(key):
+            return False
         grid = self._places(key).stat().st_mtime_ns
         return has_bag(self._root, self.layout, key, self.encoder, since_ns=grid)
 
@@ -153,8 +155,13 @@ class SlideEmbedding:
         Tiles without a valid pixel, beyond the slide or damaged, have none and are left out.
 
         Raises:
-            DataError: The slide or its tiles cannot be read, or the features not written.
+            DataError: The slide has no grid, it or its tiles cannot be read, or the features not
+                written.
         """
+        if not self.grids.is_ready(key):
+            raise DataError(
+                f"{key}: no grid of tiles in {self.folder}, so that it has no features."
+            )
         places = read_places(self._places(key))
         assert places.coords is not None
         if not places.patch_size or not places.mpp_um:
@@ -162,8 +169,8 @@ class SlideEmbedding:
         for folder in self._root.glob(f"**/features_{self.encoder}"):
             remove_parts(folder, key)
         remove_parts(self._root, key)
-        path, kept = self.slides[self.ids.index(key)], list[int]()
-        with Slide(path, self.reading) as slide:
+        path, kept = self.grids.slides[self.keys.index(key)], list[int]()
+        with Slide(path, self.grids.options.reading) as slide:
             batches = self._tiles(slide, places, kept)
             found = [
                 vectors.numpy()

@@ -33,7 +33,7 @@ from domainssl.io.volume.vectors import NiftiWriter
 from domainssl.lazy import lazily
 from domainssl.pieces import Plan, Shard, build
 
-__all__ = ["EmbedOptions", "Embedded", "embed"]
+__all__ = ["EmbedOptions", "Embedded", "embed", "plan_of_rank"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def embed(
         WeightsError: The backbone cannot be loaded, or the data do not fit it.
     """
     options = _with(options or EmbedOptions(), more)
-    plan = _of_rank(plan or Plan(jobs=0))
+    plan = plan_of_rank(plan or Plan(jobs=0))
     loaded = backbone if isinstance(backbone, Backbone) else _loaded(backbone)
     domain = domain_of(loaded)
     if domain != "rasters" and (options.pooled or domain == "bags"):
@@ -131,10 +131,10 @@ def embed(
     if domain == "slides":
         given = backbone if not isinstance(backbone, Backbone) else type(backbone).__name__
         name = encoder_name(str(given))
-        built, bags = embed_slides(loaded, str(source), Path(output), options, plan, name, progress)
+        bags = embed_slides(loaded, str(source), Path(output), options, plan, name, progress)
         return Embedded(
-            outputs=bags.outputs, pieces=built.entries, resumed=built.resumed,
-            missing=built.missing, left_out=built.skipped,
+            outputs=bags.work.outputs, pieces=bags.built.entries, resumed=bags.built.resumed,
+            missing=bags.built.missing, left_out=bags.skipped,
         )  # fmt: skip
     if options.id_table is not None:
         raise ConfigError("id_table: is for exams, slides and bags; rasters keep their names.")
@@ -224,7 +224,7 @@ def _with(options: EmbedOptions, more: Mapping[str, Any]) -> EmbedOptions:
     return options
 
 
-def _of_rank(plan: Plan) -> Plan:
+def plan_of_rank(plan: Plan) -> Plan:
     """Return the part of this rank where torchrun or SLURM started several."""
     for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank.startswith("SLURM") and "SLURM_STEP_ID" not in os.environ:

@@ -1,12 +1,12 @@
 """Slides as bags: a grid of tiles over the tissue, and the features of every tile.
 
-done, embedding = embed_slides(backbone, "slides", Path("bags"), asked, Plan(jobs=0), "tiny")
+done = embed_slides(backbone, "slides", Path("bags"), asked, Plan(jobs=0), "tiny")
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,10 +16,12 @@ from domainssl.inference.dense import DenseOptions
 from domainssl.inference.embed import SlideEmbedding
 from domainssl.inference.slide_inputs import named_slides
 from domainssl.io.ids import write_ids
+from domainssl.io.slide.pyramid import SlideReading
 from domainssl.io.slide.tiling import GridOptions, SlideTiling
+from domainssl.modality import Modality
 from domainssl.pieces import Built, Plan, build
 
-__all__ = ["embed_slides"]
+__all__ = ["SlideBags", "embed_slides", "embed_tiles", "stain_of"]
 
 _SIDE = 256  # of a tile, where the card states none
 
@@ -44,8 +46,32 @@ class Asked(Protocol):
         """Where to write which id is which slide."""
 
     @property
+    def mpp_um(self) -> float | None:
+        """Micrometres per pixel of level 0, where slides state none or a wrong one."""
+
+    @property
     def dense(self) -> DenseOptions:
         """Tiles at once, device, type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideBags:
+    """What `embed_slides` did.
+
+    Attributes:
+        tiled: The grids of this call.
+        built: Its features.
+        work: Grids and features, as they lie in the folder.
+    """
+
+    tiled: Built
+    built: Built
+    work: SlideEmbedding
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why slides were left out, by id."""
+        return {**self.built.skipped, **self.tiled.skipped}
 
 
 def embed_slides(
@@ -56,7 +82,7 @@ def embed_slides(
     plan: Plan,
     encoder: str,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Built, SlideEmbedding]:
+) -> SlideBags:
     """Write grids and bags of slides, as `tile --features` does.
 
     Args:
@@ -66,29 +92,25 @@ def embed_slides(
         asked: What is asked.
         plan: Part, restart and processes, the latter of the grids alone.
         encoder: Name of the features.
-        progress: Called with the slides done and their number.
+        progress: Called with the slides done and their number, of grids, then of features.
 
     Raises:
         ConfigError: An option cannot be used, or features of something else lie there.
         DataError: There is no slide, or one cannot be read.
     """
-    (modality, *others) = backbone.modalities.values()
-    if others or not modality.mpp_um:
-        raise ConfigError(
-            f"embed: slides are embedded by backbones of one stain; this one takes "
-            f"{', '.join(backbone.modalities)}."
-        )
+    modality = stain_of(backbone)
+    assert modality.mpp_um is not None  # of what `domain_of` calls slides
     if asked.form not in (None, "zarr"):
         raise ConfigError(
-            f"embed: slides become bags, one vector per tile; form {asked.form!r} is not for them. "
-            "For one vector per slide say pooled."
+            f"--format {asked.form}: slides become bags, one vector per tile. Leave it out, or say "
+            "zarr. For one vector per slide add --pooled, the mean over its tiles, or embed the "
+            "bags with a slide encoder such as TITAN."
         )
     if asked.dense.dtype == "int8" and asked.form != "zarr":
         raise ConfigError(
-            "embed: int8 features of slides need a scale per tile, which only bags of our own "
-            "layout have: say form zarr."
+            "--dtype int8: of slides needs a scale per tile, which only bags of our own layout "
+            "have: add --format zarr."
         )
-    side = asked.window or (modality.size[0] if modality.size else _SIDE)
     paths, ids = named_slides([source], asked.ids)
     if asked.id_table is not None:
         write_ids(asked.id_table, ids, paths, "slide")
@@ -96,25 +118,56 @@ def embed_slides(
         folder=output,
         slides=paths,
         ids=ids,
-        options=GridOptions(size_px=side, mpp_um=modality.mpp_um),
+        options=GridOptions(
+            size_px=asked.window or (modality.size[0] if modality.size else _SIDE),
+            mpp_um=modality.mpp_um,
+            reading=SlideReading(mpp_um=asked.mpp_um),
+        ),
     )
     grids.claim(restart=plan.restart)
-    tiled = build(grids, plan, noun="slides")
-    ready = [key for key in grids.keys if grids.is_ready(key)]
-    places = dict(zip(ids, paths, strict=True))
+    tiled = build(grids, plan, progress, noun="slides")
     work = SlideEmbedding(
-        folder=output,
-        slides=[places[key] for key in ready],
-        ids=ready,
+        grids=grids,
         backbone=backbone,
         encoder=encoder,
-        reading=grids.options.reading,
         batch_size=asked.dense.batch_size,
         device=asked.dense.device,
         autocast=asked.dense.autocast,
         layout="zarr" if asked.form == "zarr" else "trident",
         dtype=None if asked.dense.dtype == "float32" else asked.dense.dtype,
     )
+    return SlideBags(tiled=tiled, built=embed_tiles(work, plan, progress), work=work)
+
+
+def stain_of(backbone: Backbone) -> Modality:
+    """Return the modality that tiles of slides are for a backbone.
+
+    Raises:
+        ConfigError: It takes something else.
+    """
+    modality, *more = backbone.modalities.values()
+    if more or modality.kind != "image" or modality.value_unit != "rgb8":
+        raise ConfigError(
+            f"slides: {type(backbone).__name__} takes {', '.join(backbone.modalities)} "
+            f"({modality.kind}, {modality.value_unit}); expected a backbone of one image of 8-bit "
+            "colours, such as he."
+        )
+    return modality
+
+
+def embed_tiles(
+    work: SlideEmbedding, plan: Plan, progress: Callable[[int, int], None] | None = None
+) -> Built:
+    """Write the features of the tiles of slides that have a grid, in this process.
+
+    Args:
+        work: Grids and features.
+        plan: Part and limit, as those of the grids.
+        progress: Called with the slides done and their number.
+
+    Raises:
+        ConfigError: Features of something else lie there.
+        DataError: A slide cannot be read.
+    """
     work.claim()
-    built = build(work, replace(plan, jobs=0, scheduler=None), progress, noun="slides")
-    return replace(built, skipped={**tiled.skipped, **built.skipped}), work
+    return build(work, replace(plan, jobs=0, scheduler=None), progress, noun="slides")

@@ -213,7 +213,7 @@ def _values(block: Block, name: str, problems: list[str]) -> dict[str, Any]:
     return {
         "measured_locations": len(block.ids),
         "first_ids": block.ids[:3],
-        "dates": _span(block.stored_dates),
+        "dates": _span(block.stored_dates()),
         "measured_dates": _span(block.dates),
         "crs": {str(code): count for code, count in Counter(block.crs.tolist()).items()},
         "valid_share": float(block.valid.mean()),

@@ -85,8 +85,25 @@ def test_python_writes_the_bags_of_the_command_line_and_in_int8_with_a_scale(sli
     assert (np.abs(small.features - exact.features) <= 0.55 * scale).all()  # float16 before
     with pytest.raises(ConfigError, match="another --dtype"):
         domainssl.embed(tiny, slides, out / "own", form="zarr", ids="plain", dtype="int8")
-    with pytest.raises(ConfigError, match="say form zarr"):
+    with pytest.raises(ConfigError, match="add --format zarr"):
         domainssl.embed(tiny, slides, out / "new", dtype="int8")
+
+
+def test_parts_leave_no_slide_without_features(slides: Path) -> None:
+    """A part has the features of its own slides, whether the grids of others are there or not."""
+    for name in ("c", "d"):
+        (slides / f"{name}.tif").write_bytes((slides / "a.tif").read_bytes())
+    for part in ("1/2", "2/2"):
+        assert _tile(slides, f"--shard={part}") == 0
+    bags = (slides.parent / "out").rglob("features_tiny/*.h5")
+    assert sorted(path.name for path in bags) == [f"{name}.tif.h5" for name in "abcd"]
+
+
+def test_python_takes_what_is_said_of_the_resolution_of_slides(slides: Path) -> None:
+    more = {"form": "zarr", "ids": "plain", "mpp_um": 0.25}
+    done = domainssl.embed(slides.parent / "tiny", slides, slides.parent / "own", **more)
+    bag = read_bag(done.outputs[0])
+    assert bag.patch_size_level0 == 128 and bag.level0_mpp_um == 0.25
 
 
 def test_what_is_there_is_not_computed_again_and_parts_do_their_share(

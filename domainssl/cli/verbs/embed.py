@@ -13,6 +13,7 @@ from domainssl.errors import ConfigError
 if TYPE_CHECKING:
     from domainssl.backbones.base import Backbone
     from domainssl.inference.run import Embedded, EmbedOptions
+    from domainssl.pieces import Plan
 
 __all__ = ["run"]
 
@@ -23,6 +24,7 @@ def run(argv: list[str]) -> int:
     from domainssl.backbones.registry import load_backbone
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
+    from domainssl.inference.domain import domain_of
     from domainssl.inference.run import embed
     from domainssl.pieces import Plan, Shard
 
@@ -35,9 +37,8 @@ def run(argv: list[str]) -> int:
     )
     chosen = _options(options)
     backbone = load_backbone(options.backbone, weights=options.weights)
-    is_slide = all(m.kind == "image" and m.mpp_um for m in backbone.modalities.values())
-    if is_slide and not options.pooled:
-        return _slides(options, backbone)
+    if domain_of(backbone) == "slides" and not options.pooled:
+        return _slides(options, chosen, plan, backbone)
     screen = console()
     with Bar("pieces", kept=f"beside {options.output}") as shown:
         done = embed(backbone, options.input, options.output, chosen, plan=plan, progress=shown)
@@ -45,36 +46,22 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _slides(options: argparse.Namespace, backbone: Backbone) -> int:
+def _slides(
+    options: argparse.Namespace, chosen: EmbedOptions, plan: Plan, backbone: Backbone
+) -> int:
     """Tile slides as the card says, and write the features of all tiles as bags."""
-    from domainssl.cli.verbs import tile
+    from domainssl.cli.progress import Bar
+    from domainssl.cli.verbs.tile import report_features, report_grids
+    from domainssl.inference.outputs import encoder_name
+    from domainssl.inference.run import plan_of_rank
+    from domainssl.inference.slide_bags import embed_slides
 
-    modality = next(iter(backbone.modalities.values()))
-    if options.format not in (None, "zarr"):
-        raise ConfigError(
-            "embed: slides become bags, one vector per tile: --format cog or nifti is not for "
-            "them. For one vector per slide add --pooled, the mean over its tiles, or embed the "
-            "bags with a slide encoder such as TITAN."
-        )
-    if options.dtype == "int8" and options.format != "zarr":
-        raise ConfigError(
-            "--dtype int8: of slides needs a scale per tile, which only bags of our own layout "
-            "have: add --format zarr."
-        )
-    size = options.window or (modality.size[0] if modality.size else 256)
-    words = [
-        options.input, f"--output={options.output}", f"--mpp={modality.mpp_um}", f"--size={size}",
-        f"--features={options.backbone}", f"--batch_size={options.batch_size}",
-        f"--device={options.device}", f"--shard={options.shard}", f"--ids={options.ids}",
-        f"--layout={'zarr' if options.format == 'zarr' else 'trident'}", f"--jobs={options.jobs}",
-    ]  # fmt: skip
-    if options.dtype != "float32":
-        words.append(f"--dtype={options.dtype}")
-    for name in ("weights", "autocast", "scheduler", "mpp_um", "id_table"):
-        if getattr(options, name) is not None:
-            words.append(f"--{name}={getattr(options, name)}")
-    words += [f"--{name}" for name in ("skip_bad", "restart") if getattr(options, name)]
-    return tile.run(words)
+    encoder, plan = encoder_name(options.backbone), plan_of_rank(plan)
+    with Bar("slides", kept=f"in {options.output}") as shown:
+        made = embed_slides(backbone, options.input, options.output, chosen, plan, encoder, shown)
+    report_grids(made.work.grids, made.tiled, str(plan.shard))
+    report_features(made.work, made.built)
+    return 0
 
 
 def _report(done: Embedded, screen: object) -> None:

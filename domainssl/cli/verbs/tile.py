@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
     from domainssl.backbones.base import Backbone
+    from domainssl.inference.embed import SlideEmbedding
     from domainssl.io.slide.tiling import GridOptions, SlideTiling
-    from domainssl.pieces import Built
+    from domainssl.pieces import Built, Plan
 
-__all__ = ["run"]
+__all__ = ["report_features", "report_grids", "run"]
 
 _MPP_TOLERANCE = 0.1  # as of published encoders
 
@@ -23,7 +24,6 @@ _MPP_TOLERANCE = 0.1  # as of published encoders
 def run(argv: list[str]) -> int:
     """Write grid, coordinates and picture of every slide that has none yet."""
     options = _parser().parse_args(argv)
-    from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.pieces import Plan, Shard, build
 
@@ -37,10 +37,9 @@ def run(argv: list[str]) -> int:
     backbone = None if options.features is None else _backbone(options)
     made = _tiling(options)
     made.claim(restart=options.restart)
-    screen = console()
     with Bar("slides", kept=f"in {made.folder}") as shown:
         found = build(made, plan, shown, noun="slides")
-    _report(screen, made, found, str(plan.shard))
+    report_grids(made, found, str(plan.shard))
     if backbone is not None:
         _embed(options, made, plan, backbone)
     return 0
@@ -158,20 +157,14 @@ def _backbone(options: argparse.Namespace) -> Backbone:
         WeightsError: It cannot be loaded.
     """
     from domainssl.backbones.registry import load_backbone
+    from domainssl.inference.slide_bags import stain_of
 
     if options.batch_size < 1:
         raise ConfigError(f"--batch_size: got {options.batch_size}, expected 1 or more.")
     arguments = {"any_mpp": True} if options.any_mpp else None
     backbone = load_backbone(options.features, weights=options.weights, arguments=arguments)
-    name, *more = backbone.modalities
-    modality = backbone.modalities[name]
-    if more or modality.kind != "image" or modality.value_unit != "rgb8":
-        raise ConfigError(
-            f"--features {options.features}: takes {', '.join(backbone.modalities)} "
-            f"({modality.kind}, {modality.value_unit}); expected a backbone of one image of 8-bit "
-            "colours, such as he."
-        )
-    backbone.check({name: {**modality.to_dict(), "mpp_um": options.mpp}})
+    modality = stain_of(backbone)
+    backbone.check({modality.name: {**modality.to_dict(), "mpp_um": options.mpp}})
     trained = modality.mpp_um
     if trained and not options.any_mpp and abs(options.mpp / trained - 1) > _MPP_TOLERANCE:
         raise ConfigError(
@@ -181,43 +174,44 @@ def _backbone(options: argparse.Namespace) -> Backbone:
     return backbone
 
 
-def _embed(options: argparse.Namespace, made: SlideTiling, plan: Any, backbone: Backbone) -> None:
+def _embed(options: argparse.Namespace, made: SlideTiling, plan: Plan, backbone: Backbone) -> None:
     """Write the features of the tiles of all slides of this part."""
-    from dataclasses import replace
-
-    from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.inference.embed import SlideEmbedding
     from domainssl.inference.outputs import encoder_name
-    from domainssl.pieces import build
+    from domainssl.inference.slide_bags import embed_tiles
 
-    ready = [key for key in made.keys if made.is_ready(key)]
-    slides = dict(zip(made.ids, made.slides, strict=True))
-    embedding = SlideEmbedding(
-        folder=made.folder,
-        slides=[slides[key] for key in ready],
-        ids=ready,
+    work = SlideEmbedding(
+        grids=made,
         backbone=backbone,
         encoder=encoder_name(options.features),
-        reading=made.options.reading,
         batch_size=options.batch_size,
         device=options.device,
         autocast=options.autocast,
         layout=options.layout,
         dtype=options.dtype,
     )
-    embedding.claim()
     with Bar("slides") as shown:
-        found = build(embedding, replace(plan, jobs=0, scheduler=None), shown, noun="slides")
+        found = embed_tiles(work, plan, shown)
+    report_features(work, found)
+
+
+def report_features(work: SlideEmbedding, found: Built) -> None:
+    """Print how many slides have features, and where."""
+    from domainssl.cli.console import console
+
     console().print(
-        f"features of {found.entries} slide(s) are in {made.folder}, features_{embedding.encoder}"
+        f"features of {found.entries} slide(s) are in {work.folder}, features_{work.encoder}"
         + (f", {found.resumed} of them before" if found.resumed else ""),
         markup=False,
     )
 
 
-def _report(screen: Any, made: SlideTiling, found: Built, shard: str) -> None:
+def report_grids(made: SlideTiling, found: Built, shard: str) -> None:
     """Print what was written, slides without tiles and odd ones by id."""
+    from domainssl.cli.console import console
+
+    screen = console()
     done = [made.described(key) for key in made.keys if made.is_ready(key)]
     tiles = [entry["tiles"] for entry in done]
     screen.print(

@@ -6,7 +6,7 @@ acquisition, and with a mask that says which pixels are measurements.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
@@ -53,7 +53,8 @@ class Block:
             of a read in parts: as stored.
         valid: True where the pixel is a measurement, (n, T, Y, X); n = 0 for a read in parts.
         dates: Days since 1970-01-01, 0 if unknown, int32 (n, T).
-        stored_dates: Those of all dates of each location, whichever were asked for, int32 (n, D).
+        stored_dates: Returns those of all dates of each location, whichever were asked for, int32
+            (n, D).
         ids: What pairs the locations over products: the location id (A), the tar key (B).
         location_ids: The location id as stored.
         lat, lon: Centre of each tile, WGS84, (n,); NaN if not stored.
@@ -75,7 +76,7 @@ class Block:
     values: Array
     valid: Array
     dates: Array
-    stored_dates: Array
+    stored_dates: Callable[[], Array]
     ids: list[str]
     location_ids: list[str]
     lat: Array
@@ -171,7 +172,7 @@ def read(
         values=values,
         valid=valid,
         dates=days(times),
-        stored_dates=days(chosen_times(meta, _all_dates(meta), repair)),
+        stored_dates=partial(_all_days, meta, repair),
         ids=meta.ids,
         location_ids=meta.location_ids,
         lat=meta.lat,
@@ -257,9 +258,10 @@ def _check_dates(group: Group, dates: Sequence[int]) -> None:
 # ---------------------------------------------------------------------------- loading
 
 
-def _all_dates(meta: TileFacts) -> Array:
-    """Return the places of all stored dates, int64 (n, D)."""
-    return np.broadcast_to(np.arange(meta.times.shape[1]), meta.times.shape)
+def _all_days(meta: TileFacts, repair: bool) -> Array:
+    """Return all stored dates in days since 1970-01-01, int32 (n, D)."""
+    places = np.broadcast_to(np.arange(meta.times.shape[1]), meta.times.shape)
+    return days(chosen_times(meta, places, repair))
 
 
 def _load_a(
