@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from domainssl.distributed import row_layout
 from domainssl.losses.decorrelation import redundancy, standardize
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Step
@@ -17,7 +16,6 @@ from domainssl.objectives.joint_embedding import (
     ViewDraws,
     Views,
     _JointEmbedding,
-    with_outputs,
 )
 from domainssl.options import MethodOptions, decide, option
 from domainssl.training.execution import Execution
@@ -86,20 +84,14 @@ class BarlowTwins(_JointEmbedding):
         )
         self.options = decide(BarlowTwinsOptions, options)
         self.off_diagonal = off_diagonal
-        shared = bool(self.options.shared_projector)
-        self.make_heads(projector, shared=shared)
+        self.make_heads(projector, shared=bool(self.options.shared_projector))
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute the loss; items that lack a modality do not count."""
-        z, rows = {}, self.present(batch)
-        layout = row_layout(rows[self.first])
-        for name, vectors in self.encode_views(batch, draws).items():
-            z[name] = self.project(vectors[0], name, rows[name])
-        both = rows[self.first] & rows[self.second]
-        a, b = (standardize(z[name], both) for name in (self.first, self.second))
+        pair = self.project_pair(batch, draws)
+        a, b = (standardize(vectors, pair.both) for vectors in (pair.first, pair.second))
         divisor = None
         if self.options.correlation_divisor == "4n":
-            divisor = 4.0 * len(both)
-        terms = redundancy(a, b, present=both, divisor=divisor, layout=layout)
-        loss = terms.weighted(self.off_diagonal)
-        return Step({"redundancy": loss}, with_outputs(z) if outputs else {})
+            divisor = 4.0 * len(pair.both)
+        terms = redundancy(a, b, present=pair.both, divisor=divisor, layout=pair.layout)
+        return self.step({"redundancy": terms.weighted(self.off_diagonal)}, pair, outputs)

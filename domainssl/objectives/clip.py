@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from domainssl.distributed import row_layout
 from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import info_nce
 from domainssl.modality import Batch, Modality
@@ -21,7 +20,6 @@ from domainssl.objectives.joint_embedding import (
     ViewDraws,
     Views,
     _JointEmbedding,
-    with_outputs,
 )
 from domainssl.options import MethodOptions, decide, option
 from domainssl.training.execution import Execution
@@ -91,17 +89,13 @@ class CLIP(_JointEmbedding):
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute InfoNCE; items that lack a modality do not count."""
-        z, rows = {}, self.present(batch)
-        layout = row_layout(rows[self.first])
-        for name, vectors in self.encode_views(batch, draws).items():
-            z[name] = self.project(vectors[0], name, rows[name])
-        both = rows[self.first] & rows[self.second]
+        pair = self.project_pair(batch, draws)
         loss = info_nce(
-            z[self.first],
-            z[self.second],
-            torch.tensor(1 / self.temperature, device=both.device),
-            present=both,
+            pair.first,
+            pair.second,
+            torch.tensor(1 / self.temperature, device=pair.both.device),
+            present=pair.both,
             symmetric=bool(self.options.symmetric),
-            layout=layout,
+            layout=pair.layout,
         )
-        return Step({"contrastive": loss}, with_outputs(z) if outputs else {})
+        return self.step({"contrastive": loss}, pair, outputs)

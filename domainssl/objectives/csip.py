@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from domainssl.distributed import row_layout
 from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import info_nce
 from domainssl.modality import Batch, Modality, as_modalities
@@ -28,7 +27,6 @@ from domainssl.objectives.joint_embedding import (
     ViewDraws,
     Views,
     _JointEmbedding,
-    with_outputs,
 )
 from domainssl.options import MethodOptions, decide, option
 from domainssl.training.execution import Execution
@@ -126,21 +124,16 @@ class CSIP(_JointEmbedding):
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute InfoNCE; items that lack a modality do not count."""
-        rows = self.present(batch)
-        layout = row_layout(rows[self.first])
-        z = {
-            name: self.project(vectors[0], name, rows[name])
-            for name, vectors in self.encode_views(batch, draws).items()
-        }
+        pair = self.project_pair(batch, draws)
         loss = info_nce(
-            z[self.first],
-            z[self.second],
+            pair.first,
+            pair.second,
             self.scale(),
-            present=rows[self.first] & rows[self.second],
+            present=pair.both,
             symmetric=bool(self.options.symmetric),
-            layout=layout,
+            layout=pair.layout,
         )
-        return Step({"contrastive": loss}, with_outputs(z) if outputs else {})
+        return self.step({"contrastive": loss}, pair, outputs)
 
     def scale(self) -> Tensor:
         """Return the factor on cosines, ()."""

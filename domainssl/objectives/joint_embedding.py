@@ -22,6 +22,7 @@ from domainssl.backbones.encoders.backbone import (
 )
 from domainssl.backbones.encoders.nets import Encoder
 from domainssl.backbones.registry import load_initial
+from domainssl.distributed import RowLayout, row_layout
 from domainssl.errors import ConfigError, nearest
 from domainssl.modality import (
     Batch,
@@ -35,7 +36,7 @@ from domainssl.modality import (
 from domainssl.nn.heads import ProjectionHead
 from domainssl.nn.norm import counted_rows
 from domainssl.nn.views import View, Views, draw_view
-from domainssl.objectives.base import Generators, Objective
+from domainssl.objectives.base import Generators, Objective, Step
 from domainssl.objectives.view_steps import check_photometric, unit_values, view_of
 from domainssl.options import as_dataclass
 from domainssl.training.execution import Execution
@@ -99,6 +100,23 @@ def published_views(modality: Modality) -> Views:
             solarize_probability=0.2,
         )
     return Views()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One projected view of each modality.
+
+    Attributes:
+        first: Projections of the first modality, (B, K).
+        second: Of the second one, (B, K).
+        both: Which items have both modalities, bool (B,).
+        layout: Rows of all ranks.
+    """
+
+    first: Tensor
+    second: Tensor
+    both: Tensor
+    layout: RowLayout
 
 
 class _JointEmbedding(Objective):
@@ -254,6 +272,23 @@ class _JointEmbedding(Objective):
         with counted_rows(rows):
             out: Tensor = self.heads["shared" if "shared" in self.heads else name](vector)
         return out
+
+    def project_pair(self, batch: Batch, draws: ViewDraws) -> Pair:
+        """Encode and project the first view of both modalities."""
+        rows = self.present(batch)
+        layout = row_layout(rows[self.first])
+        pooled = self.encode_views(batch, draws)
+        first, second = (
+            self.project(pooled[name][0], name, rows[name]) for name in (self.first, self.second)
+        )
+        return Pair(
+            first=first, second=second, both=rows[self.first] & rows[self.second], layout=layout
+        )
+
+    def step(self, losses: dict[str, Tensor], pair: Pair, outputs: bool) -> Step:
+        """Return the losses, with the embeddings where outputs are wanted."""
+        vectors = {self.first: pair.first, self.second: pair.second}
+        return Step(losses, with_outputs(vectors) if outputs else {})
 
     def embed(self, features: Features) -> dict[str, Tensor]:
         """Project pooled features into the space of the loss, (B, K) each."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from domainssl.distributed import row_layout
 from domainssl.errors import ConfigError
 from domainssl.losses.contrastive import nt_xent
 from domainssl.modality import Batch, Modality
@@ -17,7 +16,6 @@ from domainssl.objectives.joint_embedding import (
     ViewDraws,
     Views,
     _JointEmbedding,
-    with_outputs,
 )
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
@@ -71,11 +69,8 @@ class SimCLR(_JointEmbedding):
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute NT-Xent; items that lack a modality do not count."""
-        z, rows = {}, self.present(batch)
-        layout = row_layout(rows[self.first])
-        for name, vectors in self.encode_views(batch, draws).items():
-            z[name] = self.project(vectors[0], name, rows[name])
-        both = rows[self.first] & rows[self.second]
-        pair = z[self.first], z[self.second]
-        loss = nt_xent(*pair, self.temperature, present=both, layout=layout)
-        return Step({"contrastive": loss}, with_outputs(z) if outputs else {})
+        pair = self.project_pair(batch, draws)
+        loss = nt_xent(
+            pair.first, pair.second, self.temperature, present=pair.both, layout=pair.layout
+        )
+        return self.step({"contrastive": loss}, pair, outputs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from domainssl.distributed import row_layout
 from domainssl.losses.decorrelation import vicreg
 from domainssl.modality import Batch, Modality
 from domainssl.objectives.base import Step
@@ -17,7 +16,6 @@ from domainssl.objectives.joint_embedding import (
     ViewDraws,
     Views,
     _JointEmbedding,
-    with_outputs,
 )
 from domainssl.options import MethodOptions, decide, option
 from domainssl.training.execution import Execution
@@ -90,23 +88,19 @@ class VICReg(_JointEmbedding):
         )
         self.options = decide(VICRegOptions, options)
         self.weights_of_terms = (invariance, variance, covariance)
-        shared = bool(self.options.shared_projector)
-        self.make_heads(projector, shared=shared)
+        self.make_heads(projector, shared=bool(self.options.shared_projector))
 
     def forward(self, batch: Batch, draws: ViewDraws, outputs: bool = False) -> Step:
         """Compute the three terms; items that lack a modality do not count."""
-        z, rows = {}, self.present(batch)
-        layout = row_layout(rows[self.first])
-        for name, vectors in self.encode_views(batch, draws).items():
-            z[name] = self.project(vectors[0], name, rows[name])
-        both = rows[self.first] & rows[self.second]
+        pair = self.project_pair(batch, draws)
         divisor = None
         if self.options.covariance_divisor == "local":
-            divisor = float(max(1, len(both) - 1))
-        pair = z[self.first], z[self.second]
-        terms = vicreg(*pair, present=both, divisor=divisor, layout=layout)
+            divisor = float(max(1, len(pair.both) - 1))
+        terms = vicreg(
+            pair.first, pair.second, present=pair.both, divisor=divisor, layout=pair.layout
+        )
         losses = {
             name: weight * term
             for name, weight, term in zip(terms._fields, self.weights_of_terms, terms, strict=True)
         }
-        return Step(losses, with_outputs(z) if outputs else {})
+        return self.step(losses, pair, outputs)
