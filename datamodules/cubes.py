@@ -23,6 +23,7 @@ from domainssl.io.storage.paths import is_url, list_folder
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.cube_blocks import Block, blocks_of, hold_out
+from domainssl.sources.cube_offsets import untold_offsets
 from domainssl.sources.cube_options import Labels, Layer, default_layers, finest_m, snap_m
 from domainssl.sources.cube_sites import Site, open_sites
 from domainssl.sources.cubes import CubeSource
@@ -184,7 +185,7 @@ class SentinelCubeDataModule(DomainDataModule):
 
     def _open_sites(self) -> tuple[list[Site], list[str]]:
         root = self._root()
-        return open_sites(
+        sites, problems = open_sites(
             root,
             self.layers,
             self.dates,
@@ -192,6 +193,7 @@ class SentinelCubeDataModule(DomainDataModule):
             self._label_layer(root),
             self.storage_options,
         )
+        return sites, problems + untold_offsets(sites, self.layers)
 
     def _source(self, blocks: list[Block], *, is_training: bool) -> CubeSource:
         return CubeSource(
@@ -271,7 +273,7 @@ class SentinelCubeDataModule(DomainDataModule):
 
     @property
     def problems(self) -> list[str]:
-        """Sites that were left out, and why."""
+        """Sites that were left out, and why; layers whose numbers nothing explains."""
         return list(self._problems)
 
     def describe(self) -> list[str]:

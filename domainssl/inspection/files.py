@@ -11,12 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError
-from domainssl.io.raster.bands import StoredBand
+from domainssl.errors import DataError, setting
+from domainssl.io.raster.bands import LayerFile, StoredBand
 from domainssl.io.raster.gdal import open_raster, reading
-from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, bands_in, grid_in, hidden_by_alpha
+from domainssl.io.raster.geotiff import (
+    GEOTIFF_ENDINGS,
+    bands_in,
+    describe_geotiff,
+    grid_in,
+    hidden_by_alpha,
+)
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES
-from domainssl.io.raster.read import missing_of
+from domainssl.io.raster.offset import unsettled
+from domainssl.io.raster.read import MaskRule, missing_of
 from domainssl.io.raster.zarr import Cube, open_cube
 from domainssl.io.storage.archives import tar_index
 from domainssl.io.storage.paths import Options, fetch_ranges
@@ -31,6 +38,7 @@ __all__ = [
     "inspect_tar",
     "unmarked_problems",
     "unmarked_values",
+    "untold_offset",
 ]
 
 _MEASURED_FILES = 16
@@ -84,12 +92,14 @@ def inspect_geotiffs(paths: Sequence[str]) -> dict[str, Any]:
         problems += file.pop("grid_problems")
         if not file["valid_share"]:
             problems.append(f"{file['path']}: no pixel in which all bands are valid")
+    notes = [text for file in files if (text := file.pop("untold"))]
     return {
         "kind": "geotiff",
         "count": len(paths),
         "measured": len(files),
         "crs": dict(Counter(str(file["crs"]) for file in files)),
         "files": files,
+        "notes": notes,
         "problems": problems,
     }
 
@@ -124,7 +134,25 @@ def _geotiff(path: str) -> dict[str, Any]:
             "values": band_rows(decoded, names, valid),
             "unmarked": unmarked_values(data, names, valid),
             "grid_problems": _grid_problems(file, path) if file.crs else [],
+            "untold": untold_offset(lambda: describe_geotiff(path, names), names),
         }
+
+
+def untold_offset(describe: Callable[[], LayerFile], names: Sequence[str]) -> str:
+    """Return why nothing tells whether Sentinel-2 numbers carry the offset; see `unsettled`.
+
+    Args:
+        describe: Gives the layer of the bands; not asked where they are others.
+        names: The bands.
+    """
+    if not set(names) <= set(L1C_BANDS):
+        return ""
+    try:
+        file = describe()
+        dates = range(min(1, len(file.times)))
+        return unsettled(file, dates, "auto", "dn", MaskRule(), option=setting("stored_unit"))
+    except DataError:  # said as a problem of its own
+        return ""
 
 
 def _grid_problems(file: Any, path: str) -> list[str]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from domainssl.errors import DataError
-from domainssl.inspection.files import band_rows, unmarked_problems, unmarked_values
+from domainssl.inspection.files import (
+    band_rows,
+    unmarked_problems,
+    unmarked_values,
+    untold_offset,
+)
 from domainssl.io.raster.bands import (
     GRD_REASON,
     OFFSET_BASELINE,
     StoredBand,
+    describe_zarr,
     stored_bands,
     time_dim,
 )
@@ -61,6 +68,11 @@ def inspect_layers(cube: Cube) -> dict[str, Any]:
         if isinstance(facts["dates"], str):
             report["problems"].append(facts["dates"])
         report["problems"] += _baselines(cube, bands[0], facts)
+        names = [band.name for band in bands]
+        text = untold_offset(
+            partial(describe_zarr, cube.name, names, cube=cube, options=cube.options or None), names
+        )
+        report["notes"] += [text] if text else []
     return report
 
 

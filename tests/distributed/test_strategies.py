@@ -116,3 +116,18 @@ def test_a_task_with_a_pyramid_of_maps_gives_equal_metrics(tmp_path: Path) -> No
     tasks = [load_task(tmp_path / name / "task") for name in ("ddp", "fsdp2")]
     assert tasks[0].state_dict().keys() == tasks[1].state_dict().keys()
     assert tasks[0].classes == tasks[1].classes
+
+
+def test_the_anchor_of_dino_is_sharded_too(tmp_path: Path) -> None:
+    anchored = {
+        "model.encoding.architecture.width": "32", "model.encoding.architecture.depth": "1",
+        "model.loss_weights.gram": "2", "model.gram.start_steps": "1",
+        "model.gram.refresh_every": "1", "data.global_batch_size": "4",
+    }  # fmt: skip
+    ddp, fsdp2 = (
+        _metrics(_fit(tmp_path / name, name, "ssl4eo_dino", {**SHORT, **anchored}, "2 rank(s)"))
+        for name in ("ddp", "fsdp2")
+    )
+    terms = [ddp[str(step), "train/loss/gram"] for step in range(3)]
+    assert terms[0] == 0 < min(terms[1:])  # of step 0 there is no earlier teacher
+    assert [fsdp2[str(step), "train/loss/gram"] for step in range(3)] == pytest.approx(terms)

@@ -14,7 +14,7 @@ from domainssl.io.raster.grid import Bounds
 from domainssl.io.raster.read import MaskRule, Target, read_pixels
 from domainssl.sensors import DARK_DN, DARK_FRACTION, L1C_BANDS
 
-__all__ = ["settled_unit", "unsettled"]
+__all__ = ["is_before_offset", "settled_unit", "unsettled"]
 
 _START = np.datetime64("2022-01-25")  # first products of baseline 04.00
 _SIDE = 64  # pixels along the sides of a part that is looked at
@@ -53,6 +53,11 @@ def settled_unit(
     is_known = unit == "auto" and file.kind != "safe" and value_unit in ("dn", "reflectance")
     is_optical = {band.name for band in file.bands} <= set(L1C_BANDS)
     return "dn" if is_known and is_optical and all(plain) else unit
+
+
+def is_before_offset(time: np.datetime64) -> bool:
+    """Tell whether a date is earlier than the first products of baseline 04.00; unknown is not."""
+    return bool(time < _START)
 
 
 def unsettled(
@@ -106,7 +111,7 @@ def unsettled(
     if is_scaled:
         return ""  # a scale without an offset says what the numbers are, but for late baselines
     silent = [date for date, baseline in zip(dates, known, strict=True) if baseline is None]
-    before = [date for date in silent if file.times[date] < _START]
+    before = [date for date in silent if is_before_offset(file.times[date])]
     for group in (before, [date for date in silent if date not in before]):
         if group and not _shows_dark(file, group, rule):
             days = sorted(str(file.times[d])[:10] for d in group if not np.isnat(file.times[d]))
