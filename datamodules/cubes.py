@@ -18,8 +18,7 @@ from domainssl.datamodules.base import DomainDataModule, check_labels, named_sam
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.raster.bands import LayerFile, open_store
-from domainssl.io.raster.safe import is_safe
-from domainssl.io.storage.paths import is_url, list_folder
+from domainssl.io.storage.paths import list_folder
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.cube_blocks import Block, blocks_of, hold_out
@@ -150,8 +149,6 @@ class SentinelCubeDataModule(DomainDataModule):
             from domainssl.datamodules.samples.weather import sample_root as weather_root
 
             return str(weather_root())
-        if is_url(self.root):
-            is_safe(self.root)  # says that products behind URLs are not read
         return self.root
 
     def open_sources(self) -> dict[str, Source]:

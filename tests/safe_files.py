@@ -78,11 +78,11 @@ def write_safe(
     return root
 
 
-def zipped(root: Path) -> Path:
+def zipped(root: Path, method: int = zipfile.ZIP_STORED) -> Path:
     """Pack a product as it is downloaded, and remove the folder."""
     target = root.with_suffix(".SAFE.zip")
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    with zipfile.ZipFile(target, "w") as archive:
+    with zipfile.ZipFile(target, "w", method) as archive:
         for path in files:
             archive.write(path, path.relative_to(root.parent).as_posix())
     for path in files:

@@ -85,11 +85,13 @@ def safe_products(path: str, names: Sequence[str] | None) -> list[str]:
     return [join(path, name) for name in names or () if is_safe(join(path, name))]
 
 
-def open_safe(root: str, products: Sequence[str]) -> SentinelCubeDataModule:
+def open_safe(
+    root: str, products: Sequence[str], options: Mapping[str, Any]
+) -> SentinelCubeDataModule:
     """Return the products as sites, by tile, with the bands of the first one."""
     from domainssl.datamodules.cubes import SentinelCubeDataModule
 
-    bands = tuple(safe_bands(products[0])) or L1C_BANDS
+    bands = tuple(safe_bands(products[0], options)) or L1C_BANDS
     mask = None if "B10" in bands else Mask()
     return SentinelCubeDataModule(
         root=root,
@@ -97,4 +99,5 @@ def open_safe(root: str, products: Sequence[str]) -> SentinelCubeDataModule:
         global_batch_size=1,
         window=Window(size=1200, unit="m"),
         labels=None,
+        storage_options=dict(options),
     )

@@ -49,7 +49,6 @@ from domainssl.inspection.tables import (
 )
 from domainssl.io.raster.bands import open_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
-from domainssl.io.raster.safe import is_safe
 from domainssl.io.ssl4eo.first import is_first
 from domainssl.io.ssl4eo.terramesh import is_terramesh
 from domainssl.io.storage.paths import is_file, is_folder, is_url, join, list_folder
@@ -115,8 +114,6 @@ def recognise(
         DataError: Nothing lies there, or nothing that is understood.
     """
     path, options = str(path), dict(storage_options or {})
-    if is_url(path):
-        is_safe(path)  # says that products behind URLs are not read
     if (path.lower().endswith(GEOTIFF_ENDINGS) and is_url(path)) or is_file(
         path, options
     ):  # GDAL opens it, not fsspec
@@ -194,7 +191,7 @@ def _open_ssl4eo(place: Place) -> DomainDataModule:
 
 
 def _open_safe(place: Place) -> DomainDataModule:
-    return open_safe(place.path, safe_products(place.path, place.names))
+    return open_safe(place.path, safe_products(place.path, place.names), place.options)
 
 
 def _open_treesat(place: Place) -> DomainDataModule:

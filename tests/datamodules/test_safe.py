@@ -121,12 +121,37 @@ def test_inspect_knows_products(tmp_path: Path) -> None:
         assert found["channels"] == list(L2A) and found["dates"][0] == "2022-03-01"
 
 
-@pytest.mark.parametrize("ending", ["SAFE", "SAFE.zip", "zip"])
-def test_products_behind_urls_are_refused_by_what_to_do(ending: str) -> None:
-    url = f"https://127.0.0.1:9/S2A_MSIL2A_20220301T100031_N0400_R122_T32TQM_x.{ending}"
-    for look in (inspect_path, is_safe, is_raster, _source):
-        with pytest.raises(DataError, match="are read from local folders, not behind URLs"):
-            look(url)
+@pytest.mark.parametrize("is_zip", [False, True])
+def test_products_behind_urls_are_those_of_the_folder(tmp_path: Path, is_zip: bool) -> None:
+    import fsspec
+
+    local = write_safe(tmp_path, date="20220301", baseline="04.00")
+    if is_zip:
+        local = zipped(local)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(local), f"/safe{is_zip}/{local.name}", recursive=True)
+    root = f"memory://safe{is_zip}"
+    url = f"{root}/{local.name}"
+    assert is_safe(url) and is_raster(url)
+    ours, theirs = (_source(place).load(Piece(0, 0, 1), 0).data for place in (root, tmp_path))
+    for name in ("s2", "s2.valid", "s2.dates"):
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    for place in (url, root):
+        assert inspect_path(place)["splits"]["train"]["modalities"]["s2"]["channels"] == list(L2A)
+    memory.rm(f"/safe{is_zip}", recursive=True)
+
+
+def test_what_of_products_behind_urls_is_not_read_is_said(tmp_path: Path) -> None:
+    import fsspec
+
+    local = zipped(write_safe(tmp_path), zipfile.ZIP_DEFLATED)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(local), f"/deflated/{local.name}")
+    with pytest.raises(DataError, match="is deflated.*Download the zip, or put the unpacked"):
+        _source("memory://deflated").load(Piece(0, 0, 1), 0)
+    memory.rm("/deflated", recursive=True)
+    with pytest.raises(DataError, match="no such file"):
+        describe_safe(f"memory://none/{local.name}", ["B02"])
 
 
 def test_a_zipped_zarr_product_of_the_same_name_is_no_safe(tmp_path: Path) -> None:

@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from safe_files import stored, write_safe, zipped
 
 from domainssl.cli import main
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.raster.safe import describe_safe, read_safe
 from domainssl.io.raster.zarr import open_cube
 from domainssl.io.ssl4eo.labels import labels
 from domainssl.io.storage.archives import FolderStore
@@ -102,6 +104,21 @@ def test_a_server_that_fails_is_not_one_without_the_file(server, tmp_path, monke
     monkeypatch.setattr(Handler, "status", None)
     found = labels(server, "train", QUICK)
     assert found is not None and found.label == {"a": 0}
+
+
+@pytest.mark.parametrize("is_zip", [False, True])
+def test_a_sentinel_2_product_is_read_by_ranges_or_said_to_fail(
+    server, tmp_path, monkeypatch, is_zip
+):
+    local = write_safe(tmp_path)
+    url = f"{server}/{(zipped(local) if is_zip else local).name}"
+    file = describe_safe(url, ["B02", "B11"], mask="scl", options=QUICK)
+    for band in file.bands:
+        values, _ = read_safe(url, band, slice(0, 20), slice(3, 30), QUICK)
+        np.testing.assert_array_equal(values, stored(band.name, "20220301")[:20, 3:30])
+    monkeypatch.setattr(Handler, "status", 503)
+    with pytest.raises(DataError, match="503|JPEG 2000 image cannot be read"):
+        read_safe(url, file.mask, slice(0, 20), slice(0, 20), QUICK)  # not opened yet
 
 
 def test_a_missing_file_is_one(server):

@@ -70,7 +70,7 @@ def describe(
         DataError: A band is missing, or the file does not say where or what it is.
     """
     if is_safe(found.path):
-        return describe_safe(found.path, sought.bands, mask=sought.mask)
+        return describe_safe(found.path, sought.bands, mask=sought.mask, options=options)
     if found.path.lower().endswith(GEOTIFF_ENDINGS):
         if sought.mask is not None:
             raise DataError(

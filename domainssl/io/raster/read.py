@@ -363,7 +363,7 @@ def _stored(
         if masks is not None:
             hidden = [mask[None] for mask in masks]
     elif file.kind == "safe":
-        values, decoded = read_safe(file.path, bands[0], places.rows, places.columns)
+        values, decoded = read_safe(file.path, bands[0], places.rows, places.columns, file.options)
         stored = [np.repeat(values[None], len(dates), 0)]
     else:
         stored, hidden, decoded = _read_array(file, bands, dates, places, is_map)

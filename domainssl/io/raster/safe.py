@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 import zipfile
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -19,9 +20,9 @@ from domainssl.errors import DataError, nearest, parsing, require
 from domainssl.files import open_regular
 from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile, StoredBand
 from domainssl.io.raster.grid import Grid
-from domainssl.io.storage.archives import check_member
-from domainssl.io.storage.handles import HandlePool
-from domainssl.io.storage.paths import stamp
+from domainssl.io.storage.archives import FolderStore, check_member
+from domainssl.io.storage.handles import HandlePool, SharedFile, window
+from domainssl.io.storage.paths import Options, is_url, join, open_file, stamp
 from domainssl.sensors import L1C_BANDS, canonical_band
 
 __all__ = ["describe_safe", "is_safe", "read_safe", "safe_bands", "safe_site"]
@@ -50,19 +51,12 @@ _FILES = HandlePool(limit=64)
 
 
 def is_safe(path: str) -> bool:
-    """Whether a local path is a Sentinel-2 product: a folder or zip of its name and content.
-
-    Raises:
-        DataError: It is one behind a URL.
-    """
+    """Whether a path is a Sentinel-2 product: a folder or zip of its name, a URL by that alone."""
     name = os.path.basename(path.rstrip("/\\"))
     if not _PRODUCT.fullmatch(name) or name.lower().endswith(".zarr.zip"):
         return False
-    if "://" in path and name.lower().endswith((".safe", ".safe.zip", ".zip")):
-        raise DataError(
-            f"{path}: Sentinel-2 products (.SAFE, also zipped) are read from local folders, not "
-            "behind URLs. Download it, or use the product in Zarr (EOPF) or as COG."
-        )
+    if is_url(path):
+        return name.lower().endswith((".safe", ".zip"))
     if name.lower().endswith(".zip"):
         return os.path.isfile(path)
     return name.upper().endswith(".SAFE") and os.path.isdir(path)
@@ -74,46 +68,67 @@ def safe_site(path: str) -> str | None:
     return found[1] if found else None
 
 
-class _Product:
-    """The files of a product, in a folder or a zip."""
+class _File(NamedTuple):
+    """A file of a product: its full name, and of zips size, method and place of its header."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.is_zip = path.lower().endswith(".zip")
+    name: str
+    size: int = -1
+    method: int = zipfile.ZIP_STORED
+    start: int = 0
+
+
+class _Product:
+    """The files of a product, in a folder or a zip, local or behind a URL."""
+
+    def __init__(self, path: str, options: Options | None = None) -> None:
+        self.path, self._options = path, options
+        self.is_zip, self.is_remote = path.lower().endswith(".zip"), is_url(path)
         files = self._zipped() if self.is_zip else self._listed()
-        tops = [full[: match.start(1)] for full, *_ in files if (match := _TOP.search(full))]
+        tops = [f.name[: match.start(1)] for f in files if (match := _TOP.search(f.name))]
         top = min(tops, key=len, default="")  # zips hold a folder, as a rule
-        self._sizes = {  # name inside of the product -> full name, size, method
-            full[len(top) :]: (full, size, method)
-            for full, size, method in files
-            if full.startswith(top)
+        self._files = {  # by name inside of the product
+            file.name[len(top) :]: file for file in files if file.name.startswith(top)
         }
 
-    def _listed(self) -> list[tuple[str, int, int]]:
+    def _listed(self) -> list[_File]:
         found = []
+        if self.is_remote:
+            found = [_File(check_member(n, self.path)) for n in self._store.names()]
+            if len(found) > _MOST_FILES:
+                raise DataError(f"{self.path}: more than {_MOST_FILES} files, no such product.")
+            return found
         for base, _, names in os.walk(self.path):  # links to folders are not followed
             for name in names:
                 full = os.path.relpath(os.path.join(base, name), self.path)
-                found.append((full.replace(os.sep, "/"), -1, zipfile.ZIP_STORED))
+                found.append(_File(full.replace(os.sep, "/")))
             if len(found) > _MOST_FILES:
                 raise DataError(f"{self.path}: more than {_MOST_FILES} files, no such product.")
         return found
 
-    def _zipped(self) -> list[tuple[str, int, int]]:
-        with open_regular(self.path) as file, parsing(
+    @property
+    def _store(self) -> FolderStore:
+        return FolderStore(self.path, self._options)
+
+    def _zipped(self) -> list[_File]:
+        with open_file(self.path, self._options) as file, parsing(
             f"{self.path}: not a complete zip; it", also=(zipfile.BadZipFile, NotImplementedError)
         ), zipfile.ZipFile(file) as archive:  # fmt: skip
             infos = [info for info in archive.infolist() if not info.is_dir()]
         if len(infos) > _MOST_FILES:
             raise DataError(f"{self.path}: more than {_MOST_FILES} members, no such product.")
         return [
-            (check_member(info.filename, self.path), info.file_size, info.compress_type)
+            _File(
+                check_member(info.filename, self.path),
+                info.file_size,
+                info.compress_type,
+                info.header_offset,
+            )
             for info in infos
         ]
 
     def names(self, pattern: re.Pattern[str]) -> list[str]:
         """Return the names of files inside of the product that fit a pattern."""
-        return sorted(name for name in self._sizes if pattern.fullmatch(name))
+        return sorted(name for name in self._files if pattern.fullmatch(name))
 
     def xml(self, pattern: re.Pattern[str], what: str) -> ElementTree.Element:
         """Parse the one file of a name.
@@ -125,7 +140,7 @@ class _Product:
         if len(names) != 1:
             raise DataError(
                 f"{self.path}: {len(names)} files {what}, expected one; it holds "
-                f"{', '.join(sorted(self._sizes)[:6]) or 'nothing'}. Sentinel-2 products in the "
+                f"{', '.join(sorted(self._files)[:6]) or 'nothing'}. Sentinel-2 products in the "
                 "format of December 2016 and later are read; get the product again."
             )
         where = f"{self.path}: {names[0]}"
@@ -139,14 +154,16 @@ class _Product:
             return ElementTree.fromstring(text)
 
     def _content(self, name: str) -> bytes:
-        full, size, _ = self._sizes[name]
+        full, size, *_ = self._files[name]
         if self.is_zip:
             if size > _XML_LIMIT:
                 return bytes(_XML_LIMIT + 1)
-            with open_regular(self.path) as file, parsing(
+            with open_file(self.path, self._options) as file, parsing(
                 f"{self.path}: member {full!r}", also=(zipfile.BadZipFile, NotImplementedError)
             ), zipfile.ZipFile(file) as archive:  # fmt: skip
                 return archive.read(full)
+        if self.is_remote:
+            return self._store.get(full, _XML_LIMIT) or b""
         with open_regular(os.path.join(self.path, full)) as file:
             return file.read(_XML_LIMIT + 1)
 
@@ -170,38 +187,61 @@ class _Product:
         Raises:
             DataError: It is packed in a way that may unfold to any size.
         """
-        full, size, method = self._sizes[name]
+        full, size, method, _ = self._files[name]
         if not self.is_zip:
-            return os.path.join(self.path, full)
+            return join(self.path, full)
         if size > _JP2_LIMIT or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise DataError(
                 f"{self.path}: member {full!r} has {size / 1e6:.0f} MB, packed by method {method} "
                 "of zip; expected stored or deflated images of less than 2 GB."
             )
+        if self.is_remote and method != zipfile.ZIP_STORED:
+            raise DataError(
+                f"{self.path}: member {full!r} is deflated, so that a window of it cannot be read "
+                "behind a URL. Download the zip, or put the unpacked product there."
+            )
         return full
 
+    def opener(self, name: str) -> Callable[..., BinaryIO]:
+        """Return what opens the image of a name behind a URL: ranges of it are read."""
+        full, size, _, start = self._files[name]
 
-def safe_bands(path: str) -> list[str]:
+        def opened(path: str, mode: str = "rb", **_: Any) -> BinaryIO:
+            if not path.endswith(full):  # what GDAL looks for beside it, and rasterio's trial
+                raise FileNotFoundError(path)
+            if not self.is_zip:
+                return open_file(join(self.path, full), self._options)
+            archive = SharedFile(self.path, self._options)
+            name_size, extra_size = struct.unpack("<26xHH", archive.read(start, 30))
+            return window(archive, start + 30 + name_size + extra_size, size)
+
+        return opened
+
+
+def safe_bands(path: str, options: Options | None = None) -> list[str]:
     """Return the bands that a product holds; `SCL`, the scene classification, is none."""
-    there = _Product(path).bands()
+    there = _Product(path, options).bands()
     return [band for band in L1C_BANDS if band in there]
 
 
-def describe_safe(path: str, bands: Sequence[str], *, mask: str | None = None) -> LayerFile:
+def describe_safe(
+    path: str, bands: Sequence[str], *, mask: str | None = None, options: Options | None = None
+) -> LayerFile:
     """Find the bands of a product.
 
     The offset of processing baseline 04.00 and later is taken from the metadata, band by band, so
     that decoded values are digital numbers without it; stored 0 and 65535 are no measurements.
 
     Args:
-        path: A `.SAFE` folder or a zip of one.
+        path: A `.SAFE` folder or a zip of one; also a URL.
         bands: Names wanted.
         mask: `scl`, the scene classification of L2A, or None.
+        options: fsspec options of a URL.
 
     Raises:
         DataError: Metadata or a band are missing or cannot be read.
     """
-    product = _Product(path)
+    product = _Product(path, options)
     facts = product.xml(_METADATA, "MTD_MSIL1C.xml or MTD_MSIL2A.xml")
     tile = product.xml(_OF_TILE, "GRANULE/*/MTD_TL.xml")
     there = product.bands()
@@ -250,6 +290,7 @@ def describe_safe(path: str, bands: Sequence[str], *, mask: str | None = None) -
     return LayerFile(
         path=path, kind="safe", bands=tuple(chosen), times=np.array([time], "datetime64[s]"),
         crs=crs, mask=stored("scl", "SCL") if mask is not None else None, baselines=(baseline,),
+        options=options if product.is_remote else None,
     )  # fmt: skip
 
 
@@ -302,7 +343,9 @@ def _grid(tile: ElementTree.Element, metres: int, path: str) -> Grid:
     return Grid.of_transform(transform, rows, columns, path)
 
 
-def read_safe(path: str, band: StoredBand, rows: slice, columns: slice) -> tuple[Array, int]:
+def read_safe(
+    path: str, band: StoredBand, rows: slice, columns: slice, options: Options | None = None
+) -> tuple[Array, int]:
     """Read a window of one band as stored.
 
     Args:
@@ -310,6 +353,7 @@ def read_safe(path: str, band: StoredBand, rows: slice, columns: slice) -> tuple
         band: From `describe_safe`.
         rows: Rows of the window.
         columns: Columns of the window.
+        options: fsspec options of a URL.
 
     Returns:
         Values (H, W), and how many bytes the blocks hold that were decoded.
@@ -319,10 +363,10 @@ def read_safe(path: str, band: StoredBand, rows: slice, columns: slice) -> tuple
     """
     rasterio = require("rasterio", "geo")
     where = f"{path}: {band.array}"
-    file = _FILES.get((*stamp(path), band.array), lambda: _open(path, band, where))
-    window = rasterio.windows.Window.from_slices(rows, columns)
+    file = _FILES.get((*stamp(path), band.array), lambda: _open(path, band, where, options))
+    place = rasterio.windows.Window.from_slices(rows, columns)
     with _reading(where):
-        values: Array = file.read(1, window=window)
+        values: Array = file.read(1, window=place)
     high, wide = file.block_shapes[0]
     down = -(-rows.stop // high) - rows.start // high
     across = -(-columns.stop // wide) - columns.start // wide
@@ -337,22 +381,25 @@ def _reading(where: str) -> Any:
     )
 
 
-def _open(path: str, band: StoredBand, where: str) -> Any:
+def _open(path: str, band: StoredBand, where: str, options: Options | None) -> Any:
     """Open an image with the one driver that may see it, and compare it with the metadata."""
     rasterio = require("rasterio", "geo")
-    product = _Product(path)
+    product = _Product(path, options)
     member = product.member(band.array)
-    name = os.path.abspath(member)
-    if product.is_zip:
+    more: dict[str, Any] = {}
+    if product.is_remote:
+        name, more = member, {"opener": product.opener(band.array)}
+    elif product.is_zip:
         name = f"/vsizip/{{{os.path.abspath(path)}}}/{member}"
     else:
+        name = os.path.abspath(member)
         with open_regular(member) as file:
             if file.read(len(_JP2)) != _JP2:
                 raise DataError(f"{where}: does not begin as JPEG 2000; get the product again.")
     # nothing that lies beside the image is looked at
     alone = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_PAM_ENABLED": "NO"}
     with _reading(where), rasterio.Env(**alone):
-        opened = rasterio.open(name, driver="JP2OpenJPEG")
+        opened = rasterio.open(name, driver="JP2OpenJPEG", **more)
     shape, expected = (
         (opened.count, opened.height, opened.width),
         (1, band.grid.height, band.grid.width),

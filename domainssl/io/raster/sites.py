@@ -80,7 +80,7 @@ def find_files(
                 "{site}, {date}, {band} stand for parts of names, * and ? for anything within one."
             )
         return found
-    full = join(root, path) if path else root
+    full = root if path in ("", ".") else join(root, path)
     single = _single(full, options)
     if single:
         return {_stem(full): [Found(full, "", group)]}
