@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from PIL import Image
 
 from domainssl.cli import main
-from domainssl.cli.verbs.matrix import find_all
 from domainssl.errors import ConfigError
 from domainssl.matrix.cells import Cell, column_of, find_cells
 from domainssl.matrix.page import BEGIN, END, check_page, markdown, write_page
@@ -252,28 +250,6 @@ def test_mistakes_are_said_before_anything_is_trained(tmp_path, monkeypatch, cap
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
-def test_the_page_names_every_cell_of_the_registry_and_no_other():
-    page = Path(__file__).parents[2] / "docs/matrix.md"
-    text = page.read_text(encoding="utf-8")
-    remedy = "python -m domainssl matrix --seeds 0 --write docs/matrix.md names the cells anew"
-    known = {entry.name: entry for entry in read_record(page.with_suffix(".json"))}
-    cells = {cell.name: cell for cell in find_all()}
-    assert known.keys() == cells.keys(), remedy
-    trained, _, rest = text.partition("### Linear probe")
-    waiting = rest.partition("### Not trained yet")[2].partition("###")[0]
-    for name, cell in cells.items():
-        entry = known[name]
-        assert entry.reason == cell.reason, (name, remedy)
-        if cell.reason:
-            assert f"| `{cell.objective}` | {cell.column} | {cell.reason}" in text, (name, remedy)
-        elif entry.runs:
-            assert entry.sha256 == cell.sha256, (name, "the configuration has changed; train it")
-            assert f"| `{name}` | {cell.objective} | {cell.column} |" in trained, (name, remedy)
-        else:
-            assert f"`{name}`" in waiting, (name, remedy)
-
-
 def test_only_cells_that_a_pattern_names_are_composed():
     def never(config: Any) -> str:
         raise AssertionError(config)
@@ -296,15 +272,3 @@ def test_the_list_of_named_cells_builds_no_others(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     assert main(["matrix", "--list", "--cells", "ssl4eo_croma"]) == 0  # a recipe: nothing is built
     assert capsys.readouterr().out == "ssl4eo_croma  CROMA, S1/S2 images: recipe\n"
-
-
-@pytest.mark.slow
-def test_the_list_gives_a_reason_for_every_cell_that_cannot_exist(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["matrix", "--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "ssl4eo_croma  CROMA, S1/S2 images: recipe" in lines
-    refused = [line for line in lines if line.startswith("ssl4eo_swinunetr_ssl ")]
-    assert len(refused) == 1 and "SwinUNETRSSL takes one volume" in refused[0]
-    assert not any("yaml" in line or "Traceback" in line for line in lines)
-    assert json.dumps(lines).count("recipe") >= 20

@@ -36,7 +36,7 @@ from domainssl.cli.config.values import (
 )
 from domainssl.errors import nearest
 
-__all__ = ["LINKED", "Checker", "trainer_refusals"]
+__all__ = ["LINKED", "Checker", "needs_hardware", "trainer_refusals"]
 
 OWN_KEYS: dict[str, Any] = {
     "seed_everything": bool | int,
@@ -122,7 +122,8 @@ class Checker:
             if node is not None and node.is_mapping:
                 self.mistakes += refusals(node, f"{path}.init_args", cls, node.plain())
         named = {name for found in before for name in re.findall(r"trainer\.(\w+)", found)}
-        self.mistakes += trainer_refusals(self.tree, hardware=False, without=named)
+        if not needs_hardware(self.tree):
+            self.mistakes += trainer_refusals(self.tree, without=named)
 
     def add(self, found: str, where: Where | None, advice: str = "") -> None:
         """Record one mistake."""
@@ -407,15 +408,19 @@ def _is_cheap(path: str) -> bool:
     return path == "data" or (path.count(".") == 1 and path.startswith("callbacks."))
 
 
-def trainer_refusals(
-    tree: Node, *, hardware: bool = True, without: Collection[str] = ()
-) -> list[Mistake]:
-    """Return what Lightning's Trainer refuses.
+def needs_hardware(tree: Node) -> bool:
+    """Tell whether the trainer asks for devices that may not be here."""
+    node = tree.get("trainer", "accelerator")
+    return node is not None and node.value in ("gpu", "cuda", "mps", "tpu")
+
+
+def trainer_refusals(tree: Node, *, without: Collection[str] = ()) -> list[Mistake]:
+    """Return what Lightning's Trainer refuses, devices included that are not here.
+
+    A job of SLURM is left out: what its environment says belongs to no line.
 
     Args:
         tree: The configuration.
-        hardware: Whether the devices it asks for have to be here. A job of SLURM is left out
-            either way: what its environment says belongs to no line.
         without: Arguments that are known to be wrong.
     """
     node = tree.get("trainer")
@@ -423,8 +428,6 @@ def trainer_refusals(
         return []
     arguments = {key: child.plain() for key, child in node.children.items() if key not in without}
     if "SLURM" in str(arguments.get("plugins")):
-        return []
-    if not hardware and arguments.get("accelerator") in ("gpu", "cuda", "mps", "tpu"):
         return []
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return refusals(node, "trainer", _trainer_class(), arguments | quiet)

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from domainssl.cli.config.check import Checker, trainer_refusals
+from domainssl.cli.config.check import Checker, needs_hardware, trainer_refusals
 from domainssl.cli.config.compose import compose
 from domainssl.cli.config.construct import placed, said_for_the_user
 from domainssl.cli.config.nodes import ConfigMistakes, Node, dump
@@ -124,9 +124,10 @@ def _instantiate(request: Request, *, is_planned: bool = False) -> Any:
 
     _refuse_slurm_elsewhere(request.config)
     _set_matmul_precision(request.config.get("matmul_precision"))
-    mistakes = [] if is_planned else trainer_refusals(request.tree)
-    if mistakes:
-        raise ConfigMistakes(mistakes)
+    if not is_planned and needs_hardware(request.tree):  # checked with the rest otherwise
+        mistakes = trainer_refusals(request.tree)
+        if mistakes:
+            raise ConfigMistakes(mistakes)
     with _said_plainly(request.tree):
         return DomainCLI(request)
 
