@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
 
 from domainssl.backbones.card import export_backbone
 from domainssl.backbones.croma import CROMABackbone
@@ -142,3 +144,35 @@ def data_file(folder: Path, **arguments: object) -> Path:
     path = folder / "data.yaml"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+class Foreign(LightningDataModule):
+    """A DataModule of somebody else, which makes its test data for the stage `test` alone."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.parts = {"train": _Halves(30), "val": _Halves(6)}
+        else:
+            self.parts = {"test": _Halves(12)}
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts["train"])
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts["val"])
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.parts["test"])
+
+
+@dataclass
+class _Halves(Dataset):
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, object]:
+        draw = torch.Generator().manual_seed(number + 100 * self.count)
+        image = torch.randn(2, SIDE, SIDE, generator=draw) + number % 3
+        return {"image": image, "label": number % 3}

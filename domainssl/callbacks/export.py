@@ -51,6 +51,13 @@ class ExportBackbone(Callback):
             "    features = backbone(batch)  # raw physical values; features.pooled, .tokens",
         ]
 
+    def next_commands(self, run: str, folder: str) -> list[str]:
+        """Return commands for what was written by a run whose folder holds its configuration."""
+        return [
+            f"python -m domainssl evaluate {run} --output evaluation",
+            f"python -m domainssl embed {folder} INPUT --output PATH",
+        ]
+
     def target(self, trainer: Trainer) -> Path:
         """Return the folder that the export goes to."""
         return Path(self.folder) if self.folder else run_folder(trainer) / self.what
@@ -99,6 +106,14 @@ class ExportTask(ExportBackbone):
             f'task = load_task("{folder}")  # task.classes',
             "with torch.no_grad():",
             "    predicted = task.predictions(task.logits(batch))  # raw physical values",
+        ]
+
+    def next_commands(self, run: str, folder: str) -> list[str]:
+        """Return commands for what was written by a run whose folder holds its configuration."""
+        return [
+            f"python -m domainssl test --config {run}/config.yaml "
+            f"--ckpt_path={run}/checkpoints/last.ckpt",
+            f"python -m domainssl predict {folder} INPUT --output DIR",
         ]
 
     def _whole(self, module: Any) -> Any:

@@ -120,6 +120,10 @@ def _how_to_load(trainer: Trainer) -> list[tuple[str, str]]:
             lines.append((what, f"{folder}  ({what}.safetensors, {what}.json)"))
             first, *others = callback.how_to_load(folder)
             lines += [("load it", first), *(("", text) for text in others)]
+            if (run_folder(trainer) / "config.yaml").is_file():
+                run = _short(run_folder(trainer))
+                first, *others = callback.next_commands(run, folder)
+                lines += [("next", first), *(("", text) for text in others)]
     return lines
 
 

@@ -112,7 +112,8 @@ def extract(
     ids: list[str] = []
     notes: dict[str, None] = {}
     with torch.no_grad():
-        for batch in batches:
+        for whole in batches:
+            batch = whole if most is None else _first(whole, most - len(ids))
             count = len(batch[next(name for name in modalities if name in batch)])
             here = batch_to(batch, device)
             for name in modalities:
@@ -131,6 +132,11 @@ def extract(
             if most is not None and len(ids) >= most:
                 break
     return _joined(ids, rows, persons, list(notes))
+
+
+def _first(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return the first items of a batch."""
+    return {k: v[:count] if isinstance(v, Tensor | list) else v for k, v in batch.items()}
 
 
 def _of_batch(

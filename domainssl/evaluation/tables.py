@@ -17,7 +17,8 @@ __all__ = [
     "HEADLINES",
     "csv_text",
     "json_content",
-    "overview",
+    "left_off",
+    "overviews",
     "pair_table",
     "plain_row",
 ]
@@ -41,6 +42,9 @@ HEADLINES: dict[str, str] = {
     "MLP multi-label": "mAP",
     "dense linear": "mIoU",
 }
+
+_DIRECT = "cross-modal (direct)"
+_MOST_PAIRS = 24  # rows
 
 
 def plain_row(row: Row) -> dict[str, Any]:
@@ -70,35 +74,71 @@ def _cell(row: Row | None) -> str:
     return f"{100 * row.value:.1f}" + ("" if math.isnan(half) else f" ±{half:.0f}")
 
 
-def overview(rows: Sequence[Row], title: str) -> Table | None:
-    """Return a table of the headline metric of every protocol, in percent; None without any.
+def overviews(rows: Sequence[Row], title: str, width: int) -> list[Table]:
+    """Return tables of the headline metric of every protocol, in percent; none without any.
 
     Args:
         rows: All rows.
-        title: Above the table.
+        title: Above the first table.
+        width: Characters that a table may be wide; protocols beyond it follow in further tables.
     """
-    by_place = {(r.backbone, r.features, r.protocol): r for r in rows if _is_headline(r)}
-    shown = [name for name in HEADLINES if any(place[2] == name for place in by_place)]
-    if not shown:
-        return None
-    grid = Table(title=title, title_justify="left", title_style="bold")
-    grid.add_column("backbone", overflow="fold")
-    grid.add_column("features", no_wrap=True)
-    for name in shown:
-        grid.add_column(f"{name}\n{HEADLINES[name]}", justify="right", no_wrap=True)
-    places = list(dict.fromkeys((r.features, r.backbone) for r in rows if _is_headline(r)))
-    order = {name: i for i, name in enumerate(dict.fromkeys(f for f, _ in places))}
-    places.sort(key=lambda place: order[place[0]])
-    for position, (features, backbone) in enumerate(places):
-        last = position + 1 == len(places) or places[position + 1][0] != features
-        cells = [_cell(by_place.get((backbone, features, name))) for name in shown]
-        grid.add_row(_escaped(backbone), features, *cells, end_section=last)
-    grid.add_row("chance", "", *(_chances(rows, name) for name in shown), style="dim")
-    grid.caption = (
-        "percent ± half of the 95 % interval over test items; chance: what features without "
-        "information reach"
-    )
-    return grid
+    all_shown = [r for r in rows if HEADLINES.get(r.protocol) == r.metric]
+    by_place = {(r.backbone, r.features, r.protocol): r for r in all_shown}
+    features = _features_on_screen(all_shown)
+    places = [(f, r.backbone) for f in features for r in all_shown if r.features == f]
+    places = list(dict.fromkeys(places))
+    names = [name for name in HEADLINES if any(place[2] == name for place in by_place)]
+    columns = {name: [_cell(by_place.get((b, f, name))) for f, b in places] for name in names}
+    heads = [max(map(len, column), default=0) + 3 for column in zip(*places)]
+    tables: list[Table] = []
+    for shown in _side_by_side(columns, width - sum(heads) - 1):
+        grid = Table(title="" if tables else title, title_justify="left", title_style="bold")
+        grid.add_column("backbone", no_wrap=True)
+        grid.add_column("features", no_wrap=True)
+        for name in shown:
+            grid.add_column(f"{name}\n{HEADLINES[name]}", justify="right", no_wrap=True)
+        for position, (own, backbone) in enumerate(places):
+            last = position + 1 == len(places) or places[position + 1][0] != own
+            cells = [columns[name][position] for name in shown]
+            grid.add_row(_escaped(backbone), own, *cells, end_section=last)
+        grid.add_row("chance", "", *(_chances(rows, name) for name in shown), style="dim")
+        tables.append(grid)
+    if tables:
+        tables[-1].caption = (
+            "percent ± half of the 95 % interval over test items; chance: what features without "
+            "information reach"
+        )
+    return tables
+
+
+def left_off(rows: Sequence[Row]) -> str:
+    """Say which features the tables on screen leave to the files; empty where they show all."""
+    features = list(dict.fromkeys(r.features for r in rows if _is_headline(r)))
+    count = len(features) - len(_features_on_screen([r for r in rows if _is_headline(r)]))
+    words = [f"{count} subsets of modalities"] if count else []
+    words += ["direct retrieval"] if _is_long(rows) else []
+    return f"not shown here: {' and '.join(words)}; see the files" if words else ""
+
+
+def _features_on_screen(rows: Sequence[Row]) -> list[str]:
+    """Return single modalities, and all subsets of up to three, else the largest alone."""
+    found = list(dict.fromkeys(r.features for r in rows))
+    most = max((name.count("+") for name in found), default=0)
+    return found if most < 3 else [n for n in found if n.count("+") in (0, most)]
+
+
+def _side_by_side(columns: Mapping[str, Sequence[str]], width: int) -> list[list[str]]:
+    """Divide the protocols over as few tables of that width as possible."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, cells in columns.items():
+        need = max(len(name), len(HEADLINES[name]), *map(len, cells)) + 3
+        if not groups or need > room:
+            groups.append([])
+            room = width
+        groups[-1].append(name)
+        room -= need
+    return groups
 
 
 def _chances(rows: Sequence[Row], protocol: str) -> str:
@@ -115,11 +155,18 @@ def _is_headline(row: Row) -> bool:
     return HEADLINES.get(row.protocol) == row.metric
 
 
+def _is_long(rows: Sequence[Row]) -> bool:
+    """Whether there are so many pairs of modalities that a screen shows one way of comparing."""
+    return sum(r.protocol == _DIRECT and r.metric == "R@1" for r in rows) > _MOST_PAIRS
+
+
 def pair_table(rows: Sequence[Row]) -> Table | None:
     """Return the table of retrieval across modalities and sources; None without any."""
     across = [r for r in rows if r.protocol.startswith("cross-")]
     if not across:
         return None
+    if _is_long(rows):
+        across = [r for r in across if r.protocol != _DIRECT]
     title = "Retrieval across modalities and sources"
     grid = Table(title=title, title_justify="left", title_style="bold")
     metrics = list(dict.fromkeys(r.metric for r in across))

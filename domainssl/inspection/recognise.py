@@ -44,6 +44,7 @@ from domainssl.inspection.tables import (
     as_text,
     facts_table,
     new_table,
+    next_lines,
     note_lines,
     values_table,
 )
@@ -418,7 +419,7 @@ def render(report: Mapping[str, Any]) -> RenderableType:
         parts += [Text(f"  {text}") for text in problems]
     else:
         parts.append(Text("no problems found", style="green"))
-    return Lines(*parts)
+    return Lines(*parts, *next_lines(report))
 
 
 def _tables(report: Mapping[str, Any]) -> list[Any]:
@@ -495,9 +496,8 @@ def _data(report: Mapping[str, Any]) -> list[Any]:
         for name, found in entry["modalities"].items():
             parts.append(facts_table(f"{split} {name}", _titled(found)))
             if found.get("values"):
-                title = (
-                    f"{split} {name}, {found['value_unit']}, valid pixels of the items looked at"
-                )
+                what = {"features": "tiles", "volume": "voxels"}.get(found["kind"], "pixels")
+                title = f"{split} {name}, {found['value_unit']}, valid {what} looked at"
                 parts.append(values_table(title, found["values"]))
     return parts
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["add_row", "as_text", "facts_table", "new_table", "note_lines", "values_table"]
+__all__ = [
+    "add_row",
+    "as_text",
+    "facts_table",
+    "new_table",
+    "next_lines",
+    "note_lines",
+    "values_table",
+]
 
 
 _PLACES = ("transform", "bounds", "pixel")  # coordinates: four digits are 100 m off
@@ -72,3 +80,12 @@ def note_lines(report: Mapping[str, Any]) -> list[Any]:
     from rich.text import Text
 
     return [Text(f"note: {text}") for text in report.get("notes", ())]
+
+
+def next_lines(report: Mapping[str, Any]) -> list[Any]:
+    """Return the next commands of a report as lines."""
+    from rich.text import Text
+
+    commands = report.get("next", ())
+    title = [Text("next:", style="bold")] if commands else []
+    return [*title, *(Text(f"  {command}") for command in commands)]

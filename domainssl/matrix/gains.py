@@ -46,7 +46,7 @@ FEW: dict[str, Few] = {
         start="slides_titan",
         metric="val/accuracy",
         epochs=60,
-        changes=("--data.global_batch_size=10",),
+        changes=("--data.global_batch_size=9",),
     ),
     "finetune_ssl4eo_landcover": Few(
         start="ssl4eo_croma",

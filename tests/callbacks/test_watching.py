@@ -324,8 +324,11 @@ def test_the_exported_backbone_holds_the_trained_weights_and_their_origin(tmp_pa
 
 def test_the_summary_says_what_was_trained_where_it_lies_and_how_to_load_it(tmp_path, capsys):
     logger = CSVLogger(tmp_path, name="", version="")
+    (tmp_path / "config.yaml").write_text("")
     run(tmp_path, [ExportBackbone(), Summary(), Throughput()], max_epochs=2, logger=logger)
     text = capsys.readouterr().out
+    assert f"next     python -m domainssl evaluate {tmp_path} --output evaluation" in text
+    assert f"python -m domainssl embed {tmp_path / 'backbone'} INPUT --output PATH" in text
     assert "TinyBackbone" in text and "TinyObjective: 2 epochs, 8 steps" in text
     assert f'load_backbone("{tmp_path / "backbone"}")' in text
     assert "metrics.csv" in text and "samples/s" in text

@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluation_fakes import data_file, exported
+import torch
+from evaluation_fakes import MODALITIES, data_file, exported
 
+from domainssl.backbones.card import export_backbone
+from domainssl.backbones.encoders.backbone import EncoderBackbone, EncoderSizes
 from domainssl.cli import main
 
 
@@ -186,6 +190,46 @@ def test_a_backbone_needs_data_and_a_modality_in_common(place, tmp_path, capsys)
     words = [str(place / "radar"), "--config", "recipes/tiles_mae.yaml", f"--output={tmp_path}"]
     assert main(["evaluate", *words]) == 2
     assert "no modality in common" in capsys.readouterr().err
+
+
+def test_the_test_data_of_a_module_of_others_are_measured(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign.yaml").write_text(
+        "data:\n  class_path: DatasetDataModule\n  init_args:\n    root: .\n"
+        "    dataset: {name: evaluation_fakes.Foreign, root: null}\n    modalities:\n"
+        "      s1: {channels: [VV, VH], value_unit: arbitrary, size: [16, 16], mean: [0, 0],"
+        " std: [1, 1]}\n    global_batch_size: 6\n    loading: {workers: 0}\n"
+    )
+    words = [str(place / "radar"), "--config", str(tmp_path / "foreign.yaml"), "--resamples=20"]
+    words += ["--protocols", "knn", "--no_baselines"]
+    assert main(["evaluate", *words, f"--output={tmp_path}"]) == 0
+    counts = {(row["train_items"], row["test_items"]) for row in rows(tmp_path).values()}
+    assert counts == {("30", "12")}  # not the 6 of val
+    assert main(["evaluate", *words, f"--output={tmp_path / 'few'}", "--max_items=11"]) == 0
+    counts = {(row["train_items"], row["test_items"]) for row in rows(tmp_path / "few").values()}
+    assert counts == {("11", "11")}  # batches have 6
+    assert json.loads((tmp_path / "evaluation.json").read_text())["data"]["test_split"] == "test"
+
+
+def test_a_backbone_of_series_takes_an_image_as_one_date(place: Path, tmp_path: Path) -> None:
+    kinds = {}
+    for kind in ("image", "series"):
+        torch.manual_seed(0)
+        form = {"s1": replace(MODALITIES["s1"], kind=kind)}
+        kinds[kind] = EncoderBackbone(
+            form, "transformer", EncoderSizes(width=16, depth=1, heads=2, patch_size=4)
+        )
+        export_backbone(kinds[kind], tmp_path / kind)
+    words = [str(tmp_path / kind) for kind in kinds]
+    words += ["--config", str(place / "data.yaml"), "--resamples=20", "--protocols", "knn", "dense"]
+    assert main(["evaluate", *words, f"--output={tmp_path}"]) == 0
+    found = rows(tmp_path)
+    same = [row for key, row in found.items() if key[0] == "series"]
+    assert same and {row["features"] for row in same} == {"s1"}
+    for row in same:
+        other = found["image", row["features"], row["protocol"], row["metric"]]
+        assert row["value"] == other["value"] and row["gain"] == other["gain"]
+    [note] = json.loads((tmp_path / "evaluation.json").read_text())["notes"][-1:]
+    assert "series" in note
 
 
 def test_python_finds_the_same(place: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 from evaluation_fakes import data_file, exported
 from PIL import Image
+from rich.console import Console
 
 import domainssl
 from domainssl.cli.run.evaluating import _data_name
 from domainssl.evaluation.comparison import Row
 from domainssl.evaluation.gallery import principal
 from domainssl.evaluation.html import spectrum
-from domainssl.evaluation.tables import overview
+from domainssl.evaluation.tables import HEADLINES, left_off, overviews, pair_table
 
 BROWSER, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FEW = {"protocols": ("knn", "linear", "retrieval", "cross_modal", "dense"), "resamples": 20}
@@ -71,25 +73,57 @@ def test_title_and_captions_say_what_is_shown(report: Path) -> None:
     assert "Share found per class" not in text
 
 
-def test_the_table_on_screen_has_a_row_of_chances() -> None:
-    def row(features: str, protocol: str, metric: str, chance: float) -> Row:
-        return Row(
-            backbone="a", features=features, protocol=protocol, metric=metric, value=0.5, low=0.4,
-            high=0.6, seeds=1, seed_std=0.0, chance=chance, train_items=9, test_items=9,
-        )  # fmt: skip
+def row(features: str, protocol: str, metric: str, chance: float, backbone: str = "a") -> Row:
+    return Row(
+        backbone=backbone, features=features, protocol=protocol, metric=metric, value=0.5, low=0.4,
+        high=0.6, seeds=1, seed_std=0.0, chance=chance, train_items=9, test_items=9,
+    )  # fmt: skip
 
+
+def test_the_table_on_screen_has_a_row_of_chances() -> None:
     rows = [
         row("s1", "kNN", "accuracy", 0.25),
         row("s2", "kNN", "accuracy", 0.5),
         row("s1", "retrieval", "mAP", 0.125),
         row("s1", "kNN", "balanced accuracy", 0.9),
     ]
-    table = overview(rows, "t")
-    assert table is not None
+    [table] = overviews(rows, "t", 80)
     assert [list(column.cells)[-1] for column in table.columns] == [
         "chance", "", "25.0 to 50.0", "12.5",
     ]  # fmt: skip
     assert "chance: what features without information reach" in str(table.caption)
+
+
+def test_tables_on_screen_are_no_wider_than_it_and_lose_no_value() -> None:
+    subsets = ["a", "b", "c", "d", "a+b", "a+b+c", "a+b+c+d"]
+    names = ["omnisat", "untrained (a long label)"]
+    rows = [
+        row(features, protocol, metric, 0.25, name)
+        for features in subsets
+        for name in names
+        for protocol, metric in HEADLINES.items()
+    ]
+    pairs = [(a, b) for a in "abcd" for b in "abcd" if a != b]
+    for how in ("aligned", "direct"):
+        rows += [
+            row(f"{a} to {b}", f"cross-modal ({how})", "R@1", 0.1, name)
+            for a, b in pairs
+            for name in [*names, "raw"]
+        ]
+    tables = overviews(rows, "t", 80)
+    console = Console(width=80, file=io.StringIO())
+    for table in tables:
+        console.print(table)
+    text = console.file.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert text.count("50.0 ±10") == 2 * 5 * len(HEADLINES)  # backbones, features on screen
+    assert "│ untrained (a long label) │ a+b+c+d" in text and "a+b+c " not in text
+    shown = pair_table(rows)
+    assert shown is not None and shown.row_count == 36
+    assert left_off(rows) == (
+        "not shown here: 2 subsets of modalities and direct retrieval; see the files"
+    )
+    assert left_off([row("a", "kNN", "accuracy", 0.5)]) == ""
 
 
 def test_a_sample_is_called_one() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from slide_files import damage_tile, shrink, squares, write_ome, write_tiff
 
 from domainssl.cli import main
+from domainssl.inspection.following import following
 from domainssl.inspection.recognise import inspect_path, recognise, render
 
 
@@ -133,3 +134,17 @@ def test_feature_files_are_described(tmp_path: Path) -> None:
     assert [text for text in report["problems"] if "b.h5" in text]
     assert "layout trident" in _text(report)
     assert inspect_path(str(folder / "a.h5"))["bags"][0]["tiles"] == 3
+    options = "--config recipes/slides_titan.yaml --data.root=" + str(tmp_path)
+    after = following(report)
+    assert after[0] == (
+        f"python -m domainssl inspect {options} --data.modalities.tile_features.dim=8"
+    )
+    assert after[2].startswith("python -m domainssl fit") and "dim=8" in after[2]
+    alone = inspect_path(str(folder / "a.h5"))
+    assert following(alone) == [
+        f"python -m domainssl embed SLIDE_BACKBONE {folder / 'a.h5'} --output slides.parquet"
+    ]
+    assert following({"kind": "data"}, ["--config=a b.yaml", "--data.seed=1"]) == [
+        "python -m domainssl stats '--config=a b.yaml' --data.seed=1 --output stats.yaml",
+        "python -m domainssl fit '--config=a b.yaml' --data.seed=1",
+    ]

@@ -12,6 +12,7 @@ import pytest
 from recipe_runs import kept
 
 from domainssl.cli import main
+from domainssl.cli.run.train import build_data
 from domainssl.errors import ConfigError, DataError
 from domainssl.matrix.gains import FEW, Gain, last_value, table, words_of
 
@@ -32,6 +33,18 @@ def test_a_pretrained_backbone_beats_the_random_one_at_a_tenth_of_the_labels(nam
     random = _value(name, tmp_path / "random", f"recipe:{FEW[name].start}")
     trained = _value(name, tmp_path / "trained", str(kept(FEW[name].start)))
     assert trained >= random + 0.03, (trained, random)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(FEW) - set(NAMES)))
+def test_a_tenth_of_the_labels_makes_a_batch(name, tmp_path):
+    """Of the recipes that are not trained above."""
+    words = words_of(name, f"recipe:{FEW[name].start}", tmp_path, draw=0, fraction=0.1)
+    own = [word for word in words if word.startswith(("--config", "--data"))]
+    data = build_data(own)
+    data.prepare_data()
+    data.setup("fit")
+    assert len(data.train_dataloader()) >= 1
 
 
 def test_every_recipe_of_fine_tuning_has_a_gain_that_can_be_measured():

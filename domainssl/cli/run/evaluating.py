@@ -34,13 +34,14 @@ from domainssl.evaluation.gallery import Gallery, look, panels_of
 from domainssl.evaluation.html import Page, html_report, short_hash
 from domainssl.evaluation.multilabel import kept_labels
 from domainssl.evaluation.report import subsets
+from domainssl.evaluation.single_dates import as_series, single_dates, take_single_dates
 from domainssl.evaluation.tables import csv_text, json_content
 from domainssl.files import write_json, write_text
 from domainssl.modality import Modality
 
 __all__ = ["Evaluation", "Request", "evaluate_backbones"]
 
-_FORMAT = 3  # of kept features; raise it when the same request gives others
+_FORMAT = 4  # of kept features; raise it when the same request gives others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +256,7 @@ def _data(request: Request, places: Sequence[str]) -> Any:
     data = build_data([*(f"--config={file}" for file in files), *request.more])
     data.prepare_data()
     data.setup("fit")
+    data.setup("test")  # a LightningDataModule of others makes its test data for this stage alone
     return data
 
 
@@ -300,8 +302,15 @@ def _subjects(places: Sequence[tuple[str, str]], data: Any, notes: list[str]) ->
                 f"{', '.join(data.modalities)}: no modality in common. Choose data of the "
                 "backbone's kind, or name their modalities as the backbone does."
             )
-        backbone.check(shared)
         label = given or _label(folder, is_run)
+        dated = single_dates(backbone, shared)
+        try:
+            backbone.check(as_series(shared, dated))
+        except WeightsError as error:
+            raise WeightsError(f"{place}: {error}") from error
+        take_single_dates(backbone, dated)
+        if dated:
+            notes.append(f"{label}: images of {', '.join(dated)} are taken as series of one date")
         for other in (n for n in data.modalities if n not in shared):
             notes.append(f"{label}: has no {other}, which the data have; left out")
         taken = {s.label for s in found} | {"raw"}
@@ -341,6 +350,7 @@ def _twins(subjects: Sequence[Subject]) -> list[Subject]:
                 torch.manual_seed(0)
                 untrained = kind(**arguments)
             untrained.normalizer.load_state_dict(subject.backbone.normalizer.state_dict())
+            take_single_dates(untrained, single_dates(untrained, subject.modalities))
             twins[key] = Subject(
                 label="untrained", backbone=untrained.eval(), modalities=subject.modalities
             )

@@ -69,7 +69,7 @@ def render_result(report: Mapping[str, Any]) -> RenderableType:
     from rich.console import Group as Lines
     from rich.text import Text
 
-    from domainssl.inspection.tables import add_row, facts_table, new_table
+    from domainssl.inspection.tables import add_row, facts_table, new_table, next_lines
 
     parts: list[Any] = [Text(f"{report['path']}: {report['what']}", style="bold")]
     parts.append(facts_table("", report["facts"]))
@@ -81,10 +81,7 @@ def render_result(report: Mapping[str, Any]) -> RenderableType:
     for name, facts in report.get("modalities", {}).items():
         parts.append(facts_table(f"takes {name}", facts))
     parts += [Text(f"problem: {text}", style="bold red") for text in report["problems"]]
-    if report["next"]:
-        parts.append(Text("next:", style="bold"))
-        parts += [Text(f"  {command}") for command in report["next"]]
-    return Lines(*parts)
+    return Lines(*parts, *next_lines(report))
 
 
 def _facts_in(path: Path) -> dict[str, Any]:

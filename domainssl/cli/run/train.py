@@ -223,6 +223,7 @@ def _quiet() -> Iterator[None]:
             ".*`IterableDataset` has `__len__` defined.*",
             ".*Trying to infer the `batch_size`.*",
             ".*The dirpath has changed from.*",
+            ".*module.s. in eval mode at the start of training.*",  # teachers, frozen backbones
             "(?s).*(instantiate_classes|JsonargparseDeprecationWarning).*",
             ".*isinstance.treespec, LeafSpec.*",
         ):

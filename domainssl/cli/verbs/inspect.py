@@ -16,9 +16,8 @@ def run(argv: list[str]) -> int:
         passes="--data.",
         description="Say what is at a path: a folder, an archive, a cube, a GeoTIFF, a scan, a "
         "DICOM folder, slides, tiles or features, local or behind an fsspec URL; or a result: a "
-        "run, a folder of runs, a backbone, a task, a checkpoint, an embedding, predictions, with "
-        "the next command. Values are "
-        "measured on a part of the data. "
+        "run, a folder of runs, a backbone, a task, a checkpoint, an embedding, predictions; with "
+        "the next commands. Values are measured on a part of the data. "
         "Exit status 1 when problems were found, 2 when nothing could be read.",
     )
     parser.add_argument(
@@ -38,6 +37,7 @@ def run(argv: list[str]) -> int:
     from domainssl.cli.console import console
     from domainssl.cli.run.looking import data_at
     from domainssl.cli.run.results import render_result
+    from domainssl.inspection.following import following
     from domainssl.inspection.recognise import render
 
     data = data_at(options.path, options.config, more, "inspect")
@@ -47,10 +47,14 @@ def run(argv: list[str]) -> int:
         report = {"path": str(getattr(data, "root", "")), **inspect_data(data)}
     else:
         report = _at(options.path)
+    is_result = "next" in report
+    if not is_result and (data is None or options.config):
+        words = [*(f"--config={file}" for file in options.config), *more]
+        report = {**report, "next": following(report, words)}
     if options.json:
         print(json.dumps(plain(report), indent=2))
     else:
-        shown = render_result(report) if "next" in report else render(report)
+        shown = render_result(report) if is_result else render(report)
         console().print(shown, soft_wrap=False)
     return 1 if report["problems"] else 0
 

@@ -70,7 +70,8 @@ class OpenSlidePyramid:
             slide.close()
 
     def __del__(self) -> None:
-        self.close()
+        if not sys.is_finalizing():  # the library is unloaded then, and frees its slides itself
+            self.close()
 
     def _describe(self) -> Stored:
         properties = dict(self._slide.properties)

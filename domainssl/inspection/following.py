@@ -1,0 +1,90 @@
+"""Which commands come after `inspect` of data: measure, train, tile, embed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["following"]
+
+_VERB = "python -m domainssl"
+_RECIPES = {  # that read the root of their DataModule without further choices
+    "SSL4EOS12DataModule": "ssl4eo_croma",
+    "TerraMeshDataModule": "terramesh_croma",
+    "SentinelCubeDataModule": "cube_croma",
+    "TreeSatAIDataModule": "treesat_omnisat",
+    "PastisDataModule": "pastis_maestro",
+}
+_SENSORS = {"S1GRD", "S2L2A"}  # that the recipe of SSL4EO-S12 reads
+
+
+def following(report: Mapping[str, Any], words: Sequence[str] = ()) -> list[str]:
+    """Return the next commands for what a report of data describes.
+
+    Args:
+        report: Of `inspect_path` or `inspect_data`, with its `path`.
+        words: Options that chose the data, `--config=FILE` first; none of a path.
+    """
+    if words:
+        chosen = shlex.join(words)
+        return [f"{_VERB} stats {chosen} --output stats.yaml", f"{_VERB} fit {chosen}"]
+    path = shlex.quote(str(report["path"]))
+    kind, is_file = report["kind"], os.path.isfile(report["path"])
+    if kind == "data":
+        recipe = _RECIPES.get(str(report["data"]))
+        return [f"{_VERB} stats {path} --output stats.yaml", *_trained(recipe, path)]
+    if kind == "ssl4eo":
+        products = [set(split["products"]) for split in report["splits"].values()]
+        recipe = "ssl4eo_croma" if products and products[0] >= _SENSORS else None
+        return [f"{_VERB} stats {path} --output stats.yaml", *_trained(recipe, path)]
+    if kind == "scans":
+        if is_file:
+            return [f"{_VERB} embed BACKBONE {path} --output {_beside(path, '.nii.gz')}"]
+        return [f"{_VERB} inspect --config RECIPE --data.root={path}", f"{_VERB} recipes"]
+    if kind == "slides":
+        return [
+            f"{_VERB} tile {path} --output GRIDS",
+            f"{_VERB} embed BACKBONE {path} --output BAGS",
+        ]
+    if kind == "pictures":
+        if is_file:
+            return []
+        options = f"--config recipes/tiles_mae.yaml --data.root={path} --data.tiles.mpp_um=UM"
+        return [f"{_VERB} inspect {options}", f"{_VERB} fit {options}"]
+    if kind == "bags":
+        return _of_bags(report, path, is_folder=not is_file and report["layout"] != "file")
+    if kind in ("geotiff", "cube"):
+        return [f"{_VERB} embed BACKBONE {path} --output {_beside(path, '.zarr')}"]
+    return []
+
+
+def _trained(recipe: str | None, path: str) -> list[str]:
+    if recipe is None:
+        return []
+    return [f"{_VERB} fit --config recipes/{recipe}.yaml --data.root={path}"]
+
+
+def _of_bags(report: Mapping[str, Any], path: str, *, is_folder: bool) -> list[str]:
+    """Return how bags are trained on, with their width and resolution, converted and pooled."""
+    after = [f"{_VERB} embed SLIDE_BACKBONE {path} --output slides.parquet"]
+    if not is_folder or not report["bags"]:
+        return after
+    first = report["bags"][0]
+    options = f"--config recipes/slides_titan.yaml --data.root={path}"
+    options += f" --data.modalities.tile_features.dim={first['dim']}"
+    if first["mpp_um"]:
+        options += f" --data.modalities.tile_features.mpp_um={first['mpp_um']:g}"
+    return [
+        f"{_VERB} inspect {options}",
+        f"{_VERB} stats {options} --output stats.yaml",
+        f"{_VERB} fit {options} --data.statistics=stats.yaml",
+        *after,
+    ]
+
+
+def _beside(path: str, ending: str) -> str:
+    """Return a name for the embedding of a file."""
+    name = os.path.basename(path.strip("'").rstrip("/")).partition(".")[0]
+    return shlex.quote(f"{name}_embedding{ending}")
