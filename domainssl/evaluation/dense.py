@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_avg_pool3d, one_hot
 
 from domainssl.backbones.base import Features
+from domainssl.modality import Modality
 
 __all__ = ["majority", "patch_labels", "patch_tokens"]
 
 
 def patch_tokens(
-    features: Features, subset: tuple[str, ...]
+    features: Features, subset: tuple[str, ...], modalities: Mapping[str, Modality]
 ) -> tuple[Tensor, Tensor, tuple[int, ...]] | None:
     """Return the patches of a representation on one grid.
 
     The fused ones where there are some, else those of the modalities side by side where all have
     the same grid. Dates of a series are averaged over those in which a patch is valid.
+
+    Args:
+        features: Of a batch.
+        subset: Modalities that were encoded.
+        modalities: Of the backbone.
 
     Returns:
         Tokens (B, N, E), which of them are valid, bool (B, N), and the grid without dates; None
@@ -32,8 +40,9 @@ def patch_tokens(
         is_valid = features.token_valid.get(name)
         if is_valid is None:
             is_valid = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        dates = name in features.dates and features.dates[name].ndim == 2 and len(grid) == 3
-        if dates:
+        is_series = name in features.dates and features.dates[name].ndim == 2
+        is_series |= name in modalities and modalities[name].kind == "series"  # without dates
+        if is_series and len(grid) == 3:
             weight = is_valid.unflatten(1, grid).flatten(2).float().unsqueeze(-1)  # (B, T, N, 1)
             values = tokens.unflatten(1, grid).flatten(2, 3) * weight
             tokens = values.sum(1) / weight.sum(1).clamp(min=1)

@@ -172,7 +172,7 @@ def _of_batch(
         features = backbone(restricted(batch, subset))
         rows[f"pooled.{name}"] = representation(features, subset).float()
         if isinstance(batch.get("mask"), Tensor):
-            tokens = patch_tokens(features, subset)
+            tokens = patch_tokens(features, subset, backbone.modalities)
             if tokens is None:
                 notes[f"{name}: no patches on one grid, so there is no dense probe of it"] = None
                 continue

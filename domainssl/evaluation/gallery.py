@@ -178,7 +178,7 @@ def _maps(
     here = batch_to(batch, device)
     here[name] = here[name].float()
     with torch.no_grad():
-        found = patch_tokens(backbone(here), (name,))
+        found = patch_tokens(backbone(here), (name,), backbone.modalities)
     if found is None:
         return []
     tokens, _, grid = found

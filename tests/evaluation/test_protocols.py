@@ -146,7 +146,7 @@ def test_dates_of_a_series_are_averaged_where_patches_are_valid():
         tokens={"s2": tokens}, grid={"s2": (2, 1, 2)}, token_valid={"s2": valid},
         dates={"s2": torch.zeros(1, 2, dtype=torch.int32)},
     )  # fmt: skip
-    found = patch_tokens(features, ("s2",))
+    found = patch_tokens(features, ("s2",), {})
     assert found is not None
     values, is_valid, grid = found
     assert values.flatten().tolist() == [2, 10] and is_valid.all() and grid == (1, 2)

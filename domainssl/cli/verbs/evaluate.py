@@ -47,8 +47,11 @@ def run(argv: list[str]) -> int:
         f"{data['train_items']}"
     )
     pairs = pair_table(found.rows)
-    for table in overviews(found.rows, title, screen.width) or [title]:
-        screen.print(table, markup=False)
+    tables = overviews(found.rows, title, screen.width)
+    if not tables:
+        screen.print(title, markup=False)
+    for table in tables:
+        screen.print(table)
     if pairs is not None:
         screen.print(pairs)
     for text in filter(None, (*found.notes, left_off(found.rows))):
