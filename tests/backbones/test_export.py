@@ -246,6 +246,7 @@ def test_every_architecture_with_published_weights_has_a_record() -> None:
     without |= {"anysat_tiny", "anysat_small"}  # announced, not released
     without |= {"csip_resnet18"}  # the authors name no file
     without |= {"less_small", "less_base"}  # no weights released
+    without |= {"resenc_l"}  # reads checkpoints of nnssl; where published ones lie is not recorded
     without |= {"swin_unetr_standard"}  # files written with MONAI 1.5 and later
     assert set(list_backbones()) - named == without
     assert {*TILE_ENCODERS, "titan"} <= named

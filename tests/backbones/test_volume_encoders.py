@@ -177,3 +177,44 @@ def test_weights_of_a_3d_resnet_are_read_and_written_back(tmp_path: Path) -> Non
     written = backbone.to_reference("ct")
     assert written.keys() == net.state_dict().keys()
     assert all(torch.equal(written[n], t) for n, t in net.state_dict().items())
+
+
+def _nnssl(backbone: EncoderBackbone) -> dict[str, Any]:
+    """What nnssl saves of its residual encoder U-Net: each layer twice, and a decoder."""
+    weights = {}
+    for name, tensor in backbone.encoders["ct"].state_dict().items():
+        owner, kind, leaf = name.removeprefix("net.").rsplit(".", 2)
+        weights[f"encoder.{owner}.{kind}.{leaf}"] = tensor
+        weights[f"encoder.{owner}.all_modules.{int(kind == 'norm')}.{leaf}"] = tensor
+    weights |= {f"decoder.{name}": tensor for name, tensor in weights.items()}
+    weights["decoder.stages.0.convs.0.conv.weight"] = torch.rand(4, 8, 3, 3, 3)
+    plan = {"key_to_encoder": "encoder.stages", "key_to_stem": "encoder.stem"}
+    return {
+        "network_weights": weights, "optimizer_state": {}, "current_epoch": 1000,
+        "trainer_name": "BaseMAETrainer", "nnssl_adaptation_plan": plan,
+    }  # fmt: skip
+
+
+def test_the_residual_encoder_of_nnssl_is_read_out_of_its_u_net(tmp_path: Path) -> None:
+    published = build("resenc").eval()
+    path = tmp_path / "checkpoint_final.pth"
+    torch.save(_nnssl(published), path)
+    options: dict[str, Any] = {"sizes": {"features": [4, 6, 8], "blocks": [1, 2, 1]}}
+    with pytest.raises(WeightsError, match="does not say how its volumes were scaled"):
+        load_backbone("resenc_l", weights=path, modalities={"ct": CT}, arguments=options)
+    options["normalization"] = "identity"
+    backbone = load_backbone("resenc_l", weights=path, modalities={"ct": CT}, arguments=options)
+    batch = crop(16, 16, 8)
+    assert torch.equal(backbone(batch).pooled["ct"], published(batch).pooled["ct"])
+    for sizes, said in (
+        ({"blocks": [1, 1, 1]}, "have no place"),
+        ({"blocks": [1, 3, 1]}, "missing in the file: 8"),
+    ):
+        other = {**options, "sizes": {**options["sizes"], **sizes}}
+        with pytest.raises(WeightsError, match=said):
+            load_backbone("resenc_l", weights=path, modalities={"ct": CT}, arguments=other)
+    with pytest.raises(WeightsError, match="another architecture"):
+        load_backbone(
+            "resenc_l", weights=path, modalities={"ct": CT},
+            arguments={"normalization": "identity"},
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,12 @@ from domainssl.datamodules.volumes import VolumeDataModule
 from domainssl.errors import DataError
 from domainssl.inference.volume_maps import VolumeInput, find_volumes
 from domainssl.inspection.recognise import inspect_path
+from domainssl.io.volume import dicom_file
 from domainssl.io.volume.dicom_words import word_of
 from domainssl.io.volume.exam import Wanted
 from domainssl.io.volume.exams import find_exams
 from domainssl.io.volume.folder import read_folder
+from domainssl.io.volume.scan import Reading, read_scan
 from domainssl.loading.source import Loading
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.preparation import prepare
@@ -211,3 +214,32 @@ def test_contours_are_counted_and_segmentations_are_the_maps_of_their_exams(
     report = inspect_path(str(root))
     assert any("4 RTSTRUCT" in note for note in report["notes"]) and not report["problems"]
     assert any("2 DICOM segmentations" in note for note in report["notes"])
+
+
+def test_files_of_a_flat_folder_are_looked_at_once_and_again_where_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (2, 3, 4):
+        for k in range(4):
+            path = tmp_path / f"{number}-{k}"
+            write_slice(path, plane(k) + number, (0, 0, 2.0 * k), series=str(number), number=number,
+                        sop=MR, modality="MR")  # fmt: skip
+            os.utime(path, (1e9, 1e9 + 0.5))
+    looked: list[str] = []
+    original = dicom_file._looked_at
+
+    def counting(path: str, *more: Any) -> Any:
+        looked.append(path)
+        return original(path, *more)
+
+    monkeypatch.setattr(dicom_file, "_looked_at", counting)
+    monkeypatch.setattr(dicom_file, "is_settled", lambda facts, now: True)
+    for _ in range(2):
+        for number in (2, 3, 4):
+            scan = read_scan(tmp_path, Reading(series=f"mr-{number}"))
+            assert scan.values[0, -1, -1, 0] == 24 + number - 1024
+    assert len(looked) == 12
+    write_slice(tmp_path / "2-0", plane(0) + 9, (0, 0, 0.0), series="2", number=2, sop=MR,
+                modality="MR", intercept=0)  # fmt: skip
+    scan = read_scan(tmp_path, Reading(series="mr-2"))
+    assert scan.values[0, -1, -1, 0] == 24 + 9 and len(looked) == 13

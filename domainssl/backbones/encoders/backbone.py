@@ -119,6 +119,7 @@ class EncoderBackbone(Backbone):
         "monai_resnet18": {"encoder": "monai:resnet18"},
         "monai_resnet34": {"encoder": "monai:resnet34"},
         "monai_resnet50": {"encoder": "monai:resnet50"},
+        "resenc_l": {"encoder": "resenc"},
     }
 
     def __init__(
@@ -287,7 +288,7 @@ class EncoderBackbone(Backbone):
         variant: Mapping[str, Any],
         modalities: Mapping[str, Modality | Mapping[str, Any]] | None = None,
     ) -> tuple[Self, LoadReport]:
-        """Read DeCUR's joint and single files, SSL4EO's MoCo, DINO and MAE layouts, 3D ResNets.
+        """Read DeCUR's files, SSL4EO's MoCo, DINO and MAE layouts, 3D ResNets and nnssl's ResEnc.
 
         Bands, units and statistics are the published ones; `modalities` choose what to take from
         a joint file, and are compared. Files of other data (3 bands, volumes) take `modalities`

@@ -1,4 +1,4 @@
-"""Weights files for `EncoderBackbone`: DeCUR's own, and SSL4EO's MoCo, DINO and MAE layouts.
+"""Weights files for `EncoderBackbone`: DeCUR's own, SSL4EO's MoCo, DINO and MAE layouts, nnssl's.
 
 Prefixes are stripped exactly and in a fixed order; what is left over is an error of the caller.
 """
@@ -46,12 +46,16 @@ def published_modality(bands: int) -> Modality | None:
     return {2: _S1, 12: PUBLISHED_MODALITIES["s2"], 13: _S2_L1C}.get(bands)
 
 
+_STEMS = ("conv1.weight", "patch_embed.proj.weight", "stem.convs.0.conv.weight")
+
+
 @dataclass(frozen=True)
 class EncoderFile:
     """Tensors of a weights file, sorted.
 
     Attributes:
-        encoders: Tensors under torchvision or timm names: 1 and 2 of a joint file, 0 alone.
+        encoders: Tensors under torchvision, timm or nnssl's names: 1 and 2 of a joint file, 0
+            alone.
         attention: Deformable attention `l3.*`, `l4.*`: 1 for `da1_*`, 2 for `da2_*`.
         head: Projectors and final norm of a joint file, under their published names.
     """
@@ -64,7 +68,7 @@ class EncoderFile:
         """Return the number of input bands of every encoder."""
         found = {}
         for part, tensors in self.encoders.items():
-            stem = tensors.get("conv1.weight", tensors.get("patch_embed.proj.weight"))
+            stem = next((tensors[name] for name in _STEMS if name in tensors), None)
             if stem is None:
                 raise WeightsError(
                     "This is no ResNet or ViT weights file: it has neither 'conv1.weight' nor "
@@ -75,7 +79,7 @@ class EncoderFile:
 
 
 def _flatten(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    for wrapper in ("teacher", "state_dict", "model"):
+    for wrapper in ("teacher", "state_dict", "model", "network_weights"):
         if isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
             break
@@ -101,7 +105,8 @@ def read_encoder_file(state: Mapping[str, Any]) -> EncoderFile:
     Args:
         state: What the file holds: DeCUR joint (with or without `model`, with or without
             `module.`), DeCUR backbone-only (with or without deformable attention), MoCo v2, MoCo
-            v3, DINO, MAE, CSIP, or plain torchvision, timm and torchgeo names.
+            v3, DINO, MAE, CSIP, nnssl's residual encoder U-Net (`network_weights`, `encoder.*`,
+            `decoder.*`), or plain torchvision, timm and torchgeo names.
 
     Raises:
         WeightsError: It holds no tensors.
@@ -113,6 +118,8 @@ def read_encoder_file(state: Mapping[str, Any]) -> EncoderFile:
         if any(n.startswith(prefix) for n in flat):  # MoCo v2 and v3: keep the trained encoder
             return EncoderFile({0: _without(_below(flat, prefix), unused)})
     flat = {n.removeprefix("module."): t for n, t in flat.items()}
+    if any(n.startswith("encoder.stages.") for n in flat):  # every layer stands there twice
+        return EncoderFile({0: _without(_below(flat, "encoder."), r".*\.all_modules\.")})
     if any(n.startswith("encoder_a.") for n in flat):  # CSIP: an encoder and a layer each
         encoders = {part: _below(flat, f"encoder_{n}.0.") for part, n in enumerate("ab", 1)}
         return EncoderFile({p: _without(t, r"fc\.") for p, t in encoders.items() if t})

@@ -19,11 +19,10 @@ from domainssl.errors import DataError, nearest
 from domainssl.io.volume.dicom_file import (
     DicomFile,
     Plane,
-    check_decoder,
-    decode,
     is_dicom,
     look,
 )
+from domainssl.io.volume.dicom_pixels import check_decoder, decode
 from domainssl.io.volume.dicom_stack import Stack, names_of, stacked
 from domainssl.io.volume.facts import (
     Header,

@@ -1,4 +1,4 @@
-"""One DICOM file: what it is, where its planes lie, and how stored numbers become values.
+"""One DICOM file: what it is, where its planes lie, and by what stored numbers become values.
 
 Names, ids, dates, accession numbers and UIDs are neither kept nor shown: a series is told from
 another by a digest, and words of the DICOM library, which may hold values, are not quoted.
@@ -10,8 +10,9 @@ import hashlib
 import logging
 import math
 import os
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,16 +20,15 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, parsing, require
-from domainssl.io.volume.codestream import image_size
+from domainssl.io.storage.paths import is_settled, stamp
 from domainssl.io.volume.dicom_words import word_of
 from domainssl.io.volume.stored import VOLUME_LIMIT, open_stored
 
 __all__ = [
+    "DAMAGED",
     "DicomFile",
     "Plane",
     "Table",
-    "check_decoder",
-    "decode",
     "dicom",
     "is_dicom",
     "look",
@@ -71,7 +71,9 @@ _TAGS = (
     "SpacingBetweenSlices", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "SegmentationType", *_PHASES, *_TEXTS, "ContrastBolusAgent",
 )  # fmt: skip
-_DAMAGED = "The file is cut off or damaged; export it again."
+_seen: dict[str, tuple[tuple[str, int, int, int], DicomFile]] = {}  # by path
+_MOST_SEEN = 50_000  # files of one plane that a process remembers: about 2 kB each
+DAMAGED = "The file is cut off or damaged; export it again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,16 +181,21 @@ def reading_dicom(what: str) -> AbstractContextManager[None]:
     """Turn what pydicom raises into an error without its words."""
     errors = dicom().errors
     also = (errors.InvalidDicomError, errors.BytesLengthException)
-    return parsing(what, advice=_DAMAGED, also=also, quoted=False)
+    return parsing(what, advice=DAMAGED, also=also, quoted=False)
 
 
 def is_dicom(path: str) -> bool:
     """Whether a file starts like DICOM, with the preamble or with its first group."""
+    if _remembered(path) is not None:
+        return True
     try:
         with open_stored(path, packing=None) as file:
-            head = file.head(_HEAD)
+            return _starts_like_dicom(file.head(_HEAD))
     except DataError:
         return False
+
+
+def _starts_like_dicom(head: bytes) -> bool:
     if head[128:132] == b"DICM":
         return True
     return head[:2] in (b"\x08\0", b"\x02\0") and head[2:4] in (
@@ -199,15 +206,37 @@ def is_dicom(path: str) -> bool:
     )
 
 
+def _remembered(path: str) -> DicomFile | None:
+    """Return what an earlier look found, as long as the file is the same."""
+    known = _seen.get(path)
+    return known[1] if known is not None and known[0] == stamp(path) else None
+
+
 def look(path: str) -> DicomFile:
     """Return what a DICOM file is, without its pixels.
+
+    Each series of a flat folder looks at all files there, so that a process remembers them.
 
     Raises:
         DataError: It is damaged.
     """
-    pydicom = dicom()
+    found = _remembered(path)
+    if found is not None:
+        return found
+    state = stamp(path)
     with open_stored(path, packing=None) as file:
         head, size = file.head(_HEAD), file.size
+    found = _looked_at(path, head, size)
+    if _starts_like_dicom(head) and len(found.planes) <= 1:
+        if is_settled(os.stat(path), time.time_ns()):
+            _seen[path] = state, found
+        while len(_seen) > _MOST_SEEN:
+            _seen.pop(next(iter(_seen)), None)
+    return found
+
+
+def _looked_at(path: str, head: bytes, size: int) -> DicomFile:
+    pydicom = dicom()
     deflated = next((name for syntax, name in _DEFLATED.items() if syntax in head), None)
     if deflated is not None:
         raise DataError(
@@ -266,12 +295,12 @@ def _image(path: str, found: Any, what: str, size: int) -> DicomFile:
     if needed > VOLUME_LIMIT or rows * columns > 2**28 or count < 1:
         raise DataError(
             f"{path}: the header gives {count} frames of {rows} × {columns} pixels, expected at "
-            f"most {VOLUME_LIMIT / 1e9:.2g} GB. {_DAMAGED}"
+            f"most {VOLUME_LIMIT / 1e9:.2g} GB. {DAMAGED}"
         )
     if not syntax.is_encapsulated and needed > size:
         raise DataError(
             f"{path}: the header speaks of {needed} bytes of pixels, but the file has {size}. "
-            f"{_DAMAGED}"
+            f"{DAMAGED}"
         )
     colour = str(found.get("PhotometricInterpretation") or "MONOCHROME2")
     if samples != 1 or not colour.startswith("MONOCHROME"):
@@ -473,60 +502,3 @@ def _table(found: Any, syntax: Any) -> Table | None:
     if int(found.get("PixelRepresentation") or 0) and first >= 2**15:
         first -= 2**16
     return Table(first, values.astype(np.int32))
-
-
-def check_decoder(file: DicomFile) -> None:
-    """Refuse a transfer syntax that nothing installed decodes.
-
-    Raises:
-        DataError: It names the syntax and what to install.
-    """
-    pydicom = dicom()
-    uid = pydicom.uid.UID(file.syntax)
-    try:
-        decoder = require("pydicom.pixels", "medical").get_decoder(uid)
-    except NotImplementedError:
-        decoder = None
-    if decoder is None or not decoder.is_available:
-        raise DataError(
-            f"{file.path}: no decoder for its transfer syntax {uid.name} ({uid}). JPEG, JPEG-LS, "
-            "JPEG 2000 and RLE are read with python-gdcm: pip install 'domainssl[medical]'; HTJ2K "
-            "with pip install pylibjpeg pylibjpeg-openjpeg. Or export it as explicit VR little "
-            "endian."
-        )
-
-
-def decode(file: DicomFile, frames: Sequence[int]) -> list[Array]:
-    """Return the stored numbers of some frames, (rows, columns) each.
-
-    Bits above BitsStored are no part of a number; the sign is that of PixelRepresentation.
-
-    Raises:
-        DataError: There is no decoder, or the pixels are damaged.
-    """
-    check_decoder(file)
-    pixels = require("pydicom.pixels", "medical")
-    with reading_dicom(f"{file.path}: the pixels"):
-        content = dicom().dcmread(file.path, force=True)
-        content.file_meta.TransferSyntaxUID = dicom().uid.UID(file.syntax)
-        if content.file_meta.TransferSyntaxUID.is_encapsulated:
-            _check_images(file, content)
-        found = pixels.pixel_array(content, raw=True)
-        if len(file.planes) > 1:
-            return [found[frame] for frame in frames]
-        if found.ndim != 2:
-            raise ValueError("not one plane")
-        return [found]
-
-
-def _check_images(file: DicomFile, content: Any) -> None:
-    """Compare the size in each compressed image with that of the header, before it is decoded."""
-    encaps = require("pydicom.encaps", "medical")
-    frames = encaps.generate_frames(content.PixelData, number_of_frames=len(file.planes))
-    for plane, frame in zip(file.planes, frames, strict=False):
-        size = image_size(frame)
-        if size is not None and size != (plane.rows, plane.columns):
-            raise DataError(
-                f"{file.path}: the compressed image has {size[0]} × {size[1]} pixels, its header "
-                f"{plane.rows} × {plane.columns}. {_DAMAGED}"
-            )

@@ -13,7 +13,8 @@ import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.io.volume.dicom import contents, dicom_files
-from domainssl.io.volume.dicom_file import DicomFile, Plane, decode, look
+from domainssl.io.volume.dicom_file import DicomFile, Plane, look
+from domainssl.io.volume.dicom_pixels import decode
 from domainssl.io.volume.dicom_stack import names_of
 from domainssl.io.volume.facts import Header, Reading, Scan, ScanFacts, finish
 from domainssl.io.volume.geometry import LPS_TO_RAS
