@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from domainssl.errors import ConfigError, DataError, require
 from domainssl.files import write_whole
 from domainssl.inference.inputs import find_inputs
 from domainssl.inference.outputs import file_states
-from domainssl.io.ids import ids_of
+from domainssl.io.ids import ids_of, is_hashed
 from domainssl.io.slide.bag import Bag, cells_of
 from domainssl.io.slide.bag_folders import BagFile, find_bags
 from domainssl.io.slide.features import read_bag
@@ -29,7 +28,6 @@ __all__ = ["BagItem", "bag_items"]
 
 Array = np.ndarray[Any, Any]
 _MPP_TOLERANCE = 0.1
-_HASHED = re.compile("[0-9a-f]{16}")  # an id of `ids_of`
 _ENDINGS = (".h5", ".hdf5", ".pt", ".zarr")
 
 
@@ -69,7 +67,7 @@ def bag_items(
         ]
     names = [file.slide for file in files]
     hashed = [
-        name if _HASHED.fullmatch(name) else own
+        name if is_hashed(name) else own
         for name, own in zip(names, ids_of(names, ids), strict=True)
     ]
     return [

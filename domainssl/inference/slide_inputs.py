@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from domainssl.errors import ConfigError, DataError
@@ -12,13 +13,16 @@ from domainssl.io.slide.pyramid import ENDINGS, list_slides
 
 __all__ = ["named_slides"]
 
+_ENDING = re.compile(rf"(\.ome)?({'|'.join(map(re.escape, ENDINGS))})\Z", re.IGNORECASE)
+
 
 def named_slides(given: Sequence[str], ids: str) -> tuple[list[str], list[str]]:
     """Return paths and ids of the slides at some paths.
 
     Args:
         given: Slides, or folders with slides.
-        ids: `hashed`, or `plain` for their paths below the folder.
+        ids: `hashed`, or `plain` for their paths below the folder, without their endings where
+            that tells them apart, as CLAM and TRIDENT name slides.
 
     Raises:
         ConfigError: Two have the same name.
@@ -27,7 +31,9 @@ def named_slides(given: Sequence[str], ids: str) -> tuple[list[str], list[str]]:
     found = list(dict.fromkeys(pair for path in given for pair in _inside(path)))
     keys = list(ids_of([name for _, name in found], ids))
     if ids == "plain":
-        keys = [file_name(key) for key in keys]
+        stems = [_ENDING.sub("", key) for key in keys]
+        twice = set(repeated(stems))
+        keys = [file_name(key if s in twice else s) for key, s in zip(keys, stems, strict=True)]
     twice = set(repeated(keys))
     if twice:
         same = [path for (path, _), key in zip(found, keys, strict=True) if key in twice]

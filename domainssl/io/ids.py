@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import io
 import os
+import re
 import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from domainssl.cache import cache_dir
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.files import new_file, open_regular
 
-__all__ = ["IDS", "KEY_VARIABLE", "id_key", "ids_of", "write_ids", "write_table"]
+__all__ = ["IDS", "KEY_VARIABLE", "id_key", "ids_of", "is_hashed", "write_ids", "write_table"]
 
 IDS = ("hashed", "plain")
 KEY_VARIABLE = "DOMAINSSL_ID_KEY"
@@ -106,6 +107,11 @@ def ids_of(names: Iterable[str], mode: str) -> Sequence[str]:
         return list(names)
     key = id_key()
     return [hmac.new(key, n.encode(), hashlib.sha256).hexdigest()[:_DIGITS] for n in names]
+
+
+def is_hashed(name: str) -> bool:
+    """Whether a name looks like one that `ids_of` makes."""
+    return re.fullmatch(f"[0-9a-f]{{{_DIGITS}}}", name) is not None
 
 
 def write_table(path: str, named: Sequence[tuple[str, str]], mode: str, what: str = "exam") -> None:

@@ -51,8 +51,8 @@ def _ids(output: Path) -> list[str]:
 
 def test_grid_is_written_as_table_coordinates_and_picture(slides: Path, tmp_path: Path) -> None:
     assert _tile(slides, tmp_path / "out", "--ids", "plain") == 0
-    assert _ids(tmp_path / "out") == [name.replace("/", "__") for name in NAMES]
-    key = "miller__A-1.tif"
+    assert _ids(tmp_path / "out") == [n.removesuffix(".tif").replace("/", "__") for n in NAMES]
+    key = "miller__A-1"
     table = pyarrow.parquet.read_table(tmp_path / "out" / "tiles" / f"{key}.parquet").to_pydict()
     wanted = [(x, y) for y in (0, 128, 256) for x in (128, 256, 384)]
     assert list(zip(table["x"], table["y"], strict=True)) == wanted
@@ -218,7 +218,7 @@ def test_regions_restrict_and_label_tiles(slides: Path, tmp_path: Path) -> None:
     slide = slides / "miller" / "A-1.tif"
     more = ("--regions", str(tmp_path / "regions"), "--ids", "plain")
     assert _tile(slide, tmp_path / "out", *more) == 0
-    table = pyarrow.parquet.read_table(tmp_path / "out" / "tiles" / "A-1.tif.parquet").to_pydict()
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "tiles" / "A-1.parquet").to_pydict()
     assert set(table["x"]) == {128}
     assert set(table["label"]) == {"Tumor"}
     assert _tile(slides, tmp_path / "other", *more) == 2
@@ -239,8 +239,8 @@ def test_names_in_brackets_are_printed_as_they_are(
     damage_tile(path, 64, 64)
     assert _tile(path, tmp_path / "other", "--ids", "plain", "--mpp", "0.5") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "look at their pictures: one [bold]a.tif" in said
-    assert "one [bold]a.tif: 1 stored tiles cannot be read" in said
+    assert "look at their pictures: one [bold]a" in said
+    assert "one [bold]a: 1 stored tiles cannot be read" in said
 
 
 def test_damaged_tiles_are_told_and_the_rest_is_kept(
@@ -248,8 +248,8 @@ def test_damaged_tiles_are_told_and_the_rest_is_kept(
 ) -> None:
     damage_tile(slides / "smith" / "B-1.tif", 200, 130)
     assert _tile(slides, tmp_path / "out", "--ids", "plain") == 0
-    assert "smith__B-1.tif: 1 stored tiles cannot be read" in capsys.readouterr().out
-    facts = json.loads((tmp_path / "out" / "slides" / "smith__B-1.tif.json").read_text())
+    assert "smith__B-1: 1 stored tiles cannot be read" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "out" / "slides" / "smith__B-1.json").read_text())
     assert facts["damaged"] == [[0, 192, 128]]
 
 

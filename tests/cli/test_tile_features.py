@@ -52,7 +52,7 @@ def _tile(slides: Path, *more: str) -> int:
 
 def test_features_of_all_tiles_lie_in_tridents_layout(slides: Path) -> None:
     assert _tile(slides) == 0
-    (path,) = (slides.parent / "out").glob("*_overlap/features_tiny/a.tif.h5")
+    (path,) = (slides.parent / "out").glob("*_overlap/features_tiny/a.h5")
     bag = read_bag(path)
     assert bag.encoder == "tiny" and bag.mpp_um == 1.0 and bag.dtype == "float32"
     assert len(bag) == 12 and bag.patch_size_level0 == 64
@@ -72,14 +72,14 @@ def test_python_writes_the_bags_of_the_command_line_and_in_int8_with_a_scale(sli
     words = ["embed", str(tiny), str(slides), "--format=zarr", "--ids=plain"]
     assert main([*words, f"--output={out / 'cli'}"]) == 0
     done = domainssl.embed(tiny, slides, out / "own", form="zarr", ids="plain")
-    assert [path.name for path in done.outputs] == ["a.tif.zarr", "b.tif.zarr"]
-    exact = read_bag(out / "cli" / "features_tiny" / "a.tif.zarr")
+    assert [path.name for path in done.outputs] == ["a.zarr", "b.zarr"]
+    exact = read_bag(out / "cli" / "features_tiny" / "a.zarr")
     again = read_bag(done.outputs[0])
     np.testing.assert_array_equal(again.features, exact.features)
     np.testing.assert_array_equal(again.coords, exact.coords)
     assert domainssl.embed(tiny, slides, out / "own", form="zarr", ids="plain").resumed == 2
     assert main([*words, f"--output={out / 'small'}", "--dtype=int8"]) == 0
-    small = read_bag(out / "small" / "features_tiny" / "a.tif.zarr")
+    small = read_bag(out / "small" / "features_tiny" / "a.zarr")
     scale = np.abs(exact.features).max(1, keepdims=True) / 127
     assert small.dtype == "int8" and small.features.dtype == np.float32
     assert (np.abs(small.features - exact.features) <= 0.55 * scale).all()  # float16 before
@@ -96,7 +96,7 @@ def test_parts_leave_no_slide_without_features(slides: Path) -> None:
     for part in ("1/2", "2/2"):
         assert _tile(slides, f"--shard={part}") == 0
     bags = (slides.parent / "out").rglob("features_tiny/*.h5")
-    assert sorted(path.name for path in bags) == [f"{name}.tif.h5" for name in "abcd"]
+    assert sorted(path.name for path in bags) == [f"{name}.h5" for name in "abcd"]
 
 
 def test_python_takes_what_is_said_of_the_resolution_of_slides(slides: Path) -> None:
@@ -111,10 +111,10 @@ def test_what_is_there_is_not_computed_again_and_parts_do_their_share(
 ) -> None:
     assert _tile(slides, "--shard=1/2", "--layout=zarr") == 0
     folder = slides.parent / "out" / "features_tiny"
-    assert [path.name for path in sorted(folder.glob("*.zarr"))] == ["a.tif.zarr"]
-    first = (folder / "a.tif.zarr" / "zarr.json").stat().st_mtime_ns
+    assert [path.name for path in sorted(folder.glob("*.zarr"))] == ["a.zarr"]
+    first = (folder / "a.zarr" / "zarr.json").stat().st_mtime_ns
     assert _tile(slides, "--layout=zarr", "--batch_size=5", "--autocast=bfloat16") == 0
-    assert (folder / "a.tif.zarr" / "zarr.json").stat().st_mtime_ns == first
+    assert (folder / "a.zarr" / "zarr.json").stat().st_mtime_ns == first
     assert "features of 2 slide(s) are in" in capsys.readouterr().out
     kinds = [read_bag(path).attributes["computed_in"] for path in sorted(folder.glob("*.zarr"))]
     assert kinds == ["float32", "bfloat16"]
@@ -206,7 +206,7 @@ def test_features_older_than_their_grid_are_computed_again(slides: Path) -> None
     assert _tile(slides) == 0
     assert _tile(slides, "--restart", "--overlap=16") == 0
     out = slides.parent / "out"
-    bags = [read_bag(path) for path in out.glob("*_overlap/features_tiny/a.tif.h5")]
+    bags = [read_bag(path) for path in out.glob("*_overlap/features_tiny/a.h5")]
     assert len(bags) == 2 and min(map(len, bags)) == 12 < max(map(len, bags))
 
 
@@ -224,8 +224,8 @@ def test_embed_does_the_same_in_one_command_with_a_picture(slides: Path) -> None
     assert _tile(slides) == 0
     words = ["embed", str(slides.parent / "tiny"), str(slides), "--ids=plain"]
     assert main([*words, f"--output={slides.parent / 'own'}"]) == 0
-    (path,) = (slides.parent / "own").glob("*_overlap/features_tiny/a.tif.h5")
-    (other,) = (slides.parent / "out").glob("*_overlap/features_tiny/a.tif.h5")
+    (path,) = (slides.parent / "own").glob("*_overlap/features_tiny/a.h5")
+    (other,) = (slides.parent / "out").glob("*_overlap/features_tiny/a.h5")
     found, expected = read_bag(path), {tuple(c): f for c, f in zip(
         read_bag(other).coords, read_bag(other).features, strict=True)}  # fmt: skip
     assert found.mpp_um == 1.0 and found.patch_size_level0 == 64 and len(found)

@@ -13,6 +13,7 @@ from bag_files import LATTICE, TRIDENT, write
 from domainssl.cli.run.record import _tested_line
 from domainssl.datamodules.slides import SlideFeatureDataModule
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.ids import ids_of
 from domainssl.io.slide.features import Bag, read_bag, to_grid, write_bag
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.slide_options import SlideFiles, SlideWindow, TileFeatures
@@ -139,6 +140,23 @@ def test_features_named_with_the_ending_of_the_slide_are_found_by_the_table(tmp_
     rows = [{"slide_id": n, "case_id": n[:2], "label": "xyxy"[i]} for i, n in enumerate(names)]
     module = data(slides(tmp_path, names, rows=rows), held_out=HeldOut(patients=("s3",)))
     assert module.problems == [] and [s.id for s in module.splits["val"]] == ["s3.tif"]
+
+
+def test_a_table_of_slides_finds_features_that_are_named_by_keyed_hashes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOMAINSSL_ID_KEY", "0123456789abcdef")
+    files = ["TCGA-AA-0001-01.svs", "TCGA-AA-0001-02.svs", "TCGA-BB-0002-01.svs", "x/c.tif"]
+    names = ids_of(files, "hashed")
+    said = ["TCGA-AA-0001-01", "TCGA-AA-0001-02.svs", "TCGA-BB-0002-01", "x/c.tif"]
+    rows = [{"slide_id": n, "label": "xyxy"[i]} for i, n in enumerate(said)]
+    module = data(slides(tmp_path, names, rows=rows), held_out=HeldOut(patients=("TCGA-BB-0002",)))
+    assert module.problems == [] and [s.id for s in module.splits["val"]] == [names[2]]
+    assert [s.patient for s in sorted(module.splits["train"], key=lambda s: names.index(s.id))] == [
+        "TCGA-AA-0001", "TCGA-AA-0001", "x/c.tif",
+    ]  # fmt: skip
+    (tmp_path / "manifest.csv").unlink()
+    (tmp_path / "splits_0.csv").write_text(",train,val\n0,TCGA-AA-0001-01,TCGA-BB-0002-01\n")
+    module = data(tmp_path, slides=SlideFiles(ids="plain", splits="splits_0.csv"))
+    assert [s.id for s in module.splits["val"]] == [names[2]]
 
 
 @pytest.mark.parametrize("kind", ["columns", "bool"])

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.ids import ids_of, is_hashed
 from domainssl.io.slide.bag_folders import BagFile, Bags, find_bags
 from domainssl.io.slide.features import bag_shape
+from domainssl.io.slide.pyramid import ENDINGS
 from domainssl.io.subjects import Found, patients_in_two_splits, split_of
 from domainssl.io.tables import MANIFESTS, read_table
 
@@ -79,6 +81,8 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
     rows, problems = ({}, []) if path is None else _rows(path, bags, wanted)
     chosen = None if wanted.splits is None else _clam_splits(os.path.join(root, wanted.splits))
     if chosen is not None:
+        there = {file.slide for file in bags.files}
+        chosen = {_as_file(name, there): split for name, split in chosen.items()}
         problems += _unmatched(chosen.keys(), {file.slide for file in bags.files}, wanted.splits)
     slides = []
     for file in bags.files:
@@ -97,7 +101,8 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
                 "that is meant."
             )
         known = rows.get(file.slide, {})
-        patient = _first(known, _PATIENTS) or _patient(file.slide, wanted.patient)
+        named = (is_hashed(file.slide) and _first(known, _SLIDES).strip()) or file.slide
+        patient = _first(known, _PATIENTS) or _patient(named, wanted.patient)
         slides.append(
             SlideBag(
                 id=file.slide,
@@ -145,9 +150,7 @@ def _rows(
     found: dict[str, Mapping[str, str]] = {}
     there = {file.slide for file in bags.files}
     for row in rows:
-        name = row[column].strip()
-        if name not in there:  # else named with its ending, as `tile --ids plain` does
-            name = _stem(name)
+        name = _as_file(row[column].strip(), there)
         if name in found:
             raise DataError(f"{path}: slide {name!r} is there twice; keep one row per slide.")
         found[name] = row
@@ -210,6 +213,20 @@ def _clam_splits(path: str) -> dict[str, str]:
                     "belongs in one split."
                 )
     return found
+
+
+def _as_file(name: str, files: Set[str]) -> str:
+    """Return the name of the features of a slide that a table names.
+
+    Tables name slides as files, without their endings, or, where `tile` named the features by
+    keyed hashes, as the paths below the folder that it was given, with the ending or without.
+    """
+    if name in files or (stem := _stem(name)) in files:
+        return name if name in files else stem
+    if any(map(is_hashed, files)):
+        asked = (name, *(f"{stem}{ending}" for ending in ENDINGS))
+        return next((i for i in ids_of(asked, "hashed") if i in files), stem)
+    return stem
 
 
 def _stem(name: str) -> str:
