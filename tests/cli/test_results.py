@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cube_files import coded, write_geotiff
@@ -15,6 +16,8 @@ from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli.run import results
 from domainssl.cli.run.results import result_at, runs_below
 from domainssl.inference.run import embed
+from domainssl.inspection import following
+from domainssl.io.slide.features import Bag, write_bag
 from domainssl.tasks.export import export_task
 
 S2 = {
@@ -172,9 +175,40 @@ def test_outputs_of_other_verbs(folder, files, kind, facts):
     assert (report["kind"], report["facts"]) == (kind, facts) and report["next"]
 
 
+def test_features_of_tiles_are_trained_on_with_their_width_and_resolution(folder):
+    (folder / "tiling.json").write_text('{"options": {"size": 8}}')
+    (folder / "encoders").mkdir()
+    (folder / "encoders" / "uni.json").write_text("{}")
+    features, coords = np.eye(2, 3, dtype=np.float32), np.array([[0, 0], [16, 0]])
+    bag = Bag(slide="a", features=features, coords=coords, patch_size_level0=16, patch_size=8,
+              mpp_um=0.25, encoder="uni")  # fmt: skip
+    write_bag(folder, bag, "trident")
+    own = "--data.modalities.tile_features"
+    report = result_at(str(folder))
+    assert report["kind"] == "grids"
+    assert report["next"][1] == (
+        "python -m domainssl fit --config recipes/slides_titan.yaml "
+        f"--data.root={folder} {own}.dim=3 {own}.mpp_um=0.25"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [(("a.tif", "a.tif.png"), "look at {}/a.tif.png"),
+     (("a.geojson", "a_tiles.parquet"), "open {}/a.geojson in QuPath (File, Import objects)")],
+)  # fmt: skip
+def test_predictions_are_looked_at_as_pictures(folder, names, said):
+    for name in (*names, "predict.json"):
+        (folder / name).write_text('{"weights": "ab"}')
+    assert result_at(str(folder))["next"] == [said.format(folder)]
+
+
 def test_commands_that_are_named_are_verbs_of_the_command_line():
     from domainssl.cli import verb_table
 
-    text = Path(sys.modules[results.__name__].__file__ or "").read_text()
-    named = {part.split()[0] for part in text.split('f"{_VERB} ')[1:]} - {"{record['verb']}"}
+    modules = (results, following)
+    text = "".join(Path(sys.modules[m.__name__].__file__ or "").read_text() for m in modules)
+    named = {part.split()[0].rstrip('"]') for part in text.split('f"{_VERB} ')[1:]} - {
+        "{record['verb']}"
+    }
     assert named and named <= set(verb_table())

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from domainssl.errors import DomainSSLError, WeightsError, parsing, require
 from domainssl.files import read_json
 from domainssl.inference.outputs import beside
+from domainssl.io.slide.bag_folders import find_bags
+from domainssl.io.slide.features import read_bag
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -393,7 +395,10 @@ def _predictions(path: Path) -> _Report | None:
         return None
     made = list(_outputs(path))
     facts = {**record, "files": len(made), "first": [p.name for p in made[:3]]}
-    after = [f"look at {made[0]}"] if made else []
+    seen = next((p for p in made if p.suffix == ".png"), made[0] if made else None)
+    after = [f"look at {seen}"] if seen else []
+    if seen is not None and seen.suffix == ".geojson":
+        after = [f"open {seen} in QuPath (File, Import objects)"]
     return {"kind": "predictions", "what": "predictions of a task", "facts": facts, "next": after}
 
 
@@ -431,13 +436,24 @@ def _grids(path: Path) -> _Report | None:
     }
     after = [f"look at the pictures in {path / 'thumbnails'}"]
     if encoders:
+        chosen = f"--data.root={path}{_of_features(path, encoders[0])}"
         after += [
-            f"{_VERB} fit --config recipes/slides_titan.yaml --data.root={path}",
-            f"{_VERB} fit --config recipes/finetune_slides.yaml --data.root={path}",
+            f"{_VERB} fit --config recipes/slides_titan.yaml {chosen}",
+            f"{_VERB} fit --config recipes/finetune_slides.yaml {chosen}",
         ]
     else:
         after.append("the same `tile` command with --features BACKBONE writes features of tiles")
     return {"kind": "grids", "what": "grids of tiles over slides", "facts": facts, "next": after}
+
+
+def _of_features(path: Path, encoder: str) -> str:
+    """Return the options that tell a recipe width and resolution of features; empty of none."""
+    try:
+        bag = read_bag(find_bags(path, encoder=encoder).files[0].path)
+    except DomainSSLError:
+        return ""
+    own = "--data.modalities.tile_features"
+    return f" {own}.dim={bag.dim}" + (f" {own}.mpp_um={bag.mpp_um:g}" if bag.mpp_um else "")
 
 
 _FINDERS: tuple[Callable[[Path], _Report | None], ...] = (

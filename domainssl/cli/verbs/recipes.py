@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from domainssl.cli.words import Parser
@@ -13,6 +14,10 @@ _DOMAINS = {
     "medical": "CT, MR and PET: pip install 'domainssl[medical]'",
     "pathology": "Tiles and slides: pip install 'domainssl[pathology]'",
 }  # by extra
+_USUAL = re.compile(  # the heading says the extra
+    r"pip install 'domainssl\[\w+\]'; the embedded sample is made on first use\. "
+    r"A CPU takes (?P<time>about [\w ]+)\."
+)
 
 
 def run(argv: list[str]) -> int:
@@ -32,12 +37,17 @@ def run(argv: list[str]) -> int:
     groups = _groups(catalog.recipes())
     groups["Configs: laid over a recipe, … --config RECIPE --config CONFIG"] = catalog.configs()
     width = max((len(name) for entries in groups.values() for name in entries), default=0)
-    screen.print("Recipes are complete runs: python -m domainssl fit --config RECIPE\n")
+    screen.print("Recipes are complete runs: python -m domainssl fit --config RECIPE")
+    screen.print("Embedded samples are made on first use; behind a recipe: its time on a CPU.\n")
     for title, entries in groups.items():
         screen.print(f"[bold]{escape(title)}[/]")
         for name, path in entries.items():
             about, needs = _comments(path)
-            screen.print(f"  [cyan]{escape(name):<{width}}[/]  {escape(about)}")
+            usual = _USUAL.fullmatch(needs)
+            after = f" [dim]({usual['time']})[/]" if usual else ""
+            screen.print(f"  [cyan]{escape(name):<{width}}[/]  {escape(about)}{after}")
+            if usual:
+                continue
             if needs:
                 screen.print(f"  {'':<{width}}  [dim]needs: {escape(needs)}[/]")
         if not entries:
