@@ -151,6 +151,28 @@ vit_large.s1_fgmae FG-MAE wangyi111/FGMAE/B2_vitl16_fgmae_ep99_enc.pth@24dd3077d
 vit_huge.s2_fgmae FG-MAE wangyi111/FGMAE/B13_vith14_fgmae_ep399_enc.pth@24dd3077d7a99ecd454eaec7adb83d045d7fa122
 vit_huge.s1_fgmae FG-MAE wangyi111/FGMAE/B2_vith14_fgmae_ep399_enc.pth@24dd3077d7a99ecd454eaec7adb83d045d7fa122
 """  # noqa: E501
+# SoftCon's ResNets, and CLOSP and GeoCLOSP, whose inputs torchgeo's catalogue states
+_SOFTCON = "wangyi111/softcon/{}_rn50_softcon.pth@62ff465b2e7467dbfc70758ec1e9d08ab87fc46b"
+_SOFTCON_STATISTICS = {  # of SSL4EO-S12 v1.0, torchgeo's estimate
+    "s1": ((-12.59, -20.26), (5.26, 5.91)),
+    "s2": (
+        (1612.9, 1397.6, 1322.3, 1373.1, 1561.0, 2108.4, 2390.7, 2318.7, 2581.0, 837.7, 22.0,
+         2195.2, 1537.4),
+        (791.0, 854.3, 878.7, 1144.9, 1127.5, 1164.2, 1276.0, 1249.5, 1345.9, 577.5, 47.5, 1340.0,
+         1142.9),
+    ),
+}  # fmt: skip
+_CLOSP_PLACE = "DarthReca/CLOSP-Visual/{}.pth@3bb8677c21dac56bea2dd7baa08d7871272db440"
+_CLOSP = {
+    "resnet50.s1_closp": "closp-rn_s1_encoder-cacc90bc",
+    "resnet50.s2_closp": "closp-rn_s2_encoder-183922a5",
+    "resnet50.s1_geoclosp": "geoclosp-rn_s1_encoder-e63ae1af",
+    "resnet50.s2_geoclosp": "geoclosp-rn_s2_encoder-94c37f4a",
+    "vit_small.s1_closp": "closp-vs_s1_encoder-180f1e6e",
+    "vit_small.s2_closp": "closp-vs_s2_encoder-1a3ee5a5",
+    "vit_large.s1_closp": "closp-vl_s1_encoder-6f88d037",
+    "vit_large.s2_closp": "closp-vl_s2_encoder-4a4f026a",
+}
 _RGB_MOCO = {
     "resnet18": "e3a335e3.pth@e1c032e7785fd0625224cdb6699aa138bb304eec",
     "resnet50": "2b57ba8b.pth@efd9723b59a88e9dc1420dc1e96afb25b0630a3c",
@@ -187,6 +209,20 @@ def _ssl4eo() -> list[Pretrained]:
             tag, method, place = line.split()
             bands = _S1 if ".s1" in tag else _S2
             rows.append(_of(f"ssl4eo_{tag}", method, place, bands, "CC-BY-4.0"))
+    for key, bands, stem in (("s1", _S1, "B2"), ("s2", _S2, "B13")):
+        mean, std = _SOFTCON_STATISTICS[key]
+        known = {
+            "kind": "image", "channels": bands[key], "value_unit": _UNITS[key], "gsd_m": 10.0,
+            "mean": mean, "std": std,
+        }  # fmt: skip
+        given: dict[str, Any] = {"normalization": "zscore", "modalities": {key: known}}
+        tag, place = f"ssl4eo_resnet50.{key}_softcon", _SOFTCON.format(stem)
+        rows.append(_of(tag, "SoftCon", place, bands, None, arguments=given))
+    for tag, file in _CLOSP.items():
+        bands, scaling = (_S1, "identity") if ".s1" in tag else (_S2, "scale(10000)")
+        method = "GeoCLOSP" if "geo" in tag else "CLOSP"
+        place, given = _CLOSP_PLACE.format(file), {"normalization": scaling}
+        rows.append(_of(f"ssl4eo_{tag}", method, place, bands, None, arguments=given))
     for net, end in _RGB_MOCO.items():
         place = f"torchgeo/{net}_sentinel2_rgb_moco/{net}_sentinel2_rgb_moco-{end}"
         form = {"normalization": "window(0,10000)"}
