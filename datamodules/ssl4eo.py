@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from domainssl.datamodules.base import DomainDataModule
+from domainssl.datamodules.base import DomainDataModule, named_sample
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.ssl4eo.facts import LAND_COVER, LAYERS, PRODUCTS, Product
@@ -58,8 +58,8 @@ class SSL4EOS12DataModule(DomainDataModule):
     locations (release B) is decoded as a whole and once per epoch.
 
     Args:
-        root: `sample` (made on first use in the cache), a folder, or an fsspec URL, that holds
-            `train/<product>/` and `val/<product>/`.
+        root: `sample` or `sample:objects` (made on first use in the cache), a folder, or an fsspec
+            URL, that holds `train/<product>/` and `val/<product>/`.
         modalities: Product of each modality key: S1GRD, S2L1C, S2L2A or S2RGB; of release B also
             DEM, NDVI and LULC.
         global_batch_size: Locations per optimiser step, over all devices and accumulation.
@@ -84,6 +84,7 @@ class SSL4EOS12DataModule(DomainDataModule):
     known: ClassVar[Mapping[str, Product]] = {**PRODUCTS, **LAYERS}
     format: ClassVar[str] = "SSL4EO-S12 v1.1"
     pieces: ClassVar[str] = "files"
+    samples: ClassVar[tuple[str, ...]] = ("objects",)
     default_window: ClassVar[Window] = Window(size=120, min_size=60, max_size=180)
     default: ClassVar[Mapping[str, str]] = {"s1": "S1GRD", "s2": "S2L2A"}
 
@@ -164,13 +165,16 @@ class SSL4EOS12DataModule(DomainDataModule):
         self._root()
 
     def _root(self) -> str:
-        return self._sample_root() if self.root == "sample" else self.root
+        if self.root == "sample":
+            return self._sample_root()
+        name = named_sample(self.root, self.samples) if self.samples else None
+        return self.root if name is None else self._sample_root(name)
 
-    def _sample_root(self) -> str:
-        """Return the folder of the embedded sample, made on first use."""
+    def _sample_root(self, name: str = "") -> str:
+        """Return the folder of an embedded sample, made on first use."""
         from domainssl.datamodules.samples.ssl4eo import sample_root
 
-        return str(sample_root(self.products.values()))
+        return str(sample_root(self.products.values(), name))
 
     def open_sources(self) -> dict[str, Source]:
         """Scan the splits that are there; predictions are made for the held-out one."""

@@ -53,6 +53,7 @@ class TerraMeshDataModule(SSL4EOS12DataModule):
 
     known: ClassVar[Mapping[str, Product]] = TERRAMESH
     format: ClassVar[str] = "TerraMesh"
+    samples: ClassVar[tuple[str, ...]] = ()
     pieces: ClassVar[str] = "runs"
     default: ClassVar[Mapping[str, str]] = {"s1": "S1RTC", "s2": "S2L2A"}
     default_window: ClassVar[Window] = Window(size=224)
@@ -90,7 +91,7 @@ class TerraMeshDataModule(SSL4EOS12DataModule):
                 "call the modality lulc, or set data.init_args.labels.mask: true."
             )
 
-    def _sample_root(self) -> str:
+    def _sample_root(self, name: str = "") -> str:
         from domainssl.datamodules.samples.terramesh import sample_root
 
         return str(sample_root())

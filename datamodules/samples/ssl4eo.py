@@ -6,6 +6,8 @@ locations. `labels/<split>.csv` beside them holds the dominant cover of each loc
 and the other factors, `labels/<split>_cover.npz` the cover of each pixel, which the product LULC
 holds too, in the numbers of the published land cover. (It is published for release B alone; here
 it has the form of the other products.)
+
+The sample `objects` is another of this form, with one cover per location (`ssl4eo_objects.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from domainssl.datamodules.samples import made_once
+from domainssl.datamodules.samples.ssl4eo_objects import draw_objects
 from domainssl.datamodules.samples.ssl4eo_scene import (
     COVERS,
     DATES,
@@ -36,8 +39,8 @@ from domainssl.io.ssl4eo.write import TileTable, write_release_a
 from domainssl.sensors import L1C_BANDS, L2A_BANDS
 
 __all__ = [
-    "LAND", "LOCATIONS", "VERSION", "Factors", "PlaceSeen", "build", "centres", "classes_of",
-    "draw_place", "factors", "sample_root",
+    "LAND", "LOCATIONS", "PLAIN", "SCENES", "VERSION", "Factors", "PlaceSeen", "Scene", "build",
+    "centres", "classes_of", "draw_place", "factors", "sample_root",
 ]  # fmt: skip
 
 VERSION = "9"
@@ -55,12 +58,42 @@ _RGB = [L1C_BANDS.index(band) for band in ("B04", "B03", "B02")]
 Array = np.ndarray[Any, Any]
 
 
-def sample_root(products: Iterable[str] = ("S1GRD", "S2L2A")) -> Path:
-    """Return the folder of the sample with these products, made on first use in seconds."""
-    names = sorted({product(name).name for name in products})
-    entry = "-".join(["ssl4eo-s12", *names]).lower()
-    what = f"SSL4EO-S12 sample ({', '.join(names)})"
-    return made_once(entry, VERSION, what, lambda folder: build(folder, names))
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What the locations of a sample show.
+
+    Attributes:
+        entry: Of the cache.
+        version: Changes with the values.
+        draw: Draws a location, `draw_location` or another of its form.
+        cloudy: Share of the dates with clouds.
+    """
+
+    entry: str
+    version: str
+    draw: Callable[[np.random.Generator, int, Array], Location]
+    cloudy: float
+
+
+PLAIN = Scene(entry="ssl4eo-s12", version=VERSION, draw=draw_location, cloudy=0.2)
+# by the name behind `sample:`
+SCENES = {
+    "": PLAIN,
+    "objects": Scene(entry="ssl4eo-objects", version="1", draw=draw_objects, cloudy=0.0),
+}
+
+
+def sample_root(products: Iterable[str] = ("S1GRD", "S2L2A"), name: str = "") -> Path:
+    """Return the folder of a sample with these products, made on first use in seconds.
+
+    Args:
+        products: What is written.
+        name: One of `SCENES`.
+    """
+    names, scene = sorted({product(name).name for name in products}), SCENES[name]
+    entry = "-".join([scene.entry, *names]).lower()
+    what = f"SSL4EO-S12 sample {name + ' ' if name else ''}({', '.join(names)})"
+    return made_once(entry, scene.version, what, lambda folder: build(folder, names, scene))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +138,13 @@ class PlaceSeen:
         return sorted(range(DATES), key=lambda n: self.s1_names[n][17:])[date]
 
 
-def build(folder: Path, products: Sequence[str] = tuple(PRODUCTS)) -> None:
-    """Write the sample into an empty folder; the same pixels every time."""
+def build(folder: Path, products: Sequence[str] = tuple(PRODUCTS), scene: Scene = PLAIN) -> None:
+    """Write a sample into an empty folder; the same pixels every time."""
     for split, total in LOCATIONS.items():
         classes = classes_of(split)
         places: list[tuple[str, Location]] = []
         names = []
-        make = partial(draw_place, split, classes, products)
+        make = partial(draw_place, split, classes, products, scene=scene)
         for file, low in enumerate(range(0, total, _PER_FILE), 1):
             numbers = range(low, low + _PER_FILE)
             with ThreadPoolExecutor(2) as pool:
@@ -165,7 +198,9 @@ def _location_id(split: str, number: int) -> str:
     return f"{number + (0 if split == 'train' else 200_000):07d}"
 
 
-def draw_place(split: str, classes: Array, products: Sequence[str], number: int) -> PlaceSeen:
+def draw_place(
+    split: str, classes: Array, products: Sequence[str], number: int, scene: Scene = PLAIN
+) -> PlaceSeen:
     rng = np.random.default_rng([_SEED, len(split), number])
     start = np.datetime64("2019-12-20T10:20:00") + np.timedelta64(int(rng.integers(0, 330)), "D")
     gaps = np.cumsum([0, *rng.integers(75, 100, DATES - 1)])
@@ -173,9 +208,9 @@ def draw_place(split: str, classes: Array, products: Sequence[str], number: int)
     times = start + gaps.astype("timedelta64[D]") + seconds.astype("timedelta64[s]")
     radar_times = times + rng.integers(-3, 4, DATES).astype("timedelta64[D]")
     months = (times.astype("datetime64[M]").astype(int) % 12).astype(np.float32)
-    place = draw_location(rng, int(classes[number]), months)
+    place = scene.draw(rng, int(classes[number]), months)
     s1, radar_own = radar(rng, place, looks_east=bool(rng.integers(2)))
-    surface, top, mask, optical_own = optical(rng, place, rng.random(DATES) < 0.2)
+    surface, top, mask, optical_own = optical(rng, place, rng.random(DATES) < scene.cloudy)
     if rng.random() < 0.05:  # the edge of a swath
         mask[rng.integers(DATES), :, : int(rng.integers(6, 30))] = 6
     gone = mask == 6

@@ -76,6 +76,15 @@ class Location:
     roughness: Array
     factors: dict[str, float]
 
+    def echo(self) -> Array:
+        """Return how objects change VV and VH, float32 (2, Y, X)."""
+        both = [self.objects, self.objects * _SENSE.T[:, self.cover]]
+        return np.asarray(np.stack(both).sum(1))
+
+    def light(self) -> Array:
+        """Return how they change visible, near- and short-wave infrared light, (3, Y, X)."""
+        return np.asarray(self.objects.sum(0) * _HUE.T[:, self.cover])
+
 
 def draw_location(rng: Rng, label: int, month: Array) -> Location:
     """Draw the factors of a location.
@@ -124,8 +133,7 @@ def radar(rng: Rng, place: Location, looks_east: bool) -> tuple[Array, dict[str,
     """Return backscatter in dB, float16 (T, 2, Y, X), and what of its level radar alone sees."""
     contrast = 3.5 * place.strength * np.exp(rng.normal(0, 0.05))
     slope = np.gradient(place.terrain, axis=1) * (1 if looks_east else -1)
-    both = [place.objects, place.objects * _SENSE.T[:, place.cover]]  # in VV and in VH
-    fixed = np.float32(contrast) * np.stack(both).sum(1)
+    fixed = np.float32(contrast) * place.echo()
     fixed += 6.0 * place.relief * slope
     fixed += np.array([0.7, 0.35], np.float32)[:, None, None] * place.roughness
     own = rng.normal(0, 0.4, 2)
@@ -158,7 +166,7 @@ def optical(
     mixes = rng.dirichlet([12, 12, 12], len(COVERS)).astype(np.float32)
     mixes = 0.15 * mixes + 0.85 * mixes.mean(0)  # colours of the covers hardly differ
     contrast = 0.3 * place.strength * np.exp(rng.normal(0, 0.05))
-    change = np.float32(contrast) * place.objects.sum(0) * _HUE.T[:, place.cover]
+    change = np.float32(contrast) * place.light()
     slope = np.gradient(place.terrain, axis=0) + 0.5 * np.gradient(place.terrain, axis=1)
     surface = np.empty((DATES, len(L1C_BANDS), SIDE, SIDE), np.float32)
     top = np.empty_like(surface)

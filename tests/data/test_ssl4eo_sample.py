@@ -13,15 +13,19 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from domainssl.datamodules import SSL4EOS12DataModule
 from domainssl.datamodules.samples import ssl4eo as sample
+from domainssl.datamodules.samples.ssl4eo_objects import draw_objects
 from domainssl.datamodules.samples.ssl4eo_scene import COVERS
 from domainssl.errors import ConfigError
 from domainssl.evaluation.factors import explained_variance
+from domainssl.evaluation.probes import linear_probe_accuracy
 from domainssl.evaluation.raw import PERCENTILES
 from domainssl.io.ssl4eo.labels import labels
 from domainssl.io.ssl4eo.layout import scan
 from domainssl.io.ssl4eo.read import read
 
+CLEAR = {"s1": 0.45, "s2": 0.8}  # radar has two bands only
 PAIR = {"s1": "S1GRD", "s2": "S2L2A"}
 
 
@@ -156,3 +160,52 @@ def test_own_factors_reach_one_sensor_alone(blocks: dict, factors: sample.Factor
 def test_factors_of_an_unknown_split_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"no split 'vall' in the embedded sample. Did you mean"):
         sample.factors("vall")
+
+
+@pytest.fixture(scope="module")
+def objects() -> dict:
+    """Changes of radar and light by held-out locations of the sample `objects`, and its covers."""
+    label = sample.classes_of("val")
+    month = np.zeros(4, np.float32)
+    numbers = range(len(label))
+    places = [draw_objects(np.random.default_rng([7, n]), int(label[n]), month) for n in numbers]
+    return {
+        "label": torch.from_numpy(label),
+        "s1": np.stack([place.echo() for place in places]),
+        "s2": np.stack([place.light() for place in places]),
+    }
+
+
+def together(values: np.ndarray) -> torch.Tensor:
+    """Correlation of every pair of bands, (n, pairs)."""
+    flat = values.reshape(*values.shape[:2], -1)
+    found = np.stack([np.corrcoef(each) for each in flat])
+    return torch.from_numpy(found[:, *np.triu_indices(values.shape[1], 1)]).float()
+
+
+@pytest.mark.parametrize("name", ["s1", "s2"])
+def test_band_statistics_do_not_tell_objects(objects: dict, name) -> None:
+    found = torch.from_numpy(statistics(objects[name][:, :, 50:82, 50:82])).float()
+    assert linear_probe_accuracy(found, objects["label"]) < 0.4  # chance is 0.25
+
+
+@pytest.mark.parametrize("name", ["s1", "s2"])
+def test_bands_tell_objects_where_texture_is_averaged(objects: dict, name) -> None:
+    values = objects[name]
+    n, bands = values.shape[:2]
+    coarse = values.reshape(n, bands, 22, 6, 22, 6).mean((3, 5))
+    assert linear_probe_accuracy(together(coarse), objects["label"]) > CLEAR[name]
+    fine = values - np.kron(coarse, np.ones((6, 6), np.float32))
+    assert linear_probe_accuracy(together(fine), objects["label"]) < 0.4
+
+
+def test_a_sample_is_called_by_its_name() -> None:
+    with pytest.raises(ConfigError, match="sample:object'.*Did you mean 'objects'"):
+        SSL4EOS12DataModule(root="sample:object").prepare_data()
+    classes = np.zeros(96, int)
+    drawn = [
+        sample.draw_place("train", classes, ("S2L2A",), 3, sample.SCENES["objects"])
+        for _ in range(2)
+    ]
+    np.testing.assert_array_equal(drawn[0].values["S2L2A"], drawn[1].values["S2L2A"])
+    assert (drawn[0].place.cover == 0).all() and not np.isin(drawn[0].mask, (3, 4, 5)).any()
