@@ -25,6 +25,7 @@ from domainssl.tasks.base import Task
 __all__ = ["ResultTables"]
 
 _MOST_NAMED = 40  # classes whose numbers fit into the cells of a picture
+_MOST_COUNTED = 99_999  # of pixels there are more: numbers that no cell has room for
 
 
 class ResultTables(Callback):
@@ -95,7 +96,11 @@ class ResultTables(Callback):
                 written.append(_draw(value.numpy(), classes, folder / f"{name}.png"))
         per_class = {n.removesuffix("_of"): v.tolist() for n, v in found.items() if v.ndim == 1}
         if per_class:
-            lines = [[c, *(v[i] for v in per_class.values())] for i, c in enumerate(classes)]
+            counts = _labelled(found.get("confusion"))
+            lines = [
+                [c, *("" if counts and not counts[i] else v[i] for v in per_class.values())]
+                for i, c in enumerate(classes)
+            ]
             written.append(_write_csv(folder / "classes.csv", ["class", *per_class], lines))
         screen = console_of(trainer)
         own = {n: float(v) for n, v in found.items() if v.ndim == 0}
@@ -120,7 +125,7 @@ def _shown(
         confusion: Labels by what was predicted, (K, K), where there is one: classes without a
             label get no numbers.
     """
-    counts = None if confusion is None else confusion.sum(1).tolist()
+    counts = _labelled(confusion)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("class", overflow="fold")
     for title in ([] if counts is None else ["labelled"]) + list(columns):
@@ -132,6 +137,11 @@ def _shown(
     if len(classes) > _MOST_NAMED:
         table.add_row(f"{len(classes) - _MOST_NAMED} more in classes.csv")
     return table
+
+
+def _labelled(confusion: Tensor | None) -> list[float] | None:
+    """Return how often each class is a label; None without a confusion matrix."""
+    return None if confusion is None else confusion.sum(1).tolist()
 
 
 def _joined(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
@@ -166,7 +176,10 @@ def _write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]]
 
 
 def _draw(counts: NDArray[Any], classes: Sequence[str], path: Path) -> Path:
-    """Draw a confusion matrix: colour is the share of the label's row, numbers are counts."""
+    """Draw a confusion matrix: colour is the share of the label's row, numbers are counts.
+
+    Where a count has more digits than a cell has room for, numbers are shares in percent.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -180,9 +193,12 @@ def _draw(counts: NDArray[Any], classes: Sequence[str], path: Path) -> Path:
     axes.set_xlabel("predicted")
     axes.set_ylabel("label")
     if len(classes) <= _MOST_NAMED:
+        is_large = counts.max(initial=0) > _MOST_COUNTED
         for (row, column), count in np.ndenumerate(counts):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, f"{count:g}", ha="center", va="center", color=colour)
+            share = shares[row, column]
+            text = f"{100 * share:.0f}%" if is_large else f"{count:.0f}"
+            colour = "white" if share > 0.5 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=colour)
     figure.colorbar(image, ax=axes, label="share of the label")
     with new_file(path) as file:
         FigureCanvasAgg(figure).print_png(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 
 import lightning.pytorch as pl
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from domainssl.callbacks import ResultTables
 from domainssl.callbacks.summary import Summary
-from domainssl.callbacks.tables import _joined
+from domainssl.callbacks.tables import _draw, _joined
 from domainssl.errors import ConfigError, DataError
-from domainssl.tasks import NumberLoss, RegressionTask
+from domainssl.tasks import NumberLoss, RegressionTask, SegmentationTask
 from domainssl.tasks.regression import number_loss
 
 
@@ -73,8 +74,31 @@ def test_the_screen_shows_metrics_a_table_of_classes_and_where_files_lie(tmp_pat
     shown = [line.split() for line in lines[begin + 1 : begin + 4]]
     assert [row[:2] for row in shown] == [[CLASSES[0], "5"], [CLASSES[1], "2"], [CLASSES[2], "0"]]
     assert shown[0][5] == f"{logged[f'test/recall/{CLASSES[0]}']:.3f}" and shown[2][2:] == ["-"] * 4
+    table = {row["class"]: row for row in rows_of(tmp_path / "test" / "classes.csv")}
+    assert table[CLASSES[2]]["recall"] == "" and table[CLASSES[1]]["recall"] != ""
     text = "".join(lines[begin + 4 :]).replace("\n", "")
     assert "written" in text and "confusion.csv" in text and "Test metric" not in " ".join(lines)
+
+
+def test_a_test_of_maps_counts_pixels(tmp_path):
+    given = batch() | {"mask": torch.zeros(4, 16, 16, dtype=torch.int64)}
+    given["mask"][:, 8:], given["mask"][:, :, :4] = 1, -1
+    model = SegmentationTask(
+        backbone(), modalities=MODALITIES, classes=CLASSES, head={"name": "linear"}
+    )
+    logged = run(model, [given], tmp_path)
+    folder = tmp_path / "test"
+    assert not (folder / "predictions.csv").exists()
+    counts = [[int(row[c]) for c in CLASSES] for row in rows_of(folder / "confusion.csv")]
+    assert [sum(row) for row in counts] == [4 * 8 * 12, 4 * 8 * 12, 0]
+    right = counts[0][0] + counts[1][1]
+    assert logged["test/accuracy"] == pytest.approx(right / (2 * 4 * 8 * 12))
+    table = {row["class"]: row["iou"] for row in rows_of(folder / "classes.csv")}
+    assert float(table[CLASSES[0]]) == pytest.approx(
+        counts[0][0] / (sum(counts[0]) + counts[1][0]), abs=1e-5
+    )
+    assert table[CLASSES[2]] == ""  # of no pixel
+    assert _draw(np.full((3, 3), 1e6), CLASSES, tmp_path / "large.png").stat().st_size > 1000
 
 
 def test_predictions_may_be_parquet_and_several_labels_have_no_confusion(tmp_path):
