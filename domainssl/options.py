@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from domainssl.errors import ConfigError, nearest
 
-__all__ = ["MethodOptions", "as_dataclass", "decide", "named_sizes", "option", "option_table"]
+__all__ = ["MethodOptions", "as_dataclass", "decide", "named_sizes", "option"]
 
 T = TypeVar("T")
 
@@ -93,12 +93,3 @@ def decide(cls: type[M], options: M | Mapping[str, Any]) -> M:
             value = field.metadata["reference" if given.reference else "ours"]
         chosen[field.name] = value
     return dataclasses.replace(given, **chosen)
-
-
-def option_table(options: type) -> list[tuple[str, Any, Any, str]]:
-    """Return (name, default, reference, text) of every option of a dataclass."""
-    return [
-        (f.name, f.metadata["ours"], f.metadata["reference"], f.metadata["text"])
-        for f in dataclasses.fields(options)
-        if "ours" in f.metadata
-    ]

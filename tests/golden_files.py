@@ -12,7 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["FOLDER", "IS_OURS", "Golden", "close", "close_gradient", "golden_files"]
+from domainssl.nn.masking import Masking
+
+__all__ = [
+    "FOLDER",
+    "IS_OURS",
+    "Golden",
+    "close",
+    "close_gradient",
+    "golden_files",
+    "mask_from_keep",
+]
 
 IS_OURS = "DOMAINSSL_GOLDEN_DIR" not in os.environ
 FOLDER = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -21,6 +31,20 @@ FOLDER = Path(os.environ.get("DOMAINSSL_GOLDEN_DIR", Path(__file__).parent / "go
 def golden_files(prefix: str) -> list[Path]:
     """Return the golden files of a method; none is a failure of the test that asks."""
     return sorted(FOLDER.glob(f"{prefix}_*.safetensors"))
+
+
+def mask_from_keep(keep: Tensor, tokens: int) -> Masking:
+    """Return the masking that keeps given tokens.
+
+    Args:
+        keep: Indices of the visible tokens, int64 (B, K), all different in an item.
+        tokens: Number of tokens N.
+    """
+    place = torch.full((len(keep), tokens), keep.shape[1], device=keep.device)
+    ranks = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    place = place.scatter(1, keep, ranks)  # visible tokens by their rank, hidden ones behind
+    restore = place.argsort(dim=1, stable=True).argsort(dim=1)
+    return Masking(keep, restore, restore >= keep.shape[1])
 
 
 class Golden:

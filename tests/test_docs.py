@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -196,16 +197,20 @@ def printed_options() -> dict[str, dict[str, list[str]]]:
 def test_printed_option_tables_are_what_the_code_does() -> None:
     from domainssl.cli.config.catalog import find_classes
     from domainssl.cli.config.schema import dataclasses_in, parameters
-    from domainssl.options import option_table
 
     coded = {}
     for name, path in find_classes("model").items():
         module, _, cls = path.rpartition(".")
         for parameter in parameters(getattr(importlib.import_module(module), cls)).values():
-            tables = [option_table(c) for c in dataclasses_in(parameter.hint)]
-            for table in filter(None, tables):
-                assert all(text for *_, text in table), f"{path}: an option without a text"
-                coded[name.lower()] = {n: [_text(a), _text(b)] for n, a, b, _ in table}
+            for options in dataclasses_in(parameter.hint):
+                given = {f.name: f.metadata for f in dataclasses.fields(options)}
+                table = {n: facts for n, facts in given.items() if "ours" in facts}
+                assert all(facts["text"] for facts in table.values()), f"{path}: without a text"
+                if table:
+                    coded[name.lower()] = {
+                        n: [_text(facts["ours"]), _text(facts["reference"])]
+                        for n, facts in table.items()
+                    }
     assert len(coded) >= 6
     printed = printed_options()
     assert {n: {o: row[:2] for o, row in rows.items()} for n, rows in printed.items()} == coded

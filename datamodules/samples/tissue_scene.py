@@ -46,7 +46,6 @@ class Tissue:
         cells: How many nuclei there are: more of the blue dye in both stains.
         matrix: How dense the stroma is: more of the other dye in both.
         contrast: How clearly glands stand out, about 1.
-        spacing_px: Distance between them.
     """
 
     kind: int
@@ -55,7 +54,6 @@ class Tissue:
     cells: float
     matrix: float
     contrast: float
-    spacing_px: float
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,6 @@ def draw_tissue(rng: Rng, kind: int, side: int) -> Tissue:
         cells=float(rng.normal()),
         matrix=float(rng.normal()),
         contrast=float(np.exp(rng.uniform(-0.5, 0.5))),
-        spacing_px=float(spacing),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from domainssl.sensors import L1C_BANDS, L2A_BANDS, S1_BANDS
 
-__all__ = ["PRETRAINED", "Pretrained", "weights_table"]
+__all__ = ["PRETRAINED", "Pretrained"]
 
 _S1, _S2 = {"s1": ("VV", "VH")}, {"s2": L1C_BANDS}
 _S2_RGB = {"s2": ("B04", "B03", "B02")}
@@ -356,25 +356,3 @@ def _rows() -> list[Pretrained]:
 
 
 PRETRAINED: dict[str, Pretrained] = {row.tag: row for row in sorted(_rows(), key=lambda r: r.tag)}
-
-
-def weights_table() -> str:
-    """Return all records as the Markdown table of docs/weights.md; a dash is not known."""
-    lines = [
-        "| tag | method | where | file | revision | sha256 | licence | bands and unit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in PRETRAINED.values():
-        bands = "; ".join(
-            f"{name}: {' '.join(names)}" + (f" ({row.units[name]})" if name in row.units else "")
-            for name, names in row.bands.items()
-        )
-        where = row.repository or "-"
-        if "://" in where:
-            where = f"[{where.split('/')[3]}/{where.split('/')[4]}]({where})"
-        cells = (
-            f"`{row.tag}`", row.method, where, row.file or "-", (row.revision or "-")[:12],
-            (row.sha256 or "-")[:12], row.licence or "-", bands or "-",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

@@ -62,8 +62,7 @@ class ViTFile:
         table: Positions of the patches, (1, N, E), if there are some.
         class_position: Position of the class token, (1, 1, E), in timm's files.
         mask_token: What stands for hidden patches, in files of DINOv2 and iBOT.
-        others: Decoder and heads, under the file's names.
-        unknown: Names that are neither.
+        unknown: Names that are neither of the encoder nor of a decoder or head.
     """
 
     layout: Layout
@@ -71,7 +70,6 @@ class ViTFile:
     table: Tensor | None
     class_position: Tensor | None
     mask_token: Tensor | None
-    others: dict[str, Tensor]
     unknown: tuple[str, ...]
 
     def has(self, name: str) -> bool:
@@ -201,15 +199,13 @@ def read_vit_file(state: Mapping[str, Any]) -> ViTFile:
     if any(n.startswith("decoder") for n in flat):  # MAE's belongs to its decoder
         mask_token = None
     read.add("masked_embed")
-    rest = {n: t for n, t in flat.items() if n not in read}
     return ViTFile(
         layout=layout,
         tensors=tensors,
         table=table,
         class_position=class_position,
         mask_token=mask_token,
-        others={n: t for n, t in rest.items() if _HEADS.match(n)},
-        unknown=tuple(n for n in rest if not _HEADS.match(n)),
+        unknown=tuple(n for n in flat if n not in read and not _HEADS.match(n)),
     )
 
 

@@ -11,7 +11,6 @@ __all__ = [
     "Masking",
     "kept_count",
     "marked_first",
-    "mask_from_keep",
     "mask_from_noise",
     "mean_of_valid",
     "restore_tokens",
@@ -48,20 +47,6 @@ def mask_from_noise(noise: Tensor, kept: int) -> Masking:
     shuffle = noise.argsort(dim=1)
     restore = shuffle.argsort(dim=1)
     return Masking(shuffle[:, :kept], restore, restore >= kept)
-
-
-def mask_from_keep(keep: Tensor, tokens: int) -> Masking:
-    """Return the masking that keeps given tokens.
-
-    Args:
-        keep: Indices of the visible tokens, int64 (B, K), all different in an item.
-        tokens: Number of tokens N.
-    """
-    place = torch.full((len(keep), tokens), keep.shape[1], device=keep.device)
-    ranks = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-    place = place.scatter(1, keep, ranks)  # visible tokens by their rank, hidden ones behind
-    restore = place.argsort(dim=1, stable=True).argsort(dim=1)
-    return Masking(keep, restore, restore >= keep.shape[1])
 
 
 def take_tokens(tokens: Tensor, indices: Tensor) -> Tensor:

@@ -256,15 +256,12 @@ class Task(TrainingModule):
         if watched is None:
             return
         self.results[split] = {n: v.detach().cpu() for n, v in watched.compute().items()}
-        for name, value in self._named(self.results[split]).items():
+        for name, value in self.named_results(self.results[split]).items():
             self.log(f"{split}/{name}", value, batch_size=1, prog_bar="/" not in name)
         watched.reset()
 
-    def named_results(self, metrics: MetricCollection) -> dict[str, Tensor]:
-        """Return the values by name, one per class as `<metric>/<class>`; matrices are left out."""
-        return self._named(metrics.compute())
-
-    def _named(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def named_results(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return metrics by name, one per class as `<metric>/<class>`; matrices are left out."""
         named = {name: value for name, value in found.items() if value.ndim == 0}
         for name, value in found.items():
             if value.ndim == 1:

@@ -66,9 +66,7 @@ def test_pen_marks_are_no_tissue(tmp_path: Path, pen: tuple[int, int, int]) -> N
 def test_share_of_tissue_is_exact_for_any_downsample() -> None:
     rng = np.random.default_rng(0)
     mask = rng.random((13, 17)) < 0.5
-    found = TissueMask(
-        mask=mask, rgb=np.zeros((13, 17, 3), np.uint8), downsample=(6.0, 4.0), pen_fraction=0.0
-    )
+    found = TissueMask(mask=mask, downsample=(6.0, 4.0), pen_fraction=0.0)
     fine = mask.repeat(4, 0).repeat(6, 1)  # level 0
     coords = np.array([[0, 0], [5, 3], [31, 17], [80, 40], [95, 45], [200, 0]])
     expected = [fine[y : y + 11, x : x + 13].sum() / (13 * 11) for x, y in coords]

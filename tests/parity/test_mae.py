@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from golden_files import FOLDER, IS_OURS, golden_files
+from golden_files import FOLDER, IS_OURS, golden_files, mask_from_keep
 from safetensors.torch import load_file
 from torch import Tensor
 
 from domainssl.backbones.vit import position_codes
 from domainssl.backbones.vit_files import patch_weight
 from domainssl.modality import Modality, sides_of
-from domainssl.nn.masking import mask_from_keep, mask_from_noise
+from domainssl.nn.masking import mask_from_noise
 from domainssl.objectives.mae import MAE, MAEArchitecture, MAEDraws, MAEEncoding, MAEOptions
 
 GOLDEN = ("mae2d", "mae3d")

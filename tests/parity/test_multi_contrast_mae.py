@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from golden_files import FOLDER, golden_files
+from golden_files import FOLDER, golden_files, mask_from_keep
 from safetensors.torch import load_file
 from torch import Tensor
 
 from domainssl.backbones.multi_contrast import ContrastTokens
 from domainssl.modality import Modality, sides_of
 from domainssl.nn.contrast_masking import contrast_masking
-from domainssl.nn.masking import mask_from_keep
 from domainssl.nn.patching import patchify
 from domainssl.objectives.multi_contrast_mae import (
     MultiContrastArchitecture,

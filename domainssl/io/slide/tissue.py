@@ -64,13 +64,11 @@ class TissueMask:
 
     Attributes:
         mask: (H, W) bool, True is tissue.
-        rgb: The overview, (H, W, 3) uint8.
         downsample: Level-0 pixels per pixel of the overview in x and y.
         pen_fraction: Share of the overview that was left out as pen.
     """
 
     mask: Array
-    rgb: Array
     downsample: tuple[float, float]
     pen_fraction: float
 
@@ -129,7 +127,7 @@ def slide_tissue(slide: Slide, options: TissueOptions | None = None) -> TissueMa
     pen = _pen(rgb) & valid if options.remove_pen else np.zeros(valid.shape, bool)
     mask = tissue(rgb, valid & ~pen, options, pixel_mm2=area_mm2)
     return TissueMask(
-        mask=mask, rgb=rgb, downsample=downsample, pen_fraction=float(pen.mean()) if pen.size else 0
+        mask=mask, downsample=downsample, pen_fraction=float(pen.mean()) if pen.size else 0
     )
 
 
