@@ -15,6 +15,7 @@ from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
 from domainssl.errors import ConfigError, DataError
 from domainssl.inspection.recognise import inspect_path
 from domainssl.io.ssl4eo.facts import PRODUCTS
+from domainssl.io.ssl4eo.lmdb_file import LmdbFile
 from domainssl.io.ssl4eo.plain_pickle import parse_plain
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
@@ -149,6 +150,40 @@ def test_an_lmdb_that_was_cut_is_refused_before_it_is_mapped(tmp_path: Path, kep
     path.write_bytes(raw[: int(kept * len(raw)) if kept < 1 else int(kept)])
     with pytest.raises(DataError, match=r"data\.mdb: \d+ bytes, but its header speaks of"):
         _data(tmp_path / "a", {"s1": "S1GRD"})
+
+
+def test_values_are_found_as_the_library_finds_them_and_forged_pages_are_errors(
+    tmp_path: Path,
+) -> None:
+    import lmdb
+
+    values = {str(n).encode(): bytes([n % 251]) * (3 + 37 * n % 9000) for n in range(700)}
+    with lmdb.open(str(tmp_path / "a"), map_size=2**24) as env, env.begin(write=True) as write:
+        for key, value in values.items():
+            write.put(key, value)
+    path = tmp_path / "a" / "data.mdb"
+    file = LmdbFile(str(path))
+    assert file.entries == 700
+    assert all(file.get(key) == value for key, value in values.items())
+    assert file.get(b"700") is None and file.get(b"") is None
+    raw, page = path.read_bytes(), 4096
+    draw = np.random.default_rng(0)
+    pages = [n for n in range(2, len(raw) // page) if raw[n * page + 10] & 3 and
+             int.from_bytes(raw[n * page : n * page + 8], "little") == n]  # fmt: skip
+    for _ in range(60):
+        forged = bytearray(raw)
+        for number in draw.choice(pages, 3):  # heads, places and nodes
+            for at in draw.integers(8, page, 40):
+                forged[number * page + at] = draw.integers(0, 256)
+        (tmp_path / "forged").write_bytes(forged)
+        other = LmdbFile(str(tmp_path / "forged"))
+        for key in list(values)[::50]:
+            try:
+                found = other.get(key)
+            except DataError as error:
+                assert "the LMDB is damaged" in str(error)
+            else:
+                assert found is None or len(found) <= len(raw)
 
 
 class _Runs:

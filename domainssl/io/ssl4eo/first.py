@@ -21,13 +21,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from domainssl.errors import ConfigError, DataError, nearest, require
-from domainssl.files import open_regular
+from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.grid import plain_crs
 from domainssl.io.raster.time import product_time
 from domainssl.io.ssl4eo.facts import Product
 from domainssl.io.ssl4eo.layout import Catalogue, Group
+from domainssl.io.ssl4eo.lmdb_file import LmdbFile
 from domainssl.io.ssl4eo.plain_pickle import parse_plain
 from domainssl.io.ssl4eo.tiles import Raw, TileFacts, facts_of_nothing, joined
 from domainssl.io.storage.archives import Member
@@ -67,7 +67,6 @@ _SCALED = {
 }  # fmt: skip
 _WHERE = "data.init_args.storage_options.lmdb"
 _LMDB = HandlePool(limit=8)
-_MAGIC = (0xBEEFC0DE).to_bytes(4, "little")
 _log = logging.getLogger(__name__)
 
 
@@ -291,54 +290,15 @@ class _Store:
     """An LMDB, opened for reading, without lock, in the process that reads."""
 
     def __init__(self, path: str) -> None:
-        lmdb = require("lmdb", "lmdb")
         self.path = path
-        _refuse_cut(join(path, "data.mdb") if os.path.isdir(path) else path)
-        try:
-            self._env = lmdb.open(
-                path, subdir=os.path.isdir(path), readonly=True, lock=False, readahead=False,
-                meminit=False, max_readers=1024, create=False,
-            )  # fmt: skip
-            self.count = int(self._env.stat()["entries"])
-        except (lmdb.Error, OSError) as error:
-            raise DataError(
-                f"{path}: cannot be opened as LMDB ({error}). Give the folder with data.mdb, or "
-                "the file itself; get it again if it is not whole."
-            ) from error
+        self._file = LmdbFile(join(path, "data.mdb") if os.path.isdir(path) else path)
+        self.count = self._file.entries
 
     def get(self, key: str) -> bytes:
-        with self._env.begin() as transaction:  # the buffer is of the transaction: copied
-            found = transaction.get(key.encode())
+        found = self._file.get(key.encode())
         if found is None:
             raise DataError(f"{self.path}: no sample {key!r} among {self.count}.")
-        return bytes(found)
-
-
-def _refuse_cut(path: str) -> None:
-    """Refuse a file that is shorter than its newest header says.
-
-    LMDB maps the file, and the system ends a process that touches what is not there. A header is
-    a page: 16 bytes, magic number, version, address and size of the map, two tables of 48 bytes
-    (the first begins with the size of a page), last page, number of the transaction.
-
-    Raises:
-        DataError: It is.
-    """
-    with open_regular(path) as file:
-        length = os.fstat(file.fileno()).st_size
-        first = file.read(152)
-        if len(first) < 152 or first[16:20] != _MAGIC:
-            return  # LMDB says what it thinks of it
-        page = int.from_bytes(first[40:44], "little")
-        file.seek(page)
-        heads = [head for head in (first, file.read(152)) if head[16:20] == _MAGIC]
-    newest = max(heads, key=lambda head: int.from_bytes(head[144:152], "little"))
-    pages = int.from_bytes(newest[136:144], "little") + 1
-    if pages * page > length:
-        raise DataError(
-            f"{path}: {length} bytes, but its header speaks of {pages} pages of {page}, "
-            f"{pages * page} bytes. The file is not whole; get it again."
-        )
+        return found
 
 
 def _store(path: str) -> _Store:
