@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from domainssl.cli.pieces import add_plan, plan_of
 from domainssl.cli.words import Parser
 
 __all__ = ["run"]
@@ -13,19 +14,11 @@ def run(argv: list[str]) -> int:
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.io.slide.bag_folders import convert_bags, find_bags
-    from domainssl.pieces import Plan, Shard
 
     bags = find_bags(options.source, patches=options.patches, encoder=options.encoder)
     screen = console()
     screen.print(f"{len(bags.files)} slides in {bags.folder} ({bags.layout})", markup=False)
-    plan = Plan(
-        jobs=options.jobs,
-        limit=options.limit,
-        skip_bad=options.skip_bad,
-        restart=options.restart,
-        shard=Shard.parse(options.shard),
-        scheduler=options.scheduler,
-    )
+    plan = plan_of(options)
     with Bar("slides") as shown:
         count = convert_bags(
             bags, options.output, options.to, plan, dtype=options.dtype, progress=shown
@@ -56,11 +49,5 @@ def _parser() -> Parser:
     add("--encoder", default="", help="which features, where there are several")
     add("--dtype", choices=("float32", "float16", "int8"),
         help="type of features; int8 for zarr alone (default: the layout's)")  # fmt: skip
-    add("--jobs", type=int, default=0, help="processes (default 0: this one alone)")
-    add("--shard", default="1/1", metavar="I/N", help="do the I-th of N parts")
-    add("--scheduler", metavar="ADDRESS",
-        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
-    add("--limit", type=int, help="do so many slides only, evenly spread")
-    add("--skip_bad", action="store_true", help="leave out and list slides that cannot be read")
-    add("--restart", action="store_true", help="write again what is there")
+    add_plan(converting, "slides", jobs=0)
     return parser

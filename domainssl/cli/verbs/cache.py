@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from domainssl.cli.pieces import add_plan, plan_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError, nearest
 
@@ -61,13 +62,7 @@ def _parser() -> Parser:
     )
     add = building.add_argument
     add("--config", action="append", default=[], metavar="FILE", help="recipe or overlay")
-    add("--jobs", type=int, help="processes; 0 for this one alone (default: one per core)")
-    add("--shard", default="1/1", metavar="I/N",
-        help="prepare the I-th of N parts, for several machines that share the folder")  # fmt: skip
-    add("--scheduler", metavar="ADDRESS",
-        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
-    add("--limit", type=int, help="prepare so many exams only, evenly spread")
-    add("--skip_bad", action="store_true", help="leave out and list exams that cannot be read")
+    add_plan(building, "exams", without=("restart",))
     return parser
 
 
@@ -76,15 +71,9 @@ def _build(options: argparse.Namespace, more: list[str]) -> int:
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.cli.run.looking import data_at
-    from domainssl.pieces import Plan, Shard, build
+    from domainssl.pieces import build
 
-    plan = Plan(
-        jobs=options.jobs,
-        limit=options.limit,
-        skip_bad=options.skip_bad,
-        shard=Shard.parse(options.shard),
-        scheduler=options.scheduler,
-    )
+    plan = plan_of(options)
     data = data_at(None, options.config, more, "cache build")
     data.prepare_data()
     data.setup("fit")

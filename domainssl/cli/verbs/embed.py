@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from domainssl.cli.pieces import add_plan, plan_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
@@ -26,15 +27,8 @@ def run(argv: list[str]) -> int:
     from domainssl.cli.progress import Bar
     from domainssl.inference.domain import domain_of
     from domainssl.inference.run import embed
-    from domainssl.pieces import Plan, Shard
 
-    plan = Plan(
-        jobs=options.jobs,
-        skip_bad=options.skip_bad,
-        restart=options.restart,
-        shard=Shard.parse(options.shard),
-        scheduler=options.scheduler,
-    )
+    plan = plan_of(options)
     chosen = _options(options)
     backbone = load_backbone(options.backbone, weights=options.weights)
     if domain_of(backbone) == "slides" and not options.pooled:
@@ -206,10 +200,5 @@ def _parser() -> Parser:
     add("--group", default="", help="folder inside a store")
     add("--any_gsd", action="store_true", help="take pixels of another size as they are")
     add("--any_unit", action="store_true", help="take values that look like those of another unit")
-    add("--jobs", type=int, default=0, help="processes on the CPU (default 0: this one alone)")
-    add("--shard", default="1/1", metavar="I/N", help="do the I-th of N parts, a machine each")
-    add("--scheduler", metavar="ADDRESS",
-        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
-    add("--skip_bad", action="store_true", help="leave out and list shards that cannot be read")
-    add("--restart", action="store_true", help="write again what is there")
+    add_plan(parser, "shards", jobs=0, without=("limit",))
     return parser

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from domainssl.cli.pieces import add_plan, plan_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
@@ -94,11 +95,8 @@ def _parser() -> Parser:
     add("--ids", choices=("plain", "hashed"), default="plain",
         help="what outputs of scans and slides are called: like their inputs, or by keyed hashes "
         "of their paths, where names tell persons (default: plain)")
-    add("--shard", default="1/1", metavar="I/N", help="do the I-th of N parts of a folder")
-    add("--limit", type=int, help="do so many inputs only, evenly spread")
-    add("--skip_bad", action="store_true", help="leave out and list inputs that cannot be read")
-    add("--restart", action="store_true", help="make again what is there")
     # fmt: on
+    add_plan(parser, "inputs", without=("jobs", "scheduler"))
     return parser
 
 
@@ -110,11 +108,9 @@ def _predict(argv: list[str]) -> int:
     from domainssl.inference.predict import claim_folder
     from domainssl.inference.predictions import NOUNS, prediction
     from domainssl.inference.tables import TablePrediction
-    from domainssl.pieces import Plan, Shard, build
+    from domainssl.pieces import build
 
-    plan = Plan(
-        jobs=0, limit=options.limit, skip_bad=options.skip_bad, shard=Shard.parse(options.shard)
-    )
+    plan = plan_of(options)
     task = _task(options)
     noun = NOUNS[domain_of(task.backbone)]
     screen = console()

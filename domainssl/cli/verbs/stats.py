@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from domainssl.cli.pieces import add_plan, plan_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
@@ -26,16 +27,8 @@ def run(argv: list[str]) -> int:
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.inspection.statistics import measure
-    from domainssl.pieces import Plan, Shard
 
-    plan = Plan(
-        jobs=options.jobs,
-        limit=options.limit,
-        skip_bad=options.skip_bad,
-        restart=options.restart,
-        shard=Shard.parse(options.shard),
-        scheduler=options.scheduler,
-    )
+    plan = plan_of(options)
     screen = console()
     subject, found_there = _subject(options, more)
     screen.print(found_there, markup=False)
@@ -109,7 +102,8 @@ def _parser() -> Parser:
         description="Measure mean, standard deviation, percentiles and share of valid pixels of "
         "every band, over all locations and dates, in one pass and in float64. The figures do not "
         "depend on the number of processes. An interrupted call leaves OUTPUT.partial, and the "
-        "same command goes on from there. Train with --data.statistics=OUTPUT.",
+        "same command goes on from there; with --shard, the last call to finish writes OUTPUT. "
+        "Train with --data.statistics=OUTPUT.",
     )
     add = parser.add_argument
     add("path", nargs="?", help="a folder or URL of SSL4EO-S12, of which all places and dates "
@@ -122,18 +116,12 @@ def _parser() -> Parser:
         help="products by modality key (default s1=S1GRD s2=S2L2A)")  # fmt: skip
     add("--split", default="train", help="part of the data (default train)")
     add("--output", default="stats.yaml", help="file to write (default stats.yaml)")
-    add("--jobs", "--workers", type=int,
-        help="processes; 0 for this one alone (default: one per core)")  # fmt: skip
-    add("--shard", default="1/1", metavar="I/N",
-        help="measure the I-th of N parts; the last call to finish writes OUTPUT")  # fmt: skip
-    add("--scheduler", metavar="ADDRESS",
-        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
-    add("--limit", type=int, help="measure so many blocks only, evenly spread")
     add("--mask_clouds", action="store_true", help="leave out clouds and their shadow too")
     add("--dn_offset", choices=["auto", "0", "1000"], default="auto",
         help="what stored Sentinel-2 values carry (default auto)")  # fmt: skip
-    add("--skip_bad", action="store_true", help="leave out and list blocks that cannot be read")
-    add("--restart", action="store_true", help="forget what an interrupted call has measured")
+    add_plan(
+        parser, "blocks", again="forget what an interrupted call has measured", also=("--workers",)
+    )
     return parser
 
 

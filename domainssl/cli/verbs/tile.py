@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from domainssl.cli.pieces import add_plan, plan_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
@@ -25,15 +26,9 @@ def run(argv: list[str]) -> int:
     """Write grid, coordinates and picture of every slide that has none yet."""
     options = _parser().parse_args(argv)
     from domainssl.cli.progress import Bar
-    from domainssl.pieces import Plan, Shard, build
+    from domainssl.pieces import build
 
-    plan = Plan(
-        jobs=options.jobs,
-        limit=options.limit,
-        skip_bad=options.skip_bad,
-        shard=Shard.parse(options.shard),
-        scheduler=options.scheduler,
-    )
+    plan = plan_of(options)
     backbone = None if options.features is None else _backbone(options)
     made = _tiling(options)
     made.claim(restart=options.restart)
@@ -95,14 +90,7 @@ def _parser() -> Parser:
     add("--dtype", choices=("float32", "float16", "int8"),
         help="of the features; int8, with a scale per tile, for --layout zarr (default: float32, "
         "of zarr float16 where that holds them)")  # fmt: skip
-    add("--jobs", type=int, help="processes; 0 for this one alone (default: one per core)")
-    add("--shard", default="1/1", metavar="I/N",
-        help="do the I-th of N parts, for several machines that share the folder")  # fmt: skip
-    add("--scheduler", metavar="ADDRESS",
-        help="a dask cluster that does it: tcp://HOST:PORT, or local to start one")  # fmt: skip
-    add("--limit", type=int, help="do so many slides only, evenly spread")
-    add("--skip_bad", action="store_true", help="leave out and list slides that cannot be read")
-    add("--restart", action="store_true", help="do again what is there")
+    add_plan(parser, "slides", again="do again what is there")
     return parser
 
 
