@@ -47,8 +47,11 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     """Some windows of the embedded sample by product, all fully valid."""
     from domainssl.datamodules.samples import ssl4eo
 
-    names = ("S1GRD", "S2L1C", "S2L2A")
-    catalogue = scan(str(ssl4eo.sample_root(names)), "val", {n.lower(): n for n in names})
+    names, folder = ("S1GRD", "S2L1C", "S2L2A"), tmp_path_factory.mktemp("sample")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl4eo, "LOCATIONS", {"val": 32})  # one file of five
+        ssl4eo.build(folder, names)
+    catalogue = scan(str(folder), "val", {n.lower(): n for n in names})
     out = {}
     for name in names:
         block = read(catalogue.groups[0], name.lower(), [0])
