@@ -46,7 +46,12 @@ FEW: dict[str, Few] = {
         start="slides_titan",
         metric="val/accuracy",
         epochs=60,
-        changes=("--data.global_batch_size=9",),
+        changes=(
+            _HEAD,
+            "--model.head.kind=linear",  # nine slides are too few for attention
+            "--model.optimization.lr=0.1",
+            "--data.global_batch_size=9",
+        ),
     ),
     "finetune_ssl4eo_landcover": Few(
         start="ssl4eo_croma",

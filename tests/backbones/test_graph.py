@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from small_tasks import batch, task
+from torch.utils.data import DataLoader
 
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
@@ -23,6 +26,7 @@ from domainssl.cli import main
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality
 from domainssl.nn.blocks import set_attention_path
+from domainssl.tasks import Tuning
 
 
 def _image(**changes) -> dict[str, Modality]:
@@ -252,6 +256,28 @@ def test_the_verb_writes_graphs(
     assert facts["provenance"]["checkpoint"] == "last.ckpt"
     assert main([*words, *asked]) == 2
     assert "overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_graph_of_a_run_with_lora_is_that_of_the_merged_backbone(tmp_path, capsys) -> None:
+    kept = task(tuning=Tuning(mode="lora"))
+    for name, parameter in kept.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.validate(kept, DataLoader([batch()], batch_size=None), verbose=False)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    words = ["export", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "graph")]
+    assert main([*words, "--format", "torch_export"]) == 0
+    assert "without the head of the task" in capsys.readouterr().out
+    given = batch()
+    graph = torch.export.load(tmp_path / "graph" / "encoder.pt2").module()
+    with torch.no_grad():
+        wanted = kept.eval().backbone({"he": given["he"]}).pooled["he"]
+        torch.testing.assert_close(graph(given["he"])[0], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_the_verb_refuses_options_of_graphs_without_a_graph(

@@ -1,7 +1,7 @@
 """A pretrained backbone learns from a tenth of the labels what a random one does not.
 
 One draw of the labels here; `docs/finetuning.md` has three, and the recipes that are left out here
-for their time: of slides, crops and change.
+for their time: of slides, crops and change. Of these, a tenth of the labels has to make a batch.
 """
 
 from __future__ import annotations

@@ -34,14 +34,14 @@ def run(argv: list[str]) -> int:
 
     from rich.markup import escape
 
-    from domainssl import export_backbone, export_timm, load_backbone
+    from domainssl import export_backbone, export_timm
     from domainssl.cli.console import console
-    from domainssl.tasks.export import is_task, load_task
+    from domainssl.tasks.export import is_task
 
     is_of_task = checkpoint.suffix == ".ckpt" and is_task(checkpoint)
     if is_of_task and options.format == "safetensors" and not options.backbone:
         return _task(options, checkpoint, output)
-    backbone = load_task(checkpoint).backbone if is_of_task else load_backbone(checkpoint)
+    backbone, _ = _backbone(checkpoint)
     facts: dict[str, Any] = {
         "licence": options.licence,
         "provenance": {"checkpoint": checkpoint.name, **_run_facts(checkpoint)},
@@ -128,13 +128,13 @@ def _parser() -> Parser:
 
 def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     """Write ONNX or a program of torch.export, and say what was measured."""
-    from domainssl import load_backbone
     from domainssl.backbones.graph import export_graph
     from domainssl.cli.console import console
 
     size = options.size
+    backbone, is_of_task = _backbone(checkpoint)
     card = export_graph(
-        load_backbone(checkpoint),
+        backbone,
         output,
         format=options.format,
         modalities=options.modalities,
@@ -145,6 +145,8 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     )
     facts = json.loads(card.read_text(encoding="utf-8"))
     screen = console()
+    if is_of_task and not options.backbone:
+        screen.print("note: features of the tuned backbone, without the head of the task")
     screen.print(f"exported {facts['backbone']} to {output / facts['file']}", markup=False)
     for entry in facts["inputs"]:
         free = "any size" if entry["size_is_free"] else f"size {entry['size']} only"
@@ -163,6 +165,16 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     )
     screen.print(f"  card: {card}", markup=False)
     return 0
+
+
+def _backbone(checkpoint: Path) -> tuple[Any, bool]:
+    """Return the backbone of a checkpoint, with LoRA merged, and whether it is that of a task."""
+    from domainssl import load_backbone
+    from domainssl.tasks.export import is_task, load_task, whole_task
+
+    if checkpoint.suffix == ".ckpt" and is_task(checkpoint):
+        return whole_task(load_task(checkpoint)).backbone, True
+    return load_backbone(checkpoint), False
 
 
 def _checkpoint(path: Path) -> Path:
