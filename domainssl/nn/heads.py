@@ -73,9 +73,16 @@ class _Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(inputs, count, bias=False).weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., E) -> logits (..., K) of unit-length vectors."""
-        weight = self.weight_g * F.normalize(self.weight_v, dim=1, eps=0.0)
-        return F.linear(x, weight)
+        """(..., E) -> logits (..., K) of unit-length vectors.
+
+        The rows are scaled, or the logits where these are fewer: K times E numbers are written
+        and read several times in a step, which takes as long as a product of a small batch.
+        """
+        scale = self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        if x.numel() < x.shape[-1] ** 2:
+            logits = F.linear(x, self.weight_v)
+            return logits * scale.squeeze(1).to(logits.dtype)
+        return F.linear(x, self.weight_v * scale)
 
 
 class BottleneckHead(nn.Module):

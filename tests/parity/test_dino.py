@@ -376,6 +376,19 @@ def test_position_tables_for_other_grids(steps: Golden) -> None:
             close(ours, steps[f"positions/{method}/{name}"], rtol=0, atol=1e-5)
 
 
+def test_logits_are_the_same_whichever_side_is_scaled() -> None:
+    torch.manual_seed(0)
+    head, rows = PrototypeHead(4, hidden=4, bottleneck=3, prototypes=5).last_layer, torch.ones(7, 3)
+    many = head(rows)
+    few = torch.cat([head(row[None]) for row in rows])  # fewer rows than the bottleneck is wide
+    assert isinstance(head, nn.Module)
+    close(few, many, rtol=1e-6, atol=1e-7)
+    ours = [torch.autograd.grad(out.square().sum(), head.weight_v)[0] for out in (few, many)]
+    close(ours[0], ours[1], rtol=1e-5, atol=1e-6)
+    unit = torch.nn.functional.normalize(head.weight_v.detach(), dim=1)
+    close(many.detach(), rows @ unit.T, rtol=1e-6, atol=1e-7)
+
+
 def test_frozen_scales_are_one() -> None:
     head = PrototypeHead(4, hidden=4, bottleneck=3, prototypes=5)
     assert isinstance(head.last_layer, nn.Module)
