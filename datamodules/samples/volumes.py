@@ -3,7 +3,8 @@
 `petct`: 160 training and 96 held-out exams of registered CT and PET. `ctmr`: 96 and 96 exams of
 the abdomen, half of them CT and half MR, with maps of the organs; one is a DICOM series. `brain`:
 160 and 96 exams of four MR contrasts, some of them missing, with maps of the lesions. `organs` and
-`lesions`: 96 and 32 exams of such scans, whose maps only the layers of the tissue tell. As in real
+`lesions`: 96 and 32 exams of such scans, whose maps only the layers of the tissue tell. `visits`:
+128 and 96 patients with four visits. As in real
 files, stored axes point in several directions, integers have slopes and offsets, and some patients
 come twice.
 """
@@ -29,6 +30,7 @@ from domainssl.datamodules.samples.volumes_regions import (
     write_lesions,
     write_organs,
 )
+from domainssl.datamodules.samples.volumes_visits import VISITS, write_visits
 from domainssl.errors import ConfigError, nearest
 
 __all__ = ["SAMPLES", "build", "sample_root"]
@@ -39,6 +41,7 @@ SAMPLES: dict[str, tuple[Plan, Callable[[Path, str, int], Mapping[str, str]], st
     "upright": (UPRIGHT, write_upright, "1"),
     "ctmr": (CTMR, write_ctmr, "2"),
     "brain": (BRAIN, write_brain, "2"),
+    "visits": (VISITS, write_visits, "1"),
     "organs": (ORGANS, write_organs, "1"),
     "lesions": (LESIONS, write_lesions, "1"),
 }

@@ -19,8 +19,8 @@ from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
 from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, grain, layered, smooth
 
 __all__ = [
-    "BRAIN", "CONTRASTS", "GRID", "Head", "brain", "draw_scans", "head_tissues", "write_brain",
-    "write_head",
+    "BRAIN", "CONTRASTS", "GRID", "Head", "brain", "draw_scan", "draw_scans", "head_tissues",
+    "write_brain", "write_head",
 ]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
@@ -79,7 +79,7 @@ def draw_scans(rng: Rng, tissues: Array, layers: Array, lesions: Array) -> dict[
     """
     contrast = np.exp(rng.normal(0, 0.15))
     gain = float(np.exp(rng.normal(0, 0.2)))
-    scans = {n: _scan(rng, n, tissues, layers * contrast, lesions, gain) for n in CONTRASTS}
+    scans = {n: draw_scan(rng, n, tissues, layers * contrast, lesions, gain) for n in CONTRASTS}
     if rng.random() < 0.2:
         del scans[str(rng.choice(CONTRASTS))]
     return scans
@@ -146,7 +146,10 @@ def _lesions(rng: Rng, tissues: Array) -> Array:
     return found
 
 
-def _scan(rng: Rng, name: str, tissues: Array, layers: Array, lesions: Array, gain: float) -> Array:
+def draw_scan(
+    rng: Rng, name: str, tissues: Array, layers: Array, lesions: Array, gain: float
+) -> Array:
+    """Return what one contrast shows, float32 (X, Y, Z); see `draw_scans`."""
     signal = np.asarray(_SIGNAL[name], np.float32) * np.exp(rng.normal(0, 0.04, 6))
     log = _TRACTS[name] * np.exp(rng.normal(0, 0.1)) * layers + 0.08 * smooth(rng, GRID, 70)
     log += np.where(tissues > 3, _GRAIN * grain(rng, GRID, _GRAIN_MM), 0)

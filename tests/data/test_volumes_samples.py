@@ -29,8 +29,11 @@ from domainssl.datamodules.samples.volumes_regions import (
     write_lesions,
     write_organs,
 )
+from domainssl.datamodules.samples.volumes_visits import VISITS, visits
 from domainssl.errors import ConfigError
 from domainssl.evaluation.probes import knn_accuracy, linear_probe_accuracy
+from domainssl.io.volume.exam import Wanted
+from domainssl.io.volume.exams import find_exams
 from domainssl.io.volume.scan import Reading, read_labels, read_scan
 
 nibabel: Any = pytest.importorskip("nibabel", reason="needs the extra medical")
@@ -276,3 +279,41 @@ def test_maps_of_regions_lie_on_the_grid_of_their_scans(tmp_path: Path, write) -
     drawn = organs("val", 3).labels if "scan" in row else lesions("val", 3).lesions
     np.testing.assert_array_equal(labels.values[0], drawn)
     assert ORGANS.row("val", 3, row)["label"] == ""
+
+
+def test_when_the_tissue_of_a_patient_changed_is_told_by_the_layers_of_its_visits_alone() -> None:
+    patients = [visits("val", number) for number in range(48)]
+    classes = VISITS.classes("val")[:48]
+    for patient, changed in zip(patients, classes, strict=True):
+        assert patient.days[0] == 0 and all(150 <= n < 240 for n in np.diff(patient.days))
+        found = energies(np.stack(patient.layers))
+        is_axial = (found[:, 2] > found[:, 0]).tolist()  # steps along z
+        assert is_axial == [False] * (4 - changed) + [True] * changed
+    raw = [
+        torch.cat([f.mean(0), f.std(0)])
+        for f in (statistics(_middle(np.stack(patient.scans), 24)) for patient in patients)
+    ]
+    labels = torch.from_numpy(classes)
+    assert linear_probe_accuracy(torch.stack(raw), labels) < 0.5  # chance is 0.25
+
+
+def test_visits_are_rows_with_days_of_patients_with_one_class(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(VISITS.exams, "train", 2)  # type: ignore[arg-type]
+    monkeypatch.setitem(VISITS.exams, "val", 1)  # type: ignore[arg-type]
+    volumes.build("visits", tmp_path)
+    wanted = Wanted(contrasts={"flair": "flair"}, mask="", dates="day")
+    exams = find_exams(str(tmp_path), wanted).items
+    assert [exam.id for exam in exams[:5]] == [
+        "t000_v0",
+        "t000_v1",
+        "t000_v2",
+        "t000_v3",
+        "t001_v0",
+    ]
+    whose: dict[str, list[Any]] = {}
+    for exam in exams:
+        whose.setdefault(exam.patient, []).append(exam)
+    assert len(whose) == 3
+    for number, own in enumerate(list(whose.values())[:2]):
+        assert {exam.label for exam in own} == {VISITS.patterns[VISITS.classes("train")[number]]}
+        assert tuple(exam.day for exam in own) == visits("train", number).days

@@ -16,6 +16,8 @@ _SAMPLES = {  # name -> DataModule and its root
     "pastis": ("pastis.PastisDataModule", "sample"),
     "ctmr": ("volumes.VolumeDataModule", "sample:ctmr"),
     "petct": ("volumes.VolumeDataModule", "sample:petct"),
+    "upright": ("volumes.VolumeDataModule", "sample:upright"),
+    "visits": ("volumes.VolumeDataModule", "sample:visits"),
     "brain": ("volumes.VolumeDataModule", "sample:brain"),
     "organs": ("volumes.VolumeDataModule", "sample:organs"),
     "lesions": ("volumes.VolumeDataModule", "sample:lesions"),
