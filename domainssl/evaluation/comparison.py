@@ -121,9 +121,9 @@ def kept_classes(train: Items, test: Items, where: str) -> tuple[list[int], list
     """
     if train.labels is None or test.labels is None:
         raise DataError(
-            f"evaluate: {where} carry no labels (`label`, one class per item, or `label_multi`, "
-            "0 or 1 per class). Give the "
-            "DataModule labels (data.init_args.labels, or a column of its manifest)."
+            f"evaluate: no labels in the data of {where} (`label`, one class per item, or "
+            "`label_multi`, 0 or 1 per class). Give the DataModule labels (data.init_args.labels, "
+            "or a column of its manifest)."
         )
     counts = {int(c): int((train.labels == c).sum()) for c in np.unique(train.labels) if c >= 0}
     tested = {int(c) for c in np.unique(test.labels) if c >= 0}

@@ -150,7 +150,7 @@ def test_slides_are_evaluated_from_bags_by_pooled_features_and_a_slide_encoder(
 
 
 MISTAKES = {
-    "none": ({"labels": "none", "with_mask": False}, "carry no labels"),
+    "none": ({"labels": "none", "with_mask": False}, "no labels in the data of"),
     "one": ({"labels": "one"}, "hold one class"),
     "few": ({"labels": "few"}, "too few labels"),
     "person": ({"same_person": True}, "1 persons have items in both splits"),
