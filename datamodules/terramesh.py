@@ -32,7 +32,8 @@ class TerraMeshDataModule(SSL4EOS12DataModule):
     not `present`.
 
     Args:
-        root: `sample` (made on first use in the cache), a folder, or an fsspec URL, that holds
+        root: `sample` (made on first use in the cache), `sample:relief` (colours and heights whose
+            class is to which side land rises), a folder, or an fsspec URL, that holds
             `train/<product>/` and `val/<product>/` with the shards.
         modalities: Product of each modality key: S1GRD, S1RTC, S2L1C, S2L2A, S2RGB, DEM, NDVI or
             LULC.
@@ -53,7 +54,7 @@ class TerraMeshDataModule(SSL4EOS12DataModule):
 
     known: ClassVar[Mapping[str, Product]] = TERRAMESH
     format: ClassVar[str] = "TerraMesh"
-    samples: ClassVar[tuple[str, ...]] = ()
+    samples: ClassVar[tuple[str, ...]] = ("relief",)
     pieces: ClassVar[str] = "runs"
     default: ClassVar[Mapping[str, str]] = {"s1": "S1RTC", "s2": "S2L2A"}
     default_window: ClassVar[Window] = Window(size=224)
@@ -92,6 +93,10 @@ class TerraMeshDataModule(SSL4EOS12DataModule):
             )
 
     def _sample_root(self, name: str = "") -> str:
+        if name == "relief":
+            from domainssl.datamodules.samples.relief import sample_root as relief_root
+
+            return str(relief_root())
         from domainssl.datamodules.samples.terramesh import sample_root
 
         return str(sample_root())

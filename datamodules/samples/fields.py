@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from scipy.special import ndtri
 
-__all__ = ["frequency", "layers", "shaped", "smooth"]
+__all__ = ["frequency", "layers", "slope", "shaped", "smooth"]
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
@@ -51,3 +52,23 @@ def layers(rng: Rng, side: int, spacing: float, small: float) -> Array:
         field = shaped(rng, side, ring)
         found.append(_unit(np.sign(field) * (np.abs(field) - 0.6).clip(0, 0.8) ** 0.5))
     return np.stack(found) * np.float32(0.5**0.5)
+
+
+def slope(rng: Rng, side: int, length_px: float, angle: float, share: float) -> Array:
+    """Return hilly land that rises to one side, whose values are normally distributed.
+
+    Args:
+        rng: Source of the draw.
+        side: Pixels along each side.
+        length_px: Distance of hills.
+        angle: Where it rises, radians from the rows, towards the first row.
+        share: Of the variance that is the rise.
+    """
+    at = (np.arange(side, dtype=np.float32) + 0.5) / side - 0.5
+    rise = (np.cos(angle) * at[None] - np.sin(angle) * at[:, None]) * 12**0.5
+    ring = np.exp(-(((frequency(2 * side) - 1 / length_px) / (0.3 / length_px)) ** 2))
+    hills = shaped(rng, 2 * side, ring)[:side, :side]
+    field = share**0.5 * rise + (1 - share) ** 0.5 * hills
+    values = np.empty(field.size, np.float32)
+    values[np.argsort(field, axis=None)] = ndtri((np.arange(field.size) + 0.5) / field.size)
+    return values.reshape(field.shape)

@@ -22,7 +22,6 @@ NOT_SHOWN = {
     "cube_galileo",
     "ssl4eo_data2vec",
     "ssl4eo_hyper_mae",
-    "terramesh_csip",
 }
 FOUND = sorted(
     (path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("finetune_")),

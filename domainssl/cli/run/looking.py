@@ -11,6 +11,7 @@ __all__ = ["data_at"]
 _SAMPLES = {  # name -> DataModule and its root
     "ssl4eo": ("ssl4eo.SSL4EOS12DataModule", "sample"),
     "terramesh": ("terramesh.TerraMeshDataModule", "sample"),
+    "relief": ("terramesh.TerraMeshDataModule", "sample:relief"),
     "cubes": ("cubes.SentinelCubeDataModule", "sample"),
     "treesatai": ("treesatai.TreeSatAIDataModule", "sample"),
     "pastis": ("pastis.PastisDataModule", "sample"),
@@ -26,7 +27,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "bags": ("slides.SlideFeatureDataModule", "sample:bags"),
     "bags_clam": ("slides.SlideFeatureDataModule", "sample:bags_clam"),
 }
-_SIZES = {"tiles": 64, "terramesh": 64, "volumes": 32}  # px, voxels
+_SIZES = {"tiles": 64, "terramesh": 64, "relief": 32, "volumes": 32}  # px, voxels
 
 
 def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> Any:
@@ -61,6 +62,8 @@ def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> 
     path, root = _SAMPLES[name]
     module, _, title = path.partition(".")
     build = getattr(import_module(f"domainssl.datamodules.{module}"), title)
+    if name == "relief":
+        return build(root=root, modalities={"rgb": "S2RGB", "dem": "DEM"}, window=_window(name))
     return build(root=root, window=_window(module)) if module in _SIZES else build(root=root)
 
 
