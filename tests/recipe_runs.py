@@ -23,9 +23,10 @@ COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside 
 # one per objective, and one per kind of data
 LEARN = (
     "ct_conv_mae", "ct_swinunetr_ssl", "ct_vitautoenc", "ctmr_simdino",
-    "mri_multicontrast_mae", "slides_titan", "ssl4eo_barlow_twins", "ssl4eo_clip", "ssl4eo_decur",
-    "ssl4eo_dino", "ssl4eo_moco", "ssl4eo_moco2", "ssl4eo_simclr", "ssl4eo_vicreg",
-    "terramesh_csip", "tiles_mae", "treesat_maestro", "treesat_omnisat",
+    "mri_multicontrast_mae", "slides_titan", "ssl4eo_barlow_twins", "ssl4eo_clip",
+    "ssl4eo_data2vec", "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_moco", "ssl4eo_moco2",
+    "ssl4eo_simclr", "ssl4eo_vicreg", "terramesh_csip", "tiles_mae", "treesat_maestro",
+    "treesat_omnisat",
 )  # fmt: skip
 
 
