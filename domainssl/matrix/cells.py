@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -48,6 +49,7 @@ _SERIES = "series"
 # arguments that hold one entry per modality, and what an entry for other data leaves out
 _PER_MODALITY = ("views", "inputs", "patch_size")
 _OF_THE_DATA = ("target_bands", "group", "image_size")
+_EPOCHS = ("max_epochs", "check_val_every_n_epoch", "every_n_epochs")
 _MOST_CHOICES = 6  # sets of modalities that are tried for a composed cell
 
 
@@ -225,7 +227,25 @@ def _joined(
     left_out = set(_modalities(base)) - set(names)
     config["data"]["init_args"] = _without(config["data"]["init_args"], left_out)
     config["callbacks"] = {k: v for k, v in config.get("callbacks", {}).items() if k != "panels"}
+    if _steps(donor) > 2 * _steps(base):
+        return _longer(config, math.ceil(_steps(donor) / _steps(base)))
     return config
+
+
+def _steps(recipe: Mapping[str, Any]) -> int:
+    """Return how many steps a recipe trains: recipes log once per epoch."""
+    trainer = recipe["trainer"]
+    return int(trainer["max_epochs"] * trainer.get("log_every_n_steps", 1))
+
+
+def _longer(value: Any, factor: int) -> Any:
+    """Return a configuration with all counts of epochs multiplied."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        k: factor * v if isinstance(v, int) and k in _EPOCHS else _longer(v, factor)
+        for k, v in value.items()
+    }
 
 
 def _patch(encoding: Mapping[str, Any]) -> Any:

@@ -135,6 +135,17 @@ def test_a_composed_cell_keeps_the_normalization_of_its_model_where_that_of_the_
     assert cell.config["model"]["init_args"]["encoding"]["normalization"] == "zscore"
 
 
+def test_a_composed_cell_trains_longer_where_its_model_did_for_more_than_twice_as_many_steps():
+    found = recipes()
+    found["petct_croma"]["trainer"] = {"max_epochs": 6, "log_every_n_steps": 5}
+    found["petct_croma"]["callbacks"] = {"evaluation": {"init_args": {"every_n_epochs": 3}}}
+    for epochs, factor in ((30, 1), (31, 3)):
+        found["ssl4eo_simclr"]["trainer"] = {"max_epochs": epochs, "log_every_n_steps": 2}
+        config = by_name(find_cells(found, no_refusal))["petct_simclr"].config
+        assert config["trainer"] == {"max_epochs": 6 * factor, "log_every_n_steps": 5}
+        assert config["callbacks"]["evaluation"]["init_args"]["every_n_epochs"] == 3 * factor
+
+
 def outcome(trained: float, untrained: float = 0.5) -> Outcome:
     metrics = {"val/items": 64.0, "val/classes": 4.0, "val/loss": 1.23456789}
     for name in ("s1", "s2", "joint"):
