@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
-from domainssl.errors import ConfigError, nearest
+from domainssl.errors import ConfigError, DataError, nearest
 
 __all__ = ["class_names"]
+
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
 def class_names(there: Collection[str], asked: Sequence[str], what: str) -> tuple[str, ...]:
@@ -20,7 +23,15 @@ def class_names(there: Collection[str], asked: Sequence[str], what: str) -> tupl
 
     Raises:
         ConfigError: One that occurs is not among those asked for.
+        DataError: One number is written in two ways.
     """
+    written: dict[float, str] = {}
+    for label in sorted(there):
+        if _NUMBER.fullmatch(label) and written.setdefault(float(label), label) != label:
+            raise DataError(
+                f"{what} have the classes {written[float(label)]!r} and {label!r}, which are one "
+                "number. Write it alike in all rows."
+            )
     if not asked:
         are_numbers = all(label.isdecimal() for label in there)
         return tuple(sorted(there, key=int) if are_numbers else sorted(there))
