@@ -319,7 +319,7 @@ def test_files_of_ssl4eo_are_opened_once_until_they_change(tmp_path, monkeypatch
 def test_folders_of_dicom_are_opened_once_and_no_name_is_kept(tmp_path, monkeypatch):
     looked, look = [], dicom.look
     monkeypatch.setattr(dicom, "look", lambda path: looked.append(path) or look(path))
-    monkeypatch.setattr(known, "_MANY", 2)
+    monkeypatch.setattr(known, "MANY", 2)
     folders = [tmp_path / "exams" / name for name in ("miller", "smith", "jones")]
     for folder in folders:
         write_series(folder)

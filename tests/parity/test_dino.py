@@ -378,7 +378,8 @@ def test_position_tables_for_other_grids(steps: Golden) -> None:
 
 def test_logits_are_the_same_whichever_side_is_scaled() -> None:
     torch.manual_seed(0)
-    head, rows = PrototypeHead(4, hidden=4, bottleneck=3, prototypes=5).last_layer, torch.ones(7, 3)
+    head = PrototypeHead(4, hidden=4, bottleneck=3, prototypes=5).double().last_layer
+    rows = torch.ones(7, 3, dtype=torch.float64)
     many = head(rows)
     few = torch.cat([head(row[None]) for row in rows])  # fewer rows than the bottleneck is wide
     assert isinstance(head, nn.Module)
