@@ -80,9 +80,7 @@ def refuse_other_unit(
 
 def _parts(file: LayerFile, step: float) -> list[Bounds]:
     """Return squares around the quarters of what all bands cover; one where that is small."""
-    bounds = file.bands[0].grid.bounds
-    for band in file.bands[1:]:
-        bounds = bounds.shared(band.grid.bounds)
+    bounds = file.bounds
     rows, columns = (int(side / step + 1e-6) for side in (bounds.height, bounds.width))
     found = {}
     for down in _PLACES:
@@ -90,8 +88,6 @@ def _parts(file: LayerFile, step: float) -> list[Bounds]:
             height, width = min(_SIDE, rows), min(_SIDE, columns)
             row = min(max(0, int(rows * down) - height // 2), rows - height)
             column = min(max(0, int(columns * across) - width // 2), columns - width)
-            left, top = bounds.left + column * step, bounds.top - row * step
-            part = Bounds(left, top - height * step, left + width * step, top)
             if height and width:
-                found[row, column] = part
+                found[row, column] = bounds.part(row, column, height, width, step)
     return list(found.values())

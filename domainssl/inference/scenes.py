@@ -296,9 +296,8 @@ def open_scene(
                 "Reproject one of them: windows are cut, not warped."
             )
         crs = part.file.crs
-        for band in part.file.bands:
-            theirs = band.grid.bounds
-            bounds = theirs if bounds is None else bounds.shared(theirs)
+        theirs = part.file.bounds
+        bounds = theirs if bounds is None else bounds.shared(theirs)
     assert crs is not None and bounds is not None
     least = max(part.target.step for part in parts.values())
     if min(bounds.width, bounds.height) < least * (1 - 1e-6):

@@ -178,9 +178,7 @@ def _site(
     bounds = None
     for part in opened.values():
         for file in part.files:
-            for band in file.bands:
-                theirs = band.grid.bounds
-                bounds = theirs if bounds is None else bounds.shared(theirs)
+            bounds = file.bounds if bounds is None else bounds.shared(file.bounds)
     assert bounds is not None
     cover = None
     if labels is not None and maps:

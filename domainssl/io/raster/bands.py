@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from domainssl.io.raster.attributes import (
     number_of,
     stac_scaling,
 )
-from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
+from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Bounds, Grid, crs_of, grid_of
 from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
 from domainssl.io.storage.archives import FolderStore
@@ -157,6 +157,11 @@ class LayerFile:
                 f"{date} ({self.times[date]}). Set stored_unit to dn or dn+1000."
             )
         return "dn+1000" if known >= OFFSET_BASELINE else "dn"
+
+    @property
+    def bounds(self) -> Bounds:
+        """What all bands cover."""
+        return reduce(Bounds.shared, (band.grid.bounds for band in self.bands))
 
     def on(self, name: str) -> StoredBand:
         """Return a band by its name."""

@@ -57,6 +57,11 @@ class Bounds:
             min(self.top, other.top),
         )
 
+    def part(self, row: int, column: int, height: int, width: int, step: float) -> Bounds:
+        """Return a rectangle of pixels with sides `step`, counted from the upper left corner."""
+        left, top = self.left + column * step, self.top - row * step
+        return Bounds(left, top - height * step, left + width * step, top)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:

@@ -10,7 +10,6 @@ import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile
-from domainssl.io.raster.grid import Bounds
 from domainssl.io.raster.read import MaskRule, Target, read_pixels
 from domainssl.sensors import DARK_DN, DARK_FRACTION, L1C_BANDS
 
@@ -134,18 +133,15 @@ def _shows_dark(file: LayerFile, dates: Sequence[int], rule: MaskRule) -> bool:
 def _is_dark(file: LayerFile, date: int, rule: MaskRule) -> bool:
     """Tell whether too many pixels of a date are too dark to carry the offset, or none is there."""
     step = min(band.grid.step for band in file.bands)
-    bounds = file.bands[0].grid.bounds
-    for band in file.bands[1:]:
-        bounds = bounds.shared(band.grid.bounds)
+    bounds = file.bounds
     shape = [int(side / step + 1e-6) for side in (bounds.height, bounds.width)]
     is_scaled = any(band.is_scaled for band in file.bands)
     target = Target("dn", "reflectance" if is_scaled else "dn", step, rule)
     dark = measured = 0
     for stage in _stages(shape):
         for row, column, side in stage:
-            left, top = bounds.left + column * step, bounds.top - row * step
             height, width = min(side, shape[0] - row), min(side, shape[1] - column)
-            part = Bounds(left, top - height * step, left + width * step, top)
+            part = bounds.part(row, column, height, width, step)
             pixels = read_pixels(file, [date], part, target)
             values: Any = pixels.values[0]
             seen = pixels.valid[0] & (values != 0).any(0)
