@@ -132,6 +132,58 @@ def test_padding_is_a_stored_number_whatever_its_sign_in_the_header(tmp_path: Pa
     assert scan.values.min() == -1024 and scan.values[:, scan.valid].min() == 25 - 1024
 
 
+@pytest.mark.parametrize(
+    ("stored", "padding", "vr", "signed"),
+    [
+        (0x0830, 0x0830, "US", True), (0xF830, 0xF830, "US", False), (0x0830, -2000, "SS", True),
+        (0x0FFF, 0xFFFF, "US", False),
+    ],
+)  # fmt: skip
+def test_padding_has_the_bits_that_pixels_have(
+    tmp_path: Path, stored: int, padding: int, vr: str, signed: bool
+) -> None:
+    for k in range(3):
+        pixels = plane(k).astype("<u2")
+        pixels[0, 0] = stored
+        file = write_slice(tmp_path / f"{k}", plane(k), (0, 0, k), signed=signed, bits=12,
+                           save=False)  # fmt: skip
+        file.PixelData = pixels.tobytes()
+        file.add_new(0x00280120, vr, padding)
+        file.save_as(tmp_path / f"{k}", enforce_file_format=True)
+    scan = read_scan(tmp_path)
+    assert scan.valid is not None and int((~scan.valid).sum()) == 3
+    assert scan.values[0][scan.valid].max() == plane(2).max() - 1024
+
+
+def test_images_of_the_series_without_a_place_are_a_warning(tmp_path: Path) -> None:
+    write_series(tmp_path)
+    last = write_slice(tmp_path / "IM0099", plane(0), None)
+    assert "ImagePositionPatient" not in last
+    [warning] = read_scan(tmp_path).facts.warnings
+    assert "1 images of the series that state no position or orientation: IM0099" in warning
+
+
+def test_ct_that_may_be_no_hounsfield_units_is_a_warning(tmp_path: Path) -> None:
+    write_series(tmp_path / "iodine", RescaleType="MGML")
+    [warning] = read_scan(tmp_path / "iodine").facts.warnings
+    assert "6 of 6 images state the unit MGML (RescaleType)" in warning
+    write_series(tmp_path / "hu", RescaleType="HU")
+    assert not read_scan(tmp_path / "hu").facts.warnings
+    write_series(tmp_path / "named", RescaleType="of Invented Person")
+    assert "the unit A TEXT" in read_scan(tmp_path / "named").facts.warnings[0]
+    write_series(tmp_path / "mixed")
+    write_slice(tmp_path / "mixed" / "IM0002", plane(0), (-3, -4, -100), intercept=0)
+    [warning] = read_scan(tmp_path / "mixed").facts.warnings
+    assert "1 images of a CT have another scale than 5" in warning and "IM0002" in warning
+
+
+def test_two_acquisitions_that_alternate_are_a_warning(tmp_path: Path) -> None:
+    for k in range(6):
+        write_slice(tmp_path / f"{k}", plane(k), (0, 0, k), AcquisitionNumber=k % 2)
+    [warning] = read_scan(tmp_path).facts.warnings
+    assert "2 kinds by AcquisitionNumber alternate along the volume" in warning
+
+
 def test_each_slice_has_its_own_slope_in_floating_point(tmp_path: Path) -> None:
     slopes = (1.0, 0.25, 0.013671875, 1.02609e-08)
     for k, slope in enumerate(slopes):
@@ -211,6 +263,19 @@ def test_enhanced_frames_are_placed_and_scaled_one_by_one(tmp_path: Path) -> Non
     write_enhanced(tmp_path / "c", [0, 1], NumberOfFrames=1)
     with pytest.raises(DataError, match="header cannot be read"):
         describe_scan(tmp_path / "c")
+
+
+def test_enhanced_files_may_state_scale_and_grid_where_single_images_do(tmp_path: Path) -> None:
+    write_enhanced(tmp_path / "e.dcm", [2, 0, 1])
+    file = pydicom.dcmread(tmp_path / "e.dcm")
+    for frame in file.PerFrameFunctionalGroupsSequence:
+        del frame.PixelValueTransformationSequence
+    del file.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    file.RescaleSlope, file.RescaleIntercept, file.PixelSpacing = "2", "-1024", [2.0, 1.5]
+    file.save_as(tmp_path / "e.dcm")
+    scan = read_scan(tmp_path / "e.dcm")
+    assert scan.values.min() == 2 * plane(0).min() - 1024 and not scan.facts.warnings
+    assert scan.facts.spacing == (1.5, 2.0, 2.5)
 
 
 def test_enhanced_frames_at_two_times_are_two_volumes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_files import affine_of, write_seg, write_series
 from scan_files import at
@@ -54,6 +55,16 @@ def test_overlap_fractions_and_several_files_are_refused(tmp_path: Path) -> None
         describe_scan(tmp_path / "b.dcm")
     with pytest.raises(DataError, match=r"2 segmentations: a\.dcm, b\.dcm"):
         read_labels(tmp_path)
+
+
+def test_planes_of_no_segment_are_refused_instead_of_an_empty_map(tmp_path: Path) -> None:
+    write_seg(tmp_path / "s.dcm", [np.ones((5, 4), int)] * 2, [0, 1], [1, 2])
+    file = pydicom.dcmread(tmp_path / "s.dcm")
+    for frame in file.PerFrameFunctionalGroupsSequence:
+        del frame.SegmentIdentificationSequence
+    file.save_as(tmp_path / "s.dcm")
+    with pytest.raises(DataError, match="do not say which segment they show"):
+        read_labels(tmp_path / "s.dcm")
 
 
 def test_a_segmentation_beside_images_is_left_out_with_the_remedy(tmp_path: Path) -> None:

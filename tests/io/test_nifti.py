@@ -251,6 +251,49 @@ def test_every_truncation_and_a_wrong_checksum_are_refused(tmp_path: Path) -> No
         read_scan(path)
 
 
+def _extended(tmp_path: Path) -> tuple[bytes, np.ndarray]:
+    """A file of nibabel whose header has extensions of 32 and 48 bytes, and its values."""
+    image = nibabel.Nifti1Image(ramp(), np.eye(4))
+    for length in (20, 40):
+        note = nibabel.nifti1.Nifti1Extension("comment", b"x" * length)
+        image.header.extensions.append(note)
+    nibabel.save(image, tmp_path / "whole.nii")
+    return (tmp_path / "whole.nii").read_bytes(), ramp()
+
+
+def test_voxels_are_never_read_out_of_the_extensions_of_a_header(tmp_path: Path) -> None:
+    content, values = _extended(tmp_path)
+    np.testing.assert_array_equal(read_scan(tmp_path / "whole.nii").values[0], values)
+    wrong = content[:108] + np.float32(352).tobytes() + content[112:]
+    for name, packed in (("a.nii", wrong), ("a.nii.gz", gzip.compress(wrong))):
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(DataError, match=r"vox_offset is 352, but .* to byte 432"):
+            read_scan(tmp_path / name)
+    (tmp_path / "b.nii").write_bytes(content[:108] + bytes(4) + content[112:])  # not stated
+    np.testing.assert_array_equal(read_scan(tmp_path / "b.nii").values[0], values)
+    marked = bytearray(nifti_bytes(values))
+    marked[348] = 1  # some writers set the mark and write no extension
+    (tmp_path / "c.nii").write_bytes(marked)
+    assert read_scan(tmp_path / "c.nii").values.max() == values.max()
+
+
+def test_a_file_that_is_longer_than_its_header_says_is_a_warning(tmp_path: Path) -> None:
+    content = nifti_bytes(ramp())
+    (tmp_path / "a.nii").write_bytes(content + bytes(200))
+    assert "200 bytes follow" in describe_scan(tmp_path / "a.nii").warnings[0]
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content) * 2)
+    assert f"{len(content)} bytes follow" in read_scan(tmp_path / "a.nii.gz").facts.warnings[0]
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(nifti_bytes(ramp((6, 5, 4, 3)))[:-400]))
+    with pytest.raises(DataError, match="400 of 1072 bytes early"):  # of the last volume
+        read_scan(tmp_path / "b.nii.gz", Reading(volume=0))
+
+
+def test_a_data_type_of_other_bits_than_stated_is_a_warning(tmp_path: Path) -> None:
+    content = nifti_bytes(ramp())
+    (tmp_path / "a.nii").write_bytes(content[:72] + b"\x08\0" + content[74:])
+    assert "bitpix is 8, but the data type int16" in read_scan(tmp_path / "a.nii").facts.warnings[0]
+
+
 def test_a_pair_is_read_by_either_name_and_needs_both_files(tmp_path: Path) -> None:
     content = bytearray(nifti_bytes(ramp(), offset=0.0))
     content[344:348] = b"ni1\0"

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from domainssl.errors import DataError, nearest
+from domainssl.io.volume.dicom_doubts import doubts
 from domainssl.io.volume.dicom_file import (
     DicomFile,
     Plane,
@@ -65,12 +66,13 @@ _AIR = -1024.0  # HU, the filler of padding
 
 @dataclass(frozen=True, kw_only=True)
 class _Series:
-    """What lies at a path, and the stack of the series that is read."""
+    """What lies at a path, the stack of the series that is read, and its images without a place."""
 
     files: Mapping[str, DicomFile]
     stack: Stack
     modality: str
     left_out: tuple[str, ...]
+    placeless: tuple[str, ...] = ()
 
 
 def is_series(path: str) -> bool:
@@ -185,14 +187,15 @@ def _header(path: str, series: _Series) -> Header:
         warnings = (*warnings, f"{path}: one image; give the folder to read its series")
     if stack.several:
         warnings = (*warnings, f"{path}: {stack.several}")
-    bare = [plane for plane in stack.volumes[0] if not series.files[plane.path].has_scale]
-    if series.modality == "CT" and bare:
+    if series.placeless:
+        names = some_names(series.placeless)
         warnings = (
             *warnings,
-            f"{path}: {len(bare)} of {stack.sizes[2]} images state no RescaleSlope or "
-            f"RescaleIntercept, such as {bare[0].name}: their stored numbers count as Hounsfield "
-            "units, which they hardly are",
+            f"{path}: left out: {len(series.placeless)} images of the series that state no position "
+            f"or orientation: {names}; the volume may lack planes",
         )
+    planes = [plane for plane in stack.volumes[0] if series.files[plane.path].table is None]
+    warnings = (*warnings, *doubts(path, series.modality, planes))
     return Header(
         path=path,
         format="dicom",
@@ -212,6 +215,8 @@ def _series(path: str, reading: Reading) -> _Series:
     left_out = [f"{len(others)} without DICOM: {some_names(others)}"] if others else []
     images, more = _images(path, found)
     left_out += more
+    placed = set(map(id, images))
+    bare = [file for file in found if file.what == "image" and id(file) not in placed]
     keys = series_keys(images)
     chosen = _chosen(path, keys, reading)
     for key, group in keys.items():
@@ -230,6 +235,7 @@ def _series(path: str, reading: Reading) -> _Series:
         stack=stack,
         modality=group[0].modality,
         left_out=(*left_out, *stack.left_out),
+        placeless=tuple(os.path.basename(f.path) for f in bare if f.series == group[0].series),
     )
 
 

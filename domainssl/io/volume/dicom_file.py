@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import numpy as np
 
 from domainssl.errors import DataError, parsing, require
 from domainssl.io.storage.paths import is_settled, stamp
+from domainssl.io.volume.dicom_groups import Grouped
 from domainssl.io.volume.dicom_words import word_of
 from domainssl.io.volume.stored import VOLUME_LIMIT, open_stored
 
@@ -66,7 +68,8 @@ _TAGS = (
     "SOPClassUID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "Modality",
     "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue",
-    "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
+    "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "RescaleType",
+    "ModalityLUTSequence",
     "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
     "SpacingBetweenSlices", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
     "SegmentationType", *_PHASES, *_TEXTS, "ContrastBolusAgent",
@@ -95,6 +98,7 @@ class Plane:
         phases: What may tell planes at one place apart, by attribute.
         segment: Number of the segment that a plane of a segmentation shows.
         is_scaled: Whether slope and intercept are stated.
+        scale_type: What the scaled numbers are, such as HU; empty where not stated.
     """
 
     path: str
@@ -111,6 +115,7 @@ class Plane:
     phases: tuple[tuple[str, str], ...]
     segment: int | None = None
     is_scaled: bool = True
+    scale_type: str = ""
 
     @property
     def name(self) -> str:
@@ -144,7 +149,6 @@ class DicomFile:
         padding: Least and greatest stored number that stands for no value.
         table: Table of values, instead of slope and intercept.
         kind: Type of a segmentation: BINARY, FRACTIONAL or LABELMAP.
-        has_scale: Whether it states slope and intercept, or a table.
         study: Digest that tells its study from others.
         word: Contrast of its series, such as `t1c`; empty where unknown.
         texts: What its series is called; never shown.
@@ -162,7 +166,6 @@ class DicomFile:
     padding: tuple[int, int] | None = None
     table: Table | None = None
     kind: str = ""
-    has_scale: bool = True
     study: str = field(default="", repr=False)
     word: str = ""
     texts: tuple[str, ...] = field(default=(), repr=False)
@@ -329,7 +332,6 @@ def _image(path: str, found: Any, what: str, size: int) -> DicomFile:
         padding=_padding(found, is_signed, bits),
         table=table,
         kind=str(found.get("SegmentationType") or ""),
-        has_scale=table is not None or all(plane.is_scaled for plane in planes),
         study=hashlib.sha256(study.encode()).hexdigest() if study else "",
         word=word_of(modality, texts, agent),
         texts=tuple(texts),
@@ -370,56 +372,7 @@ def _planes(path: str, found: Any, count: int) -> list[Plane]:
     if len(groups) != count:
         raise ValueError("frames and their groups differ in number")
     shared = (found.get("SharedFunctionalGroupsSequence") or [None])[0]
-    return [_plane(path, found, n, _Grouped(group, shared)) for n, group in enumerate(groups)]
-
-
-_GROUPS = {
-    "ImagePositionPatient": "PlanePositionSequence",
-    "ImageOrientationPatient": "PlaneOrientationSequence",
-    "PixelSpacing": "PixelMeasuresSequence",
-    "SliceThickness": "PixelMeasuresSequence",
-    "SpacingBetweenSlices": "PixelMeasuresSequence",
-    "RescaleSlope": "PixelValueTransformationSequence",
-    "RescaleIntercept": "PixelValueTransformationSequence",
-    "ImageType": "FrameType",
-    "ReferencedSegmentNumber": "SegmentIdentificationSequence",
-    "EchoTime": "MREchoSequence",
-    "DiffusionBValue": "MRDiffusionSequence",
-    "TemporalPositionIdentifier": "FrameContentSequence",
-    "AcquisitionNumber": "FrameContentSequence",
-    "TriggerTime": "CardiacSynchronizationSequence",
-    "FlipAngle": "MRTimingAndRelatedParametersSequence",
-    "RepetitionTime": "MRTimingAndRelatedParametersSequence",
-}
-_NAMES = {
-    "EchoTime": "EffectiveEchoTime",
-    "TemporalPositionIdentifier": "TemporalPositionIndex",
-    "AcquisitionNumber": "FrameAcquisitionNumber",
-    "TriggerTime": "NominalCardiacTriggerDelayTime",
-}
-_FRAME_TYPES = ("CTImageFrameTypeSequence", "MRImageFrameTypeSequence", "PETFrameTypeSequence")
-
-
-@dataclass(frozen=True)
-class _Grouped:
-    """Attributes of one frame, from its functional groups or those that all frames share."""
-
-    own: Any
-    shared: Any
-
-    def __call__(self, name: str) -> Any:
-        sequence = _GROUPS.get(name)
-        if sequence == "FrameType":
-            found = [self._in(place, "FrameType") for place in _FRAME_TYPES]
-            return next((value for value in found if value is not None), None)
-        return None if sequence is None else self._in(sequence, _NAMES.get(name, name))
-
-    def _in(self, sequence: str, name: str) -> Any:
-        for group in (self.own, self.shared):
-            items = None if group is None else group.get(sequence)
-            if items and items[0].get(name) is not None:
-                return items[0].get(name)
-        return None
+    return [_plane(path, found, n, Grouped(group, shared, found)) for n, group in enumerate(groups)]
 
 
 def _plane(path: str, found: Any, frame: int, get: Callable[[str], Any]) -> Plane:
@@ -444,7 +397,14 @@ def _plane(path: str, found: Any, frame: int, get: Callable[[str], Any]) -> Plan
         phases=tuple((name, _text(value)) for name, value in phases if value is not None),
         segment=None if segment is None else int(segment),
         is_scaled=slope is not None and intercept is not None,
+        scale_type=_word(get("RescaleType")),
     )
+
+
+def _word(value: Any) -> str:
+    """Return a code such as HU; a text that may hold more is told by its kind alone."""
+    text = str(value or "").strip().upper()
+    return text if re.fullmatch(r"[A-Z0-9_]{0,16}", text) else "A TEXT"
 
 
 def _text(value: Any) -> str:
@@ -470,11 +430,13 @@ def _numbers(value: Any, count: int) -> Numbers | None:
 def _padding(found: Any, is_signed: bool, bits: int) -> tuple[int, int] | None:
     """Return the range of stored numbers that stand for no value.
 
-    The tag may be written with the wrong sign, in which the bits are right.
+    The tag may be written with the wrong sign, in which the bits are right; as in pixels, bits
+    above BitsStored are no part of the number.
     """
     first, last = found.get("PixelPaddingValue"), found.get("PixelPaddingRangeLimit")
     if first is None:
         return None
+    bits = min(bits, int(found.get("BitsStored") or bits))
     ends = []
     for end in (first, first if last is None else last):
         number = int.from_bytes(end[:2], "little") if isinstance(end, bytes) else int(end)

@@ -89,6 +89,12 @@ def _only(path: str) -> DicomFile:
         )
     if file.kind not in ("BINARY", "LABELMAP"):
         raise DataError(f"{path}: SegmentationType is {file.kind!r}, expected BINARY or LABELMAP.")
+    unnamed = [p for p in file.planes if p.segment is None]
+    if unnamed and file.kind == "BINARY":
+        raise DataError(
+            f"{path}: planes that do not say which segment they show (ReferencedSegmentNumber): "
+            f"{names_of(unnamed)}. Export the segmentation again."
+        )
     missing = [p for p in file.planes if None in (p.position, p.orientation, p.spacing)]
     if missing:
         raise DataError(f"{path}: planes without position or pixel size: {names_of(missing)}.")

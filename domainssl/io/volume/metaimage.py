@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -165,8 +165,9 @@ def _layout(path: str, reading: Reading) -> _Layout:
     )
     what = f"{' × '.join(map(str, dims))} voxels of {dtype.name}"
     with open_stored(data, start=start, packing=layout.packing) as file:
-        file.check(max(0, skip) + total, what)
-    return layout
+        more = file.check(max(0, skip) + total, what)
+    more = more if skip >= 0 else []  # the voxels end with the file
+    return replace(layout, header=replace(layout.header, warnings=(*warnings, *more)))
 
 
 def _flag(value: str | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from domainssl.io.volume.facts import (
     in_words,
 )
 from domainssl.io.volume.geometry import displacement
+from domainssl.io.volume.nifti_extensions import first_voxel
 from domainssl.io.volume.stored import StoredFile, as_float32, check_size, open_stored, rescaled
 
 __all__ = ["ENDINGS", "describe", "is_nifti", "read"]
@@ -49,6 +50,7 @@ class _Layout:
         header: Facts of the file.
         data: File with the voxels.
         offset: Its byte with the first voxel.
+        end: The byte after the last one.
         parts: Numbers stored together in a voxel: 3 of RGB, 4 of RGBA, else 1.
         slope: Factor; None where values count as stored.
         intercept: Added after the factor.
@@ -57,6 +59,7 @@ class _Layout:
     header: Header
     data: str
     offset: int
+    end: int
     parts: int
     slope: float | None
     intercept: float
@@ -171,14 +174,23 @@ def _layout(path: str, file: StoredFile, reading: Reading) -> _Layout:
     total = check_size(path, sizes, dtype, volumes * vectors)
     is_single = b"+" in bytes(header["magic"].item())
     data = file.path if is_single else _image(path)
-    first = _first_voxel(path, offset, _FIRST_VOXEL[size] if is_single else 0)
+    first = _stated_offset(path, offset, _FIRST_VOXEL[size] if is_single else 0)
+    if is_single:
+        first = first_voxel(path, file, size, first, total)
     what = f"{' × '.join(map(str, dims[1 : 1 + dims[0]]))} voxels of {_name(dtype)}"
     if is_single:
-        file.check(first + total, what)
+        more = file.check(first + total, what)
     else:
         with open_stored(data) as voxels:
-            voxels.check(first + total, what)
+            more = voxels.check(first + total, what)
     affine, is_oriented, warnings = _affine(path, header, sizes, reading)
+    warnings += more
+    bits = int(header["bitpix"])
+    if bits not in (0, 8 * dtype.itemsize):
+        warnings.append(
+            f"{path}: bitpix is {bits}, but the data type {_name(dtype)} has "
+            f"{8 * dtype.itemsize} bits, which are read"
+        )
     slope, intercept = _scaling(path, header)
     if math.isinf(float(header["scl_slope"])):
         warnings.append(f"{path}: scl_slope is infinite, so that values count as stored")
@@ -196,6 +208,7 @@ def _layout(path: str, file: StoredFile, reading: Reading) -> _Layout:
         ),
         data=data,
         offset=first,
+        end=first + total,
         parts=parts,
         slope=None if dtype.names else slope,
         intercept=intercept,
@@ -234,9 +247,10 @@ def _image(path: str) -> str:
     return found
 
 
-def _first_voxel(path: str, offset: float, least: int) -> int:
+def _stated_offset(path: str, offset: float, least: int) -> int:
+    """Return vox_offset as it can be; 0 where it is not stated."""
     if offset == 0:
-        return least
+        return 0
     if not math.isfinite(offset) or offset != int(offset) or offset < least:
         raise DataError(
             f"{path}: vox_offset is {offset:g}, expected a whole number from {least} on. The "
@@ -373,8 +387,8 @@ def _voxels(path: str, file: StoredFile, layout: _Layout, reading: Reading) -> S
         raw = file.read(layout.offset + (vector * header.volumes + index) * block, block)
         voxels = raw.view(header.dtype).reshape(parts, *header.sizes, order="F")
         channels += [_scaled(part, layout) for part in voxels]
-    file.check_end()
-    return finish(header, channels, filler=None)
+    more = file.check_end(layout.end)
+    return finish(replace(header, warnings=(*header.warnings, *more)), channels, filler=None)
 
 
 def _scaled(values: Array, layout: _Layout) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -175,12 +175,12 @@ def _layout(path: str, reading: Reading) -> _Layout:
         sizes=sizes,
         other=other,
     )
-    _check(layout)
-    return layout
+    more = _check(layout)
+    return replace(layout, header=replace(header, warnings=(*header.warnings, *more)))
 
 
-def _check(layout: _Layout) -> None:
-    """Compare the sizes with the file that holds the numbers."""
+def _check(layout: _Layout) -> list[str]:
+    """Compare the sizes with the file that holds the numbers; return what is odd."""
     path, dtype, sizes = layout.header.path, layout.header.dtype, layout.sizes
     total = check_size(path, sizes, dtype)
     what = f"{' × '.join(map(str, sizes))} voxels of {dtype.name}"
@@ -189,8 +189,9 @@ def _check(layout: _Layout) -> None:
             file.check(2 * math.prod(sizes) - 1, what)
             if file.size > _TEXT_LIMIT:
                 raise DataError(f"{path}: {file.size} bytes of text, save it as raw or gzip.")
-        else:
-            file.check(max(0, layout.skip) + total, what)
+            return []
+        more = file.check(max(0, layout.skip) + total, what)
+        return more if layout.skip >= 0 else []
 
 
 def _dtype(fields: dict[str, Any], *, is_text: bool) -> np.dtype[Any]:

@@ -90,12 +90,15 @@ class StoredFile:
                 self._file.seek(self._start)
             return content
 
-    def check(self, needed: int, what: str) -> None:
+    def check(self, needed: int, what: str) -> list[str]:
         """Compare a claim with what the file can hold.
 
         Args:
             needed: Bytes of content that the header speaks of.
             what: What they are, for the message.
+
+        Returns:
+            What is odd: a file that is longer, where that can be told without unpacking it.
 
         Raises:
             DataError: The file is shorter.
@@ -106,6 +109,16 @@ class StoredFile:
                 f"{self.path}: the header speaks of {what}, {needed} bytes, but the file has "
                 f"{max(0, self.size)} {unit}. {_DAMAGED}"
             )
+        return [] if self.packing else self._longer(self.size - needed)
+
+    def _longer(self, count: int) -> list[str]:
+        """Say that a file goes on where the header says that it ends."""
+        if count <= 0:
+            return []
+        return [
+            f"{self.path}: {count} bytes follow after the voxels that the header speaks of, and "
+            "are not read: check its sizes and number of volumes"
+        ]
 
     def read(self, offset: int, size: int) -> Array:
         """Return `size` bytes from `offset` of the content on, uint8; offsets only grow.
@@ -132,17 +145,29 @@ class StoredFile:
             self._at += size
         return content
 
-    def check_end(self) -> None:
+    def check_end(self, end: int | None = None) -> list[str]:
         """Read on to the checksum of a compressed file.
 
+        Args:
+            end: Bytes of content that the header speaks of; None asks for none.
+
+        Returns:
+            What is odd: a file that is longer.
+
         Raises:
-            DataError: It does not fit, or the end is missing.
+            DataError: It does not fit, the end is missing, or there is less than that.
         """
-        if self.packing:
-            with parsing(f"{self.path}: the end of the file", advice=_DAMAGED):
-                for _ in range(16):
-                    if not self._file.read(_STEP):
-                        return
+        if not self.packing:
+            return []
+        with parsing(f"{self.path}: the end of the file", advice=_DAMAGED):
+            for _ in range(16):
+                found = len(self._file.read(_STEP))
+                self._at += found
+                if not found:
+                    if end is not None and self._at < end:
+                        raise EOFError(f"ends {end - self._at} of {end} bytes early")
+                    return [] if end is None else self._longer(self._at - end)
+        return []
 
 
 def _unpacked(file: BinaryIO, packing: Packing) -> BinaryIO:
