@@ -17,7 +17,8 @@ from typing import Any, Literal
 from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError
-from domainssl.io.raster.bands import LayerFile, open_store
+from domainssl.io.raster.bands import open_store
+from domainssl.io.raster.layer import LayerFile
 from domainssl.io.storage.paths import list_folder
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.io.raster.bands import LayerFile, open_store, stored_bands, titles_or_none
+from domainssl.io.raster.band_names import titles_or_none
+from domainssl.io.raster.bands import open_store, stored_bands
 from domainssl.io.raster.describe import Sought, describe
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
+from domainssl.io.raster.layer import LayerFile
 from domainssl.io.raster.safe import is_safe
 from domainssl.io.raster.sites import Found
 from domainssl.modality import Modality

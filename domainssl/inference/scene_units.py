@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from domainssl.errors import DataError
-from domainssl.io.raster.bands import LayerFile
 from domainssl.io.raster.grid import Bounds
+from domainssl.io.raster.layer import LayerFile
 from domainssl.io.raster.read import Target, read_pixels
 from domainssl.modality import Modality
 from domainssl.units import unit_of_item

@@ -21,8 +21,8 @@ from domainssl.errors import ConfigError, DataError, nearest, require
 from domainssl.inference.scene_bands import describe_scene, modality_of
 from domainssl.inference.scene_units import refuse_other_unit
 from domainssl.inference.tokens import TokenWindows
-from domainssl.io.raster.bands import LayerFile
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
+from domainssl.io.raster.layer import LayerFile
 from domainssl.io.raster.offset import settled_unit
 from domainssl.io.raster.read import MaskRule, Pixels, Target, conversion, read_pixels
 from domainssl.modality import Batch, Modality, key

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, setting
-from domainssl.io.raster.bands import LayerFile, StoredBand
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.geotiff import (
     GEOTIFF_ENDINGS,
@@ -22,6 +21,7 @@ from domainssl.io.raster.geotiff import (
     hidden_by_alpha,
 )
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES
+from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.offset import unsettled
 from domainssl.io.raster.read import MaskRule, missing_of
 from domainssl.io.raster.zarr import Cube, open_cube

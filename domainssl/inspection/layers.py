@@ -14,16 +14,10 @@ from domainssl.inspection.files import (
     unmarked_values,
     untold_offset,
 )
-from domainssl.io.raster.bands import (
-    GRD_REASON,
-    OFFSET_BASELINE,
-    StoredBand,
-    describe_zarr,
-    stored_bands,
-    time_dim,
-)
+from domainssl.io.raster.bands import GRD_REASON, describe_zarr, stored_bands, time_dim
 from domainssl.io.raster.grd import is_grd, polarisations, read_sigma0
 from domainssl.io.raster.grid import crs_of
+from domainssl.io.raster.layer import OFFSET_BASELINE, StoredBand
 from domainssl.io.raster.read import missing_of
 from domainssl.io.raster.time import stored_baselines, times_of
 from domainssl.io.raster.zarr import Cube

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import ConfigError, nearest, require
-from domainssl.io.raster.bands import StoredBand
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
+from domainssl.io.raster.layer import StoredBand
 from domainssl.sources.cube_options import Layer, snap_m
 from domainssl.sources.cube_sites import Site
 from domainssl.sources.held_out import HeldOut

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from domainssl.io.raster.bands import LayerFile
+from domainssl.io.raster.layer import LayerFile
 from domainssl.io.raster.offset import is_before_offset, unsettled
 from domainssl.io.raster.read import MaskRule
 from domainssl.sources.cube_options import Layer

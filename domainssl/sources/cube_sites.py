@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, require
-from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile
 from domainssl.io.raster.describe import LayerFiles, Sought
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
+from domainssl.io.raster.layer import OFFSET_BASELINE, LayerFile
 from domainssl.io.raster.read import conversion
 from domainssl.io.raster.sites import Found, find_files
 from domainssl.io.storage.paths import Options

@@ -13,7 +13,8 @@ from rasterio.enums import ColorInterp
 
 from domainssl.errors import DataError
 from domainssl.inspection.recognise import inspect_path
-from domainssl.io.raster.bands import describe_zarr, titles_or_none
+from domainssl.io.raster.band_names import titles_or_none
+from domainssl.io.raster.bands import describe_zarr
 from domainssl.io.raster.geotiff import describe_geotiff
 from domainssl.io.raster.grid import Bounds
 from domainssl.io.raster.read import Target, read_pixels

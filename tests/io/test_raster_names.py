@@ -9,7 +9,8 @@ import pytest
 from cube_files import write_cube, write_geotiff
 
 from domainssl.errors import DataError
-from domainssl.io.raster.bands import describe_zarr, titles_or_none
+from domainssl.io.raster.band_names import titles_or_none
+from domainssl.io.raster.bands import describe_zarr
 from domainssl.io.raster.geotiff import describe_geotiff
 from domainssl.io.raster.sites import find_files
 from domainssl.sensors import canonical_band

@@ -19,8 +19,8 @@ from ssl4eo_files import write_split
 from domainssl.cache import entries
 from domainssl.errors import DataError
 from domainssl.io.raster import describe as describing
-from domainssl.io.raster.bands import LayerFile
 from domainssl.io.raster.describe import LayerFiles, Sought, describe
+from domainssl.io.raster.layer import LayerFile
 from domainssl.io.raster.sites import Found
 from domainssl.io.ssl4eo import layout
 from domainssl.io.ssl4eo import opened as opening

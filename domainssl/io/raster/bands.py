@@ -1,8 +1,4 @@
-"""One sensor in one file: which stored array holds each band, how its numbers become physical.
-
-`describe_zarr` and `describe_geotiff` look; `layers_read.py` reads. A `LayerFile` holds paths and
-facts only, so it travels to worker processes.
-"""
+"""Find the bands of one sensor in a Zarr store: which array holds each, what its numbers mean."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +22,9 @@ from domainssl.io.raster.attributes import (
     number_of,
     stac_scaling,
 )
-from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Bounds, Grid, crs_of, grid_of
+from domainssl.io.raster.band_names import titles_or_none, without_names
+from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
+from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
 from domainssl.io.storage.archives import FolderStore
@@ -35,19 +33,7 @@ from domainssl.io.storage.paths import Options, is_url, stamp
 from domainssl.io.storage.paths import is_file as file_exists
 from domainssl.sensors import canonical_band, unit_in_name
 
-__all__ = [
-    "GRD_REASON",
-    "OFFSET_BASELINE",
-    "LayerFile",
-    "StoredBand",
-    "describe_zarr",
-    "is_store",
-    "open_store",
-    "stored_bands",
-    "titles_or_none",
-    "without_names",
-    "time_dim",
-]
+__all__ = ["GRD_REASON", "describe_zarr", "is_store", "open_store", "stored_bands", "time_dim"]
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +41,6 @@ BAND_NAMES = ("band", "bands", "channel", "variable", "wavelength", "polarizatio
 _MARKS = ("zarr.json", ".zmetadata", ".zgroup")
 _IS_ARRAY = re.compile(rb'"node_type"\s*:\s*"array"')
 _NODATA_NAMES = ("_FillValue", "missing_value", "nodata", "_nodata", "nodata_value", "no_data")
-OFFSET_BASELINE = 4.0  # from which on Sentinel-2 products store reflectance with 1000 added
 _MEND = "Correct the attributes, or remove those that are not needed."
 _SAMPLE = 128  # rows and columns that are looked at to tell packed limits from physical ones
 _STORES = HandlePool(limit=64)
@@ -66,145 +51,6 @@ GRD_REASON = (
     "Terrain-correct the product first (for instance to RTC backscatter in the UTM grid of the "
     "Sentinel-2 tile); `inspect` and io.raster.grd read it as it is."
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredBand:
-    """Where one band is stored and what its numbers mean.
-
-    Attributes:
-        name: Canonical name.
-        array: Path of the array in the store; empty for GeoTIFF.
-        index: Position on the band axis; None where the array is the band.
-        axes: What each axis of the array is: `time`, `band`, `y`, `x`.
-        grid: Where its pixels lie.
-        chunk: Rows and columns of a chunk.
-        scale: Factor from stored to decoded values.
-        offset: Added after scaling.
-        nodata: Stored values that mean nothing was measured.
-        limits: Lowest and highest stored value that is valid, where stated.
-        unit: What the attributes call the unit of decoded values.
-        is_integer: Stored as integers.
-        is_byte: Stored as numbers of one byte.
-        has_mask: The file marks missing pixels apart from the values: by a mask band, a `.msk`
-            file or an alpha band (GeoTIFF).
-        path: Its file, where a layer has one per band; empty means that of the `LayerFile`.
-    """
-
-    name: str
-    array: str
-    index: int | None
-    axes: tuple[str, ...]
-    grid: Grid
-    chunk: tuple[int, int]
-    scale: float = 1.0
-    offset: float = 0.0
-    nodata: tuple[float, ...] = ()
-    limits: tuple[float, float] | None = None
-    unit: str = ""
-    is_integer: bool = False
-    is_byte: bool = False
-    has_mask: bool = False
-    path: str = ""
-
-    @property
-    def is_scaled(self) -> bool:
-        """True where stored and decoded values differ."""
-        return self.scale != 1.0 or self.offset != 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerFile:
-    """One sensor in one file.
-
-    Attributes:
-        path: The file or store; the first one where each band has its own.
-        kind: `zarr`, `geotiff` or `safe`.
-        bands: The bands asked for, in that order.
-        times: datetime64[s] per date; NaT where unknown.
-        crs: `EPSG:n` or WKT.
-        mask: The array that says which pixels to leave out, if asked for.
-        options: fsspec options of a URL.
-        baselines: Sentinel-2 processing baseline of each date; None where unknown.
-        has_names: The file itself names its bands.
-    """
-
-    path: str
-    kind: str
-    bands: tuple[StoredBand, ...]
-    times: Any
-    crs: str
-    mask: StoredBand | None = None
-    options: Mapping[str, Any] | None = None
-    baselines: tuple[float | None, ...] = ()
-    has_names: bool = True
-
-    def stored_unit(self, asked: str, date: int) -> str:
-        """Return the stored unit of a date: the one asked for, or what `baseline` means for it.
-
-        Raises:
-            DataError: The date's baseline is not known.
-        """
-        if self.kind == "safe" and asked in ("baseline", "dn+1000"):
-            return "dn"  # the metadata have said the offset of every band
-        if asked != "baseline":
-            return asked
-        known = self.baselines[date] if self.baselines else None
-        if known is None:
-            raise DataError(
-                f"{self.path}: stored_unit is 'baseline', but neither a product name nor a "
-                "coordinate such as s2:processing_baseline tells the processing baseline of date "
-                f"{date} ({self.times[date]}). Set stored_unit to dn or dn+1000."
-            )
-        return "dn+1000" if known >= OFFSET_BASELINE else "dn"
-
-    @property
-    def bounds(self) -> Bounds:
-        """What all bands cover."""
-        return reduce(Bounds.shared, (band.grid.bounds for band in self.bands))
-
-    def on(self, name: str) -> StoredBand:
-        """Return a band by its name."""
-        return next(band for band in self.bands if band.name == name)
-
-
-_SILENT = re.compile(
-    r"(band|bands|layer|channel|image|lyr|variable|sample)?[\s_\-#.]*\d*|values?|data|array|"
-    r"gr[ae]y|undefined|unknown|none|nan|__xarray_dataarray_variable__",
-    re.IGNORECASE,
-)
-
-
-def titles_or_none(titles: Sequence[str | None]) -> list[str] | None:
-    """Return the names of bands; None where they repeat, or say nothing as `Band 1` does.
-
-    Numbers that do not just count the bands say something: `Band 2`, `Band 4` are B02 and B04.
-    """
-    plain = [str(title or "").strip() for title in titles]
-    numbers = [int(found[-1]) for title in plain if (found := re.findall(r"\d+", title))]
-    counts = (list(range(len(plain))), list(range(1, len(plain) + 1)))
-    is_said = len(numbers) == len(plain) and numbers not in counts
-    said = [title for title in plain if is_said or not _SILENT.fullmatch(title)]
-    if not said or (len(plain) > 1 and len(set(said)) < len(said)):
-        return None
-    return [canonical_band(title) if title in said else "" for title in plain]
-
-
-def without_names(where: str, count: int, bands: Sequence[str]) -> list[str]:
-    """Return the names asked for, for bands in that order that have none of their own.
-
-    Raises:
-        DataError: There are more or fewer of them.
-    """
-    if count != len(bands):
-        raise DataError(
-            f"{where}: {count} bands without names of their own, but {len(bands)} are wanted "
-            f"({' '.join(bands)}). Write band names into the file, ask for all of its bands in "
-            "their order, or name them: --bands of embed and predict (GeoTIFF)."
-        )
-    if count > 1:
-        _log.info("%s: bands have no names; taken in the order %s", where, " ".join(bands))
-    return [canonical_band(band) for band in bands]
 
 
 def is_store(path: str, options: Options | None = None) -> bool:

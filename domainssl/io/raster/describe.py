@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from domainssl.errors import DataError
-from domainssl.io.raster.bands import LayerFile, StoredBand, describe_zarr, is_store
+from domainssl.io.raster.bands import describe_zarr, is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
 from domainssl.io.raster.grid import Grid
+from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.safe import describe_safe, is_safe
 from domainssl.io.raster.sites import Found
 from domainssl.io.raster.zarr import Cube

@@ -11,9 +11,10 @@ import numpy as np
 
 from domainssl.errors import DataError, nearest, require, setting
 from domainssl.io.raster.attributes import check_scaling
-from domainssl.io.raster.bands import LayerFile, StoredBand, titles_or_none, without_names
+from domainssl.io.raster.band_names import titles_or_none, without_names
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.grid import Grid, plain_crs
+from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.time import baselines_of, parse_date, product_time
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import stamp

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError
-from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile
+from domainssl.io.raster.layer import OFFSET_BASELINE, LayerFile
 from domainssl.io.raster.read import MaskRule, Target, read_pixels
 from domainssl.sensors import DARK_DN, DARK_FRACTION, L1C_BANDS
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, setting
-from domainssl.io.raster.bands import LayerFile, StoredBand, open_store
+from domainssl.io.raster.bands import open_store
 from domainssl.io.raster.geotiff import read_geotiff
 from domainssl.io.raster.grid import Bounds, Grid
+from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.safe import read_safe
 from domainssl.missing import marks, tell
 from domainssl.units import unit_change

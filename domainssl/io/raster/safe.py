@@ -18,8 +18,8 @@ import numpy as np
 
 from domainssl.errors import DataError, nearest, parsing, require
 from domainssl.files import open_regular
-from domainssl.io.raster.bands import OFFSET_BASELINE, LayerFile, StoredBand
 from domainssl.io.raster.grid import Grid
+from domainssl.io.raster.layer import OFFSET_BASELINE, LayerFile, StoredBand
 from domainssl.io.storage.archives import FolderStore, check_member
 from domainssl.io.storage.handles import HandlePool, SharedFile, window
 from domainssl.io.storage.paths import Options, is_url, join, open_file, stamp

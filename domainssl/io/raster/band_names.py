@@ -1,0 +1,51 @@
+"""Names of bands as files state them, and of bands that have none."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+
+from domainssl.errors import DataError
+from domainssl.sensors import canonical_band
+
+__all__ = ["titles_or_none", "without_names"]
+
+_log = logging.getLogger(__name__)
+_SILENT = re.compile(
+    r"(band|bands|layer|channel|image|lyr|variable|sample)?[\s_\-#.]*\d*|values?|data|array|"
+    r"gr[ae]y|undefined|unknown|none|nan|__xarray_dataarray_variable__",
+    re.IGNORECASE,
+)
+
+
+def titles_or_none(titles: Sequence[str | None]) -> list[str] | None:
+    """Return the names of bands; None where they repeat, or say nothing as `Band 1` does.
+
+    Numbers that do not just count the bands say something: `Band 2`, `Band 4` are B02 and B04.
+    """
+    plain = [str(title or "").strip() for title in titles]
+    numbers = [int(found[-1]) for title in plain if (found := re.findall(r"\d+", title))]
+    counts = (list(range(len(plain))), list(range(1, len(plain) + 1)))
+    is_said = len(numbers) == len(plain) and numbers not in counts
+    said = [title for title in plain if is_said or not _SILENT.fullmatch(title)]
+    if not said or (len(plain) > 1 and len(set(said)) < len(said)):
+        return None
+    return [canonical_band(title) if title in said else "" for title in plain]
+
+
+def without_names(where: str, count: int, bands: Sequence[str]) -> list[str]:
+    """Return the names asked for, for bands in that order that have none of their own.
+
+    Raises:
+        DataError: There are more or fewer of them.
+    """
+    if count != len(bands):
+        raise DataError(
+            f"{where}: {count} bands without names of their own, but {len(bands)} are wanted "
+            f"({' '.join(bands)}). Write band names into the file, ask for all of its bands in "
+            "their order, or name them: --bands of embed and predict (GeoTIFF)."
+        )
+    if count > 1:
+        _log.info("%s: bands have no names; taken in the order %s", where, " ".join(bands))
+    return [canonical_band(band) for band in bands]
