@@ -191,8 +191,8 @@ def _header(path: str, series: _Series) -> Header:
         names = some_names(series.placeless)
         warnings = (
             *warnings,
-            f"{path}: left out: {len(series.placeless)} images of the series that state no position "
-            f"or orientation: {names}; the volume may lack planes",
+            f"{path}: left out: {len(series.placeless)} images of the series that state no "
+            f"position or orientation: {names}; the volume may lack planes",
         )
     planes = [plane for plane in stack.volumes[0] if series.files[plane.path].table is None]
     warnings = (*warnings, *doubts(path, series.modality, planes))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from domainssl.io.volume.dicom_file import Plane
 from domainssl.io.volume.dicom_stack import names_of
@@ -59,7 +60,7 @@ def _mixed(path: str, kind: str, planes: Sequence[Plane]) -> Iterator[str]:
     """Say that planes of several acquisitions alternate, which may be volumes of their own."""
     values = [dict(plane.phases).get(kind, "") for plane in planes]
     counts = Counter(values)
-    runs = 1 + sum(a != b for a, b in zip(values, values[1:], strict=False))
+    runs = 1 + sum(a != b for a, b in pairwise(values))
     if runs > len(counts) > 1 and min(counts.values()) > 1:
         yield (
             f"{path}: images of {len(counts)} kinds by {kind} alternate along the volume, such as "

@@ -50,6 +50,7 @@ class Grouped:
     whole: Any
 
     def __call__(self, name: str) -> Any:
+        """Return the value of an attribute; None where no group has it."""
         sequence = _GROUPS.get(name)
         if sequence == "FrameType":
             found = [self._in(place, "FrameType") for place in _FRAME_TYPES]
