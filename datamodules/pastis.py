@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from domainssl.datamodules.base import named_sample
 from domainssl.datamodules.footprints import (
     ImageSensor,
     _FootprintDataModule,
@@ -124,7 +125,8 @@ class PastisDataModule(_FootprintDataModule):
     `label_multi` (which of the 18 crops occur).
 
     Args:
-        root: `sample` (made on first use in the cache), or the folder with `metadata.geojson`.
+        root: `sample` or `sample:crops`, made on first use in the cache, or the folder with
+            `metadata.geojson`.
         modalities: What each key reads: `s2`, `s1_asc`, `s1_des` or `spot`; the series by default.
         global_batch_size: Windows per optimiser step, over all devices and accumulation.
         window: Their size, 160 m by default, flips and turns.
@@ -175,6 +177,16 @@ class PastisDataModule(_FootprintDataModule):
         self.statistics = statistics
         reads = modalities or {name: name for name in SERIES}
         self._describe_modalities(reads, (window or Window()).sized(_WINDOW), dates, _PATCH_M)
+
+    def _root(self) -> str:
+        if self.root == "sample":
+            return super()._root()
+        name = named_sample(self.root, ("crops",))
+        if name is None:
+            return self.root
+        from domainssl.datamodules.samples.pastis import sample_root
+
+        return str(sample_root(name))
 
     def open_sources(self) -> dict[str, Source]:
         """Read the table; predictions are made for the test folds, else for held-out ones."""

@@ -39,9 +39,13 @@ from domainssl.sources.slides import SlideSource
 __all__ = ["SlideFeatureDataModule"]
 
 _log = logging.getLogger(__name__)
-# what the embedded sample holds, in both layouts
+# what the embedded samples hold, in both layouts
 _SAMPLE = TileFeatures(dim=32, mpp_um=0.5, mean=(0.0,), std=(1.0,))
-_SAMPLES = {"bags": "trident", "bags_clam": "clam"}
+_SAMPLES = {
+    "bags": ("bags", "trident"),
+    "bags_clam": ("bags", "clam"),
+    "cohort": ("cohort", "trident"),
+}
 
 
 class SlideFeatureDataModule(DomainDataModule):
@@ -52,8 +56,8 @@ class SlideFeatureDataModule(DomainDataModule):
     first of them lies in pixels of level 0.
 
     Args:
-        root: `sample:bags` (in TRIDENT's layout) or `sample:bags_clam` (made on first use in the
-            cache), or a folder.
+        root: `sample:bags` (in TRIDENT's layout), `sample:bags_clam` or `sample:cohort`, made on
+            first use in the cache, or a folder.
         modalities: One set of features by its key; None takes that of the sample.
         global_batch_size: Items per optimiser step, over all devices and accumulation.
         window: What an item shows: a region of 16 by 16 tiles by default.
@@ -126,7 +130,8 @@ class SlideFeatureDataModule(DomainDataModule):
         if name is None:
             return self.root
         module = importlib.import_module("domainssl.datamodules.samples.bags")
-        return str(module.sample_root() / _SAMPLES[name])
+        sample, layout = _SAMPLES[name]
+        return str(module.sample_root(sample) / layout)
 
     def open_sources(self) -> dict[str, Source]:
         """Find the slides and hold some patients out; predict on the test split, or on those."""

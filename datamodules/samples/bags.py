@@ -1,32 +1,36 @@
-"""The embedded sample of feature bags: slides whose class is which tissue the lymphocytes lie in.
+"""The embedded samples of feature bags: slides whose class is which tissue the lymphocytes lie in.
 
-96 training and 64 held-out slides, in the layouts of TRIDENT (`trident/`) and CLAM (`clam/`), each
-with a table of slides, patients, splits and classes. A tile is tumour, stroma or necrosis, in areas
-a few tiles wide, and has many, few or no lymphocytes; one half of its features says the first, the
-other half the second. Many lymphocytes lie in tumour (`inflamed`), in stroma (`excluded`) or in
-necrosis (`necrotic`) more often than by chance. How much there is of everything is drawn for every
-slide, whatever its class: no statistic of single features tells the classes, and one tile tells
-little.
+`bags` has 96 training and 64 held-out slides, in the layouts of TRIDENT (`trident/`) and CLAM
+(`clam/`), each with a table of slides, patients, splits and classes. `cohort` goes on where these
+end, in TRIDENT's layout: a tenth of its training slides are eight of a class.
+
+A tile is tumour, stroma or necrosis, in areas a few tiles wide, and has many, few or no
+lymphocytes; one half of its features says the first, the other half the second. Many lymphocytes
+lie in tumour (`inflamed`), in stroma (`excluded`) or in necrosis (`necrotic`) more often than by
+chance. How much there is of everything is drawn for every slide, whatever its class: no statistic
+of single features tells the classes, and one tile tells little.
 """
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from domainssl.datamodules.samples import made_once
 from domainssl.io.slide.features import Bag, write_bag
 
-__all__ = ["CLASSES", "DIM", "SPLITS", "build", "sample_root"]
+__all__ = ["CLASSES", "DIM", "SAMPLES", "SPLITS", "Slides", "build", "sample_root"]
 
 CLASSES = ("inflamed", "excluded", "necrotic")
 SPLITS = {"train": 96, "val": 64}
 DIM = 32
-VERSION = "3"
 _SEED = 20261128
 _KINDS = 3  # of tissue, and amounts of lymphocytes
 _PATCH, _STEP = 256, 512  # pixels of a tile at 20x, and of level 0 at 40x
@@ -34,28 +38,61 @@ _TWICE = 8  # the last of so many slides is of the patient before
 Array = np.ndarray[Any, Any]
 
 
-def sample_root() -> Path:
-    """Return the folder of the sample, made on first use in seconds."""
-    return made_once("bags", VERSION, "sample of feature bags", build)
+@dataclass(frozen=True)
+class Slides:
+    """Which slides a sample has.
+
+    Attributes:
+        version: A new one makes caches write the sample anew.
+        splits: Number of slides per split.
+        first: Number of their first one.
+        layouts: Folders, and how slides are written there.
+    """
+
+    version: str
+    splits: Mapping[str, int]
+    first: Mapping[str, int]
+    layouts: tuple[Literal["trident", "clam"], ...]
+
+    def keys(self) -> list[tuple[str, int]]:
+        """Return split and number of every slide."""
+        return [
+            (split, self.first[split] + number)
+            for split, count in self.splits.items()
+            for number in range(count)
+        ]
 
 
-def build(folder: Path) -> None:
-    """Write the sample into an empty folder; the same features every time."""
-    keys = [(split, number) for split, count in SPLITS.items() for number in range(count)]
+SAMPLES = {
+    "bags": Slides("3", SPLITS, {"train": 0, "val": 0}, ("trident", "clam")),
+    "cohort": Slides("1", {"train": 240, "val": 120}, SPLITS, ("trident",)),
+}
+
+
+def sample_root(name: str = "bags") -> Path:
+    """Return the folder of a sample of `SAMPLES`, made on first use in seconds."""
+    what = "sample of feature bags" if name == "bags" else f"sample of feature bags ({name})"
+    return made_once(name, SAMPLES[name].version, what, partial(build, slides=SAMPLES[name]))
+
+
+def build(folder: Path, slides: Slides = SAMPLES["bags"]) -> None:
+    """Write a sample into an empty folder; the same features every time."""
     with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(lambda key: _write(folder, *key), keys))
-    for layout in ("trident", "clam"):
+        rows = list(pool.map(lambda key: _write(folder, slides.layouts, *key), slides.keys()))
+    for layout in slides.layouts:
         with open(folder / layout / "manifest.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, ["slide_id", "patient_id", "split", "label"])
             table.writeheader()
             table.writerows(rows)
 
 
-def _write(folder: Path, split: str, number: int) -> dict[str, str]:
-    """Write one slide in both layouts; return its row of the table."""
+def _write(
+    folder: Path, layouts: Sequence[Literal["trident", "clam"]], split: str, number: int
+) -> dict[str, str]:
+    """Write one slide in these layouts; return its row of the table."""
     bag, label = slide(split, number)
-    for layout in ("trident", "clam"):
-        write_bag(folder / layout, bag, layout)  # type: ignore[arg-type]
+    for layout in layouts:
+        write_bag(folder / layout, bag, layout)
     patient = number - (number % _TWICE == _TWICE - 1)
     return {
         "slide_id": bag.slide,

@@ -1,4 +1,7 @@
-"""The embedded sample of PASTIS: ten patches in each of the five folds, in its layout.
+"""The embedded samples of PASTIS, in its layout.
+
+`pastis` has ten patches in each of the five folds. `crops` has others, without SPOT images: a tenth
+of its training patches are eight, each with all crops.
 
 Patches have 32 x 32 instead of 128 x 128 pixels and series 11 to 22 dates, to be small. Four of
 the crops occur; series tell them by when they are green (`phenology.py`), SPOT images by what
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +29,8 @@ from domainssl.datamodules.samples.phenology import (
 from domainssl.errors import require
 from domainssl.io.series.pastis import SPOT_FOLDER, VOID
 
-__all__ = ["FOLDS", "KINDS", "PER_FOLD", "SIDE", "VERSION", "build", "sample_root"]
+__all__ = ["FOLDS", "KINDS", "PER_FOLD", "SAMPLES", "SIDE", "Patches", "build", "sample_root"]
 
-VERSION = "3"
 FOLDS, PER_FOLD, SIDE = 5, 10, 32
 KINDS = (2, 3, 5, 7)  # soft winter wheat, corn, winter rapeseed, sunflower
 _SEED = 20261107
@@ -39,17 +42,43 @@ Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
 
-def sample_root() -> Path:
-    """Return the folder of the sample, made on first use in seconds."""
-    return made_once("pastis", VERSION, "PASTIS sample", build)
+@dataclass(frozen=True)
+class Patches:
+    """Which patches a sample has.
+
+    Attributes:
+        version: A new one makes caches write the sample anew.
+        first: Number of the first one.
+        folds: Fold of each.
+        spot: Whether there are SPOT images.
+    """
+
+    version: str
+    first: int
+    folds: tuple[int, ...]
+    spot: bool
 
 
-def build(folder: Path) -> None:
-    """Write the sample into an empty folder; the same values every time."""
-    for name in ("DATA_S2", "DATA_S1A", "DATA_S1D", SPOT_FOLDER, "ANNOTATIONS"):
+SAMPLES = {
+    "pastis": Patches("3", 0, tuple(range(1, FOLDS + 1)) * PER_FOLD, spot=True),
+    "crops": Patches("1", FOLDS * PER_FOLD, (1, 2, 3) * 27 + (4,) * 12 + (5,) * 3, spot=False),
+}
+
+
+def sample_root(name: str = "pastis") -> Path:
+    """Return the folder of a sample of `SAMPLES`, made on first use in seconds."""
+    what = "PASTIS sample" if name == "pastis" else f"PASTIS sample ({name})"
+    return made_once(name, SAMPLES[name].version, what, partial(build, patches=SAMPLES[name]))
+
+
+def build(folder: Path, patches: Patches = SAMPLES["pastis"]) -> None:
+    """Write a sample into an empty folder; the same values every time."""
+    names = ["DATA_S2", "DATA_S1A", "DATA_S1D", "ANNOTATIONS"]
+    for name in [*names, SPOT_FOLDER] if patches.spot else names:
         (folder / name).mkdir(parents=True)
+    numbers = range(patches.first, patches.first + len(patches.folds))
     with ThreadPoolExecutor(2) as pool:
-        features = list(pool.map(partial(_patch, folder), range(FOLDS * PER_FOLD)))
+        features = list(pool.map(partial(_patch, folder, patches.spot), numbers, patches.folds))
     table = {
         "type": "FeatureCollection",
         "crs": {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::2154"}},
@@ -58,7 +87,7 @@ def build(folder: Path) -> None:
     (folder / "metadata.geojson").write_text(json.dumps(table))
 
 
-def _patch(folder: Path, number: int) -> dict[str, Any]:
+def _patch(folder: Path, has_spot: bool, number: int, fold: int) -> dict[str, Any]:
     """Write the files of a patch and return its feature."""
     rng = np.random.default_rng([_SEED, number])
     name = str(10_000 + number)
@@ -70,9 +99,10 @@ def _patch(folder: Path, number: int) -> dict[str, Any]:
     target[rng.random((SIDE, SIDE)) < 0.01] = VOID
     annotation = np.stack([target, fields + 1, fields + 1]).astype(np.uint8)
     np.save(folder / "ANNOTATIONS" / f"TARGET_{name}.npy", annotation)
-    properties: dict[str, Any] = {"ID_PATCH": int(name), "Fold": number % FOLDS + 1}
+    properties: dict[str, Any] = {"ID_PATCH": int(name), "Fold": fold}
     properties |= _series(folder, name, rng, fields, kinds, hedge)
-    _write_spot(folder / SPOT_FOLDER / f"SPOT6_RVB_1M00_2019_{name}.tif", rng, fields, kinds)
+    if has_spot:
+        _write_spot(folder / SPOT_FOLDER / f"SPOT6_RVB_1M00_2019_{name}.tif", rng, fields, kinds)
     x, y = 500_000.0 + 320 * number, 6_500_000.0
     ring = [[x, y], [x + 320, y], [x + 320, y - 320], [x, y - 320], [x, y]]
     return {

@@ -1,4 +1,4 @@
-"""How often each class occurs in a source."""
+"""How often each class occurs in a source, and in how many of its exams, slides or patches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from domainssl.errors import DataError
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Source
 
-__all__ = ["class_counts"]
+__all__ = ["class_counts", "unit_counts"]
 
 
 def class_counts(source: Source, name: str, classes: Sequence[str]) -> list[int]:
@@ -43,6 +43,40 @@ def class_counts(source: Source, name: str, classes: Sequence[str]) -> list[int]
         good = [place for place in range(rows.count) if place not in rows.bad]
         found += _counted(values[good], classes, several=name == "label" and values.ndim == 2)
     return found.tolist()
+
+
+def unit_counts(source: Source, name: str, classes: int) -> list[int]:
+    """Return in how many exams, slides or patches of a source every class occurs.
+
+    Maps are read for it; of windows that are drawn anew in each epoch, those of the first one.
+
+    Args:
+        source: Of the items.
+        name: What holds the labels: `label` of a source that knows them, or `mask`.
+        classes: Their number.
+
+    Raises:
+        DataError: The items have no such labels.
+    """
+    known = getattr(source, "unit_labels", None)
+    if name == "label" and known is not None:
+        labels = np.asarray(known, np.int64)
+        return np.bincount(labels[labels >= 0], minlength=classes).tolist()
+    found = np.zeros((sum(source.sizes), classes), bool)
+    at = 0
+    for block, count in enumerate(source.sizes):
+        rows = source.load(Piece(block, 0, count), 0)
+        if name not in rows.data or name == "label":
+            raise DataError(
+                f"got items with {', '.join(rows.data)}; expected a map (mask), or classes "
+                "that are known without reading items. Set data.init_args.labels."
+            )
+        for place, values in enumerate(np.asarray(rows.data[name])):
+            if place not in rows.bad:
+                found[at + place, np.unique(values[values >= 0]).astype(np.int64)] = True
+        at += count
+    together = int(getattr(source, "items_per_unit", 1))
+    return found.reshape(-1, together, classes).any(1).sum(0).tolist()
 
 
 def _counted(

@@ -13,6 +13,8 @@ from domainssl.datamodules.samples import bags
 from domainssl.datamodules.slides import SlideFeatureDataModule
 from domainssl.evaluation.probes import linear_probe_accuracy
 from domainssl.evaluation.raw import band_statistics
+from domainssl.loading.counts import unit_counts
+from domainssl.loading.source import Loading
 from domainssl.sources.slide_options import SlideWindow
 
 NAME = "tile_features"
@@ -70,3 +72,15 @@ def test_every_class_has_as_many_tiles_of_all_kinds_and_slides_repeat():
     again, _ = bags.slide("train", 59)
     assert np.array_equal(again.features, bag.features)
     assert np.array_equal(again.coords, bag.coords)
+
+
+def test_a_tenth_of_the_cohort_are_eight_slides_of_a_class_and_none_of_the_bags():
+    keys = bags.SAMPLES["cohort"].keys()
+    assert not set(keys) & set(bags.SAMPLES["bags"].keys())
+    for split, held in (("train", 80), ("val", 40)):
+        labels = [number % len(bags.CLASSES) for own, number in keys if own == split]
+        assert np.bincount(labels).tolist() == [held] * 3
+    data = SlideFeatureDataModule(root="sample:cohort", loading=Loading(train_fraction=0.1))
+    data.prepare_data()
+    data.setup("fit")
+    assert unit_counts(data.source("train"), "label", 3) == [8, 8, 8]

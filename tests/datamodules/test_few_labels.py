@@ -12,7 +12,7 @@ import torch
 
 from domainssl.datamodules import SlideFeatureDataModule, TileDataModule
 from domainssl.errors import ConfigError, DataError
-from domainssl.loading.counts import class_counts
+from domainssl.loading.counts import class_counts, unit_counts
 from domainssl.loading.part import PartSource, drawn_units
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading, Rows
@@ -138,3 +138,21 @@ def test_classes_are_counted_by_exam_and_read_where_they_are_maps() -> None:
         class_counts(Maps(), "mask", ("a",))
     with pytest.raises(DataError, match="balanced counts batch.target, which the data do not"):
         class_counts(Maps(), "target", ("a", "b"))
+
+
+def test_exams_that_show_a_class_are_counted_once_for_all_of_their_windows():
+    assert unit_counts(_Windows(), "label", 6) == [4, 4, 4, 4, 4, 0]
+
+    class Maps(_Windows):
+        def load(self, piece: Piece, epoch: int) -> Rows:
+            mask = torch.full((len(piece), 2, 2), piece.block % 2)
+            mask[:, 0, 0] = -1
+            if piece.block == 4:
+                mask[2, 1, 1] = 3
+            mask[1] = 7  # of an item that cannot be read
+            return Rows(data={"mask": mask}, count=len(piece), bad={1: "why"})
+
+    assert unit_counts(Maps(), "mask", 4) == [10, 10, 0, 1]
+    assert sum(unit_counts(PartSource(source=Maps(), fraction=0.25), "mask", 4)[:2]) == 5
+    with pytest.raises(DataError, match="got items with mask; expected a map"):
+        unit_counts(Maps(), "target", 4)

@@ -16,7 +16,9 @@ from domainssl.datamodules import PastisDataModule
 from domainssl.datamodules.samples import pastis as sample
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.series.pastis import CLASSES, SPOT_FOLDER, read_pastis, scan_pastis
+from domainssl.loading.counts import unit_counts
 from domainssl.loading.plan import Piece
+from domainssl.loading.source import Loading
 from domainssl.modality import check_batch
 from domainssl.sources.dates import Dates
 from domainssl.sources.windows import Window
@@ -190,3 +192,16 @@ def test_a_table_of_another_kind_is_refused(few: Path) -> None:
     (few / "metadata.geojson").write_text('{"features": [{"properties": {"id": 3}}]}')
     with pytest.raises(DataError, match="ID_PATCH"):
         opened(few)
+
+
+def test_a_tenth_of_the_crops_are_eight_patches_with_all_of_them() -> None:
+    data = PastisDataModule(
+        root="sample:crops", windows_per_patch=16, loading=Loading(train_fraction=0.1)
+    )
+    data.prepare_data()
+    data.setup("fit")
+    assert {"s2", "s1_asc", "s1_des"} == set(data.modalities)
+    counts = unit_counts(data.source("train"), "mask", len(CLASSES))
+    assert [counts[kind] for kind in (0, *sample.KINDS)] == [8] * 5 and sum(counts) == 40
+    ours, others = (sample.SAMPLES[name] for name in ("crops", "pastis"))
+    assert ours.first >= others.first + len(others.folds)

@@ -15,6 +15,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "cubes": ("cubes.SentinelCubeDataModule", "sample"),
     "treesatai": ("treesatai.TreeSatAIDataModule", "sample"),
     "pastis": ("pastis.PastisDataModule", "sample"),
+    "crops": ("pastis.PastisDataModule", "sample:crops"),
     "ctmr": ("volumes.VolumeDataModule", "sample:ctmr"),
     "petct": ("volumes.VolumeDataModule", "sample:petct"),
     "upright": ("volumes.VolumeDataModule", "sample:upright"),
@@ -26,6 +27,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "slide": ("tiles.TileDataModule", "sample:slide"),
     "bags": ("slides.SlideFeatureDataModule", "sample:bags"),
     "bags_clam": ("slides.SlideFeatureDataModule", "sample:bags_clam"),
+    "cohort": ("slides.SlideFeatureDataModule", "sample:cohort"),
 }
 _SIZES = {"tiles": 64, "terramesh": 64, "relief": 32, "volumes": 32}  # px, voxels
 

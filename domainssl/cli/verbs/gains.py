@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from domainssl.errors import ConfigError
 if TYPE_CHECKING:
     from domainssl.matrix.gains import Gain
 
-__all__ = ["run"]
+__all__ = ["labelled", "run"]
 
 
 def run(argv: list[str]) -> int:
@@ -66,12 +67,45 @@ def _measure(name: str, options: argparse.Namespace) -> Gain:
         if not (Path(trained) / "backbone").is_dir():
             _trained(fit.run([f"--config=recipes/{few.start}.yaml", f"--run_dir={trained}"]), name)
     values: dict[str, list[float]] = {"random": [], "trained": []}
+    seconds = 0.0
     for draw in range(options.draws):
         for kind, start in (("random", f"recipe:{few.start}"), ("trained", trained)):
-            own = folder / f"{kind}_{draw}"
+            own, before = folder / f"{kind}_{draw}", _processor_seconds()
             _trained(fit.run(words_of(name, start, own, draw, options.fraction)), name)
+            seconds = max(seconds, _processor_seconds() - before)
             values[kind].append(last_value(own, few.metric))
-    return Gain(name, few.metric, tuple(values["random"]), tuple(values["trained"]))
+    items = min(labelled(name, draw, options.fraction) for draw in range(options.draws))
+    return Gain(name, few.metric, tuple(values["random"]), tuple(values["trained"]), items, seconds)
+
+
+def labelled(name: str, draw: int, fraction: float) -> int:
+    """Return in how many drawn exams, slides or patches the rarest class of a recipe occurs.
+
+    Args:
+        name: Recipe, of `FEW`.
+        draw: Which part of the labels.
+        fraction: How large a part.
+    """
+    from domainssl.cli.run.train import build_data
+    from domainssl.loading.counts import unit_counts
+    from domainssl.matrix.gains import FEW, words_of
+
+    def counts(part: float) -> list[int]:
+        words = words_of(name, f"recipe:{FEW[name].start}", Path(), draw, part)
+        data = build_data([word for word in words if word.startswith(("--config", "--data"))])
+        data.prepare_data()
+        data.setup("fit")
+        whole = FEW[name].metric == "val/accuracy"
+        kind, classes = ("label", data.classes) if whole else ("mask", data.mask_classes)
+        return unit_counts(data.source("train"), kind, len(classes or ()))
+
+    return min(few for few, all_ in zip(counts(fraction), counts(1.0), strict=True) if all_)
+
+
+def _processor_seconds() -> float:
+    """Return the processor time of this process and of the children it has waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _trained(status: int, name: str) -> None:
