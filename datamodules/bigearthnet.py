@@ -26,6 +26,7 @@ _SIDE = 120
 _NATIVE = dict.fromkeys(("B02", "B03", "B04", "B08"), 120) | dict.fromkeys(("B01", "B09"), 20)
 _SPLITS = {"train": "train", "val": "validation", "test": "test"}
 _MAP = "Reference_Maps"
+_LEAST_CODE = 111
 # class of each code of CORINE Land Cover; others, such as mines and roads, are of no class
 _CODES = (
     (111, 112), (121,), (211, 212, 213), (221, 222, 223, 241), (231,), (242,), (243,), (244,),
@@ -131,7 +132,7 @@ class BigEarthNetV2:
         }
         path = os.path.join(self.root, _MAP, tile, patch, f"{patch}_reference_map.tif")
         if os.path.isdir(os.path.join(self.root, _MAP)):
-            item["mask"] = _classes(read_map(path, _SIDE))
+            item["mask"] = _classes(read_map(path, _SIDE), path)
         return item
 
 
@@ -139,8 +140,18 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and value == os.path.basename(value) and value.strip(".") != ""
 
 
-def _classes(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the class of each code (H, W), -1 where it is of none."""
+def _classes(codes: np.ndarray[Any, Any], path: str) -> np.ndarray[Any, Any]:
+    """Return the class of each code (H, W), -1 where it is of none.
+
+    Raises:
+        DataError: A number is no code of CORINE Land Cover.
+    """
+    odd = codes[(codes != 0) & (codes < _LEAST_CODE)]  # above stand codes, and 999 for none
+    if odd.size:
+        raise DataError(
+            f"{path}: holds {odd[0]}, which is no code of CORINE Land Cover; expected codes of "
+            "three digits, such as 111 and 523, not numbers of classes."
+        )
     out = np.full(codes.shape, -1, np.int64)
     for number, group in enumerate(_CODES):
         out[np.isin(codes, group)] = number

@@ -85,11 +85,8 @@ class DFC2020:
 
         name = f"{self._stems[index].format('dfc')}.tif"
         stored = read_map(os.path.join(self.folder, "dfc_0", name), _SIDE)
-        if stored.min() < 0 or stored.max() > 10:
-            raise DataError(
-                f"{self._stems[index].format('dfc')}.tif: holds the class {stored.max()}, expected "
-                "1 to 10."
-            )
+        if (odd := stored[(stored < 0) | (stored > 10)]).size:
+            raise DataError(f"{name}: holds the class {odd[0]}, expected 1 to 10.")
         mask = np.full(stored.shape, -1, np.int64)
         for number, position in _NUMBERS.items():
             mask[stored == number] = position

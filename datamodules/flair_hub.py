@@ -40,7 +40,8 @@ _SERIES = {"s2": ("SENTINEL2_TS", 10), "s1_asc": ("SENTINEL1-ASC_TS", 2),
            "s1_des": ("SENTINEL1-DESC_TS", 2)}  # fmt: skip
 _CELLS = 10
 _GSD_M = 10.24
-_USED = 15  # classes; the other four of 19 are of no class
+_CLASSES, _USED = 19, 15  # the last four are of no class
+_NO_CLASS = 255
 Array = np.ndarray[Any, Any]
 
 
@@ -164,6 +165,12 @@ class FlairHub:
         path = self._path(index, _COSIA)
         if os.path.isfile(path):
             mask = read_map(path, 512)
+            odd = mask[(mask < 0) | ((mask >= _CLASSES) & (mask != _NO_CLASS))]
+            if odd.size:
+                raise DataError(
+                    f"{path}: holds the class {odd[0]}, expected 0 to {_CLASSES - 1}, or "
+                    f"{_NO_CLASS} for none. Maps that count classes from 1 are of another release."
+                )
             mask[(mask < 0) | (mask >= _USED)] = -1
             counts = np.bincount(mask[mask >= 0], minlength=_USED)
             item |= {"mask": mask, "label": int(counts.argmax()) if counts.any() else -1}
@@ -177,6 +184,11 @@ class FlairHub:
         values = flat.reshape(-1, bands, _CELLS, _CELLS)
         domain, area, _ = _parts(self._rows[index]["patch_id"])
         days = self._dates[key].get(f"{domain}_{area}")
+        if days is None and self._dates[key]:
+            raise DataError(
+                f"{path}: the table of dates does not know {domain}_{area}; it has "
+                f"{', '.join(list(self._dates[key])[:3])}, … Take the table of the same release."
+            )
         if days is not None and len(days) != len(values):
             raise DataError(f"{path}: {len(values)} dates, but {len(days)} in the table of dates.")
         known = np.zeros(len(values), np.int64) if days is None else days

@@ -168,3 +168,27 @@ def test_maps_hold_whole_classes_and_dates_lie_in_tables(tmp_path: Path) -> None
         file.commit()
     with pytest.raises(DataError, match=r"DATES\.gpkg: .* 't' is no plain table"):
         FlairHub(str(root))
+
+
+def test_maps_of_other_numbers_and_areas_without_dates_are_refused(tmp_path: Path) -> None:
+    for name in ("ben", "flair"):
+        (tmp_path / name).mkdir()
+    root = bigearthnet(tmp_path / "ben")
+    path = next(root.glob(f"Reference_Maps/*/{S2_PATCH[:-1]}0/*.tif"))
+    tif(path, np.full((1, 120, 120), 18, np.uint16))  # numbers of classes instead of codes
+    with pytest.raises(DataError, match="holds 18, which is no code of CORINE"):
+        BigEarthNetV2(str(root))[0]
+    root = flair_hub(tmp_path / "flair")
+    path = next(root.glob("*COSIA/*/*.tif"))
+    for number, known in ((19, False), (255, True)):
+        tif(path, np.full((1, 512, 512), number, np.uint8), 0.2)
+        if known:
+            assert FlairHub(str(root))[0]["label"] == -1
+            continue
+        with pytest.raises(DataError, match="holds the class 19, expected 0 to 18, or 255"):
+            FlairHub(str(root))[0]
+    with closing(sqlite3.connect(next(root.glob("*/*SENTINEL2*.gpkg")))) as file:
+        file.execute("UPDATE dates SET patch_id = 'D001-2020_AA-S1-1_0-0'")
+        file.commit()
+    with pytest.raises(DataError, match="table of dates does not know .*; it has D001-2020_AA-S1"):
+        FlairHub(str(root))[0]

@@ -186,6 +186,10 @@ def test_hostile_and_damaged_products_are_refused(tmp_path: Path) -> None:
     bare = made("bare")
     _edit(bare / "MTD_MSIL2A.xml", "BOA_ADD_OFFSET", "OTHER")
     refused(bare, "list no offsets")
+    partly = made("partly")
+    whole = '<BOA_ADD_OFFSET band_id="1">-1000</BOA_ADD_OFFSET>'
+    _edit(partly / "MTD_MSIL2A.xml", whole, "")
+    refused(partly, "list offsets of B01, .*, none of B02")
     huge = made("huge")
     [tile] = huge.glob("GRANULE/*/MTD_TL.xml")
     _edit(tile, "<NROWS>120<", "<NROWS>1200000<")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,46 @@ def test_packed_samples_are_read_in_the_order_and_type_that_are_named(tmp_path: 
     assert os.listdir(tmp_path / "native" / "..")  # opened without lock: nothing was written
     with pytest.raises(ConfigError, match="unknown 'ordr'.*Did you mean 'order'"):
         _data(tmp_path / "native", names, storage_options={"lmdb": {"ordr": []}})
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (
+            np.full((264, 264), 40_000, np.int32),
+            "holds 40000, expected digital numbers",
+        ),
+        (np.full((264, 264), 200, np.uint8), "holds uint8, values that were scaled to 8 bit"),
+        (np.full((66, 66), 200, np.int16), r"1 bands of \(66, 66\), expected one of 264, 132 or"),
+    ],
+    ids=["would wrap around", "8 bit", "another size"],
+)
+def test_a_band_that_holds_no_digital_numbers_at_a_known_size_is_refused(
+    tmp_path: Path, values: np.ndarray, found: str
+) -> None:
+    for time in TIMES:
+        for title in PRODUCTS["S2L2A"].bands:
+            short = title.replace("B0", "B")
+            path = tmp_path / "s2a" / "0000000" / f"{time}_{time}_T44RKT" / f"{short}.tif"
+            _tif(path, values if short == "B4" else np.full((132, 132), 7, np.int16), 10)
+    rows = _data(tmp_path, {"s2": "S2L2A"}).source("train").load(Piece(0, 0, 1), 0)
+    assert re.search(rf"B4\.tif: .*{found}", rows.bad[0])
+
+
+def test_packed_floats_are_digital_numbers_or_refused(tmp_path: Path) -> None:
+    for name, factor in (("dn", 1.0), ("reflectance", 1e-4)):
+        optical = np.full((4, 13, 264, 264), 534 * factor, np.float32)
+        optical[:, :, 0, 0] = np.nan
+        sample = pickle.dumps((optical.tobytes(), optical.shape))
+        _packed(tmp_path / name / "s2c.lmdb", [sample])
+        options = {"lmdb": {"dtype": "float32"}}
+        source = _data(tmp_path / name, {"s2": "S2L1C"}, storage_options=options).source("train")
+        rows = source.load(Piece(0, 0, 1), 0)
+        if name == "dn":
+            found, valid = (np.asarray(rows.data[key])[0, 0] for key in ("s2", "s2.valid"))
+            assert (found[:, 5, 5] == 534).all() and not valid[0, 0] and valid[5, 5]
+        else:
+            assert "holds fractions up to 0.0534, expected digital numbers" in rows.bad[0]
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9, 8192])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from ssl4eo_files import DATES, SIDE, pattern, tile_table, write_split
 
+from domainssl.errors import DataError
 from domainssl.io.ssl4eo.labels import labels
 from domainssl.io.ssl4eo.layout import Catalogue, scan
 from domainssl.io.ssl4eo.read import Block, check_same, read
@@ -291,3 +292,7 @@ def test_labels_are_found_beside_the_data(tmp_path: Path) -> None:
     assert found.of(["0000002", "0000009", "0000001"]).tolist() == [0, -1, 1]
     assert found.factors["relief"]["0000001"] == 0.5
     assert labels(str(tmp_path), "train") is None
+    for row, what in (("0000001,0,water,0.5", "'0000001' is 1"), ("3,1,woods,0", "1 is 'crops'")):
+        (tmp_path / "labels" / "val.csv").write_text(f"{text}{row}\n")
+        with pytest.raises(DataError, match=f"line 4: cannot be read \\({what} in a line above"):
+            labels(str(tmp_path), "val")

@@ -261,6 +261,11 @@ def describe_safe(
         raise DataError(f"{path}: the metadata hold {crs!r} as CRS and {scale!r} as scale.")
 
     def stored(name: str, found: str) -> StoredBand:
+        if offsets and found not in offsets and found != "SCL":
+            raise DataError(
+                f"{path}: the metadata list offsets of {', '.join(offsets)}, none of {found}. They "
+                "are incomplete; get the product again."
+            )
         file, metres = there[found]
         grid = grids[metres]
         is_map = found == "SCL"

@@ -44,7 +44,9 @@ FOLDERS, PACKED = "1.0", "1.0 LMDB"  # releases
 _FOLDER = {"S1GRD": "s1", "S2L1C": "s2c", "S2L2A": "s2a"}
 _NAMES = {folder: name for name, folder in _FOLDER.items()}
 _SIDE = 264
+_SIDES = (264, 132, 44)  # of bands of 10, 20 and 60 m
 _DATES = 4
+_LEAST_DN = 20.0  # fractions below it are reflectance or standardised values
 _PER_GROUP = 64
 _ID = re.compile(r"\d{7}")
 _NATIVE = {"S1GRD": "float32", "S2L1C": "int16", "S2L2A": "int16"}
@@ -242,12 +244,17 @@ def _read_band(path: str, out: Array) -> tuple[int, float, float]:
     """Read a band, repeated to the pixels of `out` (Y, X); return EPSG code and corner."""
     with open_raster(path) as file, reading(path):
         shape = (file.height, file.width)
-        times = out.shape[0] // max(1, shape[0])
-        if file.count != 1 or times * shape[0] != out.shape[0] or shape[0] != shape[1]:
+        if file.count != 1 or shape[0] not in _SIDES or shape[0] != shape[1]:
             raise DataError(
                 f"{path}: got {file.count} bands of {shape}, expected one of 264, 132 or 44 pixels."
             )
+        times = out.shape[0] // shape[0]
         kind = np.dtype(file.dtypes[0])
+        if kind.itemsize == 1:
+            raise DataError(
+                f"{path}: holds {kind}, values that were scaled to 8 bit, and does not say how; "
+                f"expected {out.dtype}. Take the release of full precision."
+            )
         if not np.can_cast(kind, out.dtype, "same_kind") and kind != np.uint16:
             raise DataError(f"{path}: holds {kind}, expected {out.dtype}.")
         values, nodata = file.read(1), file.nodata
@@ -256,10 +263,28 @@ def _read_band(path: str, out: Array) -> tuple[int, float, float]:
             values = np.minimum(values, np.iinfo(np.int16).max)
         if missing is not None and missing.any():
             values[missing] = np.nan if out.dtype.kind == "f" and kind.kind == "f" else 0
+        _refuse_beyond(values, out.dtype, path)
         out[...] = values.repeat(times, 0).repeat(times, 1)
         code = plain_crs(file.crs.to_wkt(), path) if file.crs else ""
         epsg = int(code[5:]) if code.startswith("EPSG:") else 0
         return epsg, float(file.transform.c), float(file.transform.f)
+
+
+def _refuse_beyond(values: Array, dtype: np.dtype[Any], where: str) -> None:
+    """Refuse numbers that an integer type cannot hold, which a cast would wrap around.
+
+    Raises:
+        DataError: Names the number.
+    """
+    if dtype.kind == "f" or np.can_cast(values.dtype, dtype) or not values.size:
+        return
+    low, high = values.min(), values.max()
+    limits = np.iinfo(dtype)
+    if low < limits.min or high > limits.max:
+        odd = low if low < limits.min else high
+        raise DataError(
+            f"{where}: holds {odd}, expected digital numbers from {limits.min} to {limits.max}."
+        )
 
 
 def _facts(name: str, times: Array, place: tuple[int, float, float]) -> TileFacts:
@@ -378,7 +403,7 @@ def load_packed(
         found = parse_plain(store.get(member.key), where)
         values = _array(found, member.offset, facts, str(group.storage_options["dtype"]), where)
         decoded += values.nbytes
-        parts.append(_physical(values[list(dates)], facts))
+        parts.append(_physical(values[list(dates)], facts, where))
         metas.append(facts_of_nothing(member.key, _DATES))
     return _raw(parts, metas, dates, decoded)
 
@@ -407,8 +432,12 @@ def _array(found: tuple[Any, ...], place: int, facts: Product, asked: str, where
     return np.frombuffer(raw, dtype).reshape(expected)
 
 
-def _physical(values: Array, facts: Product) -> Array:
-    """Return dB or digital numbers of stored values (T, C, Y, X)."""
+def _physical(values: Array, facts: Product, where: str) -> Array:
+    """Return dB or digital numbers of stored values (T, C, Y, X).
+
+    Raises:
+        DataError: Floats are no digital numbers.
+    """
     dtype = np.dtype(_NATIVE[facts.name])
     if values.dtype == np.uint8:  # clip((x - (mean - 2 std)) / (4 std), 0, 1) * 255
         mean, std = (np.array(v, np.float32)[:, None, None] for v in _SCALED[facts.name])
@@ -416,6 +445,17 @@ def _physical(values: Array, facts: Product) -> Array:
         return (scaled.round() if dtype.kind == "i" else scaled).astype(dtype)
     if values.dtype == np.uint16:
         values = np.minimum(values, np.iinfo(np.int16).max)
+    if values.dtype.kind == "f" and dtype.kind == "i":
+        values = np.where(np.isfinite(values), values, 0)  # no data
+        most = float(np.abs(values).max(initial=0))
+        if 0 < most < _LEAST_DN and (values != np.rint(values)).any():
+            raise DataError(
+                f"{where}: {facts.name} holds fractions up to {most:g}, expected digital numbers "
+                "(reflectance times 10000). They were scaled in a way that the file does not say; "
+                f"write them as digital numbers, or as uint8 and set {_WHERE}.dtype to it."
+            )
+        values = np.rint(values)
+        _refuse_beyond(values, dtype, where)
     return values.astype(dtype)
 
 

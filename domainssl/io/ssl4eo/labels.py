@@ -88,8 +88,10 @@ def labels(
     for number, row in enumerate(rows, 2):
         try:
             key, value = row["sample"], int(row["label"])
-            label[key] = value
-            names[value] = row.get("name") or str(value)
+            name = row.get("name") or str(value)
+            for found, given, what in ((label, key, value), (names, value, name)):
+                if found.setdefault(given, what) != what:
+                    raise ValueError(f"{given!r} is {found[given]!r} in a line above")
             for name, column in factors.items():
                 column[key] = float(row[name])
         except (ValueError, TypeError, KeyError) as error:
