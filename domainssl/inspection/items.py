@@ -76,7 +76,7 @@ class OfSource:
         """Return what the DataModule says of its files."""
         return self.name_data()
 
-    def parts(self, number: int) -> Iterator[tuple[str, Array, Array]]:
+    def parts(self, number: int) -> Iterator[tuple[str, Array, Array, list[str]]]:
         """Load one block at a time."""
         for block in self._runs[number]:
             size = self.source.sizes[block]
@@ -87,7 +87,16 @@ class OfSource:
                 raise DataError("; ".join(rows.bad.values()))
             for name, modality in self.described.items():
                 if name in rows.data:
-                    yield name, *channel_first(rows.data, name, modality)
+                    yield name, *channel_first(rows.data, name, modality), _names(rows.data, name)
+
+
+def _names(data: Mapping[str, Any], name: str) -> list[str]:
+    """Return the ids of the items of a batch, empty texts where they lack a modality."""
+    ids = [str(each) for each in data.get("id", ())]
+    present = data.get(key(name, "present"))
+    if present is None:
+        return ids
+    return [each if there else "" for each, there in zip(ids, np.asarray(present), strict=True)]
 
 
 def channel_first(data: Mapping[str, Any], name: str, modality: Modality) -> tuple[Array, Array]:

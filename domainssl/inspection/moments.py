@@ -95,6 +95,7 @@ class Moments:
         low: Smallest value, (C,).
         high: Largest value, (C,).
         histogram: int64 (C, classes + 2); the first and last class hold what is outside.
+        blank: Items that hold one value or nothing valid, kept apart from the rest.
     """
 
     def __init__(self, bands: int, grid: Classes) -> None:
@@ -106,6 +107,7 @@ class Moments:
         self.low = np.full(bands, np.inf)
         self.high = np.full(bands, -np.inf)
         self.histogram = np.zeros((bands, grid.count + 2), np.int64)
+        self.blank: list[str] = []
 
     @classmethod
     def measure(cls, values: Array, valid: Array, grid: Classes) -> Moments:

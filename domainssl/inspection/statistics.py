@@ -23,6 +23,7 @@ import yaml
 
 from domainssl.arguments import plain
 from domainssl.errors import DataError
+from domainssl.inspection.blank import blank_items
 from domainssl.inspection.moments import Grid, Moments
 from domainssl.inspection.subjects import Measured, Subject
 from domainssl.pieces import Ledger, Pieces, Plan, Shard, replace, spread, work_through
@@ -44,6 +45,7 @@ class Measurement:
         moments: Per modality; empty while other shards are missing.
         blocks: Pieces measured or skipped.
         skipped: Why a piece was left out, by its key.
+        blank: Items that hold one value or nothing valid, by modality.
         resumed: Pieces of `blocks` that an earlier call had measured.
         missing: Shards that have not finished yet.
         report: Plain data, as written to the file.
@@ -52,6 +54,7 @@ class Measurement:
     moments: dict[str, Moments] = field(default_factory=dict)
     blocks: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
+    blank: dict[str, list[str]] = field(default_factory=dict)
     resumed: int = 0
     missing: list[str] = field(default_factory=list)
     report: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +130,8 @@ def _finish(
         return found
     found.blocks = len(chosen)
     found.skipped = {k: v for state in states for k, v in state.skipped.items()}
+    blank = {n: [t for state in states for t in state.blank[n]] for n in subject.modalities}
+    found.blank = {name: sorted(texts) for name, texts in blank.items() if texts}
     where = {
         number: (s, i) for s, state in enumerate(states) for i, number in enumerate(state.done)
     }
@@ -152,6 +157,7 @@ def _report(subject: Subject, found: Measurement) -> dict[str, Any]:
             "blocks": found.blocks,
             "blocks_of_data_set": len(subject.keys),
             "skipped": found.skipped,
+            **({"blank": found.blank} if found.blank else {}),
         },
         "modalities": {},
     }
@@ -188,8 +194,9 @@ def measure_piece(subject: Subject, number: int) -> dict[str, Moments] | str:
     facts = subject.modalities
     out = {name: Moments(len(f.channels), f.classes) for name, f in facts.items()}
     try:
-        for name, values, valid in subject.parts(number):
+        for name, values, valid, names in subject.parts(number):
             out[name].merge(Moments.measure(values, valid, facts[name].classes))
+            out[name].blank += blank_items(values, valid, names)
     except DataError as error:
         return str(error)
     return out
@@ -222,6 +229,9 @@ class _State:
         facts, arrays = ledger.facts or {"done": [], "skipped": {}}, ledger.arrays
         self.done: list[int] = facts["done"]
         self.skipped: dict[str, str] = facts["skipped"]
+        self.blank: dict[str, list[str]] = {
+            n: facts.get("blank", {}).get(n, []) for n in modalities
+        }
         self._saved, self._saved_at, self._saving_s = len(self.done), time.monotonic(), 0.0
         self.rows: dict[str, list[Array]] = {}
         self.histograms: dict[str, Array] = {}
@@ -241,6 +251,7 @@ class _State:
                 rows.append(Moments(bands, Grid(0, 0, 1)).row)
                 continue
             rows.append(result[name].row)
+            self.blank[name] += result[name].blank
             self.histograms[name] += result[name].histogram
         if isinstance(result, str):
             self.skipped[key] = result
@@ -265,6 +276,7 @@ class _State:
             arrays[f"{name}/rows"] = np.array(self.rows[name])
             arrays[f"{name}/places"] = places
             arrays[f"{name}/times"] = histogram.reshape(-1)[places]
-        self.ledger.save({"done": self.done, "skipped": self.skipped}, arrays)
+        facts = {"done": self.done, "skipped": self.skipped, "blank": self.blank}
+        self.ledger.save(facts, arrays)
         self._saved, self._saved_at = len(self.done), time.monotonic()
         self._saving_s = self._saved_at - start

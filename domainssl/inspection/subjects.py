@@ -70,8 +70,11 @@ class Subject(Protocol):
     def identity(self) -> dict[str, Any]:
         """Return plain data that tell these data from others."""
 
-    def parts(self, number: int) -> Iterator[tuple[str, Array, Array]]:
-        """Yield modality, values (C, ...) and their validity (...) of one piece.
+    def parts(self, number: int) -> Iterator[tuple[str, Array, Array, Sequence[str]]]:
+        """Yield modality, values (C, ...), their validity (...) and names, of one piece.
+
+        The names are those of the entries of the second axis, one of all of them, or empty where
+        there is nothing to name.
 
         Raises:
             DataError: The piece cannot be read.
@@ -122,7 +125,7 @@ class OfCatalogue:
         """Return release, names, sizes and hashes of the files."""
         return self.catalogue.identity()
 
-    def parts(self, number: int) -> Iterator[tuple[str, Array, Array]]:
+    def parts(self, number: int) -> Iterator[tuple[str, Array, Array, list[str]]]:
         """Read one date of one product at a time: a file with all dates is large."""
         group = self.catalogue.groups[number]
         for name in group.products:
@@ -135,4 +138,5 @@ class OfCatalogue:
                     mask_clouds=self.mask_clouds,
                     dn_offset=self.dn_offset,
                 )
-                yield name, np.moveaxis(block.values, 2, 0), block.valid  # (C, n, T, Y, X)
+                values = np.moveaxis(block.values, 2, 0)  # (C, n, T, Y, X)
+                yield name, values, block.valid, [f"{group.key}, date {date}"]

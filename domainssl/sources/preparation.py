@@ -200,7 +200,7 @@ def split_volumes(exams: Sequence[Exam], contrasts: Mapping[str, Contrast]) -> l
 
 def _read(exam: Exam, name: str, contrast: Contrast) -> Scan:
     scan = read_scan(exam.scans[name], contrast.reading_of(exam, name))
-    for text in set(scan.facts.warnings) - _said:
+    for text in {*scan.facts.warnings, *_blank(scan)} - _said:
         _said.add(text)
         _log.warning("%s", text)
     wanted = len(contrast.channels) or 1
@@ -210,6 +210,19 @@ def _read(exam: Exam, name: str, contrast: Contrast) -> Scan:
             f"Name them in data.init_args.modalities.{name}.channels."
         )
     return scan
+
+
+def _blank(scan: Scan) -> list[str]:
+    """Say that a scan shows nothing, as files of zeros do."""
+    values = scan.values if scan.valid is None else scan.values[:, scan.valid]
+    if not values.size:
+        return [f"{scan.facts.path}: no voxel is valid; leave the scan out, or get it again"]
+    if values.min() < values.max():
+        return []
+    value = float(values.flat[0])
+    return [
+        f"{scan.facts.path}: all valid voxels are {value:g}; leave the scan out, or get it again"
+    ]
 
 
 def _labels(path: str, contrast: Contrast) -> Scan:

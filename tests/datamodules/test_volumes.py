@@ -439,3 +439,26 @@ def test_statistics_that_modalities_state_reach_the_model(tmp_path: Path) -> Non
     assert _data(tmp_path, stated).modalities["ct"].std == (69.0,)
     assert _data(tmp_path, stated, statistics="card").modalities["ct"].mean is None
     assert _data(tmp_path).modalities["ct"].mean is None
+
+
+def test_stats_name_a_file_of_zeros_and_one_of_a_single_value(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in (("p1", None), ("p2", 0), ("p3", 77)):
+        spot_scan(tmp_path / name / "mr.nii.gz", background=500, air=10, noise=40)
+        if value is not None:
+            values = np.full((40, 36, 30), value, np.int16)
+            write_scan(tmp_path / name / "mr.nii.gz", values, np.diag([2.0, 2, 3, 1]))
+    data = VolumeDataModule(
+        str(tmp_path), {"mr": Contrast()}, 1, held_out=NONE, window=ExamWindow(size=(16, 16, 16)),
+        exams=ExamFiles(ids="plain"),
+    )  # fmt: skip
+    data.setup("fit")
+    found = measure(subject_of(data, "train"), tmp_path / "stats.yaml", Plan(jobs=0))
+    named = {text.partition(":")[0] for text in found.report["data"]["blank"]["mr"]}
+    assert named == {"p2", "p3"}
+    told = [
+        record.getMessage() for record in caplog.records if "all valid voxels" in record.message
+    ]
+    assert len(told) == 2 and all("mr.nii.gz" in text and "leave the scan out" in text
+                                  for text in told)  # fmt: skip

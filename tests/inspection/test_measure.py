@@ -18,6 +18,7 @@ from ssl4eo_files import DATES, SIDE, write_split
 
 from domainssl.errors import ConfigError, DataError
 from domainssl.inspection import statistics as module
+from domainssl.inspection.blank import blank_items
 from domainssl.inspection.moments import Counts, Grid, Moments, Relative
 from domainssl.inspection.statistics import PERCENTS, measure
 from domainssl.inspection.subjects import OfCatalogue
@@ -347,3 +348,18 @@ def test_processes_that_measure_files_do_not_import_torch() -> None:
     words = "import sys, domainssl.inspection.statistics as s; assert 'torch' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
     subprocess.run([sys.executable, "-c", words], check=True, timeout=600, env=environment)
+
+
+def test_blank_items_are_named_with_what_they_hold() -> None:
+    values = np.random.default_rng(0).normal(size=(2, 5, 8, 8)).astype(np.float32)
+    valid = np.ones((5, 8, 8), bool)
+    values[:, 1], values[0, 2], valid[3] = 0.0, 7.0, False
+    values[:, 4], valid[4, 0, 0] = 3.0, False
+    values[0, 4, 0, 0] = np.nan
+    found = blank_items(values, valid, ["a", "b", "c", "d", "e"])
+    assert found == ["b: all 0", "d: nothing valid", "e: all 3"]
+    assert blank_items(values[:, 1:2], valid[1:2], ["file"]) == ["file: all 0"]
+    assert blank_items(values, valid, ["all of them"]) == []
+    assert blank_items(values, valid, ["a", "", "c", "", ""]) == []  # lack the modality
+    values[:, 1, 7, 7] = 1.0  # the one voxel that a coarse look misses
+    assert blank_items(values, valid, list("abcde"))[0] == "d: nothing valid"

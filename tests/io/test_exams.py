@@ -380,3 +380,75 @@ def test_files_that_a_collection_does_not_name_are_told(tmp_path: Path) -> None:
     _touch(tmp_path / "bids", "sub-1/anat/sub-1_T1w.nii", *maps)
     (problem,) = find_exams(str(tmp_path / "bids"), Wanted(contrasts={"t1": "t1"})).problems
     assert "another segmentation map of sub-1 beside" in problem
+
+
+def _decathlon(root: Path, **more: object) -> None:
+    _touch(root, *(f"imagesTr/{name}.nii.gz" for name in "abc"))
+    training = [{"image": f"./imagesTr/{name}.nii.gz"} for name in "abc"]
+    known = {"modality": {"0": "CT"}, "training": training, "numTraining": 3}
+    _json(root / "dataset.json", {**known, **more})
+
+
+def test_a_validation_list_of_the_decathlon_is_the_validation_split(tmp_path: Path) -> None:
+    entries = [{"image": f"./imagesTr/{name}.nii.gz"} for name in "abc"]
+    _decathlon(tmp_path, training=entries[:2], validation=entries[2:])
+    found = find_exams(str(tmp_path), Wanted(contrasts={"ct": "CT"}))
+    assert [exam.split for exam in found.items] == ["", "", "val"] and not found.problems
+    _decathlon(tmp_path, training=[*entries, entries[0]])
+    found = find_exams(str(tmp_path), Wanted(contrasts={"ct": "CT"}))
+    assert len(found.items) == 3 and "listed twice and taken once" in found.problems[1]
+    _decathlon(tmp_path, training=entries[:1])
+    [problem] = find_exams(str(tmp_path), Wanted(contrasts={"ct": "CT"})).problems
+    assert "numTraining is 3, but 1 cases" in problem
+
+
+def test_channels_of_one_name_are_told_apart_by_their_numbers(tmp_path: Path) -> None:
+    _touch(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz")
+    facts = {"channel_names": {"0": "noNorm", "1": "noNorm"}, "file_ending": ".nii.gz"}
+    _json(tmp_path / "dataset.json", facts)
+    with pytest.raises(DataError, match=r"2 channels are named 'noNorm', 0 and 1"):
+        find_exams(str(tmp_path), Wanted(contrasts={"t1": "noNorm"}))
+    [exam] = find_exams(str(tmp_path), Wanted(contrasts={"t1": "0", "t2": "1"})).items
+    assert _relative(tmp_path, dict(exam.scans)) == {
+        "t1": "imagesTr/a_0000.nii.gz", "t2": "imagesTr/a_0001.nii.gz",
+    }  # fmt: skip
+
+
+def test_files_that_nnunet_lists_itself_stand_above_their_names(tmp_path: Path) -> None:
+    _touch(tmp_path, "imagesTr/a_0000.nii.gz", "other/first.nii.gz", "other/map.nii.gz")
+    listed = {"a": {"images": ["other/first.nii.gz"], "label": "other/map.nii.gz"}}
+    facts = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz", "dataset": listed}
+    _json(tmp_path / "dataset.json", facts)
+    [exam] = find_exams(str(tmp_path), Wanted(contrasts={"ct": "CT"})).items
+    assert _relative(tmp_path, {"ct": exam.scans["ct"], "mask": exam.mask}) == {
+        "ct": "other/first.nii.gz", "mask": "other/map.nii.gz",
+    }  # fmt: skip
+
+
+def test_images_of_one_name_in_a_session_have_ids_of_their_own(tmp_path: Path) -> None:
+    _touch(tmp_path, "a.nii.gz", "b.nii.gz")
+    images = [{"name": "x", "modality": "T1w", "image_path": f"{n}.nii.gz"} for n in "ab"]
+    sessions = {"1": {"images": images}}
+    _json(tmp_path / "pretrain_data.json", {"datasets": {"d": {"subjects": {"s": {
+        "sessions": sessions}}}}})  # fmt: skip
+    found = find_exams(str(tmp_path), Wanted(contrasts={"mr": "*"}))
+    assert [exam.id for exam in found.items] == ["d/s/1/x", "d/s/1/x_2"]
+
+
+def test_bids_files_that_are_not_read_or_lie_elsewhere_are_told(tmp_path: Path) -> None:
+    _touch(
+        tmp_path,
+        "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-02_T1w.nii.gz",
+        "sub-03/anat/sub-03_acq-x_T1w.nii.gz", "sub-03/anat/sub-03_T1W.nii.gz",
+    )  # fmt: skip
+    found = find_exams(str(tmp_path), Wanted(contrasts={"t1": "T1w"}))
+    elsewhere, unlike = found.problems
+    assert "by its name it is of sub-02" in elsewhere
+    assert "2 files end in 'T1w', but have other entities" in unlike and "sub-03_" in unlike
+
+
+def test_patients_that_differ_in_case_alone_are_told(tmp_path: Path) -> None:
+    _touch(tmp_path, "a.nii", "b.nii")
+    (tmp_path / "manifest.csv").write_text("id,patient,t1\n1,p1,a.nii\n2,P1,b.nii\n")
+    [problem] = find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"})).problems
+    assert "'p1' and 'P1' count as two patients" in problem

@@ -245,3 +245,25 @@ def test_coordinates_that_are_far_apart_make_no_grid():
     bag = Bag(slide="a", features=np.zeros((2, 4), np.float32), coords=coords, patch_size_level0=64)
     with pytest.raises(DataError, match="GB"):
         to_grid(bag)
+
+
+def test_places_beyond_the_slide_make_no_grid(tmp_path):
+    facts = {**TRIDENT, "level0_width": 4096, "level0_height": 8192}
+    swapped = [(y, x) for x, y in LATTICE]
+    bag = read_bag(write(tmp_path / "a.h5", [(y, 2 * x) for y, x in swapped], attrs=facts))
+    assert to_grid(bag).occupied.any()
+    with pytest.raises(DataError, match=r"slide has 7000 x 4000 pixels .*seem to be swapped"):
+        to_grid(replace(bag, level0_size=(7000, 4000)))
+    with pytest.raises(DataError, match="may be of another level"):
+        to_grid(replace(bag, level0_size=(1000, 1000)), legacy_titan_grid=True)
+
+
+def test_tiles_that_were_shrunk_after_reading_are_larger_on_the_slide(tmp_path):
+    facts = {"patch_size": 256, "patch_level": 1, "custom_downsample": 2}
+    path = write(tmp_path / "a.h5", LATTICE, attrs=facts)
+    assert read_bag(path, level_downsample=4.0).patch_size_level0 == 2048
+    path = write(tmp_path / "b.h5", LATTICE, attrs={**facts, "patch_level": 0})
+    assert read_bag(path).patch_size_level0 == 512
+    path = write(tmp_path / "c.h5", LATTICE, attrs={**facts, "custom_downsample": -1})
+    with pytest.raises(DataError, match="'custom_downsample' is -1, expected 1 or more"):
+        read_bag(path, level_downsample=1.0)

@@ -194,6 +194,22 @@ def test_channels_without_ome_are_no_colours_of_the_first_one(tmp_path: Path) ->
         Slide(tmp_path / "a.tif", SlideReading(mpp_um=0.5)).read(0, 0, 64, 0.5)
 
 
+@pytest.mark.parametrize("tile", [(64, 64), None])
+def test_a_fourth_channel_that_is_not_said_to_be_alpha_hides_nothing(
+    tmp_path: Path, tile: tuple[int, int] | None
+) -> None:
+    import tifffile
+
+    path = tmp_path / "a.tif"
+    pixels = np.dstack([np.full((128, 128, 3), 90, np.uint8), np.zeros((128, 128), np.uint8)])
+    tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=["unspecified"], tile=tile,
+                     resolution=(20000, 20000), resolutionunit=3, metadata=None)  # fmt: skip
+    with Slide(path) as slide:
+        values, valid = slide.read(0, 0, 64, 0.5)
+        assert valid.all() and (values == 90).all()
+        assert "not said to be alpha" in slide.facts.warnings[0]
+
+
 def test_sixteen_bit_colours_are_scaled(tmp_path: Path) -> None:
     rgb = squares(256, 128)
     path = write_tiff(tmp_path / "a.tif", [rgb.astype(np.uint16) * 257])

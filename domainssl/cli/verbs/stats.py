@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_NAMED = 3  # items that a line names
 _KEYS = {"S1GRD": "s1", "S2L2A": "s2", "S2L1C": "s2_l1c", "S2RGB": "rgb"}
 
 
@@ -164,3 +165,9 @@ def _show(screen: Console, report: dict[str, Any]) -> None:
     skipped = report["data"]["skipped"]
     if skipped:
         screen.print(f"{len(skipped)} blocks could not be read; the file lists them")
+    for name, items in report["data"].get("blank", {}).items():
+        screen.print(
+            f"{len(items)} items of {name} hold one value or nothing valid, such as "
+            f"{'; '.join(items[:_NAMED])}; the file lists them",
+            markup=False,
+        )

@@ -151,6 +151,7 @@ def cells_of(bag: Bag) -> Cells:
             f"{bag.overlap_level0}; expected 0 or more, and less than their size. Correct the "
             "attributes."
         )
+    _check_inside(bag)
     phases, numbers = np.unique(coords % step, axis=0, return_counts=True)
     phase = phases[numbers.argmax()]
     origin = phase + (coords.min(0) - phase) // step * step
@@ -171,6 +172,23 @@ def cells_of(bag: Bag) -> Cells:
         step=step,
         off_lattice=int(np.count_nonzero(~on_lattice)),
     )
+
+
+def _check_inside(bag: Bag) -> None:
+    """Refuse tiles beyond the slide that the file states: they have another place."""
+    assert bag.coords is not None
+    if bag.level0_size is None:
+        return
+    ends = bag.coords.max(0)
+    if (ends >= bag.level0_size).any():
+        width, height = bag.level0_size
+        is_swapped = (ends[::-1] < bag.level0_size).all()
+        hint = "x and y seem to be swapped" if is_swapped else "they may be of another level"
+        raise DataError(
+            f"{bag.path or bag.slide}: the last tiles lie at x {ends[0]} and y {ends[1]}, but the "
+            f"slide has {width} x {height} pixels at level 0: {hint}. Expected (x, y) of the upper "
+            "left corner in pixels of level 0; correct coords, or level0_width and level0_height."
+        )
 
 
 def _check_spread(bag: Bag, count: int, step: int) -> None:
@@ -238,6 +256,7 @@ def _legacy(bag: Bag) -> FeatureGrid:
     assert bag.coords is not None
     if len(bag) == 0:
         raise DataError(f"{bag.path or bag.slide}: no tile, so there is no grid.")
+    _check_inside(bag)
     origin = bag.coords.min(0)
     along_x, along_y = ((bag.coords - origin) // step).T
     shape = (int(along_x.max()) + 1, int(along_y.max()) + 1)

@@ -44,9 +44,13 @@ def read_hdf5(path: Path, patches: Path | None, level_downsample: float | None) 
     """
     with open_hdf5(path, "pathology") as file, parsing(f"{path}: the HDF5"):
         if "features" not in file and "coords" in file:
+            others = sorted(name for name in file if name not in ("coords", "imgs"))
             raise DataError(
                 f"{path}: places of tiles without features; this is a file of the tiling step. "
                 "Give the file of the same slide in the folder of features."
+                if not others
+                else f"{path}: no dataset 'features', only coords and {', '.join(others)}. "
+                "Name that of the features 'features'."
             )
         found = dataset(path, file, "features", dims=(1, 2), kinds="fiu", limit=_LIMIT)
         facts = attributes(found)
@@ -207,11 +211,14 @@ def _same_tiles(bag: Bag, coords: Array, patches: Path) -> None:
 def _size_level0(
     facts: Mapping[str, Any], source: str, level_downsample: float | None
 ) -> int | None:
-    """Return the side of a tile at level 0: never `patch_size` alone, which counts elsewhere."""
-    stated = _whole(facts.get("patch_size_level0"))
+    """Return the side of a tile at level 0: never `patch_size` alone, which counts elsewhere.
+
+    `custom_downsample` is by how much more tiles were shrunk after they were read at their level.
+    """
+    size0 = _whole(facts.get("patch_size_level0"))
     size = _whole(facts.get("patch_size"))
-    if stated is not None or size is None:
-        return stated
+    if size0 is not None or size is None:
+        return size0
     level = _whole(facts.get("patch_level"))
     scales = facts.get("downsample")
     if scales is None and level == 0:
@@ -227,7 +234,11 @@ def _size_level0(
             f"{source}: 'downsample' is {_plain(scales)}, expected a factor of 1 or more, "
             "nearly equal along x and y."
         )
-    return round(size * float(pair.mean()))
+    stated = facts.get("custom_downsample")
+    more = 1.0 if stated is None or stated == "None" else _number(stated)
+    if more is None or more < 1:
+        raise DataError(f"{source}: 'custom_downsample' is {_plain(stated)}, expected 1 or more.")
+    return round(size * float(pair.mean()) * more)
 
 
 def _plain(value: Any) -> Any:

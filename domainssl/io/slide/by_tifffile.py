@@ -85,7 +85,7 @@ class TiffPyramid:
         values, seen, damaged = self.numbers(level, x, y, width, height)
         if self.stored.is_rgb:
             values, opaque = to_rgb(
-                values,
+                values[..., : values.shape[-1] - self._layout.unknown],
                 self._layout.coding,
                 what=self._path,
                 bits=self._layout.bits,

@@ -164,6 +164,7 @@ def _candidate(path: str) -> _Candidate:
             is_plain_rgb=int(page.photometric) in (2, 6)
             and is_eight
             and page.samplesperpixel >= 3
+            and all(int(kind) in (1, 2) for kind in page.extrasamples or ())  # else taken for alpha
             and int(page.compression) in _OPENSLIDE
             and orientation_of(page) == 1,  # else it turns every tile by itself
         )

@@ -77,7 +77,10 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """All levels, what their numbers mean, and how they are to be shown (1 to 8 of TIFF)."""
+    """All levels, what their numbers mean, and how they are to be shown (1 to 8 of TIFF).
+
+    `unknown` channels behind the colours are neither colours nor alpha.
+    """
 
     stored: Stored
     levels: tuple[Level, ...]
@@ -86,6 +89,7 @@ class Layout:
     palette: Array | None
     is_premultiplied: bool
     orientation: int
+    unknown: int = 0
 
 
 def is_ome(page: Any) -> bool:
@@ -123,6 +127,8 @@ def layout_of(tiff: Any, path: str) -> Layout:
     coding = _coding(page, path)
     extra = [int(kind) for kind in page.extrasamples or ()]
     names, is_rgb, odd = _channels(levels[0], coding, image, extra)
+    if is_rgb and _has_unknown(levels[0], coding, extra):
+        odd = [*odd, "a further channel, which is not said to be alpha (ExtraSamples), is not read"]
     if coding in ("grey", "white_is_zero") and is_rgb and levels[0].channels == 3:
         coding = "rgb"
     orientation = orientation_of(first)
@@ -151,6 +157,7 @@ def layout_of(tiff: Any, path: str) -> Layout:
         palette=None if page.colormap is None else np.asarray(page.colormap, np.uint16),
         is_premultiplied=extra[:1] == [1],
         orientation=orientation,
+        unknown=int(is_rgb and _has_unknown(levels[0], coding, extra)),
     )
 
 
@@ -308,6 +315,12 @@ def _channels(
         return _RGB, True, ["one channel without a name is read as grey"]
     shown = names if is_named else _numbered(count)
     return tuple(shown), False, []
+
+
+def _has_unknown(level: Level, coding: Coding, extra: Sequence[int]) -> bool:
+    """Whether a channel behind the colours is not said to be alpha."""
+    colors = {"palette": 1, "cmyk": 4, "rgb": 3, "ycbcr": 3}.get(coding, level.channels)
+    return level.channels == colors + 1 and list(extra[:1]) not in ([1], [2])
 
 
 def _bits(page: Any) -> int | None:

@@ -43,6 +43,7 @@ def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
     masks: dict[str, str] = {}
     problems: list[str] = []
     seen: set[str] = set()
+    unlike: dict[str, list[str]] = {}  # of each modality: files of its suffix that are not read
     for path in list_scans(root):
         parts = os.path.relpath(path, root).split(os.sep)
         entities, suffix = _entities(stem_of(path))
@@ -59,11 +60,18 @@ def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
         if parts[0] in ("derivatives", "sourcedata"):
             continue
         others = {k: v for k, v in entities.items() if k not in _OWN}
+        if f"sub-{entities['sub']}" not in parts:
+            problems.append(
+                f"{path}: lies in the folder of another subject; by its name it is of "
+                f"sub-{entities['sub']}, as which it is read"
+            )
         seen.add("_".join([*(f"{k}-{v}" for k, v in others.items()), suffix]))
         for name, (entities_of, suffix_of) in asked.items():
             if suffix_of == EVERY:
                 scans[f"{exam}/{stem_of(path)}"] = {name: path}
             if suffix != suffix_of or others != entities_of:
+                if suffix.lower() == suffix_of.lower():
+                    unlike.setdefault(name, []).append(path)
                 continue
             files = scans.setdefault(exam, {})
             if name in files:
@@ -74,6 +82,12 @@ def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
             else:
                 files[name] = path
     _must_be_there(root, wanted, scans, seen)
+    problems += [
+        f"{root}: {len(files)} files end in {asked[name][1]!r}, but have other entities than "
+        f"{name!r} asks for, such as {os.path.basename(files[0])}; left out. To read them set "
+        f"data.init_args.modalities.{name}.contrast to what stands behind sub, ses and run"
+        for name, files in unlike.items()
+    ]
     labels = _labels(root, wanted.label)
     dates = _dates(root, scans, wanted.dates) if wanted.dates else {}
     exams = [
@@ -124,7 +138,7 @@ def _labels(root: str, column: str) -> dict[str, str]:
     columns, rows = read_table(path)
     if column not in columns or "participant_id" not in columns:
         return {}
-    found = {row["participant_id"]: row[column] for row in rows}
+    found = {f"sub-{row['participant_id'].removeprefix('sub-')}": row[column] for row in rows}
     return {name: value for name, value in found.items() if value and value.lower() != "n/a"}
 
 

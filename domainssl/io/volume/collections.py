@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,25 +57,46 @@ def _channels(stated: Mapping[Any, Any], wanted: Wanted, where: str) -> dict[str
     Raises:
         DataError: The data set has no channel of that name.
     """
-    numbers = {str(name).lower(): int(number) for number, name in stated.items()}
+    named: dict[str, list[int]] = defaultdict(list)
+    for number, name in stated.items():
+        named[str(name).lower()].append(int(number))
+    numbers = {str(number): int(number) for number in stated}
     out = {}
     for key, contrast in wanted.contrasts.items():
         if contrast == EVERY and len(numbers) == 1:
             out[key] = next(iter(numbers.values()))
             continue
-        if contrast.lower() not in numbers:
+        found = named.get(contrast.lower()) or [numbers[n] for n in numbers if n == contrast]
+        if len(found) > 1:
+            raise DataError(
+                f"{where}: {len(found)} channels are named {contrast!r}, {_listed(found)}, so that "
+                f"it is unknown which the modality {key!r} reads. Set "
+                f"data.init_args.modalities.{key}.contrast to the number of one."
+            )
+        if not found:
             names = [str(name) for name in stated.values()]
             raise DataError(
                 f"{where}: no channel {contrast!r} for the modality {key!r}, only "
                 f"{', '.join(names)}.{nearest(contrast, names)} Set "
                 f"data.init_args.modalities.{key}.contrast to one of them."
             )
-        out[key] = numbers[contrast.lower()]
+        out[key] = found[0]
     return out
 
 
+def _listed(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))
+
+
+def _counted(where: str, stated: Any, *counts: int) -> list[str]:
+    """Say that a list of files has not as many cases as it states: a copy may be incomplete."""
+    if not isinstance(stated, int) or stated in counts:
+        return []
+    return [f"{where}: numTraining is {stated}, but {counts[0]} cases for training are there"]
+
+
 def read_decathlon(root: str, wanted: Wanted) -> Found[Exam]:
-    """Return the exams of a `dataset.json` with `training` and `test`.
+    """Return the exams of a `dataset.json` with `training`, `test` and maybe `validation`.
 
     Several contrasts are the volumes of one 4D file.
 
@@ -87,6 +109,7 @@ def read_decathlon(root: str, wanted: Wanted) -> Found[Exam]:
         stated = content.get("modality") or content.get("modalities") or {"0": "image"}
         channels = _channels(stated, wanted, where)
         entries = [(entry, "") for entry in content["training"]]
+        entries += [(entry, "val") for entry in content.get("validation", [])]
         entries += [(entry, "test") for entry in content.get("test", [])]
         names = {int(n): str(name) for n, name in dict(content.get("labels", {})).items()}
         exams = [
@@ -94,7 +117,9 @@ def read_decathlon(root: str, wanted: Wanted) -> Found[Exam]:
             for entry, split in entries
         ]
     _must_exist(where, exams)
-    return Found(layout="decathlon", items=exams, mask_names=names)
+    training, known = (sum(e.split in w for e in exams) for w in (("",), ("", "val")))
+    problems = _counted(where, content.get("numTraining"), training, known)
+    return Found(layout="decathlon", items=exams, problems=problems, mask_names=names)
 
 
 def _decathlon_exam(
@@ -131,9 +156,15 @@ def read_nnunet(root: str, wanted: Wanted) -> Found[Exam]:
             for name, value in dict(content.get("labels", {})).items()
             if isinstance(value, int)
         }
-    exams = []
-    problems: list[str] = []
     known = sorted(int(number) for number in content["channel_names"])
+    if isinstance(content.get("dataset"), Mapping):  # lists its files itself
+        with parsing(where, advice=_ADVICE):
+            exams = _listed_cases(root, content["dataset"], channels, wanted)
+        _must_exist(where, exams)
+        problems = _counted(where, content.get("numTraining"), len(exams))
+        return Found(layout="nnunet", items=exams, problems=problems, mask_names=names)
+    exams = []
+    problems = []
     for folder, labels, split in (("imagesTr", "labelsTr", ""), ("imagesTs", "labelsTs", "test")):
         cases = _cases(os.path.join(root, folder), ending)
         problems += _odd_cases(os.path.join(root, folder), cases, channels, known, ending)
@@ -148,8 +179,29 @@ def read_nnunet(root: str, wanted: Wanted) -> Found[Exam]:
                     mask=mask if wanted.mask and os.path.isfile(mask) else "",
                 )
             )
+    count = sum(not exam.split for exam in exams)
+    problems += _counted(where, content.get("numTraining"), count)
     exams = [exam for exam in exams if exam.scans]
     return Found(layout="nnunet", items=exams, problems=problems, mask_names=names)
+
+
+def _listed_cases(
+    root: str, cases: Mapping[str, Any], channels: Mapping[str, int], wanted: Wanted
+) -> list[Exam]:
+    """Return the cases whose files `dataset` lists, by channel in their order."""
+    exams = []
+    for case, entry in cases.items():
+        files = [_expanded(root, str(name)) for name in entry["images"]]
+        label = _expanded(root, str(entry["label"])) if entry.get("label") else ""
+        exams.append(
+            Exam(
+                id=f"imagesTr/{case}",
+                patient=case,
+                scans={key: files[n] for key, n in channels.items()},
+                mask=label if wanted.mask else "",
+            )
+        )
+    return exams
 
 
 def _odd_cases(
@@ -202,6 +254,7 @@ def read_nnssl(root: str, wanted: Wanted) -> Found[Exam]:
     where = os.path.join(root, _PRETRAIN)
     content = read_json(where)
     exams: list[Exam] = []
+    ids: Counter[str] = Counter()
     spare = 0
     seen: set[str] = set()
     with parsing(where, advice=_ADVICE):
@@ -218,6 +271,8 @@ def read_nnssl(root: str, wanted: Wanted) -> Found[Exam]:
                 keys = [k for k, c in wanted.contrasts.items() if c.lower() == contrast.lower()]
                 for key in [k for k, c in wanted.contrasts.items() if c == EVERY]:
                     one = f"{name}/{image.get('name') or stem_of(path)}"
+                    ids[one] += 1
+                    one = one if ids[one] == 1 else f"{one}_{ids[one]}"
                     exams.append(
                         Exam(id=one, patient=patient, scans={key: path}, anonymized=removed)
                     )
@@ -253,7 +308,7 @@ def _expanded(root: str, path: str) -> str:
     if found.startswith("$"):
         variable = found[1:].split("/")[0]
         raise DataError(
-            f"{os.path.join(root, _PRETRAIN)}: paths begin with ${variable}, which is no variable "
+            f"{root}: paths in its list of files begin with ${variable}, which is no variable "
             f"of the environment. Set it to the folder: export {variable}=…"
         )
     return os.path.join(root, found)

@@ -122,11 +122,51 @@ def find_exams(
         )
     exams = [_with_patient(exam, wanted.patient) for exam in found.items]
     patients_in_two_splits(exams, root)
-    problems = [*found.problems, *_shared(exams, root)]
+    exams, again = _once(exams, root)
+    problems = [*found.problems, *again, *_shared(exams, root), *_alike(exams, root)]
     if wanted.dates:
         exams = with_days(exams, root, wanted.dates)
     exams.sort(key=lambda exam: exam.id)
     return dataclasses.replace(found, items=exams, problems=problems)
+
+
+def _once(exams: Sequence[Exam], root: str) -> tuple[list[Exam], list[str]]:
+    """Return exams by different ids; one that is listed twice is taken once.
+
+    Raises:
+        DataError: Different exams have one id.
+    """
+    known: dict[str, Exam] = {}
+    again = []
+    for exam in exams:
+        other = known.setdefault(exam.id, exam)
+        if other is exam:
+            continue
+        if other != exam:
+            raise DataError(
+                f"{root}: two different exams have the id {exam.id!r}; every exam needs an id of "
+                "its own. Correct the list of files."
+            )
+        again.append(exam.id)
+    if not again:
+        return list(exams), []
+    text = f"{root}: {len(again)} exams are listed twice and taken once, such as {again[0]}"
+    return list(known.values()), [text]
+
+
+def _alike(exams: Sequence[Exam], root: str) -> list[str]:
+    """Say which patients differ in upper and lower case alone: they may be one."""
+    names: dict[str, str] = {}
+    found = {}
+    for exam in exams:
+        other = names.setdefault(exam.patient.casefold(), exam.patient)
+        if other != exam.patient:
+            found[other] = exam.patient
+    return [
+        f"{root}: {other!r} and {name!r} count as two patients, which differ in upper and lower "
+        "case alone; write them alike if they are one"
+        for other, name in list(found.items())[:_NAMED]
+    ]
 
 
 def _shared(exams: Sequence[Exam], root: str) -> list[str]:
