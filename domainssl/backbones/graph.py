@@ -98,6 +98,11 @@ def export_graph(
             f"{nearest(format, get_args(GraphFormat))}"
         )
     graph = GraphModule(backbone, ())
+    if graph.is_task and graph.whole.kind == "change":
+        raise ConfigError(
+            "A task of change compares two dates, which graphs do not take. Export its backbone, "
+            "which sees one date (task.backbone, --backbone), or use load_task."
+        )
     chosen = _chosen(graph.backbone, modalities)
     sizes = {name: _size(modality, size) for name, modality in chosen.items()}
     target = Path(folder) / f"{'task' if graph.is_task else 'encoder'}{_SUFFIX[format]}"

@@ -154,6 +154,10 @@ def test_what_has_no_graph_is_refused_with_the_way_out(tmp_path: Path) -> None:
     item = ViTBackbone(_image(), architecture=sizes, patch_size=8, normalization="item")
     with pytest.raises(ConfigError, match=r"normalization.img: 'item' depends on limits"):
         export_graph(item, tmp_path)
+    change = _segmentation()
+    change.kind = "change"
+    with pytest.raises(ConfigError, match="task of change compares two dates.*--backbone"):
+        export_graph(change, tmp_path)
     flex = _vit()
     set_attention_path(flex, "flex")
     with pytest.raises(ConfigError, match=r"FlexAttention.*set_attention_path.*'fused'"):
@@ -286,11 +290,11 @@ def test_the_graph_of_a_run_with_lora_says_what_the_merged_task_says(tmp_path, c
         torch.testing.assert_close(encoder(given)[0], wanted, atol=1e-4, rtol=1e-4)
 
 
-def _segmentation(name: str = "pyramid", **changes) -> SegmentationTask:
+def _segmentation(head: str = "pyramid", **changes) -> SegmentationTask:
     modalities = _image(**changes)
     return SegmentationTask(
         ViTBackbone(modalities, {"width": 24, "depth": 1, "heads": 2}, patch_size=8),
-        modalities=modalities, classes=CLASSES, head={"name": name, "width": 8},
+        modalities=modalities, classes=CLASSES, head={"name": head, "width": 8},
     )  # fmt: skip
 
 
