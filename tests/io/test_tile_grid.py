@@ -194,6 +194,31 @@ def test_regions_of_another_slide_are_refused(tmp_path: Path) -> None:
         plan_grid(_slide(tmp_path), 64, 1.0, regions=read_regions(tmp_path / "s.png"))
 
 
+def test_regions_in_collections_count_and_features_without_a_place_do_not(tmp_path: Path) -> None:
+    first, second = _feature(_box(0, 0, 64, 64), "a"), _feature(_box(64, 0, 64, 64), " a ")
+    second["geometry"] = {"type": "GeometryCollection", "geometries": [
+        {"type": "Point", "coordinates": [1, 1]}, second["geometry"]]}  # fmt: skip
+    nowhere = {"type": "Feature", "geometry": None, "properties": {}}
+    (tmp_path / "s.geojson").write_text(json.dumps([first, second, nowhere]))
+    regions = read_regions(tmp_path / "s.geojson")
+    names, share = regions.under(np.array([[0, 0], [64, 0], [128, 0]]), (64, 64), (640, 640))
+    assert regions.names == ("a",) and names.tolist() == ["a", "a", ""]
+    assert share.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_regions_in_fractions_are_refused_and_some_outside_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    coords = np.array([[0, 0]])
+    (tmp_path / "s.geojson").write_text(json.dumps(_feature(_box(0, 0, 0.4, 0.5), "a")))
+    with pytest.raises(DataError, match=r"0\.5 pixels wide, so their coordinates are no level-0"):
+        read_regions(tmp_path / "s.geojson").under(coords, (64, 64), (640, 640))
+    content = [_feature(_box(0, 0, 64, 64), "a"), _feature(_box(900, 0, 64, 64), "b")]
+    (tmp_path / "s.geojson").write_text(json.dumps(content))
+    read_regions(tmp_path / "s.geojson").under(coords, (64, 64), (640, 640))
+    assert "all regions of b lie outside the slide" in caplog.text
+
+
 def test_mask_pictures_restrict_and_label_tiles(tmp_path: Path) -> None:
     mask = np.zeros((70, 100), np.uint8)
     mask[:, 26:52], mask[:, 52:80] = 3, 7

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ from domainssl.io.slide.tissue import area_fractions
 
 __all__ = ["ENDINGS", "Regions", "read_regions", "regions_for"]
 
+logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 ENDINGS = (".geojson", ".json", ".png", ".tif", ".tiff")
 _LARGEST = 2**28  # bytes of GeoJSON
+_SMALLEST = 2.0  # pixels that regions have at least
 _ASPECT = 0.01  # relative difference of the sides of mask and slide
 
 
@@ -85,8 +88,19 @@ class Regions:
     def _by_shape(self, coords: Array, size: tuple[int, int], slide: tuple[int, int]) -> Array:
         shapely = require("shapely", "pathology")
         slide_box = shapely.box(0, 0, *slide)
-        if self.shapes and not any(shape.intersects(slide_box) for shape in self.shapes):
-            bounds = shapely.total_bounds(np.array(self.shapes, object))
+        inside = [shape.intersects(slide_box) for shape in self.shapes]
+        bounds = shapely.total_bounds(np.array(self.shapes, object))
+        if any(inside) and max(bounds[2:] - bounds[:2]) < _SMALLEST:
+            raise DataError(
+                f"{self.path}: all regions together are {max(bounds[2:] - bounds[:2]):.3g} pixels "
+                "wide, so their coordinates are no level-0 pixels but fractions or millimetres. "
+                "Export them in pixels."
+            )
+        if any(inside) and not all(inside):
+            names = ", ".join(n or "(no class)" for n, i in zip(self.names, inside, strict=True)
+                              if not i)  # fmt: skip
+            logger.warning("%s: all regions of %s lie outside the slide", self.path, names)
+        if self.shapes and not any(inside):
             shown = ", ".join(f"{value:.0f}" for value in bounds)
             raise DataError(
                 f"{self.path}: all regions lie outside the slide ({shown}; the slide has "
@@ -159,13 +173,12 @@ def _from_geojson(path: str) -> Regions:
                  also=(shapely.errors.ShapelyError,)):  # fmt: skip
         by_name: dict[str, list[Any]] = {}
         for feature in _features(json.loads(text)):
-            geometry = feature.get("geometry") or {}
-            if geometry.get("type") not in ("Polygon", "MultiPolygon"):
+            shapes = list(_polygons(shapely.geometry.shape(feature["geometry"])))
+            if not shapes:
                 continue  # points and lines have no area
-            shape = shapely.geometry.shape(geometry)
+            shape = shapely.union_all(shapes) if len(shapes) > 1 else shapes[0]
             if not np.isfinite(shapely.total_bounds(shape)).all():
                 raise ValueError("coordinates that are not finite")
-            shape = shape if shape.is_valid else shapely.make_valid(shape)
             by_name.setdefault(_name(feature), []).append(shape)
         united = {name: shapely.union_all(shapes) for name, shapes in by_name.items()}
     ignored = [shape for name, shape in united.items() if name.endswith("*")]
@@ -183,14 +196,27 @@ def _from_geojson(path: str) -> Regions:
     )
 
 
+def _polygons(shape: Any) -> Iterator[Any]:
+    """Yield the valid polygons of a geometry, also those of a collection; none that are empty."""
+    shapely = require("shapely", "pathology")
+    if shape.geom_type == "GeometryCollection":
+        for part in shape.geoms:
+            yield from _polygons(part)
+    elif shape.geom_type in ("Polygon", "MultiPolygon") and not shape.is_empty:
+        yield shape if shape.is_valid else shapely.make_valid(shape)
+
+
 def _features(content: Any) -> Sequence[Mapping[str, Any]]:
     """Return the features of a collection, a list or a single one."""
     if isinstance(content, Mapping) and content.get("type") == "FeatureCollection":
         content = content.get("features", [])
     found = content if isinstance(content, list) else [content]
-    if not all(isinstance(f, Mapping) and isinstance(f.get("geometry"), Mapping) for f in found):
+    if not all(isinstance(f, Mapping) and "geometry" in f for f in found):
         raise ValueError("no features with a geometry")
-    return found
+    placed = [f for f in found if f["geometry"] is not None]  # null is a feature without a place
+    if not all(isinstance(f["geometry"], Mapping) for f in placed):
+        raise ValueError("no features with a geometry")
+    return placed
 
 
 def _name(feature: Mapping[str, Any]) -> str:
@@ -198,5 +224,5 @@ def _name(feature: Mapping[str, Any]) -> str:
     named = properties.get("classification") if isinstance(properties, Mapping) else None
     if isinstance(named, Mapping):
         found = named.get("name") or "/".join(map(str, named.get("names", ())))
-        return str(found or "")
-    return str(named or "")
+        return str(found or "").strip()
+    return str(named or "").strip()
