@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["COMMAND", "printable", "screen"]
-
-COMMAND = "python -m domainssl"
-"""How the commands start that reports and messages offer."""
+__all__ = ["printable", "screen"]
 
 _KEPT = "\n\t"
 

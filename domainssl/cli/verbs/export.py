@@ -12,8 +12,6 @@ from domainssl.errors import ConfigError
 
 __all__ = ["run"]
 
-_OF = {False: "classes", True: "numbers"}
-
 
 def run(argv: list[str]) -> int:
     """Export a Lightning checkpoint of ours, or a file in a reference layout."""
@@ -43,7 +41,7 @@ def run(argv: list[str]) -> int:
     is_of_task = checkpoint.suffix == ".ckpt" and is_task(checkpoint)
     if is_of_task and options.format == "safetensors" and not options.backbone:
         return _task(options, checkpoint, output)
-    backbone = _backbone(checkpoint)
+    backbone, _ = _backbone(checkpoint)
     facts: dict[str, Any] = {
         "licence": options.licence,
         "provenance": {"checkpoint": checkpoint.name, **_run_facts(checkpoint)},
@@ -106,7 +104,7 @@ def _parser() -> Parser:
         "statistics, origin) from a checkpoint; of a fine-tuning run task.safetensors and "
         "task.json. Load them with domainssl.load_backbone(FOLDER) and load_task(FOLDER). With "
         "--format onnx or torch_export: a graph that takes raw values and runs without this "
-        "library, of a fine-tuning run with its head.",
+        "library.",
     )
     parser.add_argument("--checkpoint", required=True, help="a .ckpt file, or the folder of a run")
     parser.add_argument("--output", required=True, help="folder to write")
@@ -134,8 +132,9 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     from domainssl.cli.console import console
 
     size = options.size
+    backbone, is_of_task = _backbone(checkpoint)
     card = export_graph(
-        _backbone(checkpoint) if options.backbone else _whole(checkpoint),
+        backbone,
         output,
         format=options.format,
         modalities=options.modalities,
@@ -146,9 +145,9 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     )
     facts = json.loads(card.read_text(encoding="utf-8"))
     screen = console()
-    task = facts.get("task")
-    what = f"{task['name']} over {facts['backbone']}" if task else facts["backbone"]
-    screen.print(f"exported {what} to {output / facts['file']}", markup=False)
+    if is_of_task and not options.backbone:
+        screen.print("note: features of the tuned backbone, without the head of the task")
+    screen.print(f"exported {facts['backbone']} to {output / facts['file']}", markup=False)
     for entry in facts["inputs"]:
         free = "any size" if entry["size_is_free"] else f"size {entry['size']} only"
         screen.print(
@@ -157,13 +156,7 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
             markup=False,
         )
     for entry in facts["outputs"]:
-        letter = "K" if task else "E"
-        screen.print(
-            f"  out  {entry['name']}: {entry['axes']}, {letter}={entry['width']}", markup=False
-        )
-    if task:
-        screen.print(f"  {_OF[task['kind'] == 'regression']}: {', '.join(task['names'])}",
-                     markup=False)  # fmt: skip
+        screen.print(f"  out  {entry['name']}: {entry['axes']}, E={entry['width']}", markup=False)
     check = facts["check"]
     screen.print(
         f"  largest difference from PyTorch {check['largest_difference']:.2g}, at values up to "
@@ -174,22 +167,14 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     return 0
 
 
-def _whole(checkpoint: Path) -> Any:
-    """Return the task of a checkpoint, with LoRA merged, or its backbone where it holds no task."""
+def _backbone(checkpoint: Path) -> tuple[Any, bool]:
+    """Return the backbone of a checkpoint, with LoRA merged, and whether it is that of a task."""
     from domainssl import load_backbone
     from domainssl.tasks.export import is_task, load_task, whole_task
 
     if checkpoint.suffix == ".ckpt" and is_task(checkpoint):
-        return whole_task(load_task(checkpoint))
-    return load_backbone(checkpoint)
-
-
-def _backbone(checkpoint: Path) -> Any:
-    """Return the backbone of a checkpoint, with LoRA merged."""
-    from domainssl.tasks.base import Task
-
-    found = _whole(checkpoint)
-    return found.backbone if isinstance(found, Task) else found
+        return whole_task(load_task(checkpoint)).backbone, True
+    return load_backbone(checkpoint), False
 
 
 def _checkpoint(path: Path) -> Path:
