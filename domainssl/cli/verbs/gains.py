@@ -74,23 +74,23 @@ def _measure(name: str, options: argparse.Namespace) -> Gain:
             _trained(fit.run(words_of(name, start, own, draw, options.fraction)), name)
             seconds = max(seconds, _processor_seconds() - before)
             values[kind].append(last_value(own, few.metric))
-    items = min(labelled(name, draw, options.fraction) for draw in range(options.draws))
+    items = labelled(name, options.draws, options.fraction)
     return Gain(name, few.metric, tuple(values["random"]), tuple(values["trained"]), items, seconds)
 
 
-def labelled(name: str, draw: int, fraction: float) -> int:
-    """Return in how many drawn exams, slides or patches the rarest class of a recipe occurs.
+def labelled(name: str, draws: int, fraction: float) -> int:
+    """Return how many drawn exams, slides or patches show the rarest class, in the worst draw.
 
     Args:
         name: Recipe, of `FEW`.
-        draw: Which part of the labels.
-        fraction: How large a part.
+        draws: Number of draws, from 0.
+        fraction: How large a part of the labels each is.
     """
     from domainssl.cli.run.train import build_data
     from domainssl.loading.counts import unit_counts
     from domainssl.matrix.gains import FEW, words_of
 
-    def counts(part: float) -> list[int]:
+    def counts(draw: int, part: float) -> list[int]:
         words = words_of(name, f"recipe:{FEW[name].start}", Path(), draw, part)
         data = build_data([word for word in words if word.startswith(("--config", "--data"))])
         data.prepare_data()
@@ -99,7 +99,9 @@ def labelled(name: str, draw: int, fraction: float) -> int:
         kind, classes = ("label", data.classes) if whole else ("mask", data.mask_classes)
         return unit_counts(data.source("train"), kind, len(classes or ()))
 
-    return min(few for few, all_ in zip(counts(fraction), counts(1.0), strict=True) if all_)
+    found = [counts(draw, fraction) for draw in range(draws)]
+    occurs = counts(0, 1.0)
+    return min(few for own in found for few, all_ in zip(own, occurs, strict=True) if all_)
 
 
 def _processor_seconds() -> float:
