@@ -357,6 +357,14 @@ def test_labels_are_whole_numbers_in_one_channel(tmp_path: Path) -> None:
         read_labels(write_nifti(tmp_path / "c.nii", np.zeros((2, 2, 2, 1, 2), np.uint8)))
 
 
+def test_labels_that_are_not_stated_are_of_no_class_instead_of_the_first(tmp_path: Path) -> None:
+    values = np.ones((3, 3, 3), np.float32)
+    values[0, 0, 0], values[1, 1, 1] = np.nan, 0
+    labels = read_labels(write_nifti(tmp_path / "a.nii", values, np.eye(4)))
+    assert labels.values[0, 0, 0, 0] == -1 and labels.values[0, 1, 1, 1] == 0
+    assert int((labels.values == 1).sum()) == 25
+
+
 def test_reading_refuses_unknown_words_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'assume_pixdim'"):
         Reading(orientation="assume_pixdims")

@@ -104,6 +104,7 @@ FORMATS = (
 )
 ENDINGS = tuple(ending for form in FORMATS for ending in form.endings)
 _ROUNDING = 1e-3  # by which scaled or stored labels may miss a whole number
+_UNKNOWN = -1  # class of voxels that a map says nothing of; it counts for nothing
 _KNOWN = "NIfTI (.nii, .nii.gz, .hdr/.img), NRRD, MetaImage (.mha, .mhd), MGH (.mgz) or DICOM"
 
 
@@ -137,7 +138,7 @@ def read_scan(path: str | os.PathLike[str], reading: Reading | None = None) -> S
 
 
 def read_labels(path: str | os.PathLike[str], reading: Reading | None = None) -> Scan:
-    """Return a label map in RAS axis order: one channel of integers.
+    """Return a label map in RAS axis order: one channel of integers, -1 where none is stated (NaN).
 
     Args:
         path: A file, or a folder with a DICOM series.
@@ -166,8 +167,8 @@ def read_labels(path: str | os.PathLike[str], reading: Reading | None = None) ->
                 "labels. Is it an image, or was it interpolated?"
             )
         values = labels.astype(np.int32)
-    elif scan.valid is not None:
-        values = np.where(scan.valid, values, np.zeros((), values.dtype))
+    if scan.valid is not None:
+        values = np.where(scan.valid, values.astype(np.int32), np.int32(_UNKNOWN))
     return replace(scan, values=values)
 
 
