@@ -104,7 +104,8 @@ def claim_folder(folder: Path, task: Predictor, facts: Mapping[str, Any], *, res
         ConfigError: Predictions of another task or with other options lie there.
     """
     weights = weights_digest(task if isinstance(task, nn.Module) else task.backbone)
-    wanted = {"weights": weights, "classes": list(task.classes), **facts}
+    named = "numbers" if getattr(task, "kind", "") == "regression" else "classes"
+    wanted = {"weights": weights, named: list(task.classes), **facts}
     path = folder / _RECORD
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file() and not restart:

@@ -244,6 +244,8 @@ def test_numbers_of_pixels_are_written_with_nan_where_nothing_was_measured(tmp_p
     with rasterio.open(out / "tile.tif") as found:
         assert found.descriptions == ("height", "biomass") and np.isnan(found.nodata)
         np.testing.assert_allclose(found.read(), wanted, rtol=1e-5)
+    record = json.loads((out / "predict.json").read_text())
+    assert record["numbers"] == ["height", "biomass"] and "classes" not in record
 
 
 def test_numbers_of_voxels_lie_on_the_scan(tmp_path: Path) -> None:
