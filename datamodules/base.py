@@ -26,6 +26,7 @@ from domainssl.loading.source import Loading, Source
 from domainssl.loading.stream import BlockStream
 from domainssl.modality import Batch, Modality
 from domainssl.pieces import Buildable, cores
+from domainssl.sources.patients import tested_split
 
 __all__ = ["DomainDataModule", "check_labels", "named_sample"]
 
@@ -52,6 +53,8 @@ class DomainDataModule(Recorded, LightningDataModule):
     source_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     # Id of an item -> number of the person it is of, where several items may be of one.
     persons: Mapping[str, int] = MappingProxyType({})
+    # Split -> items that carry their labels, where the files tell them; set by `open_sources`.
+    splits: Mapping[str, Sequence[Any]] = MappingProxyType({})
     # Modalities whose files state unit, scale and offset: `domainssl.units` believes them.
     units_stated: tuple[str, ...] = ()
     # `<m>.dates` counts days from the first visit of a person instead of from 1970-01-01.
@@ -224,7 +227,13 @@ class DomainDataModule(Recorded, LightningDataModule):
 
     @property
     def tested_split(self) -> str:
-        """The split that `test` measures: `test` if there is one, else `val`; after setup."""
+        """The split that `test` measures, after setup.
+
+        It is `test`; `val` without one, and where `splits` say that its items lack labels that
+        others have.
+        """
+        if self.splits:
+            return tested_split(self.splits)
         return "test" if "test" in self._sources else "val"
 
     def test_dataloader(self) -> BlockStream | list[BlockStream]:

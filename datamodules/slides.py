@@ -26,7 +26,7 @@ from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.labels import class_names
-from domainssl.sources.patients import by_patient, split_by_patient, tested_split
+from domainssl.sources.patients import by_patient, split_by_patient
 from domainssl.sources.slide_options import (
     SlideFiles,
     SlideLabels,
@@ -157,11 +157,6 @@ class SlideFeatureDataModule(DomainDataModule):
         }
         sources["predict"] = self._source(list(self.splits.values())[-1], is_training=False)
         return sources
-
-    @property
-    def tested_split(self) -> str:
-        """The split that `test` measures; `val` where the items of `test` have no labels."""
-        return tested_split(self.splits)
 
     def _source(self, slides: Sequence[SlideBag], *, is_training: bool) -> SlideSource:
         names = self.label_names

@@ -28,7 +28,7 @@ from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.labels import class_names
-from domainssl.sources.patients import by_patient, split_by_patient, tested_split
+from domainssl.sources.patients import by_patient, split_by_patient
 from domainssl.sources.slide_grids import SlideTiles, with_grids
 from domainssl.sources.stain_tiles import StainSource
 from domainssl.sources.tile_options import Stain, TileFiles, TileLabels, tile_window, wanted_tiles
@@ -161,11 +161,6 @@ class TileDataModule(DomainDataModule):
         }
         sources["predict"] = self._source(list(self.splits.values())[-1], is_training=False)
         return sources
-
-    @property
-    def tested_split(self) -> str:
-        """The split that `test` measures; `val` where the items of `test` have no labels."""
-        return tested_split(self.splits)
 
     def _source(self, sets: Sequence[TileSet], *, is_training: bool) -> StainSource:
         return StainSource(

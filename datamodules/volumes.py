@@ -33,7 +33,7 @@ from domainssl.modality import Modality, as_modalities
 from domainssl.pieces import Buildable, spread
 from domainssl.sources.held_out import HeldOut
 from domainssl.sources.labels import class_names
-from domainssl.sources.patients import split_by_patient, tested_split
+from domainssl.sources.patients import split_by_patient
 from domainssl.sources.preparation import kept_exams, key_of, split_volumes
 from domainssl.sources.visits import VisitSource, visits_of
 from domainssl.sources.volume_options import (
@@ -210,11 +210,6 @@ class VolumeDataModule(DomainDataModule):
         }
         sources["predict"] = self._source(list(self.splits.values())[-1], is_training=False)
         return sources
-
-    @property
-    def tested_split(self) -> str:
-        """The split that `test` measures; `val` where the items of `test` have no labels."""
-        return tested_split(self.splits)
 
     def _source(self, exams: Sequence[Exam], *, is_training: bool) -> VolumeSource:
         assert self.found is not None

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["printable", "screen"]
+__all__ = ["COMMAND", "printable", "screen"]
+
+COMMAND = "python -m domainssl"
+"""How the commands start that reports and messages offer."""
 
 _KEPT = "\n\t"
 

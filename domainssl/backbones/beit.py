@@ -269,7 +269,7 @@ class BEiTBackbone(Backbone):
         tokens = self.patch_embed["proj"](values).flatten(2).transpose(1, 2)
         if replaced is not None:
             tokens = torch.where(replaced.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        first = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
+        first = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([first, tokens], dim=1)
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(grid)
         ends, branches = [], []

@@ -1,6 +1,7 @@
-"""Backbones as graphs that run without this library: ONNX, and programs of `torch.export`.
+"""Backbones and tasks as graphs that run without this library: ONNX and `torch.export`.
 
-Normalisation is part of the graph: raw physical values go in, pooled features and tokens come out.
+Normalisation is part of the graph: raw physical values go in; pooled features and tokens come out,
+or what a task says of them.
 What is written has been run beside the backbone before it gets its name.
 """
 
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from domainssl.arguments import class_name, class_of, plain
 from domainssl.backbones.base import Backbone
+from domainssl.backbones.graph_module import GraphModule, Headed
 from domainssl.errors import ConfigError, DataError, DomainSSLError, WeightsError, nearest, require
 from domainssl.modality import Modality, sides_of
 from domainssl.nn.blocks import CrossAttention, SelfAttention
@@ -35,29 +37,11 @@ _FAILURES: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
+_INSTEAD = {
+    False: "share the backbone itself (export_backbone)",
+    True: "export its backbone without the head (task.backbone, --backbone)",
+}
 _Run = Callable[[Sequence[Tensor]], list[Tensor]]
-
-
-class _Graph(nn.Module):
-    """A backbone as a function of tensors to tensors.
-
-    Args:
-        backbone: What to run.
-        names: Modality of each input.
-        outputs: Features and name of each output, such as ("pooled", "s2").
-    """
-
-    def __init__(
-        self, backbone: Backbone, names: Sequence[str], outputs: Sequence[tuple[str, str]]
-    ) -> None:
-        super().__init__()
-        self.backbone, self.names, self.outputs = backbone, list(names), list(outputs)
-
-    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs in order."""
-        batch = dict(zip(self.names, values, strict=True))
-        features = self.backbone.encode(self.backbone.normalize(batch))
-        return tuple(getattr(features, kind)[name] for kind, name in self.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +54,7 @@ class _Written:
 
 
 def export_graph(
-    backbone: Backbone,
+    backbone: Backbone | Headed,
     folder: str | Path,
     *,
     format: GraphFormat = "onnx",
@@ -81,15 +65,17 @@ def export_graph(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a backbone as one graph, run it beside PyTorch, and put a card beside it.
+    """Write a backbone or a task as one graph, run it beside PyTorch, and put a card beside it.
 
     The number of items is free. So is the size of images, where the method allows it; otherwise,
     and for volumes, it is the traced one, and the card says so. Values that are not finite count as
     invalid; masks of validity are no input.
 
     Args:
-        backbone: What to write; it stays as it is.
-        folder: Gets `encoder.onnx` or `encoder.pt2`, and the card, its name with `.json` behind.
+        backbone: What to write; it stays as it is. A task gives its logits, or numbers, with its
+            head; adapters are merged before (`tasks.export.whole_task`).
+        folder: Gets `encoder.onnx` or `encoder.pt2`, of a task `task.onnx` or `task.pt2`, and the
+            card, its name with `.json` behind.
         format: `onnx`, checked with onnxruntime, or `torch_export`.
         modalities: Inputs of the graph; None takes all.
         size: Size that is traced, one number or one per axis; None takes that of the modality.
@@ -111,23 +97,29 @@ def export_graph(
             f"format: {format!r} is not one of {', '.join(get_args(GraphFormat))}."
             f"{nearest(format, get_args(GraphFormat))}"
         )
-    chosen = _chosen(backbone, modalities)
+    graph = GraphModule(backbone, ())
+    if graph.is_task and graph.whole.kind == "change":
+        raise ConfigError(
+            "A task of change compares two dates, which graphs do not take. Export its backbone, "
+            "which sees one date (task.backbone, --backbone), or use load_task."
+        )
+    chosen = _chosen(graph.backbone, modalities)
     sizes = {name: _size(modality, size) for name, modality in chosen.items()}
-    target = Path(folder) / f"encoder{_SUFFIX[format]}"
+    target = Path(folder) / f"{'task' if graph.is_task else 'encoder'}{_SUFFIX[format]}"
     card = target.with_name(target.name + ".json")
     if (target.exists() or card.exists()) and not overwrite:
         raise WeightsError(f"{target} exists already; pass overwrite=True (--overwrite).")
     if format == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             require(module, "export")
-    copied = copy.deepcopy(backbone).cpu().float().eval()
+    graph = GraphModule(copy.deepcopy(graph.whole).cpu().float().eval(), list(chosen))
     target.parent.mkdir(parents=True, exist_ok=True)
     with (
         torch.no_grad(),
         tempfile.TemporaryDirectory(dir=target.parent, prefix=".graph-") as hidden,
     ):
-        example = plausible_values(copied, chosen, sizes, _BATCHES[0])
-        graph = _Graph(copied, list(chosen), _outputs(copied, chosen, example))
+        example = plausible_values(graph.backbone, chosen, sizes, _BATCHES[0])
+        graph.find_outputs(example)
         is_free = dynamic_size and all(m.kind == "image" for m in chosen.values())
         written = _write(graph, Path(hidden) / target.name, format, sizes, is_free)
         facts = {
@@ -229,22 +221,8 @@ def plausible_values(
     return tuple(made)
 
 
-def _outputs(
-    backbone: Backbone, chosen: Mapping[str, Modality], example: Sequence[Tensor]
-) -> list[tuple[str, str]]:
-    """Return which features the backbone has for these inputs."""
-    features = backbone.encode(backbone.normalize(dict(zip(chosen, example, strict=True))))
-    names = [*features.pooled, *(n for n in features.tokens if n not in features.pooled)]
-    return [
-        (kind, name)
-        for name in names
-        for kind in ("pooled", "tokens")
-        if name in getattr(features, kind)
-    ]
-
-
 def _write(
-    graph: _Graph,
+    graph: GraphModule,
     path: Path,
     format: GraphFormat,
     sizes: Mapping[str, tuple[int, ...]],
@@ -272,9 +250,9 @@ def _write(
                 continue  # the method has no graph for every size; the card says which it has
             words = " ".join(str(error).split())[:400]
             raise ConfigError(
-                f"{type(graph.backbone).__name__} with {', '.join(graph.names)} cannot be exported "
+                f"{type(graph.whole).__name__} with {', '.join(graph.names)} cannot be exported "
                 f"as {format}: {type(error).__name__}: {words}. Export one modality (modalities, "
-                "--modalities), or share the backbone itself (export_backbone)."
+                f"--modalities), or {_INSTEAD[graph.is_task]}."
             ) from error
     raise AssertionError("unreachable")
 
@@ -288,7 +266,7 @@ def _runtime_failures(format: GraphFormat) -> tuple[type[Exception], ...]:
 
 
 def _trace(
-    graph: _Graph,
+    graph: GraphModule,
     path: Path,
     format: GraphFormat,
     sizes: Mapping[str, tuple[int, ...]],
@@ -307,7 +285,7 @@ def _trace(
         torch.export.save(program, path)
         loaded = torch.export.load(path).module()
         return lambda values: list(loaded(*values))
-    outputs = [f"{name}.{kind}" for kind, name in graph.outputs]
+    outputs = graph.outputs
     made: Any = torch.onnx.export(
         program, (), dynamo=True, verbose=False, input_names=graph.names, output_names=outputs
     )
@@ -323,7 +301,7 @@ def _trace(
 
 
 def _compare(
-    graph: _Graph, run: _Run, sizes: Mapping[str, tuple[int, ...]], is_dynamic: bool
+    graph: GraphModule, run: _Run, sizes: Mapping[str, tuple[int, ...]], is_dynamic: bool
 ) -> _Written:
     """Run the graph beside the backbone, with two numbers of items, and another size if it is free.
 
@@ -339,23 +317,32 @@ def _compare(
     for items, side in cases:
         values = plausible_values(graph.backbone, chosen, side, items)
         wanted = graph(*values)
-        for (kind, name), found, expected in zip(graph.outputs, run(values), wanted, strict=True):
-            assert found.shape == expected.shape, f"{name}.{kind}: {found.shape}"
+        for name, found, expected in zip(graph.outputs, run(values), wanted, strict=True):
+            assert found.shape == expected.shape, f"{name}: {found.shape}"
             difference = float((found - expected).abs().max())
             largest = max(1.0, float(expected.abs().max()))
             if not difference <= TOLERANCE * largest:
                 raise WeightsError(
-                    f"The exported graph computes other features: {name}.{kind} of {items} items "
+                    f"The exported graph computes something else: {name} of {items} items "
                     f"of {side[graph.names[0]]} differs by {difference:.3g} at values up to "
-                    f"{largest:.3g}; allowed are {TOLERANCE:g} of it. Nothing was written. Share "
-                    "the backbone itself (export_backbone)."
+                    f"{largest:.3g}; allowed are {TOLERANCE:g} of it. Nothing was written. Rather "
+                    f"{_INSTEAD[graph.is_task]}."
                 )
             worst, scale = max(worst, difference), max(scale, largest)
     return _Written(is_dynamic=is_dynamic, difference=worst, scale=scale)
 
 
+def _axes(name: str, axes: int) -> str:
+    """Return the axes of an output; those of maps of a task are the pixels of its input."""
+    if name.endswith(".pooled"):
+        return "B E"
+    if name.endswith(".tokens"):
+        return "B N E"
+    return {2: "B K", 4: "B K H W", 5: "B K X Y Z"}[axes]
+
+
 def _card(
-    graph: _Graph,
+    graph: GraphModule,
     sizes: Mapping[str, tuple[int, ...]],
     written: _Written,
     example: Sequence[Tensor],
@@ -376,15 +363,17 @@ def _card(
         })  # fmt: skip
     outputs = [
         {
-            "name": f"{name}.{kind}",
-            "axes": "B E" if kind == "pooled" else "B N E",
+            "name": name,
+            "axes": _axes(name, found.ndim),
             "dtype": "float32",
-            "width": int(found.shape[-1]),
+            "width": int(found.shape[1 if graph.is_task else -1]),
         }
-        for (kind, name), found in zip(graph.outputs, graph(*example), strict=True)
+        for name, found in zip(graph.outputs, graph(*example), strict=True)
     ]
+    about = {"kind": graph.whole.kind, "names": list(graph.whole.classes)} if graph.is_task else {}
     return {
         "backbone": class_name(class_of(graph.backbone)),
+        **({"task": {"name": class_name(class_of(graph.whole)), **about}} if about else {}),
         "inputs": inputs,
         "outputs": outputs,
         "check": {

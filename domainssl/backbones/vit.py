@@ -351,7 +351,7 @@ class ViTBackbone(Backbone):
         tokens = tokens + self._codes(x).to(tokens.dtype)
         first = self._first()
         if first is not None:
-            tokens = torch.cat([first.expand(len(tokens), -1, -1), tokens], 1)
+            tokens = torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], 1)
         places = math.prod(self.grid(x))
         states = self.transformer.hidden_states(tokens)
         maps = [s[:, -places:].transpose(1, 2).unflatten(2, self.grid(x)) for s in states]

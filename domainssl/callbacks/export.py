@@ -14,6 +14,7 @@ from domainssl.arguments import class_of, plain
 from domainssl.backbones.card import export_backbone
 from domainssl.callbacks._common import run_folder
 from domainssl.errors import ConfigError
+from domainssl.screen import COMMAND
 from domainssl.tasks.base import Task
 from domainssl.tasks.export import export_task, whole_task
 
@@ -54,8 +55,8 @@ class ExportBackbone(Callback):
     def next_commands(self, run: str, folder: str) -> list[str]:
         """Return commands for what was written by a run whose folder holds its configuration."""
         return [
-            f"python -m domainssl evaluate {run} --output evaluation",
-            f"python -m domainssl embed {folder} INPUT --output PATH",
+            f"{COMMAND} evaluate {run} --output evaluation",
+            f"{COMMAND} embed {folder} INPUT --output PATH",
         ]
 
     def target(self, trainer: Trainer) -> Path:
@@ -111,9 +112,8 @@ class ExportTask(ExportBackbone):
     def next_commands(self, run: str, folder: str) -> list[str]:
         """Return commands for what was written by a run whose folder holds its configuration."""
         return [
-            f"python -m domainssl test --config {run}/config.yaml "
-            f"--ckpt_path={run}/checkpoints/last.ckpt",
-            f"python -m domainssl predict {folder} INPUT --output DIR",
+            f"{COMMAND} test --config {run}/config.yaml --ckpt_path={run}/checkpoints/last.ckpt",
+            f"{COMMAND} predict {folder} INPUT --output DIR",
         ]
 
     def _whole(self, module: Any) -> Any:

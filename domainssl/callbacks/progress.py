@@ -121,11 +121,14 @@ class ProgressBar(_ProgressBar):
             self._line(trainer, None)
 
     def _line(self, trainer: Trainer, batch_idx: int | None) -> None:
+        metrics = dict(trainer.callback_metrics)
+        if not self._has_news:  # the value of an earlier epoch
+            metrics.pop("val/loss", None)
         self._last_line, self._has_news = time.monotonic(), False
         where = _epoch(trainer)
         if batch_idx is not None:
             where += f" batch {batch_idx + 1}/{self.total_train_batches}"
-        self.console.print(f"{where}  {describe_metrics(trainer.callback_metrics)}", markup=False)
+        self.console.print(f"{where}  {describe_metrics(metrics)}", markup=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the bar."""

@@ -20,7 +20,7 @@ from domainssl.callbacks._common import console_of, run_folder
 from domainssl.distributed import all_gather_objects
 from domainssl.errors import ConfigError, require
 from domainssl.files import new_file, write_text
-from domainssl.tasks.base import Task
+from domainssl.tasks.base import Task, labelled
 
 __all__ = ["ResultTables"]
 
@@ -96,7 +96,7 @@ class ResultTables(Callback):
                 written.append(_draw(value.numpy(), classes, folder / f"{name}.png"))
         per_class = {n.removesuffix("_of"): v.tolist() for n, v in found.items() if v.ndim == 1}
         if per_class:
-            counts = _labelled(found.get("confusion"))
+            counts = labelled(found)
             lines = [
                 [c, *("" if counts and not counts[i] else v[i] for v in per_class.values())]
                 for i, c in enumerate(classes)
@@ -109,23 +109,21 @@ class ResultTables(Callback):
         words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items())
         screen.print(f"{'result':<8} {words}", markup=False)
         if per_class:
-            screen.print(_shown(classes, per_class, found.get("confusion")))
+            screen.print(_shown(classes, per_class, counts))
         shown = ", ".join(path.name for path in written)
         screen.print(f"{'written':<8} {folder}  ({shown})", markup=False)
 
 
 def _shown(
-    classes: Sequence[str], columns: Mapping[str, Sequence[float]], confusion: Tensor | None
+    classes: Sequence[str], columns: Mapping[str, Sequence[float]], counts: Sequence[int] | None
 ) -> Table:
     """Return the table per class for the screen; of very many classes the first ones.
 
     Args:
         classes: Names.
         columns: A number per class, by the name of the metric.
-        confusion: Labels by what was predicted, (K, K), where there is one: classes without a
-            label get no numbers.
+        counts: How often each is a label, where that is known: classes without one get no numbers.
     """
-    counts = _labelled(confusion)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("class", overflow="fold")
     for title in ([] if counts is None else ["labelled"]) + list(columns):
@@ -137,11 +135,6 @@ def _shown(
     if len(classes) > _MOST_NAMED:
         table.add_row(f"{len(classes) - _MOST_NAMED} more in classes.csv")
     return table
-
-
-def _labelled(confusion: Tensor | None) -> list[float] | None:
-    """Return how often each class is a label; None without a confusion matrix."""
-    return None if confusion is None else confusion.sum(1).tolist()
 
 
 def _joined(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:

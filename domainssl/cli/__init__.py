@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 
 from domainssl.errors import ConfigError, DomainSSLError, nearest
-from domainssl.screen import printable
+from domainssl.screen import COMMAND, printable
 
 __all__ = ["main", "verb_table"]
 
@@ -134,7 +134,7 @@ def _unknown_verb(word: str) -> str:
         close = nearest(word, ("--help", "--version", "--debug"))
         return (
             f"Option {word!r} stands before the verb.{close} Write the verb first:\n"
-            f"python -m domainssl fit {word} …   Verbs: {', '.join(verb_table())}"
+            f"{COMMAND} fit {word} …   Verbs: {', '.join(verb_table())}"
         )
     if word in _REPLACED:
         return (

@@ -135,7 +135,7 @@
   function overview() {
     const features = by("features").value;
     const rows = data.rows.filter((row) => row.value !== null && ((row.features === features && HEADLINE[row.protocol] === row.metric)
-      || (row.protocol.startsWith("cross-") && row.metric === "R@5" && involves(row.features, features))));
+      || (row.protocol.startsWith("cross-") && row.metric === "R@5" && involves(row.features, features) && !inMatrix(row))));
     if (hide_section("overview", !rows.length)) return;
     const names = present(rows);
     const groups = unique(rows.map((row) => group(row)));
@@ -166,6 +166,42 @@
     });
     legend("overview", entries(names));
     chart.done();
+  }
+  // more than two pairs of modalities are a matrix, not a row each
+  const pairs = unique(data.rows.filter((row) => row.protocol.startsWith("cross-modal")).map((row) => row.features));
+  function inMatrix(row) { return pairs.length > 2 && row.protocol.startsWith("cross-modal"); }
+  function cross() {
+    const all = data.rows.filter((row) => inMatrix(row) && row.metric === "R@1");
+    if (hide_section("cross", !all.length)) return;
+    const rows = all.filter((row) => row.backbone === by("backbone").value);
+    if (!rows.length) return missing("cross");
+    const names = unique(pairs.flatMap((pair) => pair.split(" to ")));
+    const chances = rows.map((row) => row.chance).filter((value) => value !== null);
+    by("cross").querySelector(".hint").textContent = `${by("backbone").value}: R@1 in percent, from the modality of the row to that of the column: how often the nearest item is the same one. `
+      + (chances.length ? `Chance is ${percent(Math.min(...chances))}. ` : "") + "Aligned: after a linear map fitted on the train split; direct: without one.";
+    const parent = by("cross").querySelector(".chart");
+    parent.replaceChildren();
+    for (const protocol of unique(rows.map((row) => row.protocol))) {
+      const box = html("div", parent);
+      html("h3", box, protocol.replace(/^.*\((.*)\)$/, "$1"));
+      const width = Math.max(240, box.clientWidth), left = Math.min(120, width * 0.3), top = 24;
+      const cell = Math.max(14, Math.min(64, (width - left - 6) / names.length)), height = top + cell * names.length + 6;
+      const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, height }, box), marks = [];
+      names.forEach((from, y) => {
+        make("text", { x: left - 6, y: top + cell * (y + 0.5) + 4, "text-anchor": "end" }, svg, short(from, Math.floor(left / 7.5)));
+        make("text", { x: left + cell * (y + 0.5), y: top - 8, "text-anchor": "middle" }, svg, short(from, Math.max(2, Math.floor(cell / 7))));
+        names.forEach((to, x) => {
+          const row = rows.find((r) => r.protocol === protocol && r.features === `${from} to ${to}`);
+          if (!row || row.value === null) return;
+          const node = make("rect", { x: left + cell * x + 1, y: top + cell * y + 1, width: cell - 2, height: cell - 2, rx: 2,
+            fill: `rgba(var(--heat), ${(0.06 + 0.94 * row.value).toFixed(3)})`, class: "mark" }, svg);
+          if (cell > 26) make("text", { x: left + cell * (x + 0.5), y: top + cell * (y + 0.5) + 4, "text-anchor": "middle", "pointer-events": "none",
+            style: row.value > 0.55 ? "fill: var(--ground)" : "" }, svg, (100 * row.value).toFixed(0));
+          marks.push({ node, place: -1, text: `${from} to ${to}: ${percent(row.value)}\n${percent(row.low)} to ${percent(row.high)}\nchance ${percent(row.chance)}` });
+        });
+      });
+      interactive(svg, marks, `Retrieval across modalities, ${protocol}`);
+    }
   }
   function group(row) {
     return row.protocol.startsWith("cross-") ? `${row.features}, ${row.protocol.replace(/^cross-\w+ \((.*)\)$/, "$1")} R@5` : `${row.protocol} ${row.metric}`;
@@ -320,7 +356,7 @@
     by(id).closest("label").hidden = !values.length;
     by(id).addEventListener("change", draw);
   }
-  function draw() { hide(); overview(); bars(); confusion(); plane(); ranks(); }
+  function draw() { hide(); overview(); cross(); bars(); confusion(); plane(); ranks(); }
 
   const facts = data.facts.data;
   by("facts").textContent = `${facts.test_items} items of ${facts.test_split}, probes fitted on ${facts.train_items} items of train; `

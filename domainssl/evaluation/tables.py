@@ -19,7 +19,7 @@ __all__ = [
     "json_content",
     "left_off",
     "overviews",
-    "pair_table",
+    "pair_tables",
     "plain_row",
 ]
 
@@ -43,8 +43,10 @@ HEADLINES: dict[str, str] = {
     "dense linear": "mIoU",
 }
 
-_DIRECT = "cross-modal (direct)"
-_MOST_PAIRS = 24  # rows
+_ALIGNED = "cross-modal (aligned)"
+_LONG = 24  # characters of the name of a subset
+_MOST_INTERVALS = 4  # columns that leave room for them
+_MOST_PAIRS = 2  # of modalities, in a row each; more become a matrix
 
 
 def plain_row(row: Row) -> dict[str, Any]:
@@ -74,6 +76,10 @@ def _cell(row: Row | None) -> str:
     return f"{100 * row.value:.1f}" + ("" if math.isnan(half) else f" ±{half:.0f}")
 
 
+def _value(row: Row | None) -> str:
+    return _cell(row).partition(" ")[0]
+
+
 def overviews(rows: Sequence[Row], title: str, width: int) -> list[Table]:
     """Return tables of the headline metric of every protocol, in percent; none without any.
 
@@ -89,7 +95,8 @@ def overviews(rows: Sequence[Row], title: str, width: int) -> list[Table]:
     places = list(dict.fromkeys(places))
     names = [name for name in HEADLINES if any(place[2] == name for place in by_place)]
     columns = {name: [_cell(by_place.get((b, f, name))) for f, b in places] for name in names}
-    heads = [max(map(len, column), default=0) + 3 for column in zip(*places)]
+    told = [(_short_name(own), backbone) for own, backbone in places]
+    heads = [max(map(len, column), default=0) + 3 for column in zip(*told)]
     tables: list[Table] = []
     for shown in _side_by_side(columns, width - sum(heads) - 1):
         grid = Table(title="" if tables else title, title_justify="left", title_style="bold")
@@ -100,7 +107,7 @@ def overviews(rows: Sequence[Row], title: str, width: int) -> list[Table]:
         for position, (own, backbone) in enumerate(places):
             last = position + 1 == len(places) or places[position + 1][0] != own
             cells = [columns[name][position] for name in shown]
-            grid.add_row(_escaped(backbone), own, *cells, end_section=last)
+            grid.add_row(_escaped(backbone), told[position][0], *cells, end_section=last)
         grid.add_row("chance", "", *(_chances(rows, name) for name in shown), style="dim")
         tables.append(grid)
     if tables:
@@ -116,7 +123,8 @@ def left_off(rows: Sequence[Row]) -> str:
     features = list(dict.fromkeys(r.features for r in rows if _is_headline(r)))
     count = len(features) - len(_features_on_screen([r for r in rows if _is_headline(r)]))
     words = [f"{count} subsets of modalities"] if count else []
-    words += ["direct retrieval"] if _is_long(rows) else []
+    if _has_matrix(rows):
+        words.append("direct retrieval, R@5, R@10 and mAP between modalities")
     return f"not shown here: {' and '.join(words)}; see the files" if words else ""
 
 
@@ -125,6 +133,12 @@ def _features_on_screen(rows: Sequence[Row]) -> list[str]:
     found = list(dict.fromkeys(r.features for r in rows))
     most = max((name.count("+") for name in found), default=0)
     return found if most < 3 else [n for n in found if n.count("+") in (0, most)]
+
+
+def _short_name(features: str) -> str:
+    """Return how the largest subset is called where its whole name leaves no room for values."""
+    count = features.count("+") + 1
+    return f"all {count}" if count > 3 and len(features) > _LONG else features
 
 
 def _side_by_side(columns: Mapping[str, Sequence[str]], width: int) -> list[list[str]]:
@@ -155,18 +169,46 @@ def _is_headline(row: Row) -> bool:
     return HEADLINES.get(row.protocol) == row.metric
 
 
-def _is_long(rows: Sequence[Row]) -> bool:
-    """Whether there are so many pairs of modalities that a screen shows one way of comparing."""
-    return sum(r.protocol == _DIRECT and r.metric == "R@1" for r in rows) > _MOST_PAIRS
+def _has_matrix(rows: Sequence[Row]) -> bool:
+    """Whether there are so many pairs of modalities that the screen shows a matrix of them."""
+    return len({r.features for r in rows if r.protocol == _ALIGNED}) > _MOST_PAIRS
 
 
-def pair_table(rows: Sequence[Row]) -> Table | None:
-    """Return the table of retrieval across modalities and sources; None without any."""
+def pair_tables(rows: Sequence[Row]) -> list[Table]:
+    """Return the tables of retrieval across modalities and sources, one of them a matrix."""
     across = [r for r in rows if r.protocol.startswith("cross-")]
-    if not across:
-        return None
-    if _is_long(rows):
-        across = [r for r in across if r.protocol != _DIRECT]
+    tables = []
+    if _has_matrix(rows):
+        tables.append(_matrix([r for r in across if r.protocol == _ALIGNED and r.metric == "R@1"]))
+        across = [r for r in across if not r.protocol.startswith("cross-modal")]
+    return tables + ([_pair_table(across)] if across else [])
+
+
+def _matrix(rows: Sequence[Row]) -> Table:
+    """Return R@1 from one modality (rows, by backbone) to another (columns)."""
+    title = "Retrieval across modalities (aligned), R@1: from the row to the column"
+    grid = Table(title=title, title_justify="left", title_style="bold")
+    pairs = [r.features.split(" to ") for r in rows]
+    names = list(dict.fromkeys(name for pair in pairs for name in pair))
+    grid.add_column("backbone", overflow="fold")
+    grid.add_column("from", no_wrap=True)
+    for name in names:
+        grid.add_column(name, justify="right", no_wrap=True)
+    cell = _cell if len(names) <= _MOST_INTERVALS else _value
+    found = {(r.backbone, *pair): r for r, pair in zip(rows, pairs, strict=True)}
+    for backbone in dict.fromkeys(r.backbone for r in rows):
+        for name in names:
+            cells = [cell(found.get((backbone, name, other))) for other in names]
+            told = _escaped(backbone) if name == names[0] else ""
+            grid.add_row(told, name, *cells, end_section=name == names[-1])
+    chances = [r.chance for r in rows if not math.isnan(r.chance)]
+    if chances:
+        low, high = f"{100 * min(chances):.1f}", f"{100 * max(chances):.1f}"
+        grid.caption = f"chance {low}" + ("" if low == high else f" to {high}")
+    return grid
+
+
+def _pair_table(across: Sequence[Row]) -> Table:
     title = "Retrieval across modalities and sources"
     grid = Table(title=title, title_justify="left", title_style="bold")
     metrics = list(dict.fromkeys(r.metric for r in across))

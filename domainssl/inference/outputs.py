@@ -92,6 +92,19 @@ def make_folder(folder: Path, named: Path) -> None:
         ) from error
 
 
+def parquet_path(output: Path) -> Path:
+    """Return the file of a table of vectors.
+
+    Raises:
+        ConfigError: Its name does not end like one.
+    """
+    if output.suffix.lower() not in (".parquet", ".geoparquet"):
+        raise ConfigError(
+            f"--output {output}: one vector per item goes into one table; give a .parquet file."
+        )
+    return output
+
+
 def refuse_one_file(output: Path, count: int, noun: str) -> None:
     """Refuse the name of one file for the outputs of several inputs.
 

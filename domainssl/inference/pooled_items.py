@@ -15,7 +15,7 @@ from domainssl.errors import ConfigError
 from domainssl.inference.bags import bag_items
 from domainssl.inference.dense import DenseOptions
 from domainssl.inference.items import ExamItem, SceneItem
-from domainssl.inference.outputs import file_name, file_states
+from domainssl.inference.outputs import file_name, file_states, parquet_path
 from domainssl.inference.pooled import PooledEmbedding, PooledItem
 from domainssl.inference.scenes import Scene, SceneOptions
 from domainssl.inference.slide_maps import SlideInput, find_slides
@@ -115,14 +115,6 @@ class SlideItem:
                     )
 
 
-def _checked(output: Path) -> Path:
-    if output.suffix.lower() not in (".parquet", ".geoparquet"):
-        raise ConfigError(
-            f"--output {output}: one vector per item goes into one table; give a .parquet file."
-        )
-    return output
-
-
 def _facts(backbone: Backbone, windows: TokenWindows | None) -> dict[str, Any]:
     found: dict[str, Any] = {"backbone": type(backbone).__name__}
     if windows is not None:
@@ -138,7 +130,7 @@ def pooled_scenes(
     Raises:
         ConfigError: The output is no table, or the card states no size of a window.
     """
-    target = _checked(output)
+    target = parquet_path(output)
     windows = [
         whole_windows(backbone, list(s.parts), feature=options.feature, size=options.window)
         for s in scenes
@@ -174,7 +166,7 @@ def pooled_items(
         ConfigError: The output is no table, or an option cannot be used.
         DataError: There is no such input.
     """
-    target = _checked(output)
+    target = parquet_path(output)
     items: Sequence[PooledItem]
     windows = None
     if domain == "bags":

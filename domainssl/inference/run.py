@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.inference.data_rows import embedding_of_data, is_data
 from domainssl.inference.dense import DenseEmbedding, DenseOptions
 from domainssl.inference.domain import domain_of
 from domainssl.inference.inputs import Found, find_inputs, is_raster
 from domainssl.inference.outputs import encoder_name, refuse_ending, refuse_one_file
-from domainssl.inference.pooled import PooledEmbedding
+from domainssl.inference.parted_table import PartedTable
 from domainssl.inference.pooled_items import pooled_items, pooled_scenes
 from domainssl.inference.preview import write_map_preview
 from domainssl.inference.scenes import Scene, SceneOptions, open_scene
@@ -53,6 +54,7 @@ class EmbedOptions:
         id_table: CSV file to write that tells which id is which exam, slide or bag; None writes
             none.
         pooled: Write one vector per item, as a table.
+        split: Of a DataModule.
         dense: Windows, device, type.
         scene: What is said about rasters.
         scan: What is said about scans whose files leave it open: fields of `Reading`.
@@ -65,6 +67,7 @@ class EmbedOptions:
     ids: Literal["hashed", "plain"] = "hashed"
     id_table: Path | None = None
     pooled: bool = False
+    split: str = "val"
     dense: DenseOptions = DenseOptions()
     scene: SceneOptions = SceneOptions()
     scan: Mapping[str, Any] = field(default_factory=dict)
@@ -92,7 +95,7 @@ class Embedded:
 
 def embed(
     backbone: Backbone | str | Path,
-    source: str | Path,
+    source: Any,
     output: str | Path,
     options: EmbedOptions | None = None,
     *,
@@ -106,7 +109,8 @@ def embed(
         backbone: A backbone, or what `load_backbone` reads.
         source: A raster, a folder of rasters, or a manifest, see `inputs.find_inputs`; or, where
             the backbone takes volumes, a scan or a folder of exams; of slides, a
-            slide or a folder with some, whose tiles become bags in the folder `output`.
+            slide or a folder with some, whose tiles become bags in the folder `output`. A
+            DataModule gives one vector per item of its `split`.
         output: The file to write where its name ends like one, otherwise a folder.
         options: How; None takes the defaults.
         plan: Part, restart and processes; None does everything in this process.
@@ -121,6 +125,15 @@ def embed(
     options = _with(options or EmbedOptions(), more)
     plan = plan_of_rank(plan or Plan(jobs=0))
     loaded = backbone if isinstance(backbone, Backbone) else _loaded(backbone)
+    if is_data(source):
+        rows = embedding_of_data(loaded, source, options.split, Path(output), options)
+        rows.skip_bad = plan.skip_bad
+        return _run(rows, plan, progress, "groups")
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(
+            f"embed: got a {type(source).__name__}, expected a path or a DataModule of this "
+            "library; DatasetDataModule.of makes one of any torch Dataset."
+        )
     domain = domain_of(loaded)
     if domain != "rasters" and (options.pooled or domain == "bags"):
         pooled = pooled_items(loaded, domain, str(source), Path(output), options)
@@ -171,7 +184,7 @@ def _opened(
 
 
 def _run(
-    work: DenseEmbedding | PooledEmbedding | VolumeEmbedding,
+    work: DenseEmbedding | PartedTable | VolumeEmbedding,
     plan: Plan,
     progress: Progress | None,
     noun: str,
@@ -184,11 +197,11 @@ def _run(
         left_out = built.skipped
         if isinstance(work, DenseEmbedding):
             left_out = work.leave_out(built.skipped)
-        elif isinstance(work, PooledEmbedding):
+        elif isinstance(work, PartedTable):
             left_out = {**left_out, **work.left_out()}
     finally:
         work.release()
-    targets = [work.target] if isinstance(work, PooledEmbedding) else work.outputs
+    targets = [work.target] if isinstance(work, PartedTable) else work.outputs
     return Embedded(
         outputs=[target for target in targets if target.exists()],
         pieces=built.entries,

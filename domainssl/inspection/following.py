@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from domainssl.screen import COMMAND
+
 __all__ = ["following"]
 
-_VERB = "python -m domainssl"
 _RECIPES = {  # that read the root of their DataModule without further choices
     "SSL4EOS12DataModule": "ssl4eo_croma",
     "TerraMeshDataModule": "terramesh_croma",
@@ -29,46 +30,46 @@ def following(report: Mapping[str, Any], words: Sequence[str] = ()) -> list[str]
     """
     if words:
         chosen = shlex.join(words)
-        return [f"{_VERB} stats {chosen} --output stats.yaml", f"{_VERB} fit {chosen}"]
+        return [f"{COMMAND} stats {chosen} --output stats.yaml", f"{COMMAND} fit {chosen}"]
     path = shlex.quote(str(report["path"]))
     kind, is_file = report["kind"], os.path.isfile(report["path"])
     if kind == "data":
         recipe = _RECIPES.get(str(report["data"]))
-        return [f"{_VERB} stats {path} --output stats.yaml", *_trained(recipe, path)]
+        return [f"{COMMAND} stats {path} --output stats.yaml", *_trained(recipe, path)]
     if kind == "ssl4eo":
         products = [set(split["products"]) for split in report["splits"].values()]
         recipe = "ssl4eo_croma" if products and products[0] >= _SENSORS else None
-        return [f"{_VERB} stats {path} --output stats.yaml", *_trained(recipe, path)]
+        return [f"{COMMAND} stats {path} --output stats.yaml", *_trained(recipe, path)]
     if kind == "scans":
         if is_file:
-            return [f"{_VERB} embed BACKBONE {path} --output {_beside(path, '.nii.gz')}"]
-        return [f"{_VERB} inspect --config RECIPE --data.root={path}", f"{_VERB} recipes"]
+            return [f"{COMMAND} embed BACKBONE {path} --output {_beside(path, '.nii.gz')}"]
+        return [f"{COMMAND} inspect --config RECIPE --data.root={path}", f"{COMMAND} recipes"]
     if kind == "slides":
         return [
-            f"{_VERB} tile {path} --output GRIDS",
-            f"{_VERB} embed BACKBONE {path} --output BAGS",
+            f"{COMMAND} tile {path} --output GRIDS",
+            f"{COMMAND} embed BACKBONE {path} --output BAGS",
         ]
     if kind == "pictures":
         if is_file:
             return []
         options = f"--config recipes/tiles_mae.yaml --data.root={path} --data.tiles.mpp_um=UM"
-        return [f"{_VERB} inspect {options}", f"{_VERB} fit {options}"]
+        return [f"{COMMAND} inspect {options}", f"{COMMAND} fit {options}"]
     if kind == "bags":
         return _of_bags(report, path, is_folder=not is_file and report["layout"] != "file")
     if kind in ("geotiff", "cube"):
-        return [f"{_VERB} embed BACKBONE {path} --output {_beside(path, '.zarr')}"]
+        return [f"{COMMAND} embed BACKBONE {path} --output {_beside(path, '.zarr')}"]
     return []
 
 
 def _trained(recipe: str | None, path: str) -> list[str]:
     if recipe is None:
         return []
-    return [f"{_VERB} fit --config recipes/{recipe}.yaml --data.root={path}"]
+    return [f"{COMMAND} fit --config recipes/{recipe}.yaml --data.root={path}"]
 
 
 def _of_bags(report: Mapping[str, Any], path: str, *, is_folder: bool) -> list[str]:
     """Return how bags are trained on, with their width and resolution, converted and pooled."""
-    after = [f"{_VERB} embed SLIDE_BACKBONE {path} --output slides.parquet"]
+    after = [f"{COMMAND} embed SLIDE_BACKBONE {path} --output slides.parquet"]
     if not is_folder or not report["bags"]:
         return after
     first = report["bags"][0]
@@ -77,9 +78,9 @@ def _of_bags(report: Mapping[str, Any], path: str, *, is_folder: bool) -> list[s
     if first["mpp_um"]:
         options += f" --data.modalities.tile_features.mpp_um={first['mpp_um']:g}"
     return [
-        f"{_VERB} inspect {options}",
-        f"{_VERB} stats {options} --output stats.yaml",
-        f"{_VERB} fit {options} --data.statistics=stats.yaml",
+        f"{COMMAND} inspect {options}",
+        f"{COMMAND} stats {options} --output stats.yaml",
+        f"{COMMAND} fit {options} --data.statistics=stats.yaml",
         *after,
     ]
 

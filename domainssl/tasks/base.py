@@ -26,11 +26,12 @@ from domainssl.training.execution import Execution
 from domainssl.training.module import Generators, Step, TrainingModule
 from domainssl.training.optimization import Optimization
 
-__all__ = ["BALANCED", "Task", "as_class_weights"]
+__all__ = ["BALANCED", "Task", "as_class_weights", "labelled"]
 
 logger = logging.getLogger(__name__)
 
 BALANCED = "balanced"
+_SHOWN = 8  # names in a message
 
 
 class Task(TrainingModule):
@@ -91,6 +92,7 @@ class Task(TrainingModule):
         apply_tuning(self.backbone, self.tuning)
         self._unused: list[nn.Parameter] | None = None
         self._watched: dict[str, MetricCollection] = {}
+        self._told: set[str] = set()
         self._has_begun = False
         self.results: dict[str, dict[str, Tensor]] = {}
 
@@ -111,7 +113,8 @@ class Task(TrainingModule):
         """Return new metrics of `torchmetrics`, by name.
 
         Those that return (K,) are logged per class, without `_of` at the end of their name; those
-        that return (K, K) are written by `ResultTables`.
+        that return (K, K) are written by `ResultTables`. Where there is a `confusion`, (K, K) or of
+        several labels (K, 2, 2), it tells which classes have labels; the others have no metrics.
         """
         raise NotImplementedError
 
@@ -256,18 +259,40 @@ class Task(TrainingModule):
         if watched is None:
             return
         self.results[split] = {n: v.detach().cpu() for n, v in watched.compute().items()}
+        self._tell_unlabelled(split)
         for name, value in self.named_results(self.results[split]).items():
             self.log(f"{split}/{name}", value, batch_size=1, prog_bar="/" not in name)
         watched.reset()
 
     def named_results(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return metrics by name, one per class as `<metric>/<class>`; matrices are left out."""
+        """Return metrics by name, one per class as `<metric>/<class>`; matrices are left out.
+
+        Classes without a label have no metrics of their own: they would be 0, as of a model that
+        never finds them.
+        """
         named = {name: value for name, value in found.items() if value.ndim == 0}
+        counts = labelled(found)
         for name, value in found.items():
             if value.ndim == 1:
                 own = name.removesuffix("_of")
-                named |= {f"{own}/{c}": v for c, v in zip(self.classes, value, strict=True)}
+                for i, (c, v) in enumerate(zip(self.classes, value, strict=True)):
+                    if counts is None or counts[i]:
+                        named[f"{own}/{c}"] = v
         return named
+
+    def _tell_unlabelled(self, split: str) -> None:
+        """Tell once which classes have no label in a split."""
+        counts = labelled(self.results[split])
+        if counts is None or split in self._told or self.trainer.sanity_checking:
+            return
+        self._told.add(split)
+        empty = [c for c, count in zip(self.classes, counts, strict=True) if not count]
+        if empty and self.trainer.is_global_zero:
+            shown = ", ".join(empty[:_SHOWN]) + (", …" if len(empty) > _SHOWN else "")
+            logger.warning(
+                "%s: %d of %d classes have no label (%s) and get no metrics of their own",
+                split, len(empty), len(self.classes), shown,
+            )  # fmt: skip
 
     def label_of(self, batch: Batch, name: str) -> Tensor:
         """Return a supervised entry of a batch.
@@ -310,6 +335,19 @@ class Task(TrainingModule):
             name = next(iter(losses))
             nothing = torch.stack([p.flatten()[0] for p in self._unused]).sum() * 0
             losses[name] = losses[name] + nothing
+
+
+def labelled(found: Mapping[str, Tensor]) -> list[int] | None:
+    """Return how often each class is a label in what `Task.metrics` found; None if that is unknown.
+
+    Args:
+        found: Of which `confusion` counts labels, (K, K), or of several labels (K, 2, 2).
+    """
+    counts = found.get("confusion")
+    if counts is None:
+        return None
+    own = counts.sum(1) if counts.ndim == 2 else counts[:, 1].sum(1)
+    return [int(count) for count in own]
 
 
 def _reached(tensors: Any) -> set[int]:

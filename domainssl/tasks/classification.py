@@ -212,6 +212,7 @@ class ClassificationTask(Task):
                 precision_of=scores.MultilabelPrecision(**common, average="none"),
                 recall_of=scores.MultilabelRecall(**common, average="none"),
                 auroc_of=scores.MultilabelAUROC(**common, thresholds=_BINS, average="none"),
+                confusion=scores.MultilabelConfusionMatrix(**common),
             )
         common = {"num_classes": count, "ignore_index": self.ignore_index}
         return metric_collection(

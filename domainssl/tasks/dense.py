@@ -158,7 +158,7 @@ class DenseMaps:
         name = min((n for n in known if n in batch), key=lambda n: known[n].steps)
         sides = batch[name].shape[-self.axes :]
         return tuple(
-            round(side * step / least)
+            _times(side, step / least)
             for side, step, least in zip(sides, known[name].steps, finest, strict=True)
         )
 
@@ -168,7 +168,7 @@ class DenseMaps:
         first = next(values[name] for name in self.backbone.modalities if name in values)
         parts = []
         for name, modality in self.backbone.modalities.items():
-            empty = first.new_zeros(len(first), modality.num_channels, *first.shape[2:])
+            empty = first.new_zeros(first.shape[0], modality.num_channels, *first.shape[2:])
             parts.append(values.get(name, empty))
         return torch.cat(parts, 1)
 
@@ -209,3 +209,8 @@ class DenseMaps:
                 own = own[(..., *place)]
             out[name] = own
         return out
+
+
+def _times(side: int, factor: float) -> int:
+    """Return a side in other pixels; whole factors leave the side of a graph free."""
+    return side * round(factor) if factor == round(factor) else round(side * factor)

@@ -169,7 +169,7 @@ class SmpDecoder(nn.Module):
             maps = self.pyramid(maps[-1])
         first = maps[0]
         if self.kind == "unet":  # asks the first one for its size alone
-            features = [first.new_empty(len(first), 0, *size), *maps]
+            features = [first.new_empty(first.shape[0], 0, *size), *maps]
         elif self.kind == "upernet":  # leaves out the first two
             features = [first, first, *maps]
         else:

@@ -163,4 +163,4 @@ class MapFusion(nn.Module):
         values = maps[name][0]
         if name in batch:
             return present_mask(batch, name).float()
-        return torch.ones(len(values), device=values.device)  # `joint` stands on what is there
+        return torch.ones(values.shape[0], device=values.device)  # `joint` stands on what is there

@@ -205,7 +205,7 @@ class ItemHead(nn.Module):
 
 def _there(name: str, values: Tensor, valid: Tensor | None, batch: Mapping[str, Any]) -> Tensor:
     """Return which items have something of a name, bool (B,)."""
-    there = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    there = torch.ones(values.shape[0], dtype=torch.bool, device=values.device)
     if name in batch:
         there = present_mask(batch, name)
     return there if valid is None else there & valid.any(1)

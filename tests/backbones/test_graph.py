@@ -8,7 +8,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from small_tasks import batch, task
+from small_tasks import CLASSES, MODALITIES, batch, task
+from small_tasks import backbone as small
 from torch.utils.data import DataLoader
 
 from domainssl.backbones.base import Backbone
@@ -26,7 +27,7 @@ from domainssl.cli import main
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.modality import Modality
 from domainssl.nn.blocks import set_attention_path
-from domainssl.tasks import Tuning
+from domainssl.tasks import RegressionTask, SegmentationTask, Tuning
 
 
 def _image(**changes) -> dict[str, Modality]:
@@ -153,6 +154,10 @@ def test_what_has_no_graph_is_refused_with_the_way_out(tmp_path: Path) -> None:
     item = ViTBackbone(_image(), architecture=sizes, patch_size=8, normalization="item")
     with pytest.raises(ConfigError, match=r"normalization.img: 'item' depends on limits"):
         export_graph(item, tmp_path)
+    change = _segmentation()
+    change.kind = "change"
+    with pytest.raises(ConfigError, match="task of change compares two dates.*--backbone"):
+        export_graph(change, tmp_path)
     flex = _vit()
     set_attention_path(flex, "flex")
     with pytest.raises(ConfigError, match=r"FlexAttention.*set_attention_path.*'fused'"):
@@ -259,7 +264,7 @@ def test_the_verb_writes_graphs(
 
 
 @pytest.mark.slow
-def test_the_graph_of_a_run_with_lora_is_that_of_the_merged_backbone(tmp_path, capsys) -> None:
+def test_the_graph_of_a_run_with_lora_says_what_the_merged_task_says(tmp_path, capsys) -> None:
     kept = task(tuning=Tuning(mode="lora"))
     for name, parameter in kept.named_parameters():
         if "lora_B" in name:
@@ -272,12 +277,61 @@ def test_the_graph_of_a_run_with_lora_is_that_of_the_merged_backbone(tmp_path, c
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     words = ["export", "--checkpoint", str(tmp_path), "--output", str(tmp_path / "graph")]
     assert main([*words, "--format", "torch_export"]) == 0
-    assert "without the head of the task" in capsys.readouterr().out
-    given = batch()
-    graph = torch.export.load(tmp_path / "graph" / "encoder.pt2").module()
+    said = capsys.readouterr().out
+    assert "out  logits: B K, K=3" in said and f"classes: {', '.join(CLASSES)}" in said
+    given = batch()["he"]
+    graph = torch.export.load(tmp_path / "graph" / "task.pt2").module()
+    assert main([*words, "--format", "torch_export", "--backbone", "--size", "16"]) == 0
+    encoder = torch.export.load(tmp_path / "graph" / "encoder.pt2").module()
     with torch.no_grad():
-        wanted = kept.eval().backbone({"he": given["he"]}).pooled["he"]
-        torch.testing.assert_close(graph(given["he"])[0], wanted, atol=1e-4, rtol=1e-4)
+        wanted = kept.eval().logits({"he": given})
+        torch.testing.assert_close(graph(given)[0], wanted, atol=1e-4, rtol=1e-4)
+        wanted = kept.backbone({"he": given}).pooled["he"]
+        torch.testing.assert_close(encoder(given)[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def _segmentation(head: str = "pyramid", **changes) -> SegmentationTask:
+    modalities = _image(**changes)
+    return SegmentationTask(
+        ViTBackbone(modalities, {"width": 24, "depth": 1, "heads": 2}, patch_size=8),
+        modalities=modalities, classes=CLASSES, head={"name": head, "width": 8},
+    )  # fmt: skip
+
+
+TASKS = {
+    "linear": lambda: task(),
+    "attentive": lambda: task(head={"kind": "attentive"}),
+    "regression": lambda: RegressionTask(
+        small(), modalities=MODALITIES, targets=("age",), loss={"mean": 50.0, "std": 9.0}
+    ),
+    "pyramid": _segmentation,
+    "light": lambda: _segmentation("light", **vars(_volume()["img"])),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_the_graph_of_a_task_says_what_the_task_says(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given = TASKS[name]().eval()
+    card = export_graph(given, tmp_path)
+    facts = json.loads(card.read_text())
+    ((sensor, modality),) = given.backbone.modalities.items()
+    is_free = modality.kind == "image"
+    assert facts["inputs"][0]["size_is_free"] is is_free
+    size = (24, 40) if is_free else modality.size
+    mean = torch.tensor(modality.mean).view(-1, *[1] * len(size))
+    values = mean + 10 * torch.randn(5, modality.num_channels, *size)
+    values[1, :, :3] = float("nan")
+    with torch.no_grad():
+        wanted = given.logits({sensor: values})
+    (found,) = _run(card, values)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    axes = {2: "B K", 4: "B K H W", 5: "B K X Y Z"}[wanted.ndim]
+    (out,) = facts["outputs"]
+    assert (out["name"], out["axes"]) == ("numbers" if name == "regression" else "logits", axes)
+    assert facts["task"]["names"] == list(given.classes) and out["width"] == len(given.classes)
+    assert sorted(path.name for path in tmp_path.glob("task.onnx*"))[-1] == "task.onnx.json"
 
 
 def test_the_verb_refuses_options_of_graphs_without_a_graph(

@@ -130,6 +130,14 @@ def test_without_a_terminal_every_epoch_leaves_one_line(tmp_path, monkeypatch):
     assert "val " in lines[1]
 
 
+def test_a_line_shows_the_validation_of_its_own_epoch_only(tmp_path):
+    out = io.StringIO()
+    bar = ProgressBar(line_every_s=0, console=Console(file=out, width=200))
+    run(tmp_path, [bar], max_epochs=3, check_val_every_n_epoch=2, enable_progress_bar=True)
+    ends = [line for line in out.getvalue().splitlines() if "batch" not in line]
+    assert ["val " in line for line in ends] == [False, True, False]  # the third repeated it
+
+
 def test_an_epoch_shorter_than_the_logging_interval_still_tells_its_loss(tmp_path):
     out = io.StringIO()
     bar = ProgressBar(console=Console(file=out, width=200))

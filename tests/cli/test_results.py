@@ -208,7 +208,7 @@ def test_commands_that_are_named_are_verbs_of_the_command_line():
 
     modules = (results, following)
     text = "".join(Path(sys.modules[m.__name__].__file__ or "").read_text() for m in modules)
-    named = {part.split()[0].rstrip('"]') for part in text.split('f"{_VERB} ')[1:]} - {
+    named = {part.split()[0].rstrip('"]') for part in text.split('f"{COMMAND} ')[1:]} - {
         "{record['verb']}"
     }
     assert named and named <= set(verb_table())

@@ -20,7 +20,7 @@ from domainssl.cli.run.evaluating import _data_name
 from domainssl.evaluation.comparison import Row
 from domainssl.evaluation.gallery import principal
 from domainssl.evaluation.html import spectrum
-from domainssl.evaluation.tables import HEADLINES, left_off, overviews, pair_table
+from domainssl.evaluation.tables import HEADLINES, left_off, overviews, pair_tables
 
 BROWSER, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FEW = {"protocols": ("knn", "linear", "retrieval", "cross_modal", "dense"), "resamples": 20}
@@ -118,11 +118,19 @@ def test_tables_on_screen_are_no_wider_than_it_and_lose_no_value() -> None:
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     assert text.count("50.0 ±10") == 2 * 5 * len(HEADLINES)  # backbones, features on screen
     assert "│ untrained (a long label) │ a+b+c+d" in text and "a+b+c " not in text
-    shown = pair_table(rows)
-    assert shown is not None and shown.row_count == 36
+    [matrix] = pair_tables(rows)  # of pairs, two ways and three backbones were 72 rows
+    assert matrix.row_count == 3 * 4
+    cells = [list(column.cells) for column in matrix.columns]
+    assert cells[1][:4] == ["a", "b", "c", "d"] and cells[2][:4] == ["", *["50.0 ±10"] * 3]
+    assert "chance 10.0" in str(matrix.caption)
+    console.print(matrix)
+    assert max(map(len, console.file.getvalue().splitlines())) <= 80
     assert left_off(rows) == (
-        "not shown here: 2 subsets of modalities and direct retrieval; see the files"
+        "not shown here: 2 subsets of modalities and direct retrieval, R@5, R@10 and mAP between "
+        "modalities; see the files"
     )
+    two = [r for r in rows if r.features in ("a to b", "b to a")]
+    assert [table.row_count for table in pair_tables(two)] == [2 * 2 * 3]
     assert left_off([row("a", "kNN", "accuracy", 0.5)]) == ""
 
 

@@ -80,7 +80,7 @@ def test_the_screen_shows_metrics_a_table_of_classes_and_where_files_lie(tmp_pat
     assert "written" in text and "confusion.csv" in text and "Test metric" not in " ".join(lines)
 
 
-def test_a_test_of_maps_counts_pixels(tmp_path):
+def test_a_test_of_maps_counts_pixels(tmp_path, caplog):
     given = batch() | {"mask": torch.zeros(4, 16, 16, dtype=torch.int64)}
     given["mask"][:, 8:], given["mask"][:, :, :4] = 1, -1
     model = SegmentationTask(
@@ -98,15 +98,22 @@ def test_a_test_of_maps_counts_pixels(tmp_path):
         counts[0][0] / (sum(counts[0]) + counts[1][0]), abs=1e-5
     )
     assert table[CLASSES[2]] == ""  # of no pixel
+    assert f"test/iou/{CLASSES[1]}" in logged  # logged as 0 before, as if it were never found
+    assert not [name for name in logged if name.endswith(f"/{CLASSES[2]}")]
+    assert f"test: 1 of 3 classes have no label ({CLASSES[2]})" in caplog.text
     assert _draw(np.full((3, 3), 1e6), CLASSES, tmp_path / "large.png").stat().st_size > 1000
 
 
 def test_predictions_may_be_parquet_and_several_labels_have_no_confusion(tmp_path):
     given = batch()
     given["label"] = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, torch.nan, 0], [0, 1, 0]])
-    run(task(multi_label=True), [given], tmp_path, format="parquet")
+    given["label"][:, 1] = 0  # nobody has it
+    logged = run(task(multi_label=True), [given], tmp_path, format="parquet")
     table = pq.read_table(tmp_path / "test" / "predictions.parquet").to_pydict()
-    assert table["label"] == ["glands;mucin", "", "glands", "nests"]
+    assert table["label"] == ["glands;mucin", "", "glands", ""]
+    assert f"test/recall/{CLASSES[0]}" in logged and f"test/recall/{CLASSES[1]}" not in logged
+    per_class = {row["class"]: row["f1"] for row in rows_of(tmp_path / "test" / "classes.csv")}
+    assert per_class[CLASSES[1]] == "" and per_class[CLASSES[0]] != ""
     assert not (tmp_path / "test" / "confusion.csv").exists()
     with pytest.raises(ConfigError, match="ResultTables.format: got 'xls'"):
         ResultTables(format="xls")

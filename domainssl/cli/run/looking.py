@@ -1,4 +1,4 @@
-"""Which data `stats` and `inspect` look at: those of a configuration, a sample, or a path."""
+"""Which data `stats`, `inspect` and `embed` look at: of a configuration, a sample, or a path."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> 
             "the option out."
         )
     if path is None:
-        raise ConfigError(f"{verb}: what shall be looked at? Give a path, or --config RECIPE.")
+        raise ConfigError(f"{verb}: which data? Give a path, or --config RECIPE.")
     kind, colon, name = path.partition(":")
     if kind != "sample" or not colon:
         return None

@@ -15,13 +15,13 @@ from domainssl.files import read_json
 from domainssl.inference.outputs import beside
 from domainssl.io.slide.bag_folders import find_bags
 from domainssl.io.slide.features import read_bag
+from domainssl.screen import COMMAND
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = ["render_result", "result_at", "runs_below"]
 
-_VERB = "python -m domainssl"
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _VECTORS = (".zarr", ".tif", ".nii.gz", ".nii", ".parquet")
 _SHOWN_RUNS = 20
@@ -62,7 +62,7 @@ def runs_below(path: str) -> _Report | None:
     return {
         "path": str(path), "kind": "runs", "what": f"a folder of {len(runs)} run(s)",
         "facts": {"runs": len(runs)}, "runs": shown, "problems": [],
-        "next": [f"{_VERB} inspect {newest_first[0]}"],
+        "next": [f"{COMMAND} inspect {newest_first[0]}"],
     }  # fmt: skip
 
 
@@ -128,17 +128,17 @@ def _run(path: Path) -> _Report | None:
     }
     after = []
     if _card(path / "task") is not None:
-        after += [f"{_VERB} predict {path} INPUT --output DIR"]
+        after += [f"{COMMAND} predict {path} INPUT --output DIR"]
     if _card(path / "backbone") is not None:
         after += [
-            f"{_VERB} evaluate {path} --output evaluation",
-            f"{_VERB} embed {path / 'backbone'} INPUT --output PATH",
+            f"{COMMAND} evaluate {path} --output evaluation",
+            f"{COMMAND} embed {path / 'backbone'} INPUT --output PATH",
         ]
     if not after and last.is_file():
-        again = f"{_VERB} fit --config {path / 'config.yaml'} --run_dir={path} --ckpt_path={last}"
-        after = [again, f"{_VERB} export --checkpoint {path} --output FOLDER"]
+        again = f"{COMMAND} fit --config {path / 'config.yaml'} --run_dir={path} --ckpt_path={last}"
+        after = [again, f"{COMMAND} export --checkpoint {path} --output FOLDER"]
     if not after:
-        after = [f"{_VERB} {record['verb']} --config {path / 'config.yaml'} --run_dir=NEW_FOLDER"]
+        after = [f"{COMMAND} {record['verb']} --config {path / 'config.yaml'} --run_dir=NEW_FOLDER"]
     what = f"the folder of a run of {record['verb']}"
     return {"kind": "run", "what": what, "facts": facts, "next": after}
 
@@ -202,13 +202,13 @@ def _of_card(path: Path, card_path: Path, *, is_task: bool) -> _Report:
         problems.append(str(error))
     if is_task:
         after = [
-            f"{_VERB} predict {path} INPUT --output DIR",
+            f"{COMMAND} predict {path} INPUT --output DIR",
             f"domainssl.load_task({str(path)!r})",
         ]
     else:
         after = [
-            f"{_VERB} evaluate {path} --config RECIPE --output evaluation",
-            f"{_VERB} embed {path} INPUT --output PATH",
+            f"{COMMAND} evaluate {path} --config RECIPE --output evaluation",
+            f"{COMMAND} embed {path} INPUT --output PATH",
             f"domainssl.load_backbone({str(path)!r})",
         ]
     what = "a fine-tuned task" if is_task else "an exported backbone"
@@ -262,10 +262,12 @@ def _checkpoint(path: Path) -> _Report | None:
             "entry. Weights of other libraries load by name: domainssl.load_backbone(NAME, "
             f"weights={str(path)!r}); domainssl.list_backbones() lists the names."
         )
-    after = [f"{_VERB} export --checkpoint {path} --output FOLDER"]
+    after = [f"{COMMAND} export --checkpoint {path} --output FOLDER"]
     config = path.parent.parent / "config.yaml"
     if config.is_file():
-        after.append(f"{_VERB} fit --config {config} --ckpt_path={path} --run_dir={config.parent}")
+        after.append(
+            f"{COMMAND} fit --config {config} --ckpt_path={path} --run_dir={config.parent}"
+        )
     what = "a checkpoint of a " + ("fine-tuning run" if facts["task"] else "pretraining run")
     return {"kind": "checkpoint", "what": what, "facts": facts, "next": after}
 
@@ -273,7 +275,8 @@ def _checkpoint(path: Path) -> _Report | None:
 def _graph(path: Path) -> _Report | None:
     """Describe a graph: the file, its card, or the folder of both."""
     cards = [beside(path, "json"), path]
-    cards = sorted(path.glob("encoder.*.json")) if path.is_dir() else cards
+    if path.is_dir():
+        cards = sorted(card for what in ("encoder", "task") for card in path.glob(f"{what}.*.json"))
     for card in cards:
         facts = _facts_in(card) if card.suffix == ".json" else {}
         if str(facts.get("format", "")).startswith("domainssl.graph/"):
@@ -384,7 +387,7 @@ def _embeddings(path: Path) -> _Report | None:
     first = _embedding(found[0])
     assert first is not None
     facts = {"embeddings": len(found), "first": found[0].name, **first["facts"]}
-    after = [f"{_VERB} inspect {found[0]}", *first["next"]]
+    after = [f"{COMMAND} inspect {found[0]}", *first["next"]]
     return {"kind": "embeddings", "what": "a folder of embeddings", "facts": facts, "next": after}
 
 
@@ -438,8 +441,8 @@ def _grids(path: Path) -> _Report | None:
     if encoders:
         chosen = f"--data.root={path}{_of_features(path, encoders[0])}"
         after += [
-            f"{_VERB} fit --config recipes/slides_titan.yaml {chosen}",
-            f"{_VERB} fit --config recipes/finetune_slides.yaml {chosen}",
+            f"{COMMAND} fit --config recipes/slides_titan.yaml {chosen}",
+            f"{COMMAND} fit --config recipes/finetune_slides.yaml {chosen}",
         ]
     else:
         after.append("the same `tile` command with --features BACKBONE writes features of tiles")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from domainssl.cli.pieces import add_plan, plan_of
+from domainssl.cli.reading import add_reading, scene_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
@@ -18,26 +19,50 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_OF_FILES = (
+    "format", "ids", "id_table", "window", "halo", "modality", "scan", "bands", "mpp_um",
+    "stored_unit", "date", "max_dates", "mask", "crs", "group", "any_gsd", "any_unit",
+)  # fmt: skip
+
 
 def run(argv: list[str]) -> int:
-    """Embed a file, a folder or a manifest."""
-    options = _parser().parse_args(argv)
+    """Embed a file, a folder, a manifest, or the items of a configuration."""
+    parser = _parser()
+    options, more = parser.parse_known_args(argv)
     from domainssl.backbones.registry import load_backbone
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
+    from domainssl.cli.run.looking import data_at
     from domainssl.inference.domain import domain_of
     from domainssl.inference.run import embed
 
     plan = plan_of(options)
     chosen = _options(options)
+    data = data_at(options.input, options.config, more, "embed")
+    if data is not None:
+        _refuse_about_files(parser, options)
     backbone = load_backbone(options.backbone, weights=options.weights)
-    if domain_of(backbone) == "slides" and not options.pooled:
+    if data is None and domain_of(backbone) == "slides" and not options.pooled:
         return _slides(options, chosen, plan, backbone)
-    screen = console()
+    screen, source = console(), options.input if data is None else data
     with Bar("pieces", kept=f"beside {options.output}") as shown:
-        done = embed(backbone, options.input, options.output, chosen, plan=plan, progress=shown)
+        done = embed(backbone, source, options.output, chosen, plan=plan, progress=shown)
     _report(done, screen)
     return 0
+
+
+def _refuse_about_files(parser: Parser, options: argparse.Namespace) -> None:
+    """Refuse what is said about files and windows, which a DataModule knows.
+
+    Raises:
+        ConfigError: Something of it was given.
+    """
+    given = [n for n in _OF_FILES if getattr(options, n) != parser.get_default(n)]
+    if given:
+        raise ConfigError(
+            f"embed --{given[0]}: is about files; of the items of a DataModule its own section "
+            "says it (--data.KEY=VALUE)."
+        )
 
 
 def _slides(
@@ -87,8 +112,6 @@ def _report(done: Embedded, screen: object) -> None:
 def _options(given: argparse.Namespace) -> EmbedOptions:
     from domainssl.inference.dense import DenseOptions
     from domainssl.inference.run import EmbedOptions
-    from domainssl.inference.scene_bands import bands_of_words
-    from domainssl.inference.scenes import SceneOptions
     from domainssl.io.volume.facts import reading_of_words
 
     for name in ("batch_size", "window"):
@@ -110,18 +133,6 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
         autocast=given.autocast,
         dtype=given.dtype,
     )
-    scene = SceneOptions(
-        modality=given.modality,
-        bands=bands_of_words(given.bands),
-        stored_unit=given.stored_unit,
-        date=given.date,
-        max_dates=given.max_dates,
-        mask=given.mask,
-        crs=given.crs,
-        group=given.group,
-        any_gsd=given.any_gsd,
-        any_unit=given.any_unit,
-    )
     return EmbedOptions(
         feature=given.feature,
         window=given.window,
@@ -129,10 +140,11 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
         ids=given.ids,
         id_table=given.id_table,
         pooled=given.pooled,
+        split=given.split,
         scan=reading_of_words(given.scan),
         mpp_um=given.mpp_um,
         dense=dense,
-        scene=scene,
+        scene=scene_of(given, date=given.date, max_dates=given.max_dates),
     )
 
 
@@ -150,20 +162,26 @@ def _add_ids(parser: Parser) -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m domainssl embed",
+        passes="--data.",
         description="Compute one vector per patch of every raster and write them as GeoZarr or COG "
         "on the grid of the patches, or one vector per raster as GeoParquet, with a picture beside "
         "it: look at it first. Windows of the size of the weights overlap by a halo; each vector "
         "is taken from the window in whose middle it lies. Vectors of patches without a valid "
         "pixel are NaN. Finished pieces are kept: the same command goes on after an interrupt. "
         "Under torchrun, ranks share the work. INPUT is what the backbone takes: volumes become "
-        "NIfTI with the affine of the patches, slides bags of tiles as `tile --features` writes.",
+        "NIfTI with the affine of the patches, slides bags of tiles as `tile --features` writes. "
+        "With --config, one vector per item of a split of the DataModule of a recipe.",
     )
     add = parser.add_argument
     add("backbone", metavar="BACKBONE",
         help="an export, a checkpoint of a run, hf://..., or a name with --weights")  # fmt: skip
-    add("input", metavar="INPUT",
+    add("input", metavar="INPUT", nargs="?",
         help="a GeoTIFF or Zarr store, a folder of some, or a manifest (CSV or Parquet: id, and "
         "path or a column per modality); scans; slides; bags of their features")  # fmt: skip
+    add("--config", action="append", default=[], metavar="FILE",
+        help="embed the items of a recipe's data instead, one vector each, as a DataModule reads "
+        "them; --data.KEY=VALUE changes it")  # fmt: skip
+    add("--split", default="val", help="part of the data of --config (default: val)")
     add("--output", required=True, type=Path, metavar="PATH",
         help="file to write where its name ends like one, otherwise a folder")  # fmt: skip
     add("--format", choices=("zarr", "cog", "nifti"),
@@ -183,22 +201,8 @@ def _parser() -> Parser:
     add("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
     add("--autocast", choices=("bfloat16", "float16"),
         help="type of the matrix products (default: float32)")  # fmt: skip
-    add("--modality", metavar="NAME", help="which one the raster is, where its bands do not tell")
-    add("--scan", nargs="+", default=[], metavar="KEY=VALUE",
-        help="of scans: orientation=assume_pixdim, volume=0, space=LPS, series=mr-3")  # fmt: skip
-    add("--bands", default="", metavar="B02,B03,...",
-        help="bands of a GeoTIFF in their order, where it names none or others")  # fmt: skip
-    add("--mpp_um", type=float, metavar="UM",
-        help="um per pixel of level 0, for slides that state none or a wrong one")  # fmt: skip
-    add("--stored_unit", default="auto", metavar="UNIT",
-        help="what the files hold: dn, dn+1000, baseline, reflectance, db, linear, amplitude, "
-        "arbitrary; or by modality: s1=db,s2=dn (default: their attributes tell)")  # fmt: skip
+    add_reading(parser, "that of the weights")
     add("--date", metavar="DATE", help="date of a cube: 2021-05-02, first or last")
     add("--max_dates", type=int, help="dates of a series, evenly spread (default: all)")
-    add("--mask", metavar="ARRAY", help="array of a store that marks clouds, such as scl")
-    add("--crs", metavar="EPSG:N", help="where the files do not say")
-    add("--group", default="", help="folder inside a store")
-    add("--any_gsd", action="store_true", help="take pixels of another size as they are")
-    add("--any_unit", action="store_true", help="take values that look like those of another unit")
     add_plan(parser, "shards", jobs=0, without=("limit",))
     return parser

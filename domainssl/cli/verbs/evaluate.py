@@ -16,7 +16,7 @@ def run(argv: list[str]) -> int:
     from domainssl.cli.run.evaluating import Request, evaluate_backbones
     from domainssl.errors import ConfigError
     from domainssl.evaluation.comparison import PROTOCOLS, Protocol
-    from domainssl.evaluation.tables import left_off, overviews, pair_table
+    from domainssl.evaluation.tables import left_off, overviews, pair_tables
 
     for name, least in (("seeds", 1), ("max_items", 2)):
         value = getattr(options, name)
@@ -46,14 +46,11 @@ def run(argv: list[str]) -> int:
         f"{data['name']}: {data['test_items']} items of {data['test_split']}, probes fitted on "
         f"{data['train_items']}"
     )
-    pairs = pair_table(found.rows)
     tables = overviews(found.rows, title, screen.width)
     if not tables:
         screen.print(title, markup=False)
-    for table in tables:
+    for table in (*tables, *pair_tables(found.rows)):
         screen.print(table)
-    if pairs is not None:
-        screen.print(pairs)
     for text in filter(None, (*found.notes, left_off(found.rows))):
         screen.print(f"note: {text}", markup=False)
     screen.print(f"written: {', '.join(str(path) for path in found.files)}", markup=False)

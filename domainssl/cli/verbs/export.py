@@ -12,6 +12,8 @@ from domainssl.errors import ConfigError
 
 __all__ = ["run"]
 
+_OF = {False: "classes", True: "numbers"}
+
 
 def run(argv: list[str]) -> int:
     """Export a Lightning checkpoint of ours, or a file in a reference layout."""
@@ -41,7 +43,7 @@ def run(argv: list[str]) -> int:
     is_of_task = checkpoint.suffix == ".ckpt" and is_task(checkpoint)
     if is_of_task and options.format == "safetensors" and not options.backbone:
         return _task(options, checkpoint, output)
-    backbone, _ = _backbone(checkpoint)
+    backbone = _backbone(checkpoint)
     facts: dict[str, Any] = {
         "licence": options.licence,
         "provenance": {"checkpoint": checkpoint.name, **_run_facts(checkpoint)},
@@ -104,7 +106,7 @@ def _parser() -> Parser:
         "statistics, origin) from a checkpoint; of a fine-tuning run task.safetensors and "
         "task.json. Load them with domainssl.load_backbone(FOLDER) and load_task(FOLDER). With "
         "--format onnx or torch_export: a graph that takes raw values and runs without this "
-        "library.",
+        "library, of a fine-tuning run with its head.",
     )
     parser.add_argument("--checkpoint", required=True, help="a .ckpt file, or the folder of a run")
     parser.add_argument("--output", required=True, help="folder to write")
@@ -132,9 +134,8 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     from domainssl.cli.console import console
 
     size = options.size
-    backbone, is_of_task = _backbone(checkpoint)
     card = export_graph(
-        backbone,
+        _backbone(checkpoint) if options.backbone else _whole(checkpoint),
         output,
         format=options.format,
         modalities=options.modalities,
@@ -145,9 +146,9 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     )
     facts = json.loads(card.read_text(encoding="utf-8"))
     screen = console()
-    if is_of_task and not options.backbone:
-        screen.print("note: features of the tuned backbone, without the head of the task")
-    screen.print(f"exported {facts['backbone']} to {output / facts['file']}", markup=False)
+    task = facts.get("task")
+    what = f"{task['name']} over {facts['backbone']}" if task else facts["backbone"]
+    screen.print(f"exported {what} to {output / facts['file']}", markup=False)
     for entry in facts["inputs"]:
         free = "any size" if entry["size_is_free"] else f"size {entry['size']} only"
         screen.print(
@@ -156,7 +157,13 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
             markup=False,
         )
     for entry in facts["outputs"]:
-        screen.print(f"  out  {entry['name']}: {entry['axes']}, E={entry['width']}", markup=False)
+        letter = "K" if task else "E"
+        screen.print(
+            f"  out  {entry['name']}: {entry['axes']}, {letter}={entry['width']}", markup=False
+        )
+    if task:
+        screen.print(f"  {_OF[task['kind'] == 'regression']}: {', '.join(task['names'])}",
+                     markup=False)  # fmt: skip
     check = facts["check"]
     screen.print(
         f"  largest difference from PyTorch {check['largest_difference']:.2g}, at values up to "
@@ -167,14 +174,22 @@ def _graph(options: argparse.Namespace, checkpoint: Path, output: Path) -> int:
     return 0
 
 
-def _backbone(checkpoint: Path) -> tuple[Any, bool]:
-    """Return the backbone of a checkpoint, with LoRA merged, and whether it is that of a task."""
+def _whole(checkpoint: Path) -> Any:
+    """Return the task of a checkpoint, with LoRA merged, or its backbone where it holds no task."""
     from domainssl import load_backbone
     from domainssl.tasks.export import is_task, load_task, whole_task
 
     if checkpoint.suffix == ".ckpt" and is_task(checkpoint):
-        return whole_task(load_task(checkpoint)).backbone, True
-    return load_backbone(checkpoint), False
+        return whole_task(load_task(checkpoint))
+    return load_backbone(checkpoint)
+
+
+def _backbone(checkpoint: Path) -> Any:
+    """Return the backbone of a checkpoint, with LoRA merged."""
+    from domainssl.tasks.base import Task
+
+    found = _whole(checkpoint)
+    return found.backbone if isinstance(found, Task) else found
 
 
 def _checkpoint(path: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domainssl.cli.pieces import add_plan, plan_of
+from domainssl.cli.reading import add_reading, scene_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
@@ -71,23 +72,9 @@ def _parser() -> Parser:
         help="how windows are joined; halo takes each pixel from one window (default: gaussian)")
     add("--batch_size", type=int, help="windows at once (default: 1; 64 tiles of slides)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--modality", metavar="NAME", help="what a single file is, for tasks of several modalities")
-    add("--bands", default="", metavar="B02,B03,...",
-        help="bands of a GeoTIFF in their order, where it names none or others")
     add("--date", nargs="+", default=[], metavar="DATE",
         help="date of a cube with several: 2021-05-02, first or last; two for change")
-    add("--scan", nargs="+", default=[], metavar="KEY=VALUE",
-        help="how scans are read whose files leave it open: orientation=assume_pixdim, volume=0, "
-        "space=LPS, series=mr-3 (as inspect shows it)")
-    add("--stored_unit", default="auto",
-        help="what rasters hold: dn, dn+1000, reflectance, db, linear, amplitude (default: auto)")
-    add("--mask", metavar="ARRAY", help="array of a store that marks clouds, such as scl")
-    add("--crs", metavar="EPSG:N", help="of rasters that do not say it")
-    add("--group", default="", help="folder inside a store")
-    add("--any_gsd", action="store_true", help="take pixels of another size than in training")
-    add("--any_unit", action="store_true", help="take values that look like those of another unit")
-    add("--mpp_um", type=float, metavar="UM",
-        help="um per pixel of level 0, for slides that state none or a wrong one")
+    add_reading(parser, "in training")
     add("--min_tissue", type=float, default=0.2,
         help="least share of tissue in a tile of a slide; 0 takes all (default: 0.2)")
     add("--tiles", type=int, metavar="N",
@@ -186,8 +173,6 @@ def _task(options: argparse.Namespace) -> Any:
 def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
     from domainssl.inference.predict import PredictOptions
     from domainssl.inference.predictions import HowPredicted
-    from domainssl.inference.scene_bands import bands_of_words
-    from domainssl.inference.scenes import SceneOptions
     from domainssl.io.slide.facts import SlideReading
     from domainssl.io.volume.facts import reading_of_words
 
@@ -203,16 +188,7 @@ def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
         ),
         batch_size=options.batch_size,
         modality=options.modality,
-        scene=SceneOptions(
-            modality=options.modality,
-            bands=bands_of_words(options.bands),
-            stored_unit=options.stored_unit,
-            mask=options.mask,
-            crs=options.crs,
-            group=options.group,
-            any_gsd=options.any_gsd,
-            any_unit=options.any_unit,
-        ),
+        scene=scene_of(options),
         scan=reading_of_words(options.scan),
         dates=tuple(options.date),
         reading=SlideReading(mpp_um=options.mpp_um),
