@@ -254,7 +254,10 @@ class LESSBackbone(Backbone):
             keep_patches: Indices into the patches, the same for all bands, int64 (B, L).
         """
         names, grid = names or self.names(x), self.grid(x)
-        tokens = torch.cat([self.embed[n](self.patches(x[n])) for n in names], dim=1)
+        patches = {n: self.patches(x[n]) for n in names}
+        if keep_patches is not None:
+            patches = {n: take(values, keep_patches, 2) for n, values in patches.items()}
+        tokens = torch.cat([self.embed[n](patches[n]) for n in names], dim=1)
         items, attended = len(tokens), self.attended(x, names)
         codes = self.codes(names, grid, self.width, tokens.device).to(tokens.dtype)
         codes = codes.expand(items, -1, -1, -1)
@@ -263,7 +266,7 @@ class LESSBackbone(Backbone):
             tokens, attended = take(tokens, keep_bands, 1), attended.gather(1, keep_bands)
             codes = torch.cat([codes[:, :1], take(codes[:, 1:], keep_bands, 1)], dim=1)
         if keep_patches is not None:
-            tokens, coords = take(tokens, keep_patches, 2), take_tokens(coords, keep_patches)
+            coords = take_tokens(coords, keep_patches)
             codes = torch.cat([codes[:, :, :1], take(codes[:, :, 1:], keep_patches, 2)], dim=2)
         tokens = self._with_class_tokens(tokens) + codes
         has_gaps = any(key(name, "present") in x for name in names)

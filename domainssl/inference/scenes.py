@@ -6,6 +6,7 @@ scene.read(windows, (slice(0, 8), slice(0, 8)))            # batch of one item o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.io.raster.layer import LayerFile
 from domainssl.io.raster.offset import settled_unit
 from domainssl.io.raster.read import MaskRule, Pixels, Target, conversion, read_pixels
+from domainssl.io.raster.time import day_in_name
 from domainssl.modality import Batch, Modality, key
 
 __all__ = ["Scene", "SceneOptions", "open_scene", "stem"]
@@ -329,6 +331,9 @@ def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
             f"{modality.kind!r}."
         )
     file = describe_scene(path, modality, **_described(options))
+    if len(file.times) == 1 and np.isnat(file.times[0]):  # neither the file nor a pattern says it
+        day = day_in_name(os.path.basename(path.rstrip("/\\")))
+        file = dataclasses.replace(file, times=np.array([day], "datetime64[s]"))
     dates = _dates(file, modality, options)
     asked = options.unit_of(modality.name)
     entries = [entry for date in dates for entry in date]

@@ -18,6 +18,7 @@ __all__ = [
     "TIME_NAMES",
     "UNKNOWN",
     "baselines_of",
+    "day_in_name",
     "days",
     "decode_times",
     "parse_date",
@@ -39,6 +40,7 @@ _NANOSECONDS = "nanoseconds since 1970-01-01"
 _BASELINE = re.compile(r"S2[A-D]_MSIL(?:1C|2A)_\d{8}T\d{6}_N(\d\d)(\d\d)_")
 _VERSION = re.compile(r"(\d{1,2})\.(\d{1,2})")
 _BASELINE_NAMES = ("s2:processing_baseline", "processing_baseline", "processing:version")
+_DAY = re.compile(r"(?<![^\W_])((?:19|20)\d{2})(-?)(\d{2})\2(\d{2})(?![^\W_]|-\d)")
 _STAMP = re.compile(r"(?<!\d)(\d{4})(\d{2})(\d{2})T(\d{2})(\d{2})(\d{2})(?!\d)")
 
 
@@ -188,6 +190,15 @@ def product_time(names: Sequence[str]) -> Any:
         except ValueError:
             out.append(UNKNOWN)
     return np.array(out, dtype="datetime64[s]")
+
+
+def day_in_name(name: str) -> Any:
+    """Return the only day that a name holds, such as `x_20200501.tif`, datetime64[s]; else NaT.
+
+    A day stands by itself, as `20200501` or `2020-05-01`; of two different ones neither counts.
+    """
+    found = {f"{year}-{month}-{day}" for year, _, month, day in _DAY.findall(name)}
+    return parse_date(found.pop()) if len(found) == 1 else UNKNOWN
 
 
 def baselines_of(names: Sequence[str]) -> tuple[float | None, ...]:
