@@ -21,6 +21,7 @@ __all__ = ["BandChange", "BandPolicy", "adapt_bands"]
 logger = logging.getLogger(__name__)
 
 BandPolicy = Literal["strict", "subset", "average", "wavelengths"]
+_SAME_NM = 25.0  # up to which centres of a band differ between satellites and tables
 _Kind = TypeVar("_Kind", bound=Backbone)
 
 
@@ -98,6 +99,7 @@ def adapt_bands(
             f"LESSBackbone; {type(backbone).__name__} has weights of its own for every band. "
             "Choose strict, subset or average."
         )
+    moved = _moved(backbone, known, policy)
     if policy == "strict":
         backbone.check(known)
         return backbone
@@ -105,7 +107,8 @@ def adapt_bands(
         name: change
         for name, found in known.items()
         if name in backbone.modalities
-        and (change := _change(found, backbone.modalities[name], policy)) is not None
+        and (change := _change(found, backbone.modalities[name], policy, moved.get(name, ())))
+        is not None
     }
     as_if = {n: _like(found, backbone.modalities.get(n, found)) for n, found in known.items()}
     backbone.check({n: as_if[n] if n in changes else known[n] for n in known})
@@ -116,6 +119,36 @@ def adapt_bands(
     for change in changes.values():
         logger.warning("%s", change)
     return adapted
+
+
+def _moved(
+    backbone: Backbone, known: Mapping[str, Modality], policy: BandPolicy
+) -> dict[str, tuple[str, ...]]:
+    """Return the bands that lie elsewhere than those of their names in the weights.
+
+    Raises:
+        WeightsError: There is one, and the policy goes by names.
+    """
+    found = {}
+    for name, modality in known.items():
+        published = backbone.modalities.get(name)
+        if not backbone.takes_wavelengths or published is None:
+            continue
+        own, given = (
+            dict(zip(m.channels, m.wavelengths_nm or (), strict=False))
+            for m in (published, modality)
+        )
+        found[name] = tuple(
+            band for band in given if band in own and abs(given[band] - own[band]) > _SAME_NM
+        )
+        if found[name] and policy != "wavelengths":
+            band = found[name][0]
+            raise WeightsError(
+                f"{name}: band {band!r} lies at {given[band]:g} nm, that of the weights at "
+                f"{own[band]:g} nm. Correct wavelengths_nm or the name, or take bands by their "
+                "wavelengths: bands='wavelengths'."
+            )
+    return found
 
 
 def check_policy(policy: object) -> None:
@@ -131,19 +164,24 @@ def check_policy(policy: object) -> None:
         )
 
 
-def _change(found: Modality, published: Modality, policy: BandPolicy) -> BandChange | None:
+def _change(
+    found: Modality, published: Modality, policy: BandPolicy, moved: tuple[str, ...]
+) -> BandChange | None:
     """Return what has to be done to one modality; None where the bands are equal.
+
+    Bands that have `moved` are new ones in spite of their names.
 
     Raises:
         WeightsError: The policy does not allow it.
     """
-    if found.channels == published.channels:
+    if found.channels == published.channels and not moved:
         return None
     repeated = sorted({band for band in found.channels if found.channels.count(band) > 1})
     if repeated:
         raise WeightsError(f"{found.name}: the data have the bands {repeated} more than once.")
-    new = tuple(band for band in found.channels if band not in published.channels)
-    kept = tuple(band for band in found.channels if band in published.channels)
+    own = [band for band in published.channels if band not in moved]
+    new = tuple(band for band in found.channels if band not in own)
+    kept = tuple(band for band in found.channels if band in own)
     if policy == "subset" and new:
         raise WeightsError(
             f"{found.name}: bands='subset' selects bands of the weights, and {_shown(new)} "
@@ -232,7 +270,7 @@ def _described(
         if own is None or (change.averaged and given is None):
             return None
         return tuple(
-            float(own[published.channels.index(band)]) if band in published.channels
+            float(own[published.channels.index(band)]) if band in change.kept
             else (given or ())[index]
             for index, band in enumerate(found.channels)
         )  # fmt: skip

@@ -476,7 +476,7 @@ def _with_wavelengths(modality: Modality) -> Modality:
         raise ConfigError(
             f"{where} has no wavelengths_nm, and {', '.join(modality.channels[:8])} are no bands "
             "of Sentinel-1 or Sentinel-2. Give the centre of every band in nanometres in the "
-            "DataModule (data.init_args.modalities.<name>.wavelengths_nm)."
+            "DataModule (data.init_args.modalities.<name>.wavelengths_nm), or in modalities=…"
         )
     return dataclasses.replace(modality, wavelengths_nm=found)
 

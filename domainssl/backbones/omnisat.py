@@ -332,7 +332,9 @@ class OmniSatBackbone(Backbone):
         dates = x.get(key(name, "dates"))
         if dates is None:
             raise DataError(
-                f"batch.{name}.dates is missing: series need int32 (B, T) days since 1970-01-01."
+                f"batch.{name}.dates is missing: series need int32 (B, T) days since 1970-01-01. "
+                "Rasters have them from their files, or from a day in their names, such as "
+                "x_20200501.tif."
             )
         return torch.where(self.frame_mask(x, name), self.calendars[name].days(dates), 0)
 

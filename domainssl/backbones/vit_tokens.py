@@ -55,7 +55,8 @@ def date_codes(x: Mapping[str, Any], name: str) -> Tensor:
     if days is None:
         raise DataError(
             f"batch.{name}.dates is missing: the tokens of a series carry their date, int32 (B, T) "
-            "days since 1970-01-01."
+            "days since 1970-01-01. Rasters have it from their files, or from a day in "
+            "their names, such as x_20200501.tif."
         )
     frames = x.get(key(name, "frames"), torch.ones_like(days, dtype=torch.bool))
     weight = frames.double()

@@ -174,6 +174,27 @@ def test_entries_of_one_time_are_one_date(tmp_path: Path) -> None:
     assert read(others, date="2021-03-01T01:00", stored_unit="dn")[1].mean() == 12 / 32
 
 
+@pytest.mark.parametrize(
+    ("name", "day"),
+    [
+        ("x_20200501", "2020-05-01T00:00:00"),
+        ("x_2020-05-01_20200501", "2020-05-01T00:00:00"),
+        ("x_20200501_20200601", ""),
+        ("x_20201301", ""),
+        ("x120200501", ""),
+    ],
+)
+def test_a_single_raster_has_the_day_that_its_name_holds(
+    tmp_path: Path, name: str, day: str
+) -> None:
+    path = write_geotiff(tmp_path / f"{name}.tif", radar(), ("VV_dB", "VH_dB"))
+    scene = open_scene(str(path), backbone("s1"), SceneOptions())
+    assert scene.date == day
+    windows = TokenWindows(feature="s1", sizes={"s1": (SIDE, SIDE)}, grid=(4, 4), dim=12)
+    batch = scene.read(windows, (slice(0, 4), slice(0, 4)))
+    assert ("s1.dates" in batch) == bool(day)
+
+
 def test_numbers_of_another_sign_and_other_formats_are_named(tmp_path: Path) -> None:
     odd = write_cube(tmp_path / "a.zarr", coded(1, 3, SIDE).astype(np.int16), BANDS, times=None,
                      as_variables=True, attrs={"_Unsigned": "true"})  # fmt: skip

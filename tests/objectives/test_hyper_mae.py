@@ -159,6 +159,24 @@ def test_a_model_of_13_bands_runs_on_202(tmp_path: Any) -> None:
         load_backbone(tmp_path / "export", modalities=data)
 
 
+def test_bands_of_the_same_names_that_lie_elsewhere_are_told_by_their_wavelengths() -> None:
+    model = backbone({"m": bands("m", 4, start=420.0)})
+    near, far = (bands("m", 4, start=420.0 + shift) for shift in (20.0, 500.0))
+    assert adapt_bands(model, {"m": near}, "strict") is model
+    for policy in ("strict", "subset", "average"):
+        with pytest.raises(WeightsError, match="band 'm0' lies at 920 nm, .*at 420 nm"):
+            adapt_bands(model, {"m": far}, policy)
+    assert far.mean is not None
+    far = dataclasses.replace(far, mean=(0.9, *far.mean[1:]))
+    found = adapt_bands(model, {"m": far}, "wavelengths").modalities["m"]
+    assert found.wavelengths_nm == far.wavelengths_nm and found.mean == far.mean
+    mixed = dataclasses.replace(
+        far, channels=("m1", "m0"), wavelengths_nm=(430.0, 900.0), mean=(0.7, 0.9), std=(0.1, 0.1)
+    )
+    found = adapt_bands(model, {"m": mixed}, "wavelengths").modalities["m"]
+    assert found.wavelengths_nm == (430.0, 900.0) and found.mean == (0.5, 0.9)
+
+
 def test_wavelengths_are_for_encoders_that_read_them() -> None:
     from domainssl.backbones.vit import ViTBackbone
 
