@@ -89,7 +89,9 @@ def labels(
         try:
             key, value = row["sample"], int(row["label"])
             name = row.get("name") or str(value)
-            for found, given, what in ((label, key, value), (names, value, name)):
+            known: tuple[tuple[dict[Any, Any], Any, Any], ...]
+            known = ((label, key, value), (names, value, name))
+            for found, given, what in known:
                 if found.setdefault(given, what) != what:
                     raise ValueError(f"{given!r} is {found[given]!r} in a line above")
             for name, column in factors.items():
