@@ -211,7 +211,8 @@ def load_backbone(
         strict: Raise when the file lacks tensors; otherwise only log what is missing.
         bands: `strict` refuses other bands than those of the weights; `subset` keeps the weights
             of the bands that the data have; `average` gives new bands averaged weights besides;
-            `wavelengths` takes any bands, for encoders that tell them by it (LESS ViT). See `adapt_bands`.
+            `wavelengths` takes any bands, for encoders that tell them by it (LESS ViT). See
+            `adapt_bands`.
         sha256: Of the file of the weights, compared before anything in it is parsed; None takes
             that of the published record, where it has one.
 
