@@ -24,9 +24,9 @@ COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside 
 LEARN = (
     "ct_conv_mae", "ct_swinunetr_ssl", "ct_vitautoenc", "ctmr_simdino",
     "mri_multicontrast_mae", "slides_titan", "ssl4eo_barlow_twins", "ssl4eo_clip",
-    "ssl4eo_data2vec", "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_hyper_mae", "ssl4eo_moco",
-    "ssl4eo_moco2", "ssl4eo_simclr", "ssl4eo_vicreg", "terramesh_csip", "tiles_mae",
-    "treesat_maestro", "treesat_omnisat",
+    "ssl4eo_data2vec", "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_moco", "ssl4eo_moco2",
+    "ssl4eo_simclr", "ssl4eo_vicreg", "terramesh_csip", "tiles_mae", "treesat_maestro",
+    "treesat_omnisat",
 )  # fmt: skip
 
 
