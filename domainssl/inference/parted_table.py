@@ -125,7 +125,10 @@ class PartedTable(ABC):
             found = read_json(record) if record.is_file() else self._request
             found = {name: value for name, value in found.items() if name != "left_out"}
             refuse_other(self.target, found, self._request)
-        if self.target.exists() and not self._record.is_file():
+        is_ours = self._record.is_file() or (  # or a call ended between the table and its record
+            (self.folder / "request.json").is_file() and self._is_complete()
+        )
+        if self.target.exists() and not is_ours:
             raise ConfigError(
                 f"{self.target}: lies there and was not written by embed. Choose another --output."
             )

@@ -63,6 +63,30 @@ def test_an_exam_larger_than_a_window_is_the_mean_over_its_windows(
         embed(backbone, tmp_path / "scans", tmp_path / "out", pooled=True)
 
 
+def test_a_call_that_ended_between_the_table_and_its_record_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from domainssl.inference import parted_table
+
+    (tmp_path / "scans").mkdir()
+    for name in "ab":
+        write_nifti(tmp_path / "scans" / f"{name}.nii.gz", np.ones((8, 8, 8), np.int16), np.eye(4))
+    backbone = ViTBackbone({"ct": CT}, SMALL, 4).eval()
+    words = backbone, tmp_path / "scans", tmp_path / "ct.parquet"
+
+    def ends(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parted_table, "write_items", ends)
+        with pytest.raises(KeyboardInterrupt):
+            embed(*words, pooled=True, ids="plain")
+    assert (tmp_path / "ct.parquet").is_file() and not (tmp_path / "ct.parquet.json").exists()
+    embed(*words, pooled=True, ids="plain")
+    assert set(vectors(tmp_path / "ct.parquet")) == {"a", "b"}
+    assert (tmp_path / "ct.parquet.json").is_file()
+
+
 def test_a_manifest_lists_exams_with_their_contrasts(tmp_path: Path) -> None:
     (tmp_path / "scans").mkdir()
     for name in ("x", "y"):

@@ -267,3 +267,12 @@ def test_tiles_that_were_shrunk_after_reading_are_larger_on_the_slide(tmp_path):
     path = write(tmp_path / "c.h5", LATTICE, attrs={**facts, "custom_downsample": -1})
     with pytest.raises(DataError, match="'custom_downsample' is -1, expected 1 or more"):
         read_bag(path, level_downsample=1.0)
+
+
+@pytest.mark.parametrize("layout", ["clam", "trident"])
+def test_no_path_of_a_machine_is_written_into_a_bag(tmp_path, layout):
+    bag = read_bag(trident(tmp_path / "in"))
+    write_bag(tmp_path / "named_like_a_patient", bag, layout)
+    files = [*(tmp_path / "named_like_a_patient").rglob("*.h5")]
+    assert len(files) == 2
+    assert not any(b"named_like_a_patient" in path.read_bytes() for path in files)

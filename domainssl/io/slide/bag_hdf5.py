@@ -289,7 +289,7 @@ def write_clam(root: Path, bag: Bag) -> Path:
                 "downsampled_level_dim": [width, height],
                 "level_dim": [width, height],
             }
-        own |= {"name": bag.slide, "save_path": str(root / "patches")}
+        own |= {"name": bag.slide, "save_path": "None"}
         with _new_hdf5(root / "patches" / f"{bag.slide}.h5") as file:
             found = file.create_dataset("coords", data=coords)
             _attach(found, own)
@@ -299,7 +299,8 @@ def write_clam(root: Path, bag: Bag) -> Path:
 def write_trident(root: Path, bag: Bag, dtype: str = "float32") -> Path:
     """Write `features_<encoder>` and `patches` in the folder of the tiling; return the former.
 
-    What is not known is written as TRIDENT writes it, the text `None`.
+    What is not known is written as TRIDENT writes it, the text `None`; so is the folder, because
+    paths may name patients.
     """
     coords = _needed(bag)
     size0, size = bag.patch_size_level0, bag.patch_size or bag.patch_size_level0
@@ -321,11 +322,11 @@ def write_trident(root: Path, bag: Bag, dtype: str = "float32") -> Path:
         root = root / f"{_short(magnification)}x_{size}px_{overlap}px_overlap"
     encoder = bag.encoder or "unknown"
     target = root / f"features_{encoder}" / f"{bag.slide}.h5"
-    places = {**facts, "savetodir": str(root / "patches")}
+    places = {**facts, "savetodir": None}
     with _new_hdf5(target) as file:
         values = bag.features.astype(dtype)
         found = file.create_dataset("features", data=values, chunks=_rows(values, 1))
-        own = {"name": bag.slide, "savetodir": str(target.parent), "encoder": encoder}
+        own = {"name": bag.slide, "savetodir": None, "encoder": encoder}
         if "computed_in" in bag.attributes:
             own["computed_in"] = bag.attributes["computed_in"]
         _attach(found, own)
