@@ -266,7 +266,11 @@ def inspect_tar(path: str, options: Options | None = None) -> dict[str, Any]:
 def _describe(cube: Cube) -> dict[str, Any]:
     problems, arrays = [], []
     for name, info in cube.arrays.items():
-        missing = cube.missing_chunks(name)
+        missing = 0
+        try:
+            missing = cube.missing_chunks(name)
+        except DataError as error:
+            problems.append(str(error))
         arrays.append(
             {
                 "name": name,

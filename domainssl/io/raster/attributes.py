@@ -17,9 +17,27 @@ import numpy as np
 from domainssl.errors import DataError
 from domainssl.io.raster.zarr import ArrayInfo
 
-__all__ = ["check_scaling", "check_sign", "limits_of", "number_of", "stac_scaling"]
+__all__ = [
+    "check_scaling",
+    "check_sign",
+    "limits_of",
+    "nodata_of",
+    "number_of",
+    "stac_scaling",
+]
 
 _log = logging.getLogger(__name__)
+# as netCDF, GDAL, rasterio and their like spell it, without capitals and underscores
+_NODATA_NAMES = ("fillvalue", "missingvalue", "nodata", "nodatavalue")
+
+
+def nodata_of(attrs: Mapping[str, Any]) -> list[Any]:
+    """Return what attributes of any spelling declare as missing: `_FillValue`, `NoDataValue` ..."""
+    found: list[Any] = []
+    for name, value in attrs.items():
+        if name.replace("_", "").replace(" ", "").lower() in _NODATA_NAMES:
+            found += value if isinstance(value, list | tuple) else [value]
+    return found
 
 
 def number_of(value: Any, info: ArrayInfo, where: str) -> float:

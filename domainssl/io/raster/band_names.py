@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from domainssl.errors import DataError
+from domainssl.io.raster.zarr import ArrayInfo, Cube
 from domainssl.sensors import canonical_band
 
-__all__ = ["titles_or_none", "without_names"]
+__all__ = ["titles_of_axis", "titles_or_none", "without_names"]
 
 _log = logging.getLogger(__name__)
+# long_name is where rioxarray puts the descriptions of a GeoTIFF
+_ATTRIBUTES = ("band_names", "bands", "descriptions", "band_descriptions", "long_name")
 _SILENT = re.compile(
     r"(band|bands|layer|channel|image|lyr|variable|sample)?[\s_\-#.]*\d*|values?|data|array|"
     r"gr[ae]y|undefined|unknown|none|nan|__xarray_dataarray_variable__",
@@ -49,3 +52,42 @@ def without_names(where: str, count: int, bands: Sequence[str]) -> list[str]:
     if count > 1:
         _log.info("%s: bands have no names; taken in the order %s", where, " ".join(bands))
     return [canonical_band(band) for band in bands]
+
+
+def titles_of_axis(cube: Cube, info: ArrayInfo, at: int) -> list[str]:
+    """Return the names of the bands along an axis of an array, or numbers that count them.
+
+    Its coordinate counts, unless it only numbers the bands: then what attributes or a text beside
+    it say does.
+
+    Args:
+        cube: The store.
+        info: The array.
+        at: Number of the axis.
+    """
+    size = info.shape[at]
+    counts = [str(i) for i in range(1, size + 1)]
+    told = [titles for titles in _told(cube, info, at) if len(titles) == size]
+    return next((t for t in told if titles_or_none(t) is not None), (told or [counts])[0])
+
+
+def _told(cube: Cube, info: ArrayInfo, at: int) -> Iterator[list[str]]:
+    dim, size = info.dims[at], info.shape[at]
+    folder = info.name.rpartition("/")[0]
+    paths = [f"{folder}/{dim}" if folder else dim, dim]
+    for path in dict.fromkeys(paths):
+        if path in cube.arrays and cube.arrays[path].shape == (size,):
+            yield [str(v) for v in cube.read_text(path)]
+            break
+    for name in _ATTRIBUTES:
+        stated = info.attrs.get(name)
+        if isinstance(stated, Sequence) and not isinstance(stated, str):
+            yield [str(v.get("name") if isinstance(v, Mapping) else v) for v in stated]
+    for path, other in cube.arrays.items():
+        is_beside = path not in paths and path.rpartition("/")[0] in (folder, "")
+        if is_beside and other.dims == (dim,) and other.shape == (size,) and _is_text(other):
+            yield cube.read_text(path)
+
+
+def _is_text(info: ArrayInfo) -> bool:
+    return info.dtype.kind in "USTO"

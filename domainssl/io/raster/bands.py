@@ -19,10 +19,11 @@ from domainssl.io.raster.attributes import (
     check_scaling,
     check_sign,
     limits_of,
+    nodata_of,
     number_of,
     stac_scaling,
 )
-from domainssl.io.raster.band_names import titles_or_none, without_names
+from domainssl.io.raster.band_names import titles_of_axis, titles_or_none, without_names
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
 from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
@@ -37,10 +38,11 @@ __all__ = ["GRD_REASON", "describe_zarr", "is_store", "open_store", "stored_band
 
 _log = logging.getLogger(__name__)
 
-BAND_NAMES = ("band", "bands", "channel", "variable", "wavelength", "polarization")
+BAND_NAMES = (
+    "band", "bands", "channel", "variable", "wavelength", "polarization", "polarisation", "pol",
+)  # fmt: skip
 _MARKS = ("zarr.json", ".zmetadata", ".zgroup")
 _IS_ARRAY = re.compile(rb'"node_type"\s*:\s*"array"')
-_NODATA_NAMES = ("_FillValue", "missing_value", "nodata", "_nodata", "nodata_value", "no_data")
 _MEND = "Correct the attributes, or remove those that are not needed."
 _SAMPLE = 128  # rows and columns that are looked at to tell packed limits from physical ones
 _STORES = HandlePool(limit=64)
@@ -209,7 +211,9 @@ def _candidates(cube: Cube, group: str) -> dict[str, list[_Candidate]]:
         axes = _axes(info)
         if axes is None or info.dtype.kind not in "iuf":
             continue
-        titles = [name.rpartition("/")[2]] if "band" not in axes else _band_titles(cube, info, axes)
+        titles = [name.rpartition("/")[2]]
+        if "band" in axes:
+            titles = titles_of_axis(cube, info, axes.index("band"))
         for index, title in enumerate(titles):
             place = index if "band" in axes else None
             found.setdefault(canonical_band(title), []).append(_Candidate(info, axes, place))
@@ -228,20 +232,6 @@ def _axes(info: ArrayInfo) -> tuple[str, ...] | None:
     return tuple(axes) if {"y", "x"} <= set(axes) else None
 
 
-def _band_titles(cube: Cube, info: ArrayInfo, axes: tuple[str, ...]) -> list[str]:
-    at = axes.index("band")
-    dim, size = info.dims[at], info.shape[at]
-    folder = info.name.rpartition("/")[0]
-    for path in (f"{folder}/{dim}" if folder else dim, dim):
-        if path in cube.arrays and cube.arrays[path].shape == (size,):
-            return [str(v) for v in cube.read_text(path)]
-    for name in ("band_names", "bands", "long_name"):
-        stated = info.attrs.get(name)
-        if isinstance(stated, Sequence) and not isinstance(stated, str) and len(stated) == size:
-            return [str(v.get("name") if isinstance(v, Mapping) else v) for v in stated]
-    return [str(i) for i in range(1, size + 1)]
-
-
 def _grid(cube: Cube, info: ArrayInfo, axes: tuple[str, ...]) -> Grid:
     return grid_of(cube, info.name, *(info.dims[axes.index(a)] for a in ("y", "x")))
 
@@ -251,7 +241,7 @@ def _stored(cube: Cube, name: str, candidate: _Candidate) -> StoredBand:
     info, axes = candidate.info, candidate.axes
     attrs, where = info.attrs, f"{cube.name}: {info.name}"
     check_sign(info, where)
-    nodata = [v for n in _NODATA_NAMES for v in _list(attrs.get(n))]
+    nodata = nodata_of(attrs)
     nodata += _list(_of_band(attrs.get("nodatavals"), candidate))
     stac = stac_scaling(info, _of_band(attrs.get("raster:bands"), candidate))
     nodata += _list(stac[2])
@@ -307,7 +297,7 @@ def _choose(
     name = canonical_band(band)
     if not found.get(name):
         _refuse_numbers(cube, name)
-        have = ", ".join(sorted(found)) or "no array with the dimensions y and x"
+        have = ", ".join(sorted(found)) or f"no array with the dimensions y and x{_others(cube)}"
         place = f"{cube.name}/{group}" if group else cube.name
         raise DataError(f"{place}: no band {band!r}; there are: {have}.{nearest(name, found)}")
     options = [_stored(cube, band, candidate) for candidate in found[name]]
@@ -320,6 +310,12 @@ def _choose(
             f"Name the folder inside the store: set {setting('group')}."
         )
     return _with_limits(cube, chosen)
+
+
+def _others(cube: Cube) -> str:
+    """Return the dimensions of what may be meant, where no array is an image by its dimensions."""
+    found = [f"{n} ({', '.join(i.dims)})" for n, i in cube.arrays.items() if len(i.shape) > 1]
+    return f", but {'; '.join(found[:4])}: rename the dimensions, take others away" if found else ""
 
 
 def _refuse_numbers(cube: Cube, band: str) -> None:
@@ -399,10 +395,27 @@ def _mask(cube: Cube, name: str, group: str) -> StoredBand:
                 axes=axes,
                 grid=grid,
                 chunk=chunk,
+                nodata=_unknown_classes(info, f"{cube.name}: {path}"),
                 is_integer=True,
             )
         )
     return min(bands, key=lambda band: band.grid.step)
+
+
+def _unknown_classes(info: ArrayInfo, where: str) -> tuple[float, ...]:
+    """Return the numbers that a mask declares as missing; 0 is what many writers fill with.
+
+    Raises:
+        DataError: The mask is packed, so its numbers are no classes.
+    """
+    if any(info.attrs.get(n) not in (None, v) for n, v in (("scale_factor", 1), ("add_offset", 0))):
+        raise DataError(
+            f"{where}: the mask has scale_factor {info.attrs.get('scale_factor')!r} and add_offset "
+            f"{info.attrs.get('add_offset')!r}, but class numbers are compared as stored. Write "
+            "them unscaled, as whole numbers."
+        )
+    numbers = {number_of(v, info, where) for v in nodata_of(info.attrs) if v is not None}
+    return tuple(sorted(n for n in numbers if n and not math.isnan(n)))
 
 
 def time_dim(cube: Cube, band: StoredBand) -> str | None:

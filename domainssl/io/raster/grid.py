@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, require
-from domainssl.io.raster.zarr import Cube
+from domainssl.io.raster.attributes import check_scaling, number_of
+from domainssl.io.raster.zarr import ArrayInfo, Cube
 
 __all__ = ["METRES_PER_DEGREE", "X_NAMES", "Y_NAMES", "Bounds", "Grid", "crs_of", "grid_of",
            "plain_crs"]  # fmt: skip
@@ -25,6 +26,8 @@ METRES_PER_DEGREE = 111_319.49079327358  # along the equator, as most tools that
 Y_NAMES = ("y", "lat", "latitude", "north", "northing")
 X_NAMES = ("x", "lon", "longitude", "east", "easting")
 _TOLERANCE = 1e-3  # of a pixel
+_KILOMETRES = ("km", "kilometre", "kilometres", "kilometer", "kilometers")
+_RADIANS = ("rad", "radian", "radians", "microradian", "microradians")
 _KNOWN_TEXTS: dict[str, str] = {}
 _MOST_TEXTS = 1024
 
@@ -131,8 +134,21 @@ def _plain_any(value: Any, where: str) -> str:
         raise DataError(
             f"{where}: coordinate reference system {str(value).strip()[:80]!r} is not understood."
         ) from error
-    number = crs.to_epsg()
+    crs = _horizontal(crs)
+    number = 4326 if crs.to_authority() == ("OGC", "CRS84") else crs.to_epsg()
     return f"EPSG:{number}" if number else str(crs.to_wkt())
+
+
+def _horizontal(crs: Any) -> Any:
+    """Return the part of a CRS that places pixels: no heights, and no shift to another datum.
+
+    Terrain is often written with a vertical system beside the one of the map; they are partners.
+    """
+    if crs.is_compound:
+        crs = crs.sub_crs_list[0]
+    elif len(crs.axis_info) == 3:
+        crs = crs.to_2d()
+    return crs.source_crs if crs.is_bound and crs.source_crs.to_epsg() else crs
 
 
 def _plain_text(text: str, where: str) -> str:
@@ -212,9 +228,12 @@ def _scalars(cube: Cube, folder: str) -> list[Any]:
 
 
 def _field(attrs: Mapping[str, Any]) -> Any:
-    for name in ("proj:code", "proj:epsg", "proj:wkt2", "crs", "crs_wkt", "epsg"):
+    for name in ("proj:code", "proj:epsg", "proj:wkt2", "proj:projjson", "crs", "crs_wkt", "epsg"):
         if attrs.get(name):
             return attrs[name]
+    of_gdal = attrs.get("_CRS")  # a mapping of three ways to say it
+    if isinstance(of_gdal, Mapping):
+        return next((of_gdal[n] for n in ("url", "wkt", "projjson") if of_gdal.get(n)), None)
     return None
 
 
@@ -262,7 +281,7 @@ def _grid(
 ) -> Grid:
     """Return the grid of dimensions (name, size) from coordinates and what attributes state."""
     (y, height), (x, width) = down, across
-    centres = [_coordinate(cube, folder, *dim) for dim in (down, across)]
+    centres = [_coordinate(cube, folder, *dim, where) for dim in (down, across)]
     if centres[0] is None or centres[1] is None:
         if stated is None:
             raise DataError(
@@ -305,13 +324,52 @@ def _grid(
     return Grid.of_transform(affine, height, width, where)
 
 
-def _coordinate(cube: Cube, folder: str, name: str, size: int) -> Any:
+def _coordinate(cube: Cube, folder: str, name: str, size: int, where: str) -> Any:
     for above in _upwards(folder):
         path = f"{above}/{name}" if above else name
         info = cube.arrays.get(path)
         if info is not None and info.shape == (size,) and info.dtype.kind in "iuf":
-            return cube.read(path)
+            factor, offset = _units_of_coordinate(cube, folder, info, where)
+            values = cube.read(path)
+            if (factor, offset) == (1.0, 0.0):
+                return values
+            return values.astype(np.float64) * factor + offset
     return None
+
+
+def _units_of_coordinate(
+    cube: Cube, folder: str, info: ArrayInfo, where: str
+) -> tuple[float, float]:
+    """Return factor and offset that make stored coordinates numbers of the reference system.
+
+    Raises:
+        DataError: They are angles of a scan.
+    """
+    factor, offset = (
+        number_of(info.attrs.get(name, default), info, f"{where}: {info.name}")
+        for name, default in (("scale_factor", 1.0), ("add_offset", 0.0))
+    )
+    check_scaling(f"{where}: {info.name}", factor, offset)
+    unit = str(info.attrs.get("units", "")).strip().lower()
+    if unit in _RADIANS:
+        raise DataError(
+            f"{where}: coordinates {info.name!r} are in {unit}, as scan angles of geostationary "
+            "satellites are; expected those of the reference system. Multiply them by its "
+            "perspective_point_height, or reproject the cube."
+        )
+    if unit in _KILOMETRES and not _counts_kilometres(cube, folder):
+        factor, offset = 1000 * factor, 1000 * offset
+    return factor, offset
+
+
+def _counts_kilometres(cube: Cube, folder: str) -> bool:
+    """Tell whether the reference system itself is in kilometres."""
+    known = [*_grid_mapping(cube, folder, {}), _field(cube.group_attrs(folder))]
+    value = next((v for v in known if v is not None), None)
+    if value is None:
+        return False
+    axes = require("pyproj", "geo").CRS.from_user_input(plain_crs(value, folder)).axis_info
+    return bool(axes and axes[0].unit_conversion_factor == 1000.0)
 
 
 def _line(values: np.ndarray[Any, Any], where: str) -> tuple[float, float | None, float]:
@@ -348,22 +406,36 @@ def _plainest(value: float, slack: float) -> float:
 
 
 def _transform(cube: Cube, folder: str, attrs: Mapping[str, Any]) -> Sequence[float] | None:
-    """Return the affine map that the attributes state, if any."""
-    for source in (attrs, cube.group_attrs(folder)):
+    """Return the affine map of outer corners that the attributes state, if any."""
+    sources = (attrs, cube.group_attrs(folder))
+    registration = [source.get("spatial:registration") for source in sources]
+    for source in sources:
         for name in ("spatial:transform", "proj:transform", "transform"):
-            value = source.get(name)
-            if not isinstance(value, Sequence) or isinstance(value, str) or len(value) < 6:
+            value = _numbers(source.get(name))
+            if len(value) < 6:
                 continue
-            a, b, c, d, e, f = (float(v) for v in value[:6])
-            if a and e:
-                return [a, b, c, d, e, f]
-            if b and f:  # in GDAL's order
-                return [b, c, a, e, f, d]
+            a, b, c, d, e, f = value[:6]
+            if not (a and e) and b and f:  # in GDAL's order
+                a, b, c, d, e, f = b, c, a, e, f, d
+            if not (a and e):
+                continue
+            if name == "spatial:transform" and "node" in registration:  # of centres of pixels
+                c, f = c - (a + b) / 2, f - (d + e) / 2
+            return [a, b, c, d, e, f]
     mapping = _mapping_name(attrs) or _mapping_name(cube.group_attrs(folder))
     for above in _upwards(folder):
         path = f"{above}/{mapping or 'spatial_ref'}".lstrip("/")
-        text = cube.arrays[path].attrs.get("GeoTransform") if path in cube.arrays else None
-        if text:
-            c, a, b, f, d, e = (float(v) for v in str(text).split())
+        told = cube.arrays[path].attrs.get("GeoTransform") if path in cube.arrays else None
+        if told:
+            c, a, b, f, d, e = _numbers(told)
             return [a, b, c, d, e, f]
     return None
+
+
+def _numbers(value: Any) -> list[float]:
+    """Return the numbers of a list, or of a text that separates them by blanks or commas."""
+    if isinstance(value, str):
+        value = re.split(r"[,;\s]+", value.strip("[]() "))
+    elif not isinstance(value, Sequence):
+        return []
+    return [float(v) for v in value]

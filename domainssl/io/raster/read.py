@@ -199,7 +199,7 @@ def read_pixels(file: LayerFile, dates: Sequence[int], bounds: Bounds, target: T
     if file.mask is not None and target.rule.values:
         places = _Places.of(file.mask.grid, bounds, target.step, (height, width), file.path)
         [mask], _ = _stored(file, [file.mask], dates, places, out, is_map=True)
-        out.valid &= ~places.any(target.rule.hides(mask))
+        out.valid &= ~places.any(target.rule.hides(mask) | missing_of(mask, file.mask))
     if not out.valid.all():
         out.values *= out.valid[:, None]
     return out

@@ -12,10 +12,13 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from domainssl.errors import DataError, nearest
 from domainssl.io.raster.bands import is_store, open_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.safe import is_safe, safe_site
+from domainssl.io.raster.time import parse_date
 from domainssl.io.storage.paths import Options, is_file, join, list_folder
 
 __all__ = ["Found", "find_files", "other_format"]
@@ -34,6 +37,7 @@ _OTHERS = {  # formats that lie in such folders, and are not read
 _SIDECARS = (".xml", ".ovr", ".msk", ".aux", ".tfw", ".prj", ".txt", ".md", ".csv", ".lock")
 _READ = "Zarr stores (.zarr, .zarr.zip), GeoTIFF (.tif, .tiff) and Sentinel-2 products are read"
 _log = logging.getLogger(__name__)
+_FIRST, _LAST = np.datetime64("1900-01-01", "s"), np.datetime64("2101-01-01", "s")
 _DATE = r"\d{4}-?\d{2}-?\d{2}(?:T\d{6})?"
 _FIELDS = {"site": "[^/]+?", "date": _DATE, "band": r"[^\W_]+"}
 
@@ -77,7 +81,8 @@ def find_files(
             top = ", ".join(list_folder(root, options)[:8]) or "nothing"
             raise DataError(
                 f"{root}: no file fits the pattern {path!r}. {root} holds: {top}. "
-                "{site}, {date}, {band} stand for parts of names, * and ? for anything within one."
+                "{site}, {date}, {band} stand for parts of names, * and ? for anything within one; "
+                "{date} for 20200503, 2020-05-03 or 20200503T101031."
             )
         return found
     full = root if path in ("", ".") else join(root, path)
@@ -97,6 +102,7 @@ def find_files(
             "does not exist. Remove the link, or bring back what it points to."
         )
     if inside:
+        _tell_broken([join(full, n) for n in names if n not in inside])
         found = {}
         for name in inside:
             found.setdefault(_stem(name), []).append(Found(join(full, name), "", group))
@@ -106,10 +112,11 @@ def find_files(
         is_inside = any(name == path or name.startswith(f"{path}/") for name in arrays)
         return {_stem(root): [Found(root, "", group or (path if is_inside else ""))]}
     _refuse_others([join(full, n) for n in names] or [full], root)
-    have = list_folder(root, options)
+    place, have = (full, names) if names else (root, list_folder(root, options))
+    guess = "" if names else nearest(path, have)
     raise DataError(
-        f"{full}: no zarr store (.zarr, .zarr.zip), GeoTIFF, or folder of them. {root} holds: "
-        f"{', '.join(have[:12]) or 'nothing'}.{nearest(path, have)} Set data.init_args.modalities."
+        f"{full}: no zarr store (.zarr, .zarr.zip), GeoTIFF, or folder of them. {place} holds: "
+        f"{', '.join(have[:12]) or 'nothing'}.{guess} Set data.init_args.modalities."
         "<name>.path to a store, a folder, or a pattern such as '{site}/s2_{date}.tif'; root "
         "'sample' makes the embedded sample."
     )
@@ -118,6 +125,16 @@ def find_files(
 def _visible(names: Sequence[str]) -> list[str]:
     """Leave out hidden files, such as the `._` files of macOS."""
     return [name for name in names if not name.startswith(".")]
+
+
+def _tell_broken(paths: Sequence[str]) -> None:
+    """Say which folders and files are called rasters and are passed over, since they are none."""
+    broken = [path for path in paths if path.lower().endswith(_ENDINGS)]
+    if broken:
+        _log.warning(
+            "%s (%d such in all): called a raster, but no Zarr hierarchy (zarr.json, .zgroup) or "
+            "file; passed over. Get it again, or remove it.", broken[0], len(broken),
+        )  # fmt: skip
 
 
 def _is_dangling(path: str) -> bool:
@@ -178,6 +195,7 @@ def _match(root: str, path: str, group: str, options: Options | None) -> dict[st
                 and _single(full, options)
             )
         ):
+            _check_date(full, known.get("date", ""))
             site = known.get("site", _stem(root))
             file = Found(full, known.get("date", ""), group, known.get("band", ""))
             found.setdefault(site, []).append(file)
@@ -189,6 +207,21 @@ def _match(root: str, path: str, group: str, options: Options | None) -> dict[st
             root, len(passed), path, passed[0],
         )  # fmt: skip
     return found
+
+
+def _check_date(path: str, date: str) -> None:
+    """Refuse what stands for `{date}` in a name and is no date of this century or the last.
+
+    Raises:
+        DataError: Names the file and what stands there.
+    """
+    time = parse_date(date) if date else _FIRST
+    if np.isnat(time) or not _FIRST <= time < _LAST:
+        raise DataError(
+            f"{path}: {date!r} stands for {{date}} in its name and is no date; expected year, "
+            "month and day, such as 20200503 or 2020-05-03. Rename the file, or let * stand for it "
+            "(then its date is not known)."
+        )
 
 
 def _matches(root: str, path: str, options: Options | None) -> dict[str, dict[str, str]]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from domainssl.errors import DataError, nearest, parsing, require
 from domainssl.io.raster.arrays import ArrayInfo, codec_name, decoded, fill_of, sizes_of
-from domainssl.io.raster.zarr3 import open_v3, v3_members
+from domainssl.io.raster.zarr3 import open_v3, own_metadata, v3_members
 from domainssl.io.raster.zarr3_chunks import ChunkFormat, ChunkReader, chunk_format
 from domainssl.io.storage.archives import FolderStore, Store, ZipFileStore, check_member
 from domainssl.io.storage.bounded import (
@@ -57,6 +57,8 @@ class Cube:
             found = self._json(".zmetadata", raw).get("metadata")
             if not isinstance(found, dict):
                 raise DataError(f"{self.name}: '.zmetadata' has no mapping 'metadata'")
+            if isinstance(self.store, FolderStore) and not self._is_remote:
+                found = {**found, **own_metadata(self.store, found)}
         else:
             found = {key: self._json(key, raw) for key, raw in self._separate_metadata()}
         for key, facts in found.items():
@@ -247,18 +249,43 @@ class Cube:
         return math.prod(touched) * info.chunk_bytes
 
     def missing_chunks(self, name: str) -> int:
-        """Return how many chunks of an array are not stored, so that they read as its fill."""
+        """Return how many chunks of an array are not stored, so that they read as its fill.
+
+        Chunks within shards count one by one in local stores, otherwise whole shards.
+
+        Raises:
+            DataError: A shard is damaged.
+        """
         info = self.info(name)
-        total = math.prod(-(-s // c) for s, c in zip(info.shape, self._stored(info), strict=True))
-        there = [k for k in self.store.names() if k.startswith(f"{name}/")]
-        return total - len(
-            [k for k in there if not k.rsplit("/", 1)[-1].startswith((".z", "zarr."))]
-        )
+        counts = [range(-(-s // c)) for s, c in zip(info.shape, self._stored(info), strict=True)]
+        if self._has_inner_chunks(info):
+            return sum(
+                self._missing_in_shard(info, number) for number in itertools.product(*counts)
+            )
+        there = [k.rsplit("/", 1)[-1] for k in self.store.names() if k.startswith(f"{name}/")]
+        stored = sum(not last.startswith((".", "zarr.")) for last in there)
+        return math.prod(map(len, counts)) - stored
+
+    def _missing_in_shard(self, info: ArrayInfo, shard: tuple[int, ...]) -> int:
+        assert info.stored is not None and info.stored.per_shard is not None
+        inside = [
+            range(n * per, min((n + 1) * per, -(-size // chunk)))
+            for n, per, size, chunk in zip(shard, info.stored.per_shard, info.shape, info.chunks)
+        ]
+        with (
+            parsing(f"{self.name}: array {info.name!r}, shard {shard}"),
+            self._chunks(info) as chunks,
+        ):
+            return sum(not chunks.has(number) for number in itertools.product(*inside))
 
     def _stored(self, info: ArrayInfo) -> tuple[int, ...]:
         """Return the shape of what is stored as one object: a chunk, or a shard of them."""
         shards = self._v3_members[info.name].shards if self.format == 3 else None
         return tuple(shards or info.chunks)
+
+    def _has_inner_chunks(self, info: ArrayInfo) -> bool:
+        """Tell whether chunks lie in shards whose index can be read here."""
+        return info.stored is not None and bool(info.stored.per_shard) and not self._is_remote
 
     def unwritten(
         self, name: str, selection: Selection, values: np.ndarray[Any, Any]
@@ -276,14 +303,18 @@ class Cube:
         info, mask = self.info(name), None
         fill = 0 if info.fill is None else info.fill
         wanted = self._wanted(info, selection)
-        axes = [_pieces(w, c) for w, c in zip(wanted, self._stored(info), strict=True)]
-        for pieces in itertools.product(*axes):
-            part = values[tuple(piece[2] for piece in pieces)]
-            if not part.size or part.flat[0] != fill or (part != fill).any():
-                continue
-            if not self._is_written(info, tuple(piece[0] for piece in pieces)):
-                mask = np.zeros(values.shape, bool) if mask is None else mask
-                mask[tuple(piece[2] for piece in pieces)] = True
+        has_inner = self._has_inner_chunks(info)
+        sizes = info.chunks if has_inner else self._stored(info)
+        axes = [_pieces(w, c) for w, c in zip(wanted, sizes, strict=True)]
+        with self._chunks(info) as chunks:
+            for pieces in itertools.product(*axes):
+                part = values[tuple(piece[2] for piece in pieces)]
+                if not part.size or part.flat[0] != fill or (part != fill).any():
+                    continue
+                number = tuple(piece[0] for piece in pieces)
+                if not (chunks.has(number) if has_inner else self._is_written(info, number)):
+                    mask = np.zeros(values.shape, bool) if mask is None else mask
+                    mask[tuple(piece[2] for piece in pieces)] = True
         return mask
 
     def _is_written(self, info: ArrayInfo, number: tuple[int, ...]) -> bool:

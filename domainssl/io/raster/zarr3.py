@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import cache
@@ -24,7 +25,9 @@ from domainssl.io.storage.bounded import (
 )
 from domainssl.io.storage.paths import is_url
 
-__all__ = ["open_v3", "v3_members"]
+__all__ = ["open_v3", "own_metadata", "v3_members"]
+
+_log = logging.getLogger(__name__)
 
 _BOUNDED = {"gzip": "GzipCodec", "zstd": "ZstdCodec", "blosc": "BloscCodec"}
 _TRUSTED = ("bytes", "transpose", "crc32c", "sharding_indexed", "vlen-utf8", "vlen-bytes")
@@ -182,8 +185,48 @@ def open_v3(store: Store, name: str) -> Any:
             f"{name}: an array at the root, expected a group with named arrays. Give the folder "
             "above it, or write it into a group."
         )
+    stated = {f"{key}/zarr.json": facts for key, facts in inline.items()}
+    is_stale = _is_local(store) and bool(own_metadata(store, stated))
     with parsing(f"{name}: the metadata of format 3"), zarr.config.set(_codecs()):
-        return zarr.open_group(_store_class()(store), mode="r", zarr_format=3)
+        return zarr.open_group(
+            _store_class()(store), mode="r", zarr_format=3,
+            use_consolidated=False if is_stale else None,
+        )  # fmt: skip
+
+
+def own_metadata(store: FolderStore, consolidated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of members whose copy at the root of a local store is stale.
+
+    That is so where arrays grew or were written anew and nobody consolidated again: read by the
+    copy, dates are left out, and numbers are decoded by a type or scale they do not have.
+
+    Args:
+        store: The store.
+        consolidated: What the copy says, by key of the member's own file.
+    """
+    found: dict[str, Any] = {}
+    for key, stated in consolidated.items():
+        raw = store.get(check_member(str(key), store.name))
+        if raw is None:
+            continue
+        with parsing(f"{store.name}: metadata {key!r}"):
+            own = json.loads(raw)
+        if _comparable(own) != _comparable(stated):
+            found[key] = own
+    if found:
+        _log.warning(
+            "%s: the consolidated metadata differ from those of %s (%d such in all), which count. "
+            "Consolidate them again (zarr.consolidate_metadata).",
+            store.name, next(iter(found)), len(found),
+        )  # fmt: skip
+    return found
+
+
+def _comparable(metadata: Any) -> str:
+    """Return metadata as text; NaN equals NaN in it."""
+    if isinstance(metadata, Mapping):
+        metadata = {k: v for k, v in metadata.items() if k != "consolidated_metadata"}
+    return json.dumps(metadata, sort_keys=True)
 
 
 def v3_members(group: Any, name: str) -> dict[str, Any]:

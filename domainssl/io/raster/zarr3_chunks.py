@@ -128,19 +128,32 @@ class ChunkReader:
             DataError: The store fails.
             ValueError: A checksum is wrong, or a shard says what cannot be.
         """
-        key = self.key(number)
         raw: bytes | memoryview | None
         if self.format.per_shard is None:
-            raw = getattr(self.store, "borrow", self.store.get)(key, self.most)
+            raw = getattr(self.store, "borrow", self.store.get)(self.key(number), self.most)
         else:
-            if key not in self._shards:
-                self._shards[key] = self._open_shard(key)
-            shard = self._shards[key]
-            inner = tuple(n % p for n, p in zip(number, self.format.per_shard, strict=True))
+            shard, inner = self._in_shard(number)
             raw = None if shard is None else shard.get(inner, self.most)
         if raw is None or not self.format.has_checksum:
             return raw
         return _checked(memoryview(raw))
+
+    def has(self, number: Sequence[int]) -> bool:
+        """Tell whether a chunk of an array in shards is stored.
+
+        Raises:
+            DataError: The store fails.
+            ValueError: A shard says what cannot be.
+        """
+        shard, inner = self._in_shard(number)
+        return shard is not None and shard.holds(inner)
+
+    def _in_shard(self, number: Sequence[int]) -> tuple[_Shard | None, tuple[int, ...]]:
+        """Return the shard of a chunk, None where there is none, and its place there."""
+        key, per_shard = self.key(number), self.format.per_shard or ()
+        if key not in self._shards:
+            self._shards[key] = self._open_shard(key)
+        return self._shards[key], tuple(n % p for n, p in zip(number, per_shard, strict=True))
 
     def _open_shard(self, key: str) -> _Shard | None:
         per_shard = self.format.per_shard or ()
@@ -174,11 +187,15 @@ class _Shard:
         self._content.seek(offset)
         return self._content.read(size)
 
+    def holds(self, inner: tuple[int, ...]) -> bool:
+        """Tell whether a chunk is stored."""
+        return bool((self._index[inner] != _NOTHING).any())
+
     def get(self, inner: tuple[int, ...], limit: int) -> bytes | memoryview | None:
         """Return the bytes of a chunk, None where the shard does not hold it."""
-        offset, size = (int(number) for number in self._index[inner])
-        if offset == size == _NOTHING:
+        if not self.holds(inner):
             return None
+        offset, size = (int(number) for number in self._index[inner])
         if size > limit or offset + size > self._size:
             raise ValueError(
                 f"a shard of {self._size} bytes says that a chunk of {size} bytes lies at {offset}"
