@@ -151,7 +151,7 @@ def embed(
         )  # fmt: skip
     if options.id_table is not None:
         raise ConfigError("id_table: is for exams, slides and bags; rasters keep their names.")
-    found = find_inputs(source, list(loaded.modalities), is_raster, "a GeoTIFF or Zarr store")
+    found = find_inputs(str(source), list(loaded.modalities), is_raster, "a GeoTIFF or Zarr store")
     scenes, unopened = _opened(loaded, found, options.scene, skip_bad=plan.skip_bad)
     if options.pooled:
         table = pooled_scenes(loaded, scenes, Path(output), options)

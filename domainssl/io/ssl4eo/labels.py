@@ -89,11 +89,8 @@ def labels(
         try:
             key, value = row["sample"], int(row["label"])
             name = row.get("name") or str(value)
-            known: tuple[tuple[dict[Any, Any], Any, Any], ...]
-            known = ((label, key, value), (names, value, name))
-            for found, given, what in known:
-                if found.setdefault(given, what) != what:
-                    raise ValueError(f"{given!r} is {found[given]!r} in a line above")
+            _keep(label, key, value)
+            _keep(names, value, name)
             for name, column in factors.items():
                 column[key] = float(row[name])
         except (ValueError, TypeError, KeyError) as error:
@@ -103,3 +100,13 @@ def labels(
         raise DataError(f"{file}: labels must be 0, 1, … below {_MOST}, found {odd[0]}")
     count = max(names, default=-1) + 1
     return Labels(tuple(names.get(i, str(i)) for i in range(count)), label, factors, file)
+
+
+def _keep(found: dict[Any, Any], given: Any, what: Any) -> None:
+    """Note what something is.
+
+    Raises:
+        ValueError: A line above says that it is something else.
+    """
+    if found.setdefault(given, what) != what:
+        raise ValueError(f"{given!r} is {found[given]!r} in a line above")
