@@ -73,7 +73,7 @@ FEW: dict[str, Few] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gain:
     """What was found for a recipe.
 

@@ -44,7 +44,14 @@ def test_every_recipe_of_fine_tuning_has_a_gain_that_can_be_measured():
 
 
 def test_gains_are_means_over_draws(tmp_path):
-    gain = Gain("finetune_tiles", "val/accuracy", (0.5, 0.25), (0.75, 0.5), 8, 12.6)
+    gain = Gain(
+        recipe="finetune_tiles",
+        metric="val/accuracy",
+        random=(0.5, 0.25),
+        trained=(0.75, 0.5),
+        items=8,
+        seconds=12.6,
+    )
     assert gain.mean == 0.25
     row = table([gain], {"finetune_tiles": "`tiles_mae`"}).splitlines()[-1]
     assert row == (

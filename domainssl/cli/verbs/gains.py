@@ -75,7 +75,14 @@ def _measure(name: str, options: argparse.Namespace) -> Gain:
             seconds = max(seconds, _processor_seconds() - before)
             values[kind].append(last_value(own, few.metric))
     items = labelled(name, options.draws, options.fraction)
-    return Gain(name, few.metric, tuple(values["random"]), tuple(values["trained"]), items, seconds)
+    return Gain(
+        recipe=name,
+        metric=few.metric,
+        random=tuple(values["random"]),
+        trained=tuple(values["trained"]),
+        items=items,
+        seconds=seconds,
+    )
 
 
 def labelled(name: str, draws: int, fraction: float) -> int:

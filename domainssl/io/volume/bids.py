@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from domainssl.errors import DataError, nearest
 from domainssl.io.subjects import EVERY, Found
@@ -38,70 +39,102 @@ def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
     Raises:
         DataError: No file has the suffix of a contrast.
     """
-    asked = {name: _name(c) for name, c in wanted.contrasts.items()}
-    scans: dict[str, dict[str, str]] = {}
-    masks: dict[str, str] = {}
-    problems: list[str] = []
-    seen: set[str] = set()
-    unlike: dict[str, list[str]] = {}  # of each modality: files of its suffix that are not read
+    found = _Files(asked={n: _name(c) for n, c in wanted.contrasts.items()}, mask=wanted.mask)
     for path in list_scans(root):
-        parts = os.path.relpath(path, root).split(os.sep)
-        entities, suffix = _entities(stem_of(path))
-        if "sub" not in entities:
-            continue
-        exam = "/".join(f"{e}-{entities[e]}" for e in _OWN[:2] if e in entities)
-        if suffix in (wanted.mask, "dseg") and wanted.mask:
-            if masks.setdefault(exam, path) != path:
-                problems.append(
-                    f"{path}: another segmentation map of {exam} beside {masks[exam]}; left out, "
-                    "the first one is read."
-                )
-            continue
-        if parts[0] in ("derivatives", "sourcedata"):
-            continue
-        others = {k: v for k, v in entities.items() if k not in _OWN}
-        if f"sub-{entities['sub']}" not in parts:
-            problems.append(
-                f"{path}: lies in the folder of another subject; by its name it is of "
-                f"sub-{entities['sub']}, as which it is read"
-            )
-        seen.add("_".join([*(f"{k}-{v}" for k, v in others.items()), suffix]))
-        for name, (entities_of, suffix_of) in asked.items():
-            if suffix_of == EVERY:
-                scans[f"{exam}/{stem_of(path)}"] = {name: path}
-            if suffix != suffix_of or others != entities_of:
-                if suffix.lower() == suffix_of.lower():
-                    unlike.setdefault(name, []).append(path)
-                continue
-            files = scans.setdefault(exam, {})
-            if name in files:
-                problems.append(
-                    f"{path}: another run of {name!r} beside {files[name]}; left out, the first "
-                    "one is read."
-                )
-            else:
-                files[name] = path
-    _must_be_there(root, wanted, scans, seen)
-    problems += [
-        f"{root}: {len(files)} files end in {asked[name][1]!r}, but have other entities than "
-        f"{name!r} asks for, such as {os.path.basename(files[0])}; left out. To read them set "
-        f"data.init_args.modalities.{name}.contrast to what stands behind sub, ses and run"
-        for name, files in unlike.items()
-    ]
+        found.add(path, os.path.relpath(path, root).split(os.sep)[:-1])
+    _must_be_there(root, wanted, found.scans, found.seen)
     labels = _labels(root, wanted.label)
-    dates = _dates(root, scans, wanted.dates) if wanted.dates else {}
+    dates = _dates(root, found.scans, wanted.dates) if wanted.dates else {}
     exams = [
         Exam(
             id=exam,
             patient=exam.split("/")[0],
             scans=files,
             label=labels.get(exam.split("/")[0], ""),
-            mask=masks.get(exam, ""),
+            mask=found.masks.get(exam, ""),
             date=dates.get(exam, ""),
         )
-        for exam, files in scans.items()
+        for exam, files in found.scans.items()
     ]
-    return Found(layout="bids", items=exams, problems=problems)
+    return Found(layout="bids", items=exams, problems=[*found.problems, *found.left_out(root)])
+
+
+@dataclass(kw_only=True)
+class _Files:
+    """The files of a BIDS folder, by what their names say.
+
+    Attributes:
+        asked: Entities and suffix of each modality.
+        mask: Suffix of segmentation maps beside `dseg`; empty where none are wanted.
+        scans: File of each modality, by exam.
+        masks: Segmentation map of each exam.
+        seen: Entities and suffixes that are there.
+        unlike: Of each modality, files of its suffix that are not read.
+        problems: What is doubtful.
+    """
+
+    asked: Mapping[str, tuple[dict[str, str], str]]
+    mask: str
+    scans: dict[str, dict[str, str]] = field(default_factory=dict)
+    masks: dict[str, str] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    unlike: dict[str, list[str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, path: str, folders: Sequence[str]) -> None:
+        """Sort a file in.
+
+        Args:
+            path: The file.
+            folders: Those below the root that it lies in.
+        """
+        entities, suffix = _entities(stem_of(path))
+        if "sub" not in entities:
+            return
+        exam = "/".join(f"{e}-{entities[e]}" for e in _OWN[:2] if e in entities)
+        if suffix in (self.mask, "dseg") and self.mask:
+            self._add_mask(exam, path)
+            return
+        if folders[:1] and folders[0] in ("derivatives", "sourcedata"):
+            return
+        others = {k: v for k, v in entities.items() if k not in _OWN}
+        if f"sub-{entities['sub']}" not in folders:
+            self.problems.append(
+                f"{path}: lies in the folder of another subject; by its name it is of "
+                f"sub-{entities['sub']}, as which it is read"
+            )
+        self.seen.add("_".join([*(f"{k}-{v}" for k, v in others.items()), suffix]))
+        for name, (entities_of, suffix_of) in self.asked.items():
+            if suffix_of == EVERY:
+                self.scans[f"{exam}/{stem_of(path)}"] = {name: path}
+            if (suffix, others) == (suffix_of, entities_of):
+                self._add_scan(exam, name, path)
+            elif suffix.lower() == suffix_of.lower():
+                self.unlike.setdefault(name, []).append(path)
+
+    def _add_mask(self, exam: str, path: str) -> None:
+        if self.masks.setdefault(exam, path) != path:
+            self.problems.append(
+                f"{path}: another segmentation map of {exam} beside {self.masks[exam]}; left out, "
+                "the first one is read."
+            )
+
+    def _add_scan(self, exam: str, name: str, path: str) -> None:
+        files = self.scans.setdefault(exam, {})
+        if files.setdefault(name, path) != path:
+            self.problems.append(
+                f"{path}: another run of {name!r} beside {files[name]}; left out, the first one "
+                "is read."
+            )
+
+    def left_out(self, root: str) -> list[str]:
+        """Say which files have the suffix of a modality, but other entities."""
+        return [
+            f"{root}: {len(files)} files end in {self.asked[name][1]!r}, but have other entities "
+            f"than {name!r} asks for, such as {os.path.basename(files[0])}; left out. To read them "
+            f"set data.init_args.modalities.{name}.contrast to what stands behind sub, ses and run"
+            for name, files in self.unlike.items()
+        ]
 
 
 def _name(contrast: str) -> tuple[dict[str, str], str]:
