@@ -203,8 +203,9 @@ def _values(facts: ScanFacts, reading: Reading) -> dict[str, Any]:
         odd += _odd_slices(scan.values, kept, prefix)
         if facts.volumes == 1 and len(scan.values) == 1:
             labels = _labels(scan.values[0])
-    empty = [row["band"] for row in rows if row["std"] in (None, 0.0)]
-    notes = [f"{facts.path}: {name}: all valid voxels have one value" for name in empty]
+    said = {None: "no voxel is valid", 0.0: "all valid voxels have one value"}
+    notes = [f"{facts.path}: {row['band']}: {said[row['std']]}" for row in rows
+             if row["std"] in said]  # fmt: skip
     notes += [f"{facts.path}: {text}" for text in odd]
     found: dict[str, Any] = {"values": rows, "valid_fraction": float(np.mean(valid))}
     if labels is not None:
