@@ -19,6 +19,7 @@ __all__ = [
     "file_states",
     "make_folder",
     "refuse_ending",
+    "refuse_inputs",
     "refuse_one_file",
     "refuse_other",
     "repeated",
@@ -132,6 +133,27 @@ def refuse_ending(output: Path, written: str) -> None:
             f"--output {output}: ends like a file, but {written}. Give one of these endings, or "
             f"the name of a folder; one that is called so has to be there (mkdir {output})."
         )
+
+
+def refuse_inputs(folder: Path, outputs: Iterable[Path], inputs: Iterable[str | Path]) -> None:
+    """Refuse to write over what is read.
+
+    Args:
+        folder: Where outputs go.
+        outputs: The files that are to be written.
+        inputs: What the user gave.
+
+    Raises:
+        ConfigError: An output is an input, or the folder of outputs is a folder of inputs.
+    """
+    given = {os.path.realpath(path): path for path in inputs if "://" not in str(path)}
+    for output in (folder, *outputs):
+        place = os.path.realpath(output)
+        if place in given and (output != folder or os.path.isdir(place)):
+            raise ConfigError(
+                f"--output: {output} is the input {given[place]}, which would be taken for a "
+                "result, or written over. Give another folder."
+            )
 
 
 def refuse_other(target: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

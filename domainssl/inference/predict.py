@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +91,14 @@ def sides_for(task: Predictor, options: PredictOptions, axes: int) -> tuple[int,
     return sides
 
 
-def claim_folder(folder: Path, task: Predictor, facts: Mapping[str, Any], *, restart: bool) -> None:
+def claim_folder(
+    folder: Path,
+    task: Predictor,
+    facts: Mapping[str, Any],
+    *,
+    restart: bool,
+    outputs: Iterable[Path] = (),
+) -> None:
     """Write what predictions of a folder are made from, or compare it: results never mix.
 
     Args:
@@ -99,9 +106,11 @@ def claim_folder(folder: Path, task: Predictor, facts: Mapping[str, Any], *, res
         task: Whose predictions they are; known by its weights.
         facts: What else they depend on, plain data.
         restart: Forget what lies there.
+        outputs: What is to be written; in a folder without a record it is somebody else's.
 
     Raises:
-        ConfigError: Predictions of another task or with other options lie there.
+        ConfigError: Predictions of another task or with other options lie there, or files that
+            are none.
     """
     weights = weights_digest(task if isinstance(task, nn.Module) else task.backbone)
     named = "numbers" if getattr(task, "kind", "") == "regression" else "classes"
@@ -116,6 +125,12 @@ def claim_folder(folder: Path, task: Predictor, facts: Mapping[str, Any], *, res
                 f"{folder}: holds predictions made otherwise ({', '.join(differing)} differ, see "
                 f"{_RECORD}). Choose another --output, or add --restart to make them again."
             )
+    foreign = [] if path.is_file() else [output for output in outputs if output.exists()]
+    if foreign:
+        raise ConfigError(
+            f"{foreign[0]}: lies there already and was not written by predict ({_RECORD} is not "
+            "beside it). Choose another --output, or move it away."
+        )
     write_json(path, wanted)
 
 

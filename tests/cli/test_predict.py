@@ -84,6 +84,34 @@ def test_a_raster_becomes_a_cog(tmp_path: Path) -> None:
         assert found.tags(1)["CLASS_1"] == "organ" and set(np.unique(found.read(1))) <= {0, 1, 2}
 
 
+def test_an_input_is_no_result_and_is_never_deleted(tmp_path: Path, capsys: Any) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    saved(tmp_path / "task", "s2", {**IMAGE, "mean": (500.0,), "std": (300.0,)}, "linear")
+    path = tmp_path / "in" / "tile.tif"
+    path.parent.mkdir()
+    with rasterio.open(
+        path, "w", driver="GTiff", height=9, width=9, count=1, dtype="uint16", crs="EPSG:32633",
+        transform=rasterio.transform.from_origin(500010.0, 5200020.0, 10.0, 10.0),
+    ) as file:  # fmt: skip
+        file.write(np.random.default_rng(0).integers(1, 999, (1, 9, 9)).astype(np.uint16))
+        file.descriptions = ("B02",)
+    before = path.read_bytes()
+    into = f"--output={path.parent}"
+    for given in (path, path.parent):
+        for more in ([], ["--restart"]):
+            assert main(["predict", str(tmp_path / "task"), str(given), into, *more]) == 2
+            assert "is the input" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tile.tif").write_bytes(b"of somebody")
+    words = ["predict", str(tmp_path / "task"), str(path), f"--output={tmp_path / 'out'}"]
+    for more in ([], ["--restart"]):
+        assert main([*words, *more]) == 2
+        assert "was not written by predict" in capsys.readouterr().err
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["tile.tif"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["tile.tif"]
+    assert (tmp_path / "out" / "tile.tif").read_bytes() == b"of somebody"
+
+
 def test_both_forms_are_told_apart_and_explained(tmp_path: Path, capsys: Any) -> None:
     assert main(["predict", "--help"]) == 0
     said = capsys.readouterr().out

@@ -92,6 +92,7 @@ def _predict(argv: list[str]) -> int:
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.inference.domain import domain_of
+    from domainssl.inference.outputs import refuse_inputs
     from domainssl.inference.predict import claim_folder
     from domainssl.inference.predictions import NOUNS, prediction
     from domainssl.inference.tables import TablePrediction
@@ -107,7 +108,11 @@ def _predict(argv: list[str]) -> int:
         asked = {n: getattr(options, n) for n in ("min_tissue", "tiles") if noun == "slides"}
         asked |= {"scan": options.scan} if options.scan else {}
         facts = {"input": noun, **work.options.facts(), **asked}
-        claim_folder(work.folder, task, facts, restart=options.restart)
+        outputs = [work.path(key) for key in work.keys]
+        if isinstance(work, TablePrediction):
+            outputs.append(work.target)
+        refuse_inputs(work.folder, outputs, options.input)
+        claim_folder(work.folder, task, facts, restart=options.restart, outputs=outputs)
         if options.restart:
             for key in work.keys:
                 work.path(key).unlink(missing_ok=True)
