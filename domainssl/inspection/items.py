@@ -91,10 +91,10 @@ class OfSource:
 
 
 def _names(data: Mapping[str, Any], name: str) -> list[str]:
-    """Return the ids of the items of a batch, empty texts where they lack a modality."""
+    """Return the ids of the items of a batch, empty texts where they lack a modality, or none."""
     ids = [str(each) for each in data.get("id", ())]
     present = data.get(key(name, "present"))
-    if present is None:
+    if present is None or not ids:
         return ids
     return [each if there else "" for each, there in zip(ids, np.asarray(present), strict=True)]
 
