@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class DataEmbedding(PartedTable):
 
     def __post_init__(self) -> None:
         self._groups = _grouped(self.source.sizes)
+        self._firsts = [0, *accumulate(self.source.sizes)]  # number of the first item, by block
         self.keys = [str(number) for number in range(len(self._groups))]
         self._ask()
 
@@ -103,7 +105,7 @@ class DataEmbedding(PartedTable):
                 raise
             self._leave_out(f"block {block}", str(error), left_out)
             return []
-        first = sum(self.source.sizes[:block])
+        first = self._firsts[block]
         for row, why in rows.bad.items():
             if not self.skip_bad:
                 raise DataError(f"{why} --skip_bad leaves out what cannot be read.")
