@@ -1,4 +1,4 @@
-"""Items that hold one value throughout, such as files of zeros: they teach nothing."""
+"""Names of the items that hold one value throughout, for `stats`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from domainssl.sources.blank import only_values
+
 __all__ = ["blank_items"]
 
 Array = np.ndarray[Any, Any]
-_SAMPLE = 64  # values that tell most items from blank ones
 
 
 def blank_items(values: Array, valid: Array, names: Sequence[str]) -> list[str]:
@@ -34,14 +35,8 @@ def blank_items(values: Array, valid: Array, names: Sequence[str]) -> list[str]:
 
 def _held(item: Array, mask: Array) -> str:
     """Return the values of a blank item in words, an empty text for any other."""
-    step = max(1, mask.size // _SAMPLE)
-    some = mask.reshape(-1)[::step]
-    if any(len(np.unique(band.reshape(-1)[::step][some])) > 1 for band in item):
+    values = only_values(item, mask)
+    if values is None:
         return ""
-    if not mask.any():
-        return "nothing valid"
-    ends = [(band[mask].min(), band[mask].max()) for band in item]
-    if any(low != high for low, high in ends):
-        return ""
-    shown = sorted({f"{float(low):g}" for low, _ in ends})
-    return f"all {', '.join(shown[:4])}"
+    shown = sorted({f"{value:g}" for value in values})
+    return f"all {', '.join(shown[:4])}" if shown else "nothing valid"

@@ -21,6 +21,7 @@ from domainssl.io.volume.exam import Exam
 from domainssl.io.volume.geometry import check_same_grid, spacing_of
 from domainssl.io.volume.prepared import Prepared, compact, halve, shifted
 from domainssl.io.volume.scan import Scan, describe_scan, placed, read_labels, read_scan
+from domainssl.sources.blank import only_values
 from domainssl.sources.resampling import resample_labels, resample_scan, straight_grid
 from domainssl.sources.volume_options import Contrast, Preparation
 
@@ -214,15 +215,11 @@ def _read(exam: Exam, name: str, contrast: Contrast) -> Scan:
 
 def _blank(scan: Scan) -> list[str]:
     """Say that a scan shows nothing, as files of zeros do."""
-    values = scan.values if scan.valid is None else scan.values[:, scan.valid]
-    if not values.size:
-        return [f"{scan.facts.path}: no voxel is valid; leave the scan out, or get it again"]
-    if values.min() < values.max():
+    values = only_values(scan.values, scan.valid)
+    if values is None or len(set(values)) > 1:
         return []
-    value = float(values.flat[0])
-    return [
-        f"{scan.facts.path}: all valid voxels are {value:g}; leave the scan out, or get it again"
-    ]
+    held = f"all valid voxels are {values[0]:g}" if values else "no voxel is valid"
+    return [f"{scan.facts.path}: {held}; leave the scan out, or get it again"]
 
 
 def _labels(path: str, contrast: Contrast) -> Scan:

@@ -361,5 +361,8 @@ def test_blank_items_are_named_with_what_they_hold() -> None:
     assert blank_items(values[:, 1:2], valid[1:2], ["file"]) == ["file: all 0"]
     assert blank_items(values, valid, ["all of them"]) == []
     assert blank_items(values, valid, ["a", "", "c", "", ""]) == []  # lack the modality
+    assert blank_items(np.array([[2.0, 3.0]]), np.array([True, False]), ["a", "b"]) == [
+        "a: all 2", "b: nothing valid",
+    ]  # fmt: skip
     values[:, 1, 7, 7] = 1.0  # the one voxel that a coarse look misses
     assert blank_items(values, valid, list("abcde"))[0] == "d: nothing valid"
