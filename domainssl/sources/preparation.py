@@ -30,7 +30,7 @@ __all__ = ["kept_exams", "key_of", "prepare", "split_volumes"]
 _log = logging.getLogger(__name__)
 _said: set[str] = set()  # warnings of this process: an exam may be read in every epoch
 Array = np.ndarray[Any, Any]
-_VERSION = 2  # raise it when the result of `prepare` changes
+_VERSION = 3  # raise it when the result of `prepare` changes
 _SAME_SIZE = 1e-3  # by which voxel sizes may differ and count as equal
 _PRECISION = {"hu": 0.5}  # half a step of the unit's statistics; elsewhere a part of the value
 _AIR_HU = -500.0  # below: air; the lungs lie inside of what is above
@@ -86,14 +86,17 @@ def prepare(
     values, valid = {}, {}
     for name, scan in scans.items():
         values[name], valid[name] = done.scan(scan)
-    if exam.anonymized:
-        shown = done.labels(_labels(exam.anonymized, contrasts[first])) == 0
-        valid = {name: seen & shown for name, seen in valid.items()}
+    removed: dict[str, Array] = {}  # by file: contrasts may share one
+    for name, path in exam.anonymized.items():
+        if name in valid and path not in removed:
+            removed[path] = done.labels(_labels(path, contrasts[name]), outside=0) != 0
+        if name in valid:
+            valid[name] = valid[name] & ~removed[path]
     sources = {name: _source(exam, name, scan, contrasts[name]) for name, scan in scans.items()}
     limits = {n: _limits(values[n], valid[n], contrasts[n], sources[n]) for n in values}
     mask = None
     if with_mask and exam.mask:
-        mask = done.labels(_labels(exam.mask, contrasts[first]))
+        mask = done.labels(_labels(exam.mask, contrasts[first]), outside=-1)
     prepared = Prepared(
         values=values,
         valid=valid,
@@ -143,8 +146,7 @@ def kept_exams(
 
 def key_of(exam: Exam, cache: VolumeCache, options: Preparation) -> str:
     """Return the name of a prepared exam in a cache; it changes whenever one of its files does."""
-    files = {**exam.scans, "(mask)": exam.mask, "(anonymized)": exam.anonymized}
-    identity = identity_of(files, content=options.cache_key == "content")
+    identity = identity_of(exam.files, content=options.cache_key == "content")
     chosen = [plain(exam.series)] if exam.series else []
     return cache.key([identity, plain(exam.volumes), exam.source, *chosen])
 
@@ -277,14 +279,15 @@ class _Bringer:
             return compact(scan.values), valid
         return resample_scan(scan.values, valid, scan.affine, self.grid.shape, self.grid.affine)
 
-    def labels(self, scan: Scan) -> Array:
-        """Return labels (X, Y, Z) on the grid; outside of their own grid they are 0."""
+    def labels(self, scan: Scan, *, outside: int) -> Array:
+        """Return labels (X, Y, Z) on the grid, `outside` where their own grid does not reach."""
         if scan.facts.format == "dicom-seg":  # it stores only planes that hold something
             scan = placed(scan, self.own.shape, self.own.affine)
         if self._lies_there(scan):
             return scan.values[0]
         labels = scan.values[0]
-        return resample_labels(labels, scan.affine, self.grid.shape, self.grid.affine)
+        grid = self.grid
+        return resample_labels(labels, scan.affine, grid.shape, grid.affine, outside=outside)
 
     def _lies_there(self, scan: Scan) -> bool:
         if self.option:

@@ -18,12 +18,14 @@ from domainssl.datamodules.volumes import VolumeDataModule
 from domainssl.errors import ConfigError, DataError
 from domainssl.inspection.data import subject_of
 from domainssl.inspection.statistics import measure
+from domainssl.io.volume.exam import Exam
 from domainssl.io.volume.scan import Reading
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
 from domainssl.pieces import Plan
 from domainssl.sources.augmentation import Augmentation
 from domainssl.sources.held_out import HeldOut
+from domainssl.sources.preparation import prepare
 from domainssl.sources.volume_options import (
     Contrast,
     ExamFiles,
@@ -151,6 +153,11 @@ def test_removed_voxels_are_not_valid(tmp_path: Path) -> None:
     data = _data(tmp_path, {"t1": Contrast()}, preparation=Preparation(foreground=False))
     (batch,) = _batches(data)
     assert torch.equal(batch["t1.valid"][0], torch.from_numpy(removed == 0))
+    t1 = str(tmp_path / "p1" / "t1.nii.gz")  # nnssl has a map of each contrast
+    maps = {"t1": str(tmp_path / "p1" / "anon_mask.nii.gz")}
+    exam = Exam(id="e", patient="p", scans={"t1": t1, "t2": t1}, anonymized=maps)
+    done = prepare(exam, dict.fromkeys(exam.scans, Contrast()), Preparation(foreground=False))
+    assert np.array_equal(done.valid["t1"], removed == 0) and done.valid["t2"].all()
 
 
 def test_contrasts_on_other_grids_are_refused_or_resampled(tmp_path: Path) -> None:
@@ -165,6 +172,17 @@ def test_contrasts_on_other_grids_are_refused_or_resampled(tmp_path: Path) -> No
     for name in both:
         found = spot(batch[name][0, 0].numpy(), batch[f"{name}.affine"][0])
         assert np.abs(found - SPOT_MM).max() <= 3.0, name
+
+
+def test_voxels_beyond_a_resampled_map_are_of_no_class(tmp_path: Path) -> None:
+    scan = spot_scan(tmp_path / "ct.nii.gz", shape=(12, 12, 10))
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    affine[:3, 3] = (-45.0, -20.0, 5.0)  # begins five planes higher
+    mask = write_scan(tmp_path / "seg.nii.gz", np.ones((12, 12, 5), np.uint8), affine)
+    exam = Exam(id="e", patient="p", scans={"ct": str(scan)}, mask=str(mask))
+    options = Preparation(foreground=False, resample_to="ct")
+    done = prepare(exam, CT, options, with_mask=True)
+    assert done.mask is not None and [*done.mask[3, 3]] == [-1] * 5 + [1] * 5
 
 
 def test_masks_and_classes_come_along(tmp_path: Path) -> None:

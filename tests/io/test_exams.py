@@ -271,8 +271,8 @@ def test_the_list_of_nnssl_holds_sessions(tmp_path: Path, monkeypatch: pytest.Mo
     _touch(tmp_path, "raw/a.nii.gz", "raw/b.nii.gz", "raw/c.nii.gz", "raw/anon.nii.gz")
 
     def image(name: str, modality: str, mask: str | None = None) -> dict[str, object]:
-        masks = {"anonymization_mask": mask, "anatomy_mask": None}
-        return {"name": name, "modality": modality, "image_path": f"$NNSSL_TEST/{name}.nii.gz",
+        masks = {"anonymization_mask": mask, "anatomy_mask": "$NNSSL_TEST/none.nii.gz"}
+        return {"name": name, "modality": modality, "image_path": f"${{NNSSL_TEST}}/{name}.nii.gz",
                 "associated_masks": masks if mask else None}  # fmt: skip
 
     images = [image("a", "T1w", "$NNSSL_TEST/anon.nii.gz"), image("b", "T1w"), image("c", "FLAIR")]
@@ -288,9 +288,14 @@ def test_the_list_of_nnssl_holds_sessions(tmp_path: Path, monkeypatch: pytest.Mo
     found = find_exams(str(tmp_path), both)
     (exam,) = found.items
     assert (exam.id, exam.patient) == ("D1/p/s", "D1/p") and "1 further images" in found.problems[0]
-    assert exam.scans["t1"].endswith("a.nii.gz") and exam.anonymized.endswith("anon.nii.gz")
+    assert exam.scans["t1"].endswith("a.nii.gz")
+    assert exam.anonymized == {"t1": str(tmp_path / "raw" / "anon.nii.gz")}  # not that of flair
     every = find_exams(str(tmp_path), Wanted(contrasts={"scan": "*"}))
     assert [e.id for e in every.items] == ["D1/p/s/a", "D1/p/s/b", "D1/p/s/c"]
+    assert [sorted(e.anonymized) for e in every.items] == [["scan"], [], []]
+    (tmp_path / "raw" / "a.nii.gz").rename(tmp_path / "raw" / "a.nii.gz.b2nd")
+    with pytest.raises(DataError, match=r"preprocessed.*folder below \$nnssl_raw"):
+        find_exams(str(tmp_path), both)
 
 
 def test_a_table_is_read_as_it_is_meant_whatever_its_columns_are_called(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ __all__ = [
 _DATASET = "dataset.json"
 _PRETRAIN = "pretrain_data.json"
 _NAMED = 5
+_PACKED = ".b2nd"  # arrays that nnssl writes beside its preprocessed list
 _ADVICE = "The file is not in the form of its publisher."
 
 
@@ -260,7 +261,7 @@ def read_nnssl(root: str, wanted: Wanted) -> Found[Exam]:
     with parsing(where, advice=_ADVICE):
         for name, patient, images in _sessions(content):
             scans: dict[str, str] = {}
-            hidden = ""
+            hidden: dict[str, str] = {}
             for image in images:
                 contrast = str(image["modality"])
                 seen.add(contrast)
@@ -273,13 +274,12 @@ def read_nnssl(root: str, wanted: Wanted) -> Found[Exam]:
                     one = f"{name}/{image.get('name') or stem_of(path)}"
                     ids[one] += 1
                     one = one if ids[one] == 1 else f"{one}_{ids[one]}"
-                    exams.append(
-                        Exam(id=one, patient=patient, scans={key: path}, anonymized=removed)
-                    )
-                for key in keys:
-                    spare += key in scans
-                    scans.setdefault(key, path)
-                    hidden = hidden or removed
+                    own = {key: removed} if removed else {}
+                    exams.append(Exam(id=one, patient=patient, scans={key: path}, anonymized=own))
+                new = [key for key in keys if key not in scans]
+                spare += len(keys) - len(new)
+                scans |= dict.fromkeys(new, path)
+                hidden |= dict.fromkeys(new if removed else (), removed)
             if scans:
                 exams.append(Exam(id=name, patient=patient, scans=scans, anonymized=hidden))
     for key, contrast in wanted.contrasts.items():
@@ -289,6 +289,12 @@ def read_nnssl(root: str, wanted: Wanted) -> Found[Exam]:
                 f"{', '.join(sorted(seen))}.{nearest(contrast, seen)} Set "
                 f"data.init_args.modalities.{key}.contrast to one of them."
             )
+    if any(os.path.exists(f + _PACKED) for exam in exams[:1] for f in exam.scans.values()):
+        raise DataError(
+            f"{where}: lists images that nnssl has preprocessed ({_PACKED}), which are normalised "
+            "and not in physical values. Set data.init_args.root to the folder below $nnssl_raw "
+            "with the list of the scans themselves."
+        )
     _must_exist(where, exams)
     problems = [f"{where}: {spare} further images of a contrast in a session"] if spare else []
     return Found(layout="nnssl", items=exams, problems=problems)
@@ -306,7 +312,7 @@ def _sessions(content: Any) -> Iterator[tuple[str, str, list[Any]]]:
 def _expanded(root: str, path: str) -> str:
     found = os.path.expandvars(path)
     if found.startswith("$"):
-        variable = found[1:].split("/")[0]
+        variable = found[1:].split("/")[0].strip("{}")
         raise DataError(
             f"{root}: paths in its list of files begin with ${variable}, which is no variable "
             f"of the environment. Set it to the folder: export {variable}=…"
@@ -315,7 +321,7 @@ def _expanded(root: str, path: str) -> str:
 
 
 def _must_exist(where: str, exams: list[Exam]) -> None:
-    files = [f for exam in exams for f in (*exam.scans.values(), exam.mask, exam.anonymized) if f]
+    files = [file for exam in exams for file in exam.files.values()]
     missing = [file for file in dict.fromkeys(files) if not os.path.exists(file)]
     if missing:
         raise DataError(

@@ -26,7 +26,7 @@ class Exam:
         source: What kind of scan it is, such as `ct` or `mr`; empty where unknown.
         label: Class of the exam; empty where unknown.
         mask: File with the class of every voxel; empty where there is none.
-        anonymized: File that is not 0 where voxels were removed (a defaced head); empty for none.
+        anonymized: File per modality key that is not 0 where voxels were removed (a defaced head).
         day: Days since the first visit of its patient; 0 where dates are not asked for.
         date: What a table says of its date, until it is a day; empty afterwards.
     """
@@ -40,9 +40,15 @@ class Exam:
     source: str = ""
     label: str = ""
     mask: str = ""
-    anonymized: str = ""
+    anonymized: Mapping[str, str] = field(default_factory=dict)
     day: int = 0
     date: str = field(default="", repr=False)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """All files by what they are: the scans by modality key, and maps in parentheses."""
+        removed = {f"(anonymized {name})": file for name, file in self.anonymized.items()}
+        return {**self.scans, **({"(mask)": self.mask} if self.mask else {}), **removed}
 
 
 @dataclass(frozen=True, kw_only=True)

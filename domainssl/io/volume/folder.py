@@ -223,5 +223,5 @@ def _exam(
         series={n: key for n, (path, key) in series.items() if scans[n] == path},
         split=split,
         mask=extra.get("mask", ""),
-        anonymized=extra.get("anonymized", ""),
+        anonymized=dict.fromkeys(scans, extra["anonymized"]) if "anonymized" in extra else {},
     )

@@ -72,8 +72,7 @@ def read_manifest(path: str, root: str, wanted: Wanted) -> Found[Exam]:
                 "of its own."
             )
         exams[exam.id] = exam
-        files = (*exam.scans.values(), exam.mask, exam.anonymized)
-        missing += [file for file in files if file and not os.path.exists(file)]
+        missing += [file for file in exam.files.values() if not os.path.exists(file)]
     if missing:
         raise DataError(
             f"{path}: {len(missing)} files that it names are not there, such as "
@@ -125,6 +124,7 @@ def _exam(row: Mapping[str, str], root: str, wanted: Wanted, where: str) -> Exam
     if not scans:
         return None
     first = os.path.relpath(next(iter(scans.values())), root)
+    removed = path("anon_mask")
     named = row.get("id") or first
     split = row.get("split", "")
     if split and not split_of(split):
@@ -137,6 +137,6 @@ def _exam(row: Mapping[str, str], root: str, wanted: Wanted, where: str) -> Exam
         source=row.get("source", "").lower(),
         label=row.get(wanted.label, "") if wanted.label else "",
         mask=path(wanted.mask),
-        anonymized=path("anon_mask"),
+        anonymized=dict.fromkeys(scans, removed) if removed else {},
         date=row.get(wanted.dates, "") if wanted.dates else "",
     )
