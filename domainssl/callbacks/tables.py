@@ -20,7 +20,8 @@ from domainssl.callbacks._common import console_of, run_folder
 from domainssl.distributed import all_gather_objects
 from domainssl.errors import ConfigError, require
 from domainssl.files import new_file, write_text
-from domainssl.tasks.base import Task, labelled
+from domainssl.tasks.base import Task
+from domainssl.tasks.per_class import labelled, shown_classes
 
 __all__ = ["ResultTables"]
 
@@ -94,11 +95,10 @@ class ResultTables(Callback):
                 ]
                 written.append(_write_csv(folder / f"{name}.csv", ["label", *classes], table))
                 written.append(_draw(value.numpy(), classes, folder / f"{name}.png"))
-        per_class = {n.removesuffix("_of"): v.tolist() for n, v in found.items() if v.ndim == 1}
+        per_class = _per_class(found)
         if per_class:
-            counts = labelled(found)
             lines = [
-                [c, *("" if counts and not counts[i] else v[i] for v in per_class.values())]
+                [c, *("" if v[i] is None else v[i] for v in per_class.values())]
                 for i, c in enumerate(classes)
             ]
             written.append(_write_csv(folder / "classes.csv", ["class", *per_class], lines))
@@ -109,20 +109,34 @@ class ResultTables(Callback):
         words = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items())
         screen.print(f"{'result':<8} {words}", markup=False)
         if per_class:
-            screen.print(_shown(classes, per_class, counts))
+            screen.print(_shown(classes, per_class, labelled(found)))
         shown = ", ".join(path.name for path in written)
         screen.print(f"{'written':<8} {folder}  ({shown})", markup=False)
 
 
+def _per_class(found: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
+    """Return the metrics per class by name; None where a class has none."""
+    return {
+        name.removesuffix("_of"): [
+            v if shown else None
+            for v, shown in zip(value.tolist(), shown_classes(found, name), strict=True)
+        ]
+        for name, value in found.items()
+        if value.ndim == 1
+    }
+
+
 def _shown(
-    classes: Sequence[str], columns: Mapping[str, Sequence[float]], counts: Sequence[int] | None
+    classes: Sequence[str],
+    columns: Mapping[str, Sequence[float | None]],
+    counts: Sequence[int] | None,
 ) -> Table:
     """Return the table per class for the screen; of very many classes the first ones.
 
     Args:
         classes: Names.
-        columns: A number per class, by the name of the metric.
-        counts: How often each is a label, where that is known: classes without one get no numbers.
+        columns: A number per class, by the name of the metric; None where it has none.
+        counts: How often each is a label, where that is known.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("class", overflow="fold")
@@ -130,7 +144,7 @@ def _shown(
         table.add_column(title.replace("_", " "), justify="right")
     for number, name in enumerate(classes[:_MOST_NAMED]):
         count = None if counts is None else counts[number]
-        cells = ["-" if count == 0 else f"{v[number]:.3f}" for v in columns.values()]
+        cells = ["-" if v[number] is None else f"{v[number]:.3f}" for v in columns.values()]
         table.add_row(escape(name), *([] if count is None else [f"{count:,.0f}"]), *cells)
     if len(classes) > _MOST_NAMED:
         table.add_row(f"{len(classes) - _MOST_NAMED} more in classes.csv")

@@ -13,20 +13,21 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 
 from domainssl.arguments import class_name, class_of, plain
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.modality import Batch, Modality, as_modalities
 from domainssl.options import as_dataclass
+from domainssl.tasks.per_class import labelled, shown_classes, with_means
 from domainssl.tasks.starting import starting_backbone, warn_if_random
 from domainssl.tasks.tuning import Tuning, apply_tuning
 from domainssl.training.execution import Execution
 from domainssl.training.module import Generators, Step, TrainingModule
 from domainssl.training.optimization import Optimization
 
-__all__ = ["BALANCED", "Task", "as_class_weights", "labelled"]
+__all__ = ["BALANCED", "Task", "as_class_weights"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +116,20 @@ class Task(TrainingModule):
         Those that return (K,) are logged per class, without `_of` at the end of their name; those
         that return (K, K) are written by `ResultTables`. Where there is a `confusion`, (K, K) or of
         several labels (K, 2, 2), it tells which classes have labels; the others have no metrics.
+        Means over classes are named by `means`.
         """
         raise NotImplementedError
+
+    def means(self) -> Mapping[str, str]:
+        """Return the means over the classes that have labels: its name, and the metric per class.
+
+        Means of `torchmetrics` count a class that has no label, and is predicted somewhere, as 0.
+        """
+        return {}
+
+    def computed(self, watched: MetricCollection) -> dict[str, Tensor]:
+        """Return the values of `metrics`, of all ranks, and of `means`."""
+        return with_means(watched.compute(), self.means())
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what the metrics compare: predictions and targets."""
@@ -258,7 +271,7 @@ class Task(TrainingModule):
         watched = self._watched.get(split)
         if watched is None:
             return
-        self.results[split] = {n: v.detach().cpu() for n, v in watched.compute().items()}
+        self.results[split] = {n: v.detach().cpu() for n, v in self.computed(watched).items()}
         self._tell_unlabelled(split)
         for name, value in self.named_results(self.results[split]).items():
             self.log(f"{split}/{name}", value, batch_size=1, prog_bar="/" not in name)
@@ -271,12 +284,11 @@ class Task(TrainingModule):
         never finds them.
         """
         named = {name: value for name, value in found.items() if value.ndim == 0}
-        counts = labelled(found)
         for name, value in found.items():
             if value.ndim == 1:
-                own = name.removesuffix("_of")
-                for i, (c, v) in enumerate(zip(self.classes, value, strict=True)):
-                    if counts is None or counts[i]:
+                own, is_shown = name.removesuffix("_of"), shown_classes(found, name)
+                for c, v, shown in zip(self.classes, value, is_shown, strict=True):
+                    if shown:
                         named[f"{own}/{c}"] = v
         return named
 
@@ -337,19 +349,6 @@ class Task(TrainingModule):
             losses[name] = losses[name] + nothing
 
 
-def labelled(found: Mapping[str, Tensor]) -> list[int] | None:
-    """Return how often each class is a label in what `Task.metrics` found; None if that is unknown.
-
-    Args:
-        found: Of which `confusion` counts labels, (K, K), or of several labels (K, 2, 2).
-    """
-    counts = found.get("confusion")
-    if counts is None:
-        return None
-    own = counts.sum(1) if counts.ndim == 2 else counts[:, 1].sum(1)
-    return [int(count) for count in own]
-
-
 def _reached(tensors: Any) -> set[int]:
     """Return the ids of the leaves that a graph leads to."""
     waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
@@ -364,11 +363,6 @@ def _reached(tensors: Any) -> set[int]:
                 seen.add(following)
                 waiting.append(following)
     return found
-
-
-def metric_collection(**metrics: Metric) -> MetricCollection:
-    """Return metrics by name, each computed by itself."""
-    return MetricCollection(dict(metrics), compute_groups=False)
 
 
 def as_class_weights(weights: Sequence[float] | str) -> tuple[float, ...] | Literal["balanced"]:

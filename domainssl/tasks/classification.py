@@ -21,7 +21,8 @@ from domainssl.distributed import global_mean
 from domainssl.errors import ConfigError, DataError, nearest, require
 from domainssl.modality import Batch, Modality
 from domainssl.options import as_dataclass
-from domainssl.tasks.base import Task, as_class_weights, metric_collection
+from domainssl.tasks.base import Task, as_class_weights
+from domainssl.tasks.per_class import metric_collection
 from domainssl.tasks.pooled import ItemHead, PooledHead
 from domainssl.tasks.tuning import Tuning
 from domainssl.training.execution import Execution
@@ -199,33 +200,37 @@ class ClassificationTask(Task):
         return {self.loss.name: class_loss(logits, target, self.loss, self.ignore_index)}
 
     def metrics(self) -> MetricCollection:
-        """Return accuracy, F1 and area under the ROC curve, over all and per class."""
+        """Return accuracy over all items; F1, area under the ROC curve and others per class."""
         count = len(self.classes)
         if self.multi_label:
             common: dict[str, Any] = {"num_labels": count, "ignore_index": self.ignore_index}
             return metric_collection(
                 accuracy=scores.MultilabelAccuracy(**common, average="micro"),
-                f1=scores.MultilabelF1Score(**common, average="macro"),
-                auroc=scores.MultilabelAUROC(**common, thresholds=_BINS),
-                average_precision=scores.MultilabelAveragePrecision(**common, thresholds=_BINS),
                 f1_of=scores.MultilabelF1Score(**common, average="none"),
                 precision_of=scores.MultilabelPrecision(**common, average="none"),
                 recall_of=scores.MultilabelRecall(**common, average="none"),
                 auroc_of=scores.MultilabelAUROC(**common, thresholds=_BINS, average="none"),
+                average_precision_of=scores.MultilabelAveragePrecision(
+                    **common, thresholds=_BINS, average="none"
+                ),
                 confusion=scores.MultilabelConfusionMatrix(**common),
             )
         common = {"num_classes": count, "ignore_index": self.ignore_index}
         return metric_collection(
             accuracy=scores.MulticlassAccuracy(**common, average="micro"),
-            balanced_accuracy=scores.MulticlassAccuracy(**common, average="macro"),
-            f1=scores.MulticlassF1Score(**common, average="macro"),
-            auroc=scores.MulticlassAUROC(**common, thresholds=_BINS),
             f1_of=scores.MulticlassF1Score(**common, average="none"),
             precision_of=scores.MulticlassPrecision(**common, average="none"),
             recall_of=scores.MulticlassRecall(**common, average="none"),
             auroc_of=scores.MulticlassAUROC(**common, thresholds=_BINS, average="none"),
             confusion=scores.MulticlassConfusionMatrix(**common),
         )
+
+    def means(self) -> Mapping[str, str]:
+        """Return the means over the classes that have labels."""
+        own = {"average_precision": "average_precision_of"}
+        if not self.multi_label:
+            own = {"balanced_accuracy": "recall_of"}
+        return {"auroc": "auroc_of", "f1": "f1_of", **own}
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return probabilities and labels, unknown ones as `ignore_index`."""

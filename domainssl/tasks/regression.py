@@ -17,8 +17,9 @@ from domainssl.distributed import global_mean
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.modality import Batch, Modality
 from domainssl.options import as_dataclass
-from domainssl.tasks.base import Task, metric_collection
+from domainssl.tasks.base import Task
 from domainssl.tasks.dense import DenseHead, DenseMaps, Tiles
+from domainssl.tasks.per_class import metric_collection
 from domainssl.tasks.pooled import ItemHead, PooledHead
 from domainssl.tasks.tuning import Tuning
 from domainssl.training.execution import Execution

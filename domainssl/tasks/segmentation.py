@@ -21,9 +21,10 @@ from domainssl.distributed import global_mean
 from domainssl.errors import ConfigError, DataError, nearest, require
 from domainssl.modality import Batch, Modality
 from domainssl.options import as_dataclass
-from domainssl.tasks.base import Task, as_class_weights, metric_collection
+from domainssl.tasks.base import Task, as_class_weights
 from domainssl.tasks.classification import ClassLoss, class_loss
 from domainssl.tasks.dense import DenseHead, DenseMaps, Tiles
+from domainssl.tasks.per_class import metric_collection
 from domainssl.tasks.tuning import Tuning
 from domainssl.training.execution import Execution
 from domainssl.training.optimization import Optimization
@@ -166,18 +167,20 @@ class SegmentationTask(DenseMaps, Task):
             return global_mean(terms.sum(), torch.tensor(float(terms.numel()), device=terms.device))
 
     def metrics(self) -> MetricCollection:
-        """Return Dice, intersection over union and accuracy over all pixels, and by class."""
+        """Return Dice and intersection over union of every class, and accuracy over all pixels."""
         common: dict[str, Any] = {
             "num_classes": len(self.classes), "ignore_index": self.ignore_index,
         }  # fmt: skip
         return metric_collection(
-            dice=scores.MulticlassF1Score(**common, average="macro"),
-            iou=scores.MulticlassJaccardIndex(**common, average="macro"),
             accuracy=scores.MulticlassAccuracy(**common, average="micro"),
             dice_of=scores.MulticlassF1Score(**common, average="none"),
             iou_of=scores.MulticlassJaccardIndex(**common, average="none"),
             confusion=scores.MulticlassConfusionMatrix(**common),
         )
+
+    def means(self) -> Mapping[str, str]:
+        """Return `dice` and `iou`, the means over the classes that have labels."""
+        return {"dice": "dice_of", "iou": "iou_of"}
 
     def scored(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return predicted and true classes, (B, *S) each."""

@@ -114,7 +114,7 @@ def test_items_that_lack_a_date_and_unknown_pixels_do_not_count() -> None:
     torch.testing.assert_close(loss, wanted)
     metrics = task.metrics()
     metrics.update(*task.scored(logits, batch))
-    found = task.named_results(metrics.compute())
+    found = task.named_results(task.computed(metrics))
     predicted = logits.argmax(1)[known]
     truth = batch["mask"][known]
     both = ((predicted == 1) & (truth == 1)).sum() / ((predicted == 1) | (truth == 1)).sum()

@@ -76,7 +76,7 @@ def test_metrics_are_told_per_class() -> None:
     watched = task.metrics()
     perfect = torch.nn.functional.one_hot(x["mask"].clamp(min=0), 3).movedim(-1, 1).float()
     watched.update(*task.scored(perfect, x))
-    found = task.named_results(watched.compute())
+    found = task.named_results(task.computed(watched))
     assert {"dice", "iou", "accuracy", "dice/core", "iou/oedema"} <= set(found)
     assert all(float(value) == 1 for value in found.values())
 

@@ -104,6 +104,30 @@ def test_a_test_of_maps_counts_pixels(tmp_path, caplog):
     assert _draw(np.full((3, 3), 1e6), CLASSES, tmp_path / "large.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("kind", ["item", "items", "map"])
+def test_means_are_those_of_the_classes_that_are_told(kind):
+    """A class that is predicted and has no label counted as 0, though it is not told."""
+    predicted = torch.eye(3)[[0, 2, 1]]
+    if kind == "map":
+        model = SegmentationTask(
+            backbone(), modalities=MODALITIES, classes=CLASSES, head={"name": "linear"}
+        )
+        predicted, target, wanted = predicted.argmax(1), torch.tensor([0, 1, 1]), {"iou": 0.75}
+    else:
+        model = task(multi_label=kind == "items")
+        target, wanted = torch.tensor([0, 1, 1]), {"f1": 5 / 6, "balanced_accuracy": 0.75}
+    if kind == "items":  # nobody has the second, all have the third, of which no curve tells
+        target, wanted = torch.tensor([[1, 0, 1], [0, 0, 1], [0, 0, 1]]), {"f1": 0.75, "auroc": 1.0}
+    watched = model.metrics()
+    watched.update(predicted, target)
+    named = model.named_results(model.computed(watched))
+    for mean, source in model.means().items():
+        told = [v for n, v in named.items() if n.startswith(source.removesuffix("_of") + "/")]
+        assert float(named[mean]) == pytest.approx(float(sum(told)) / len(told))
+    assert {name: float(named[name]) for name in wanted} == pytest.approx(wanted)
+    assert ("auroc/nests" in named, "auroc/mucin" in named) == (kind == "item", False)
+
+
 def test_predictions_may_be_parquet_and_several_labels_have_no_confusion(tmp_path):
     given = batch()
     given["label"] = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, torch.nan, 0], [0, 1, 0]])
