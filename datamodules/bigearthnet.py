@@ -10,14 +10,14 @@ dataset: {name: domainssl.datamodules.bigearthnet.BigEarthNetV2}
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from domainssl.datamodules.dataset import DatasetModality
 from domainssl.errors import ConfigError, DataError, nearest, parsing, require
-from domainssl.io.raster.patches import measured_or_nan, read_map, read_patch, repeated
+from domainssl.io.raster.patches import folders_in, measured_or_nan, read_map, read_patch, repeated
 from domainssl.io.ssl4eo.facts import PRODUCTS
 
 __all__ = ["BigEarthNetV2"]
@@ -103,6 +103,21 @@ class BigEarthNetV2:
             self._rows.append((str(patch), str(radar), tuple(numbers[name] for name in labels)))
         if not self._rows:
             raise DataError(f"{path}: names no patch of the split {_SPLITS[split]!r}.")
+        self._must_be_there("BigEarthNet-S2", [(_tile(p), p) for p, _, _ in self._rows], path)
+        self._must_be_there("BigEarthNet-S1", [(_scene(r), r) for _, r, _ in self._rows], path)
+
+    def _must_be_there(self, folder: str, named: Sequence[tuple[str, str]], path: str) -> None:
+        """Refuse a table of which no patch has a folder."""
+        base = os.path.join(self.root, folder)
+        if any(os.path.isdir(os.path.join(base, *parts)) for parts in named):
+            return
+        inside = [os.path.join(n, m) for n in folders_in(base)[:1]
+                  for m in folders_in(os.path.join(base, n))[:2]]  # fmt: skip
+        raise DataError(
+            f"{path}: none of its {len(named)} patches of the split is in {base}: it names "
+            f"{os.path.join(*named[0])}, there is {', '.join(inside) or 'nothing'}. Unpack "
+            f"{folder} there, of the release that the table is of."
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -110,7 +125,7 @@ class BigEarthNetV2:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `s1`, `s2`, `label`, `mask` where it is there, and `id` of a patch."""
         patch, radar, labels = self._rows[index]
-        tile, scene = patch.rsplit("_", 2)[0], radar.rsplit("_", 3)[0]
+        tile, scene = _tile(patch), _scene(radar)
         folder = os.path.join(self.root, "BigEarthNet-S2", tile, patch)
         bands = [
             repeated(read_patch(os.path.join(folder, f"{patch}_{band}.tif"), 1,
@@ -134,6 +149,14 @@ class BigEarthNetV2:
         if os.path.isdir(os.path.join(self.root, _MAP)):
             item["mask"] = _classes(read_map(path, _SIDE), path)
         return item
+
+
+def _tile(patch: str) -> str:
+    return patch.rsplit("_", 2)[0]
+
+
+def _scene(radar: str) -> str:
+    return radar.rsplit("_", 3)[0]
 
 
 def _is_name(value: object) -> bool:

@@ -218,6 +218,7 @@ class DatasetDataModule(DomainDataModule):
         self._given: Mapping[str, Any] | None = None
         self._module: LightningDataModule | None = None
         self._counts: dict[str, int] = {}
+        self._problems: list[str] = []
 
     @classmethod
     def of(
@@ -344,6 +345,7 @@ class DatasetDataModule(DomainDataModule):
 
     def _source(self, split: str, dataset: Any) -> DatasetSource:
         """Check a data set and wrap it."""
+        self._tell(getattr(dataset, "problems", ()))
         dataset = indexed(dataset, self._read)
         where = f"{_WHERE}.dataset, split {split!r}"
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
@@ -371,6 +373,15 @@ class DatasetDataModule(DomainDataModule):
             sizes_read={name: modality.size for name, modality in self._read.items()},
             prefix=f"{split}_",
         )
+
+    def _tell(self, problems: Any) -> None:
+        """Keep and log what a data set says of itself, each text once."""
+        if not isinstance(problems, list) or not all(isinstance(text, str) for text in problems):
+            return  # another library's attribute of this name
+        for text in problems:
+            if text not in self._problems:
+                self._problems.append(text)
+                _log.warning("%s", text)
 
     def _divided(self, source: DatasetSource) -> dict[str, DatasetSource]:
         """Hold out a part of the only data set there is, the same in every run."""
@@ -401,6 +412,11 @@ class DatasetDataModule(DomainDataModule):
             )
 
     @property
+    def problems(self) -> list[str]:
+        """What the data sets left out or found odd: the texts of their `problems`."""
+        return list(self._problems)
+
+    @property
     def num_classes(self) -> int | None:
         """Number of classes where the data set names them; known after setup."""
         return len(self.label_names) if self.label_names is not None else None
@@ -419,6 +435,7 @@ class DatasetDataModule(DomainDataModule):
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""
         lines = [f"{self.dataset.name} at {self._root()}" if self.root else self.dataset.name]
+        lines += [f"problem: {text}" for text in self.problems]
         for name, modality in self.modalities.items():
             read = self.described[name]
             places = f" {list(read.positions)}" if read.positions else ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from domainssl.datamodules.dataset import DatasetModality
@@ -27,11 +27,13 @@ _SPLITS = ("train", "val", "test")
 _FIFTH = {3: "val", 4: "test"}  # of the patches of a class, by their number
 _STORED = (*L1C_BANDS[:8], "B09", "B10", "B11", "B12", "B8A")  # the order of EuroSAT
 _NAME = re.compile(r"(\w+)_(\d+)\.tiff?")
+_Patches = dict[str, dict[int, str]]  # file by class and number
 
 
 class EuroSATSAR:
     """Patches of 640 m in ten classes: VV and VH, and 13 bands of L1C from EuroSAT.
 
+    Classes without patches are told, and so are patches of one sensor alone, which are left out.
     There is no published split of the radar patches: of each class, three fifths are for training,
     one is held out and one is for tests, by the number in the file's name.
 
@@ -40,8 +42,11 @@ class EuroSATSAR:
         split: `train`, `val` or `test`.
         optical: Folder of EuroSAT (MS) with the same names; None reads radar alone.
 
+    Attributes:
+        problems: What was left out or is missing.
+
     Raises:
-        DataError: There is no folder of a class, or no patch of the split.
+        DataError: There is no folder of a class, no patch of the split, or none in both sensors.
     """
 
     classes: ClassVar[tuple[str, ...]] = (
@@ -62,27 +67,46 @@ class EuroSATSAR:
                 f"{nearest(split, _SPLITS)}"
             )
         self.root, self.optical = root, optical
-        there = [name for name in self.classes if name in folders_in(root)]
-        if not there:
+        found, self.problems = _patches(root, self.classes)
+        if not found:
             raise DataError(
                 f"{root}: none of the ten folders of classes, such as AnnualCrop/; it holds "
                 f"{', '.join(folders_in(root)[:8]) or 'no folder'}."
             )
-        self._rows: list[tuple[str, str, int]] = []
-        for name in there:
-            found = {
-                int(match[2]): file
-                for file in os.listdir(os.path.join(root, name))
-                if (match := _NAME.fullmatch(file)) and match[1] == name
-            }
-            number = self.classes.index(name)
-            self._rows += [
-                (name, found[n], number)
-                for n in sorted(found)
-                if _FIFTH.get(n % 5, "train") == split
-            ]
+        if optical is not None:
+            found = self._paired(found, optical)
+        self._rows: list[tuple[str, str, int]] = [
+            (name, own[n], self.classes.index(name))
+            for name, own in found.items()
+            for n in sorted(own)
+            if _FIFTH.get(n % 5, "train") == split
+        ]
         if not self._rows:
             raise DataError(f"{root}: no patch of the split {split!r}, such as AnnualCrop_1.tif.")
+
+    def _paired(self, radar: Mapping[str, dict[int, str]], optical: str) -> _Patches:
+        """Return the radar patches that have a partner of the same name, and tell of the others."""
+        partners, odd = _patches(optical, self.classes)
+        self.problems += odd
+        ours, theirs = ({(c, f) for c, own in side.items() for f in own.values()}
+                        for side in (radar, partners))  # fmt: skip
+        if not ours & theirs:
+            named = [os.path.join(*min(names)) if names else "nothing" for names in (ours, theirs)]
+            raise DataError(
+                f"{optical}: no patch has the name of one in {self.root}; it holds {named[1]}, "
+                f"that of the radar {named[0]}. Expected the folder of EuroSAT (MS), with the same "
+                "folders and names."
+            )
+        for place, lone in ((self.root, ours - theirs), (optical, theirs - ours)):
+            if lone:
+                self.problems.append(
+                    f"{place}: {len(lone)} patches without a partner are left out, such as "
+                    f"{os.path.join(*min(lone))}"
+                )
+        return {
+            name: {n: file for n, file in own.items() if (name, file) in theirs}
+            for name, own in radar.items()
+        }
 
     @property
     def targets(self) -> list[int]:
@@ -122,3 +146,31 @@ class EuroSATPairs(EuroSATSAR):
 
     def __init__(self, root: str, optical: str, split: str = "train") -> None:
         super().__init__(root, split, optical)
+
+
+def _patches(root: str, classes: Sequence[str]) -> tuple[_Patches, list[str]]:
+    """Return the patches of the classes whose folders are there, and which are missing."""
+    folders = folders_in(root)
+    found: _Patches = {}
+    problems = []
+    for name in classes:
+        alike = [folder for folder in folders if folder.lower() == name.lower()]
+        if name in folders:
+            found[name] = {
+                int(match[2]): file
+                for file in os.listdir(os.path.join(root, name))
+                if (match := _NAME.fullmatch(file)) and match[1] == name
+            }
+            if not found[name]:
+                problems.append(
+                    f"{os.path.join(root, name)}: no patch such as {name}_1.tif, so the class has "
+                    "none"
+                )
+        elif alike:
+            problems.append(
+                f"{os.path.join(root, alike[0])}: not read, the class is called {name}; rename the "
+                "folder and its files"
+            )
+        else:
+            problems.append(f"{root}: no folder {name}/, so the class has no patches")
+    return found, problems

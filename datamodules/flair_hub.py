@@ -21,7 +21,7 @@ import numpy as np
 
 from domainssl.datamodules.dataset import DatasetModality
 from domainssl.errors import ConfigError, DataError, nearest, parsing
-from domainssl.io.raster.patches import measured_or_nan, read_map, read_patch
+from domainssl.io.raster.patches import folders_in, measured_or_nan, read_map, read_patch
 from domainssl.io.ssl4eo.facts import PRODUCTS
 from domainssl.io.storage.archives import check_member
 from domainssl.sensors import L2A_BANDS
@@ -130,7 +130,30 @@ class FlairHub:
             self._rows = list(csv.DictReader(file, delimiter=";" if ";" in head else ","))
         if not self._rows or not self._rows[0].get("patch_id"):
             raise DataError(f"{path}: no column 'patch_id', or no patch in it.")
+        self._must_be_there(path)
         self._dates = {key: _dates(root, name) for key, (name, _) in _SERIES.items()}
+        self.problems = self._undated()
+
+    def _must_be_there(self, table: str) -> None:
+        """Refuse a table of which no patch has an aerial image."""
+        indices = range(len(self._rows))
+        if not any(os.path.isfile(self._path(index, "AERIAL_RGBI")) for index in indices):
+            raise DataError(
+                f"{table}: none of its {len(indices)} patches is there: it names "
+                f"{self._path(0, 'AERIAL_RGBI')}, and "
+                f"{self.root} holds {', '.join(folders_in(self.root)[:3]) or 'no folder'}. Unpack "
+                "the domains of the table beside it, or name the table of those that are there."
+            )
+
+    def _undated(self) -> list[str]:
+        """Say which series that are there have no table of dates."""
+        folders = folders_in(self.root)
+        return [
+            f"{self.root}: no {_table_of_dates(name)}, so dates of {key!r} are not known (0)."
+            " Get the publisher's GLOBAL_ALL_MTD/ if the model uses dates."
+            for key, (name, _) in _SERIES.items()
+            if not self._dates[key] and any(folder.endswith(f"_{name}") for folder in folders)
+        ]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -228,10 +251,13 @@ def _refuse_view(connection: sqlite3.Connection, name: str) -> None:
         raise ValueError(f"{name!r} is no plain table")
 
 
+def _table_of_dates(name: str) -> str:
+    return f"GLOBAL_ALL_MTD/GLOBAL_{name.rpartition('_')[0]}_MTD_DATES.gpkg"
+
+
 def _dates(root: str, name: str) -> dict[str, Array]:
     """Return the days since 1970-01-01 of each area, {} where there is no table of dates."""
-    sensor = name.rpartition("_")[0]
-    path = os.path.join(root, "GLOBAL_ALL_MTD", f"GLOBAL_{sensor}_MTD_DATES.gpkg")
+    path = os.path.join(root, _table_of_dates(name))
     if not os.path.isfile(path):
         return {}
     found: dict[str, Array] = {}

@@ -19,7 +19,7 @@ from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.ssl4eo.facts import LAND_COVER, LAYERS, PRODUCTS, Product
 from domainssl.io.ssl4eo.first import FOLDERS, PACKED, Packed, scan_first
-from domainssl.io.ssl4eo.labels import labels
+from domainssl.io.ssl4eo.labels import Labels, labels, unmatched
 from domainssl.io.ssl4eo.land_cover import LAND_COVER_NAMES
 from domainssl.io.ssl4eo.layout import Catalogue, Group, scan
 from domainssl.io.ssl4eo.read import read
@@ -134,6 +134,8 @@ class SSL4EOS12DataModule(DomainDataModule):
         self.dn_offset = dn_offset
         self.statistics = statistics
         self.catalogues: dict[str, Catalogue] = {}
+        self._labels: dict[str, Labels] = {}
+        self._odd_labels: list[str] = []
         self._modalities: dict[str, Modality] | None = None
 
     @property
@@ -186,6 +188,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         self.catalogues = {split: self._scan(root, split) for split in splits}
         if "train" in self.catalogues:
             self._log_clipping(self.catalogues["train"])
+        self._labels = self._read_labels()
         if "val" not in self.catalogues:
             _log.warning("%s has no folder 'val': nothing is held out for validation", root)
         sources: dict[str, Source] = {
@@ -205,10 +208,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         return scan(root, split, self.products, self.storage_options)
 
     def _source(self, catalogue: Catalogue, *, is_training: bool) -> SSL4EOSource:
-        found = None
-        if self.labels.table is not None:
-            path = None if self.labels.table == "auto" else self.labels.table
-            found = labels(catalogue.root, catalogue.split, self.storage_options, path)
+        found = self._labels.get(catalogue.split)
         if found is not None:
             self.label_names = found.names
         return SSL4EOSource(
@@ -221,6 +221,30 @@ class SSL4EOS12DataModule(DomainDataModule):
             land_cover=self._land_cover(catalogue) if self.labels.mask else None,
             dn_offset=self.dn_offset,
         )
+
+    def _read_labels(self) -> dict[str, Labels]:
+        """Return the labels of the splits that have a table, which must name some location.
+
+        Raises:
+            DataError: A table names none.
+        """
+        if self.labels.table is None:
+            return {}
+        path = None if self.labels.table == "auto" else self.labels.table
+        read = {
+            split: labels(catalogue.root, split, self.storage_options, path)
+            for split, catalogue in self.catalogues.items()
+        }
+        found = {split: one for split, one in read.items() if one is not None}
+        odd = {split: unmatched(one, self.catalogues[split]) for split, one in found.items()}
+        named = {found[split].path for split, text in odd.items() if text is None}
+        self._odd_labels = [text for text, _ in filter(None, odd.values())]
+        for split, text in odd.items():
+            if text is not None and text[1] and found[split].path not in named:
+                raise DataError(text[0])
+        for problem in self._odd_labels:
+            _log.warning("%s", problem)
+        return found
 
     def _land_cover(self, catalogue: Catalogue) -> dict[str, Group]:
         """Return the groups of the product LULC that lie beside those of a split."""
@@ -257,7 +281,8 @@ class SSL4EOS12DataModule(DomainDataModule):
     @property
     def problems(self) -> list[str]:
         """What was left out of the splits, and why."""
-        return [text for found in self.catalogues.values() for text in found.problems]
+        left_out = [text for found in self.catalogues.values() for text in found.problems]
+        return left_out + self._odd_labels
 
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""
@@ -268,7 +293,7 @@ class SSL4EOS12DataModule(DomainDataModule):
                 f"{len(found.groups)} {self.pieces} of {found.size[0]} x {found.size[1]} px, "
                 f"{found.dates} {'date' if found.dates == 1 else 'dates'}, at {found.root}"
             )
-            lines += [f"problem: {text}" for text in found.problems]
+        lines += [f"problem: {text}" for text in self.problems]
         for name, modality in self.modalities.items():
             lines.append(
                 f"{name}: {self.products[name]} ({modality.value_unit}), "

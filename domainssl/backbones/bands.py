@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 BandPolicy = Literal["strict", "subset", "average", "wavelengths"]
 _SAME_NM = 25.0  # up to which centres of a band differ between satellites and tables
+_SAME_GSD = 0.1  # relative difference up to which pixels count as those of the weights
 _Kind = TypeVar("_Kind", bound=Backbone)
 
 
@@ -37,6 +38,7 @@ class BandChange:
         averaged: Bands of the data that the weights do not know, with the statistics of the data.
             Their weights are the mean over all bands of the weights, or, with `wavelengths`, those
             that serve every band.
+        pixels_m: Side of a pixel of the weights and of the data, where the latter counts.
     """
 
     modality: str
@@ -44,6 +46,7 @@ class BandChange:
     kept: tuple[str, ...]
     dropped: tuple[str, ...]
     averaged: tuple[str, ...]
+    pixels_m: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.modality} (bands: {self.policy}): kept {_shown(self.kept)}"]
@@ -56,6 +59,8 @@ class BandChange:
                 else "got the mean input weights of all published bands and"
             )
             parts.append(f"{_shown(self.averaged)} {how} the statistics of the data")
+        if self.pixels_m:
+            parts.append("pixels of {1:g} m in place of {0:g} m".format(*self.pixels_m))
         return "; ".join(parts)
 
 
@@ -75,7 +80,8 @@ def adapt_bands(
     are normalised: their mean with `zscore`, the lower limit with the forms that end in [0, 1].
     `average` does the same, and gives bands that the weights do not know the mean of the input
     weights over all published bands; their statistics are those of the data. `wavelengths` is for
-    encoders that tell bands by their wavelengths (LESS ViT): any bands, with their own statistics.
+    encoders that tell bands by their wavelengths (LESS ViT): any bands, with their own statistics
+    and their own pixels, as such encoders place patches by metres.
 
     What was done is logged, stands in `band_changes`, and in the provenance of exports.
 
@@ -100,6 +106,7 @@ def adapt_bands(
             "Choose strict, subset or average."
         )
     moved = _moved(backbone, known, policy)
+    pixels = _pixels(backbone, known, policy)
     if policy == "strict":
         backbone.check(known)
         return backbone
@@ -107,7 +114,11 @@ def adapt_bands(
         name: change
         for name, found in known.items()
         if name in backbone.modalities
-        and (change := _change(found, backbone.modalities[name], policy, moved.get(name, ())))
+        and (
+            change := _change(
+                found, backbone.modalities[name], policy, moved.get(name, ()), pixels.get(name)
+            )
+        )
         is not None
     }
     as_if = {n: _like(found, backbone.modalities.get(n, found)) for n, found in known.items()}
@@ -151,6 +162,31 @@ def _moved(
     return found
 
 
+def _pixels(
+    backbone: Backbone, known: Mapping[str, Modality], policy: BandPolicy
+) -> dict[str, tuple[float, float]]:
+    """Return the pixels of the weights and of the data where these differ and places are metres.
+
+    Raises:
+        WeightsError: They differ, and the policy keeps those of the weights.
+    """
+    found = {}
+    for name, modality in known.items():
+        published = backbone.modalities.get(name)
+        own = published.gsd_m if published is not None and backbone.takes_wavelengths else None
+        given = modality.gsd_m
+        if own is None or given is None or abs(given / own - 1) <= _SAME_GSD:
+            continue
+        if policy != "wavelengths":
+            raise WeightsError(
+                f"{name}: pixels of {given:g} m, those of the weights are {own:g} m, by which "
+                f"they place patches. Read them at {own:g} m (gsd_m of the modality), or take them "
+                "as they are: bands='wavelengths'."
+            )
+        found[name] = (own, given)
+    return found
+
+
 def check_policy(policy: object) -> None:
     """Refuse an unknown policy.
 
@@ -165,7 +201,11 @@ def check_policy(policy: object) -> None:
 
 
 def _change(
-    found: Modality, published: Modality, policy: BandPolicy, moved: tuple[str, ...]
+    found: Modality,
+    published: Modality,
+    policy: BandPolicy,
+    moved: tuple[str, ...],
+    pixels: tuple[float, float] | None,
 ) -> BandChange | None:
     """Return what has to be done to one modality; None where the bands are equal.
 
@@ -174,7 +214,7 @@ def _change(
     Raises:
         WeightsError: The policy does not allow it.
     """
-    if found.channels == published.channels and not moved:
+    if found.channels == published.channels and not moved and pixels is None:
         return None
     repeated = sorted({band for band in found.channels if found.channels.count(band) > 1})
     if repeated:
@@ -195,6 +235,7 @@ def _change(
         kept=kept,
         dropped=tuple(band for band in published.channels if band not in kept),
         averaged=new,
+        pixels_m=pixels,
     )
 
 
@@ -279,6 +320,7 @@ def _described(
     described = dataclasses.replace(
         published,
         channels=found.channels,
+        gsd_m=change.pixels_m[1] if change.pixels_m else published.gsd_m,
         mean=values(mean, found.mean),
         std=values(std, found.std),
         wavelengths_nm=values(None if waves is None else torch.tensor(waves), found.wavelengths_nm),

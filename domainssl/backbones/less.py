@@ -492,6 +492,7 @@ def _common_pixel(modalities: Mapping[str, Modality]) -> float:
     side = found.pop()
     if found or side is None:
         raise ConfigError(
-            f"LESS places patches by metres and needs one gsd_m for all modalities; got {sizes}."
+            f"LESS places patches by metres and needs one gsd_m for all modalities; got {sizes}. "
+            "Read them with pixels of one size (gsd_m of the modality)."
         )
     return side

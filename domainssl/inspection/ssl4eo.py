@@ -12,7 +12,7 @@ from domainssl.errors import DataError
 from domainssl.inspection.files import band_rows
 from domainssl.io.raster.zarr import Cube, open_cube
 from domainssl.io.ssl4eo.facts import PRODUCTS
-from domainssl.io.ssl4eo.labels import labels
+from domainssl.io.ssl4eo.labels import labels, unmatched
 from domainssl.io.ssl4eo.layout import Catalogue, scan
 from domainssl.io.ssl4eo.read import Block, check_same, read
 from domainssl.io.storage.paths import Options, fetch_ranges, is_folder, join, list_folder, size_of
@@ -85,6 +85,7 @@ def inspect_ssl4eo(
     releases = set()
     for split, products in splits.items():
         entry: dict[str, Any] = {"products": {}}
+        catalogue: Catalogue | None = None
         blocks: dict[str, dict[str, Block]] = {}  # by the group that they are of
         for name in products:
             try:
@@ -104,7 +105,7 @@ def inspect_ssl4eo(
                 check_same(same)
             except DataError as error:
                 problems.append(str(error))
-        entry["labels"] = _labels(root, split, options, problems)
+        entry["labels"] = _labels(catalogue, options, problems)
         report["splits"][split] = entry
     report["release"] = " and ".join(sorted(releases)) or None
     return report
@@ -128,15 +129,19 @@ def _pairs(
 
 
 def _labels(
-    root: str, split: str, options: Options | None, problems: list[str]
+    catalogue: Catalogue | None, options: Options | None, problems: list[str]
 ) -> dict[str, Any] | None:
+    if catalogue is None:
+        return None
     try:
-        found = labels(root, split, options)
+        found = labels(catalogue.root, catalogue.split, options)
     except DataError as error:
         problems.append(str(error))
         return None
     if found is None:
         return None
+    odd = unmatched(found, catalogue)
+    problems += [] if odd is None else [odd[0]]
     counts = Counter(found.label.values())
     return {
         "path": found.path,

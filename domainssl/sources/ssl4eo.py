@@ -255,7 +255,7 @@ class _Writer:
             else [f"{name}_{self.dates[0]}" for name in names]
         )
         if source.labels is not None:
-            data["label"][at : at + len(names)] = source.labels.of(names)
+            data["label"][at : at + len(names)] = source.labels.of(block.ids, block.location_ids)
 
     def reset(self) -> None:
         """Forget the cost of an attempt that failed."""

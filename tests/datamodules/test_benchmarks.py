@@ -16,7 +16,7 @@ from benchmark_files import FLAIR, S2_PATCH, bigearthnet, dfc2020, eurosat, flai
 from domainssl.datamodules.bigearthnet import BigEarthNetV2
 from domainssl.datamodules.dataset import DatasetClass, DatasetDataModule
 from domainssl.datamodules.dfc2020 import DFC2020
-from domainssl.datamodules.eurosat_sar import EuroSATSAR
+from domainssl.datamodules.eurosat_sar import EuroSATPairs, EuroSATSAR
 from domainssl.datamodules.flair_hub import FlairHub
 from domainssl.errors import ConfigError, DataError
 from domainssl.inspection.recognise import inspect_path
@@ -68,6 +68,46 @@ def test_eurosat_sar_alone_and_beside_eurosat(tmp_path: Path) -> None:
     both = _data(radar, "eurosat_sar.EuroSATPairs", {"optical": str(optical)})
     # EuroSAT stores B8A last
     assert _first(both)["s2"][:, 0, 0].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 13, 9, 10, 11, 12]
+
+
+def test_classes_and_patches_that_eurosat_lacks_are_told(tmp_path: Path) -> None:
+    radar = eurosat(tmp_path / "sar", is_radar=True)
+    optical = eurosat(tmp_path / "ms", is_radar=False)
+    (radar / "SeaLake" / "SeaLake_4.tif").unlink()
+    (optical / "AnnualCrop").rename(optical / "annualcrop")
+    found = EuroSATPairs(str(radar), str(optical))
+    assert [found[i]["id"] for i in range(3)] == ["SeaLake_1", "SeaLake_2", "SeaLake_5"]
+    told = "; ".join(found.problems)
+    assert "annualcrop: not read, the class is called AnnualCrop" in told
+    assert "HerbaceousVegetation: no patch such as" in told and "no folder Forest/" in told
+    assert f"{radar}: 10 patches without a partner are left out, such as AnnualCrop/" in told
+    assert f"{optical}: 1 patches without a partner are left out, such as SeaLake/SeaLake_4" in told
+    data = _data(radar, "eurosat_sar.EuroSATPairs", {"optical": str(optical)})
+    assert set(found.problems) == set(data.problems) and f"problem: {data.problems[0]}" in \
+        data.describe()  # fmt: skip
+    (optical / "SeaLake").rename(optical / "Lake")
+    with pytest.raises(DataError, match="no patch has the name .* it holds nothing, that of the"):
+        EuroSATPairs(str(radar), str(optical))
+
+
+def test_tables_that_name_other_patches_are_refused(tmp_path: Path) -> None:
+    root = bigearthnet(tmp_path / "ben")
+    for sensor in ("S1", "S2"):
+        [own] = (root / f"BigEarthNet-{sensor}").iterdir()
+        own.rename(own.with_name("of_another_release"))
+        with pytest.raises(DataError, match=rf"none of its 1 patches .* is in .*{sensor}: it names "
+                           r".*_\d+, there is of_another_release"):  # fmt: skip
+            BigEarthNetV2(str(root))
+        own.with_name("of_another_release").rename(own)
+    (tmp_path / "flair").mkdir()
+    root = flair_hub(tmp_path / "flair")
+    (root / "GLOBAL_ALL_MTD" / "GLOBAL_SENTINEL2_MTD_DATES.gpkg").unlink()
+    told = FlairHub(str(root)).problems
+    assert "no GLOBAL_ALL_MTD/GLOBAL_SENTINEL2_MTD_DATES.gpkg, so dates of 's2'" in told[0]
+    assert "'s1_asc'" in told[1] and len(told) == 2  # there is no series of the other orbit
+    (root / "D012-2019_AERIAL_RGBI").rename(root / "D013-2019_AERIAL_RGBI")
+    with pytest.raises(DataError, match=r"none of its 1 patches is there: it names .*, and .* D01"):
+        FlairHub(str(root))
 
 
 def test_dfc2020_has_eight_classes_and_cirrus_of_zero(tmp_path: Path) -> None:

@@ -174,6 +174,25 @@ def test_labels_beside_the_data_are_delivered_and_may_be_absent(release_a, relea
     assert unlabelled.label_names is None and "label" not in train(unlabelled)[0]
 
 
+@pytest.mark.parametrize(
+    ("release", "name", "there"),
+    [("release_a", "0900000", "'0000000'"), ("release_b", "x", "'0000000' or 'ssl4eos12_train_")],
+)
+def test_labels_that_name_no_location_are_refused(release, name, there, request, tmp_path):
+    root = request.getfixturevalue(release)
+    table = tmp_path / "labels.csv"
+    table.write_text(f"sample,label\n{name},1\n")
+    with pytest.raises(DataError, match=f"names none of the .* it has '{name}', they .* {there}"):
+        module(root, labels=str(table))
+    # a key of a tar, or an id, of one split is enough; of the other one it is said
+    known = "ssl4eos12_train_seasonal_data_0000003" if release == "release_b" else "0000003"
+    table.write_text(f"sample,label\n{known},1\n")
+    data = module(root, labels=str(table))
+    assert len(data.problems) == 1 and "(val)" in data.problems[0]
+    labels = torch.cat([batch["label"] for batch in train(data)]).tolist()
+    assert sorted(set(labels)) == [-1, 1] and labels.count(1) == 1
+
+
 @pytest.fixture
 def copy_of_a(release_a, tmp_path) -> Path:
     return Path(shutil.copytree(release_a, tmp_path / "copy"))

@@ -206,6 +206,10 @@ def test_lists_of_file_names_with_labels_in_json_are_read_alike(few: Path) -> No
     assert [(t.aerial, t.sentinel, t.shares) for t in by_list] == [
         (t.aerial, t.sentinel, t.shares) for t in tiles
     ]
+    labels = {f"x{name}": shares for name, shares in labels.items()}
+    (few / "labels/TreeSatBA_v9_60m_multi_labels.json").write_text(json.dumps(labels))
+    with pytest.raises(DataError, match=r"names none of the 4 tiles .*: it has 'x.*', the list"):
+        opened(few)
 
 
 def test_tiles_that_lack_a_file_are_left_out_and_counted(few: Path) -> None:

@@ -218,6 +218,9 @@ def test_bids_folders_are_exams_per_session(tmp_path: Path) -> None:
     assert "ce-gadolinium" in exams["sub-01/ses-a"].scans["t1c"]
     assert exams["sub-02"].scans["t1"].endswith("sub-02_T1w.nii.gz")
     assert exams["sub-02"].label == "sick" and exams["sub-02"].mask.endswith("_dseg.nii.gz")
+    (tmp_path / "participants.tsv").write_text("participant_id\tlabel\nP1\tsick\n")
+    with pytest.raises(DataError, match="none of its 1 participants has scans: it names 'sub-P1'"):
+        find_exams(str(tmp_path), Wanted(contrasts={"t1": "t1"}))
     assert exams["sub-01/ses-a"].label == "" and "run-2" in found.problems[0]
     with pytest.raises(DataError, match=r"ends in 'T2w'[\s\S]*there are .*FLAIR"):
         find_exams(str(tmp_path), Wanted(contrasts={"t2": "t2"}))

@@ -289,7 +289,8 @@ def test_labels_are_found_beside_the_data(tmp_path: Path) -> None:
     (tmp_path / "labels" / "val.csv").write_text(text)
     found = labels(str(tmp_path), "val")
     assert found is not None and found.names == ("water", "crops")
-    assert found.of(["0000002", "0000009", "0000001"]).tolist() == [0, -1, 1]
+    keys, ids = ["a", "b", "0000001"], ["0000002", "0000009", "0000002"]
+    assert found.of(keys, ids).tolist() == [0, -1, 1]  # what a tar calls a location counts first
     assert found.factors["relief"]["0000001"] == 0.5
     assert labels(str(tmp_path), "train") is None
     for row, what in (("0000001,0,water,0.5", "'0000001' is 1"), ("3,1,woods,0", "1 is 'crops'")):

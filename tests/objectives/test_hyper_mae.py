@@ -177,6 +177,19 @@ def test_bands_of_the_same_names_that_lie_elsewhere_are_told_by_their_wavelength
     assert found.wavelengths_nm == (430.0, 900.0) and found.mean == (0.5, 0.9)
 
 
+def test_pixels_of_another_size_are_refused_or_those_of_the_data_place_patches() -> None:
+    model = backbone({"m": bands("m", 4, start=420.0)})
+    coarse = dataclasses.replace(bands("m", 4, start=420.0), gsd_m=30.0)
+    for policy in ("strict", "subset", "average"):
+        with pytest.raises(WeightsError, match="pixels of 30 m, those of the weights are 10 m"):
+            adapt_bands(model, {"m": coarse}, policy)
+    found = adapt_bands(model, {"m": coarse}, "wavelengths")
+    assert found.gsd_m == found.modalities["m"].gsd_m == 30 and model.gsd_m == 10
+    assert "pixels of 30 m in place of 10 m" in str(found.band_changes[0])
+    near = dataclasses.replace(coarse, gsd_m=10.24)
+    assert adapt_bands(model, {"m": near}, "wavelengths") is model
+
+
 def test_wavelengths_are_for_encoders_that_read_them() -> None:
     from domainssl.backbones.vit import ViTBackbone
 

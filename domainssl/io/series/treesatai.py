@@ -172,12 +172,17 @@ def _listed(base: Path, table: Path, folder: str) -> tuple[tuple[str, ...], list
         labels = read_json(base / _LABELS)
         if not isinstance(labels, dict):
             raise DataError(f"{base / _LABELS}: a {type(labels).__name__}, expected a mapping.")
+    listed = [Path(line).name for line in read_small(table).split()]
+    if labels and listed and not any(name in labels for name in listed):
+        raise DataError(
+            f"{base / _LABELS}: names none of the {len(listed)} tiles of {table.name}: it has "
+            f"{next(iter(labels))!r}, the list {listed[0]!r}. Take both from the same release."
+        )
     by_stem: dict[str, str] = {}
     for name in sorted(_files(base / folder, ".h5")):
         by_stem[re.sub(r"_\d{4}$", "", name[:-3])] = name
     tiles = []
-    for line in read_small(table).split():
-        aerial = Path(line).name
+    for aerial in listed:
         sentinel = by_stem.get(aerial.rsplit(".", 1)[0], "")
         year = re.search(r"_(\d{4})\.h5$", sentinel)
         # the list has no dates: the middle of the year of the series

@@ -11,12 +11,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from domainssl.errors import DataError, parsing
+from domainssl.io.raster.zarr import open_cube
+from domainssl.io.ssl4eo.layout import Catalogue, Group
+from domainssl.io.ssl4eo.read import cubes_b
 from domainssl.io.storage.paths import is_file, join, open_file
+from domainssl.pieces import spread
 
-__all__ = ["Labels", "labels"]
+__all__ = ["Labels", "labels", "unmatched"]
 
 _LIMIT = 2**28  # bytes
 _MOST = 100_000  # classes
+_OPENED = 256  # files or members whose ids are looked at
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,16 @@ class Labels:
     factors: Mapping[str, Mapping[str, float]]
     path: str
 
-    def of(self, ids: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the label of each location, -1 where there is none, int64 (n,)."""
-        return np.array([self.label.get(name, -1) for name in ids], np.int64)
+    def of(self, keys: list[str], ids: list[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the label of each location, -1 where there is none, int64 (n,).
+
+        Args:
+            keys: What pairs locations over products: the key in a tar, which counts first.
+            ids: Location ids as stored.
+        """
+        known = self.label
+        pairs = zip(keys, ids, strict=True)
+        return np.array([known.get(key, known.get(name, -1)) for key, name in pairs], np.int64)
 
 
 def _text(handle: BinaryIO, file: str) -> str:
@@ -100,6 +112,55 @@ def labels(
         raise DataError(f"{file}: labels must be 0, 1, … below {_MOST}, found {odd[0]}")
     count = max(names, default=-1) + 1
     return Labels(tuple(names.get(i, str(i)) for i in range(count)), label, factors, file)
+
+
+def unmatched(found: Labels, catalogue: Catalogue) -> tuple[str, bool] | None:
+    """Say that labels name none of the locations of a split; None where they name one.
+
+    Returns:
+        The text, and whether all locations were looked at: ids lie in files, of which a part is
+        opened.
+    """
+    keys = [group.stem(at) for group in catalogue.groups if group.members
+            for at in range(group.count)]  # fmt: skip
+    if any(key in found.label for key in keys):
+        return None
+    groups = spread(catalogue.groups, _OPENED)
+    most = max(1, _OPENED // len(groups))
+    ids: list[str] = []
+    for group in groups:
+        names = _ids(group, most)
+        if any(name in found.label for name in names):
+            return None
+        ids += names
+    is_sure = len(ids) == catalogue.count or catalogue.release.startswith("1.0")
+    looked_at = catalogue.count if is_sure else len(ids)
+    there = [*ids[:1], *keys[:1]]
+    text = (
+        f"{found.path}: the column 'sample' names none of the {looked_at} locations of "
+        f"{catalogue.root} ({catalogue.split}) that were looked at: it has "
+        f"{', '.join(map(repr, list(found.label)[:2])) or 'no row'}, they are called "
+        f"{' or '.join(map(repr, there)) or '(unreadable)'}. Write the ids as the data have them, "
+        "or set data.init_args.labels: null."
+    )
+    return text, is_sure
+
+
+def _ids(group: Group, most: int) -> list[str]:
+    """Return the ids that locations have in their files, of tars those of the first ones."""
+    if group.release.startswith("1.0"):  # members are called by them
+        return []
+    try:
+        if group.release == "A":
+            path = next(iter(group.files.values()))
+            names = open_cube(path, options=group.storage_options).read("sample")
+            return [str(name) for name in names.reshape(-1)]
+        modality = next(iter(group.products))
+        cubes = cubes_b(group, modality, range(group.count)[:most])
+        return [str(cube.read("sample").reshape(-1)[0]) for cube in cubes
+                if cube is not None and "sample" in cube.arrays]  # fmt: skip
+    except DataError:
+        return []  # who reads the locations says why
 
 
 def _keep(found: dict[Any, Any], given: Any, what: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from domainssl.errors import DataError, nearest
@@ -43,7 +43,7 @@ def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
     for path in list_scans(root):
         found.add(path, os.path.relpath(path, root).split(os.sep)[:-1])
     _must_be_there(root, wanted, found.scans, found.seen)
-    labels = _labels(root, wanted.label)
+    labels = _labels(root, wanted.label, {exam.split("/")[0] for exam in found.scans})
     dates = _dates(root, found.scans, wanted.dates) if wanted.dates else {}
     exams = [
         Exam(
@@ -163,8 +163,12 @@ def _must_be_there(
             )
 
 
-def _labels(root: str, column: str) -> dict[str, str]:
-    """Return the class of each participant, by `sub-…`."""
+def _labels(root: str, column: str, subjects: Set[str]) -> dict[str, str]:
+    """Return the class of each participant, by `sub-…`.
+
+    Raises:
+        DataError: The table names none of the subjects that have scans.
+    """
     path = os.path.join(root, _PARTICIPANTS)
     if not column or not os.path.isfile(path):
         return {}
@@ -172,6 +176,12 @@ def _labels(root: str, column: str) -> dict[str, str]:
     if column not in columns or "participant_id" not in columns:
         return {}
     found = {f"sub-{row['participant_id'].removeprefix('sub-')}": row[column] for row in rows}
+    if found and subjects and not subjects & found.keys():
+        raise DataError(
+            f"{path}: none of its {len(found)} participants has scans: it names "
+            f"{min(found)!r}, the folders are called {min(subjects)!r}. Write participant_id as "
+            "the folders are called."
+        )
     return {name: value for name, value in found.items() if value and value.lower() != "n/a"}
 
 
