@@ -27,6 +27,7 @@ from domainssl.io.volume.scan import (
     read_scan,
     scans_and_aside,
 )
+from domainssl.sources.blank import only_values, say_only
 
 __all__ = ["inspect_scans", "is_scans", "scan_tables"]
 
@@ -200,13 +201,12 @@ def _values(facts: ScanFacts, reading: Reading) -> dict[str, Any]:
                  for c in range(len(scan.values))]  # fmt: skip
         rows += band_rows(scan.values, names, kept)
         valid.append(float(kept.mean()))
+        held = [only_values(scan.values[c : c + 1], kept) for c in range(len(scan.values))]
+        odd += [f"{n}: {say_only(v)}" for n, v in zip(names, held, strict=True) if v is not None]
         odd += _odd_slices(scan.values, kept, prefix)
         if facts.volumes == 1 and len(scan.values) == 1:
             labels = _labels(scan.values[0])
-    said = {None: "no voxel is valid", 0.0: "all valid voxels have one value"}
-    notes = [f"{facts.path}: {row['band']}: {said[row['std']]}" for row in rows
-             if row["std"] in said]  # fmt: skip
-    notes += [f"{facts.path}: {text}" for text in odd]
+    notes = [f"{facts.path}: {text}" for text in odd]
     found: dict[str, Any] = {"values": rows, "valid_fraction": float(np.mean(valid))}
     if labels is not None:
         found["label_values"] = labels

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.loading.counts import unit_counts
 
-__all__ = ["FEW", "Few", "Gain", "last_value", "table", "words_of"]
+if TYPE_CHECKING:
+    from domainssl.datamodules.base import DomainDataModule
+
+__all__ = ["FEW", "Few", "Gain", "labelled", "last_value", "table", "words_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +133,32 @@ def words_of(name: str, backbone: str, folder: Path, draw: int, fraction: float)
         "--callbacks.export=null",
         *few.changes,
     ]
+
+
+def labelled(
+    name: str, draws: int, fraction: float, build: Callable[[list[str]], DomainDataModule]
+) -> int:
+    """Return how many drawn exams, slides or patches show the rarest class, in the worst draw.
+
+    Args:
+        name: Recipe, of `FEW`.
+        draws: Number of draws, from 0.
+        fraction: How large a part of the labels each is.
+        build: Makes the DataModule of the words of a run.
+    """
+
+    def counts(draw: int, part: float) -> list[int]:
+        words = words_of(name, f"recipe:{FEW[name].start}", Path(), draw, part)
+        data = build([word for word in words if word.startswith(("--config", "--data"))])
+        data.prepare_data()
+        data.setup("fit")
+        whole = FEW[name].metric == "val/accuracy"
+        kind, classes = ("label", data.classes) if whole else ("mask", data.mask_classes)
+        return unit_counts(data.source("train"), kind, len(classes or ()))
+
+    found = [counts(draw, fraction) for draw in range(draws)]
+    occurs = counts(0, 1.0)
+    return min(few for own in found for few, all_ in zip(own, occurs, strict=True) if all_)
 
 
 def last_value(folder: Path, metric: str) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["only_values"]
+__all__ = ["only_values", "say_only"]
 
 Array = np.ndarray[Any, Any]
 _SAMPLE = 64  # values that tell most items from blank ones, so that the rest is not looked at
@@ -35,3 +36,9 @@ def only_values(item: Array, valid: Array | None = None) -> list[float] | None:
     parts = [band if valid is None else band[valid] for band in item]
     ends = [(part.min(), part.max()) for part in parts]
     return None if any(low != high for low, high in ends) else [float(low) for low, _ in ends]
+
+
+def say_only(values: Sequence[float]) -> str:
+    """Return in words what `only_values` has found of a blank scan."""
+    shown = sorted({f"{value:g}" for value in values})
+    return f"all valid voxels are {', '.join(shown)}" if shown else "no voxel is valid"

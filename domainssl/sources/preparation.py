@@ -21,7 +21,7 @@ from domainssl.io.volume.exam import Exam
 from domainssl.io.volume.geometry import check_same_grid, spacing_of
 from domainssl.io.volume.prepared import Prepared, compact, halve, shifted
 from domainssl.io.volume.scan import Scan, describe_scan, placed, read_labels, read_scan
-from domainssl.sources.blank import only_values
+from domainssl.sources.blank import only_values, say_only
 from domainssl.sources.resampling import resample_labels, resample_scan, straight_grid
 from domainssl.sources.volume_options import Contrast, Preparation
 
@@ -220,8 +220,7 @@ def _blank(scan: Scan) -> list[str]:
     values = only_values(scan.values, scan.valid)
     if values is None or len(set(values)) > 1:
         return []
-    held = f"all valid voxels are {values[0]:g}" if values else "no voxel is valid"
-    return [f"{scan.facts.path}: {held}; leave the scan out, or get it again"]
+    return [f"{scan.facts.path}: {say_only(values)}; leave the scan out, or get it again"]
 
 
 def _labels(path: str, contrast: Contrast) -> Scan:

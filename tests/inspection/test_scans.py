@@ -62,7 +62,7 @@ def test_constant_scans_and_odd_slices_are_named(tmp_path: Path) -> None:
     write_nifti(tmp_path / "jump.nii.gz", jump)
     write_nifti(tmp_path / "void.nii.gz", np.full((6, 5, 4), np.nan, np.float32))
     text = text_of(inspect_path(str(tmp_path)))
-    assert "same.nii.gz: all: all valid voxels have one value" in text
+    assert "same.nii.gz: all: all valid voxels are 40" in text
     assert "void.nii.gz: all: no voxel is valid" in text and "void.nii.gz: all: all" not in text
     assert "slice 2 ranges from 80000 to 88500, 100 times the usual range" in text
 

@@ -11,9 +11,9 @@ import pytest
 from recipe_runs import kept
 
 from domainssl.cli import main
-from domainssl.cli.verbs.gains import labelled
+from domainssl.cli.run.train import build_data
 from domainssl.errors import ConfigError, DataError
-from domainssl.matrix.gains import FEW, Gain, last_value, table, words_of
+from domainssl.matrix.gains import FEW, Gain, labelled, last_value, table, words_of
 
 
 def _value(name: str, folder: Path, backbone: str) -> float:
@@ -34,7 +34,7 @@ def test_a_pretrained_backbone_beats_the_random_one_at_a_tenth_of_the_labels(nam
 @pytest.mark.parametrize("name", FEW)
 def test_a_tenth_of_the_labels_are_eight_of_every_class(name):
     least = 6 if name == "finetune_pastis_crops" else 8  # eight patches, not each with every crop
-    assert labelled(name, draws=3, fraction=0.1) >= least
+    assert labelled(name, 3, 0.1, build_data) >= least
 
 
 def test_every_recipe_of_fine_tuning_has_a_gain_that_can_be_measured():

@@ -13,7 +13,7 @@ from domainssl.errors import ConfigError
 if TYPE_CHECKING:
     from domainssl.matrix.gains import Gain
 
-__all__ = ["labelled", "run"]
+__all__ = ["run"]
 
 
 def run(argv: list[str]) -> int:
@@ -56,8 +56,9 @@ def run(argv: list[str]) -> int:
 
 def _measure(name: str, options: argparse.Namespace) -> Gain:
     """Train a recipe from both starts on every draw."""
+    from domainssl.cli.run.train import build_data
     from domainssl.cli.verbs import fit
-    from domainssl.matrix.gains import FEW, Gain, last_value, words_of
+    from domainssl.matrix.gains import FEW, Gain, labelled, last_value, words_of
 
     folder = Path(options.runs) / name
     words_of(name, "", folder, 0, options.fraction)  # refuses unknown recipes before any training
@@ -74,7 +75,7 @@ def _measure(name: str, options: argparse.Namespace) -> Gain:
             _trained(fit.run(words_of(name, start, own, draw, options.fraction)), name)
             seconds = max(seconds, _processor_seconds() - before)
             values[kind].append(last_value(own, few.metric))
-    items = labelled(name, options.draws, options.fraction)
+    items = labelled(name, options.draws, options.fraction, build_data)
     return Gain(
         recipe=name,
         metric=few.metric,
@@ -83,32 +84,6 @@ def _measure(name: str, options: argparse.Namespace) -> Gain:
         items=items,
         seconds=seconds,
     )
-
-
-def labelled(name: str, draws: int, fraction: float) -> int:
-    """Return how many drawn exams, slides or patches show the rarest class, in the worst draw.
-
-    Args:
-        name: Recipe, of `FEW`.
-        draws: Number of draws, from 0.
-        fraction: How large a part of the labels each is.
-    """
-    from domainssl.cli.run.train import build_data
-    from domainssl.loading.counts import unit_counts
-    from domainssl.matrix.gains import FEW, words_of
-
-    def counts(draw: int, part: float) -> list[int]:
-        words = words_of(name, f"recipe:{FEW[name].start}", Path(), draw, part)
-        data = build_data([word for word in words if word.startswith(("--config", "--data"))])
-        data.prepare_data()
-        data.setup("fit")
-        whole = FEW[name].metric == "val/accuracy"
-        kind, classes = ("label", data.classes) if whole else ("mask", data.mask_classes)
-        return unit_counts(data.source("train"), kind, len(classes or ()))
-
-    found = [counts(draw, fraction) for draw in range(draws)]
-    occurs = counts(0, 1.0)
-    return min(few for own in found for few, all_ in zip(own, occurs, strict=True) if all_)
 
 
 def _processor_seconds() -> float:

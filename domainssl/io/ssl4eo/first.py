@@ -11,7 +11,6 @@ one stands beside the first of the others.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -69,7 +68,6 @@ _SCALED = {
 }  # fmt: skip
 _WHERE = "data.init_args.storage_options.lmdb"
 _LMDB = HandlePool(limit=8)
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,6 @@ def _scan_folders(root: str, split: str, base: str, products: Mapping[str, str])
         "left out"
         for m, found in ids.items() if len(found) > len(shared)
     ]  # fmt: skip
-    for text in problems:
-        _log.warning("%s", text)
     groups = tuple(
         Group(
             key=f"{shared[low]}",
@@ -191,7 +187,7 @@ def _scan_folders(root: str, split: str, base: str, products: Mapping[str, str])
     return Catalogue(
         root=root, split=split, release=FOLDERS, products=dict(products), groups=groups,
         problems=tuple(problems),
-    )  # fmt: skip
+    ).logged()  # fmt: skip
 
 
 def load_folders(

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from domainssl.errors import DataError, nearest
 from domainssl.io.ssl4eo.facts import product as look_up
@@ -96,6 +96,12 @@ class Catalogue:
         sizes = [group.size for group in self.groups]
         return min(rows for rows, _ in sizes), min(columns for _, columns in sizes)
 
+    def logged(self) -> Self:
+        """Return it, with its problems in the log."""
+        for problem in self.problems:
+            logger.warning("%s", problem)
+        return self
+
     def identity(self, hashed: int = 8) -> dict[str, Any]:
         """Return what tells these data from others.
 
@@ -171,8 +177,6 @@ def scan(
         results = list(pool.map(lambda f: find(f, dict(products), opened), files))
     groups = _assume([group for found, _ in results for group in found], results[0][1])
     problems = tuple(problem for _, found in results for problem in found)
-    for problem in problems:
-        logger.warning("%s", problem)
     return Catalogue(
         root=root,
         split=split,
@@ -180,7 +184,7 @@ def scan(
         products=dict(products),
         groups=groups,
         problems=problems,
-    )
+    ).logged()
 
 
 def _folders(

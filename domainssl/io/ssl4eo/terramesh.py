@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,8 +26,6 @@ _SPLITS = ("train", "val")
 _THREADS = 8
 _TRIES = 4  # locations that are opened for the size of a shard's
 _Members = dict[str, dict[str, Member]]  # modality -> key -> member
-
-_log = logging.getLogger(__name__)
 
 
 def products_at(root: str, options: Mapping[str, Any] | None = None) -> dict[str, list[str]]:
@@ -98,17 +95,14 @@ def scan_terramesh(
         groups = tuple(group for found in pool.map(find, names) for group in found)
     if not groups:
         raise DataError(f"{join(root, split)}: no tar holds a .zarr.zip member")
-    problems = tuple(_problems(names, tars, every, join(root, split)))
-    for problem in problems:
-        _log.warning("%s", problem)
     return Catalogue(
         root=root,
         split=split,
         release=RELEASE,
         products=dict(products),
         groups=groups,
-        problems=problems,
-    )
+        problems=tuple(_problems(names, tars, every, join(root, split))),
+    ).logged()
 
 
 def _folders(
