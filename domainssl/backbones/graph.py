@@ -291,7 +291,9 @@ def _trace(
     )
     made.save(str(path))
     runtime: Any = require("onnxruntime", "export")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what fails here is raised, and told where it matters
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(values: Sequence[Tensor]) -> list[Tensor]:
         feeds = {name: v.numpy() for name, v in zip(graph.names, values, strict=True)}

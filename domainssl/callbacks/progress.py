@@ -104,8 +104,10 @@ class ProgressBar(_ProgressBar):
             if is_logging_step(trainer):
                 self._text = describe_metrics(trainer.callback_metrics)
             self._bar.update(self._task, completed=batch_idx + 1, metrics=self._text)
-        elif is_logging_step(trainer) and time.monotonic() - self._last_line > self.line_every_s:
-            self._line(trainer, batch_idx)
+            return
+        is_time = time.monotonic() - self._last_line > self.line_every_s
+        if is_time and is_logging_step(trainer) and batch_idx + 1 < self.total_train_batches:
+            self._line(trainer, batch_idx)  # that of the last batch is the epoch's
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the epoch has something to tell."""

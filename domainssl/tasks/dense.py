@@ -104,10 +104,17 @@ class DenseMaps:
         """
         self.tiles = None if tiles is None else as_dataclass(Tiles, tiles)
         self.axes = max(m.spatial_dims for m in self.backbone.modalities.values())
-        levels = map_levels(self.backbone, self._size(context_size), chosen.features)
+        size = self._size(context_size)
+        levels = map_levels(self.backbone, size, chosen.features)
         if not chosen.features:
             levels = {"joint": levels["joint"]} if "joint" in levels else levels
         self.fusion = MapFusion(levels)
+        if chosen.name == "swin_unetr" and self.fusion.levels[-1].stride == size:
+            raise ConfigError(
+                "model.init_args.head.name: 'swin_unetr' normalises every map over its cells, but "
+                f"the coarsest one of a window of {' x '.join(map(str, size))} has a single cell. "
+                "Choose a larger window (data.init_args.window.size), or 'light'."
+            )
         self.norms = nn.ModuleList(
             GlobalBatchNorm(level.channels, affine=False) if chosen.normalize else nn.Identity()
             for level in self.fusion.levels

@@ -88,10 +88,14 @@ def window_sizes(
     modalities: Mapping[str, Modality], size: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
     """Return the sizes that windows of `size` pixels of the finest modality have."""
-    finest = min(min(modality.steps) for modality in modalities.values() if modality.steps)
+    steps = zip(
+        *(modality.steps for modality in modalities.values() if modality.steps), strict=True
+    )
+    finest = [min(axis) for axis in steps]  # voxels may be longer along one axis
     return {
         name: tuple(
-            round(side * finest / step) for side, step in zip(size, modality.steps, strict=True)
+            round(side * least / step)
+            for side, least, step in zip(size, finest, modality.steps, strict=True)
         )
         for name, modality in modalities.items()
     }

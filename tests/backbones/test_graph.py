@@ -298,6 +298,14 @@ def _segmentation(head: str = "pyramid", **changes) -> SegmentationTask:
     )  # fmt: skip
 
 
+def _over_resenc(head: str) -> SegmentationTask:
+    sizes = {"features": (4, 8), "blocks": (1, 1)}
+    backbone = EncoderBackbone(_volume(), "resenc", sizes, normalization="zscore")
+    return SegmentationTask(
+        backbone, modalities=backbone.modalities, classes=CLASSES, head={"name": head}
+    )
+
+
 TASKS = {
     "linear": lambda: task(),
     "attentive": lambda: task(head={"kind": "attentive"}),
@@ -305,7 +313,12 @@ TASKS = {
         small(), modalities=MODALITIES, targets=("age",), loss={"mean": 50.0, "std": 9.0}
     ),
     "pyramid": _segmentation,
+    "fpn": lambda: _segmentation("fpn", size=(32, 32)),
     "light": lambda: _segmentation("light", **vars(_volume()["img"])),
+    "swin_unetr": lambda: _over_resenc("swin_unetr"),
+    "unet": lambda: _segmentation("unet"),
+    "unetr": lambda: _segmentation("unetr", **vars(_volume()["img"])),
+    "upernet": lambda: _segmentation("upernet"),  # pools to fixed numbers of cells
 }
 
 
@@ -314,10 +327,10 @@ TASKS = {
 def test_the_graph_of_a_task_says_what_the_task_says(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     given = TASKS[name]().eval()
-    card = export_graph(given, tmp_path)
+    card = export_graph(given, tmp_path, dynamic_size=name != "upernet")
     facts = json.loads(card.read_text())
     ((sensor, modality),) = given.backbone.modalities.items()
-    is_free = modality.kind == "image"
+    is_free = modality.kind == "image" and name != "upernet"
     assert facts["inputs"][0]["size_is_free"] is is_free
     size = (24, 40) if is_free else modality.size
     mean = torch.tensor(modality.mean).view(-1, *[1] * len(size))

@@ -152,6 +152,7 @@ def test_without_a_terminal_long_epochs_leave_lines_in_between(tmp_path):
     bar = ProgressBar(line_every_s=0, console=Console(file=out, width=200))
     run(tmp_path, [bar], max_epochs=1, enable_progress_bar=True)
     assert "epoch 1/1 step 2 batch 2/4" in out.getvalue()
+    assert "batch 4/4" not in out.getvalue()  # that is the line of the epoch
 
 
 def test_on_a_terminal_a_bar_shows_the_terms(tmp_path):

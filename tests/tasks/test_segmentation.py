@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from domainssl.backbones.encoders.backbone import EncoderBackbone
 from domainssl.backbones.multi_contrast import MultiContrastBackbone
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.errors import ConfigError, DataError
+from domainssl.modality import as_modalities
 from domainssl.tasks import SegmentationTask
+from domainssl.tasks.maps import window_sizes
 
 pytest.importorskip("monai")
 FACTS = {"kind": "volume", "channels": ("a",), "value_unit": "arbitrary", "size": (16, 16, 16)}
@@ -103,6 +106,26 @@ def test_images_take_the_same_class() -> None:
     assert logits.shape == (2, 2, 16, 16)
     task.losses(logits, x)["cross_entropy"].backward()
     assert task.head.out.weight.grad.abs().sum() > 0
+
+
+def test_windows_of_voxels_that_are_longer_along_one_axis_keep_their_sides() -> None:
+    """Heads and predictions of items took half of the layers where these are twice as far."""
+    thick = FACTS | {"spacing_mm": (1.0, 1.0, 2.0)}
+    thin = thick | {"spacing_mm": (0.5, 0.5, 2.0)}
+    assert window_sizes(as_modalities({"t1": thick}), (16, 16, 8)) == {"t1": (16, 16, 8)}
+    both = window_sizes(as_modalities({"t1": thick, "t2": thin}), (16, 16, 8))
+    assert both == {"t1": (8, 8, 8), "t2": (16, 16, 8)}
+
+
+def test_a_decoder_that_normalises_maps_wants_more_than_one_cell() -> None:
+    """PyTorch refused the first batch: `Expected more than 1 spatial element when training`."""
+    sizes = {"features": (4, 8), "blocks": (1, 1)}
+    backbone = EncoderBackbone({"a": FACTS}, "resenc", sizes, normalization="identity")
+    with pytest.raises(ConfigError, match="window of 2 x 2 x 2 has a single cell.*or 'light'"):
+        SegmentationTask(
+            backbone, modalities={"a": FACTS}, classes=NAMES, head={"name": "swin_unetr"},
+            context_size=2,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(
