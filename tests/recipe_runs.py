@@ -16,17 +16,21 @@ from domainssl.cli import main
 from domainssl.evaluation.criteria import Criterion
 from domainssl.matrix.runs import Outcome, read_outcome, source_sha256
 
-__all__ = ["COVERED", "LEARN", "RECIPES", "assert_learned", "kept", "train"]
+__all__ = ["COVERED", "LEARN", "RECIPES", "SHORT", "assert_learned", "kept", "train"]
 
 RECIPES = Path(domainssl.__file__).parent / "recipes"
 COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside test_recipes.py
 # one per objective, and one per kind of data
 LEARN = (
-    "ct_conv_mae", "ct_swinunetr_ssl", "ct_vitautoenc", "ctmr_simdino",
-    "mri_multicontrast_mae", "slides_titan", "ssl4eo_barlow_twins", "ssl4eo_clip",
-    "ssl4eo_data2vec", "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_moco", "ssl4eo_moco2",
-    "ssl4eo_simclr", "ssl4eo_vicreg", "terramesh_csip", "tiles_mae", "treesat_maestro",
-    "treesat_omnisat",
+    "ct_conv_mae", "ct_swinunetr_ssl", "ct_vitautoenc", "mri_multicontrast_mae",
+    "pastis_maestro", "slides_titan", "ssl4eo_barlow_twins", "ssl4eo_clip", "ssl4eo_data2vec",
+    "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_moco", "ssl4eo_moco2", "ssl4eo_simclr",
+    "ssl4eo_simdino", "ssl4eo_vicreg", "terramesh_csip", "tiles_mae", "treesat_omnisat",
+)  # fmt: skip
+# two thirds of a recipe of 60 epochs, evaluated at the end
+SHORT = (
+    "--trainer.max_epochs=40", "--trainer.check_val_every_n_epoch=40",
+    "--callbacks.evaluation.every_n_epochs=40",
 )  # fmt: skip
 
 

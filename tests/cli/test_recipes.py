@@ -25,6 +25,7 @@ TINY = [
     "--trainer.limit_train_batches=2",
     "--trainer.limit_val_batches=1",
 ]
+SMALL = ["--data.global_batch_size=8", "--callbacks.evaluation=null"]  # tests/learning evaluates
 
 
 TIMES = {
@@ -90,15 +91,17 @@ def test_a_configuration_says_first_what_it_is(name):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
-    result = cli("fit", "--config", recipe, *TINY, "--run_dir=run")
+    from domainssl import load_backbone, load_task
+
+    task = Path(recipe).stem.startswith("finetune_")
+    result = cli("fit", "--config", recipe, *TINY, *([] if task else SMALL), "--run_dir=run")
     assert result.status == 0, result.text
     prepare("fit", ["--config=run/config.yaml"])  # what a run has recorded is a configuration
     exported = cli("export", "--checkpoint", "run", "--output", "out")
     assert exported.status == 0, exported.text
-    from domainssl import load_backbone, load_task
-
-    load = load_task if Path(recipe).stem.startswith("finetune_") else load_backbone
-    assert load(folder / "out").modalities
+    assert (load_task if task else load_backbone)(folder / "out").modalities
+    if not recipe.endswith("_croma.yaml"):
+        return  # refusals are the same of all
     refused = cli("export", "--checkpoint", "run", "--output", "out")
     assert refused.status == 2 and "add --overwrite" in refused.err
     assert cli("export", "--checkpoint", "run", "--output", "out", "--overwrite").status == 0

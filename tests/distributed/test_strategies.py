@@ -111,7 +111,9 @@ def test_a_task_with_a_pyramid_of_maps_gives_equal_metrics(tmp_path: Path) -> No
     )
     assert ddp.keys() == fsdp2.keys() and len({step for step, _ in ddp}) == 3
     for key, value in ddp.items():
-        assert fsdp2[key] == pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True), key
+        counted = "/iou" in key[1]  # of whole voxels: rounding moves those between two classes
+        bound = 1e-3 if counted else 1e-5
+        assert fsdp2[key] == pytest.approx(value, rel=1e-3, abs=bound, nan_ok=True), key
     # not the weights: Adam enlarges the rounding of biases before a norm, which have no gradient
     tasks = [load_task(tmp_path / name / "task") for name in ("ddp", "fsdp2")]
     assert tasks[0].state_dict().keys() == tasks[1].state_dict().keys()

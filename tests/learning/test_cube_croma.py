@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from recipe_runs import RECIPES, assert_learned, train
+from recipe_runs import assert_learned, kept
+
+from domainssl.matrix.runs import read_outcome
 
 
 @pytest.mark.slow
-def test_the_recipe_on_cubes_learns_from_one_date_at_a_time(tmp_path):
-    assert_learned(train(tmp_path / "run", RECIPES / "cube_croma.yaml"))
+def test_the_recipe_on_cubes_learns_from_one_date_at_a_time():
+    assert_learned(read_outcome(kept("cube_croma")))

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import RECIPES
+from recipe_runs import kept
 
-from domainssl.cli import main
 from domainssl.datamodules import SSL4EOS12DataModule
 from domainssl.datamodules.samples import ssl4eo as sample
 from domainssl.evaluation.factors import factor_scores
@@ -21,25 +20,15 @@ from domainssl.sources.windows import Window
 
 pytestmark = pytest.mark.slow
 
-RECIPE = RECIPES / "ssl4eo_decur.yaml"
-
 
 @pytest.fixture(scope="module")
-def checkpoint(sample_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The end of one run of the recipe."""
-    folder = tmp_path_factory.mktemp("decur") / "run"
-    words = ["fit", "--config", str(RECIPE), f"--run_dir={folder}", "--trainer.accelerator=cpu"]
-    assert main([*words, "--callbacks.evaluation=null"]) == 0
-    return folder / "checkpoints" / "last.ckpt"
-
-
-@pytest.fixture(scope="module")
-def scores(checkpoint: Path, sample_root: Path) -> dict[str, dict[str, dict[str, float]]]:
+def scores(sample_root: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Mean explained variance by sensor, part of the embedding, and kind of factor."""
     found = sample.factors("val")
     numbers = {name: torch.from_numpy(values) for name, values in found.shared.items()}
     shared = {**numbers, "cover": torch.from_numpy(found.label)}
     own = {"s1": found.radar, "s2": found.optical}
+    checkpoint = kept("ssl4eo_decur") / "checkpoints" / "last.ckpt"
     model = DeCUR.load_from_checkpoint(checkpoint, weights_only=True).eval()
     parts, ids = held_out(model)
     assert ids == found.ids

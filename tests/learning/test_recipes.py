@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_runs import COVERED, LEARN, RECIPES, _clear, assert_learned, kept, train
+from recipe_runs import COVERED, LEARN, RECIPES, _clear, assert_learned, kept
 
 from domainssl.matrix.cells import COLUMNS, column_of
 from domainssl.matrix.runs import read_outcome
@@ -52,13 +52,11 @@ def test_the_page_says_of_which_recipes_learning_is_not_shown():
     assert {name for name in (p.stem for p in FOUND) if f"`{name}`" in listed} == NOT_SHOWN
 
 
-def test_the_recipe_that_learns_soonest_has_learned_after_two_thirds_of_it(tmp_path):
-    short = ["--trainer.max_epochs=40", "--trainer.check_val_every_n_epoch=40"]
-    quiet = ["--callbacks.panels=null", "--callbacks.evaluation.every_n_epochs=40"]
-    outcome = train(tmp_path / "run", RECIPES / "ssl4eo_simclr.yaml", 0, *short, *quiet)
+@pytest.mark.slow
+def test_labels_are_hidden_from_histograms_and_untrained_backbones():
+    outcome = read_outcome(kept("ssl4eo_simclr"))
     assert outcome.items == 64 and outcome.contrastive and len(outcome.criteria()) == 8
-    assert_learned(outcome)
-    for name in ("s1", "s2", "joint"):  # labels are hidden from histograms
+    for name in ("s1", "s2", "joint"):
         assert outcome.metrics[f"val/raw/probe/{name}"] <= 0.4
         assert outcome.metrics[f"val/untrained/probe/{name}"] <= 0.65
 
