@@ -20,6 +20,7 @@ from torch import Tensor
 from domainssl.errors import DataError
 from domainssl.missing import unmarked_value
 from domainssl.modality import Modality, key
+from domainssl.sensors import VALID_RANGES
 
 __all__ = ["UnitCheck", "unit_change", "unit_of_item"]
 
@@ -32,6 +33,21 @@ _LEAST_VOTES = 3
 _AGREEMENT = 0.9  # of the items that speak for any unit
 _OUTSIDE = 0.01  # share of an item's values outside valid_range
 FITS, UNDECIDED = "fits", ""
+# Lowest and highest value of whole items, but for half a percent at either end: beyond it lie other
+# scales, such as decibels times 100. Radar power and snow in the sun reach far above 1.
+_PLAUSIBLE = {
+    **VALID_RANGES,
+    "reflectance": (-0.5, 3.3),
+    "linear": (-1.0, 100.0),
+    "hu": (-4096.0, 32767.0),  # scanners fill with -3024 and the like; metal reaches high
+    "m": (-1000.0, 10_000.0),
+    "index": (-10.0, 10.0),
+}
+_PERCENT = 110.0
+_MOST_HU = 4096.0  # median of an item: dense bone lies below
+_LEAST_DB = 1.0  # that speckle spreads decibels by, of which none lies farther from 0
+_LEAST_POWER = 1e-5  # -50 dB, below the noise of every radar
+_LEAST_REFLECTANCE = 2e-4  # two digital numbers
 
 _EXPECTED = {
     "dn": "digital numbers without offset (0..10000)",
@@ -40,6 +56,8 @@ _EXPECTED = {
     "linear": "linear power (0 to about 1)",
     "rgb8": "8-bit values (0..255)",
     "hu": "Hounsfield units (about -1000..3000)",
+    "m": "metres (about -500..9000)",
+    "index": "an index (about -1..1)",
 }
 _REMEDY = {
     "reflectance": "If they are reflectance, multiply them by 10000, or declare value_unit "
@@ -53,6 +71,8 @@ _REMEDY = {
     "normalised": "They look normalised already. The backbone normalises inside: hand over raw "
     "values and leave out the Normalize of the DataModule.",
     "scaled": "They look scaled to 0..1. The backbone normalises inside: hand over raw values.",
+    "percent": "They look like percent of reflectance: divide them by 100 to have reflectance, or "
+    "multiply them by 100 to have digital numbers.",
     "offset": "The cirrus band B10 lies near 1000 where it is 0..100: the offset of 1000 of "
     "processing baseline 04.00 is still in. Subtract it (data.init_args.dn_offset: 1000).",
     "range": "Check unit, scale factor and offset of the data, and nodata values that "
@@ -106,6 +126,14 @@ class _Item:
             fractional=float(np.mean(values != np.rint(values))),
         )
 
+    def lies_in(self, limits: tuple[float, float] | None) -> bool:
+        """Within limits; True without any."""
+        return limits is None or (limits[0] <= self.low and self.high <= limits[1])
+
+    def looks_like_percent(self) -> bool:
+        """Reflectance of land or of the sea in percent; broken numbers."""
+        return self.fractional > 0.5 and self.low >= -5 and 3 < self.high <= _PERCENT
+
     def looks_normalised(self, high: float) -> bool:
         """Small numbers around zero, not whole ones."""
         return self.fractional > 0.5 and -6 < self.low < -0.3 and self.high < high
@@ -120,14 +148,16 @@ def unit_of_item(values: Array, modality: Modality) -> str:
 
     Returns:
         `fits`, an empty string where they do not tell, or what they seem to be: `reflectance`,
-        `dn`, `linear`, `db`, `normalised`, `scaled`, `offset`, or `range` for anything that lies
-        outside of `valid_range`.
+        `dn`, `percent`, `linear`, `db`, `normalised`, `scaled`, `offset`, or `range` for anything
+        that lies outside of `valid_range` or of what the unit can be.
     """
     if values.min() == values.max():  # an empty window
         return UNDECIDED
     item = _Item.of(values)
     rule = _RULES.get(modality.value_unit)
     verdict = rule(item, modality) if rule is not None else FITS
+    if verdict in (FITS, UNDECIDED) and not item.lies_in(_PLAUSIBLE.get(modality.value_unit)):
+        return "range"
     if verdict in (FITS, UNDECIDED) and modality.valid_range is not None:
         low, high = modality.valid_range
         if np.mean((values < low) | (values > high)) > _OUTSIDE:
@@ -135,7 +165,12 @@ def unit_of_item(values: Array, modality: Modality) -> str:
     return verdict
 
 
+_VISIBLE = {"B01", "B02", "B03", "B04"}  # that water does not turn black in
+
+
 def _dn(item: _Item, modality: Modality) -> str:
+    if item.high > 20 and item.looks_like_percent() and _VISIBLE & set(modality.channels):
+        return "percent"
     if item.high > 20:
         return "offset" if _cirrus_has_offset(item, modality) else FITS
     if item.fractional <= 0.5:  # few digital numbers above zero: water in SWIR, night
@@ -159,10 +194,14 @@ def _cirrus_has_offset(item: _Item, modality: Modality) -> bool:
 
 
 def _reflectance(item: _Item, modality: Modality) -> str:
-    if item.high > 20:
-        return "dn"
     if item.looks_normalised(20):
         return "normalised"
+    if item.high > 3 and item.looks_like_percent():
+        return "percent"
+    if item.high > 20:
+        return "dn"
+    if item.low > 0 and item.high < _LEAST_REFLECTANCE:
+        return "range"
     return FITS if item.low >= -0.3 and item.high <= 3 else UNDECIDED
 
 
@@ -171,12 +210,16 @@ def _db(item: _Item, modality: Modality) -> str:
         return "linear"
     if item.looks_normalised(8):
         return "normalised"
+    if max(-item.low, item.high) < _LEAST_DB and item.high - item.low < _LEAST_DB:
+        return "range"
     return FITS if item.low < -6 else UNDECIDED
 
 
 def _linear(item: _Item, modality: Modality) -> str:
     if item.median < -1:
-        return "db"
+        return "db" if item.low >= _PLAUSIBLE["db"][0] else "range"
+    if item.low >= 0 and item.high < _LEAST_POWER:
+        return "range"
     if item.looks_normalised(8):
         return "normalised"
     return FITS if item.low >= -0.05 else UNDECIDED
@@ -191,6 +234,8 @@ def _rgb8(item: _Item, modality: Modality) -> str:
 
 
 def _hu(item: _Item, modality: Modality) -> str:
+    if item.median > _MOST_HU:
+        return "range"
     if item.fractional > 0.5 and item.low >= 0 and item.high <= 1:
         return "scaled"
     if item.looks_normalised(10):

@@ -88,6 +88,8 @@ def zscore(values: np.ndarray, name: str) -> np.ndarray:
         ("S1GRD", lambda x: 10 ** (x / 10), "db", r"decibels.*10 \* log10\(x\)"),
         ("S1GRD", lambda x: zscore(x, "S1GRD"), "db", "look normalised already"),
         ("S1GRD", lambda x: x, "linear", r"linear power.*10 \*\* \(x / 10\)"),
+        ("S2L2A", lambda x: x / 100, "dn", "percent of reflectance.*multiply them by 100"),
+        ("S2L2A", lambda x: x / 100, "reflectance", "percent of reflectance: divide"),
         ("S1GRD", lambda x: x * 100, "db", r"within \[-60.0, 40.0\].*nodata values"),
     ],
 )
@@ -96,6 +98,29 @@ def test_values_in_another_unit_are_noticed(sample, name, change, declared, word
     kind = modality(name, value_unit=declared, valid_range=limits)
     with pytest.raises(DataError, match=words):
         look(change(sample[name]), kind)
+
+
+SCALES = {  # value_unit: low and high of an item that is right, factors that no unit bears
+    "dn": (100, 9000, (100, 1e-4)),
+    "reflectance": (0.01, 0.9, (10, 1e4, 1e-4)),
+    "db": (-25, -5, (100, 10, 0.02, -10)),
+    "linear": (1e-3, 0.4, (1e4, 1e-6, -1e4)),
+    "rgb8": (10, 250, (257, 1 / 255, -1)),
+    "hu": (-1000, 1500, (10, 1e-3)),
+    "m": (0, 3000, (100, -1)),
+    "index": (-0.2, 0.9, (10_000,)),
+}
+
+
+@pytest.mark.parametrize("unit", SCALES)
+def test_no_unit_bears_another_scale_without_limits_on_the_card(unit: str) -> None:
+    """Decibels times 100 of int16 passed as `db`: only one bound was compared."""
+    low, high, factors = SCALES[unit]
+    kind = Modality(name="x", kind="image", channels=("a", "b"), value_unit=unit)
+    right = np.random.default_rng(1).uniform(low, high, (2, 400))
+    assert unit_of_item(right, kind) == "fits"
+    for factor in factors:
+        assert unit_of_item(right * factor, kind) not in ("fits", ""), factor
 
 
 def test_message_names_values_expectation_remedy_and_flag(sample) -> None:

@@ -352,7 +352,7 @@ def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
     target = Target(modality.value_unit, unit, step, rule)
     part = _Part(file=file, modality=modality, dates=dates, target=target)
     if not options.any_unit:
-        refuse_other_unit(file, entries[:1], modality, target)
+        refuse_other_unit(file, entries, modality, target)
     return part
 
 

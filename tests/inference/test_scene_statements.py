@@ -110,6 +110,16 @@ def test_values_of_another_unit_are_refused(
     assert read(path, name, stored_unit=unit, any_unit=True)[1].all()
 
 
+def test_units_are_looked_at_where_there_is_data(tmp_path: Path) -> None:
+    """The four parts that are looked at first lay in a border without data: all passed."""
+    side = 512
+    values = np.full((2, side, side), np.nan, np.float32)
+    values[:, 200:216, 470:486] = np.resize(radar(), (2, 16, 16)) * 100
+    path = write_geotiff(tmp_path / "a.tif", values, ("VV", "VH"))
+    with pytest.raises(DataError, match=r"nothing measures them"):
+        read(path, "s1", stored_unit="db")
+
+
 def test_a_raster_without_a_valid_pixel_is_told(tmp_path: Path, caplog: Any) -> None:
     path = write_geotiff(tmp_path / "a.tif", radar(), ("VV", "VH"))
     assert not read(path, "s1", stored_unit="linear")[1].any()

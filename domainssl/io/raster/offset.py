@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from domainssl.errors import DataError
 from domainssl.io.raster.layer import OFFSET_BASELINE, LayerFile
+from domainssl.io.raster.places import stages
 from domainssl.io.raster.read import MaskRule, Target, read_pixels
 from domainssl.sensors import DARK_DN, DARK_FRACTION, L1C_BANDS
 
 __all__ = ["is_before_offset", "settled_unit", "unsettled"]
 
 _START = np.datetime64("2022-01-25")  # first products of baseline 04.00
-_SIDE = 64  # pixels along the sides of a part that is looked at
-_PARTS = 4  # parts along each axis
-_ALL = 1024  # the same, where none of those shows a measured pixel
 _CHOICE = (
     "dn (numbers without the offset; also where the model was trained on these numbers as they "
     "are) or dn+1000 (still in)"
@@ -138,7 +135,7 @@ def _is_dark(file: LayerFile, date: int, rule: MaskRule) -> bool:
     is_scaled = any(band.is_scaled for band in file.bands)
     target = Target("dn", "reflectance" if is_scaled else "dn", step, rule)
     dark = measured = 0
-    for stage in _stages(shape):
+    for stage in stages(shape):
         for row, column, side in stage:
             height, width = min(side, shape[0] - row), min(side, shape[1] - column)
             part = bounds.part(row, column, height, width, step)
@@ -152,19 +149,3 @@ def _is_dark(file: LayerFile, date: int, rule: MaskRule) -> bool:
         if measured:
             return dark > DARK_FRACTION * measured
     return True
-
-
-def _stages(shape: Sequence[int]) -> Iterator[Iterator[tuple[int, int, int]]]:
-    """Yield row, column and side of parts: a few evenly spread, then all of the raster."""
-    rows, columns = (_starts(size) for size in shape)
-    yield ((row, column, _SIDE) for row, column in product(rows, columns))
-    rows, columns = (list(range(0, size, _ALL)) for size in shape)
-    yield ((row, column, _ALL) for row, column in product(rows, columns))
-
-
-def _starts(size: int) -> list[int]:
-    """Return where parts begin, evenly spread; side by side where they cover all."""
-    count = min(_PARTS, -(-size // _SIDE))
-    if count * _SIDE >= size:
-        return [i * _SIDE for i in range(count)]
-    return [round(i * (size - _SIDE) / (count - 1)) for i in range(count)]
