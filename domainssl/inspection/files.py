@@ -92,6 +92,8 @@ def inspect_geotiffs(paths: Sequence[str]) -> dict[str, Any]:
         problems += file.pop("grid_problems")
         if not file["valid_share"]:
             problems.append(f"{file['path']}: no pixel in which all bands are valid")
+        elif {row["std"] for row in file["values"]} == {0.0} and len(paths) == 1:
+            problems.append(f"{file['path']}: every band has one value in all valid pixels")
     notes = [text for file in files if (text := file.pop("untold"))]
     return {
         "kind": "geotiff",

@@ -18,6 +18,7 @@ _RECIPES = {  # that read the root of their DataModule without further choices
     "TreeSatAIDataModule": "treesat_omnisat",
     "PastisDataModule": "pastis_maestro",
 }
+_LISTS = ("scans", "files", "arrays", "slides", "pictures", "bags")  # of a report
 _SENSORS = {"S1GRD", "S2L2A"}  # that the recipe of SSL4EO-S12 reads
 
 
@@ -32,6 +33,8 @@ def following(report: Mapping[str, Any], words: Sequence[str] = ()) -> list[str]
         chosen = shlex.join(words)
         return [f"{COMMAND} stats {chosen} --output stats.yaml", f"{COMMAND} fit {chosen}"]
     path = shlex.quote(str(report["path"]))
+    if _is_unreadable(report):
+        return []
     kind, is_file = report["kind"], os.path.isfile(report["path"])
     if kind == "data":
         recipe = _RECIPES.get(str(report["data"]))
@@ -59,6 +62,15 @@ def following(report: Mapping[str, Any], words: Sequence[str] = ()) -> list[str]
     if kind in ("geotiff", "cube"):
         return [f"{COMMAND} embed BACKBONE {path} --output {_beside(path, '.zarr')}"]
     return []
+
+
+def _is_unreadable(report: Mapping[str, Any]) -> bool:
+    """Tell whether nothing of what lies there could be read, or nothing in it is valid."""
+    if not report.get("problems"):
+        return False
+    listed = [report[name] for name in _LISTS if name in report]
+    is_blank = report["kind"] == "scans" and not report["measured"]
+    return is_blank or (bool(listed) and not any(listed))
 
 
 def _trained(recipe: str | None, path: str) -> list[str]:

@@ -70,6 +70,7 @@ def inspect_scans(path: str) -> dict[str, Any]:
     entries = [entry for found in paths[:_LISTED] for entry in _one(found, problems)]
     facts = [entry.facts for entry in entries]
     scans = [_described(entry, problems, measure=n < _MEASURED) for n, entry in enumerate(entries)]
+    problems += _blank(scans, is_one=_is_one(path))
     notes = [*_together(entries), *_grids(facts), *_unlike(facts)]
     if not _is_one(path):
         aside = scans_and_aside(path)[1]
@@ -212,6 +213,22 @@ def _values(facts: ScanFacts, reading: Reading) -> dict[str, Any]:
         found["label_values"] = labels
     if notes:
         found["odd"] = notes
+    return found
+
+
+def _blank(scans: Sequence[Mapping[str, Any]], *, is_one: bool) -> list[str]:
+    """Say which scans show nothing.
+
+    Whole numbers of one value may be a map of labels without any, unless the scan was asked for.
+    """
+    found = []
+    for scan in scans:
+        spreads = {row["std"] for row in scan.get("values", ())}
+        if spreads == {None}:
+            found.append(f"{scan['path']}: no voxel is valid")
+        elif spreads == {0.0} and (is_one or "label_values" not in scan):
+            value = scan["values"][0]["mean"]
+            found.append(f"{scan['path']}: all valid voxels have one value, {value:g}")
     return found
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from ssl4eo_files import DATES, SIDE, tile_table, write_split
 
 from domainssl.errors import DataError
+from domainssl.inspection.following import following
 from domainssl.inspection.recognise import inspect_path, render
 from domainssl.io.ssl4eo.write import write_release_a
 
@@ -165,6 +166,12 @@ def test_geotiff_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(b"II*\0nonsense")
     [problem] = inspect_path(str(tmp_path))["problems"]
     assert "a.tif: the GeoTIFF cannot be read" in problem
+
+
+def test_no_command_follows_what_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tif").write_bytes(b"II*\0")
+    report = inspect_path(str(tmp_path / "a.tif"))
+    assert report["problems"] and following(report) == []
 
 
 def test_path_that_is_not_there_names_the_sample(tmp_path: Path) -> None:

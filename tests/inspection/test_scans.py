@@ -15,6 +15,7 @@ from domainssl.arguments import plain
 from domainssl.cli import main
 from domainssl.cli.checkup import checkup
 from domainssl.errors import DataError
+from domainssl.inspection.following import following
 from domainssl.inspection.recognise import inspect_path, render
 
 
@@ -65,6 +66,20 @@ def test_constant_scans_and_odd_slices_are_named(tmp_path: Path) -> None:
     assert "same.nii.gz: all: all valid voxels are 40" in text
     assert "void.nii.gz: all: no voxel is valid" in text and "void.nii.gz: all: all" not in text
     assert "slice 2 ranges from 80000 to 88500, 100 times the usual range" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, "no voxel is valid"), (0, "all valid voxels have one value, 0")]
+)
+def test_a_scan_that_shows_nothing_is_a_problem_without_a_next_command(
+    tmp_path: Path, value: float, said: str
+) -> None:
+    """Its inspection ended with `no problems found`."""
+    write_nifti(tmp_path / "a.nii.gz", np.full((6, 5, 4), value, np.float32))
+    report = inspect_path(str(tmp_path / "a.nii.gz"))
+    assert report["problems"] == [f"{tmp_path / 'a.nii.gz'}: {said}"]
+    (tmp_path / "a.nii.gz").write_bytes((tmp_path / "a.nii.gz").read_bytes()[:-9])
+    assert following(inspect_path(str(tmp_path / "a.nii.gz"))) == []
 
 
 def test_a_folder_of_exams_has_contrasts_grids_and_orientations(tmp_path: Path) -> None:
