@@ -72,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    status = _status(words, debug)
+    return _PIPE if _reader_is_gone() else status
+
+
+def _status(words: list[str], debug: bool) -> int:
+    """Run one verb; see `main`."""
     if not words or words[0] in ("-h", "--help", "help"):
         sys.stdout.write(_help() + "\n")
         return 0
@@ -88,9 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         with printable_logs():
-            status = int(importlib.import_module(f"domainssl.cli.verbs.{verb}").run(rest))
-            sys.stdout.flush()
-            return status
+            return int(importlib.import_module(f"domainssl.cli.verbs.{verb}").run(rest))
     except KeyboardInterrupt:
         _complain("Interrupted.")
         return 130

@@ -210,11 +210,15 @@ def test_inspect_of_nothing_mentions_the_sample(cli, folder):
     assert "nothing lies there" in result.err and "'sample'" in result.err
 
 
-def test_output_that_nobody_reads_any_more_is_no_failure(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["embed", "--help"], ["recipes"], ["inspect", "PATH", "--json"]],
+)
+def test_output_that_nobody_reads_any_more_is_no_failure(words, tmp_path, monkeypatch, capfd):
     path = write_nifti(tmp_path / "a.nii", ramp())
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as out:
         monkeypatch.setattr("sys.stdout", out)
-        assert main(["inspect", str(path), "--json"]) == 141
+        assert main([str(path) if word == "PATH" else word for word in words]) == 141
     assert capfd.readouterr().err == ""
