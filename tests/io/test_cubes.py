@@ -84,6 +84,15 @@ def test_decoded_bytes_count_whole_chunks(tmp_path: Path) -> None:
     assert cube.decoded_bytes("bands", [slice(1, 3), [0, 2]]) == 4 * chunk
 
 
+def test_a_store_one_folder_down_in_its_zip_is_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.zarr.zip", (2, 1, 3, 7, 6), zarr_format=3)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "b.zarr.zip", "w") as new:
+        for info in old.infolist():
+            new.writestr(f"b.zarr/{info.filename}", old.read(info))
+    with pytest.raises(DataError, match=r"but in its folder 'b.zarr'. Zip what the folder holds"):
+        open_cube(str(tmp_path / "b.zarr.zip")).read("bands")
+
+
 @pytest.mark.parametrize("name", ["a.zarr", "a.zarr.zip"])
 def test_format_3_is_read_through_zarr(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, (2, 2, 3, 7, 6), zarr_format=3)

@@ -99,8 +99,24 @@ class Cube:
         if self.store.get("zarr.json") is not None:
             return 3
         if not any(key.endswith((".zarray", ".zgroup")) for key in self._metadata):
-            raise DataError(f"{self.name}: no zarr hierarchy (neither .zgroup nor zarr.json)")
+            raise DataError(
+                f"{self.name}: no zarr hierarchy (neither .zgroup nor zarr.json)"
+                f"{self._further_down()}"
+            )
         return 2
+
+    def _further_down(self) -> str:
+        """Return where the hierarchy of a zip begins, if in one of its folders."""
+        if not isinstance(self.store, ZipFileStore):
+            return ""
+        marks = [n for n in self.store.names() if n.rsplit("/", 1)[-1] in (".zgroup", "zarr.json")]
+        if not marks:
+            return ""
+        inner = min(marks, key=lambda name: name.count("/")).rpartition("/")[0]
+        return (
+            f" in its root, but in its folder {inner!r}. Zip what the folder holds and not the "
+            f"folder itself: unzip it, then (cd {inner} && zip -0 -r ../again.zarr.zip .)"
+        )
 
     @cached_property
     def arrays(self) -> dict[str, ArrayInfo]:
