@@ -19,12 +19,21 @@ if TYPE_CHECKING:
 
 __all__ = ["report_features", "report_grids", "run"]
 
+_ONLY_WITH = {
+    "features": ("weights", "any_mpp", "batch_size", "device", "autocast", "layout", "dtype"),
+    "regions": ("min_region",),
+}
 _MPP_TOLERANCE = 0.1  # as of published encoders
 
 
 def run(argv: list[str]) -> int:
     """Write grid, coordinates and picture of every slide that has none yet."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    for needed, names in _ONLY_WITH.items():
+        given = [n for n in names if getattr(options, n) != parser.get_default(n)]
+        if given and getattr(options, needed) is None:
+            raise ConfigError(f"tile --{given[0]}: counts with --{needed} only. Add it, or not.")
     from domainssl.cli.progress import Bar
     from domainssl.pieces import build
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,9 +28,11 @@ from domainssl.io.slide.overview import draw_overview
 from domainssl.io.slide.pyramid import Slide, SlideReading
 from domainssl.io.slide.regions import ENDINGS, read_regions, regions_for
 from domainssl.io.slide.tissue import TissueMask, TissueOptions, slide_tissue
+from domainssl.io.storage.paths import stamp
 
 __all__ = ["GridOptions", "SlideTiling", "write_grid"]
 
+_log = logging.getLogger(__name__)
 _FACTS = "tiling.json"
 _PARTS = ("tiles", "patches", "thumbnails", "slides")
 _POWER_UM = 10.0
@@ -115,8 +118,17 @@ class SlideTiling:
             raise _unwritable(self.folder, error) from error
 
     def is_ready(self, key: str) -> bool:
-        """Tell whether the grid of a slide is there."""
-        return self._mark(key).is_file()
+        """Tell whether the grid of a slide is there, made from its files as they are."""
+        if not self._mark(key).is_file():
+            return False
+        return self.described(key).get("files", self._files(key)) == self._files(key)
+
+    def _files(self, key: str) -> list[list[int]]:
+        """Return time of change and size of a slide and its regions."""
+        path, found = self.slides[self.ids.index(key)], None
+        if self.options.regions is not None:
+            found = regions_for(self.options.regions, path)
+        return [list(stamp(each)[2:]) for each in (path, found) if each is not None]
 
     def make(self, key: str) -> None:
         """Write the grid of a slide, its mark last.
@@ -125,8 +137,10 @@ class SlideTiling:
             DataError: The slide or its regions cannot be read.
             StorageError: The grid cannot be written.
         """
-        path = self.slides[self.ids.index(key)]
+        path, files = self.slides[self.ids.index(key)], self._files(key)
         options = self.options
+        if self._mark(key).is_file():
+            _log.warning("%s: the slide or its regions have changed since; tiled again", key)
         for part in _PARTS:
             remove_parts(self.folder / part, key)
             remove_parts(self.folder / part, f"{key}_patches")
@@ -155,7 +169,7 @@ class SlideTiling:
                 tissue=tissue,
             )
             try:
-                self._write(key, slide, grid, tissue)
+                self._write(key, slide, grid, tissue, files)
             except OSError as error:
                 raise _unwritable(self.folder, error) from error
 
@@ -173,7 +187,9 @@ class SlideTiling:
     def _mark(self, key: str) -> Path:
         return self.folder / "slides" / f"{key}.json"
 
-    def _write(self, key: str, slide: Slide, grid: TileGrid, tissue: TissueMask | None) -> None:
+    def _write(
+        self, key: str, slide: Slide, grid: TileGrid, tissue: TissueMask | None, files: list[Any]
+    ) -> None:
         write_grid(self.folder, key, slide, grid)
         picture = draw_overview(slide, grid, tissue, key)
         write_whole(self.folder / "thumbnails" / f"{key}.png", picture)
@@ -182,6 +198,7 @@ class SlideTiling:
             self._mark(key),
             {
                 "id": key,
+                "files": files,
                 "tiles": len(grid),
                 "grid": list(grid.shape),
                 "size_level0": list(grid.size_level0),
