@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from domainssl.cli.words import Parser
+from domainssl.errors import ConfigError
 
 if TYPE_CHECKING:
     from domainssl.inference.scenes import SceneOptions
 
-__all__ = ["add_reading", "scene_of"]
+__all__ = ["add_reading", "refuse_unread", "scene_of"]
+
+_RASTERS = (
+    "bands", "stored_unit", "date", "max_dates", "mask", "crs", "group", "any_gsd", "any_unit",
+)  # fmt: skip
+_DOMAINS: Mapping[str, tuple[str, ...]] = {  # that read an option
+    **dict.fromkeys(_RASTERS, ("rasters",)),
+    "modality": ("rasters", "volumes"),
+    "scan": ("volumes",),
+    "mpp_um": ("slides",),
+    "min_tissue": ("slides",),
+    "tiles": ("bags",),
+    "window": ("rasters", "volumes", "slides"),
+    "halo": ("rasters", "volumes"),
+    "format": ("rasters", "volumes", "slides"),
+}
+_WHOLE = ("halo", "format")  # that are about maps, not about one vector per item
 
 
 def add_reading(parser: Parser, pixels: str) -> None:
@@ -40,6 +58,35 @@ def add_reading(parser: Parser, pixels: str) -> None:
     add("--mpp_um", type=float, metavar="UM",
         help="um per pixel of level 0, for slides that state none or a wrong one")
     # fmt: on
+
+
+def refuse_unread(
+    parser: Parser, options: argparse.Namespace, domain: str, *, pooled: bool = False
+) -> None:
+    """Refuse what is said about inputs of another domain: nothing would read it.
+
+    Args:
+        parser: Of the verb.
+        options: Of the verb.
+        domain: See `domain_of`.
+        pooled: One vector per item is asked for.
+
+    Raises:
+        ConfigError: Something of it was given.
+    """
+    for name, domains in _DOMAINS.items():
+        given = getattr(options, name, None)
+        if not hasattr(options, name) or given == parser.get_default(name):
+            continue
+        if domain not in domains:
+            raise ConfigError(
+                f"--{name}: is read for {' and '.join(domains)}, but these weights take {domain}. "
+                "Leave it out."
+            )
+        if pooled and name in _WHOLE:
+            raise ConfigError(
+                f"--{name}: is for maps, but --pooled writes one table. Leave it out."
+            )
 
 
 def scene_of(

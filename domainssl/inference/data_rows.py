@@ -22,7 +22,7 @@ from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import write_json
 from domainssl.inference.outputs import parquet_path
-from domainssl.inference.parted_table import UNTOLD, Entries, PartedTable
+from domainssl.inference.parted_table import Entries, PartedTable
 from domainssl.inference.pooled_items import Asked
 from domainssl.inference.tokens import feature_name
 from domainssl.io.raster.geoparquet import Footprint
@@ -116,7 +116,7 @@ class DataEmbedding(PartedTable):
 
     def _leave_out(self, name: str, why: str, left_out: dict[str, str]) -> None:
         _log.warning("%s is left out: %s", name, why)
-        left_out[name] = UNTOLD if self.is_private else why
+        self._note(name, why, left_out)
 
     def _entries(self) -> Entries:
         rows = [row for part in self._kept("rows") for row in part]

@@ -305,6 +305,15 @@ class DenseEmbedding:
         if self._is_complete(number):
             self._complete(number)
 
+    def left_out(self) -> dict[str, str]:
+        """Return why shards of complete outputs are missing, by item and shard."""
+        return {
+            f"{item.name}, shard {at}": f"{why} (an earlier call; --restart tries it again)"
+            for number, item in enumerate(self.items)
+            if (record := _record(self.target(number))).is_file()
+            for at, why in read_json(record).get("left_out", {}).items()
+        }
+
     def leave_out(self, reasons: Mapping[str, str]) -> dict[str, str]:
         """Take shards that cannot be made for done: their vectors are missing.
 

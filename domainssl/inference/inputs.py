@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest, parsing, require
-from domainssl.inference.outputs import file_name, repeated
-from domainssl.inference.scenes import stem
+from domainssl.inference.outputs import file_name, is_output, repeated, was_written
+from domainssl.inference.scenes import Scene, SceneOptions, open_scene, stem
 from domainssl.io.raster.bands import is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.safe import is_safe
 from domainssl.io.raster.sites import other_format
 
-__all__ = ["Found", "examples", "find_inputs", "is_manifest", "is_raster", "read_manifest"]
+__all__ = [
+    "Found",
+    "RASTERS",
+    "examples",
+    "find_inputs",
+    "is_manifest",
+    "is_raster",
+    "open_scenes",
+    "read_manifest",
+]
 
+_log = logging.getLogger(__name__)
+RASTERS = "a GeoTIFF (.tif, .tiff), Zarr store or Sentinel-2 product (.SAFE)"
 _MANIFESTS = (".csv", ".parquet")
 
 
@@ -44,8 +57,41 @@ def is_manifest(path: str) -> bool:
     return path.lower().endswith(_MANIFESTS) and os.path.isfile(path)
 
 
+def open_scenes(
+    found: Sequence[Found],
+    backbone: Backbone,
+    options: SceneOptions,
+    left_out: dict[str, str] | None = None,
+) -> list[Scene]:
+    """Return the rasters of items.
+
+    Args:
+        found: The items.
+        backbone: Whose modalities are read.
+        options: What the user says.
+        left_out: Takes why one cannot be opened, by its name; None ends at the first such.
+
+    Raises:
+        DataError: One cannot be opened, or none where bad ones are left out.
+    """
+    scenes = []
+    for each in found:
+        try:
+            scenes.append(open_scene(each.files, backbone, options, each.name))
+        except DataError as error:
+            if left_out is None or len(left_out) + 1 == len(found):
+                raise
+            _log.warning("%s is left out: %s", each.name, error)
+            left_out[each.name] = str(error)
+    return scenes
+
+
 def find_inputs(
-    given: str | Path, modalities: Sequence[str], is_item: Callable[[str], bool], what: str
+    given: str | Path,
+    modalities: Sequence[str],
+    is_item: Callable[[str], bool],
+    what: str,
+    output: Path | None = None,
 ) -> list[Found]:
     """Return the items at a path, in order of their names.
 
@@ -54,6 +100,7 @@ def find_inputs(
         modalities: Names that columns of a manifest may have.
         is_item: Tells whether a path is an item.
         what: How messages call items.
+        output: Where results go; what lies there, or was written there before, is no input.
 
     Raises:
         DataError: There is none.
@@ -71,16 +118,17 @@ def find_inputs(
         if os.path.exists(path) and is_item is is_raster and other_format(path):
             raise DataError(f"{path}: {other_format(path)}")
         raise DataError(f"{path}: {reason}. Give {what}, a folder of some, or a manifest.")
-    found = []
-    for base, folders, names in os.walk(path):
-        inside = [name for name in sorted(folders) if not name.startswith(".")]
-        items = [name for name in inside if is_item(os.path.join(base, name))]
-        folders[:] = [name for name in inside if name not in items]
-        for name in (*items, *sorted(names)):
-            full = os.path.join(base, name)
-            if name in items or (not name.startswith(".") and is_item(full)):
-                relative = os.path.relpath(full, path)
-                found.append(Found(_named(relative), full))
+    found, skipped = [], list[str]()
+    for full in _items_below(path, is_item):
+        if output is None or not is_output(full, output, path):
+            found.append(Found(_named(os.path.relpath(full, path)), full))
+        elif not was_written(full):
+            skipped.append(full)
+    if skipped:
+        _log.warning(
+            "%s (%d such in all) lies in the folder of results and is no input. Choose an --output "
+            "outside of the inputs where it should be one.", skipped[0], len(skipped),
+        )  # fmt: skip
     if not found:
         raise DataError(
             f"{path}: holds no {what.removeprefix('a ')}, which the model takes for "
@@ -89,13 +137,30 @@ def find_inputs(
     return sorted(found, key=lambda item: item.name)
 
 
+def _items_below(path: str, is_item: Callable[[str], bool]) -> Iterator[str]:
+    """Yield the items below a folder; what is called a Zarr store is one, damaged or not."""
+    for base, folders, names in os.walk(path):
+        inside = [name for name in sorted(folders) if not name.startswith(".")]
+        items = [
+            name for name in inside
+            if is_item(os.path.join(base, name))
+            or (is_item is is_raster and name.lower().endswith(".zarr"))
+        ]  # fmt: skip
+        folders[:] = [name for name in inside if name not in items]
+        yield from (os.path.join(base, name) for name in items)
+        for name in sorted(names):
+            if not name.startswith(".") and is_item(os.path.join(base, name)):
+                yield os.path.join(base, name)
+
+
 def examples(folder: str) -> str:
     """Return a sentence that names a few files of a folder in which nothing was found."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     if not names:
         return " The folder is empty."
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f" It has {', '.join(names[:3])}{more}."
+    told = next((f" {name}: {other_format(name)}" for name in names if other_format(name)), "")
+    return f" It has {', '.join(names[:3])}{more}.{told}"
 
 
 def _named(relative: str) -> str:
@@ -137,6 +202,8 @@ def read_manifest(path: str, modalities: Sequence[str]) -> list[Found]:
         first = next(iter(places.values()))
         name = str(row.get("id") or "") or stem(first)
         found.append(Found(file_name(name), places if named else first))
+    if not found:
+        raise DataError(f"{path}: has no row. Write one per input: id, path.")
     twice = repeated(item.name for item in found)
     if twice:
         raise ConfigError(f"{path}: ids repeat: {', '.join(twice[:5])}. Give every row its own.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
 import re
 from collections import Counter
@@ -11,21 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from domainssl.errors import ConfigError, DataError
+from domainssl.files import read_json, write_json
 
 __all__ = [
     "beside",
     "encoder_name",
     "file_name",
     "file_states",
+    "is_made_from",
+    "is_output",
+    "keep_source",
     "make_folder",
     "refuse_ending",
     "refuse_inputs",
+    "refuse_inside",
     "refuse_one_file",
     "refuse_other",
     "repeated",
+    "tell_again",
+    "was_written",
 ]
 
-
+_log = logging.getLogger(__name__)
 _ENDING = re.compile(r"\w\.[A-Za-z][A-Za-z0-9]{0,9}$")  # such as .zarr, .nii.gz, .h5; not v1.2
 
 
@@ -57,8 +66,9 @@ def repeated(names: Iterable[str]) -> list[str]:
 def file_states(paths: Iterable[str | Path]) -> list[list[int]]:
     """Return size and time of change in nanoseconds of files.
 
-    Of a folder, such as a series of DICOM images, which does not change when a file in it is
-    written over: the sum of the sizes, and a number that depends on all sizes and times in it.
+    Of a folder, such as a series of DICOM images or an array of a store, which does not change when
+    a file in it is written over: the sum of the sizes, and a number that depends on all sizes and
+    times in it.
     """
     return [_folder_state(path) if os.path.isdir(path) else _state(path) for path in paths]
 
@@ -70,9 +80,87 @@ def _state(path: str | Path) -> list[int]:
 
 def _folder_state(path: str | Path) -> list[int]:
     names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-    states = [_state(os.path.join(path, name)) for name in names]
+    states = file_states(os.path.join(path, name) for name in names)
     digest = hashlib.blake2b(repr(states).encode(), digest_size=6).digest()
     return [sum(size for size, _ in states), int.from_bytes(digest, "big")]
+
+
+def keep_source(output: Path, source: Any) -> None:
+    """Write beside an output what it was made from, once it is complete.
+
+    Args:
+        output: A file that is there.
+        source: Plain data without paths and names of persons.
+    """
+    write_json(_source_path(output), source)
+
+
+def is_made_from(output: Path, source: Any) -> bool:
+    """Tell whether an output is there, and was made from this; see `keep_source`."""
+    record = _source_path(output)
+    if not output.is_file() or not record.is_file():
+        return False
+    return bool(read_json(record) == json.loads(json.dumps(source)))
+
+
+def is_output(path: str, output: Path, given: str) -> bool:
+    """Tell whether something below a folder of inputs is a result.
+
+    Args:
+        path: What was found.
+        output: Where results go, a folder or the name of a file.
+        given: The folder of inputs.
+    """
+    place, root = os.path.realpath(output), os.path.realpath(given)
+    inside = place != root and _lies_in(os.path.realpath(path), place)
+    return inside or was_written(path)
+
+
+def was_written(path: str) -> bool:
+    """Tell whether `embed` or `predict` left a record beside something, or beside its scale."""
+    plain = Path(path.replace("_scale.tif", ".tif"))
+    return any(
+        _source_path(each).is_file() or "weights_sha256" in _record(each)
+        for each in {Path(path), plain}
+    )
+
+
+def _record(output: Path) -> Any:
+    """Return what `embed` wrote beside an output, nothing where it did not."""
+    path = beside(output, "json")
+    try:
+        return read_json(path) if path.is_file() else {}
+    except DataError:
+        return {}
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def refuse_inside(output: Path, source: str) -> None:
+    """Refuse results in a folder of which every scan is read.
+
+    Raises:
+        ConfigError: They would lie in it.
+    """
+    if _lies_in(os.path.realpath(output), os.path.realpath(source)):
+        raise ConfigError(
+            f"--output {output}: lies in {source}, whose scans are the input; the next call would "
+            "take results for scans. Give a folder outside of it."
+        )
+
+
+def tell_again(output: Path) -> None:
+    """Say of an output that is there that it is made again."""
+    if output.is_file():
+        _log.warning(
+            "%s: its input has changed since, or is read otherwise; it is made again", output.name
+        )
+
+
+def _source_path(output: Path) -> Path:
+    return output.with_name(f".{output.name}.source")
 
 
 def make_folder(folder: Path, named: Path) -> None:

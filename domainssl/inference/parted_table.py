@@ -28,7 +28,7 @@ from domainssl.modality import Batch, batch_to
 
 __all__ = ["Entries", "PartedTable", "UNTOLD"]
 
-UNTOLD = "cannot be read; the call that left it out said why"
+UNTOLD = "cannot be read; the log of the call that left it out says why"
 Array = np.ndarray[Any, Any]
 
 
@@ -72,6 +72,7 @@ class PartedTable(ABC):
     is_private: bool = False
     keys: Sequence[str] = field(init=False)
     _request: dict[str, Any] = field(init=False, repr=False)
+    _told: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @abstractmethod
     def _compute(self, number: int, left_out: dict[str, str]) -> Array:
@@ -80,6 +81,15 @@ class PartedTable(ABC):
     @abstractmethod
     def _entries(self) -> Entries:
         """Return what the rows of all parts are of; called when all parts are there."""
+
+    def _note(self, name: str, why: str, left_out: dict[str, str]) -> None:
+        """Note an item that cannot be read: for this call, and in what is written."""
+        self._told[name] = why
+        left_out[name] = UNTOLD if self.is_private else why
+
+    def _is_final(self, why: str) -> bool:
+        """Tell whether an item stays left out, however often it is read."""
+        return False
 
     def _ask(self, **more: Any) -> None:
         """Keep what the table is made from, so that another one is told from it."""
@@ -99,6 +109,30 @@ class PartedTable(ABC):
         with torch.inference_mode(), autocast_context(self.options.device, self.options.autocast):
             found: Array = self.backbone(moved).pooled[self.feature].float().cpu().numpy()
         return found
+
+    def try_again(self, keys: Sequence[str]) -> None:
+        """Forget the parts of an earlier call in which something could not be read.
+
+        Args:
+            keys: Parts of this call.
+        """
+        bad = []
+        for key in keys:
+            notes = self._part(key).with_suffix(".json")
+            if notes.is_file() and not all(map(self._is_final, read_json(notes).values())):
+                bad.append(key)
+        if not bad:
+            return
+        write_whole(self._again, b"")
+        self._record.unlink(missing_ok=True)
+        for key in bad:
+            self._part(key).unlink(missing_ok=True)
+            self._part(key).with_suffix(".json").unlink()
+
+    @property
+    def _again(self) -> Path:
+        """Marks a table that is there while some of its parts are made again."""
+        return self.folder / "again"
 
     @property
     def folder(self) -> Path:
@@ -125,8 +159,12 @@ class PartedTable(ABC):
             found = read_json(record) if record.is_file() else self._request
             found = {name: value for name, value in found.items() if name != "left_out"}
             refuse_other(self.target, found, self._request)
-        is_ours = self._record.is_file() or (  # or a call ended between the table and its record
-            (self.folder / "request.json").is_file() and self._is_complete()
+        is_ours = (
+            self._record.is_file()
+            or self._again.is_file()
+            or (  # or a call ended between the table and its record
+                (self.folder / "request.json").is_file() and self._is_complete()
+            )
         )
         if self.target.exists() and not is_ours:
             raise ConfigError(
@@ -142,8 +180,8 @@ class PartedTable(ABC):
             ) from error
 
     def release(self) -> None:
-        """Remove the folder of parts once the table is there."""
-        if self._record.is_file():
+        """Remove the folder of parts once the table is there, and all that can be read in it."""
+        if self._record.is_file() and all(map(self._is_final, self.left_out().values())):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def is_ready(self, key: str) -> bool:
@@ -163,9 +201,12 @@ class PartedTable(ABC):
 
     def left_out(self) -> dict[str, str]:
         """Return why items were left out, by name."""
+        found: dict[str, str]
         if self._record.is_file():
-            return dict(read_json(self._record).get("left_out", {}))
-        return {n: why for part in self._kept("json") for n, why in part.items()}
+            found = read_json(self._record).get("left_out", {})
+        else:
+            found = {n: why for part in self._kept("json") for n, why in part.items()}
+        return {name: self._told.get(name, why) for name, why in found.items()}
 
     def _kept(self, ending: str) -> Iterator[Any]:
         """Yield what lies beside the parts that have it, in order."""
@@ -207,7 +248,7 @@ class PartedTable(ABC):
         try:
             write_whole(self.target, content)
             write_items(beside(self.target, "png"), vectors, list(entries.ids))
-            left_out = self.left_out()
+            left_out = {n: why for part in self._kept("json") for n, why in part.items()}
             write_json(self._record, self._request | ({"left_out": left_out} if left_out else {}))
         except OSError as error:
             raise DataError(

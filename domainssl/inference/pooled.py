@@ -16,7 +16,7 @@ import torch
 
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference.outputs import repeated
-from domainssl.inference.parted_table import UNTOLD, Entries, PartedTable
+from domainssl.inference.parted_table import Entries, PartedTable
 from domainssl.io.raster.geoparquet import Footprint
 from domainssl.modality import Batch
 
@@ -76,6 +76,9 @@ class PooledEmbedding(PartedTable):
         self.keys = [str(number) for number in range(count)]
         self._ask(items=[[item.name, item.facts] for item in self.items])
 
+    def _is_final(self, why: str) -> bool:
+        return any(item.when_empty == why for item in self.items[:1])
+
     def _entries(self) -> Entries:
         names = [item.name for item in self.items]
         return Entries(ids=names, columns=self.columns, footprints=self.footprints)
@@ -117,10 +120,9 @@ class PooledEmbedding(PartedTable):
             except DataError as error:
                 if not self.skip_bad:
                     raise
-                left_out[item.name] = str(error)
                 if self.is_private:
                     _log.warning("%s is left out: %s", item.name, error)
-                    left_out[item.name] = UNTOLD
+                self._note(item.name, str(error), left_out)
 
 
 def _batches(

@@ -14,18 +14,19 @@ from typing import Any, Literal
 from domainssl.errors import ConfigError
 from domainssl.inference.bags import bag_items
 from domainssl.inference.domain import domain_of
-from domainssl.inference.inputs import find_inputs, is_raster
+from domainssl.inference.inputs import RASTERS, find_inputs, is_raster, open_scenes
 from domainssl.inference.items import ExamItem, SceneItem, windows_of_task
 from domainssl.inference.outputs import file_name, refuse_ending
 from domainssl.inference.predict import PredictOptions
 from domainssl.inference.raster_maps import RasterPrediction, find_pairs, find_scenes
-from domainssl.inference.scenes import Scene, SceneOptions, open_scene
+from domainssl.inference.scenes import SceneOptions
 from domainssl.inference.slide_maps import SlidePrediction, find_slides
 from domainssl.inference.tables import Item, TablePrediction
 from domainssl.inference.volume_maps import (
     VolumeInput,
     VolumePrediction,
     find_volumes,
+    refuse_results_among,
     volume_input,
 )
 from domainssl.io.ids import ids_of
@@ -56,6 +57,7 @@ class HowPredicted:
         ids: What outputs of scans and slides are called: `plain`, like them, or `hashed`.
         min_tissue: Least share of tissue in a tile.
         tiles: Tiles of a bag at most.
+        skip_bad: Leave out inputs that cannot be opened.
     """
 
     windows: PredictOptions = field(default_factory=PredictOptions)
@@ -68,6 +70,7 @@ class HowPredicted:
     ids: Literal["plain", "hashed"] = "plain"
     min_tissue: float = MIN_TISSUE
     tiles: int | None = None
+    skip_bad: bool = False
 
 
 def prediction(task: Any, sources: Sequence[str], output: Path, how: HowPredicted) -> Prediction:
@@ -115,8 +118,11 @@ def prediction(task: Any, sources: Sequence[str], output: Path, how: HowPredicte
             reading=how.reading, min_tissue=how.min_tissue,
         )  # fmt: skip
     target = output if is_table else output / "predictions.csv"
-    items = _items(task, domain, sources[0], how)
-    return TablePrediction(target=target, items=items, task=task, options=how.windows)
+    left_out = dict[str, str]()
+    items = _items(task, domain, sources[0], how, target, left_out)
+    return TablePrediction(
+        target=target, items=items, task=task, options=how.windows, left_out=left_out
+    )
 
 
 def _maps(
@@ -131,18 +137,22 @@ def _maps(
         )
     if domain == "volumes":
         inputs = volume_input(task, getattr(task, "reading", None), how.scan)
+        refuse_results_among(sources[0], output)
         return VolumePrediction(
             folder=output, exams=_exams(sources[0], inputs, how), task=task,
             inputs=inputs, options=how.windows, writes_numbers=numbers,
         )  # fmt: skip
     scenes: Sequence[Any]
+    left_out = dict[str, str]()
+    told = left_out if how.skip_bad else None
     if task.kind == "change":
-        scenes = find_pairs(sources, task, how.scene, how.dates)
+        scenes = find_pairs(sources, task, how.scene, how.dates, told)
     else:
-        scenes = find_scenes(sources[0], task.backbone, _one_date(how))
+        scenes = find_scenes(sources[0], task.backbone, _one_date(how), told, output)
     return RasterPrediction(
-        folder=output, scenes=scenes, task=task, options=how.windows, writes_numbers=numbers
-    )
+        folder=output, scenes=scenes, task=task, options=how.windows, writes_numbers=numbers,
+        left_out=left_out,
+    )  # fmt: skip
 
 
 def _exams(source: str, inputs: VolumeInput, how: HowPredicted) -> list[Exam]:
@@ -160,8 +170,10 @@ def _one_date(how: HowPredicted) -> SceneOptions:
     return replace(how.scene, date=how.dates[0] if how.dates else None)
 
 
-def _items(task: Any, domain: str, source: str, how: HowPredicted) -> Sequence[Item]:
-    """Return what the rows of a table are about."""
+def _items(
+    task: Any, domain: str, source: str, how: HowPredicted, target: Path, left_out: dict[str, str]
+) -> Sequence[Item]:
+    """Return what the rows of a table are about, and why others cannot be opened."""
     if domain == "bags":
         return bag_items(source, task.backbone, how.tiles)
     options = how.windows
@@ -174,10 +186,7 @@ def _items(task: Any, domain: str, source: str, how: HowPredicted) -> Sequence[I
             )
             for exam in _exams(source, inputs, how)
         ]  # fmt: skip
-    found = find_inputs(
-        source, list(task.backbone.modalities), is_raster, "a GeoTIFF or Zarr store"
-    )
-    scenes: list[Scene] = [
-        open_scene(each.files, task.backbone, _one_date(how), each.name) for each in found
-    ]
+    found = find_inputs(source, list(task.backbone.modalities), is_raster, RASTERS, target)
+    told = left_out if how.skip_bad else None
+    scenes = open_scenes(found, task.backbone, _one_date(how), told)
     return [SceneItem(s, windows_of_task(task, list(s.parts), options, 2)) for s in scenes]

@@ -7,7 +7,7 @@ the memory of a few windows; a killed call goes on after the last complete rows.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +17,26 @@ import torch
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError
-from domainssl.inference.inputs import examples, is_manifest, is_raster, read_manifest
+from domainssl.inference.inputs import (
+    RASTERS,
+    Found,
+    find_inputs,
+    is_manifest,
+    is_raster,
+    open_scenes,
+)
 from domainssl.inference.map_preview import (
     class_colours,
     write_class_preview,
     write_number_preview,
 )
-from domainssl.inference.outputs import beside
+from domainssl.inference.outputs import (
+    beside,
+    file_name,
+    is_made_from,
+    keep_source,
+    tell_again,
+)
 from domainssl.inference.predict import (
     LabelMap,
     NumberMap,
@@ -31,7 +44,7 @@ from domainssl.inference.predict import (
     Predictor,
     predict_map,
 )
-from domainssl.inference.scenes import Scene, SceneOptions, open_scene
+from domainssl.inference.scenes import Scene, SceneOptions, open_scene, stem
 from domainssl.inference.sliding import Box
 from domainssl.io.raster.class_map import MapPlace, write_class_map, write_number_map
 from domainssl.io.raster.grid import Bounds
@@ -53,38 +66,60 @@ class ChangeTask(Protocol):
     dated: tuple[str, ...]
 
 
-def find_scenes(path: str, backbone: Backbone, options: SceneOptions) -> list[Scene]:
+def find_scenes(
+    path: str,
+    backbone: Backbone,
+    options: SceneOptions,
+    left_out: dict[str, str] | None = None,
+    output: Path | None = None,
+) -> list[Scene]:
     """Return the scenes of an input.
 
     Args:
         path: A GeoTIFF or Zarr store; or a folder, either with one raster per modality, named like
-            it (`s1.tif`, `s2.zarr`), or with one scene per raster; or a manifest.
+            it (`s1.tif`, `s2.zarr`), or with one scene per raster; where it has none itself, the
+            folders below it; or a manifest.
         backbone: Whose modalities are read.
         options: What the user says.
+        left_out: Takes why one cannot be opened, by its name; None ends at the first such.
+        output: Where maps go; they are no scenes.
 
     Raises:
-        DataError: Nothing lies there, or no raster.
+        DataError: Nothing lies there, or no raster; or one cannot be opened.
     """
-    if is_manifest(path):
-        listed = read_manifest(path, list(backbone.modalities))
-        return [open_scene(found.files, backbone, options, found.name) for found in listed]
-    if not os.path.isdir(path) or is_raster(path):
-        return [open_scene(path, backbone, options)]
-    inside = [
-        entry for entry in sorted(os.listdir(path))
-        if entry[0] != "." and (entry.endswith(_ENDINGS) or is_safe(os.path.join(path, entry)))
-    ]  # fmt: skip
-    if not inside:
-        raise DataError(
-            f"{path}: holds no rasters, expected files that end in {', '.join(_ENDINGS)}, or "
-            f".SAFE products.{examples(path)}"
-        )
-    named = {entry.partition(".")[0]: os.path.join(path, entry) for entry in inside}
-    own = {name: named[name] for name in backbone.modalities if name in named}
-    if own:
-        name = os.path.basename(os.path.abspath(path))
-        return [open_scene(own, backbone, options, name)]
-    return [open_scene(os.path.join(path, entry), backbone, options) for entry in inside]
+    return open_scenes(_scene_files(path, backbone, output), backbone, options, left_out)
+
+
+def _scene_files(path: str, backbone: Backbone, output: Path | None = None) -> list[Found]:
+    names = list(backbone.modalities)
+    if os.path.isdir(path) and not is_raster(path):
+        entries = (entry for entry in sorted(os.listdir(path)) if entry[0] != ".")
+        inside = [os.path.join(path, entry) for entry in entries]
+        inside = [each for each in inside if each.lower().endswith(_ENDINGS) or is_safe(each)]
+        if inside:
+            return _together(path, [Found(stem(each), each) for each in inside], names)
+    found = find_inputs(path, names, is_raster, RASTERS, output)
+    if is_manifest(path) or not os.path.isdir(path):
+        return found
+    folders: dict[str, list[Found]] = {}
+    for each in found:
+        folders.setdefault(os.path.dirname(str(each.files)), []).append(each)
+    return [
+        scene
+        for folder, inside in folders.items()
+        for scene in _together(folder, inside, names, os.path.relpath(folder, path))
+    ]
+
+
+def _together(
+    folder: str, found: list[Found], names: Sequence[str], relative: str = ""
+) -> list[Found]:
+    """Return the rasters of a folder as one scene where they are named like modalities."""
+    named = {os.path.basename(str(f.files)).partition(".")[0]: str(f.files) for f in found}
+    own = {name: named[name] for name in names if name in named}
+    if not own:
+        return found
+    return [Found(file_name(relative or os.path.basename(os.path.abspath(folder))), own)]
 
 
 @dataclass(frozen=True)
@@ -153,6 +188,7 @@ def find_pairs(
     task: ChangeTask,
     options: SceneOptions,
     dates: Sequence[str] = (),
+    left_out: dict[str, str] | None = None,
 ) -> list[ScenePair]:
     """Return the pairs of an input.
 
@@ -161,6 +197,7 @@ def find_pairs(
         task: Its backbone sees each date as images.
         options: What the user says.
         dates: Two dates of cubes; empty takes the only two.
+        left_out: Takes why a pair cannot be opened, by name; None ends at the first such.
 
     Raises:
         ConfigError: There are neither two inputs nor two dates.
@@ -173,22 +210,32 @@ def find_pairs(
                 f"--date: got {' '.join(dates)}; change is between two dates of a cube, or between "
                 "two inputs: predict TASK BEFORE AFTER."
             )
-        befores, afters = (
-            find_scenes(sources[0], task.backbone, replace(options, date=date))
-            for date in (first, second)
-        )
-        for scene in () if dates else befores:
-            _refuse_more_dates(scene)
+        both = replace(options, date=first), replace(options, date=second)
     else:
         if dates:
             raise ConfigError("--date: chooses dates of one cube; two inputs are two dates.")
-        befores, afters = (find_scenes(each, task.backbone, options) for each in sources)
+        both = options, options
+    befores, afters = (_scene_files(source, task.backbone) for source in (sources[0], sources[-1]))
     if len(befores) != len(afters):
         raise DataError(
             f"{sources[0]} holds {len(befores)} scenes and {sources[-1]} {len(afters)}; expected "
             "as many before as after, in the order of their names."
         )
-    return [ScenePair(b, a, task.dated) for b, a in zip(befores, afters, strict=True)]
+    pairs = []
+    for files in zip(befores, afters, strict=True):
+        try:
+            before, after = (
+                open_scene(each.files, task.backbone, own, each.name)
+                for each, own in zip(files, both, strict=True)
+            )
+            if len(sources) == 1 and not dates:
+                _refuse_more_dates(before)
+            pairs.append(ScenePair(before, after, task.dated))
+        except DataError as error:
+            if left_out is None or len(left_out) + 1 == len(befores):
+                raise
+            left_out[files[0].name] = str(error)
+    return pairs
 
 
 def _refuse_more_dates(scene: Scene) -> None:
@@ -213,6 +260,7 @@ class RasterPrediction:
         task: In evaluation mode, on its device.
         options: Windows and blending.
         writes_numbers: The task predicts numbers, not classes.
+        left_out: Why a scene cannot be opened, by its name.
     """
 
     folder: Path
@@ -220,6 +268,7 @@ class RasterPrediction:
     task: Predictor
     options: PredictOptions = field(default_factory=PredictOptions)
     writes_numbers: bool = False
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def keys(self) -> Sequence[str]:
@@ -231,8 +280,11 @@ class RasterPrediction:
         return self.folder / f"{name}.tif"
 
     def is_ready(self, key: str) -> bool:
-        """Tell whether the map of a scene is there."""
-        return self.path(key).is_file()
+        """Tell whether the map of a scene is there, made from its files as they are."""
+        return is_made_from(self.path(key), self._scene(key).facts)
+
+    def _scene(self, key: str) -> Scene | ScenePair:
+        return self.scenes[self.keys.index(key)]
 
     def make(self, key: str) -> None:
         """Predict a scene.
@@ -240,17 +292,19 @@ class RasterPrediction:
         Raises:
             DataError: A file cannot be read.
         """
-        scene = self.scenes[self.keys.index(key)]
+        scene, source = self._scene(key), self._scene(key).facts
+        tell_again(self.path(key))
         count, path = len(self.task.classes), self.path(key)
         grid = _Pair(scene) if isinstance(scene, ScenePair) else _Pixels(scene)
         if self.writes_numbers:
-            numbers = NumberMap(path, grid.shape, count, scene.facts)
+            numbers = NumberMap(path, grid.shape, count, source)
             predict_map(self.task, grid.read, numbers, self.options)
             write_number_preview(beside(path, "png"), numbers.numbers[0], self.task.classes[0])
             write_number_map(path, numbers.numbers, grid.place, self.task.classes)
+            keep_source(path, source)
             numbers.remove()
             return
-        found = LabelMap(path, grid.shape, count, scene.facts)
+        found = LabelMap(path, grid.shape, count, source)
         nodata = _NODATA[found.labels.dtype == np.uint8]
         predict_map(self.task, grid.read, found, self.options, nothing=nodata)
         write_class_preview(beside(path, "png"), found.labels, self.task.classes, nodata)
@@ -258,6 +312,7 @@ class RasterPrediction:
             path, found.labels, grid.place, nodata=nodata, classes=self.task.classes,
             colours=class_colours(count),
         )  # fmt: skip
+        keep_source(path, source)
         found.remove()
 
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from domainssl.backbones.base import Backbone
-from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.errors import ConfigError, nearest
 from domainssl.inference.data_rows import embedding_of_data, is_data
 from domainssl.inference.dense import DenseEmbedding, DenseOptions
 from domainssl.inference.domain import domain_of
-from domainssl.inference.inputs import Found, find_inputs, is_raster
+from domainssl.inference.inputs import RASTERS, find_inputs, is_raster, open_scenes
 from domainssl.inference.outputs import encoder_name, refuse_ending, refuse_one_file
 from domainssl.inference.parted_table import PartedTable
 from domainssl.inference.pooled_items import pooled_items, pooled_scenes
 from domainssl.inference.preview import write_map_preview
-from domainssl.inference.scenes import Scene, SceneOptions, open_scene
+from domainssl.inference.scenes import Scene, SceneOptions
 from domainssl.inference.slide_bags import embed_slides
 from domainssl.inference.tokens import TokenWindows, token_windows
 from domainssl.inference.volumes import VolumeEmbedding, volume_embedding
@@ -151,8 +151,9 @@ def embed(
         )  # fmt: skip
     if options.id_table is not None:
         raise ConfigError("id_table: is for exams, slides and bags; rasters keep their names.")
-    found = find_inputs(str(source), list(loaded.modalities), is_raster, "a GeoTIFF or Zarr store")
-    scenes, unopened = _opened(loaded, found, options.scene, skip_bad=plan.skip_bad)
+    found = find_inputs(str(source), list(loaded.modalities), is_raster, RASTERS, Path(output))
+    unopened = dict[str, str]()
+    scenes = open_scenes(found, loaded, options.scene, unopened if plan.skip_bad else None)
     if options.pooled:
         table = pooled_scenes(loaded, scenes, Path(output), options)
         table.skip_bad = plan.skip_bad
@@ -161,26 +162,6 @@ def embed(
         done = _run(_dense(loaded, scenes, Path(output), options), plan, progress, "shards")
     done.left_out = {**unopened, **done.left_out}
     return done
-
-
-def _opened(
-    backbone: Backbone, found: Sequence[Found], options: SceneOptions, *, skip_bad: bool
-) -> tuple[list[Scene], dict[str, str]]:
-    """Return the rasters, and why others cannot be opened.
-
-    Raises:
-        DataError: One cannot be opened, or none where bad ones are left out.
-    """
-    scenes, left_out = [], dict[str, str]()
-    for each in found:
-        try:
-            scenes.append(open_scene(each.files, backbone, options, each.name))
-        except DataError as error:
-            if not skip_bad or len(left_out) + 1 == len(found):
-                raise
-            logger.warning("%s is left out: %s", each.name, error)
-            left_out[each.name] = str(error)
-    return scenes, left_out
 
 
 def _run(
@@ -192,11 +173,14 @@ def _run(
     work.claim(restart=plan.restart)
     if isinstance(work, DenseEmbedding) and not plan.jobs and plan.scheduler is None:
         work.order = plan.shard.mine(list(work.keys))
+    if isinstance(work, PartedTable):
+        work.try_again(plan.shard.mine(list(work.keys)))
     try:
         built = build(work, plan, progress, noun=noun)
         left_out = built.skipped
         if isinstance(work, DenseEmbedding):
-            left_out = work.leave_out(built.skipped)
+            before = work.left_out()
+            left_out = {**before, **work.leave_out(built.skipped)}
         elif isinstance(work, PartedTable):
             left_out = {**left_out, **work.left_out()}
     finally:

@@ -48,11 +48,15 @@ def describe_scene(
         ConfigError: Bands of something else than a GeoTIFF are named.
         DataError: A band is missing, or the file does not say where or what it is.
     """
+    if group and (is_safe(path) or path.lower().endswith(GEOTIFF_ENDINGS)):
+        raise ConfigError(f"--group {group}: is a folder in a Zarr store; {path} is none.")
     if names:
         if not path.lower().endswith(GEOTIFF_ENDINGS):
             raise ConfigError(
                 f"--bands {','.join(names)}: names the bands of GeoTIFF; {path} is none."
             )
+        if mask is not None:
+            raise ConfigError(f"--mask {mask}: is an array of a Zarr store; {path} is a GeoTIFF.")
         return describe_geotiff(path, modality.channels, crs=crs, names=names)
     sought = Sought(bands=modality.channels, step_hint=modality.gsd_m, mask=mask, crs=crs)
     try:

@@ -81,7 +81,7 @@ def refuse_other_unit(
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Seen:
     """What the parts of a raster have shown so far.
 

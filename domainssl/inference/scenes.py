@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,14 +19,16 @@ import torch
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest, require
+from domainssl.inference.outputs import file_states
 from domainssl.inference.scene_bands import describe_scene, modality_of
 from domainssl.inference.scene_units import refuse_other_unit
 from domainssl.inference.tokens import TokenWindows
-from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
+from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds, said_crs
 from domainssl.io.raster.layer import LayerFile
 from domainssl.io.raster.offset import settled_unit
 from domainssl.io.raster.read import MaskRule, Pixels, Target, conversion, read_pixels
 from domainssl.io.raster.time import day_in_name
+from domainssl.io.storage.paths import is_url
 from domainssl.modality import Batch, Modality, key
 
 __all__ = ["Scene", "SceneOptions", "open_scene", "stem"]
@@ -87,6 +89,20 @@ class SceneOptions:
                 found = unit
         return found
 
+    def refuse_unknown_units(self, modalities: Collection[str]) -> None:
+        """Refuse units of modalities that there are not.
+
+        Raises:
+            ConfigError: There are some.
+        """
+        for part in self.stored_unit.split(","):
+            name, sign, _ = part.strip().rpartition("=")
+            if sign and name not in modalities:
+                raise ConfigError(
+                    f"--stored_unit {part.strip()}: there is no modality {name!r}, only "
+                    f"{', '.join(modalities)}.{nearest(name, modalities)}"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
@@ -146,9 +162,11 @@ class Scene:
                 "step": part.target.step,
                 "dates": [str(time) for time in part.times],
             }
-            if os.path.isfile(part.file.path):
-                known = os.stat(part.file.path)
-                entry["file"] = [known.st_size, known.st_mtime_ns]
+            states = _states(part.file)
+            entry |= {"file": states[0]} if len(states) == 1 else {"files": states}
+            if part.file.mask is not None:
+                rule = part.target.rule
+                entry["mask"] = [part.file.mask.array, *rule.values]
             found[name] = entry
         return {"crs": self.crs, "bounds": self._plain(self.bounds), "modalities": found}
 
@@ -289,6 +307,12 @@ def open_scene(
                 f"modality {known!r}: the backbone knows {', '.join(backbone.modalities)}."
                 f"{nearest(known, backbone.modalities)}"
             )
+    if options.modality is not None and options.modality not in files:
+        raise ConfigError(
+            f"--modality {options.modality}: the files are named by modality already "
+            f"({', '.join(files)}); leave it out."
+        )
+    options.refuse_unknown_units(backbone.modalities)
     parts = {n: _part(path, backbone.modalities[n], options) for n, path in files.items()}
     crs, bounds = None, None
     for part in parts.values():
@@ -301,11 +325,43 @@ def open_scene(
         theirs = part.file.bounds
         bounds = theirs if bounds is None else bounds.shared(theirs)
     assert crs is not None and bounds is not None
+    _refuse_unused_dates(parts, options)
     least = max(part.target.step for part in parts.values())
     if min(bounds.width, bounds.height) < least * (1 - 1e-6):
         raise DataError(f"{', '.join(files.values())}: the rasters share no area.")
     first = next(iter(files.values()))
     return Scene(name=name or stem(first), parts=parts, crs=crs, bounds=bounds)
+
+
+def _refuse_unused_dates(parts: Mapping[str, _Part], options: SceneOptions) -> None:
+    """Refuse a choice of dates that no modality has.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    kinds = {part.modality.kind for part in parts.values()}
+    if options.date is not None and kinds == {"series"}:
+        raise ConfigError(
+            f"--date {options.date}: chooses the only date that a backbone of images takes; this "
+            "one takes a series, of which --max_dates limits the dates."
+        )
+    if options.max_dates is not None and "series" not in kinds:
+        raise ConfigError(
+            f"--max_dates {options.max_dates}: limits the dates of a series; this backbone takes "
+            "images, of which --date chooses the date."
+        )
+
+
+def _states(file: LayerFile) -> list[list[int]]:
+    """Return size and time of change of what is read; nothing of what lies behind a URL."""
+    if is_url(file.path):
+        return []
+    layers = [*file.bands, *([file.mask] if file.mask is not None else [])]
+    paths = dict.fromkeys(band.path or file.path for band in layers)
+    if file.kind == "zarr" and os.path.isdir(file.path):
+        paths = dict.fromkeys(os.path.join(file.path, band.array) for band in layers)
+    masks = [f"{path}.msk" for path in paths if os.path.isfile(f"{path}.msk")]
+    return file_states([*(path for path in paths if os.path.exists(path)), *masks])
 
 
 def stem(path: str) -> str:
@@ -331,6 +387,7 @@ def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
             f"{modality.kind!r}."
         )
     file = describe_scene(path, modality, **_described(options))
+    _refuse_another_crs(file, options.crs)
     if len(file.times) == 1 and np.isnat(file.times[0]):  # neither the file nor a pattern says it
         day = day_in_name(os.path.basename(path.rstrip("/\\")))
         file = dataclasses.replace(file, times=np.array([day], "datetime64[s]"))
@@ -354,6 +411,19 @@ def _part(path: str, modality: Modality, options: SceneOptions) -> _Part:
     if not options.any_unit:
         refuse_other_unit(file, entries, modality, target)
     return part
+
+
+def _refuse_another_crs(file: LayerFile, said: str | None) -> None:
+    """Refuse `--crs` that contradicts the file.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if said is not None and said_crs(said) != file.crs:
+        raise ConfigError(
+            f"--crs {said}: {file.path} states {file.crs[:60]}; --crs is for rasters that state "
+            "none. Leave it out, or mend the file (gdal_edit.py -a_srs)."
+        )
 
 
 def _dates(

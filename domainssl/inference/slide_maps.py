@@ -20,6 +20,7 @@ import torch
 from domainssl.errors import ConfigError, DataError, require
 from domainssl.files import write_whole
 from domainssl.inference.inputs import find_inputs
+from domainssl.inference.outputs import file_states, is_made_from, keep_source, tell_again
 from domainssl.inference.predict import PredictOptions
 from domainssl.inference.tables import ItemTask, answer
 from domainssl.io.slide.annotations import geojson_of
@@ -112,8 +113,13 @@ class SlidePrediction:
         return self.folder / f"{name}.geojson"
 
     def is_ready(self, key: str) -> bool:
-        """Tell whether the regions of a slide are there."""
-        return self.path(key).is_file()
+        """Tell whether the regions of a slide are there, made from its file as it is."""
+        return is_made_from(self.path(key), self._source(key))
+
+    def _source(self, key: str) -> dict[str, Any]:
+        """Return what the regions of a slide rest on."""
+        path = self.slides[list(self.keys).index(key)].path
+        return {"files": file_states([path]), "mpp_um": self.reading.mpp_um}
 
     def is_empty(self, key: str) -> bool:
         """Tell whether no tile of a predicted slide held tissue."""
@@ -125,7 +131,8 @@ class SlidePrediction:
         Raises:
             DataError: It cannot be read, or the task gives numbers that are not finite.
         """
-        path = self.slides[list(self.keys).index(key)].path
+        path, source = self.slides[list(self.keys).index(key)].path, self._source(key)
+        tell_again(self.path(key))
         with Slide(path, self.reading) as slide:
             resolution = self.modality.mpp_um
             assert resolution is not None  # or the task would read rasters
@@ -145,6 +152,7 @@ class SlidePrediction:
             is_class = chances.argmax(1)[:, None] == np.arange(len(names))
         self._write_tiles(key, grid, is_class, chances)
         write_whole(self.path(key), geojson_of(grid, is_class, chances, names))
+        keep_source(self.path(key), source)
 
     def _chances(self, slide: Slide, grid: TileGrid) -> tuple[Array, Array]:
         """Return the tiles that have a valid pixel, and the probabilities of each, (N, K)."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from domainssl.backbones.base import Backbone
 from domainssl.errors import DataError, require
 from domainssl.files import read_json, write_json, write_whole
+from domainssl.inference.outputs import is_made_from, keep_source, tell_again
 from domainssl.inference.predict import PredictOptions
 from domainssl.modality import Batch, batch_to
 
@@ -46,6 +47,10 @@ class Item(Protocol):
     @property
     def name(self) -> str:
         """What the row is called."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the row rests on: plain data without paths and names of persons."""
 
     def batches(self) -> Iterator[tuple[float, Batch]]:
         """Yield weight and batch, of one item, of every window that shows something."""
@@ -73,12 +78,14 @@ class TablePrediction:
         items: The items.
         task: In evaluation mode, on its device.
         options: Windows at once, and the device.
+        left_out: Why an item cannot be opened, by its name.
     """
 
     target: Path
     items: Sequence[Item]
     task: ItemTask
     options: PredictOptions = field(default_factory=PredictOptions)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -95,8 +102,11 @@ class TablePrediction:
         return self.folder / f".{self.target.name}.rows" / f"{name}.json"
 
     def is_ready(self, key: str) -> bool:
-        """Tell whether the row of an item is there."""
-        return self.path(key).is_file()
+        """Tell whether the row of an item is there, made from its files as they are."""
+        return is_made_from(self.path(key), self._item(key).facts)
+
+    def _item(self, key: str) -> Item:
+        return self.items[list(self.keys).index(key)]
 
     def make(self, key: str) -> None:
         """Predict an item.
@@ -104,7 +114,8 @@ class TablePrediction:
         Raises:
             DataError: It cannot be read, or the task gives numbers that are not finite.
         """
-        item = self.items[list(self.keys).index(key)]
+        item, source = self._item(key), self._item(key).facts
+        tell_again(self.path(key))
         found = self._mean(item)
         row: dict[str, Any] = {"id": key, **item.described()}
         if self.task.kind == "regression":
@@ -114,6 +125,7 @@ class TablePrediction:
             row |= {f"p({c})": v for c, v in zip(self.task.classes, found, strict=True)}
         self.path(key).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path(key), {n: None if v != v else v for n, v in row.items()})
+        keep_source(self.path(key), source)
 
     def _mean(self, item: Item) -> list[float]:
         """Return the mean over windows, (K,); NaN where nothing is shown."""

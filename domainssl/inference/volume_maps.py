@@ -26,7 +26,15 @@ from domainssl.inference.map_preview import (
     write_class_preview,
     write_number_preview,
 )
-from domainssl.inference.outputs import beside, file_name, file_states
+from domainssl.inference.outputs import (
+    beside,
+    file_name,
+    file_states,
+    is_made_from,
+    keep_source,
+    refuse_inside,
+    tell_again,
+)
 from domainssl.inference.predict import (
     LabelMap,
     NumberMap,
@@ -38,7 +46,7 @@ from domainssl.inference.sliding import Box
 from domainssl.io.subjects import Found
 from domainssl.io.volume.dicom_studies import series_at
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
-from domainssl.io.volume.exams import find_exams
+from domainssl.io.volume.exams import find_exams, layout_of
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
 from domainssl.io.volume.folder import EVERY, NoScanNamedError
 from domainssl.io.volume.geometry import TOLERANCE, displacement
@@ -51,7 +59,14 @@ from domainssl.sources.preparation import prepare
 from domainssl.sources.resampling import resample_labels, resample_scan
 from domainssl.sources.volume_options import Contrast, Preparation
 
-__all__ = ["VolumeInput", "VolumePrediction", "find_volumes", "volume_batch", "volume_input"]
+__all__ = [
+    "VolumeInput",
+    "VolumePrediction",
+    "find_volumes",
+    "refuse_results_among",
+    "volume_batch",
+    "volume_input",
+]
 
 Array = np.ndarray[Any, Any]
 _log = logging.getLogger(__name__)
@@ -164,6 +179,16 @@ def find_volumes(path: str, inputs: VolumeInput, modality: str | None = None) ->
     return [_one_scan(path, names, modality, stem_of(path))]
 
 
+def refuse_results_among(source: str, output: Path) -> None:
+    """Refuse an output that the next call would read as one of the scans of a plain folder.
+
+    Raises:
+        ConfigError: It lies there.
+    """
+    if os.path.isdir(source) and not is_scan(source) and layout_of(source) == "folder":
+        refuse_inside(output, source)
+
+
 def _by_name(inputs: VolumeInput, modality: str | None) -> VolumeInput:
     """Return the contrasts, or one of them, each named by its key where it takes every scan."""
     contrasts = {
@@ -254,8 +279,16 @@ class VolumePrediction:
         return self.folder / f"{name}.nii.gz"
 
     def is_ready(self, key: str) -> bool:
-        """Tell whether the map of an exam is there."""
-        return self.path(key).is_file()
+        """Tell whether the map of an exam is there, made from its files as they are."""
+        return is_made_from(self.path(key), self._source(key))
+
+    def _exam(self, key: str) -> Exam:
+        return self.exams[self.keys.index(key)]
+
+    def _source(self, key: str) -> dict[str, Any]:
+        """Return what the map of an exam rests on."""
+        scans = self._exam(key).scans
+        return {"files": file_states(scans.values()), "contrasts": list(scans), **self.inputs.facts}
 
     def make(self, key: str) -> None:
         """Predict an exam.
@@ -263,16 +296,17 @@ class VolumePrediction:
         Raises:
             DataError: A scan cannot be read.
         """
-        exam = self.exams[self.keys.index(key)]
+        exam, source = self._exam(key), self._source(key)
+        tell_again(self.path(key))
         prepared = prepare(exam, self.inputs.contrasts, self.inputs.preparation)
         first = self.inputs.preparation.resample_to
         names = [name for name in self.inputs.contrasts if name in exam.scans]
         name = first if first in names else names[0]
         facts = describe_scan(exam.scans[name], self.inputs.contrasts[name].reading_of(exam, name))
-        count, states = len(self.task.classes), file_states(exam.scans.values())
+        count = len(self.task.classes)
         read = partial(volume_batch, prepared)
         if self.writes_numbers:
-            numbers = NumberMap(self.path(key), prepared.shape, count, states)
+            numbers = NumberMap(self.path(key), prepared.shape, count, source)
             predict_map(self.task, read, numbers, self.options)
             moved = _numbers_on_grid(numbers.numbers, prepared, facts)
             first = moved[0]
@@ -281,9 +315,10 @@ class VolumePrediction:
                 beside(self.path(key), "png"), _axial(first, layer), self.task.classes[0]
             )
             write_numbers(self.path(key), moved, facts, self.task.classes)
+            keep_source(self.path(key), source)
             numbers.remove()
             return
-        found = LabelMap(self.path(key), prepared.shape, count, states)
+        found = LabelMap(self.path(key), prepared.shape, count, source)
         predict_map(self.task, read, found, self.options, nothing=0)
         labels = _on_grid(found.labels, prepared, facts)
         classes, colours = self.task.classes, class_colours(count)
@@ -298,6 +333,7 @@ class VolumePrediction:
             },
         )
         write_labels(self.path(key), labels, facts, dict(enumerate(classes)))
+        keep_source(self.path(key), source)
         found.remove()
 
 

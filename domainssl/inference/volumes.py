@@ -29,7 +29,13 @@ from domainssl.inference.outputs import (
 )
 from domainssl.inference.preview import write_map_preview
 from domainssl.inference.tokens import TokenWindows, token_windows
-from domainssl.inference.volume_maps import VolumeInput, find_volumes, scans_for, volume_batch
+from domainssl.inference.volume_maps import (
+    VolumeInput,
+    find_volumes,
+    refuse_results_among,
+    scans_for,
+    volume_batch,
+)
 from domainssl.io.ids import ids_of, write_ids
 from domainssl.io.raster.geozarr import VectorLayout, VectorStore
 from domainssl.io.volume.exam import Exam
@@ -264,6 +270,7 @@ def volume_embedding(
         ConfigError: Several exams are to go into one file, or ids repeat.
         DataError: There is no scan.
     """
+    refuse_results_among(source, output)
     inputs = scans_for(backbone, scan)
     exams = find_volumes(source, inputs, modality)
     names = [exam.id for exam in exams]

@@ -13,6 +13,9 @@ from scan_files import oblique, write_nifti
 
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
+from domainssl.cli.reading import refuse_unread
+from domainssl.cli.verbs import embed
+from domainssl.errors import ConfigError
 from domainssl.io.ids import ids_of
 from domainssl.tasks import SegmentationTask
 from domainssl.tasks.export import export_task
@@ -60,7 +63,7 @@ def test_a_scan_becomes_a_map_equal_to_monai_in_memory(tmp_path: Path, capsys: A
     assert main([*words, "--overlap=0.5", "--restart"]) == 0
     hidden = [*words[:-1], str(tmp_path / "hidden"), "--ids=hashed"]
     assert main(hidden) == 0
-    names = {p.name for p in (tmp_path / "hidden").iterdir()} - {"predict.json"}
+    names = {p.name for p in (tmp_path / "hidden").glob("[!.]*")} - {"predict.json"}
     [key] = ids_of(["scan"], "hashed")
     assert names == {f"{key}.nii.gz{end}" for end in ("", ".json", ".png")}
     assert main([*words[:-1], str(tmp_path / "map.nii.gz")]) == 2
@@ -110,6 +113,45 @@ def test_an_input_is_no_result_and_is_never_deleted(tmp_path: Path, capsys: Any)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["tile.tif"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["tile.tif"]
     assert (tmp_path / "out" / "tile.tif").read_bytes() == b"of somebody"
+
+
+@pytest.mark.parametrize(
+    ("domain", "pooled", "words", "answer"),
+    [
+        ("rasters", False, ["--scan", "volume=0"], "--scan: is read for volumes"),
+        ("rasters", False, ["--mpp_um=0.5"], "--mpp_um: is read for slides"),
+        ("rasters", True, ["--halo=1"], "--pooled writes one table"),
+        ("volumes", False, ["--crs=EPSG:32632"], "--crs: is read for rasters"),
+        ("slides", False, ["--date=first"], "--date: is read for rasters"),
+        ("bags", False, ["--window=8"], "--window: is read for rasters and volumes and slides"),
+        ("rasters", False, ["--crs=EPSG:32632", "--window=8", "--any_gsd"], ""),
+    ],
+)
+def test_options_about_inputs_of_another_domain_are_refused(
+    domain: str, pooled: bool, words: list[str], answer: str
+) -> None:
+    """Nothing read them, and nobody said so."""
+    parser = embed._parser()
+    options = parser.parse_args(["BACKBONE", "INPUT", "--output=x", *words])
+    if not answer:
+        return refuse_unread(parser, options, domain, pooled=pooled)
+    with pytest.raises(ConfigError, match=answer):
+        refuse_unread(parser, options, domain, pooled=pooled)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["embed", "B", "I", "--output=x", "--split=test"], "is a part of the data of a recipe"),
+        (["tile", "S", "--output=x", "--layout=zarr"], "counts with --features only"),
+        (["tile", "S", "--output=x", "--min_region=0.1"], "counts with --regions only"),
+    ],
+)
+def test_options_that_count_beside_another_only_are_refused(
+    words: list[str], answer: str, capsys: Any
+) -> None:
+    assert main(words) == 2
+    assert answer in " ".join(capsys.readouterr().err.split())
 
 
 def test_both_forms_are_told_apart_and_explained(tmp_path: Path, capsys: Any) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference import pooled
+from domainssl.inference.inputs import find_inputs, is_raster
 from domainssl.inference.outputs import file_states, refuse_other
 from domainssl.inference.preview import write_items
 from domainssl.inference.run import embed
@@ -195,6 +196,9 @@ def test_a_manifest_names_items_and_modalities(tmp_path: Path) -> None:
     radar = np.full((2, 40, 40), -11.0, np.float32) + np.arange(40, dtype=np.float32) / 10
     write_geotiff(tmp_path / "r.tif", radar, ("VV", "VH"))
     write(tmp_path / "o.tif", 40)
+    (tmp_path / "m.csv").write_text("id,s1,s2\n")
+    with pytest.raises(DataError, match="has no row"):
+        find_inputs(tmp_path / "m.csv", ["s1", "s2"], is_raster, "a raster")
     (tmp_path / "m.csv").write_text("id,s1,s2\nplace,r.tif,o.tif\n")
     backbone = CROMABackbone({"s1": s1, "s2": S2}, patch_size=8, width=16, depth=2, heads=2)
     embed(backbone.eval(), tmp_path / "m.csv", tmp_path / "out", stored_unit="s1=db")
@@ -222,8 +226,13 @@ def test_an_item_that_cannot_be_read_gets_no_vector_and_is_named(
     assert done.left_out == {"b": "b.tif: cannot be read."}
     rows = parquet.read_table(output)["embedding"].to_pylist()
     assert np.isfinite(rows[0]).all() and (rows[1] is None or np.isnan(rows[1]).all())
-    again = embed(backbone, tmp_path / "in", output, pooled=True, plan=plan)
-    assert again.resumed == 1 and list(again.left_out) == ["b"]
+    again = embed(backbone, tmp_path / "in", output, pooled=True, plan=plan)  # tried again
+    assert again.resumed == 0 and again.left_out == done.left_out
+    monkeypatch.setattr(Scene, "read", read)
+    assert not embed(backbone, tmp_path / "in", output, pooled=True, plan=plan).left_out
+    assert np.isfinite(parquet.read_table(output)["embedding"].to_pylist()).all()
+    names = {"in", "t.parquet", "t.parquet.json", "t.parquet.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_the_state_of_a_folder_changes_with_a_file_that_is_written_over(tmp_path: Path) -> None:

@@ -260,10 +260,12 @@ def test_a_raster_that_cannot_be_opened_is_left_out_and_named(
     scene: Path, backbone: ViTBackbone, tmp_path: Path
 ) -> None:
     (scene.parent / "bad.tif").write_bytes(b"II*\0 nothing")
-    with pytest.raises(DataError, match="bad.tif"):
+    (scene.parent / "broken.zarr").mkdir()  # it was passed over without a word
+    with pytest.raises(DataError, match=r"broken.zarr|bad.tif"):
         embed(backbone, scene.parent, tmp_path / "out")
     done = embed(backbone, scene.parent, tmp_path / "out", plan=Plan(jobs=0, skip_bad=True))
-    assert [p.name for p in done.outputs] == ["scene.zarr"] and list(done.left_out) == ["bad"]
+    assert [p.name for p in done.outputs] == ["scene.zarr"]
+    assert list(done.left_out) == ["bad", "broken"]
 
 
 def test_a_raster_without_a_shard_that_can_be_read_is_all_missing(
@@ -451,6 +453,20 @@ def test_a_raster_that_changed_is_named_with_both_sizes_and_leaves_nothing(
         f"[{before.st_size}, {before.st_mtime_ns}], is [{before.st_size}, 1]. "
     ) in str(caught.value)
     assert not [p.name for p in tmp_path.iterdir() if p.name.endswith(".claims")]
+
+
+def test_results_among_the_inputs_are_no_inputs(
+    scene: Path, backbone: ViTBackbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second call took its own vectors for rasters, whose bands it did not find."""
+    for output in (scene.parent / "out", scene.parent):
+        for _ in range(2):
+            done = embed(backbone, scene.parent, output)
+            assert [path.name for path in done.outputs] == ["scene.zarr"]
+    assert not caplog.records
+    write_geotiff(scene.parent / "out" / "b.tif", coded(1, 3, 40)[0].astype(np.uint16), BANDS)
+    embed(backbone, scene.parent, scene.parent / "out")
+    assert "b.tif (1 such in all) lies in the folder of results" in caplog.text
 
 
 def test_what_embed_did_not_write_is_left_alone(

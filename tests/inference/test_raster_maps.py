@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from cube_files import coded, write_cube
 from PIL import Image
 from torch import Tensor
 
@@ -89,12 +91,69 @@ def test_the_map_has_georeference_nodata_and_names(tmp_path: Path) -> None:
         colours = [found.colormap(1)[n][:3] for n in range(3)]
         assert colours == class_colours(3) and found.colormap(1)[255][:3] == (0, 0, 0)
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == ["tile.tif", "tile.tif.aux.xml", "tile.tif.png"]
+    assert names == [".tile.tif.source", "tile.tif", "tile.tif.aux.xml", "tile.tif.png"]
     categories = ElementTree.parse(tmp_path / "out/tile.tif.aux.xml").iter("Category")
     assert [c.text for c in categories] == ["water", "field", "forest"]
     picture = np.asarray(Image.open(tmp_path / "out/tile.tif.png").convert("RGB"))
     shown = {tuple(c) for c in np.unique(picture.reshape(-1, 3), axis=0).tolist()}
     assert set(colours) <= shown
+
+
+def test_a_changed_input_and_another_reading_are_predicted_again(
+    tmp_path: Path, caplog: Any
+) -> None:
+    """A second call kept the map of the old file."""
+    path, target = scene(tmp_path / "tile.tif", pixels((20, 20))), tmp_path / "out/tile.tif"
+    predicted(path, tmp_path / "out")
+    first = target.stat().st_mtime_ns
+    predicted(path, tmp_path / "out")
+    assert target.stat().st_mtime_ns == first and not caplog.records
+    with rasterio.open(target) as found:
+        before = found.read(1)
+    scene(path, pixels((20, 20))[:, ::-1])
+    predicted(path, tmp_path / "out")
+    assert "tile.tif: its input has changed since" in caplog.text
+    with rasterio.open(target) as found:
+        assert np.array_equal(found.read(1), before[::-1]) and len(np.unique(before)) == 2
+
+
+def test_chunks_of_a_store_that_are_written_over_are_another_input(tmp_path: Path) -> None:
+    """Of stores no state was known: `embed` and `predict` kept what the old numbers gave."""
+    write_cube(tmp_path / "a.zarr", coded(1, 2, 20), ("B02", "B03"), times=None)
+    backbone, known = Thresholds().backbone, []
+    for _ in range(2):
+        [found] = find_scenes(str(tmp_path / "a.zarr"), backbone, SceneOptions(stored_unit="dn"))
+        known.append(found.facts)
+        chunk = tmp_path / "a.zarr/values/c/0/0/0"
+        chunk.write_bytes(chunk.read_bytes())
+        os.utime(chunk, ns=(1, 1))
+    assert known[0] != known[1]
+
+
+def test_damaged_scenes_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    """`predict --skip_bad` ended at the first raster that cannot be opened."""
+    scene(tmp_path / "a.tif", pixels((20, 20)))
+    (tmp_path / "b.tif").write_bytes(b"II*\0 nothing")
+    backbone, left_out = Thresholds().backbone, dict[str, str]()
+    [found] = find_scenes(str(tmp_path), backbone, SceneOptions(), left_out)
+    assert found.name == "a" and list(left_out) == ["b"] and "b.tif" in left_out["b"]
+    with pytest.raises(DataError, match="b.tif"):
+        find_scenes(str(tmp_path / "b.tif"), backbone, SceneOptions(), {})
+
+
+def test_scenes_lie_in_folders_below(tmp_path: Path) -> None:
+    """A folder of folders was told to hold no raster, and a VRT to be no Zarr store."""
+    for name in ("x/one.tif", "y/two.tif", "z/s2.tif"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        scene(tmp_path / "in" / name, pixels((20, 20)))
+    backbone = Thresholds().backbone
+    found = find_scenes(str(tmp_path / "in"), backbone, SceneOptions())
+    assert [s.name for s in found] == ["x__one", "y__two", "z"]
+    (tmp_path / "vrt").mkdir()
+    (tmp_path / "vrt" / "a.vrt").write_text("<VRTDataset/>")
+    for given in ("vrt", "vrt/a.vrt"):
+        with pytest.raises(DataError, match=r"VRT is not read.*gdal_translate"):
+            find_scenes(str(tmp_path / given), backbone, SceneOptions())
 
 
 def test_many_classes_have_colours_of_their_own(tmp_path: Path) -> None:
@@ -142,5 +201,5 @@ def test_folders_are_scenes_or_one_scene_by_modality(tmp_path: Path) -> None:
     [one] = find_scenes(str(tmp_path), backbone, SceneOptions())
     assert one.name == tmp_path.name and list(one.parts) == ["s2"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"holds no rasters.* in \.tif, .*folder is empty"):
+    with pytest.raises(DataError, match=r"holds no GeoTIFF \(.tif.*folder is empty"):
         find_scenes(str(tmp_path / "empty"), backbone, SceneOptions())

@@ -160,6 +160,11 @@ def test_places_that_nobody_states_are_told_with_what_there_is(tmp_path: Path) -
     with rasterio.open(tmp_path / "r.tif", "w", **plain) as file:
         file.write(numbers())
         file.rpcs = RPC(0, 1, 45, 1, one, one, 16, 16, 9, 1, one, one, 16, 16, None, None)
+    for number in (float("nan"), 1e18):
+        far = write_geotiff(tmp_path / "far.tif", numbers(), BANDS)
+        edit(far, transform=rasterio.Affine(10, 0, number, 0, -10, TOP))
+        with pytest.raises(DataError, match="not finite, or so far from the origin"):
+            read(far)
     for name, what in (("g", "ground control points"), ("r", "RPC")):
         with pytest.raises(DataError, match=f"no transform but .*{what}"):
             read(tmp_path / f"{name}.tif")
@@ -226,6 +231,27 @@ def test_options_of_embed_are_named_beside_those_of_runs(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"modalities.<name>.crs, or --crs of embed and predict"):
         read(tmp_path / "n.tif")
     np.testing.assert_array_equal(read(tmp_path / "n.tif", crs="EPSG:32632")[0], numbers())
+    with pytest.raises(DataError, match=r"--crs of embed and predict: EPSG:99999 is no coordinate"):
+        read(tmp_path / "n.tif", crs="EPSG:99999")
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        ({"crs": "EPSG:32633"}, r"--crs EPSG:32633: .*a.tif states EPSG:32632"),
+        ({"group": "x"}, r"--group x: is a folder in a Zarr store"),
+        ({"mask": "scl", "bands": BANDS}, r"--mask scl: is an array of a Zarr store"),
+        ({"max_dates": 2}, r"--max_dates 2: limits the dates of a series"),
+        ({"stored_unit": "s1=db,s2=dn"}, r"--stored_unit s1=db: there is no modality 's1'"),
+    ],
+)
+def test_what_is_said_and_cannot_count_is_refused(
+    tmp_path: Path, said: dict[str, Any], answer: str
+) -> None:
+    """Such options were passed over without a message."""
+    path = write_geotiff(tmp_path / "a.tif", numbers(), BANDS)
+    with pytest.raises(ConfigError, match=answer):
+        read(path, **said)
 
 
 def setup_module() -> None:

@@ -22,7 +22,7 @@ from domainssl.pieces import Plan, build
 from domainssl.sources.preparation import prepare
 
 nibabel = pytest.importorskip("nibabel")
-BESIDE = [f"scan.nii.gz{ending}" for ending in ("", ".json", ".png")]
+BESIDE = [".scan.nii.gz.source", *(f"scan.nii.gz{ending}" for ending in ("", ".json", ".png"))]
 
 
 class Thresholds:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from domainssl.cli.pieces import add_plan, plan_of
-from domainssl.cli.reading import add_reading, scene_of
+from domainssl.cli.reading import add_reading, refuse_unread, scene_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
@@ -41,7 +41,14 @@ def run(argv: list[str]) -> int:
     data = data_at(options.input, options.config, more, "embed")
     if data is not None:
         _refuse_about_files(parser, options)
+    elif options.split is not None:
+        raise ConfigError(
+            f"embed --split {options.split}: is a part of the data of a recipe. Add --config "
+            "RECIPE in place of INPUT, or leave it out."
+        )
     backbone = load_backbone(options.backbone, weights=options.weights)
+    if data is None:
+        refuse_unread(parser, options, domain_of(backbone), pooled=options.pooled)
     if data is None and domain_of(backbone) == "slides" and not options.pooled:
         return _slides(options, chosen, plan, backbone)
     screen, source = console(), options.input if data is None else data
@@ -140,7 +147,7 @@ def _options(given: argparse.Namespace) -> EmbedOptions:
         ids=given.ids,
         id_table=given.id_table,
         pooled=given.pooled,
-        split=given.split,
+        split=given.split or "val",
         scan=reading_of_words(given.scan),
         mpp_um=given.mpp_um,
         dense=dense,
@@ -181,7 +188,7 @@ def _parser() -> Parser:
     add("--config", action="append", default=[], metavar="FILE",
         help="embed the items of a recipe's data instead, one vector each, as a DataModule reads "
         "them; --data.KEY=VALUE changes it")  # fmt: skip
-    add("--split", default="val", help="part of the data of --config (default: val)")
+    add("--split", help="part of the data of --config (default: val)")
     add("--output", required=True, type=Path, metavar="PATH",
         help="file to write where its name ends like one, otherwise a folder")  # fmt: skip
     add("--format", choices=("zarr", "cog", "nifti"),

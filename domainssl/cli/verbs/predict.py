@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from domainssl.cli.pieces import add_plan, plan_of
-from domainssl.cli.reading import add_reading, scene_of
+from domainssl.cli.reading import add_reading, refuse_unread, scene_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 
@@ -88,7 +88,8 @@ def _parser() -> Parser:
 
 
 def _predict(argv: list[str]) -> int:
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.inference.domain import domain_of
@@ -100,10 +101,13 @@ def _predict(argv: list[str]) -> int:
 
     plan = plan_of(options)
     task = _task(options)
-    noun = NOUNS[domain_of(task.backbone)]
+    domain = domain_of(task.backbone)
+    refuse_unread(parser, options, domain)
+    noun = NOUNS[domain]
     screen = console()
     with Bar("windows", kept=f"in {options.output}") as windows:
         work = prediction(task, options.input, options.output, _how(options, windows))
+        _refuse_about_maps(parser, options, work)
         _refuse_repeated(work.keys)
         asked = {n: getattr(options, n) for n in ("min_tissue", "tiles") if noun == "slides"}
         asked |= {"scan": options.scan} if options.scan else {}
@@ -125,7 +129,8 @@ def _predict(argv: list[str]) -> int:
         for key in plan.shard.mine(work.keys):
             if work.is_ready(key):
                 screen.print(f"{work.path(key)}{_empty(work, key)}", markup=False)
-    for reason in found.skipped.values():
+    unopened = getattr(work, "left_out", {})
+    for reason in (*unopened.values(), *found.skipped.values()):
         screen.print(f"left out: {reason}", markup=False)
     before = f", {found.resumed} of them before" if found.resumed else ""
     kinds = {"TablePrediction": "row(s)", "SlidePrediction": "slide(s) as regions"}
@@ -147,6 +152,20 @@ def _empty(work: Prediction, key: str) -> str:
     if not isinstance(work, SlidePrediction) or not work.is_empty(key):
         return ""
     return ": no tile holds enough tissue; --min_tissue 0 takes all tiles"
+
+
+def _refuse_about_maps(parser: Parser, options: argparse.Namespace, work: Prediction) -> None:
+    """Refuse how windows of maps are joined where no map is written."""
+    from domainssl.inference.raster_maps import RasterPrediction
+    from domainssl.inference.volume_maps import VolumePrediction
+
+    for name in ("overlap", "blending"):
+        is_given = getattr(options, name) != parser.get_default(name)
+        if is_given and not isinstance(work, RasterPrediction | VolumePrediction):
+            raise ConfigError(
+                f"--{name}: joins the windows of maps, but this task gives one answer per item or "
+                "tile. Leave it out."
+            )
 
 
 def _refuse_repeated(names: Sequence[str]) -> None:
@@ -200,4 +219,5 @@ def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
         ids=options.ids,
         min_tissue=options.min_tissue,
         tiles=options.tiles,
+        skip_bad=options.skip_bad,
     )

@@ -24,7 +24,7 @@ from domainssl.io.raster.attributes import (
     stac_scaling,
 )
 from domainssl.io.raster.band_names import titles_of_axis, titles_or_none, without_names
-from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of
+from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of, said_crs
 from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
@@ -139,7 +139,7 @@ def describe_zarr(
         if not has_names:
             found = _named_in_order(cube, found, bands)
         chosen = tuple(_choose(cube, found, band, step_hint, group) for band in bands)
-        known = crs_of(cube, chosen[0].array) or crs
+        known = crs_of(cube, chosen[0].array) or said_crs(crs)
         if known is None:
             raise DataError(
                 f"{path}: no coordinate reference system (spatial_ref, proj:code, proj:epsg, "

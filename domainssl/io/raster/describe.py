@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from domainssl.errors import DataError
+from domainssl.errors import DataError, setting
 from domainssl.io.raster.bands import describe_zarr, is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS, describe_geotiff
-from domainssl.io.raster.grid import Grid
+from domainssl.io.raster.grid import Grid, said_crs
 from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.safe import describe_safe, is_safe
 from domainssl.io.raster.sites import Found
@@ -70,6 +70,19 @@ def describe(
     Raises:
         DataError: A band is missing, or the file does not say where or what it is.
     """
+    file = _described(sought, found, options, cube)
+    said = said_crs(sought.crs)
+    if said not in (None, file.crs):
+        _log.warning(
+            "%s: states %s, which counts; %s of %s is for files that state none",
+            found.path, file.crs[:60], setting("crs"), said,
+        )  # fmt: skip
+    return file
+
+
+def _described(
+    sought: Sought, found: Found, options: Options | None, cube: Cube | None
+) -> LayerFile:
     if is_safe(found.path):
         return describe_safe(found.path, sought.bands, mask=sought.mask, options=options)
     if found.path.lower().endswith(GEOTIFF_ENDINGS):

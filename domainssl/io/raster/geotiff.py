@@ -13,7 +13,7 @@ from domainssl.errors import DataError, nearest, require, setting
 from domainssl.io.raster.attributes import check_scaling
 from domainssl.io.raster.band_names import titles_or_none, without_names
 from domainssl.io.raster.gdal import open_raster, reading
-from domainssl.io.raster.grid import Grid, plain_crs
+from domainssl.io.raster.grid import Grid, plain_crs, said_crs
 from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.time import baselines_of, parse_date, product_time
 from domainssl.io.storage.handles import HandlePool
@@ -67,7 +67,7 @@ def describe_geotiff(
     """
     file = _open(path)
     grid = grid_in(file, path)
-    known = plain_crs(file.crs.to_wkt(), path) if file.crs else crs
+    known = plain_crs(file.crs.to_wkt(), path) if file.crs else said_crs(crs)
     if known is None:
         raise DataError(
             f"{path}: no coordinate reference system. Set {setting('crs')}, such as EPSG:32632."

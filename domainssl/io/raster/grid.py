@@ -9,16 +9,17 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, require
+from domainssl.errors import DataError, require, setting
 from domainssl.io.raster.attributes import check_scaling, number_of
 from domainssl.io.raster.zarr import ArrayInfo, Cube
 
 __all__ = ["METRES_PER_DEGREE", "X_NAMES", "Y_NAMES", "Bounds", "Grid", "crs_of", "grid_of",
-           "plain_crs"]  # fmt: skip
+           "plain_crs", "said_crs"]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ class Bounds:
         return Bounds(left, top - height * step, left + width * step, top)
 
 
+_MOST_PIXELS = 1e12  # from the origin of coordinates, to a ten-thousandth of a pixel
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
     """A regular raster of square pixels.
@@ -101,9 +105,14 @@ class Grid:
         """Return the grid of an affine map (a, b, c, d, e, f) from (column, row) outer corners.
 
         Raises:
-            DataError: Pixels are turned, mirrored west to east, or not square.
+            DataError: Pixels are turned, mirrored west to east, not square, or lie nowhere.
         """
-        a, b, c, d, e, f = (float(v) for v in transform[:6])
+        a, b, c, d, e, f = numbers = [float(v) for v in transform[:6]]
+        if not np.isfinite(numbers).all() or max(abs(c), abs(f)) > _MOST_PIXELS * abs(a):
+            raise DataError(
+                f"{where}: the transform {numbers} is not finite, or so far from the origin that "
+                "numbers do not tell its pixels apart. Write one with gdal_edit.py -a_ullr."
+            )
         if b or d or a <= 0 or abs(abs(e) - a) > _TOLERANCE * a:
             raise DataError(
                 f"{where}: the transform {[a, b, c, d, e, f]} is turned, mirrored or has pixels "
@@ -111,6 +120,15 @@ class Grid:
             )
         top = f if e < 0 else f + height * a
         return cls(left=c, top=top, step=a, height=height, width=width, is_y_ascending=e > 0)
+
+
+def said_crs(value: str | None) -> str | None:
+    """Return what a user says as `plain_crs`; None where nothing is said.
+
+    Raises:
+        DataError: It is not understood.
+    """
+    return None if value is None else plain_crs(value, setting("crs"))
 
 
 def plain_crs(value: Any, where: str) -> str:
@@ -122,8 +140,29 @@ def plain_crs(value: Any, where: str) -> str:
     text = str(value).strip()
     found = re.fullmatch(r"(?:EPSG:)?(\d{4,6})", text, re.IGNORECASE)
     if found:
-        return f"EPSG:{int(found.group(1))}"
+        return _numbered(int(found.group(1)), where)
     return _plain_text(value, where) if isinstance(value, str) else _plain_any(value, where)
+
+
+@cache
+def _is_known(number: int) -> bool:
+    pyproj = require("pyproj", "geo")
+    try:
+        pyproj.CRS.from_epsg(number)
+    except pyproj.exceptions.CRSError:
+        return False
+    return True
+
+
+def _numbered(number: int, where: str) -> str:
+    """Return a number of EPSG, of which those of UTM and WGS 84 are known without a look."""
+    is_utm = number // 100 in (326, 327) and 1 <= number % 100 <= 60
+    if not is_utm and number != 4326 and not _is_known(number):
+        raise DataError(
+            f"{where}: EPSG:{number} is no coordinate reference system that PROJ knows. Expected a "
+            "number such as EPSG:32632 (UTM zone 32 north), or WKT."
+        )
+    return f"EPSG:{number}"
 
 
 def _plain_any(value: Any, where: str) -> str:
