@@ -223,12 +223,11 @@ def _blank(scans: Sequence[Mapping[str, Any]], *, is_one: bool) -> list[str]:
     """
     found = []
     for scan in scans:
-        spreads = {row["std"] for row in scan.get("values", ())}
-        if spreads == {None}:
-            found.append(f"{scan['path']}: no voxel is valid")
-        elif spreads == {0.0} and (is_one or "label_values" not in scan):
-            value = scan["values"][0]["mean"]
-            found.append(f"{scan['path']}: all valid voxels have one value, {value:g}")
+        rows = scan.get("values", ())
+        spreads = {row["std"] for row in rows}
+        if spreads == {None} or (spreads == {0.0} and (is_one or "label_values" not in scan)):
+            held = [row["mean"] for row in rows if row["mean"] is not None]
+            found.append(f"{scan['path']}: {say_only(held)}")
     return found
 
 

@@ -69,7 +69,7 @@ def test_constant_scans_and_odd_slices_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(np.nan, "no voxel is valid"), (0, "all valid voxels have one value, 0")]
+    ("value", "said"), [(np.nan, "no voxel is valid"), (0, "all valid voxels are 0")]
 )
 def test_a_scan_that_shows_nothing_is_a_problem_without_a_next_command(
     tmp_path: Path, value: float, said: str
