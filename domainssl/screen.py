@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import unicodedata
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,10 @@ def _console_class() -> type[Any]:
             for segment in super().render(renderable, options):
                 is_clean = segment.control is not None
                 yield segment if is_clean else Segment(printable(segment.text), segment.style)
+
+        def on_broken_pipe(self) -> None:
+            """Leave it to `cli.main` that nobody reads any more; rich ends with status 1."""
+            raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
 
     return PrintableConsole
 
