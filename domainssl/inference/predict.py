@@ -120,7 +120,8 @@ def claim_folder(
     if path.is_file() and not restart:
         found = read_json(path)
         differing = [name for name in wanted if found.get(name) != wanted[name]]
-        if differing:
+        is_empty = all(entry.name == _RECORD for entry in folder.iterdir())
+        if differing and not is_empty:  # of a call that was refused nothing else is there
             raise ConfigError(
                 f"{folder}: holds predictions made otherwise ({', '.join(differing)} differ, see "
                 f"{_RECORD}). Choose another --output, or add --restart to make them again."

@@ -447,6 +447,11 @@ def _dates(
     fitting = [i for i, time in enumerate(times) if options.date in (time[:10], time[:16], time)]
     if len(fitting) == 1:
         return (order[fitting[0]],)
+    if times == ["NaT"]:
+        raise ConfigError(
+            f"--date {options.date}: {file.path} is one image, whose date neither the file nor its "
+            "name says. Leave it out."
+        )
     names = times if fitting or len(set(days)) < len(days) else days
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     asked = f"--date {options.date}" if options.date else "--date is needed"

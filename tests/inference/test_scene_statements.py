@@ -241,6 +241,7 @@ def test_options_of_embed_are_named_beside_those_of_runs(tmp_path: Path) -> None
         ({"crs": "EPSG:32633"}, r"--crs EPSG:32633: .*a.tif states EPSG:32632"),
         ({"group": "x"}, r"--group x: is a folder in a Zarr store"),
         ({"mask": "scl", "bands": BANDS}, r"--mask scl: is an array of a Zarr store"),
+        ({"date": "2020-01-01"}, r"a.tif is one image, whose date neither the file nor its name"),
         ({"max_dates": 2}, r"--max_dates 2: limits the dates of a series"),
         ({"stored_unit": "s1=db,s2=dn"}, r"--stored_unit s1=db: there is no modality 's1'"),
     ],

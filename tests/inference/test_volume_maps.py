@@ -171,6 +171,9 @@ def test_predictions_of_another_task_or_with_other_options_never_mix(tmp_path: P
     task = Thresholds("ct")
     claim_folder(tmp_path, task, PredictOptions().facts(), restart=False)
     claim_folder(tmp_path, task, PredictOptions(batch_size=4).facts(), restart=False)
+    claim_folder(tmp_path, task, PredictOptions(overlap=2).facts(), restart=False)  # was refused
+    claim_folder(tmp_path, task, PredictOptions().facts(), restart=False)
+    (tmp_path / "scan.nii.gz").write_bytes(b"a map")
     with pytest.raises(ConfigError, match=r"made otherwise \(overlap differ"):
         claim_folder(tmp_path, task, PredictOptions(overlap=0.5).facts(), restart=False)
     with torch.no_grad():
