@@ -20,6 +20,7 @@ from domainssl.io.storage.hdf5 import open_hdf5
 __all__ = ["bag_tables", "inspect_bags", "is_bags"]
 
 _MEASURED = 64  # files that are read
+_TRIED = 4  # files of a folder that are looked at for what it is
 _HDF5 = (".h5", ".hdf5")
 _JOBS = ("h5_files", "pt_files", "features_")
 
@@ -44,11 +45,11 @@ def is_bags(path: str, names: Sequence[str] | None) -> bool:
             if name.endswith("_overlap") and os.path.isdir(os.path.join(path, name))
             for inner in os.listdir(os.path.join(path, name))
         )
-    first = next((n for n in names if n.lower().endswith((*_HDF5, ".zarr"))), None)
-    if first is None:
-        return False
-    inside = os.path.join(path, first)
-    return _is_zarr_bag(inside) if first.endswith(".zarr") else _is_features(inside)
+    inside = [os.path.join(path, n) for n in names if n.lower().endswith((*_HDF5, ".zarr"))]
+    # the first ones may be damaged, which those who read them say
+    return any(
+        _is_zarr_bag(one) if one.endswith(".zarr") else _is_features(one) for one in inside[:_TRIED]
+    )
 
 
 def _is_features(path: str) -> bool:

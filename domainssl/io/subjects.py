@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from domainssl.errors import DataError
 
-__all__ = ["EVERY", "Found", "Owned", "counted", "ends_with", "patients_in_two_splits", "split_of"]
+__all__ = [
+    "EVERY", "Found", "Owned", "alike", "counted", "ends_with", "patients_in_two_splits",
+    "shared_files", "split_of",
+]  # fmt: skip
 
 EVERY = "*"  # as the name of a contrast or stain: every file is an exam or a tile
+_NAMED = 5  # of many, that are named
 SPLITS = ("train", "val", "test")
 _OTHER_NAMES = {
     "training": "train", "tr": "train", "validation": "val", "valid": "val", "va": "val",
@@ -21,6 +25,10 @@ _OTHER_NAMES = {
 
 class Owned(Protocol):
     """What belongs to a patient and to a split: an exam, a slide."""
+
+    @property
+    def id(self) -> str:
+        """Its name."""
 
     @property
     def patient(self) -> str:
@@ -84,3 +92,52 @@ def patients_in_two_splits(found: Iterable[Owned], where: str, what: str = "Exam
             f"{where}: {len(torn)} patient(s) appear in two splits: {', '.join(torn[:20])}{more}. "
             f"{what} of one patient belong in one split; correct the column or the folders."
         )
+
+
+def alike(items: Iterable[Owned], where: str) -> list[str]:
+    """Say which patients differ in upper and lower case alone: they may be one."""
+    names: dict[str, str] = {}
+    found = {}
+    for item in items:
+        other = names.setdefault(item.patient.casefold(), item.patient)
+        if other != item.patient:
+            found[other] = item.patient
+    return [
+        f"{where}: {other!r} and {name!r} count as two patients, which differ in upper and lower "
+        "case alone; write them alike if they are one"
+        for other, name in list(found.items())[:_NAMED]
+    ]
+
+
+def shared_files(
+    files: Iterable[tuple[Hashable, str, Owned]], where: str, what: str = "scan", of: str = "exams"
+) -> list[str]:
+    """Say which file is that of two patients; a held-out patient would be trained on.
+
+    Args:
+        files: What tells a file from others, its path, and the exam or slide that it is of.
+        where: The data, for messages.
+        what: What the files are.
+        of: What they are of.
+
+    Raises:
+        DataError: It is, in two splits.
+    """
+    owners: dict[Hashable, Owned] = {}
+    found: list[str] = []
+    for place, path, item in files:
+        other = owners.setdefault(place, item)
+        if other.patient == item.patient:
+            continue
+        text = (
+            f"{path}: is a {what} of {other.id} and of {item.id}, which are {of} of different "
+            f"patients. Give {of} of one patient one name, or correct the path."
+        )
+        if other.split != item.split:
+            raise DataError(
+                f"{text} They are in the splits {other.split or 'none'} and {item.split or 'none'}."
+            )
+        found.append(text)
+    if len(found) > _NAMED:
+        found = [*found[:_NAMED], f"{where}: {len(found)} {what}s in all are of several patients."]
+    return found

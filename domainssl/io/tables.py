@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from domainssl.errors import DataError, parsing, require
 from domainssl.files import open_regular, read_small
 
-__all__ = ["MANIFESTS", "read_table"]
+__all__ = ["MANIFESTS", "own_columns", "read_table", "without_patient"]
 
 MANIFESTS = ("manifest.csv", "manifest.parquet", "manifest.jsonl")
 _MOST_BYTES = 500_000_000
 _EMPTY = ("nan", "n/a", "<na>")  # as pandas and BIDS write a cell that holds nothing
+_PERSON = r"patient|subject|participant|person|\bmrn\b|\bpid\b"
 _ADVICE = "Each row needs as many cells as the first one, which names the columns."
 
 
@@ -54,6 +57,43 @@ def read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
         for row in table.itertuples(index=False, name=None)
     ]
     return columns, rows
+
+
+def own_columns(columns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """Return the columns of some names, in any letter case and with `-` or a space for `_`."""
+    spelled: dict[str, str] = {}
+    for column in columns:
+        spelled.setdefault(re.sub(r"[\s-]+", "_", column.casefold()), column)
+    found = {name: name if name in columns else spelled.get(name, "") for name in names if name}
+    return {name: column for name, column in found.items() if column}
+
+
+def without_patient(
+    path: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]], own: Sequence[str],
+    what: str = "exam",
+) -> list[str]:  # fmt: skip
+    """Say where exams or slides count as patients of their own, though they may be of one.
+
+    Args:
+        path: The table.
+        columns: Its columns.
+        rows: Its rows.
+        own: Those of the columns that name the patient.
+        what: What the rows are.
+    """
+    if not own:
+        like = [column for column in columns if re.search(_PERSON, column, re.IGNORECASE)]
+        return [
+            f"{path}: no column 'patient', so each {what} counts as a patient of its own. Rename "
+            f"{column!r} to it, if that is the patient." for column in like[:1]
+        ]  # fmt: skip
+    count = sum(not any(row[name] for name in own) for row in rows)
+    if not 0 < count < len(rows):
+        return []
+    return [
+        f"{path}: {count} of {len(rows)} rows name no patient in {own[0]!r}; each of them counts "
+        "as a patient of its own."
+    ]
 
 
 def _text(cell: Any, pandas: Any) -> str:

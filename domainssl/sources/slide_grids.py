@@ -7,6 +7,7 @@ micrometres, so they have to be registered. Grids are kept in the cache folder.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from domainssl.files import new_file
 from domainssl.io.slide.grid import plan_grid
 from domainssl.io.slide.manifest import TileSet
 from domainssl.io.slide.pyramid import Slide, SlideReading
-from domainssl.io.slide.regions import read_regions, regions_for
+from domainssl.io.slide.regions import ENDINGS, check_regions, read_regions, regions_for
 from domainssl.io.slide.tissue import TissueOptions
 from domainssl.io.storage.paths import stamp
 
@@ -73,6 +74,7 @@ def with_grids(
     """
     done: list[TileSet] = []
     problems: list[str] = []
+    check_regions(options.regions, sum(bool(each.slides) for each in sets))
     for each in sets:
         if not each.slides:
             done.append(each)
@@ -80,13 +82,18 @@ def with_grids(
         path = next(iter(each.slides.values()))
         regions = None if options.regions is None else regions_for(options.regions, path)
         if options.regions is not None and regions is None:
-            problems.append(f"{path}: no regions in {options.regions}; the slide is left out")
+            stem = os.path.splitext(os.path.basename(path))[0]
+            problems.append(
+                f"{path}: no regions in {options.regions}, such as {stem}{ENDINGS[0]}; the slide "
+                "is left out"
+            )
             continue
         corners, labels = _grid(path, regions, options, size_px, mpp_um)
         if not len(corners):
+            within = f" and lies in the regions of {regions}" if regions else ""
             problems.append(
                 f"{path}: no tile of {size_px} px at {mpp_um:g} um holds {options.min_tissue:.0%} "
-                "tissue; the slide is left out"
+                f"tissue{within}; the slide is left out"
             )
             continue
         own = each.labels[0] if each.labels else ""
@@ -101,7 +108,8 @@ def with_grids(
     if not done:
         raise DataError(
             f"{problems[0] if problems else 'no slide'}: not one tile is left. Lower "
-            f"{_WHERE}.min_tissue, or change {_WHERE}.tissue."
+            f"{_WHERE}.min_tissue, or change {_WHERE}.tissue"
+            + (f", or correct {_WHERE}.regions." if options.regions else ".")
         )
     return done, problems
 

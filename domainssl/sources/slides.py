@@ -140,7 +140,7 @@ class SlideSource:
         """Compare what a file states with what the configuration says.
 
         Raises:
-            DataError: They differ.
+            DataError: They differ, or no feature is finite.
         """
         for name in ("encoder", "mpp_um"):
             stated, asked = getattr(bag, name), getattr(self.features, name)
@@ -151,6 +151,11 @@ class SlideSource:
             raise DataError(
                 f"{bag.path}: {name} is {stated!r}, the configuration says {asked!r}. Correct "
                 f"data.init_args.modalities.{self.modality.name}.{name}, or leave the file out."
+            )
+        if not np.isfinite(bag.features).all(1).any():
+            raise DataError(
+                f"{bag.path}: none of its {len(bag)} tiles has finite features. Extract the slide "
+                "again, or leave it out."
             )
 
     # Regions --------------------------------------------------------------------------------

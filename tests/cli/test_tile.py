@@ -257,7 +257,7 @@ def test_damaged_tiles_are_told_and_the_rest_is_kept(
     ("words", "said"),
     [
         (["/nowhere.svs"], "nothing lies there"), (["{}"], "holds no slides"),
-        (["{}", "--regions", "/nowhere"], "--regions /nowhere"),
+        (["{}", "--regions", "/nowhere"], "regions /nowhere: nothing lies there"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(

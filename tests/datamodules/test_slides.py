@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from domainssl.datamodules.slides import SlideFeatureDataModule
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.ids import ids_of
 from domainssl.io.slide.features import Bag, read_bag, to_grid, write_bag
+from domainssl.loading.plan import Piece
 from domainssl.sources.held_out import HeldOut
-from domainssl.sources.slide_options import SlideFiles, SlideWindow, TileFeatures
+from domainssl.sources.slide_options import SlideFiles, SlideLabels, SlideWindow, TileFeatures
 from domainssl.sources.slides import batch_of_grid
 
 D, STEP = 4, 100
@@ -133,6 +135,25 @@ def test_slides_of_a_patient_stay_together_and_labels_follow_the_table(tmp_path)
     torn = [{**row, "split": "train" if row["slide_id"] == "a.svs" else "val"} for row in rows]
     with pytest.raises(DataError, match=r"1 patient\(s\) appear in two splits: p"):
         data(slides(tmp_path / "torn", "abcdef", rows=torn))
+
+
+def test_columns_in_other_letter_case_count_and_what_they_lack_is_told(tmp_path):
+    rows = [
+        {"Slide ID": f"{name}.SVS", "Patient": patient, "Label": label}
+        for name, patient, label in zip("abcd", "pPqq", "xyxy", strict=True)
+    ]
+    module = data(slides(tmp_path / "a", rows=rows), held_out=HeldOut(patients=("q",)))
+    assert module.label_names == ("x", "y") and [s.id for s in module.splits["val"]] == ["c", "d"]
+    assert "'p' and 'P' count as two patients" in module.problems[0]
+    rows = [{"slide_id": name, "subject": "s", "grade": "1"} for name in "abcd"]
+    root = slides(tmp_path / "b", rows=rows)
+    assert "Rename 'subject' to it" in data(root).problems[0]
+    with pytest.raises(DataError, match="column is 'grad', but no slide has a class there"):
+        data(root, labels=SlideLabels(column="grad"))
+    nothing = replace(bag("a", block(2, 2)), features=np.full((4, D), np.nan, np.float32))
+    write_bag(root, nothing, "zarr", dtype="float32")
+    with pytest.raises(DataError, match="none of its 4 tiles has finite features"):
+        data(root, slides=SlideFiles(ids="plain")).source("train").load(Piece(0, 0, 1), 0)
 
 
 def test_features_named_with_the_ending_of_the_slide_are_found_by_the_table(tmp_path):

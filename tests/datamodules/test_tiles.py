@@ -155,6 +155,17 @@ def test_mistakes_in_a_table_are_told(tmp_path: Path) -> None:
         DataError, match=r"1 files that it names are not there, such as .*gone\.png"
     ):
         _data(tmp_path)
+    _table(tmp_path, "t1,p1,s1,train,a.png,,x", "t2,p2,s2,val,./a.png,,y")
+    with pytest.raises(DataError, match="is a picture of s1 and of s2, .*splits train and val"):
+        _data(tmp_path)
+    _table(tmp_path, "t1,p1,s1,train,a.png,,x", "t2,P1,s2,val,b.png,,y",
+           head="ID,Patient,Slide,Split,he,ihc,Label")  # fmt: skip
+    data = _data(tmp_path)
+    assert data.label_names == ("x", "y") and list(data.splits) == ["train", "val"]
+    assert "'P1' and 'p1' count as two patients" in " ".join(data.problems) or \
+        "'p1' and 'P1' count as two patients" in " ".join(data.problems)  # fmt: skip
+    with pytest.raises(DataError, match=r"no column 'lable', .*Did you mean 'Label'.*labels\.col"):
+        _data(tmp_path, labels=TileLabels(column="lable"))
     _table(tmp_path, "a.png", head="H&E")
     with pytest.raises(DataError, match=r"no column 'he' .*modalities\.he\.stain"):
         _data(tmp_path)
@@ -309,7 +320,8 @@ def test_a_slide_has_one_file_per_stain_and_labels_of_its_own(
     root = Path(_slide_data("sample:slide")._root())
     for stain in PAIR:
         (tmp_path / f"s1_{stain}.tif").symlink_to(root / stain / "phantom.tif")
-    _table(tmp_path, "s1,p1,,train,s1_he.tif,s1_ihc.tif,tumour", "s2,p2,,val,s1_he.tif,,stroma")
+    (tmp_path / "s2_he.tif").symlink_to(root / "he" / "phantom.tif")
+    _table(tmp_path, "s1,p1,,train,s1_he.tif,s1_ihc.tif,tumour", "s2,p2,,val,s2_he.tif,,stroma")
     data = _slide_data(str(tmp_path), slides=SlideTiles(size_px=128, min_tissue=0.9))
     assert data.found is not None
     assert [each.labels[0] for each in data.found.items] == ["tumour", "stroma"]

@@ -7,6 +7,7 @@ from bag_files import LATTICE, TRIDENT, clam, trident, write
 
 from domainssl.cli import main
 from domainssl.errors import ConfigError, DataError
+from domainssl.inspection.recognise import inspect_path
 from domainssl.io.slide.bag_folders import find_bags
 from domainssl.io.slide.features import read_bag
 
@@ -44,6 +45,8 @@ def test_the_verb_converts_goes_on_and_names_what_it_cannot_read(tmp_path, capsy
     assert read_bag(tmp_path / "z" / "other.zarr").patch_size_level0 is None
     assert "2 slides are in" in capsys.readouterr().out
     (tmp_path / "clam" / "h5_files" / "bad.h5").write_bytes(b"no HDF5")
+    report = inspect_path(str(tmp_path / "clam" / "h5_files"))  # the first file is damaged
+    assert report["kind"] == "bags" and "bad.h5" in report["problems"][0]
     assert main([*words, "--restart"]) == 2
     assert "bad.h5" in capsys.readouterr().err
     assert main([*words, "--skip_bad"]) == 0

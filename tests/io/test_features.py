@@ -256,6 +256,10 @@ def test_places_beyond_the_slide_make_no_grid(tmp_path):
         to_grid(replace(bag, level0_size=(7000, 4000)))
     with pytest.raises(DataError, match="may be of another level"):
         to_grid(replace(bag, level0_size=(1000, 1000)), legacy_titan_grid=True)
+    with pytest.raises(DataError, match="x -512 and y 0 of 512 pixels lies beyond the upper"):
+        to_grid(replace(bag, coords=bag.coords - bag.coords.min(0) - [SIZE, 0]))
+    with pytest.raises(DataError, match="all 19 tiles lie at x 0 and y 0"):
+        to_grid(replace(bag, coords=bag.coords * 0))
 
 
 def test_tiles_that_were_shrunk_after_reading_are_larger_on_the_slide(tmp_path):

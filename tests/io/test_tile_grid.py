@@ -14,7 +14,7 @@ from slide_files import damage_tile, squares, write_tiff
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.slide.grid import plan_grid
 from domainssl.io.slide.pyramid import Slide
-from domainssl.io.slide.regions import read_regions, regions_for
+from domainssl.io.slide.regions import check_regions, read_regions, regions_for
 from domainssl.io.slide.tissue import TissueMask, TissueOptions, slide_tissue, tissue
 
 Array = np.ndarray[Any, Any]
@@ -192,6 +192,14 @@ def test_regions_of_another_slide_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((50, 50), np.uint8)).save(tmp_path / "s.png")
     with pytest.raises(DataError, match="same shape"):
         plan_grid(_slide(tmp_path), 64, 1.0, regions=read_regions(tmp_path / "s.png"))
+
+
+def test_one_file_of_regions_is_that_of_one_slide(tmp_path: Path) -> None:
+    (tmp_path / "s.geojson").write_text("{}")
+    check_regions(str(tmp_path / "s.geojson"), 1)
+    for name, count, what in (("s.geojson", 2, "one file for 2 slides"), ("x", 1, "nothing lies")):
+        with pytest.raises(ConfigError, match=f"{what}.*; expected a folder"):
+            check_regions(str(tmp_path / name), count)
 
 
 def test_regions_in_collections_count_and_features_without_a_place_do_not(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,9 +105,11 @@ def _parser() -> Parser:
 def _tiling(options: argparse.Namespace) -> SlideTiling:
     from domainssl.inference.slide_inputs import named_slides
     from domainssl.io.ids import write_ids
+    from domainssl.io.slide.regions import check_regions
     from domainssl.io.slide.tiling import SlideTiling
 
     slides, ids = named_slides(options.slides, options.ids)
+    check_regions(options.regions, len(slides))
     if options.id_table is not None:
         write_ids(options.id_table, ids, slides, "slide")
     return SlideTiling(
@@ -124,11 +125,6 @@ def _grid_options(options: argparse.Namespace) -> GridOptions:
     from domainssl.io.slide.tiling import GridOptions
     from domainssl.io.slide.tissue import TissueOptions
 
-    if options.regions is not None and not os.path.exists(options.regions):
-        raise ConfigError(
-            f"--regions {options.regions}: nothing lies there. Give a file or a folder with one "
-            "per slide."
-        )
     return GridOptions(
         size_px=options.size,
         mpp_um=options.mpp,

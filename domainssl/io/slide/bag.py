@@ -78,7 +78,7 @@ class Bag:
                 "writes patch_size_level0 beside coords; CLAM writes patch_size, patch_level and "
                 "downsample into patches/<slide>.h5 alone: give that folder (patches=…). For "
                 "coordinates with patch_size and patch_level but without downsample give that of "
-                "the slide's level (level_downsample=…). Without places use the features as a bag."
+                "the slide's level (level_downsample=…)."
             )
         return self.patch_size_level0 - self.overlap_level0
 
@@ -177,6 +177,14 @@ def cells_of(bag: Bag) -> Cells:
 def _check_inside(bag: Bag) -> None:
     """Refuse tiles beyond the slide that the file states: they have another place."""
     assert bag.coords is not None
+    last = bag.coords.min(0) + (bag.patch_size_level0 or 0)
+    if (last <= 0).any():
+        x, y = bag.coords.min(0)
+        raise DataError(
+            f"{bag.path or bag.slide}: a tile at x {x} and y {y} of {bag.patch_size_level0} pixels "
+            "lies beyond the upper left corner of the slide. Expected (x, y) in pixels of level 0, "
+            "from 0 on; correct coords."
+        )
     if bag.level0_size is None:
         return
     ends = bag.coords.max(0)
@@ -195,6 +203,11 @@ def _check_spread(bag: Bag, count: int, step: int) -> None:
     """Refuse coordinates that lie closer than tiles can: most features would be averaged away."""
     assert bag.coords is not None
     places = len(np.unique(bag.coords, axis=0))
+    if len(bag) >= _CROWDED and not bag.coords.any():
+        raise DataError(
+            f"{bag.path or bag.slide}: all {len(bag)} tiles lie at x 0 and y 0, so that their "
+            "places are not known. Write coords again, (x, y) of every tile at level 0."
+        )
     if places >= _CROWDED and 2 * count <= places:
         raise DataError(
             f"{bag.path or bag.slide}: {places} tiles lie in {count} cells of {step} pixels of "

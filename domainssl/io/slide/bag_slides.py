@@ -12,8 +12,8 @@ from domainssl.io.ids import ids_of, is_hashed
 from domainssl.io.slide.bag_folders import BagFile, Bags, find_bags
 from domainssl.io.slide.features import bag_shape
 from domainssl.io.slide.pyramid import ENDINGS
-from domainssl.io.subjects import Found, patients_in_two_splits, split_of
-from domainssl.io.tables import MANIFESTS, read_table
+from domainssl.io.subjects import Found, alike, patients_in_two_splits, split_of
+from domainssl.io.tables import MANIFESTS, own_columns, read_table, without_patient
 
 __all__ = ["SlideBag", "WantedSlides", "find_slides"]
 
@@ -120,6 +120,12 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
     if not slides:
         raise DataError(f"{root}: none of {len(bags.files)} slides is left ({problems[:_NAMED]}).")
     patients_in_two_splits(slides, path or root, "Slides")
+    if wanted.label not in ("", WantedSlides.label) and not any(each.label for each in slides):
+        raise DataError(
+            f"{path or root}: {_WHERE}.labels.column is {wanted.label!r}, but no slide has a class "
+            "there. It is a column of the table of slides."
+        )
+    problems += alike(slides, path or root)
     return Found(layout=bags.layout, items=slides, problems=problems)
 
 
@@ -140,8 +146,10 @@ def _rows(
     path: str, bags: Bags, wanted: WantedSlides
 ) -> tuple[dict[str, Mapping[str, str]], list[str]]:
     """Return the rows of a table by slide, and what is in one of both only."""
-    columns, rows = read_table(path)
-    column = next((name for name in _SLIDES if name in columns), None)
+    columns, read = read_table(path)
+    own = own_columns(columns, (*_SLIDES, *_PATIENTS, "split", wanted.label))
+    rows = [{**row, **{name: row[column] for name, column in own.items()}} for row in read]
+    column = next((name for name in _SLIDES if name in own), None)
     if column is None:
         raise DataError(
             f"{path}: no column {', '.join(_SLIDES)}, only {', '.join(columns)}. One of them names "
@@ -155,6 +163,9 @@ def _rows(
             raise DataError(f"{path}: slide {name!r} is there twice; keep one row per slide.")
         found[name] = row
     problems = _unmatched(found.keys(), there, path)
+    patients = [own[name] for name in _PATIENTS if name in own]
+    if not wanted.patient and not any(_TCGA.match(name) for name in there):
+        problems += without_patient(path, columns, read, patients, "slide")
     if not found.keys() & there:
         raise DataError(
             f"{path}: none of its {len(found)} slides has features in {bags.folder}, whose files "
@@ -231,7 +242,9 @@ def _as_file(name: str, files: Set[str]) -> str:
 
 def _stem(name: str) -> str:
     """Return the name of a slide without the ending of its file, as feature files are named."""
-    return re.sub(r"\.(svs|ndpi|mrxs|scn|bif|tiff?|ome\.tiff?|dcm|h5|pt)\Z", "", name.strip())
+    return re.sub(
+        r"\.(svs|ndpi|mrxs|scn|bif|tiff?|ome\.tiff?|dcm|h5|pt)\Z", "", name.strip(), flags=re.I
+    )
 
 
 def _first(row: Mapping[str, str], names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,14 +16,24 @@ from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.slide.picture import ENDINGS
 from domainssl.io.slide.pyramid import ENDINGS as SLIDES
 from domainssl.io.slide.pyramid import describe_slide, is_slide, list_slides
-from domainssl.io.subjects import EVERY, Found, ends_with, patients_in_two_splits, split_of
-from domainssl.io.tables import MANIFESTS, read_table
+from domainssl.io.subjects import (
+    EVERY,
+    Found,
+    alike,
+    ends_with,
+    patients_in_two_splits,
+    shared_files,
+    split_of,
+)
+from domainssl.io.tables import MANIFESTS, own_columns, read_table, without_patient
 
 __all__ = ["LAYOUTS", "TileSet", "WantedTiles", "find_tiles"]
 
 LAYOUTS = ("manifest", "folder", "slides")
 _TILED_SIDE, _SIDE = 2048, 4096  # pixels: a larger TIFF of one level, tiled or not, is a slide
 _NAMED = 5  # missing files that a message names
+_PATIENT = ("patient", "patient_id", "case_id")
+_OWN = ("id", "slide", "slide_id", "split", *_PATIENT)
 _WHERE = "data.init_args"
 
 
@@ -130,7 +140,22 @@ def find_tiles(
     else:
         found = _read_folder(root, wanted, layout)
     patients_in_two_splits(found.items, root, "Slides")
-    return replace(found, items=sorted(found.items, key=lambda each: each.id))
+    if wanted.label not in ("", WantedTiles.label) and not any(each.labels for each in found.items):
+        raise DataError(
+            f"{root}: {_WHERE}.labels.column is {wanted.label!r}, but no tile has a class there "
+            f"(layout {found.layout}). It is a column of the table of tiles or slides."
+        )
+    shared = shared_files(_files(found), root, "picture", "slides")
+    problems = [*found.problems, *shared, *alike(found.items, root)]
+    items = sorted(found.items, key=lambda each: each.id)
+    return replace(found, items=items, problems=problems)
+
+
+def _files(found: Found[TileSet]) -> Iterator[tuple[Hashable, str, TileSet]]:
+    """Yield the files of a table; those of a folder are there once."""
+    for each in found.items if found.layout != "folder" else ():
+        for paths in (*each.pictures.values(), each.slides.values()):
+            yield from ((os.path.normpath(path), path, each) for path in paths if path)
 
 
 # A table ------------------------------------------------------------------------------------
@@ -146,14 +171,22 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Fo
                 f"{', '.join(columns)}.{nearest(column, columns)} Set "
                 f"{_WHERE}.modalities.{name}.stain to one of them."
             )
+    own = own_columns(columns, (*_OWN, wanted.label))
+    if wanted.label and wanted.label != WantedTiles.label and wanted.label not in own:
+        raise DataError(
+            f"{path}: no column {wanted.label!r}, only {', '.join(columns)}."
+            f"{nearest(wanted.label, columns)} Set {_WHERE}.labels.column to one of them."
+        )
     slides: dict[str, _Rows] = {}
     seen: set[str] = set()
     missing: list[str] = []
-    problems = []
+    named = [own[name] for name in _PATIENT if name in own]
+    problems = [] if wanted.patient else without_patient(path, columns, rows, named, "slide")
     first = next((row[c] for row in rows for c in wanted.stains.values() if row[c]), "")
     are_slides = layout == "slides" or (layout == "auto" and _is_slide(os.path.join(root, first)))
-    for number, row in enumerate(rows, 2):
+    for number, read in enumerate(rows, 2):
         where = f"{path}, line {number}"
+        row = {**read, **{name: read[column] for name, column in own.items()}}
         cells = {name: row[column] for name, column in wanted.stains.items() if row[column]}
         if not cells:
             problems.append(f"{where}: no picture of {', '.join(wanted.stains)}")
@@ -169,8 +202,7 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Fo
             raise DataError(f"{where}: split is {split!r}, expected train, val or test.")
         slide = _group(wanted.slide, tile, "slide") or _first(row, "slide", "slide_id")
         slide = slide or ("" if are_slides else os.path.dirname(tile)) or tile
-        named = _group(wanted.patient, tile, "patient")
-        patient = named or _first(row, "patient", "patient_id", "case_id") or slide
+        patient = _group(wanted.patient, tile, "patient") or _first(row, *_PATIENT) or slide
         label = row.get(wanted.label, "") if wanted.label else ""
         _add(slides, slide, patient, split_of(split), tile, label, files, where)
     if missing:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, parsing, require
+from domainssl.errors import ConfigError, DataError, parsing, require
 from domainssl.files import read_small
 from domainssl.io.slide.picture import read_label_picture
 from domainssl.io.slide.tissue import area_fractions
 
-__all__ = ["ENDINGS", "Regions", "read_regions", "regions_for"]
+__all__ = ["ENDINGS", "Regions", "check_regions", "read_regions", "regions_for"]
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
@@ -24,6 +24,7 @@ ENDINGS = (".geojson", ".json", ".png", ".tif", ".tiff")
 _LARGEST = 2**28  # bytes of GeoJSON
 _SMALLEST = 2.0  # pixels that regions have at least
 _ASPECT = 0.01  # relative difference of the sides of mask and slide
+_ROUNDED = 0.1  # by which those of a small mask may differ more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Regions:
         assert self.mask is not None
         height, width = self.mask.shape
         downsample = slide[0] / width, slide[1] / height
-        if abs(downsample[0] / downsample[1] - 1) > _ASPECT + 1 / min(height, width):
+        if abs(downsample[0] / downsample[1] - 1) > _ASPECT + min(_ROUNDED, 1 / min(height, width)):
             raise DataError(
                 f"{self.path}: a mask of {width} x {height} pixels for a slide of {slide[0]} x "
                 f"{slide[1]}, expected the same shape. Is it that of another slide?"
@@ -150,6 +151,22 @@ def read_regions(path: str | os.PathLike[str], names: Mapping[int, str] | None =
         names=tuple(known.get(value, str(value)) for value in values),
         mask=table[mask],
     )
+
+
+def check_regions(path: str | None, slides: int) -> None:
+    """Refuse one file of regions for several slides, whose regions those are not.
+
+    Raises:
+        ConfigError: It is one, or nothing is there.
+    """
+    if path is None or os.path.isdir(path):
+        return
+    if not os.path.exists(path) or slides > 1:
+        there = f"is one file for {slides} slides" if os.path.exists(path) else "nothing lies there"
+        raise ConfigError(
+            f"regions {path}: {there}; expected a folder with a file of regions for each slide, "
+            f"of its name ({', '.join(ENDINGS)}), or the file of one slide."
+        )
 
 
 def regions_for(folder: str, slide: str) -> str | None:

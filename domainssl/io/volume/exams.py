@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.io.subjects import Found, patients_in_two_splits
+from domainssl.io.subjects import Found, alike, patients_in_two_splits, shared_files
 from domainssl.io.tables import MANIFESTS
 from domainssl.io.volume.bids import is_bids, read_bids
 from domainssl.io.volume.collections import (
@@ -123,7 +123,8 @@ def find_exams(
     exams = [_with_patient(exam, wanted.patient) for exam in found.items]
     patients_in_two_splits(exams, root)
     exams, again = _once(exams, root)
-    problems = [*found.problems, *again, *_shared(exams, root), *_alike(exams, root)]
+    shared = shared_files(_files(exams), root)
+    problems = [*found.problems, *again, *shared, *alike(exams, root)]
     if wanted.dates:
         exams = with_days(exams, root, wanted.dates)
     exams.sort(key=lambda exam: exam.id)
@@ -154,48 +155,12 @@ def _once(exams: Sequence[Exam], root: str) -> tuple[list[Exam], list[str]]:
     return list(known.values()), [text]
 
 
-def _alike(exams: Sequence[Exam], root: str) -> list[str]:
-    """Say which patients differ in upper and lower case alone: they may be one."""
-    names: dict[str, str] = {}
-    found = {}
-    for exam in exams:
-        other = names.setdefault(exam.patient.casefold(), exam.patient)
-        if other != exam.patient:
-            found[other] = exam.patient
-    return [
-        f"{root}: {other!r} and {name!r} count as two patients, which differ in upper and lower "
-        "case alone; write them alike if they are one"
-        for other, name in list(found.items())[:_NAMED]
-    ]
-
-
-def _shared(exams: Sequence[Exam], root: str) -> list[str]:
-    """Say which scan is that of two patients; a held-out patient would be trained on.
-
-    Raises:
-        DataError: It is, in two splits.
-    """
-    owners: dict[tuple[object, ...], Exam] = {}
-    found: list[str] = []
+def _files(exams: Sequence[Exam]) -> Iterator[tuple[Hashable, str, Exam]]:
+    """Yield each scan, told from others by its path, volume and series."""
     for exam in exams:
         for name, path in exam.scans.items():
-            scan = os.path.normpath(path), exam.volumes.get(name), exam.series.get(name)
-            other = owners.setdefault(scan, exam)
-            if other.patient == exam.patient:
-                continue
-            text = (
-                f"{path}: is a scan of {other.id} and of {exam.id}, which are exams of different "
-                "patients. Give exams of one patient one name, or correct the path."
-            )
-            if other.split != exam.split:
-                raise DataError(
-                    f"{text} They are in the splits {other.split or 'none'} and "
-                    f"{exam.split or 'none'}."
-                )
-            found.append(text)
-    if len(found) > _NAMED:
-        found = [*found[:_NAMED], f"{root}: {len(found)} scans in all are of several patients."]
-    return found
+            place = os.path.normpath(path), exam.volumes.get(name), exam.series.get(name)
+            yield place, path, exam
 
 
 def _with_patient(exam: Exam, pattern: str) -> Exam:

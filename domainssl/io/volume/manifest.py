@@ -8,20 +8,18 @@ in upper or lower case, with `_`, `-` or a space in them.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from domainssl.errors import DataError, nearest
 from domainssl.io.subjects import EVERY, Found, split_of
-from domainssl.io.tables import read_table
+from domainssl.io.tables import own_columns, read_table, without_patient
 from domainssl.io.volume.exam import Exam, Wanted
 
 __all__ = ["read_manifest"]
 
 _NAMED = 5  # missing files that a message names
 _OWN = ("id", "patient", "patient_id", "split", "source", "anon_mask")
-_PERSON = r"patient|subject|participant|person|\bmrn\b|\bpid\b"
 
 
 def read_manifest(path: str, root: str, wanted: Wanted) -> Found[Exam]:
@@ -56,10 +54,11 @@ def read_manifest(path: str, root: str, wanted: Wanted) -> Found[Exam]:
                 f"{path}: no column {column!r}, only {', '.join(columns)}."
                 f"{nearest(column, columns)} Set data.init_args.labels.{option} to one of them."
             )
-    own = _own_columns(columns, wanted)
+    own = own_columns(columns, (*_OWN, wanted.label, wanted.mask))
     exams: dict[str, Exam] = {}
     missing: list[str] = []
-    problems = _without_patient(path, columns, rows, own)
+    named = [own[name] for name in ("patient", "patient_id") if name in own]
+    problems = without_patient(path, columns, rows, named)
     for number, row in enumerate(rows, 2):
         exam = _exam({**row, **{name: row[column] for name, column in own.items()}}, root, wanted,
                      f"{path}, line {number}")  # fmt: skip
@@ -80,36 +79,6 @@ def read_manifest(path: str, root: str, wanted: Wanted) -> Found[Exam]:
             "where an exam lacks a contrast."
         )
     return Found(layout="manifest", items=list(exams.values()), problems=problems)
-
-
-def _own_columns(columns: Sequence[str], wanted: Wanted) -> dict[str, str]:
-    """Return the columns that say more than a path, by the name that we have for them."""
-    spelled: dict[str, str] = {}
-    for column in columns:
-        spelled.setdefault(re.sub(r"[\s-]+", "_", column.casefold()), column)
-    names = (*_OWN, *(name for name in (wanted.label, wanted.mask) if name))
-    found = {name: name if name in columns else spelled.get(name, "") for name in names}
-    return {name: column for name, column in found.items() if column}
-
-
-def _without_patient(
-    path: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]], own: Mapping[str, str]
-) -> list[str]:
-    """Say where exams count as patients of their own, though they may be of one."""
-    named = [own[name] for name in ("patient", "patient_id") if name in own]
-    if not named:
-        like = [column for column in columns if re.search(_PERSON, column, re.IGNORECASE)]
-        return [
-            f"{path}: no column 'patient', so each exam counts as a patient of its own. Rename "
-            f"{column!r} to it, if that is the patient." for column in like[:1]
-        ]  # fmt: skip
-    count = sum(not any(row[name] for name in named) for row in rows)
-    if not 0 < count < len(rows):
-        return []
-    return [
-        f"{path}: {count} of {len(rows)} rows name no patient in {named[0]!r}; each of them counts "
-        "as a patient of its own."
-    ]
 
 
 def _exam(row: Mapping[str, str], root: str, wanted: Wanted, where: str) -> Exam | None:
