@@ -23,7 +23,8 @@ from domainssl.io.ssl4eo.labels import Labels, labels, unmatched
 from domainssl.io.ssl4eo.land_cover import LAND_COVER_NAMES
 from domainssl.io.ssl4eo.layout import Catalogue, Group, scan
 from domainssl.io.ssl4eo.read import read
-from domainssl.io.storage.paths import is_folder, is_url, join
+from domainssl.io.storage.paths import is_folder, is_url, join, list_folder
+from domainssl.io.subjects import split_of
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality
 from domainssl.options import as_dataclass
@@ -190,7 +191,10 @@ class SSL4EOS12DataModule(DomainDataModule):
             self._log_clipping(self.catalogues["train"])
         self._labels = self._read_labels()
         if "val" not in self.catalogues:
-            _log.warning("%s has no folder 'val': nothing is held out for validation", root)
+            there = list_folder(root, self.storage_options)
+            like = [name for name in there if split_of(name) == "val"]
+            hint = f"; rename {like[0]!r} to it, if that is meant" if like else ""
+            _log.warning("%s has no folder 'val': nothing is held out for validation%s", root, hint)
         sources: dict[str, Source] = {
             split: self._source(catalogue, is_training=split == "train")
             for split, catalogue in self.catalogues.items()

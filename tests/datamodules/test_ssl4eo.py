@@ -198,6 +198,16 @@ def copy_of_a(release_a, tmp_path) -> Path:
     return Path(shutil.copytree(release_a, tmp_path / "copy"))
 
 
+def test_a_held_out_folder_of_another_name_is_told_and_an_empty_one_refused(copy_of_a, caplog):
+    (copy_of_a / "val").rename(copy_of_a / "validation")
+    module(copy_of_a)
+    assert "nothing is held out for validation; rename 'validation' to it" in caplog.text
+    (copy_of_a / "val" / "S1GRD").mkdir(parents=True)
+    (copy_of_a / "val" / "S2L2A").mkdir()
+    with pytest.raises(DataError, match=r"val/S1GRD: neither .*A\) nor .*B\).*Download its files"):
+        module(copy_of_a)
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

@@ -214,10 +214,11 @@ def _release(folders: Mapping[str, str], names: Mapping[str, Sequence[str]]) -> 
         zips = any(name.endswith(".zarr.zip") for name in found)
         tars = any(name.endswith(".tar") for name in found)
         if zips == tars:
-            have = "both" if zips else "neither"
+            have, word = ("both", "and") if zips else ("neither", "nor")
+            advice = "Keep each release in a folder of its own" if zips else "Download its files"
             raise DataError(
-                f"{folders[modality]}: {have} .zarr.zip files (release A) and .tar files "
-                "(release B); one kind was expected. Keep each release in a folder of its own."
+                f"{folders[modality]}: {have} .zarr.zip files (release A) {word} .tar files "
+                f"(release B); one kind was expected. {advice}."
             )
         kinds[modality] = "A" if zips else "B"
     if len(set(kinds.values())) > 1:
