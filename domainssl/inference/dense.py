@@ -31,8 +31,8 @@ from torch import Tensor
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError
-from domainssl.files import PART, read_json, write_json, write_whole
-from domainssl.inference.outputs import beside, make_folder, refuse_other, repeated
+from domainssl.files import PART, write_json, write_whole
+from domainssl.inference.outputs import beside, make_folder, read_record, refuse_other, repeated
 from domainssl.inference.sliding import Box, Windows, slide_over
 from domainssl.inference.tokens import (
     Autocast,
@@ -244,7 +244,7 @@ class DenseEmbedding:
             for record in (_record(target), working / "request.json"):
                 if restart or not record.is_file():
                     continue
-                found = {n: v for n, v in read_json(record).items() if n != "left_out"}
+                found = {n: v for n, v in read_record(record).items() if n != "left_out"}
                 refuse_other(target, found, _plain(layout))
             if restart:
                 shutil.rmtree(working, ignore_errors=True)
@@ -311,7 +311,7 @@ class DenseEmbedding:
             f"{item.name}, shard {at}": f"{why} (an earlier call; --restart tries it again)"
             for number, item in enumerate(self.items)
             if (record := _record(self.target(number))).is_file()
-            for at, why in read_json(record).get("left_out", {}).items()
+            for at, why in read_record(record).get("left_out", {}).items()
         }
 
     def leave_out(self, reasons: Mapping[str, str]) -> dict[str, str]:

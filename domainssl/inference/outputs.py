@@ -24,6 +24,7 @@ __all__ = [
     "is_output",
     "keep_source",
     "make_folder",
+    "read_record",
     "refuse_ending",
     "refuse_inputs",
     "refuse_inside",
@@ -129,7 +130,7 @@ def _record(output: Path) -> Any:
     """Return what `embed` wrote beside an output, nothing where it did not."""
     path = beside(output, "json")
     try:
-        return read_json(path) if path.is_file() else {}
+        return read_record(path) if path.is_file() else {}
     except DataError:
         return {}
 
@@ -157,6 +158,21 @@ def tell_again(output: Path) -> None:
         _log.warning(
             "%s: its input has changed since, or is read otherwise; it is made again", output.name
         )
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a call wrote about its outputs.
+
+    Raises:
+        DataError: It cannot be read, or is something else.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise DataError(
+            f"{path}: no record of what was made, but a {type(found).__name__}. Delete it and the "
+            "output beside it, or choose another --output."
+        )
+    return found
 
 
 def _source_path(output: Path) -> Path:

@@ -20,7 +20,7 @@ from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json, write_whole
 from domainssl.inference.dense import DenseOptions
-from domainssl.inference.outputs import beside, refuse_other
+from domainssl.inference.outputs import beside, read_record, refuse_other
 from domainssl.inference.preview import write_items
 from domainssl.inference.tokens import autocast_context
 from domainssl.io.raster.geoparquet import Footprint, vector_table
@@ -156,7 +156,7 @@ class PartedTable(ABC):
                 self._record.unlink()
                 self.target.unlink(missing_ok=True)
         for record in (self._record, self.folder / "request.json"):
-            found = read_json(record) if record.is_file() else self._request
+            found = read_record(record) if record.is_file() else self._request
             found = {name: value for name, value in found.items() if name != "left_out"}
             refuse_other(self.target, found, self._request)
         is_ours = (

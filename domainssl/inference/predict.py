@@ -16,6 +16,7 @@ from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json
+from domainssl.inference.outputs import read_record
 from domainssl.inference.sliding import Slabs
 from domainssl.modality import Batch, key
 from domainssl.nn.sliding import Blending, Box, Windows, class_map, slide_over
@@ -118,7 +119,7 @@ def claim_folder(
     path = folder / _RECORD
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file() and not restart:
-        found = read_json(path)
+        found = read_record(path)
         differing = [name for name in wanted if found.get(name) != wanted[name]]
         is_empty = all(entry.name == _RECORD for entry in folder.iterdir())
         if differing and not is_empty:  # of a call that was refused nothing else is there

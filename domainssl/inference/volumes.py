@@ -17,13 +17,13 @@ from torch.nn.functional import pad
 
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
-from domainssl.files import read_json
 from domainssl.inference.dense import DenseEmbedding, DenseOptions, Writer
 from domainssl.inference.outputs import (
     beside,
     file_name,
     file_states,
     make_folder,
+    read_record,
     refuse_one_file,
     refuse_other,
 )
@@ -197,7 +197,7 @@ class VolumeEmbedding:
         for name, exam in zip(self.ids, self.exams, strict=True):
             if restart or not self._record(name).is_file():
                 continue
-            known = read_json(self._record(name)).get("asked", {})
+            known = read_record(self._record(name)).get("asked", {})
             refuse_other(self._target(name), known, self._asked(exam))
         self._restart = restart
         make_folder(self.folder, self.root)

@@ -181,6 +181,9 @@ def test_predictions_of_another_task_or_with_other_options_never_mix(tmp_path: P
     with pytest.raises(ConfigError, match=r"\(weights differ"):
         claim_folder(tmp_path, task, PredictOptions().facts(), restart=False)
     claim_folder(tmp_path, task, PredictOptions().facts(), restart=True)
+    (tmp_path / "predict.json").write_text("[]")
+    with pytest.raises(DataError, match="no record of what was made, but a list"):
+        claim_folder(tmp_path, task, PredictOptions().facts(), restart=False)
 
 
 def test_inputs_that_cannot_be_predicted_are_named(tmp_path: Path) -> None:
