@@ -106,7 +106,8 @@ def ids_of(names: Iterable[str], mode: str) -> Sequence[str]:
     if mode == "plain":
         return list(names)
     key = id_key()
-    return [hmac.new(key, n.encode(), hashlib.sha256).hexdigest()[:_DIGITS] for n in names]
+    coded = (name.encode("utf-8", "surrogateescape") for name in names)  # any name of a file
+    return [hmac.new(key, name, hashlib.sha256).hexdigest()[:_DIGITS] for name in coded]
 
 
 def is_hashed(name: str) -> bool:
@@ -153,7 +154,7 @@ def _write(path: str | Path, rows: Sequence[Sequence[str]], option: str) -> None
         with new_file(Path(path)) as file:
             if os.name == "posix":
                 os.fchmod(file.fileno(), 0o600)
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written ({error.strerror or error}). Choose another {option}."

@@ -74,6 +74,19 @@ def test_other_files_are_left_out_counted_and_named(tmp_path: Path) -> None:
     assert "1 image without position: SC1" in text and "._IM" not in text
 
 
+def test_images_that_a_copy_lost_are_told(tmp_path: Path) -> None:
+    values = write_series(tmp_path)
+    write_slice(tmp_path / "LAST", plane(6), (-3, -4, -85))
+    assert not describe_scan(tmp_path).warnings
+    (tmp_path / "LAST").write_bytes(b"")
+    (tmp_path / "NEXT").symlink_to("nowhere")
+    (tmp_path / "SELF").symlink_to("SELF")
+    scan = read_scan(tmp_path)
+    holds(scan, values, affine_of())  # shorter than it was
+    assert "3 empty or linked to nothing: LAST, NEXT, SELF" in scan.facts.left_out
+    assert "LAST, NEXT, SELF; the volume may lack planes. Copy" in scan.facts.warnings[0]
+
+
 def test_a_localizer_of_the_series_is_left_out_with_a_warning(tmp_path: Path) -> None:
     values = write_series(tmp_path)
     write_slice(tmp_path / "IM0099", plane(0), (0, -8, -90), orientation=(0, 1, 0, 0, 0, -1),

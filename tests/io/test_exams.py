@@ -173,6 +173,7 @@ def test_ids_depend_on_a_key_that_only_its_owner_reads(
     assert ids_of(["miller/2020", "smith"], "hashed") == first and len(set(first)) == 2
     assert all(len(text) == 16 and int(text, 16) >= 0 for text in first)
     assert ids_of(["smith"], "plain") == ["smith"]
+    assert len(ids_of([os.fsdecode(b"M\xfcller")], "hashed")[0]) == 16  # no UTF-8, as on old disks
     monkeypatch.setenv(KEY_VARIABLE, key.read_text())
     assert ids_of(["miller/2020", "smith"], "hashed") == first  # another machine, the same key
     monkeypatch.setenv(KEY_VARIABLE, "another key, long enough")
@@ -451,6 +452,11 @@ def test_bids_files_that_are_not_read_or_lie_elsewhere_are_told(tmp_path: Path) 
     )  # fmt: skip
     found = find_exams(str(tmp_path), Wanted(contrasts={"t1": "T1w"}))
     elsewhere, unlike = found.problems
+    (tmp_path / "sub-04" / "anat").mkdir(parents=True)  # git-annex: content that was not fetched
+    (tmp_path / "sub-04" / "anat" / "sub-04_T1w.nii.gz").symlink_to(".git/annex/nowhere")
+    lost = find_exams(str(tmp_path), Wanted(contrasts={"t1": "T1w"})).problems[1]
+    assert "1 left out, linked to nothing: sub-04/anat/sub-04_T1w.nii.gz. " in lost
+    assert find_exams(str(tmp_path), Wanted(contrasts={"t1": "T1w", "t2": "t2"}, may_lack=True))
     assert "by its name it is of sub-02" in elsewhere
     assert "2 files end in 'T1w', but have other entities" in unlike and "sub-03_" in unlike
 

@@ -20,6 +20,7 @@ from domainssl.io.volume.scan import (
     list_scans,
     read_labels,
     read_scan,
+    scans_and_aside,
 )
 
 PLACES = ((0, 0, 0), (5, 4, 3), (2, 1, 3))
@@ -325,7 +326,11 @@ def test_pipes_companions_and_dangling_links_are_not_listed(tmp_path: Path) -> N
     (tmp_path / "gone.nii").symlink_to(tmp_path / "nowhere.nii")
     (tmp_path / "linked.nii.gz").symlink_to(good)
     (tmp_path / "round").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
     assert list_scans(tmp_path) == [str(good), str(tmp_path / "linked.nii.gz")]
+    lost, linked = scans_and_aside(tmp_path)[1].told(str(tmp_path))
+    assert "2 left out, linked to nothing: gone.nii, self. Copy them again" in lost
+    assert "1 linked to folders, which are not followed: round. Give the folder" in linked
     with pytest.raises(DataError, match=r"pipe\.nii.*no regular file"):
         read_scan(tmp_path / "pipe.nii")
     with pytest.raises(DataError, match="a link to a file that is not there"):

@@ -15,7 +15,7 @@ from domainssl.errors import DataError, nearest
 from domainssl.io.subjects import EVERY, Found
 from domainssl.io.tables import read_table
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
-from domainssl.io.volume.scan import list_scans
+from domainssl.io.volume.scan import scans_and_aside
 
 __all__ = ["is_bids", "read_bids"]
 
@@ -40,9 +40,11 @@ def read_bids(root: str, wanted: Wanted) -> Found[Exam]:
         DataError: No file has the suffix of a contrast.
     """
     found = _Files(asked={n: _name(c) for n, c in wanted.contrasts.items()}, mask=wanted.mask)
-    for path in list_scans(root):
+    paths, aside = scans_and_aside(root)
+    for path in paths:
         found.add(path, os.path.relpath(path, root).split(os.sep)[:-1])
-    _must_be_there(root, wanted, found.scans, found.seen)
+    found.problems += aside.told(root)
+    _must_be_there(root, wanted, found.scans, found.seen, aside.told(root))
     labels = _labels(root, wanted.label, {exam.split("/")[0] for exam in found.scans})
     dates = _dates(root, found.scans, wanted.dates) if wanted.dates else {}
     exams = [
@@ -150,16 +152,23 @@ def _entities(stem: str) -> tuple[dict[str, str], str]:
 
 
 def _must_be_there(
-    root: str, wanted: Wanted, scans: Mapping[str, Mapping[str, str]], seen: set[str]
+    root: str,
+    wanted: Wanted,
+    scans: Mapping[str, Mapping[str, str]],
+    seen: set[str],
+    told: Sequence[str],
 ) -> None:
+    there = {name for files in scans.values() for name in files}
+    if there and wanted.may_lack:
+        return
     for name, contrast in wanted.contrasts.items():
-        if not any(name in files for files in scans.values()):
+        if name not in there:
             word = _USUAL.get(contrast, contrast)
             raise DataError(
                 f"{root}: no file of the BIDS folder ends in {word!r}, as modality {name!r} asks "
                 f"for; there are {', '.join(sorted(seen)[:12]) or 'no scans'}."
                 f"{nearest(word, seen)} Set data.init_args.modalities.{name}.contrast to one of "
-                "them."
+                f"them.{''.join(f' {line}' for line in told)}"
             )
 
 

@@ -282,7 +282,8 @@ def read_nnssl(root: str, wanted: Wanted) -> Found[Exam]:
                 hidden |= dict.fromkeys(new if removed else (), removed)
             if scans:
                 exams.append(Exam(id=name, patient=patient, scans=scans, anonymized=hidden))
-    for key, contrast in wanted.contrasts.items():
+    needed = {} if wanted.may_lack and exams else wanted.contrasts
+    for key, contrast in needed.items():
         if contrast != EVERY and not any(key in exam.scans for exam in exams):
             raise DataError(
                 f"{where}: no image has the modality {contrast!r} that {key!r} asks for, only "

@@ -34,6 +34,7 @@ from domainssl.io.volume.facts import (
     finish,
     in_words,
 )
+from domainssl.io.volume.lost import AGAIN, is_file, lost_in
 from domainssl.io.volume.stored import check_size
 
 __all__ = [
@@ -66,13 +67,23 @@ _AIR = -1024.0  # HU, the filler of padding
 
 @dataclass(frozen=True, kw_only=True)
 class _Series:
-    """What lies at a path, the stack of the series that is read, and its images without a place."""
+    """What lies at a path: the stack of the series that is read, and what may be missing in it.
+
+    Attributes:
+        files: The files of the series.
+        stack: Their planes, in order.
+        modality: As DICOM names it.
+        left_out: What else lies there.
+        placeless: Images of the series without a place.
+        lost: Empty files, and links to nothing.
+    """
 
     files: Mapping[str, DicomFile]
     stack: Stack
     modality: str
     left_out: tuple[str, ...]
     placeless: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 def is_series(path: str) -> bool:
@@ -125,7 +136,7 @@ def files_in(folder: str, *, every: bool = False) -> list[str]:
             for entry in entries
             if not entry.name.startswith(".")
             and (every or not entry.name.lower().endswith(_NEVER))
-            and entry.is_file()
+            and is_file(entry)
         )
     return [os.path.join(folder, name) for name in names]
 
@@ -194,6 +205,12 @@ def _header(path: str, series: _Series) -> Header:
             f"{path}: left out: {len(series.placeless)} images of the series that state no "
             f"position or orientation: {names}; the volume may lack planes",
         )
+    if series.lost:
+        warnings = (
+            *warnings,
+            f"{path}: left out: {len(series.lost)} empty or linked to nothing: "
+            f"{some_names(series.lost)}; the volume may lack planes. {AGAIN}",
+        )
     planes = [plane for plane in stack.volumes[0] if series.files[plane.path].table is None]
     warnings = (*warnings, *doubts(path, series.modality, planes))
     return Header(
@@ -212,7 +229,10 @@ def _header(path: str, series: _Series) -> Header:
 def _series(path: str, reading: Reading) -> _Series:
     """Return the series that is read, and what else lies there."""
     found, others = contents(path)
+    lost = [name for name in lost_in(path) if not name.lower().endswith(_NEVER)]
+    others = [name for name in others if name not in lost]
     left_out = [f"{len(others)} without DICOM: {some_names(others)}"] if others else []
+    left_out += [f"{len(lost)} empty or linked to nothing: {some_names(lost)}"] if lost else []
     images, more = _images(path, found)
     left_out += more
     placed = set(map(id, images))
@@ -236,6 +256,7 @@ def _series(path: str, reading: Reading) -> _Series:
         modality=group[0].modality,
         left_out=(*left_out, *stack.left_out),
         placeless=tuple(os.path.basename(f.path) for f in bare if f.series == group[0].series),
+        lost=tuple(lost),
     )
 
 

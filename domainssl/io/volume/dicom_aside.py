@@ -16,10 +16,12 @@ from domainssl.io.storage.scan_index import ScanIndex, Seen
 from domainssl.io.volume.dicom import CONTOURS, some_names
 from domainssl.io.volume.dicom_file import SEGMENTATIONS, look
 from domainssl.io.volume.known import MANY, hashed, rests_of
+from domainssl.io.volume.lost import AGAIN
 
 __all__ = ["Aside", "aside_of"]
 
 _HEAD = 1024
+_INSTEAD = "Give the folder with the scans itself, or list them in a manifest."
 _MARKS = {
     b"1.2.840.10008.5.1.4.1.1.481.3": "RTSTRUCT",
     **{uid.encode(): "segmentation" for uid in SEGMENTATIONS},
@@ -28,22 +30,32 @@ _MARKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Aside:
-    """Files that are no images.
+    """What lies among images and is none.
 
     Attributes:
         contours: Files with contours (RTSTRUCT).
         maps: Files with segmentations.
+        lost: Links to nothing.
+        linked: Links to folders.
     """
 
     contours: tuple[str, ...] = ()
     maps: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    linked: tuple[str, ...] = ()
 
     def told(self, root: str) -> list[str]:
-        """Return a line on the contours, which nothing here reads; empty without any."""
-        if not self.contours:
-            return []
-        names = [os.path.relpath(path, root) for path in self.contours]
-        return [f"{root}: {len(names)} RTSTRUCT left out ({CONTOURS}): {some_names(names)}"]
+        """Return a line on what nothing here reads: contours, and links; empty without any."""
+        lines = []
+        for paths, what, hint in (
+            (self.contours, f"RTSTRUCT left out ({CONTOURS})", ""),
+            (self.lost, "left out, linked to nothing", f". {AGAIN}"),
+            (self.linked, "linked to folders, which are not followed", f". {_INSTEAD}"),
+        ):
+            if paths:
+                names = some_names([os.path.relpath(path, root) for path in paths])
+                lines.append(f"{root}: {len(paths)} {what}: {names}{hint}")
+        return lines
 
 
 def aside_of(files: Mapping[str, Sequence[str]]) -> Aside:

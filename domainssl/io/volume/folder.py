@@ -81,6 +81,8 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
             matched.add(name)
             scans.setdefault(exam, {}).setdefault(name, path)
     needed = {} if wanted.may_lack and matched else names
+    if not seen and not extra and (aside.lost or aside.linked):
+        raise DataError(f"{root}: no scan there. {' '.join(aside.told(root))}")
     _must_match(root, needed, matched, seen, len(extra), studies)
     if not wanted.mask:
         extra = {exam: {k: v for k, v in e.items() if k != "mask"} for exam, e in extra.items()}

@@ -18,6 +18,7 @@ from domainssl.io.volume.dicom_aside import Aside, aside_of
 from domainssl.io.volume.facts import Reading, Scan, ScanFacts
 from domainssl.io.volume.geometry import TOLERANCE, displacement
 from domainssl.io.volume.known import series_folders
+from domainssl.io.volume.lost import links_in
 
 __all__ = [
     "ENDINGS",
@@ -229,33 +230,42 @@ def list_scans(folder: str | os.PathLike[str]) -> list[str]:
     """Return the scans below a folder, sorted by path; a folder with DICOM images is one.
 
     Hidden files (the `._` companions of macOS among them), pipes and links to nothing are passed
-    over; links to folders are not followed.
+    over; links to folders are not followed. `scans_and_aside` tells of the links.
 
     Args:
         folder: A local folder.
     """
-    found, folders = _below(str(folder))
+    found, folders, _ = _below(str(folder))
     return sorted([*found, *series_folders(str(folder), folders)])
 
 
 def scans_and_aside(folder: str | os.PathLike[str]) -> tuple[list[str], Aside]:
-    """Return what `list_scans` returns, and the DICOM files there that show no image.
+    """Return what `list_scans` returns, and what else is there: no images, and links.
 
     Args:
         folder: A local folder.
     """
-    found, folders = _below(str(folder))
-    return sorted([*found, *series_folders(str(folder), folders)]), aside_of(folders)
+    found, folders, links = _below(str(folder))
+    aside = replace(
+        aside_of(folders),
+        lost=tuple(path for path in links if not os.path.isdir(path)),
+        linked=tuple(path for path in links if os.path.isdir(path)),
+    )
+    return sorted([*found, *series_folders(str(folder), folders)]), aside
 
 
-def _below(folder: str) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the scans by name, and the files that may be DICOM by folder."""
-    found, folders = [], {}
+def _below(folder: str) -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """Return the scans by name, the files that may be DICOM by folder, and odd links.
+
+    Those lead nowhere, or to folders.
+    """
+    found, folders, links = [], {}, []
     for base, names in _walk(folder):
         found += names
         if files := dicom.files_in(base):
             folders[base] = files
-    return found, folders
+        links += [os.path.join(base, name) for name in links_in(base)]
+    return found, folders, links
 
 
 def iter_scans(folder: str | os.PathLike[str]) -> Iterator[str]:
