@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,12 +23,14 @@ __all__ = [
     "read_json",
     "read_small",
     "remove_parts",
+    "remove_rests",
     "sync_folder",
     "write_json",
     "write_text",
     "write_whole",
 ]
 
+_HIDDEN = re.compile(r"(\.part-.*|\.lock|\.claims)\Z")
 PART = ".part-"  # in the names of files that are being written: `.<name>.part-<number>`
 
 _SMALL = 2**26  # bytes of a table, a card or any other file that is read whole
@@ -116,6 +119,26 @@ def remove_parts(folder: Path, name: str) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
         else:
             hidden.unlink(missing_ok=True)
+
+
+def remove_rests(outputs: Iterable[Path]) -> None:
+    """Remove what killed processes left beside finished outputs: hidden parts, locks and claims.
+
+    Args:
+        outputs: Those that are complete, with their records: nobody writes beside them any more.
+    """
+    finished: dict[Path, set[str]] = {}
+    for output in outputs:
+        finished.setdefault(output.parent, set()).add(output.name)
+    for folder, names in finished.items():
+        for hidden in folder.glob(".*"):
+            of = _HIDDEN.sub("", hidden.name[1:])  # an output, or a file that goes with one
+            if of == hidden.name[1:] or not {of, of.rpartition(".")[0]} & names:
+                continue
+            if hidden.is_dir():
+                shutil.rmtree(hidden, ignore_errors=True)
+            else:
+                hidden.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
+from domainssl.files import remove_rests
 from domainssl.inference.data_rows import embedding_of_data, is_data
 from domainssl.inference.dense import DenseEmbedding, DenseOptions
 from domainssl.inference.domain import domain_of
 from domainssl.inference.inputs import RASTERS, find_inputs, is_raster, open_scenes
-from domainssl.inference.outputs import encoder_name, refuse_ending, refuse_one_file
+from domainssl.inference.outputs import beside, encoder_name, refuse_ending, refuse_one_file
 from domainssl.inference.parted_table import PartedTable
 from domainssl.inference.pooled_items import pooled_items, pooled_scenes
 from domainssl.inference.preview import write_map_preview
@@ -186,6 +187,8 @@ def _run(
     finally:
         work.release()
     targets = [work.target] if isinstance(work, PartedTable) else work.outputs
+    if not isinstance(work, PartedTable):
+        remove_rests(target for target in targets if beside(target, "json").is_file())
     return Embedded(
         outputs=[target for target in targets if target.exists()],
         pieces=built.entries,

@@ -187,3 +187,12 @@ def test_a_killed_call_goes_on_in_the_middle_of_an_exam(
     assert whole.read_bytes() == again.read_bytes()
     assert count[0] < 2 * 48
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    # killed after the record of an exam was written, its last file
+    for name in ("lock", "json.part-1", "claims/.build.lock", "part-embed/done/0"):
+        left = tmp_path / f".killed.nii.gz.{name}"
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.touch()
+    (tmp_path / ".other.nii.gz.part-embed").mkdir()  # of an exam that another call is at
+    assert embed(backbone(), path, tmp_path / "killed.nii.gz").resumed == 1
+    hidden = [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert hidden == [".other.nii.gz.part-embed"]

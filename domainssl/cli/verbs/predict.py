@@ -92,6 +92,7 @@ def _predict(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
+    from domainssl.files import remove_rests
     from domainssl.inference.domain import domain_of
     from domainssl.inference.outputs import refuse_inputs
     from domainssl.inference.predict import claim_folder
@@ -122,6 +123,7 @@ def _predict(argv: list[str]) -> int:
                 work.path(key).unlink(missing_ok=True)
         items = windows if isinstance(work, TablePrediction) else None
         found = build(work, plan, items, noun=noun)
+        remove_rests(work.path(key) for key in work.keys if work.is_ready(key))
     if isinstance(work, TablePrediction):
         work.join()
         screen.print(str(work.target), markup=False)
