@@ -18,7 +18,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
 from domainssl.arguments import Recorded
-from domainssl.errors import ConfigError, nearest
+from domainssl.errors import ConfigError, counted, nearest
 from domainssl.loading.counts import class_counts
 from domainssl.loading.part import PartSource
 from domainssl.loading.plan import ORDER_VERSION, EpochPlan
@@ -159,7 +159,7 @@ class DomainDataModule(Recorded, LightningDataModule):
         for split, source in self._sources.items():
             lines.append(f"{split}: {sum(source.sizes)} items in {len(source.sizes)} blocks")
         lines.append(
-            f"batches: {self.batch_size} items on each of {self._world_size} rank(s)"
+            f"batches: {self.batch_size} items on each of {counted(self._world_size, 'rank')}"
             + (f", {self._accumulate} accumulated" if self._accumulate > 1 else "")
             + f" = {self.global_batch_size} per optimiser step"
         )

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, counted
 from domainssl.io.ids import ids_of, write_table
 from domainssl.io.slide.bag_slides import SlideBag, find_slides
-from domainssl.io.subjects import Found, counted
+from domainssl.io.subjects import Found
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, counted
 from domainssl.io.ids import write_table
 from domainssl.io.slide.manifest import TileSet, find_tiles
-from domainssl.io.subjects import Found, counted
+from domainssl.io.subjects import Found
 from domainssl.loading.source import Loading, Source
 from domainssl.modality import Modality, as_modalities
 from domainssl.sources.held_out import HeldOut

@@ -21,9 +21,9 @@ from typing import Any, Literal
 from domainssl.arguments import plain
 from domainssl.datamodules.base import DomainDataModule, check_labels, named_sample
 from domainssl.datamodules.statistics import statistics_of
-from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.errors import ConfigError, DataError, counted, nearest
 from domainssl.io.ids import ids_of, write_table
-from domainssl.io.subjects import Found, counted
+from domainssl.io.subjects import Found
 from domainssl.io.volume.cache import Exams
 from domainssl.io.volume.exam import Exam
 from domainssl.io.volume.exams import find_exams

@@ -17,6 +17,7 @@ __all__ = [
     "MissingExtraError",
     "StorageError",
     "WeightsError",
+    "counted",
     "nearest",
     "parsing",
     "require",
@@ -87,6 +88,11 @@ def parsing(
         is_shown = quoted and bool(words)
         reason = f"{type(error).__name__}: {words}" if is_shown else type(error).__name__
         raise kind(f"{what} cannot be read ({reason}). {advice}") from (error if quoted else None)
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a number and what is counted: `1 exam`, `2 exams`; `plural` where it is no `s`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
 
 
 def nearest(name: object, options: Iterable[object]) -> str:

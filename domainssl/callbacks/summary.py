@@ -17,6 +17,7 @@ from domainssl.arguments import class_of
 from domainssl.callbacks._common import console_of, run_folder
 from domainssl.callbacks.export import ExportBackbone
 from domainssl.callbacks.progress import describe_metrics
+from domainssl.errors import counted
 from domainssl.tasks.base import Task
 
 __all__ = ["Summary"]
@@ -74,8 +75,8 @@ def summarize(
     count = sum(p.numel() for p in module.backbone.parameters())
     names = ", ".join(module.backbone.modalities)
     steps = trainer.global_step - first_step
-    total = f"{trainer.current_epoch} epochs, {trainer.global_step} steps"
-    this_time = f"{steps} steps"
+    total = f"{counted(trainer.current_epoch, 'epoch')}, {counted(trainer.global_step, 'step')}"
+    this_time = counted(steps, "step")
     if first_step:
         total += " in all"
         this_time += f" after the resume at step {first_step}"

@@ -445,7 +445,9 @@ def _headline(report: Mapping[str, Any]) -> str:
             f"{report['count']} {noun}{'s' * (report['count'] != 1)}, {report['measured']} measured"
         )
     if report["kind"] == "geotiff":
-        return f"{report['count']} GeoTIFF, {report['measured']} measured, CRS {report['crs']}"
+        found = report["crs"]
+        systems = ", ".join(found) if len(found) == 1 else as_text(found)
+        return f"{report['count']} GeoTIFF, {report['measured']} measured, CRS {systems}"
     count = f", {report['count']} files or members, first shown" if "count" in report else ""
     return f"zarr format {report['format']}{count}"
 

@@ -309,7 +309,7 @@ def slide_tables(report: Mapping[str, Any]) -> list[Any]:
 
 def picture_tables(report: Mapping[str, Any]) -> list[Any]:
     """Return a report of `inspect_pictures` as tables."""
-    left_out = ("path", "kind", "values", "notes", "problems", "count", "measured")
+    left_out = ("path", "kind", "values", "notes", "problems", "count", "measured", "next")
     facts = {k: v for k, v in report.items() if k not in left_out}
     parts = [*note_lines(report), facts_table("pictures", facts)]
     if report["values"]:

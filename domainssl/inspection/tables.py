@@ -19,7 +19,16 @@ __all__ = [
 ]
 
 
-_PLACES = ("transform", "bounds", "pixel")  # coordinates: four digits are 100 m off
+_PLACES = (
+    "transform",
+    "bounds",
+    "pixel",
+    "left",
+    "top",
+    "step",
+    "spatial:transform",
+    "spatial:bbox",
+)  # coordinates: four digits are 100 m off
 
 
 def add_row(table: Table, *cells: str) -> None:

@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from domainssl.errors import DataError
 
 __all__ = [
-    "EVERY", "Found", "Owned", "alike", "counted", "ends_with", "patients_in_two_splits",
+    "EVERY", "Found", "Owned", "alike", "ends_with", "patients_in_two_splits",
     "shared_files", "split_of",
 ]  # fmt: skip
 
@@ -57,11 +57,6 @@ class Found(Generic[Item]):
     items: Sequence[Item]
     problems: Sequence[str] = ()
     mask_names: Mapping[int, str] = field(default_factory=dict)
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a number and what is counted: `1 exam`, `2 exams`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def split_of(name: str) -> str:

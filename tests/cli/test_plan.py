@@ -86,8 +86,8 @@ def test_a_batch_larger_than_the_data_or_no_multiple_is_refused(plan: Plan) -> N
     status, facts = plan("--data.global_batch_size=1001", "--trainer.accumulate_grad_batches=4")
     assert status == 2 and "time" not in facts
     assert facts["problems"] == [
-        "data.init_args.global_batch_size=1001 cannot be divided by 1 device(s) x 4 accumulated "
-        "batch(es). Set it to 1000 or 1004.",
+        "data.init_args.global_batch_size=1001 cannot be divided by 1 device x 4 accumulated "
+        "batches. Set it to 1000 or 1004.",
         "a batch of 1001 is larger than the 96 training items. Set "
         "data.init_args.global_batch_size=96 or lower, or use more data.",
     ]
@@ -218,9 +218,9 @@ def test_what_never_fits_and_what_ran_out_of_memory_is_told() -> None:
     (problem,) = problems_of(_facts(largest_batch=0))
     assert "with the smallest batch too. Use model.init_args.execution.gradient" in problem
     (problem,) = problems_of(_facts(bytes_per_device=None, failed_at=2, largest_batch=0))
-    assert problem.startswith("a step of 2 item(s) did not fit, of 60 B free")
+    assert problem.startswith("a step of 2 items did not fit, of 60 B free")
     (problem,) = problems_of(_facts(bytes_per_device=50, failed_at=32, largest_batch=30))
-    assert "a step of 32 item(s) did not fit, of 60 B free; 30 fit" in problem
+    assert "a step of 32 items did not fit, of 60 B free; 30 fit" in problem
     assert problems_of(_facts(bytes_per_device=50)) == []
 
 

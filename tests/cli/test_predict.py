@@ -44,7 +44,7 @@ def test_a_scan_becomes_a_map_equal_to_monai_in_memory(tmp_path: Path, capsys: A
     path = write_nifti(tmp_path / "scan.nii.gz", values, oblique())
     words = ["predict", str(tmp_path / "task"), str(path), "--output", str(tmp_path / "out")]
     assert main(words) == 0
-    assert "1 map(s); classes: 0 air, 1 organ, 2 bone" in capsys.readouterr().out
+    assert "1 map; classes: 0 air, 1 organ, 2 bone" in capsys.readouterr().out
     told = json.loads((tmp_path / "out/scan.nii.gz.json").read_text())
     assert told["labels"] == {"0": "air", "1": "organ", "2": "bone"} and len(told["colours"]) == 3
     assert (tmp_path / "out/scan.nii.gz.png").read_bytes().startswith(b"\x89PNG")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cube_files import coded, write_geotiff
 from evaluation_fakes import exported
+from PIL import Image
 from small_tasks import task
 
 from domainssl.backbones.vit import ViTBackbone
@@ -45,6 +46,8 @@ def test_a_run_its_checkpoints_and_the_folder_of_runs(cli, recipe, folder):
         "python -m domainssl fit --config runs/tiny/a/config.yaml --run_dir=runs/tiny/a "
         + checkpoint
     )
+    Path("runs/tiny/a/panels").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save("runs/tiny/a/panels/s1.png")  # the folder was called pictures
     report, text = described(cli, Path("runs"))
     assert report["runs"].keys() == {"tiny/a"} and "tiny/a" in text
     assert report["next"] == ["python -m domainssl inspect runs/tiny/a"]
@@ -161,9 +164,13 @@ def test_other_tables_and_json_are_no_results(folder):
             {"slides": 0, "size": 64, "features": ["uni"]},
         ),
         (
-            {"encoder.onnx.json": '{"format": "domainssl.graph/1", "backbone": "V", "file": "f"}'},
+            {
+                "encoder.onnx.json": '{"format": "domainssl.graph/1", "backbone": "V", '
+                '"file": "f", "outputs": [{"name": "logits", "axes": "B K"}], '
+                '"task": {"names": ["a"]}}'
+            },
             "graph",
-            {"backbone": "V", "file": "f"},
+            {"backbone": "V", "file": "f", "outputs": ["logits (B K)"], "classes": ["a"]},
         ),
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ def test_a_run_says_at_its_start_what_was_found_and_what_is_trained(finished):
     run, result = finished
     assert "12 random vectors from 'sample'" in result.out
     assert "FakeObjective, 4 parameters" in result.out
-    assert "1 epochs, 4 samples per step, 1 x CPU, 32-true" in result.out
+    assert "1 epoch, 4 samples per step, 1 x CPU, 32-true" in result.out
     assert f"runs/tiny/{run.name}" in result.out
 
 

@@ -98,7 +98,7 @@ def test_what_is_done_is_not_done_again_and_other_options_are_refused(
     first = {key: (output / "slides" / f"{key}.json").stat().st_mtime_ns for key in _ids(output)}
     assert len(first) == 2
     assert _tile(slides, output) == 0
-    assert "3 slide(s) with 27 tiles" in capsys.readouterr().out
+    assert "3 slides with 27 tiles" in capsys.readouterr().out
     assert len(_ids(output)) == 3
     for key, time in first.items():
         assert (output / "slides" / f"{key}.json").stat().st_mtime_ns == time

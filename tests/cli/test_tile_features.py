@@ -115,7 +115,7 @@ def test_what_is_there_is_not_computed_again_and_parts_do_their_share(
     first = (folder / "a.zarr" / "zarr.json").stat().st_mtime_ns
     assert _tile(slides, "--layout=zarr", "--batch_size=5", "--autocast=bfloat16") == 0
     assert (folder / "a.zarr" / "zarr.json").stat().st_mtime_ns == first
-    assert "features of 2 slide(s) are in" in capsys.readouterr().out
+    assert "features of 2 slides in" in capsys.readouterr().out
     kinds = [read_bag(path).attributes["computed_in"] for path in sorted(folder.glob("*.zarr"))]
     assert kinds == ["float32", "bfloat16"]
 

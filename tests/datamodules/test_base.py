@@ -62,7 +62,7 @@ def test_the_global_batch_is_divided_over_devices_and_accumulation():
     data = ready(trainer_of(world_size=3, rank=1, accumulate=2))
     assert data.batch_size == 2
     assert len(data.train_dataloader()) == 54 // 3 // 2
-    assert "2 items on each of 3 rank(s), 2 accumulated = 12" in "\n".join(data.describe())
+    assert "2 items on each of 3 ranks, 2 accumulated = 12" in "\n".join(data.describe())
 
 
 def test_tensor_parallel_ranks_read_the_same_items():

@@ -41,7 +41,7 @@ def _fit(
     trainer_config: str,
     recipe: str = "ssl4eo_croma",
     overrides: dict[str, str] = OVERRIDES,
-    batch: str = "12 items on each of 2 rank(s) = 24 per optimiser step",
+    batch: str = "12 items on each of 2 ranks = 24 per optimiser step",
 ) -> Path:
     words = ["fit", "--config", f"recipes/{recipe}.yaml", f"--run_dir={folder}"]
     words += ["--config", f"configs/trainer/{trainer_config}.yaml"]
@@ -106,7 +106,7 @@ def test_a_task_with_a_pyramid_of_maps_gives_equal_metrics(tmp_path: Path) -> No
     }  # fmt: skip
     words = {**SHORT, **all_weights}
     ddp, fsdp2 = (
-        _metrics(_fit(tmp_path / name, name, "finetune_ct_organs", words, "each of 2 rank(s)"))
+        _metrics(_fit(tmp_path / name, name, "finetune_ct_organs", words, "each of 2 ranks"))
         for name in ("ddp", "fsdp2")
     )
     assert ddp.keys() == fsdp2.keys() and len({step for step, _ in ddp}) == 3
@@ -127,7 +127,7 @@ def test_the_anchor_of_dino_is_sharded_too(tmp_path: Path) -> None:
         "model.gram.refresh_every": "1", "data.global_batch_size": "4",
     }  # fmt: skip
     ddp, fsdp2 = (
-        _metrics(_fit(tmp_path / name, name, "ssl4eo_dino", {**SHORT, **anchored}, "2 rank(s)"))
+        _metrics(_fit(tmp_path / name, name, "ssl4eo_dino", {**SHORT, **anchored}, "2 ranks"))
         for name in ("ddp", "fsdp2")
     )
     terms = [ddp[str(step), "train/loss/gram"] for step in range(3)]

@@ -115,7 +115,7 @@ def test_the_verb_predicts_a_folder_of_slides_on_tissue(tmp_path: Path, capsys: 
         ViTBackbone({"he": TILE}, SMALL, 8), modalities={"he": TILE}, classes=("a", "b")
     )
     out = predict(task, tmp_path, tmp_path / "slides")
-    assert "1 slide(s) as regions; classes: 0 a, 1 b" in capsys.readouterr().out
+    assert "1 slide as regions; classes: 0 a, 1 b" in capsys.readouterr().out
     tiles = pandas.read_parquet(out / "a_tiles.parquet")
     assert set(zip(tiles.x, tiles.y, strict=True)) == {
         (x, y) for x in (128, 192, 256) for y in (64, 128)

@@ -30,7 +30,7 @@ from domainssl.cli.run.plan_measure import (
 from domainssl.cli.run.plan_report import lines, problems_of
 from domainssl.cli.run.plan_steps import TIMED, Measured
 from domainssl.cli.run.request import Request
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, counted
 from domainssl.loading.plan import EpochPlan
 from domainssl.loading.stream import BlockStream
 
@@ -226,7 +226,7 @@ def _device(trainer: Any) -> dict[str, Any]:
         return {"kind": "cuda", "name": found.name, "memory_bytes": free}
     return {
         "kind": device.type,
-        "name": f"{torch.get_num_threads()} thread(s)",
+        "name": counted(torch.get_num_threads(), "thread"),
         "memory_bytes": psutil.virtual_memory().available,
     }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from domainssl.errors import counted
+
 __all__ = ["lines", "problems_of"]
 
 
@@ -25,7 +27,7 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
     if batch["accumulate"] > 1:
         parts += f" x {batch['accumulate']} accumulated"
     whole = f" = {batch['global']} per step" if batch["global"] else ""
-    yield _row("batch", f"{parts} x {batch['devices']} device(s){whole}")
+    yield _row("batch", f"{parts} x {counted(batch['devices'], 'device')}{whole}")
     if facts.get("tokens"):
         found = ", ".join(f"{name} {count}" for name, count in facts["tokens"].items())
         yield _row("tokens", f"{found} per item")
@@ -65,13 +67,14 @@ def _reading(reading: Mapping[str, Any]) -> Iterator[str]:
     if "bytes_per_step" not in reading:
         yield _row("reading", f"{_seconds(reading['seconds_per_batch'])} per batch")
         return
+    blocks = reading["blocks_per_step"]
     yield _row(
         "reading",
         f"{_bytes(reading['bytes_per_step'])} per step and device from "
-        f"{reading['blocks_per_step']:.3g} block(s), of which "
+        f"{blocks:.3g} block{'s' * (blocks != 1)}, of which "
         f"{_bytes(reading['bytes_needed_per_step'])} are used (amplification "
         f"{reading['amplification']:.2f}); {_seconds(reading['seconds_per_batch'])} with "
-        f"{reading['workers']} worker(s)",
+        f"{counted(reading['workers'], 'worker')}",
     )
 
 
@@ -79,20 +82,23 @@ def _time(time: Mapping[str, Any]) -> Iterator[str]:
     if time["batch_s"] is None:
         yield _row("time", "not measured: a step does not fit")
         return
+    steps = counted(time["steps_per_epoch"], "step")
     about = "" if time["is_measured"] else "about "  # from steps of a few items
     text = (
         f"{about}{_seconds(time['compute_s'])} to compute a batch, {_seconds(time['batch_s'])} "
-        f"with reading; {time['steps_per_epoch']} step(s) and {_seconds(time['epoch_s'])} per epoch"
+        f"with reading; {steps} and {_seconds(time['epoch_s'])} per epoch"
     )
     if time["run_s"] is not None:
-        text += f"; {time['epochs']:g} epochs: {_seconds(time['run_s'])}"
+        whole = f"{time['epochs']:g} epoch{'s' * (time['epochs'] != 1)}"
+        text += f"; {whole}: {_seconds(time['run_s'])}"
     yield _row("time", text)
 
 
 def _disk(disk: Mapping[str, Any]) -> Iterator[str]:
+    kept = counted(disk["checkpoints"], "checkpoint")
     yield _row(
         "disk",
-        f"{_bytes(disk['run_bytes'])} in {disk['place']}: {disk['checkpoints']} checkpoint(s) of "
+        f"{_bytes(disk['run_bytes'])} in {disk['place']}: {kept} of "
         f"{_bytes(disk['checkpoint_bytes'])}, export {_bytes(disk['export_bytes'])}; "
         f"{_bytes(disk['free_bytes'])} free",
     )
@@ -126,8 +132,10 @@ def _batch_problems(facts: Mapping[str, Any]) -> Iterator[str]:
         lower = total // parts * parts
         choices = f"{lower} or {lower + parts}" if lower else f"{parts}"
         yield (
-            f"data.init_args.global_batch_size={total} cannot be divided by {batch['devices']} "
-            f"device(s) x {batch['accumulate']} accumulated batch(es). Set it to {choices}."
+            f"data.init_args.global_batch_size={total} cannot be divided by "
+            f"{counted(batch['devices'], 'device')} x "
+            f"{counted(batch['accumulate'], 'accumulated batch', 'accumulated batches')}. "
+            f"Set it to {choices}."
         )
     if items is not None and items < total:
         fitting = items // parts * parts
@@ -151,7 +159,7 @@ def _memory_problems(facts: Mapping[str, Any]) -> Iterator[str]:
         return
     fits = memory["largest_batch"]
     what = (
-        f"a step of {memory['failed_at']} item(s) did not fit"
+        f"a step of {counted(memory['failed_at'], 'item')} did not fit"
         if needed is None or memory["failed_at"] is not None
         else f"a step of {batch['per_device']} items needs about {_bytes(needed)}"
     )

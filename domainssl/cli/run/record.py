@@ -24,7 +24,7 @@ from domainssl.cli.run.rundir import (
     versions,
 )
 from domainssl.datamodules.base import DomainDataModule
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, counted
 from domainssl.files import write_json
 from domainssl.tasks.base import Task
 from domainssl.tasks.starting import tell_start
@@ -146,9 +146,8 @@ def _introduce(
         screen.print(f"[bold]{'tested':<8}[/]", _tested_line(datamodule))
     if stage == "fit":
         screen.print(f"[bold]{'training':<8}[/]", _training_line(trainer, datamodule))
-    screen.print(
-        f"[bold]{'run':<8}[/]", f"{folder}  (configuration, versions, metrics, checkpoints)"
-    )
+    kept = "configuration, versions, metrics" + ", checkpoints" * (stage == "fit")
+    screen.print(f"[bold]{'run':<8}[/]", f"{folder}  ({kept})")
 
 
 def _model_line(module: LightningModule) -> str:
@@ -201,7 +200,7 @@ def _millions(count: int) -> str:
 def _training_line(trainer: Trainer, datamodule: Any) -> str:
     length = []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        length.append(f"{trainer.max_epochs} epochs")
+        length.append(counted(trainer.max_epochs, "epoch"))
     if trainer.max_steps > 0:
         length.append(f"at most {trainer.max_steps} steps")
     batch = getattr(datamodule, "global_batch_size", None)

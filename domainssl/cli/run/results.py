@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domainssl.errors import DomainSSLError, WeightsError, parsing, require
+from domainssl.errors import DomainSSLError, WeightsError, counted, parsing, require
 from domainssl.files import read_json
 from domainssl.inference.outputs import beside
 from domainssl.io.slide.bag_folders import find_bags
@@ -20,7 +20,7 @@ from domainssl.screen import COMMAND
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["render_result", "result_at", "runs_below"]
+__all__ = ["is_folder_of_runs", "render_result", "result_at", "runs_below"]
 
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _VECTORS = (".zarr", ".tif", ".nii.gz", ".nii", ".parquet")
@@ -47,20 +47,33 @@ def result_at(path: str) -> _Report | None:
     return None
 
 
+def _find_runs(place: Path) -> list[Path]:
+    """Return the folders of runs at most three folders below."""
+    if not os.path.isdir(place):  # also of a name that no file can have, at which 3.13's glob stops
+        return []
+    patterns = ("/".join(["*"] * depth) for depth in range(1, _DEPTH + 1))
+    places = (p.parent for s in patterns for p in sorted(place.glob(f"{s}/run.json")))
+    return [each for each in places if _is_run(each)]
+
+
+def is_folder_of_runs(path: str) -> bool:
+    """Tell whether a folder holds runs and nothing else: pictures in it are those of the runs."""
+    place = Path(path).expanduser()
+    runs = _find_runs(place)
+    above = {each for run in runs for each in (run, *run.parents)}
+    return bool(runs) and all(p in above or p.name.startswith(".") for p in place.iterdir())
+
+
 def runs_below(path: str) -> _Report | None:
     """Describe a folder of runs, None where there is none at most three folders below."""
     place = Path(path).expanduser()
-    if not os.path.isdir(place):  # also of a name that no file can have, at which 3.13's glob stops
-        return None
-    patterns = ("/".join(["*"] * depth) for depth in range(1, _DEPTH + 1))
-    places = (p.parent for s in patterns for p in sorted(place.glob(f"{s}/run.json")))
-    runs = [each for each in places if _is_run(each)]
+    runs = _find_runs(place)
     if not runs:
         return None
     newest_first = sorted(runs, key=lambda run: (run / "run.json").stat().st_mtime, reverse=True)
     shown = {str(run.relative_to(place)): _state(run) for run in newest_first[:_SHOWN_RUNS]}
     return {
-        "path": str(path), "kind": "runs", "what": f"a folder of {len(runs)} run(s)",
+        "path": str(path), "kind": "runs", "what": f"a folder of {counted(len(runs), 'run')}",
         "facts": {"runs": len(runs)}, "runs": shown, "problems": [],
         "next": [f"{COMMAND} inspect {newest_first[0]}"],
     }  # fmt: skip
@@ -289,9 +302,14 @@ def _graph(path: Path) -> _Report | None:
         if card.name.endswith(".onnx.json")
         else f"torch.export.load({str(card.with_suffix(''))!r}).module()"
     ]
+    more = {
+        "outputs": [f"{out['name']} ({out['axes']})" for out in facts.get("outputs", ())],
+        "classes": facts.get("task", {}).get("names"),
+    }
     return {
         "kind": "graph", "what": "a graph that runs without this library",
-        "facts": {k: facts[k] for k in kept if k in facts}, "next": after,
+        "facts": {k: facts[k] for k in kept if k in facts} | {k: v for k, v in more.items() if v},
+        "next": after,
         "modalities": {
             entry["name"]: {k: entry.get(k) for k in ("axes", "bands", "unit", "dtype")}
             for entry in facts.get("inputs", ())

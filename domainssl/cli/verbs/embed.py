@@ -93,12 +93,13 @@ def _slides(
 def _report(done: Embedded, screen: object) -> None:
     from rich.console import Console
 
+    from domainssl.errors import counted
     from domainssl.inference.outputs import beside
 
     assert isinstance(screen, Console)
     screen.print(
-        f"{done.pieces} piece(s) are done"
-        + (f", {done.resumed} of them before" if done.resumed else ""),
+        f"{counted(done.pieces, 'piece')} done"
+        + (f", {done.resumed:,} of them before" if done.resumed else ""),
         markup=False,
     )
     for path in done.outputs[:20]:

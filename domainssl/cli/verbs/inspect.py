@@ -61,7 +61,7 @@ def run(argv: list[str]) -> int:
 
 def _at(path: str) -> dict[str, Any]:
     """Describe what lies at a path: results of this library, or data."""
-    from domainssl.cli.run.results import result_at, runs_below
+    from domainssl.cli.run.results import is_folder_of_runs, result_at, runs_below
     from domainssl.errors import DataError
     from domainssl.inspection.recognise import inspect_path
 
@@ -69,7 +69,7 @@ def _at(path: str) -> dict[str, Any]:
         from domainssl.datamodules.samples.ssl4eo import sample_root
 
         return inspect_path(str(sample_root()))
-    found = result_at(path)
+    found = result_at(path) or (runs_below(path) if is_folder_of_runs(path) else None)
     if found is not None:
         return found
     try:

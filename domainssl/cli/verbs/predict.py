@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from domainssl.cli.pieces import add_plan, plan_of
 from domainssl.cli.reading import add_reading, refuse_unread, scene_of
 from domainssl.cli.words import Parser
-from domainssl.errors import ConfigError
+from domainssl.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from domainssl.inference.predictions import HowPredicted, Prediction
@@ -135,14 +135,17 @@ def _predict(argv: list[str]) -> int:
     for reason in (*unopened.values(), *found.skipped.values()):
         screen.print(f"left out: {reason}", markup=False)
     before = f", {found.resumed} of them before" if found.resumed else ""
-    kinds = {"TablePrediction": "row(s)", "SlidePrediction": "slide(s) as regions"}
-    made = kinds.get(type(work).__name__, "map(s)")
+    kinds = {
+        "TablePrediction": ("row", ""),
+        "SlidePrediction": ("slide as regions", "slides as regions"),
+    }
+    made = kinds.get(type(work).__name__, ("map", ""))
     names = ", ".join(task.classes)
     if task.kind != "regression":
         names = ", ".join(f"{value} {name}" for value, name in enumerate(task.classes))
     what = "numbers" if task.kind == "regression" else "classes"
-    screen.print(f"{found.entries} {made}{before}; {what}: {names}", markup=False)
-    if made == "map(s)" and found.entries:
+    screen.print(f"{counted(found.entries, *made)}{before}; {what}: {names}", markup=False)
+    if made[0] == "map" and found.entries:
         screen.print("a picture with a legend lies beside every map (.png)", markup=False)
     return 0
 

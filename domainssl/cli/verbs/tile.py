@@ -192,9 +192,10 @@ def _embed(options: argparse.Namespace, made: SlideTiling, plan: Plan, backbone:
 def report_features(work: SlideEmbedding, found: Built) -> None:
     """Print how many slides have features, and where."""
     from domainssl.cli.console import console
+    from domainssl.errors import counted
 
     console().print(
-        f"features of {found.entries} slide(s) are in {work.folder}, features_{work.encoder}"
+        f"features of {counted(found.entries, 'slide')} in {work.folder}, features_{work.encoder}"
         + (f", {found.resumed} of them before" if found.resumed else ""),
         markup=False,
     )
@@ -203,12 +204,13 @@ def report_features(work: SlideEmbedding, found: Built) -> None:
 def report_grids(made: SlideTiling, found: Built, shard: str) -> None:
     """Print what was written, slides without tiles and odd ones by id."""
     from domainssl.cli.console import console
+    from domainssl.errors import counted
 
     screen = console()
     done = [made.described(key) for key in made.keys if made.is_ready(key)]
     tiles = [entry["tiles"] for entry in done]
     screen.print(
-        f"{len(done)} slide(s) with {sum(tiles)} tiles are in {made.folder}"
+        f"{counted(len(done), 'slide')} with {counted(sum(tiles), 'tile')} in {made.folder}"
         + (f", {found.resumed} of them before" if found.resumed else ""),
         markup=False,
     )

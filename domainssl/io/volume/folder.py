@@ -12,8 +12,8 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from domainssl.errors import DataError, nearest
-from domainssl.io.subjects import EVERY, Found, counted, ends_with, split_of
+from domainssl.errors import DataError, counted, nearest
+from domainssl.io.subjects import EVERY, Found, ends_with, split_of
 from domainssl.io.volume.dicom import some_names
 from domainssl.io.volume.dicom_studies import Studies, studies_of
 from domainssl.io.volume.exam import Exam, Wanted, stem_of
