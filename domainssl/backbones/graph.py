@@ -32,6 +32,7 @@ FORMAT = "domainssl.graph/1"
 TOLERANCE = 1e-4  # largest difference over the largest feature, at least over 1
 _SUFFIX = {"onnx": ".onnx", "torch_export": ".pt2"}
 _BATCHES = (2, 3)  # the first is traced
+_STEPS = (8, 14, 16, 32, 64)  # pixels: a patch, or what convolutions and windows halve
 # what tracing and the exporters raise on something that they cannot express
 _FAILURES: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
@@ -302,6 +303,21 @@ def _trace(
     return run
 
 
+def _slightly_larger(
+    graph: GraphModule, sizes: Mapping[str, tuple[int, ...]]
+) -> list[dict[str, tuple[int, ...]]]:
+    """Return the next size that the whole takes, by a patch: a decoder may have to pad it."""
+    chosen = {name: graph.backbone.modalities[name] for name in graph.names}
+    for step in _STEPS:
+        side = {name: (own[0] + step, *own[1:]) for name, own in sizes.items()}
+        try:
+            graph(*plausible_values(graph.backbone, chosen, side, 1))
+        except DomainSSLError:  # no multiple of the patch
+            continue
+        return [side]
+    return []
+
+
 def _compare(
     graph: GraphModule, run: _Run, sizes: Mapping[str, tuple[int, ...]], is_dynamic: bool
 ) -> _Written:
@@ -315,6 +331,7 @@ def _compare(
     if is_dynamic:
         other = {n: tuple((2 + i) * s for i, s in enumerate(side)) for n, side in sizes.items()}
         cases.append((_BATCHES[1], other))  # other proportions too
+        cases += [(_BATCHES[1], side) for side in _slightly_larger(graph, sizes)]
     worst, scale = 0.0, 1.0
     for items, side in cases:
         values = plausible_values(graph.backbone, chosen, side, items)
