@@ -85,7 +85,10 @@ def describe_modalities(backbone: Backbone) -> dict[str, dict[str, Any]]:
 
 def _changes(backbone: Backbone) -> dict[str, Any]:
     """Return how weights were fitted to other bands, where they were."""
-    changes = [vars(change) for change in backbone.band_changes]
+    changes = [
+        {name: value for name, value in vars(change).items() if value is not None}
+        for change in backbone.band_changes
+    ]
     return {"bands": changes} if changes else {}
 
 
