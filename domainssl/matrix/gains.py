@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from domainssl.errors import ConfigError, DataError, nearest
-from domainssl.loading.counts import unit_counts
 
 if TYPE_CHECKING:
     from domainssl.datamodules.base import DomainDataModule
@@ -146,6 +145,7 @@ def labelled(
         fraction: How large a part of the labels each is.
         build: Makes the DataModule of the words of a run.
     """
+    from domainssl.loading.counts import unit_counts  # imports torch, which the help does without
 
     def counts(draw: int, part: float) -> list[int]:
         words = words_of(name, f"recipe:{FEW[name].start}", Path(), draw, part)
