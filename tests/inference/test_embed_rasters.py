@@ -17,6 +17,7 @@ import domainssl
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
 from domainssl.errors import ConfigError, DataError
+from domainssl.files import read_json
 from domainssl.inference import dense
 from domainssl.inference.run import embed
 from domainssl.inference.scene_bands import modality_of
@@ -248,7 +249,7 @@ def test_a_shard_that_cannot_be_read_is_missing_in_a_complete_store(
     assert list(done.left_out) == ["scene, shard 1.2"]
     missing = np.isnan(vectors(output)).all(0)
     assert missing[8:16, 16:24].all() and not missing[:8].any() and not missing[16:].any()
-    assert list(dense.read_json(tmp_path / "e.zarr.json")["left_out"]) == ["1.2"]
+    assert list(read_json(tmp_path / "e.zarr.json")["left_out"]) == ["1.2"]
     assert embed(backbone, scene, output).resumed == 16  # complete, whoever asks
     monkeypatch.undo()
     monkeypatch.setattr(dense, "_SHARD_PIXELS", 64)
