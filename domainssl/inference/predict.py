@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -154,7 +156,9 @@ class _GridFile:
             found = read_json(self._rows)
             if {name: found.get(name) for name in facts} == facts:
                 self.begin = int(found["rows"])
-        self._values: Any = np.memmap(self._file, kind, "r+" if self.begin else "w+", shape=shape)
+        if not self.begin:
+            _reserve(self._file, size)
+        self._values: Any = np.memmap(self._file, kind, "r+", shape=shape)
 
     def _write(self, place: Any, values: Array, rows: int) -> None:
         self._values[place] = values
@@ -167,6 +171,29 @@ class _GridFile:
         for path in (self._rows, self._file):
             with suppress(OSError):
                 path.unlink()
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of zeros that has its place on the disk: a full one ends whoever writes to a map.
+
+    Raises:
+        DataError: There is no place.
+    """
+    try:
+        with path.open("wb") as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+            return  # the file system promises no place
+        with suppress(OSError):
+            path.unlink()
+        raise DataError(
+            f"{path.parent}: {size / 1e6:,.1f} MB for a map cannot be written "
+            f"({error.strerror or error}). Make room, or choose another --output; the same command "
+            "goes on from there."
+        ) from error
 
 
 class LabelMap(_GridFile):

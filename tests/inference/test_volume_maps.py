@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,21 @@ def test_a_killed_call_goes_on_within_an_exam(tmp_path: Path) -> None:
     seen.clear()
     predicted(Counting("ct"), path, tmp_path / "b")
     assert not seen  # what is there is not made again
+
+
+def test_a_full_disk_is_said_before_a_map_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing to a memory map of a file without a place on the disk ends the process (SIGBUS)."""
+
+    def full(*arguments: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write_nifti(tmp_path / "scan.nii", blob((8, 8, 8)))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"0\.0 MB for a map.*No space left on device\)"):
+        predicted(Thresholds("ct"), path, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_predictions_of_another_task_or_with_other_options_never_mix(tmp_path: Path) -> None:
