@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -62,7 +63,8 @@ def made_up_batch(count: int, side: int, device: str) -> Batch:
         assert modality.mean is not None and modality.std is not None
         noise = torch.randn(count, modality.num_channels, side, side, generator=generator)
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (modality.mean, modality.std))
-        batch[name] = (noise * std + mean).to(device)
+        low = 0.0 if modality.value_unit == "dn" else -math.inf  # which training checks
+        batch[name] = (noise * std + mean).clamp(min=low).to(device)
     return batch
 
 
