@@ -39,7 +39,8 @@ def blocks(sample_root: Path) -> dict:
         parts = {m: [read(g, m, [0, 1, 2, 3]) for g in groups] for m in PAIR}
         out[split] = {m: np.concatenate([b.values for b in p]) for m, p in parts.items()}
         out[split]["blocks"] = parts
-        out[split]["label"] = found.of([i for b in parts["s2"] for i in b.ids])
+        keys = [i for b in parts["s2"] for i in b.ids]
+        out[split]["label"] = found.of(keys, [i for b in parts["s2"] for i in b.location_ids])
     return out
 
 
