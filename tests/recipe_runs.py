@@ -16,7 +16,7 @@ from domainssl.cli import main
 from domainssl.evaluation.criteria import Criterion
 from domainssl.matrix.runs import Outcome, read_outcome, source_sha256
 
-__all__ = ["COVERED", "LEARN", "RECIPES", "SHORT", "assert_learned", "kept", "train"]
+__all__ = ["COVERED", "LEARN", "RECIPES", "assert_learned", "kept", "train"]
 
 RECIPES = Path(domainssl.__file__).parent / "recipes"
 COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside test_recipes.py
@@ -27,11 +27,6 @@ LEARN = (
     "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_moco", "ssl4eo_moco2", "ssl4eo_simclr",
     "ssl4eo_simdino", "ssl4eo_vicreg", "terramesh_csip", "tiles_mae", "treesat_omnisat",
 )  # fmt: skip
-# two thirds of a recipe of 60 epochs, evaluated at the end
-SHORT = (
-    "--trainer.max_epochs=40", "--trainer.check_val_every_n_epoch=40",
-    "--callbacks.evaluation.every_n_epochs=40",
-)  # fmt: skip
 
 
 def _holds(criterion: Criterion) -> bool:
@@ -40,11 +35,11 @@ def _holds(criterion: Criterion) -> bool:
     return criterion.found >= bound
 
 
-def train(folder: Path, recipe: Path, seed: int = 0, *more: str) -> Outcome:
-    """Run a recipe on the CPU and return what its evaluation found at the end; `more` overrides."""
+def train(folder: Path, recipe: Path, seed: int = 0) -> Outcome:
+    """Run a recipe on the CPU and return what its evaluation found at the end."""
     words = ["fit", "--config", str(recipe), f"--run_dir={folder}", "--trainer.accelerator=cpu"]
     words += [f"--seed_everything={seed}", f"--model.execution.seed={seed}", f"--data.seed={seed}"]
-    assert main([*words, *more]) == 0
+    assert main(words) == 0
     return read_outcome(folder)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipe_runs import RECIPES, SHORT, assert_learned, kept, train
+from recipe_runs import RECIPES, assert_learned, kept, train
 
 from domainssl.matrix.runs import Outcome, read_outcome
 
@@ -37,12 +37,11 @@ def test_labels_of_the_sample_are_hidden_from_band_statistics_and_untrained_back
 
 
 def test_shuffled_pairs_bring_no_gain(sample_root, tmp_path):
-    """Of the recipe that learns soonest; `test_recipes.py` shows what it gains from true pairs."""
-    text = (RECIPES / "ssl4eo_simclr.yaml").read_text()
+    text = (RECIPES / "ssl4eo_croma.yaml").read_text()
     assert text.count("class_path: SSL4EOS12DataModule") == 1
     control = tmp_path / "control.yaml"
     control.write_text(text.replace("SSL4EOS12DataModule", "shuffled_pairs.ShuffledPairs"))
-    outcome = train(tmp_path / "run", control, 0, *SHORT)
+    outcome = train(tmp_path / "run", control)
     metrics = outcome.metrics
     for direction in DIRECTIONS:
         assert metrics[f"val/retrieval/{direction}/R@1"] < 5 / outcome.items
@@ -50,5 +49,5 @@ def test_shuffled_pairs_bring_no_gain(sample_root, tmp_path):
         metrics[f"val/probe/{name}"] - metrics[f"val/untrained/probe/{name}"]
         for name in REPRESENTATIONS
     ]
-    # true pairs gain 0.3 and more; 24 tested items per split leave a noise of some hundredths
+    # true pairs gain 0.4 and more; 24 tested items per split leave a noise of some hundredths
     assert sum(gains) / len(gains) < 0.1, gains
