@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -283,8 +284,14 @@ class RasterPrediction:
         """Tell whether the map of a scene is there, made from its files as they are."""
         return is_made_from(self.path(key), self._scene(key).facts)
 
+    @cached_property
+    def _by_key(self) -> dict[str, Scene | ScenePair]:
+        return dict(
+            zip(reversed(self.keys), reversed(self.scenes), strict=True)
+        )  # the first counts
+
     def _scene(self, key: str) -> Scene | ScenePair:
-        return self.scenes[self.keys.index(key)]
+        return self._by_key[key]
 
     def make(self, key: str) -> None:
         """Predict a scene.

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,13 @@ class SlidePrediction:
         """Tell whether the regions of a slide are there, made from its file as it is."""
         return is_made_from(self.path(key), self._source(key))
 
+    @cached_property
+    def _by_key(self) -> dict[str, SlideInput]:
+        return dict(zip(self.keys, self.slides, strict=True))
+
     def _source(self, key: str) -> dict[str, Any]:
         """Return what the regions of a slide rest on."""
-        path = self.slides[list(self.keys).index(key)].path
+        path = self._by_key[key].path
         return {"files": file_states([path]), "mpp_um": self.reading.mpp_um}
 
     def is_empty(self, key: str) -> bool:
@@ -131,7 +136,7 @@ class SlidePrediction:
         Raises:
             DataError: It cannot be read, or the task gives numbers that are not finite.
         """
-        path, source = self.slides[list(self.keys).index(key)].path, self._source(key)
+        path, source = self._by_key[key].path, self._source(key)
         tell_again(self.path(key))
         with Slide(path, self.reading) as slide:
             resolution = self.modality.mpp_um

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -282,8 +282,12 @@ class VolumePrediction:
         """Tell whether the map of an exam is there, made from its files as they are."""
         return is_made_from(self.path(key), self._source(key))
 
+    @cached_property
+    def _by_key(self) -> dict[str, Exam]:
+        return dict(zip(self.keys, self.exams, strict=True))
+
     def _exam(self, key: str) -> Exam:
-        return self.exams[self.keys.index(key)]
+        return self._by_key[key]
 
     def _source(self, key: str) -> dict[str, Any]:
         """Return what the map of an exam rests on."""
