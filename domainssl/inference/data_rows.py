@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from domainssl.inference.tokens import feature_name
 from domainssl.io.raster.geoparquet import Footprint
 from domainssl.io.raster.grid import Bounds
 from domainssl.loading.plan import Piece
-from domainssl.loading.source import Source
+from domainssl.loading.reader import PieceReader
+from domainssl.loading.source import Loading, Rows, Source
 from domainssl.modality import Batch, Modality, collate, key, present_mask
 
 __all__ = ["DataEmbedding", "embedding_of_data", "is_data"]
@@ -48,17 +49,27 @@ def is_data(source: Any) -> bool:
 class DataEmbedding(PartedTable):
     """The items of one split, in the order of the files.
 
+    Blocks are read ahead by the workers of `loading` while vectors are computed; neither their
+    number nor who makes a part changes a vector.
+
     Attributes:
         source: Where they come from, read as held-out items are: nothing is drawn.
         modalities: Those that backbone and data have.
         classes: Names of the labels by number; empty where they have none.
         has_days: `<m>.dates` count from 1970-01-01.
+        loading: Processes that read; those of `--jobs` read themselves.
+        order: Keys in the order of this process, to read ahead; empty reads nothing ahead.
     """
 
     source: Source
     modalities: Mapping[str, Modality]
     classes: Sequence[str] = ()
     has_days: bool = True
+    loading: Loading = Loading(workers=0)
+    order: Sequence[str] = ()
+    _reader: PieceReader | None = field(default=None, init=False, repr=False)
+    _coming: list[int] = field(default_factory=list, init=False, repr=False)  # parts being read
+    _blocks: Iterator[Rows] = field(default=iter(()), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._groups = _grouped(self.source.sizes)
@@ -66,8 +77,36 @@ class DataEmbedding(PartedTable):
         self.keys = [str(number) for number in range(len(self._groups))]
         self._ask()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "order": (), "_reader": None, "_coming": [], "_blocks": iter(())}
+
+    def release(self) -> None:
+        """Remove the folder of parts once the table is there, and end the workers."""
+        self._close()
+        super().release()
+
+    def _close(self) -> None:
+        self._blocks, self._coming = iter(()), []
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
     def _compute(self, number: int, left_out: dict[str, str]) -> Array:
-        """Return the vectors of some blocks, NaN of items without a valid value."""
+        """Return the vectors of some blocks, NaN of items without a valid value.
+
+        Raises:
+            DataError: An item cannot be read, or a worker died.
+        """
+        try:
+            return self._made(number, left_out)
+        except Exception as error:
+            found = None if self._reader is None else self._reader.death(error)
+            self._close()
+            if found is None:
+                raise
+            raise found from error
+
+    def _made(self, number: int, left_out: dict[str, str]) -> Array:
         vectors, rows = [], []
         for batch in self._batches(number, left_out):
             found = self._vectors({n: v for n, v in batch.items() if _is_seen(n, self.modalities)})
@@ -78,41 +117,52 @@ class DataEmbedding(PartedTable):
         return np.concatenate(vectors) if vectors else np.zeros((0, dim), np.float32)
 
     def _batches(self, number: int, left_out: dict[str, str]) -> Iterator[Batch]:
-        held: list[Batch] = []
+        held: list[tuple[Rows, int]] = []  # rows are held until copied: their memory is shared
+        self._begin(number)
         for block in self._groups[number]:
-            held += self._items(block, left_out)
+            rows = next(self._blocks)
+            held += [(rows, row) for row in self._readable(block, rows, left_out)]
             while len(held) >= self.options.batch_size:
                 yield self._joined(held[: self.options.batch_size])
                 held = held[self.options.batch_size :]
         if held:
             yield self._joined(held)
+        self._coming.pop(0)
 
-    def _joined(self, items: Sequence[Batch]) -> Batch:
-        batch = collate(items)
+    def _begin(self, number: int) -> None:
+        """Begin to read a part and those that follow it, unless they are being read."""
+        if self._coming[:1] == [number]:
+            return
+        self._close()
+        at = self.order.index(str(number)) if self.order else 0
+        later = [k for k in self.order[at + 1 :] if not self._part(k).is_file()]
+        loading = self.loading if self.order else replace(self.loading, workers=0)
+        self._reader = PieceReader(self.source, loading, "embedded")
+        self._coming = [number, *map(int, later)]
+        sizes = self.source.sizes
+        blocks = [Piece(b, 0, sizes[b]) for part in self._coming for b in self._groups[part]]
+        self._blocks = self._reader.read(blocks)
+
+    def _joined(self, items: Sequence[tuple[Rows, int]]) -> Batch:
+        batch = collate([{n: values[i] for n, values in rows.data.items()} for rows, i in items])
         return batch | {n: batch[n].float() for n in self.modalities if n in batch}
 
-    def _items(self, block: int, left_out: dict[str, str]) -> list[Batch]:
-        """Return the items of a block that can be read.
+    def _readable(self, block: int, rows: Rows, left_out: dict[str, str]) -> list[int]:
+        """Return the items of a block that could be read.
 
         Raises:
-            DataError: One cannot, and bad ones are not left out.
+            DataError: One could not, and bad ones are not left out.
         """
-        count = self.source.sizes[block]
-        try:
-            rows = self.source.load(Piece(block, 0, count), 0)
-        except DataError as error:
-            if not self.skip_bad:
-                raise
-            self._leave_out(f"block {block}", str(error), left_out)
-            return []
         first = self._firsts[block]
+        if rows.bad and not self.skip_bad:
+            raise DataError(next(iter(rows.bad.values())))
+        if rows.bad and not rows.data:
+            self._leave_out(f"block {block}", next(iter(rows.bad.values())), left_out)
+            return []
         for row, why in rows.bad.items():
-            if not self.skip_bad:
-                raise DataError(f"{why} --skip_bad leaves out what cannot be read.")
             self._leave_out(f"item {first + row}", why, left_out)
-        data = rows.data if "id" in rows.data else {**rows.data, "id": range(first, first + count)}
-        good = (row for row in range(rows.count) if row not in rows.bad)
-        return [{name: values[row] for name, values in data.items()} for row in good]
+        rows.data.setdefault("id", range(first, first + rows.count))
+        return [row for row in range(rows.count) if row not in rows.bad]
 
     def _leave_out(self, name: str, why: str, left_out: dict[str, str]) -> None:
         _log.warning("%s is left out: %s", name, why)
@@ -157,7 +207,7 @@ def embedding_of_data(
         data.setup("fit")
         if split == "test":  # a LightningDataModule of others makes its test data for this stage
             data.setup("test")
-    source = data.ordered_dataloader(split).source
+    stream = data.ordered_dataloader(split)
     arguments = {n: v for n, v in data.arguments.items() if n not in _NOT_READ}
     identity = json.dumps([plain(arguments), plain(data.identity())], sort_keys=True, default=str)
     return DataEmbedding(
@@ -171,7 +221,8 @@ def embedding_of_data(
             "data_sha256": hashlib.sha256(identity.encode()).hexdigest(),
             "split": split,
         },
-        source=source,
+        source=stream.source,
+        loading=stream.loading,
         modalities=shared,
         classes=data.classes or (),
         has_days=not data.days_are_relative,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, nearest
 from domainssl.files import remove_rests
-from domainssl.inference.data_rows import embedding_of_data, is_data
+from domainssl.inference.data_rows import DataEmbedding, embedding_of_data, is_data
 from domainssl.inference.dense import DenseEmbedding, DenseOptions
 from domainssl.inference.domain import domain_of
 from domainssl.inference.inputs import RASTERS, find_inputs, is_raster, open_scenes
@@ -129,7 +129,7 @@ def embed(
     if is_data(source):
         rows = embedding_of_data(loaded, source, options.split, Path(output), options)
         rows.skip_bad = plan.skip_bad
-        return _run(rows, plan, progress, "groups")
+        return _run(rows, plan, progress, "items")
     if not isinstance(source, str | os.PathLike):
         raise ConfigError(
             f"embed: got a {type(source).__name__}, expected a path or a DataModule of this "
@@ -172,7 +172,8 @@ def _run(
     noun: str,
 ) -> Embedded:
     work.claim(restart=plan.restart)
-    if isinstance(work, DenseEmbedding) and not plan.jobs and plan.scheduler is None:
+    is_here = not plan.jobs and plan.scheduler is None
+    if isinstance(work, DenseEmbedding | DataEmbedding) and is_here:
         work.order = plan.shard.mine(list(work.keys))
     if isinstance(work, PartedTable):
         work.try_again(plan.shard.mine(list(work.keys)))

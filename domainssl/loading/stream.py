@@ -13,88 +13,24 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from domainssl._torch import end_workers, has_ended_worker, has_workers
-from domainssl.errors import DataError, DomainSSLError
-from domainssl.loading.memory import KeptMemory, SharedPool, empty
+from domainssl.errors import DataError
+from domainssl.loading.memory import empty
 from domainssl.loading.plan import EpochPlan, Piece
+from domainssl.loading.reader import PieceReader, one_thread
 from domainssl.loading.source import Loading, Rows, Source
 from domainssl.loading.validity import ValidityCheck
-from domainssl.loading.workers import (
-    DEAD_WORKER,
-    Failure,
-    SharedHeap,
-    dead_worker,
-    end_with_main_process,
-)
 from domainssl.modality import Batch, collate
 
 __all__ = ["BlockStream", "Loading", "Rows", "Source", "empty"]
 
 _log = logging.getLogger(__name__)
-_HEAP = SharedHeap()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run the many small tensor operations of reading on the calling thread.
-
-    Spread over threads they gain nothing, and lose ten times their cost as soon as other
-    processes keep the cores busy, because every one of them waits for all threads.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _Blocks(Dataset[Rows]):
-    """The source as torch's DataLoader wants it; indices are (piece, epoch)."""
-
-    def __init__(self, source: Source, pool: KeptMemory | SharedPool) -> None:
-        self.source = source
-        self.pool = pool
-
-    def __getitem__(self, task: tuple[Piece, int]) -> Any:
-        piece, epoch = task
-        try:
-            with _one_thread():
-                with self.pool.serving():
-                    rows = self.source.load(piece, epoch)
-                return self.pool.pack(rows)
-        except DataError as error:
-            return Rows(data={}, count=len(piece), bad={i: str(error) for i in range(len(piece))})
-        except (DomainSSLError, OSError) as error:
-            if get_worker_info() is None or not Failure.can_carry(error):
-                raise
-            return Failure(error)
-
-
-class _Tasks(Sampler[tuple[Piece, int]]):
-    """The pieces of the coming iteration."""
-
-    def __init__(self) -> None:
-        self.tasks: list[tuple[Piece, int]] = []
-
-    def __iter__(self) -> Iterator[tuple[Piece, int]]:
-        return iter(self.tasks)
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-
-def _as_it_is(rows: Any) -> Any:
-    return rows
 
 
 @dataclass(kw_only=True)
@@ -141,11 +77,7 @@ class BlockStream:
         self.tally = _Tally()
         self._position = position
         self._on_bad_sample = on_bad_sample
-        self._loader: DataLoader[Rows] | None = None
-        self._memory = KeptMemory()  # of batches, and of pieces that are loaded in this process
-        self._pool: SharedPool | None = None
-        self._is_forked = False  # workers are there
-        self._tasks = _Tasks()
+        self._reader = PieceReader(source, loading, split)
         self._validity = ValidityCheck(split)
         self._iteration = 0
         first = plan(0)
@@ -183,12 +115,11 @@ class BlockStream:
             try:
                 items = [next(rows) for _ in range(size)]
             except (RuntimeError, OSError, EOFError) as error:
-                if not self._has_dead_worker(error):
+                found = self._reader.death(error)
+                if found is None:
                     raise
-                found = dead_worker(error, self.split)
-                assert found is not None
                 raise found from error
-            with _one_thread(), self._memory.serving():
+            with one_thread(), self._reader.memory.serving():
                 batch = _assemble([(piece.data, i) for piece, i in items], pin)
             self._validity.look(batch)
             if done == 0 and number == len(plan.batch_sizes):
@@ -223,81 +154,15 @@ class BlockStream:
     def close(self) -> None:
         """End the worker processes; an iterator in use cannot go on."""
         self._iteration += 1
-        loader, self._loader = self._loader, None
-        end_workers(loader)
-        if self._is_forked:
-            self._is_forked = False
-            _HEAP.ended(self.loading.start_method)
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-        self._memory.clear()
-
-    def _has_dead_worker(self, error: Exception) -> bool:
-        """Tell whether `error` comes from the death of a worker, and end the others if so.
-
-        What is raised depends on where the death is noticed: by torch, or, before the process
-        is gone for the system, by a pipe or a shared tensor that nobody serves any more.
-        """
-        if not has_workers(self._loader):
-            return False
-        try:
-            is_dead = any(text in str(error) for text in DEAD_WORKER)
-            if not is_dead and isinstance(error, OSError | EOFError):
-                is_dead = has_ended_worker(self._loader, timeout_s=2.0)
-        except RuntimeError:  # torch's handler of SIGCHLD, which also raises right here
-            is_dead = True
-        if is_dead:
-            with suppress(RuntimeError):
-                self.close()
-        return is_dead
-
-    def _open(self) -> DataLoader[Rows]:
-        """Return the loader of pieces; its workers live as long as the stream."""
-        if self._loader is None:
-            workers = self.loading.workers or 0
-            options: dict[str, Any] = {}
-            if workers:
-                self._pool = SharedPool(workers)
-                options = {
-                    "multiprocessing_context": self.loading.start_method,
-                    "persistent_workers": True,
-                    "prefetch_factor": self.loading.prefetch,
-                    "worker_init_fn": end_with_main_process,
-                }
-            # A generator of its own: otherwise every new iterator would draw its base seed from
-            # torch's global one, and a resumed run would differ from an uninterrupted one.
-            self._loader = DataLoader(
-                _Blocks(self.source, self._pool or self._memory),
-                sampler=self._tasks,
-                batch_size=None,
-                num_workers=workers,
-                collate_fn=_as_it_is,
-                generator=torch.Generator().manual_seed(0),
-                **options,
-            )
-        return self._loader
-
-    def _start(self, loader: DataLoader[Rows]) -> Iterator[Any]:
-        """Begin an iteration; the first one starts the workers."""
-        if self._is_forked or not self.loading.workers:
-            return iter(loader)
-        with _HEAP.forking(self.loading.start_method):
-            iterator = iter(loader)
-        self._is_forked = True
-        return iterator
+        self._reader.close()
 
     def _feed(self, plan: EpochPlan, window: int) -> Iterator[Rows]:
         """Yield the loaded pieces of this and all later windows, in order."""
         first = plan.windows[window].start
         pieces = plan.pieces[first:]
-        loader = self._open()
-        self._tasks.tasks = [(piece, plan.epoch) for piece in pieces]
-        iterator = self._start(loader)
+        loaded = self._reader.read(pieces, plan.epoch)
         for piece in pieces:
-            rows = next(iterator)
-            if isinstance(rows, Failure):
-                raise rows.error
+            rows = next(loaded)
             self.tally.blocks += 1
             self.tally.items += rows.count
             self.tally.bytes_decoded += rows.bytes_decoded

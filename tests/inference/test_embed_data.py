@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
 from domainssl.datamodules import DatasetDataModule
 from domainssl.errors import ConfigError, DataError
+from domainssl.inference import data_rows
 from domainssl.inference.data_rows import DataEmbedding
 from domainssl.inference.dense import DenseOptions
 from domainssl.inference.run import embed
 from domainssl.loading.plan import Piece
-from domainssl.loading.source import Rows
+from domainssl.loading.source import Loading, Rows
 from domainssl.modality import Modality
 from domainssl.pieces import Plan
 
@@ -101,7 +103,7 @@ def test_bad_items_end_the_command_or_are_left_out_without_names_of_files(
 ) -> None:
     work = work_of(backbone, tmp_path / "rows.parquet")
     work.claim()
-    with pytest.raises(DataError, match=r"a\.tif: is damaged\. --skip_bad"):
+    with pytest.raises(DataError, match=r"a\.tif: is damaged\.$"):
         work.make("0")
     work.skip_bad = work.is_private = True
     work.make("0")
@@ -167,3 +169,45 @@ def test_the_verb_takes_a_recipe_instead_of_a_path(tmp_path: Path, capsys: Any) 
     assert "embed --bands: is about files" in capsys.readouterr().err
     assert main([*words[:2], "--output", target]) == 2
     assert "embed: which data? Give a path, or --config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_workers_read_ahead_and_change_no_vector(
+    backbone: ViTBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    monkeypatch.setattr(data_rows, "_GROUP", 3)  # parts: block 0, blocks 1 and 2
+    tables = []
+    for workers in (0, 2):
+        work = work_of(
+            backbone, tmp_path / f"{workers}.parquet", source=Fields(is_sound=True),
+            loading=Loading(workers=workers, start_method="fork"), order=("0", "1"),
+        )  # fmt: skip
+        work.claim()
+        for key in work.keys[first:]:  # the second call begins in the middle, as after a kill
+            work.make(key)
+        for key in work.keys[:first]:
+            work.make(key)
+        assert work._coming == []
+        work.release()
+        tables.append(geopandas.read_parquet(work.target))
+    assert list(tables[0]["id"]) == list(tables[1]["id"]) and len(tables[0]) == 6
+    np.testing.assert_array_equal(
+        np.stack(tables[0]["embedding"]), np.stack(tables[1]["embedding"])
+    )
+
+
+@dataclass
+class Ending(Fields):
+    """Ends the process that reads it."""
+
+    def load(self, piece: Piece, epoch: int) -> Rows:
+        os._exit(3)
+
+
+def test_the_end_of_a_worker_is_told_as_such(backbone: ViTBackbone, tmp_path: Path) -> None:
+    loading = Loading(workers=1, start_method="fork")
+    work = work_of(backbone, tmp_path / "a.parquet", source=Ending(), loading=loading, order=("0",))
+    work.claim()
+    with pytest.raises(DataError, match="worker process of the embedded data died while reading"):
+        work.make("0")
+    work.release()

@@ -152,7 +152,7 @@ def test_the_buffers_of_workers_do_not_grow_in_number() -> None:
     counts = []
     for _ in range(3):
         assert sum(len(batch["index"]) for batch in stream) == 48
-        counts.append(len(stream._pool._mapped))
+        counts.append(len(stream._reader._pool._mapped))
     assert 0 < counts[0] <= 8 and counts[2] <= 8
     stream.close()
 
@@ -164,5 +164,5 @@ def test_an_abandoned_epoch_gives_its_buffers_back() -> None:
     for _ in range(6):
         next(iter(stream))
     assert len(list(stream)) == 12
-    assert len(stream._pool._mapped) <= 10
+    assert len(stream._reader._pool._mapped) <= 10
     stream.close()

@@ -12,7 +12,7 @@ import pytest
 from stream_fakes import FailingSource, FakeSource, stream_of
 
 from domainssl.errors import MissingExtraError, StorageError
-from domainssl.loading import stream
+from domainssl.loading import reader
 from domainssl.loading.source import Loading
 from domainssl.loading.workers import SharedHeap
 
@@ -66,7 +66,7 @@ def test_a_collection_of_garbage_copies_no_memory_that_workers_share():
 
 
 def test_objects_are_frozen_only_while_there_are_forked_workers(monkeypatch):
-    monkeypatch.setattr(stream, "_HEAP", SharedHeap())  # streams of other tests may still be open
+    monkeypatch.setattr(reader, "_HEAP", SharedHeap())  # streams of other tests may still be open
     gc.unfreeze()
     streams = [stream_of(FakeSource((7, 7)), loading=Loading(workers=1)) for _ in range(2)]
     spawned = stream_of(FakeSource((7,)), loading=Loading(workers=1, start_method="spawn"))
