@@ -174,8 +174,12 @@ def _composed(
     )
     if not any(map(cell.is_named, patterns)):
         return cell
+    refused: list[dict[str, Any]] = []
     for tried in _tries(recipes[donor], base):
+        if tried in refused:
+            continue
         said = refusal(tried)
+        refused.append(tried)
         if not cell.config or not said:
             cell = replace(cell, config=tried, reason=said)
         if not said:

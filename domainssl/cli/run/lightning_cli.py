@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from domainssl.cli.run.record import RunRecord
-from domainssl.cli.run.request import Request, linked_from_data
+from domainssl.cli.run.request import Request, link_to_data, linked_from_data
 from domainssl.training._lightning import CLIHooks
 
 __all__ = ["DomainCLI"]
@@ -58,10 +58,7 @@ class DomainCLI(CLIHooks, LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data decide what nobody should have to write twice."""
-        for name, read in linked_from_data(self.request).items():
-            parser.link_arguments(
-                "data", f"model.init_args.{name}", compute_fn=read, apply_on="instantiate"
-            )
+        link_to_data(parser, self._linked())
 
     def before_instantiate_classes(self) -> None:
         """Keep the resolved configuration for the record of the run."""
@@ -81,9 +78,12 @@ class DomainCLI(CLIHooks, LightningCLI):
         """Read the parsed values; jsonargparse's own dump stops at defaults it cannot type."""
         section = self.config[self.verb]
         dumped = _values(section.as_dict() if hasattr(section, "as_dict") else dict(section))
-        for name in linked_from_data(self.request):
+        for name in self._linked():
             dumped["model"]["init_args"].pop(name, None)
         self.config_dump = dumped
+
+    def _linked(self) -> dict[str, Callable[[Any], Any]]:
+        return linked_from_data(self.request.classes, self.request.config)
 
     @property
     def record(self) -> RunRecord | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from domainssl.cli.config.check import LINKED, Checker
 from domainssl.cli.config.compose import DEFAULT_LOGGERS, compose
@@ -20,7 +20,10 @@ from domainssl.cli.run.rundir import (
 )
 from domainssl.errors import ConfigError
 
-__all__ = ["Request", "linked_from_data"]
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["Request", "link_to_data", "linked_from_data"]
 
 _OWN = ("name", "run_dir", "matmul_precision", "cpu_threads", "loggers", "callbacks", "auto_resume")
 _NOT_SAVED = ("ckpt_path", "weights_only", "verbose", "return_predictions", "config")
@@ -163,13 +166,27 @@ def _class_stem(tree: Node) -> str:
     return str(node.value).rpartition(".")[2].lower() if node is not None else "run"
 
 
-def linked_from_data(request: Request) -> dict[str, Callable[[Any], Any]]:
+def link_to_data(parser: ArgumentParser, readers: Mapping[str, Callable[[Any], Any]]) -> None:
+    """Let the data decide arguments of the model, once they are built."""
+    for name, read in readers.items():
+        parser.link_arguments(
+            "data", f"model.init_args.{name}", compute_fn=read, apply_on="instantiate"
+        )
+
+
+def linked_from_data(
+    classes: Mapping[str, type], config: Mapping[str, Any]
+) -> dict[str, Callable[[Any], Any]]:
     """Return the arguments of the model that the data decide, with how to read them.
 
     An argument that the configuration gives, or that the class does not have, is left out.
+
+    Args:
+        classes: The imported classes by section.
+        config: The configuration in the shape of a recipe.
     """
-    model, data = request.classes["model"], request.classes["data"]
-    given = (request.config["model"].get("init_args") or {}).keys()
+    model, data = classes["model"], classes["data"]
+    given = (config["model"].get("init_args") or {}).keys()
     known = parameters(model)
     readers: dict[str, Callable[[Any], Any]] = {}
     for name in LINKED:

@@ -22,11 +22,11 @@ from domainssl.cli.config.construct import placed, said_for_the_user
 from domainssl.cli.config.nodes import ConfigMistakes, Node, dump
 from domainssl.cli.console import console
 from domainssl.cli.run.execute import execute
-from domainssl.cli.run.request import Request
+from domainssl.cli.run.request import Request, link_to_data, linked_from_data
 from domainssl.cli.run.rundir import RUN_DIR_VARIABLE, is_first_process, sole_writer
 from domainssl.errors import ConfigError, DomainSSLError
 
-__all__ = ["build", "build_data", "prepare", "run_verb"]
+__all__ = ["build", "build_data", "build_model", "prepare", "run_verb"]
 
 
 def prepare(verb: str, argv: list[str]) -> Request:
@@ -97,26 +97,46 @@ def build_data(argv: list[str]) -> Any:
     Raises:
         ConfigError: The configuration cannot be used.
     """
-    from lightning.pytorch import LightningDataModule
-    from lightning.pytorch.cli import LightningArgumentParser
-
     from domainssl.datamodules.base import DomainDataModule
 
-    composition = compose(argv)
-    mistakes = Checker(composition, "fit").run(needed=("data",))
-    if mistakes:
-        raise ConfigMistakes(mistakes)
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
-    spec = composition.tree.plain()["data"]
-    with _said_plainly():
-        data = parser.instantiate_classes(parser.parse_object({"data": spec})).data
+    data = _built(argv, ("data",)).data
     if not isinstance(data, DomainDataModule):
         raise ConfigError(
             f"data: {type(data).__name__} is not one of this project's DataModules, whose items "
             "can be looked at one by one. Derive it from DomainDataModule (datamodules/base.py)."
         )
     return data
+
+
+def build_model(argv: list[str]) -> Any:
+    """Return the model of a configuration, built for its data, without a trainer.
+
+    Raises:
+        ConfigError: The configuration cannot be used.
+    """
+    return _built(argv, ("data", "model")).model
+
+
+def _built(argv: list[str], sections: tuple[str, ...]) -> Any:
+    """Return an object with the data, or data and model, of a configuration."""
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    composition = compose(argv)
+    checker = Checker(composition, "fit")
+    mistakes = checker.run(needed=sections)
+    if mistakes:
+        raise ConfigMistakes(mistakes)
+    kinds = {"data": LightningDataModule, "model": LightningModule}
+    parser = LightningArgumentParser(exit_on_error=False)
+    for section in sections:
+        parser.add_lightning_class_args(kinds[section], section, subclass_mode=True)
+    config = composition.tree.plain()
+    if "model" in sections:
+        link_to_data(parser, linked_from_data(checker.classes, config))
+    specs = {section: config[section] for section in sections}
+    with _said_plainly(composition.tree):
+        return parser.instantiate_classes(parser.parse_object(specs))
 
 
 def _instantiate(request: Request, *, is_planned: bool = False) -> Any:

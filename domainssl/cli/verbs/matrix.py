@@ -129,14 +129,13 @@ def _refusal(config: Mapping[str, Any], scratch: Path) -> str:
     """Say in one line why a configuration cannot be built, if so."""
     import yaml
 
-    from domainssl.cli.run.train import build
+    from domainssl.cli.run.train import build_model
 
     path = scratch / "cell.yaml"
-    path.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
+    parts = {section: config[section] for section in ("data", "model")}
+    path.write_text(yaml.safe_dump(parts), encoding="utf-8")
     try:
-        build(
-            "fit", [f"--config={path}", f"--run_dir={scratch / 'run'}", "--trainer.accelerator=cpu"]
-        )
+        build_model([f"--config={path}"])
     except DomainSSLError as error:
         lines = [line.removeprefix("- ") for line in str(error).splitlines() if line.strip()]
         first = lines[1] if "nothing was run" in lines[0] and len(lines) > 1 else lines[0]
