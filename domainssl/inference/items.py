@@ -29,13 +29,20 @@ __all__ = ["ExamItem", "SceneItem", "windows_of_task"]
 
 
 def windows_of_task(
-    task: Predictor, names: Sequence[str], options: PredictOptions, axes: int
+    task: Predictor, names: Sequence[str], options: PredictOptions, shape: Sequence[int]
 ) -> TokenWindows:
-    """Return the windows that a task of whole items is shown, as grids of one cell."""
+    """Return the windows that a task of whole items is shown, as grids of one cell.
+
+    Args:
+        task: The task.
+        names: Modalities that an item has.
+        options: Size asked for.
+        shape: Pixels or voxels of the item along each axis.
+    """
     known = task.backbone.modalities
-    sizes = window_sizes(known, sides_for(task, options, axes))
+    sizes = window_sizes(known, sides_for(task, options, shape))
     chosen = {name: sizes[name] for name in names}
-    return TokenWindows(feature="", sizes=chosen, grid=(1,) * axes, dim=0)
+    return TokenWindows(feature="", sizes=chosen, grid=(1,) * len(shape), dim=0)
 
 
 def _shown(item: Any, windows: TokenWindows, names: Sequence[str]) -> Iterator[tuple[float, Batch]]:
@@ -94,13 +101,14 @@ class ExamItem:
         name: What its row is called.
         exam: Its scans.
         inputs: How they are read.
-        windows: Returns the windows, as grids of one cell, for the contrasts that an exam has.
+        windows: Returns the windows, as grids of one cell, for the contrasts and the shape that
+            an exam has.
     """
 
     name: str
     exam: Exam
     inputs: VolumeInput
-    windows: Callable[[Sequence[str]], TokenWindows]
+    windows: Callable[[Sequence[str], Sequence[int]], TokenWindows]
     when_empty: ClassVar[str] = ""
 
     @property
@@ -124,4 +132,4 @@ class ExamItem:
         prepared = prepare(self.exam, self.inputs.contrasts, self.inputs.preparation)
         item = VolumeItem(self.name, prepared, [])
         names = list(prepared.values)
-        return _shown(item, self.windows(names), names)
+        return _shown(item, self.windows(names, prepared.shape), names)

@@ -132,7 +132,9 @@ def pooled_scenes(
     """
     target = parquet_path(output)
     windows = [
-        whole_windows(backbone, list(s.parts), feature=options.feature, size=options.window)
+        whole_windows(
+            backbone, list(s.parts), feature=options.feature, size=options.window, shape=s.extent
+        )
         for s in scenes
     ]
     return PooledEmbedding(
@@ -180,8 +182,10 @@ def pooled_items(
         exams = find_volumes(source, inputs, options.scene.modality)
         names = [file_name(name) for name in ids_of([exam.id for exam in exams], options.ids)]
 
-        def of_names(there: Sequence[str]) -> TokenWindows:
-            return whole_windows(backbone, there, feature=options.feature, size=options.window)
+        def of_names(there: Sequence[str], shape: Sequence[int] = ()) -> TokenWindows:
+            return whole_windows(
+                backbone, there, feature=options.feature, size=options.window, shape=shape
+            )
 
         windows = of_names(list(backbone.modalities))
         items = [

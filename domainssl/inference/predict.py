@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json
 from domainssl.inference.outputs import read_record
 from domainssl.inference.sliding import Slabs
+from domainssl.inference.tokens import fitting_sides
 from domainssl.modality import Batch, key
 from domainssl.nn.sliding import Blending, Box, Windows, class_map, slide_over
 
@@ -76,14 +77,28 @@ class PredictOptions:
         return {"window": window, "overlap": self.overlap, "blending": self.blending}
 
 
-def sides_for(task: Predictor, options: PredictOptions, axes: int) -> tuple[int, ...]:
+def sides_for(task: Predictor, options: PredictOptions, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the sides of a window: as asked for, else the size that the task was trained on.
+
+    A window asked for that is larger than the input becomes what is needed for it.
+
+    Args:
+        task: The task.
+        options: What is asked for.
+        shape: Pixels or voxels of the input along each axis.
 
     Raises:
         ConfigError: There are numbers for another number of axes.
     """
+    axes = len(shape)
     sizes = [m.size for m in task.backbone.modalities.values() if len(m.size) == axes]
-    found = options.window or task.context_size or (sizes[0] if sizes else _DEFAULT_SIDE)
+    trained = _per_axis(task.context_size or (sizes[0] if sizes else _DEFAULT_SIDE), axes)
+    if options.window is None:
+        return trained
+    return fitting_sides(_per_axis(options.window, axes), trained, shape)
+
+
+def _per_axis(found: int | Sequence[int], axes: int) -> tuple[int, ...]:
     sides = (found,) * axes if isinstance(found, int) else tuple(found)
     if len(sides) == 1:
         sides *= axes
@@ -298,7 +313,7 @@ def predict_map(
     slide_over(
         read,
         predict,
-        Windows(shape, sides_for(task, options, len(shape)), options.overlap),
+        Windows(shape, sides_for(task, options, shape), options.overlap),
         Slabs(shape, out.write),
         mode=options.blending,
         finish=finish,

@@ -182,11 +182,11 @@ def _items(
         return [
             ExamItem(
                 file_name(exam.id), exam, inputs,
-                lambda names: windows_of_task(task, names, options, 3),
+                lambda names, shape: windows_of_task(task, names, options, shape),
             )
             for exam in _exams(source, inputs, how)
         ]  # fmt: skip
     found = find_inputs(source, list(task.backbone.modalities), is_raster, RASTERS, target)
     told = left_out if how.skip_bad else None
     scenes = open_scenes(found, task.backbone, _one_date(how), told)
-    return [SceneItem(s, windows_of_task(task, list(s.parts), options, 2)) for s in scenes]
+    return [SceneItem(s, windows_of_task(task, list(s.parts), options, s.extent)) for s in scenes]

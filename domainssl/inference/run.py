@@ -301,11 +301,13 @@ def _windows(
     out = []
     for scene in scenes:
         dates = max(len(part.dates) for part in scene.parts.values())
-        kind = (tuple(scene.parts), dates)
+        shape = scene.extent if options.window else ()
+        kind = (tuple(scene.parts), dates, shape)
         if kind not in known:
             known[kind] = token_windows(
-                backbone, kind[0], feature=options.feature, size=options.window, dates=dates
-            )
+                backbone, kind[0], feature=options.feature, size=options.window, shape=shape,
+                dates=dates,
+            )  # fmt: skip
         out.append(known[kind])
     return out
 

@@ -191,6 +191,11 @@ class Scene:
             for name, part in self.parts.items()
         }
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Rows and columns of the finest modality."""
+        return max(self._pixels.values())
+
     def step(self, windows: TokenWindows) -> float:
         """Return the side of a cell in CRS units."""
         name, part = next(iter(self.parts.items()))

@@ -6,6 +6,7 @@ tokens = windows.tokens(batch)                   # (B, E, *grid), NaN where noth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from domainssl.errors import ConfigError, nearest
 from domainssl.modality import Batch, Modality, zero_batch
 from domainssl.nn.masking import mean_of_valid
 
-__all__ = ["Autocast", "TokenWindows", "autocast_context", "feature_name", "token_map",
-           "token_windows", "whole_windows"]  # fmt: skip
+__all__ = ["Autocast", "TokenWindows", "autocast_context", "feature_name", "fitting_sides",
+           "token_map", "token_windows", "whole_windows"]  # fmt: skip
 
 Autocast = Literal["bfloat16", "float16"]
+_SIDE = 1024  # of a window that fits everything, where nothing says what was trained on
 _TYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,6 +36,22 @@ def autocast_context(device: str, autocast: Autocast | None) -> AbstractContextM
         torch.device(device).type, _TYPES[autocast]
     )
     return context
+
+
+def fitting_sides(
+    asked: Sequence[int], trained: Sequence[int], shape: Sequence[int]
+) -> tuple[int, ...]:
+    """Return a window no larger than an input needs: its shape in whole windows of training.
+
+    Args:
+        asked: Sides of the window asked for.
+        trained: Sides that the weights were trained on.
+        shape: Sides of the input, in the same pixels.
+    """
+    return tuple(
+        min(side, -(-length // step) * step)
+        for side, step, length in zip(asked, trained, shape, strict=True)
+    )
 
 
 def feature_name(backbone: Backbone, names: Sequence[str], asked: str | None) -> str:
@@ -108,6 +126,7 @@ def token_windows(
     *,
     feature: str | None = None,
     size: int | None = None,
+    shape: Sequence[int] = (),
     dates: int = 1,
 ) -> TokenWindows:
     """Find the grid of tokens of a window by one pass over zeros.
@@ -117,6 +136,8 @@ def token_windows(
         names: Modalities that go in.
         feature: See `feature_name`.
         size: Side of the window in pixels of the finest modality; None is the size of the card.
+        shape: Pixels of that modality that the input has along each axis: a `size` that is larger
+            becomes what is needed for them.
         dates: Dates of a series.
 
     Raises:
@@ -124,7 +145,7 @@ def token_windows(
     """
     chosen = feature_name(backbone, names, feature)
     modalities = {name: backbone.modalities[name] for name in names}
-    sizes = _sizes(modalities, size)
+    sizes = _sizes(modalities, size, shape)
     batch = zero_batch(modalities, sizes, dates)
     with torch.inference_mode():
         features = backbone.encode(backbone.normalize(batch))
@@ -147,18 +168,28 @@ def token_windows(
 
 
 def whole_windows(
-    backbone: Backbone, names: Sequence[str], *, feature: str | None, size: int | None
+    backbone: Backbone,
+    names: Sequence[str],
+    *,
+    feature: str | None,
+    size: int | None,
+    shape: Sequence[int] = (),
 ) -> TokenWindows:
     """Return windows as grids of one cell, for one vector each; see `token_windows`."""
     chosen = feature_name(backbone, names, feature)
-    sizes = _sizes({name: backbone.modalities[name] for name in names}, size)
+    sizes = _sizes({name: backbone.modalities[name] for name in names}, size, shape)
     axes = len(next(iter(sizes.values())))
     dim = backbone.embed_dim[chosen]
     return TokenWindows(feature=chosen, sizes=sizes, grid=(1,) * axes, dim=dim)
 
 
-def _sizes(modalities: Mapping[str, Modality], size: int | None) -> dict[str, tuple[int, ...]]:
+def _sizes(
+    modalities: Mapping[str, Modality], size: int | None, shape: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
     finest = min(modality.gsd_m or 1.0 for modality in modalities.values())
+    if size is not None and shape:
+        trained = [m.size for m in modalities.values() if (m.gsd_m or 1.0) == finest and m.size]
+        size = _fitting(size, trained[0] if trained else (), shape)
     sizes = {}
     for name, modality in modalities.items():
         if size is None and not modality.size:
@@ -174,3 +205,15 @@ def _sizes(modalities: Mapping[str, Modality], size: int | None) -> dict[str, tu
             raise ConfigError(f"--window {size}: gives {name} {side:g} pixels; take a multiple.")
         sizes[name] = (round(side),) * modality.spatial_dims
     return sizes
+
+
+def _fitting(size: int, trained: Sequence[int], shape: Sequence[int]) -> int:
+    longest = max(shape)
+    if trained:
+        return fitting_sides([size], [math.lcm(*trained)], [longest])[0]
+    if size > max(2 * longest, _SIDE):
+        raise ConfigError(
+            f"--window {size}: an input has {' x '.join(map(str, shape))} pixels, and the card of "
+            f"the backbone states no size. Choose a window of at most {max(2 * longest, _SIDE)}."
+        )
+    return size

@@ -223,8 +223,9 @@ class VolumeEmbedding:
         prepared = prepare(exam, self.inputs.contrasts, self.inputs.preparation)
         item = VolumeItem(key, prepared, file_states(exam.scans.values()))
         windows = token_windows(
-            self.backbone, list(prepared.values), feature=self.feature, size=self.window
-        )
+            self.backbone, list(prepared.values), feature=self.feature, size=self.window,
+            shape=prepared.shape,
+        )  # fmt: skip
         work = DenseEmbedding(
             root=self.root,
             items=[item],

@@ -22,7 +22,7 @@ from domainssl.inference import dense
 from domainssl.inference.run import embed
 from domainssl.inference.scene_bands import modality_of
 from domainssl.inference.scenes import SceneOptions, open_scene
-from domainssl.inference.tokens import token_windows
+from domainssl.inference.tokens import fitting_sides, token_windows
 from domainssl.io.raster.geozarr import VectorStore
 from domainssl.modality import Modality
 from domainssl.pieces import Plan, Shard
@@ -297,6 +297,13 @@ def test_a_raster_smaller_than_a_window_is_filled_up(backbone: ViTBackbone, tmp_
     embed(backbone, path, tmp_path / "e.zarr")
     found = vectors(tmp_path / "e.zarr")
     assert found.shape == (12, 3, 3) and np.isfinite(found).all()
+    # a window far larger than the raster ran for minutes
+    embed(backbone, path, tmp_path / "far.zarr", window=40_000)
+    np.testing.assert_array_equal(vectors(tmp_path / "far.zarr"), found)
+    assert fitting_sides((64, 64, 48), (32, 32, 32), (70, 20, 40)) == (64, 32, 48)
+    with pytest.raises(ConfigError, match="--window 40000: an input has 20 x 20 pixels"):
+        bare = ViTBackbone({"s2": {**S2, "size": ()}}, {"width": 8, "depth": 1, "heads": 1}, 4)
+        embed(bare, path, tmp_path / "bare.zarr", window=40_000)
 
 
 def test_one_date_of_a_cube_is_chosen(backbone: ViTBackbone, tmp_path: Path) -> None:

@@ -202,7 +202,9 @@ def _parser() -> Parser:
     add("--feature", metavar="NAME", help="modality, or joint (default: joint of several)")
     add("--dtype", choices=("float32", "float16", "int8"), default="float32",
         help="of the vectors; int8 has a scale for each beside it (default: float32)")  # fmt: skip
-    add("--window", type=int, help="side of a window in pixels (default: that of the weights)")
+    add("--window", type=int,
+        help="side of a window in pixels, no larger than an input needs (default: that of the "
+        "weights)")  # fmt: skip
     add("--halo", type=int,
         help="patches left out at the sides of a window (default: an eighth of it)")  # fmt: skip
     add("--batch_size", type=int, default=8, help="windows at once (default: 8)")

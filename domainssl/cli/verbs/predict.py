@@ -65,7 +65,8 @@ def _parser() -> Parser:
     add("--output", required=True, type=Path, metavar="DIR",
         help="folder for what is written; a table may be a file (.csv, .parquet)")
     add("--window", nargs="+", type=int, metavar="N",
-        help="side of a window, one number or one per axis (default: that of training)")
+        help="side of a window, one number or one per axis, no larger than an input needs "
+        "(default: that of training)")
     add("--overlap", type=float, default=0.25,
         help="share of a window that the next one covers again, in maps (default: 0.25)")
     add("--blending", choices=("gaussian", "constant", "halo"), default="gaussian",
