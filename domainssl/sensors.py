@@ -48,16 +48,20 @@ _SEPARATORS = re.compile(r"[\s_\-]+")
 _RADAR = re.compile(  # of SNAP and its like: Sigma0_VV_db, Gamma0_VH, VV_dB, Intensity_VV
     r"(?:(?:sigma|gamma|beta)(?:0|nought|naught)?|intensity|amplitude)?(vv|vh|hv|hh)(db)?"
 )
+# of Earth Engine's toBands(): the product stands before the band
+_PRODUCT = re.compile(r"^\d{8}T\d{6}_\d{8}T\d{6}_T\d{2}[A-Z]{3}_")
 _SIZE = re.compile(r"^(b(?:and)?[\s_\-]*\d+a?)[\s_\-]+(?:10|20|60)\s?m$", re.IGNORECASE)  # B02_10m
 
 
 def canonical_band(name: str) -> str:
     """Return the canonical spelling of a band: `b2`, `Band 2`, `B02_10m`, `blue` -> `B02`.
 
-    GDAL's own descriptions of Sentinel-2 (`B2, central wavelength 490 nm`) and SNAP's of radar
-    (`Sigma0_VV_db` -> `VV`) are bands as well.
+    GDAL's own descriptions of Sentinel-2 (`B2, central wavelength 490 nm`), Earth Engine's
+    (`20200501T101031_20200501T101031_T32TQM_B2`) and SNAP's of radar (`Sigma0_VV_db` -> `VV`) are
+    bands as well.
     """
-    text = _SIZE.sub(r"\1", str(name).strip().split(", central wavelength")[0])
+    text = _PRODUCT.sub("", str(name).strip().split(", central wavelength")[0])
+    text = _SIZE.sub(r"\1", text)
     plain = _SEPARATORS.sub("", text.lower())
     if plain in _NAMES:
         return _NAMES[plain]

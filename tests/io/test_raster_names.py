@@ -22,7 +22,8 @@ VALUES = np.arange(1, 1 + 2 * 256).reshape(2, 16, 16).astype("uint16")
     ("name", "band"),
     [("coastal", "B01"), ("rededge1", "B05"), ("Red Edge 2", "B06"), ("red-edge-3", "B07"),
      ("nir", "B08"), ("nir08", "B8A"), ("nir09", "B09"), ("cirrus", "B10"), ("swir16", "B11"),
-     ("swir22", "B12"), ("b8a", "B8A"), ("B1", "B01"), ("vv", "VV")],
+     ("swir22", "B12"), ("b8a", "B8A"), ("B1", "B01"), ("vv", "VV"),
+     ("20200501T101031_20200501T101031_T32TQM_B8A", "B8A")],
 )  # fmt: skip
 def test_names_of_catalogues_are_known(name: str, band: str) -> None:
     assert canonical_band(name) == band
@@ -40,6 +41,41 @@ def test_descriptions_that_repeat_or_say_nothing_are_none(tmp_path: Path, titles
     assert [(b.name, b.index) for b in file.bands] == [("VV", 0), ("VH", 1)]
     with pytest.raises(DataError, match=r"2 bands without names of their own, but 1 are wanted"):
         describe_geotiff(str(path), ["VV"])
+
+
+def test_repeated_names_that_place_a_band_elsewhere_are_refused(tmp_path: Path) -> None:
+    values = np.concatenate([VALUES, VALUES[:1]])
+    path = write_geotiff(tmp_path / "a.tif", values, ["B02", "B03", "B03"], block=16)
+    assert [
+        b.index
+        for b in describe_geotiff(
+            str(path), ["B02", "B03", "B04"], names=["B02", "B03", "B04"]
+        ).bands
+    ] == [0, 1, 2]
+    with pytest.raises(DataError, match=r"repeat .*band 3 is called 'B03' where 'B04' would be"):
+        describe_geotiff(str(path), ["B02", "B03", "B04"])
+
+
+@pytest.mark.parametrize("of_band", [True, False])
+def test_fields_name_bands_that_have_no_description(tmp_path: Path, of_band: bool) -> None:
+    import rasterio
+
+    path = write_geotiff(tmp_path / "a.tif", VALUES, None, block=16)
+    with rasterio.open(path, "r+") as file:
+        for number, name in ((1, "B8"), (2, "B2")):
+            if of_band:
+                file.update_tags(number, BANDNAME=name)
+            else:  # as ENVI's headers are carried over
+                file.update_tags(**{f"Band_{number}": name})
+    assert [b.index for b in describe_geotiff(str(path), ["B02", "B08"]).bands] == [1, 0]
+
+
+def test_a_band_of_another_name_comes_with_a_remedy(tmp_path: Path) -> None:
+    path = write_geotiff(tmp_path / "a.tif", VALUES, ["B02: Blue", None], block=16)
+    with pytest.raises(
+        DataError, match=r"and 1 without a name\. If it is there under another name"
+    ):
+        describe_geotiff(str(path), ["B02"])
 
 
 def test_numbered_bands_of_a_store_are_taken_in_order(tmp_path: Path) -> None:

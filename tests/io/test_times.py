@@ -49,6 +49,11 @@ def test_anything_else_is_left_to_xarray(values, attrs):
     assert _plain_times(values, attrs) is None
 
 
+def test_calendars_count_in_any_letter_case():
+    attrs = {"units": "days since 2018-01-01", "calendar": "NoLeap"}
+    assert str(decode_times(np.array([790]), attrs, "t")[0])[:10] == "2020-03-02"
+
+
 def test_missing_times_stay_missing():
     attrs = {"units": "days since 2020-01-01", "_FillValue": -1}
     assert np.isnat(decode_times(np.array([-1, 3]), attrs, "t")).tolist() == [True, False]

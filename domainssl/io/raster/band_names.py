@@ -6,11 +6,11 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from domainssl.errors import DataError
+from domainssl.errors import DataError, nearest
 from domainssl.io.raster.zarr import ArrayInfo, Cube
 from domainssl.sensors import canonical_band
 
-__all__ = ["titles_of_axis", "titles_or_none", "without_names"]
+__all__ = ["no_band", "refuse_contradiction", "titles_of_axis", "titles_or_none", "without_names"]
 
 _log = logging.getLogger(__name__)
 # long_name is where rioxarray puts the descriptions of a GeoTIFF
@@ -35,6 +35,55 @@ def titles_or_none(titles: Sequence[str | None]) -> list[str] | None:
     if not said or (len(plain) > 1 and len(set(said)) < len(said)):
         return None
     return [canonical_band(title) if title in said else "" for title in plain]
+
+
+def refuse_contradiction(
+    where: str, titles: Sequence[str | None], bands: Sequence[str], number: int = 1
+) -> None:
+    """Refuse repeated names that place bands elsewhere than where they would be taken from.
+
+    Args:
+        where: The file.
+        titles: Names that count as none, since some are there several times.
+        bands: Bands asked for, in the order in which they would be taken.
+        number: Number of the first band in the file.
+
+    Raises:
+        DataError: A band asked for is named, but stands at another place.
+    """
+    plain = [canonical_band(str(title or "")) for title in titles]
+    asked = [canonical_band(band) for band in bands]
+    if len(set(plain) & set(asked)) < 2 or len(plain) != len(
+        asked
+    ):  # one name for all says nothing
+        return
+    for place, (title, band) in enumerate(zip(plain, asked, strict=True)):
+        if title != band and title in asked:
+            raise DataError(
+                f"{where}: the names of its bands repeat ({', '.join(map(str, titles))}), and band "
+                f"{place + number} is called {titles[place]!r} where {bands[place]!r} would be "
+                "taken. Correct the names in the file (rasterio: file.descriptions = ...), or name "
+                "its bands: --bands of embed and predict (GeoTIFF)."
+            )
+
+
+def no_band(where: str, band: str, have: Sequence[str], silent: int = 0) -> DataError:
+    """Return the error about a band that is not there.
+
+    Args:
+        where: The file or store.
+        band: The band asked for.
+        have: What the bands are called that are there.
+        silent: How many more have no name.
+    """
+    nameless = f" and {silent} without a name" if silent else ""
+    return DataError(
+        f"{where}: no band {band!r}; there are: {', '.join(have)}{nameless}.{nearest(band, have)} "
+        "If it is there under another name, ask for that name (in bands, with mean and std or "
+        "data.statistics), or write the usual one into the file (rasterio: file.descriptions = "
+        "..., xarray: rename); embed and predict of a GeoTIFF take names for all of its bands by "
+        "--bands."
+    )
 
 
 def without_names(where: str, count: int, bands: Sequence[str]) -> list[str]:

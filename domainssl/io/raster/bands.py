@@ -23,7 +23,7 @@ from domainssl.io.raster.attributes import (
     number_of,
     stac_scaling,
 )
-from domainssl.io.raster.band_names import titles_of_axis, titles_or_none, without_names
+from domainssl.io.raster.band_names import no_band, titles_of_axis, titles_or_none, without_names
 from domainssl.io.raster.grid import X_NAMES, Y_NAMES, Grid, crs_of, grid_of, said_crs
 from domainssl.io.raster.layer import LayerFile, StoredBand
 from domainssl.io.raster.time import TIME_NAMES, stored_baselines, times_of
@@ -297,9 +297,13 @@ def _choose(
     name = canonical_band(band)
     if not found.get(name):
         _refuse_numbers(cube, name)
-        have = ", ".join(sorted(found)) or f"no array with the dimensions y and x{_others(cube)}"
         place = f"{cube.name}/{group}" if group else cube.name
-        raise DataError(f"{place}: no band {band!r}; there are: {have}.{nearest(name, found)}")
+        if found:
+            raise no_band(place, band, sorted(found))
+        raise DataError(
+            f"{place}: no band {band!r}; there are: no array with the dimensions y and x"
+            f"{_others(cube)}."
+        )
     options = [_stored(cube, band, candidate) for candidate in found[name]]
     exact = [b for b in options if step_hint and abs(b.grid.step - step_hint) < 1e-3 * step_hint]
     chosen = min(exact or options, key=lambda b: b.grid.step)

@@ -9,9 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, nearest, require, setting
+from domainssl.errors import DataError, require, setting
 from domainssl.io.raster.attributes import check_scaling
-from domainssl.io.raster.band_names import titles_or_none, without_names
+from domainssl.io.raster.band_names import (
+    no_band,
+    refuse_contradiction,
+    titles_or_none,
+    without_names,
+)
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.grid import Grid, plain_crs, said_crs
 from domainssl.io.raster.layer import LayerFile, StoredBand
@@ -33,6 +38,7 @@ GEOTIFF_ENDINGS = (".tif", ".tiff")
 
 _OPACITY = re.compile(r"alpha|opacity|mask|valid\w*|transparency", re.IGNORECASE)
 _COLORS = {"red": "B04", "green": "B03", "blue": "B02"}
+_TITLES = ("bandname", "band_name", "long_name", "name")  # fields of a band that name it
 _FILES = HandlePool(limit=64)
 _BESIDE = (".msk", ".aux.xml")  # they change what a file says
 Array = np.ndarray[Any, Any]
@@ -73,7 +79,7 @@ def describe_geotiff(
             f"{path}: no coordinate reference system. Set {setting('crs')}, such as EPSG:32632."
         )
     alpha = _alpha(file)
-    own: list[str | None] = [t for i, t in enumerate(file.descriptions) if i != alpha]
+    own: list[str | None] = [t for i, t in enumerate(_titles(file)) if i != alpha]
     if names and len(names) != len(own):
         raise DataError(f"{path}: {len(own)} bands, but {len(names)} names ({' '.join(names)}).")
     titles = titles_or_none(names or own)
@@ -81,6 +87,7 @@ def describe_geotiff(
         titles = _colors(file, alpha)
     has_names = titles is not None
     if titles is None:
+        refuse_contradiction(path, own, bands)
         if file.count == len(bands):  # 4 bands of bytes are called alpha in passing
             alpha = None
         titles = without_names(path, file.count - (alpha is not None), bands)
@@ -90,8 +97,9 @@ def describe_geotiff(
     for band in bands:
         name = canonical_band(band)
         if name not in titles:
-            have = ", ".join(t for t in titles if t)
-            raise DataError(f"{path}: no band {band!r}; there are: {have}.{nearest(name, titles)}")
+            have = [title for title in titles if title]
+            silent = len(titles) - len(have) - (alpha is not None)
+            raise no_band(path, band, have, silent)
         if titles.count(name) > 1:
             several = [str(t) for t, known_as in zip(names or own, titles) if known_as == name]
             raise DataError(
@@ -139,7 +147,8 @@ def bands_in(file: Any) -> list[StoredBand]:
     """
     alpha = _alpha(file)
     indices = [i for i in range(file.count) if i != alpha]
-    titles = titles_or_none([file.descriptions[i] for i in indices]) or [""] * len(indices)
+    stated = _titles(file)
+    titles = titles_or_none([stated[i] for i in indices]) or [""] * len(indices)
     grid = Grid(left=0.0, top=0.0, step=1.0, height=file.height, width=file.width)
     return [
         _band(file, title or str(index + 1), index, grid, alpha)
@@ -161,6 +170,19 @@ def hidden_by_alpha(file: Any, numbers: Sequence[int], **place: Any) -> Array:
             place = {**place, "out_shape": place["out_shape"][-2:]}
         hidden |= file.read(alpha + 1, **place) == 0
     return hidden
+
+
+def _titles(file: Any) -> list[str | None]:
+    """Return what each band is called: its description, else a field of it or of the file."""
+    if all(file.descriptions):
+        return list(file.descriptions)
+    of_file = {key.lower(): value for key, value in file.tags().items()}  # Band_1 is of ENVI's
+    titles = []
+    for number, title in enumerate(file.descriptions, start=1):
+        fields = {key.lower(): value for key, value in file.tags(number).items()}
+        found = (fields.get(name) for name in _TITLES)
+        titles.append(title or next(filter(None, found), None) or of_file.get(f"band_{number}"))
+    return titles
 
 
 def _alpha(file: Any) -> int | None:
