@@ -62,6 +62,7 @@ class Parser(argparse.ArgumentParser):
         """Return the options, and the words that are handed on."""
         words = list(args or ())
         self._check(words)
+        self._refuse_blank(words)
         options, rest = super().parse_known_args(_joined(words, self._passes), namespace)
         strange = [word for word in rest if not self._is_passed(word)]
         if strange:
@@ -77,6 +78,32 @@ class Parser(argparse.ArgumentParser):
             f"{self.prog.removeprefix('python -m domainssl ')}: {message}.{close} "
             f"See {self.prog} --help."
         )
+
+    def _refuse_blank(self, words: Sequence[str]) -> None:
+        """Refuse words of nothing: an empty path would be the folder one is in."""
+        before = ""
+        for word in words:
+            name, equals, value = word.partition("=")
+            is_option = bool(equals) and name.startswith("-") and not self._is_passed(word)
+            is_theirs = self._is_passed(before) and "=" not in before
+            if (is_option and not value.strip()) or not (word.strip() or is_theirs):
+                option = name if is_option else before
+                action = self._known_options().get(option)
+                if action is None or action.default != "":
+                    where = f"{option}: " if action is not None else ""
+                    self.error(
+                        f"{where}got {(value if is_option else word)!r}, expected a value that is "
+                        "not blank; a variable of the shell may be empty"
+                    )
+            before = word
+
+    def _known_options(self) -> dict[str, argparse.Action]:
+        """Return the options of the verb and of its actions by how they are spelled."""
+        known = dict(self._option_string_actions)
+        actions = () if self._actions_of_verb is None else self._actions_of_verb.choices.values()
+        for action in actions:
+            known |= action._known_options()
+        return known
 
     def _is_passed(self, word: str) -> bool:
         return self._passes is not None and word.startswith(self._passes)

@@ -101,6 +101,7 @@ def test_all_mistakes_are_reported_at_once_with_lines(cli, folder):
         (["--trainer..max_epochs=1"], "'--trainer..max_epochs' is no key", "Keys look like"),
         (["--ckpt_path=none.ckpt"], "'ckpt_path' is 'none.ckpt', which does not exist", "newest"),
         (["--config", "tiny"], "No configuration file 'tiny' here", "recipes` lists"),
+        (["--config", "tiles_mae"], "No configuration file", "mean 'recipes/tiles_mae.yaml'?"),
         (["--config", "recipes/ssl4eo_crom.yaml"], "No configuration file", "ssl4eo_croma.yaml"),
     ],
 )
@@ -283,7 +284,8 @@ def test_values_that_cannot_be_meant_are_reported_with_lines(cli, folder):
         (["--trainer.devices=two"], "`devices` selected with `CPUAccelerator`"),
         (["--trainer=[1,2]"], "'trainer' holds [1, 2], not a mapping"),
         (["--callbacks=[Timer]"], "'callbacks' holds ['Timer'], not a mapping"),
-        (["--data.root="], "'data.init_args.root' is None"),
+        (["--data.root="], "Option '--data.root' has an empty value"),
+        (["--run_dir= "], "Option '--run_dir' has an empty value"),
         (["--model.mask_ratio=" + "[" * 5000], "nested more than"),
         (["--model.mask_ratio=" + "[" * 80 + "]" * 80], "nested more than 50 levels"),
         (["--run_dir=tiny.yaml"], "'run_dir' is 'tiny.yaml', which is no folder"),

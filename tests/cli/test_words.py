@@ -37,6 +37,7 @@ def test_every_verb_answers_misspelled_and_shortened_options_alike(cli, verb):
         ("inspect sample --jsn", "Did you mean '--json'?"),
         ("evaluate runs/x --sees=3", "Did you mean '--seeds'?"),
         ("tile slides --min-tisue=1", "Did you mean '--min_tissue'?"),
+        ("embed x y --output=", "embed: --output: got '', expected a value that is not blank"),
         ("bags convert x --dtyp float32", "bags: there is no option '--dtyp'."),
         ("bags convrt", "invalid choice: 'convrt' (choose from"),
         ("bags convrt", "Did you mean 'convert'?"),
@@ -80,3 +81,14 @@ def test_no_verb_has_a_parser_of_its_own():
     for verb in verb_table():
         module = importlib.import_module(f"domainssl.cli.verbs.{verb}")
         assert "ArgumentParser(" not in Path(module.__file__ or "").read_text()
+
+
+@pytest.mark.parametrize("words", [["x", "--output", " "], ["x", "--output="], ["", "--output=a"]])
+def test_blank_words_are_refused_where_nothing_else_was_the_default(parser, words):
+    """`--output ""` wrote into the working directory."""
+    parser.add_argument("--output")
+    parser.add_argument("--group", default="")
+    with pytest.raises(ConfigError, match=r"paint: .*got ' ?', expected a value that is not blank"):
+        parser.parse_known_args(words)
+    options, rest = parser.parse_known_args(["x", "--group", "", "--data.root", "", "--data.a="])
+    assert options.group == "" and rest == ["--data.root=", "--data.a="]

@@ -130,9 +130,9 @@ def _load(name: str, result: Composition) -> Node | None:
         result.complete = False
         known = [*catalog.recipes(), *catalog.configs()]
         by_stem = {Path(k).stem: k for k in known}
-        close = nearest(name, known) or nearest(Path(name).stem, by_stem)
-        if not close and Path(name).stem in by_stem:
-            close = f" Did you mean {by_stem[Path(name).stem]!r}?"
+        stem = by_stem.get(Path(name).stem)
+        close = f" Did you mean {stem!r}?" if stem else ""
+        close = close or nearest(name, known) or nearest(Path(name).stem, by_stem)
         advice = f"{close} `python -m domainssl recipes` lists what there is."
         where = Where(_COMMAND_LINE)
         found = f"No configuration file {name!r} here or in the installed package"
@@ -231,8 +231,12 @@ def _check_order(loaded: list[tuple[str, Node]], result: Composition) -> None:
 
 def _override(result: Composition, key: str, text: str) -> None:
     where = Where(f"{_COMMAND_LINE}, --{key}")
+    if not text.strip():
+        advice = "A variable of the shell may be empty; write null where no value is meant."
+        result.mistakes.append(Mistake(f"Option '--{key}' has an empty value", where, advice))
+        return
     value = parse(text, where.file, result.mistakes, numbered=False)
-    value = value if value is not None else Node(None if text in ("", "~") else text, where)
+    value = value if value is not None else Node(None if text == "~" else text, where)
     path = spec_path(key.split("."))
     if not all(path):
         found = f"'--{key}' is no key"
