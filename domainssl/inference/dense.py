@@ -32,6 +32,13 @@ from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError
 from domainssl.files import PART, write_json, write_whole
+from domainssl.inference.finished import (
+    EMPTY,
+    lost_shards,
+    plain_request,
+    shards_without_file,
+    tell_lost,
+)
 from domainssl.inference.outputs import beside, make_folder, read_record, refuse_other, repeated
 from domainssl.inference.sliding import Box, Windows, slide_over
 from domainssl.inference.tokens import (
@@ -244,18 +251,43 @@ class DenseEmbedding:
             for record in (_record(target), working / "request.json"):
                 if restart or not record.is_file():
                     continue
-                found = {n: v for n, v in read_record(record).items() if n != "left_out"}
-                refuse_other(target, found, _plain(layout))
+                refuse_other(target, plain_request(read_record(record)), _plain(layout))
             if restart:
                 shutil.rmtree(working, ignore_errors=True)
                 if _record(target).is_file():
                     _record(target).unlink()
                     _remove(target)
+            elif _record(target).is_file():
+                self._reopen(number)
             is_own = _record(target).is_file() or (working / "request.json").is_file()
             if target.exists() and not is_own:
                 raise ConfigError(
                     f"{target}: lies there and was not written by embed. Choose another --output."
                 )
+
+    def _reopen(self, number: int) -> None:
+        """Take a finished output for unfinished where it, or shards of it, are gone."""
+        target, working = self.target(number), self._working(number)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if not _record(target).is_file():
+                return
+            record = read_record(_record(target))
+            lost = lost_shards(target, record)
+            if target.exists() and not lost:
+                return
+            tell_lost(target, lost)
+            if target.exists():
+                working.mkdir(exist_ok=True)
+                (working / "done").mkdir(exist_ok=True)
+                for at in {*np.ndindex(*_counts(self.layouts[number]))}:
+                    name = ".".join(map(str, at))
+                    if name not in lost:
+                        why = record.get("left_out", {}).get(name, "")
+                        write_whole(working / "done" / name, why.encode())
+                os.rename(target, working / "store")
+            if (working / "store").is_dir():  # or a call was killed before this step
+                write_json(working / "request.json", _plain(self.layouts[number]))
+            _record(target).unlink()
 
     @property
     def outputs(self) -> list[Path]:
@@ -368,9 +400,10 @@ class DenseEmbedding:
                 self.writer(store, layout, target)
             marks = sorted(p for p in (working / "done").iterdir() if p.name[0] != ".")
             left_out = {p.name: p.read_text() for p in marks if p.stat().st_size}
-            write_json(
-                _record(target), _plain(layout) | ({"left_out": left_out} if left_out else {})
-            )
+            notes: dict[str, Any] = {"left_out": left_out} if left_out else {}
+            if self.writer is None:
+                notes[EMPTY] = shards_without_file(target, layout.shape, layout.shard)
+            write_json(_record(target), _plain(layout) | notes)
             shutil.rmtree(working, ignore_errors=True)
         with suppress(OSError):
             Path(lock.lock_file).unlink()

@@ -20,6 +20,7 @@ from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, DataError
 from domainssl.files import PART, read_json, write_json, write_whole
 from domainssl.inference.dense import DenseOptions
+from domainssl.inference.finished import plain_request, tell_lost
 from domainssl.inference.outputs import beside, read_record, refuse_other
 from domainssl.inference.preview import write_items
 from domainssl.inference.tokens import autocast_context
@@ -157,8 +158,10 @@ class PartedTable(ABC):
                 self.target.unlink(missing_ok=True)
         for record in (self._record, self.folder / "request.json"):
             found = read_record(record) if record.is_file() else self._request
-            found = {name: value for name, value in found.items() if name != "left_out"}
-            refuse_other(self.target, found, self._request)
+            refuse_other(self.target, plain_request(found), self._request)
+        if self._record.is_file() and not self.target.exists():
+            tell_lost(self.target, [])
+            self._record.unlink()
         is_ours = (
             self._record.is_file()
             or self._again.is_file()

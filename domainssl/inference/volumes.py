@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
 from domainssl.inference.dense import DenseEmbedding, DenseOptions, Writer
+from domainssl.inference.finished import lost_shards
 from domainssl.inference.outputs import (
     beside,
     file_name,
@@ -211,7 +212,9 @@ class VolumeEmbedding:
 
     def is_ready(self, key: str) -> bool:
         """Tell whether the vectors of an exam are there."""
-        return not self._restart and self._record(key).is_file()
+        target, record = self._target(key), self._record(key)
+        is_there = not self._restart and record.is_file() and target.exists()
+        return is_there and not lost_shards(target, read_record(record))
 
     def make(self, key: str) -> None:
         """Compute the vectors of an exam.

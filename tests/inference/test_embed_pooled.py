@@ -85,6 +85,8 @@ def test_a_call_that_ended_between_the_table_and_its_record_goes_on(
     embed(*words, pooled=True, ids="plain")
     assert set(vectors(tmp_path / "ct.parquet")) == {"a", "b"}
     assert (tmp_path / "ct.parquet.json").is_file()
+    (tmp_path / "ct.parquet").unlink()  # its record is there, so that it was taken for complete
+    assert embed(*words, pooled=True, ids="plain").outputs == [tmp_path / "ct.parquet"]
 
 
 def test_a_manifest_lists_exams_with_their_contrasts(tmp_path: Path) -> None:

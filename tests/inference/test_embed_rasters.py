@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ def test_a_shard_that_cannot_be_read_is_missing_in_a_complete_store(
     tmp_path: Path,
     small_shards: None,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
 ) -> None:
     read = dense.DenseEmbedding._read
 
@@ -251,6 +253,13 @@ def test_a_shard_that_cannot_be_read_is_missing_in_a_complete_store(
     assert missing[8:16, 16:24].all() and not missing[:8].any() and not missing[16:].any()
     assert list(read_json(tmp_path / "e.zarr.json")["left_out"]) == ["1.2"]
     assert embed(backbone, scene, output).resumed == 16  # complete, whoever asks
+    whole = vectors(output)
+    (output / "embedding/c/0/2/1").unlink()  # lost since: it was taken for complete
+    assert embed(backbone, scene, output).resumed == 15 and "lost" in caplog.text
+    np.testing.assert_array_equal(vectors(output), whole)
+    shutil.rmtree(output)
+    again = embed(backbone, scene, output, plan=Plan(jobs=0, skip_bad=True))
+    assert (again.resumed, again.outputs) == (0, [output]) and "is not there" in caplog.text
     monkeypatch.undo()
     monkeypatch.setattr(dense, "_SHARD_PIXELS", 64)
     embed(backbone, scene, output, plan=Plan(jobs=0, restart=True))

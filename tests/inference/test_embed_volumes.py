@@ -144,6 +144,9 @@ def test_exams_of_a_folder_are_hashed_kept_and_never_mixed(
     names = [p.name for p in (tmp_path / "out").iterdir()]
     assert len(names) == 6 and not any("anna" in n or n.startswith(".") for n in names)
     assert embed(backbone(), tmp_path / "in", tmp_path / "out").resumed == 2
+    first.outputs[0].unlink()  # its record is there, so that it was taken for complete
+    assert embed(backbone(), tmp_path / "in", tmp_path / "out").resumed == 1
+    assert first.outputs[0].is_file()
     with pytest.raises(ConfigError, match="else: halo was none, is 0"):
         embed(backbone(), tmp_path / "in", tmp_path / "out", halo=0)
     done = embed(
