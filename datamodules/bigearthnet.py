@@ -119,6 +119,11 @@ class BigEarthNetV2:
             f"{folder} there, of the release that the table is of."
         )
 
+    @property
+    def item_names(self) -> list[str]:
+        """What the patches are called."""
+        return [patch for patch, _, _ in self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -34,6 +35,7 @@ from domainssl.datamodules.foreign import (
 )
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest, parsing
+from domainssl.io.leaks import repeated
 from domainssl.io.storage.paths import is_folder
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading, Source
@@ -315,6 +317,7 @@ class DatasetDataModule(DomainDataModule):
         """Build the data sets of the splits; predictions are made for the held-out one."""
         datasets = self._given if self._given is not None else self._built()
         sources = {n: self._source(n, one) for n, one in datasets.items()}
+        self._tell(self._leaks(datasets))
         if "val" not in sources and "train" in sources and self.held_out.val_fraction:
             sources |= self._divided(sources["train"])
         if "val" not in sources:
@@ -383,6 +386,21 @@ class DatasetDataModule(DomainDataModule):
                 self._problems.append(text)
                 _log.warning("%s", text)
 
+    def _leaks(self, datasets: Mapping[str, Any]) -> list[str]:
+        """Say which names are in two splits, or twice in one, and which splits are one data set."""
+        measured = {split: one for split, one in datasets.items() if split != "predict"}
+        names = {split: names for split, one in measured.items() if (names := _item_names(one))}
+        problems = repeated(names, self.root or self.dataset.name, "items")
+        for first, second in combinations(measured, 2):
+            own = [self.dataset.splits.get(split) for split in (first, second)]
+            is_built = self._given is None and self._module is None
+            if measured[first] is measured[second] or (is_built and own[0] == own[1]):
+                problems.append(
+                    f"{self.dataset.name}: {first!r} and {second!r} are the same items, so what is "
+                    "measured on them tells nothing of others; set data.init_args.dataset.splits"
+                )
+        return problems
+
     def _divided(self, source: DatasetSource) -> dict[str, DatasetSource]:
         """Hold out a part of the only data set there is, the same in every run."""
         count = len(source.dataset)
@@ -446,6 +464,13 @@ class DatasetDataModule(DomainDataModule):
         names = self.label_names
         lines.append(f"labels: {', '.join(names)}" if names else "labels: without names")
         return lines + super().describe()
+
+
+def _item_names(dataset: Any) -> list[str]:
+    """Return what a data set says that its items are called, [] where it says nothing."""
+    found = getattr(dataset, "item_names", None)
+    is_stated = isinstance(found, list) and all(isinstance(name, str) for name in found)
+    return found if is_stated and found is not None else []
 
 
 def _stated(name: str) -> Any:

@@ -73,6 +73,11 @@ class DFC2020:
                 "DFC2020 with ROIs0000_test/ and ROIs0000_validation/."
             )
 
+    @property
+    def item_names(self) -> list[str]:
+        """What the patches are called."""
+        return [stem.format("s1") for stem in self._stems]
+
     def __len__(self) -> int:
         return len(self._stems)
 

@@ -113,6 +113,11 @@ class EuroSATSAR:
         """Class of each patch."""
         return [number for _, _, number in self._rows]
 
+    @property
+    def item_names(self) -> list[str]:
+        """What the patches are called."""
+        return [os.path.splitext(file)[0] for _, file, _ in self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -155,6 +155,11 @@ class FlairHub:
             if not self._dates[key] and any(folder.endswith(f"_{name}") for folder in folders)
         ]
 
+    @property
+    def item_names(self) -> list[str]:
+        """What the patches are called."""
+        return [row["patch_id"] for row in self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 from domainssl.datamodules.base import DomainDataModule
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, nearest
+from domainssl.io.leaks import repeated
 from domainssl.loading.source import Source
 from domainssl.modality import Modality
 from domainssl.sensors import L2A_BANDS, S1_BANDS, S2_M, VALID_RANGES, wavelengths_nm
@@ -48,6 +49,10 @@ class _Catalogue(Protocol):
     @property
     def problems(self) -> Sequence[str]:
         """Texts for the log."""
+
+    @property
+    def titles(self) -> Sequence[str]:
+        """What the tiles are called."""
 
     def identity(self) -> dict[str, Any]:
         """Return plain data that tell these files from others."""
@@ -104,6 +109,7 @@ class _FootprintDataModule(DomainDataModule):
         self.dates = (dates or Dates()).of(("all",), _USED_DATES, min_valid_fraction=0.0)
         self.dates.check([key for key, name in reads.items() if name != self.image.name])
         self.catalogues = {}
+        self._repeated: list[str] = []
         window.must_not_resize()
         names = set(reads.values())
         finest = self.image.gsd_m if self.image.name in names else S2_M
@@ -154,9 +160,13 @@ class _FootprintDataModule(DomainDataModule):
     def _keep(self, found: Mapping[str, _Catalogue | None]) -> None:
         """Remember what is there of the splits, and log its problems."""
         self.catalogues = {split: c for split, c in found.items() if c is not None}
+        names = {split: catalogue.titles for split, catalogue in self.catalogues.items()}
+        self._repeated = repeated(names, self._root(), "tiles")
         for split, catalogue in self.catalogues.items():
             for problem in catalogue.problems:
                 _log.warning("%s: %s", split, problem)
+        for problem in self._repeated:
+            _log.warning("%s", problem)
 
     @abstractmethod
     def _source(self, catalogue: Any, *, is_training: bool) -> TileSource:
@@ -187,14 +197,15 @@ class _FootprintDataModule(DomainDataModule):
     @property
     def problems(self) -> list[str]:
         """What was left out of the splits, and why."""
-        return [text for found in self.catalogues.values() for text in found.problems]
+        left_out = [text for found in self.catalogues.values() for text in found.problems]
+        return left_out + self._repeated
 
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""
         lines = []
         for split, found in self.catalogues.items():
             lines.append(f"{self.format}, {split}: {self._found(split, found)}")
-            lines += [f"problem: {text}" for text in found.problems]
+        lines += [f"problem: {text}" for text in self.problems]
         for name, modality in self._modalities.items():
             most = self.dates.most(name)
             dates = f", {f'at most {most}' if most else 'all'} dates"

@@ -22,6 +22,7 @@ from domainssl.io.ssl4eo.first import FOLDERS, PACKED, Packed, scan_first
 from domainssl.io.ssl4eo.labels import Labels, labels, unmatched
 from domainssl.io.ssl4eo.land_cover import LAND_COVER_NAMES
 from domainssl.io.ssl4eo.layout import Catalogue, Group, scan
+from domainssl.io.ssl4eo.leaks import leaks
 from domainssl.io.ssl4eo.read import read
 from domainssl.io.storage.paths import is_folder, is_url, join, list_folder
 from domainssl.io.subjects import split_of
@@ -137,6 +138,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         self.catalogues: dict[str, Catalogue] = {}
         self._labels: dict[str, Labels] = {}
         self._odd_labels: list[str] = []
+        self._leaks: list[str] = []
         self._modalities: dict[str, Modality] | None = None
 
     @property
@@ -187,6 +189,9 @@ class SSL4EOS12DataModule(DomainDataModule):
             s for s in ("train", "val") if is_folder(join(root, s), self.storage_options)
         ] or ["train"]
         self.catalogues = {split: self._scan(root, split) for split in splits}
+        self._leaks = leaks(self.catalogues, root)
+        for problem in self._leaks:
+            _log.warning("%s", problem)
         if "train" in self.catalogues:
             self._log_clipping(self.catalogues["train"])
         self._labels = self._read_labels()
@@ -286,7 +291,7 @@ class SSL4EOS12DataModule(DomainDataModule):
     def problems(self) -> list[str]:
         """What was left out of the splits, and why."""
         left_out = [text for found in self.catalogues.values() for text in found.problems]
-        return left_out + self._odd_labels
+        return left_out + self._leaks + self._odd_labels
 
     def describe(self) -> list[str]:
         """Return lines that tell what was found."""

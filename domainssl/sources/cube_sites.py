@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from domainssl.errors import DataError, require
+from domainssl.io.leaks import equal_files
 from domainssl.io.raster.describe import LayerFiles, Sought
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
 from domainssl.io.raster.layer import OFFSET_BASELINE, LayerFile
@@ -123,7 +124,27 @@ def open_sites(
             sites.append(site)
     if not sites:
         raise DataError(f"{root}: no site can be used: {'; '.join(problems[:_SHOWN])}")
-    return sites, problems
+    return sites, problems + _copies(root, sites)
+
+
+def _copies(root: str, sites: Sequence[Site]) -> list[str]:
+    """Say which sites are the same, under two names: by place and dates, or by their files."""
+    seen: dict[Any, str] = {}
+    alike = []
+    for site in sites:
+        times = {n: tuple(layer.times.tolist()) for n, layer in site.layers.items()}
+        if any(time is None for dates in times.values() for time in dates):
+            continue  # unknown dates: other files of the same place
+        first = seen.setdefault((site.crs, site.bounds, *times.items()), site.name)
+        if first != site.name:
+            alike.append(f"{site.name} (as {first})")
+    problems = [
+        f"{root}: {len(alike)} sites have the place and the dates of another one and count as "
+        f"often, such as {', '.join(alike[:_SHOWN])}; remove what is there twice"
+    ] * bool(alike)
+    layer = next(iter(sites[0].layers))
+    files = (file.path for site in sites for file in site.layers[layer].files)
+    return problems or equal_files({"all sites": files}, root)
 
 
 def _wanted(

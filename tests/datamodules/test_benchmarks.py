@@ -143,6 +143,22 @@ def test_flair_hub_has_images_series_with_dates_and_missing_sensors(tmp_path: Pa
     assert FlairHub(str(tmp_path), max_dates=2)[0]["s2_dates"].tolist() == [17897, 17899]
 
 
+def test_patches_of_two_splits_and_equal_splits_are_told(tmp_path: Path) -> None:
+    root = flair_hub(tmp_path)
+    rows = (root / "FLAIR-HUB_TRAIN.csv").read_text().splitlines()
+    (root / "FLAIR-HUB_VALID.csv").write_text("\n".join([*rows, rows[1]]))
+    several, torn = [p for p in _data(root, "flair_hub.FlairHub").problems if "items" in p]
+    assert "1 items are there several times in 'val'" in several and FLAIR in several
+    assert "1 items of 'train' are also in 'val'" in torn
+    splits: dict[str, Any] = {"train": {"split": "train"}, "val": {"split": "train"}}
+    data = DatasetDataModule(
+        root=str(root), dataset=DatasetClass(PLACE + "flair_hub.FlairHub", splits=splits),
+        global_batch_size=1, loading=Loading(workers=0),
+    )  # fmt: skip
+    data.setup("fit")
+    assert "'train' and 'val' are the same items" in data.problems[-1]
+
+
 @pytest.mark.parametrize("make", [bigearthnet, dfc2020, flair_hub])
 def test_inspect_knows_the_folders(make: Callable[[Path], Path], tmp_path: Path) -> None:
     report = inspect_path(str(make(tmp_path)))

@@ -504,6 +504,22 @@ def test_overlapping_tiles_do_not_leak(tmp_path):
     assert all(b.bounds.left >= LEFT + SIDE * 10 for b in data.blocks["train"])
 
 
+@pytest.mark.parametrize("kind", ["zarr", "tif"])
+def test_a_site_that_is_there_twice_is_told(tmp_path, kind):
+    values = coded(1, 3, SIDE)[0].astype(np.uint16)
+    for name in ("here", "copy"):
+        if kind == "zarr":
+            write_cube(tmp_path / "s2" / f"{name}.zarr", values[None], LAYERS["s2"].bands,
+                       times=S2_TIMES[:1])  # fmt: skip
+        else:  # of dates that are not known
+            write_geotiff(tmp_path / "s2" / f"{name}.tif", values, LAYERS["s2"].bands)
+    [problem] = module(tmp_path, modalities={"s2": LAYERS["s2"]}, held_out=NOTHING_HELD).problems[
+        :1
+    ]
+    assert ("here (as copy)" if kind == "zarr" else "here.tif (as ") in problem
+    assert "count as often" in problem
+
+
 def test_a_gap_keeps_training_away_from_held_out_blocks(pair):
     data = module(pair, held_out=HeldOut(val_fraction=0.1, gap=100.0))
     [held] = data.blocks["val"]

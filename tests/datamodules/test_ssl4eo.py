@@ -208,6 +208,20 @@ def test_a_held_out_folder_of_another_name_is_told_and_an_empty_one_refused(copy
         module(copy_of_a)
 
 
+def test_training_files_among_held_out_ones_and_lists_that_name_others_are_told(copy_of_a):
+    name = "ssl4eos12_{}_seasonal_data_00000{}.zarr.zip".format
+    for product in ("S1GRD", "S2L2A"):
+        shutil.copy(copy_of_a / "train" / product / name("train", 1),
+                    copy_of_a / "val" / product / name("val", 9))  # fmt: skip
+    (copy_of_a / "splits").mkdir()
+    listed = f"{name('train', 1)}\n{name('train', 7)}\n"
+    (copy_of_a / "splits" / "ssl4eos12_train.txt").write_text(listed)
+    gone, more, leak = module(copy_of_a).problems
+    assert gone.endswith(f"1 of its files are not there, such as {name('train', 7)}; left out")
+    assert "3 files that are there are not in the list" in more
+    assert "1 files of 'val' are copies of files of 'train'" in leak and name("val", 9) in leak
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

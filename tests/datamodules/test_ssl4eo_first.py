@@ -139,6 +139,11 @@ def test_packed_samples_are_read_in_the_order_and_type_that_are_named(tmp_path: 
         source = _data(tmp_path / folder, {"s1": "S1GRD"}, storage_options={"lmdb": lmdb})
         rows = source.source("train").load(Piece(0, 0, 1), 0)
         assert "storage_options.lmdb.dtype" in rows.bad[0]
+    for split in ("train", "val"):
+        (tmp_path / "twice").mkdir(exist_ok=True)
+        (tmp_path / "twice" / split).symlink_to(tmp_path / "native")
+    [text] = _data(tmp_path / "twice", names, storage_options=options).problems
+    assert "begins or ends with the same sample as the LMDB of 'train'" in text
     assert os.listdir(tmp_path / "native" / "..")  # opened without lock: nothing was written
     with pytest.raises(ConfigError, match="unknown 'ordr'.*Did you mean 'order'"):
         _data(tmp_path / "native", names, storage_options={"lmdb": {"ordr": []}})

@@ -226,6 +226,7 @@ def test_inspect_and_stats_know_the_folder(tmp_path: Path) -> None:
     report = inspect_path(str(tmp_path))
     assert report["data"] == "TerraMeshDataModule" and report["splits"]["val"]["items"] == 2
     assert any(note.startswith("TerraMesh, train: 2 locations") for note in report["notes"])
+    assert "2 locations of 'train' are also in 'val', such as a, b" in report["problems"][0]
     output = tmp_path / "stats.yaml"
     assert main(["stats", str(tmp_path), f"--output={output}", "--jobs=0"]) == 0
     assert json.dumps([-5.5, -5.5])[1:-1] in output.read_text()

@@ -60,6 +60,14 @@ def catalogue(root: Path, modalities: tuple[str, ...] = ALL) -> TreeSatCatalogue
     return found
 
 
+def test_tiles_of_two_splits_are_told(few: Path) -> None:
+    lines = (few / "train.csv").read_text().splitlines()
+    (few / "val.csv").write_text("\n".join([*lines[:2], lines[1]]))
+    several, torn = opened(few).problems
+    assert "1 tiles are there several times in 'val'" in several
+    assert "1 tiles of 'train' are also in 'val'" in torn
+
+
 # The embedded sample -------------------------------------------------------------------------
 
 

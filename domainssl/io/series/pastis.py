@@ -64,6 +64,11 @@ class PastisCatalogue:
     side: int
     problems: tuple[str, ...]
 
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What the patches are called."""
+        return tuple(each.id for each in self.patches)
+
     def identity(self) -> dict[str, Any]:
         """Return what tells this data set from others: hash of its table, number of patches."""
         table = Path(self.root) / "metadata.geojson"

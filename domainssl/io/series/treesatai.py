@@ -77,6 +77,11 @@ class TreeSatCatalogue:
     names: tuple[str, ...]
     problems: tuple[str, ...]
 
+    @property
+    def titles(self) -> tuple[str, ...]:
+        """What the tiles are called."""
+        return tuple(each.id for each in self.tiles)
+
     def identity(self) -> dict[str, Any]:
         """Return what tells this split from others: hash of its table, size of its first files."""
         first = self.tiles[0]

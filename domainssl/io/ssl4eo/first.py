@@ -34,8 +34,8 @@ from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import join, stamp
 
 __all__ = [
-    "FOLDERS", "PACKED", "Packed", "is_first", "load_folders", "load_packed", "scan_first",
-    "sensors_at",
+    "FOLDERS", "PACKED", "Packed", "is_first", "load_folders", "load_packed", "packed_sample",
+    "scan_first", "sensors_at",
 ]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
@@ -453,6 +453,15 @@ def _physical(values: Array, facts: Product, where: str) -> Array:
         values = np.rint(values)
         _refuse_beyond(values, dtype, where)
     return values.astype(dtype)
+
+
+def packed_sample(path: str, key: str) -> bytes:
+    """Return a sample of an LMDB as it is stored.
+
+    Raises:
+        DataError: It is not there.
+    """
+    return _store(path).get(key)
 
 
 def is_first(root: str) -> bool:

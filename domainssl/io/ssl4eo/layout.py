@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -84,6 +84,11 @@ class Catalogue:
     def count(self) -> int:
         """Number of locations."""
         return sum(group.count for group in self.groups)
+
+    def keys(self) -> Iterator[str]:
+        """Yield what locations are called in tars and folders; nothing where files hold many."""
+        for group in self.groups:
+            yield from (group.stem(at) for at in range(group.count) if group.members)
 
     @property
     def dates(self) -> int:
@@ -167,7 +172,7 @@ def scan(
     release = _release(folders, names)
     ending = ".zarr.zip" if release == "A" else ".tar"
     names = {m: [n for n in found if n.endswith(ending)] for m, found in names.items()}
-    names = _listed(root, split, names, options) if release == "A" else names
+    names, listed = _listed(root, split, names, options) if release == "A" else (names, [])
     paired = _partners(folders, names)
     files = [{m: join(folders[m], name) for m in products} for name in paired]
     find = _release_a if release == "A" else _release_b
@@ -176,7 +181,7 @@ def scan(
     with ThreadPoolExecutor(_THREADS) as pool:
         results = list(pool.map(lambda f: find(f, dict(products), opened), files))
     groups = _assume([group for found, _ in results for group in found], results[0][1])
-    problems = tuple(problem for _, found in results for problem in found)
+    problems = (*listed, *(problem for _, found in results for problem in found))
     return Catalogue(
         root=root,
         split=split,
@@ -231,10 +236,11 @@ def _release(folders: Mapping[str, str], names: Mapping[str, Sequence[str]]) -> 
 
 def _listed(
     root: str, split: str, names: dict[str, list[str]], options: Mapping[str, Any]
-) -> dict[str, list[str]]:
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the files that the list of a split names, and where the two differ."""
     path = join(root, "splits", f"ssl4eos12_{split}.txt")
     if not is_file(path, options):
-        return names
+        return names, []
     with open_file(path, options) as file:
         listed = {line.strip() for line in file.read().decode().splitlines() if line.strip()}
     kept = {m: [name for name in found if name in listed] for m, found in names.items()}
@@ -244,7 +250,16 @@ def _listed(
                 f"{path}: none of its {len(listed)} names is among the {len(names[modality])} "
                 f"files of modality {modality!r}. Remove the list or correct it."
             )
-    return kept
+    there = set().union(*names.values())
+    problems = [
+        f"{path}: {len(odd)} {text}, such as {min(odd)}; left out"
+        for odd, text in (
+            (listed - there, "of its files are not there"),
+            (there - listed, "files that are there are not in the list"),
+        )
+        if odd
+    ]
+    return kept, problems
 
 
 def _partners(folders: Mapping[str, str], names: Mapping[str, Sequence[str]]) -> list[str]:
