@@ -56,6 +56,19 @@ SUBJECTS = {
 }
 
 
+_MODELS = ("step", "matmul", "distances", "wait")
+_READERS = {  # of a setting that not all subjects read
+    "batch": ("stream", "step", "matmul", "overhead", "wait", "objectives", "decur", "omnisat",
+              "attention3d", "volumes"),
+    "precision": (*_MODELS, "objectives", "overhead"),
+    "attention": (*_MODELS, "attention3d"),
+    "workers": ("stream", "volumes", "wait"),
+    "compile": ("step",),
+    "volume": ("volumes",),
+    "sites": ("scan",),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the user may choose.
@@ -110,6 +123,19 @@ class Settings:
             )
         precision = self.precision or ("bf16" if device.startswith("cuda") else "32")
         return Settings(**{**asdict(self), "device": device, "precision": precision})
+
+    def refuse_unread(self, subjects: Sequence[str]) -> None:
+        """Refuse what none of some subjects reads.
+
+        Raises:
+            ConfigError: Something of it was chosen.
+        """
+        for name, readers in _READERS.items():
+            if getattr(self, name) != getattr(Settings, name) and not {*subjects} & {*readers}:
+                raise ConfigError(
+                    f"bench --{name}: is read by {', '.join(readers)}, but measured is "
+                    f"{', '.join(subjects)}. Leave it out."
+                )
 
     def pick(self, full: int, quick: int, chosen: int | None = None) -> int:
         """Return what the user chose, else the number for this kind of run."""

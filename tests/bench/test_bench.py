@@ -61,6 +61,12 @@ def test_settings_that_cannot_be_measured_are_refused(word, capsys) -> None:
     assert f"bench {word.split('=')[0]}: got" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["scan", "--workers=2"], ["tiles", "stats", "--compile"]])
+def test_settings_that_no_subject_reads_are_refused(words, capsys) -> None:
+    assert main(["bench", *words, "--device=cpu"]) == 2
+    assert f"bench {words[-1].split('=')[0]}: is read by s" in capsys.readouterr().err
+
+
 def test_a_missing_cuda_device_is_said(monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="torch finds no CUDA device"):

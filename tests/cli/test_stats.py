@@ -80,3 +80,20 @@ def test_words_that_name_no_data_are_refused(cli, words, said):
     for verb in ("stats", "inspect"):
         result = cli(verb, *words)
         assert result.status == 2 and said in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sample:cubes", "--mask_clouds"], "stats --mask_clouds: is about files of SSL4EO-S12"),
+        (["sample:cubes", "--products", "s1=S1GRD"], "stats --products: is about files"),
+        (
+            ["sample", "--products", "S1GRD", "--dn_offset=0"],
+            "--dn_offset: is about products",
+        ),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(cli, folder: Path, words, said):
+    """They were passed over without a word."""
+    result = cli("stats", *words)
+    assert result.status == 2 and said in result.err

@@ -52,7 +52,8 @@ def _measure(names: list[str], path: str | None, settings: Settings, words: list
     from domainssl.cli.console import console
 
     screen = console()
-    settings = settings.resolved()
+    chosen, settings = settings, settings.resolved()
+    chosen.refuse_unread(names)
     around = environment(settings)
     screen.print(f"python -m domainssl {' '.join(words)}")
     screen.print("  ".join(f"{name} {value}" for name, value in around.items()), soft_wrap=False)

@@ -18,20 +18,22 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_OF_FILES = ("products", "mask_clouds", "dn_offset")
 _NAMED = 3  # items that a line names
 _KEYS = {"S1GRD": "s1", "S2L2A": "s2", "S2L1C": "s2_l1c", "S2RGB": "rgb"}
 
 
 def run(argv: list[str]) -> int:
     """Measure a data set and write the file that `data.statistics` takes."""
-    options, more = _parser().parse_known_args(argv)
+    parser = _parser()
+    options, more = parser.parse_known_args(argv)
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
     from domainssl.inspection.statistics import measure
 
     plan = plan_of(options)
     screen = console()
-    subject, found_there = _subject(options, more)
+    subject, found_there = _subject(parser, options, more)
     screen.print(found_there, markup=False)
     with Bar("blocks", kept=f"in {options.output}.partial") as shown:
         found = measure(subject, options.output, plan, shown)
@@ -50,7 +52,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _subject(options: argparse.Namespace, more: list[str]) -> tuple[Subject, str]:
+def _subject(parser: Parser, options: argparse.Namespace, more: list[str]) -> tuple[Subject, str]:
     """Return what is measured, and a line about it."""
     from domainssl.cli.run.looking import data_at
     from domainssl.inspection.recognise import recognise
@@ -68,6 +70,12 @@ def _subject(options: argparse.Namespace, more: list[str]) -> tuple[Subject, str
                 "stats --config FILE."
             )
         data = form.open(recognise(path)[1])
+    given = [n for n in _OF_FILES if getattr(options, n) != parser.get_default(n)]
+    if given:
+        raise ConfigError(
+            f"stats --{given[0]}: is about files of SSL4EO-S12; of the items of a DataModule its "
+            "own section says it (--config RECIPE --data.KEY=VALUE)."
+        )
     from domainssl.inspection.data import subject_of
 
     data.prepare_data()
@@ -83,6 +91,13 @@ def _of_files(options: argparse.Namespace) -> tuple[Subject, str]:
     from domainssl.io.ssl4eo.layout import scan
 
     products = _products(options.products)
+    optical = [name for name in products.values() if name.startswith("S2")]
+    if not optical and (options.mask_clouds or options.dn_offset != "auto"):
+        unread = "mask_clouds" if options.mask_clouds else "dn_offset"
+        raise ConfigError(
+            f"stats --{unread}: is about products of Sentinel-2, but --products are "
+            f"{', '.join(products.values())}. Leave it out."
+        )
     root = options.path
     if root == "sample":
         from domainssl.datamodules.samples.ssl4eo import sample_root
