@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from domainssl.errors import DataError
 
 __all__ = [
-    "EVERY", "Found", "Owned", "alike", "ends_with", "patients_in_two_splits",
+    "EVERY", "Found", "Owned", "alike", "ends_with", "first_few", "patients_in_two_splits",
     "shared_files", "split_of",
 ]  # fmt: skip
 
@@ -133,6 +133,9 @@ def shared_files(
                 f"{text} They are in the splits {other.split or 'none'} and {item.split or 'none'}."
             )
         found.append(text)
-    if len(found) > _NAMED:
-        found = [*found[:_NAMED], f"{where}: {len(found)} {what}s in all are of several patients."]
-    return found
+    return first_few(found, f"{where}: {len(found)} {what}s in all are of several patients.")
+
+
+def first_few(texts: Sequence[str], summary: str) -> list[str]:
+    """Return texts, or the first five and a summary where there are more."""
+    return [*texts[:_NAMED], summary] if len(texts) > _NAMED else list(texts)

@@ -24,6 +24,7 @@ from domainssl.io.slide.pyramid import Slide, SlideReading
 from domainssl.io.slide.regions import ENDINGS, check_regions, read_regions, regions_for
 from domainssl.io.slide.tissue import TissueOptions
 from domainssl.io.storage.paths import stamp
+from domainssl.io.subjects import first_few
 
 __all__ = ["SlideTiles", "with_grids"]
 
@@ -61,7 +62,10 @@ class SlideTiles:
 def with_grids(
     sets: Sequence[TileSet], options: SlideTiles, size_px: int, mpp_um: float
 ) -> tuple[list[TileSet], list[str]]:
-    """Return slides with the tiles of their grids, and a line about every slide without any.
+    """Return slides with the tiles of their grids, and why others are left out.
+
+    A slide that cannot be read, or whose resolution is not known, is left out; of several stains
+    the others are kept.
 
     Args:
         sets: From `find_tiles`; those that are pictures of tiles are returned as they are.
@@ -70,14 +74,19 @@ def with_grids(
         mpp_um: Micrometres per pixel of a tile.
 
     Raises:
-        DataError: A slide cannot be read, its resolution is not known, or none has a tile.
+        DataError: No slide is left.
     """
     done: list[TileSet] = []
     problems: list[str] = []
+    lost: list[str] = []
     check_regions(options.regions, sum(bool(each.slides) for each in sets))
-    for each in sets:
+    folder = kept_folder("tile-grids", _VERSION)
+    for known in sets:
+        if not known.slides:
+            done.append(known)
+            continue
+        each = _readable(known, options, lost)
         if not each.slides:
-            done.append(each)
             continue
         path = next(iter(each.slides.values()))
         regions = None if options.regions is None else regions_for(options.regions, path)
@@ -88,7 +97,11 @@ def with_grids(
                 "is left out"
             )
             continue
-        corners, labels = _grid(path, regions, options, size_px, mpp_um)
+        try:
+            corners, labels = _grid(path, regions, options, size_px, mpp_um, folder)
+        except DataError as error:
+            lost.append(f"{error} The slide is left out.")
+            continue
         if not len(corners):
             within = f" and lies in the regions of {regions}" if regions else ""
             problems.append(
@@ -105,23 +118,50 @@ def with_grids(
                 labels=labels or ([own] * len(corners) if own else []),
             )
         )
+    count = sum(bool(each.slides) for each in sets)
+    lost = first_few(lost, f"{len(lost)} files of {count} slides in all are left out so.")
+    if not done and lost and not problems:
+        raise DataError(f"{lost[0]} No slide of {count} is left.")
     if not done:
         raise DataError(
             f"{problems[0] if problems else 'no slide'}: not one tile is left. Lower "
             f"{_WHERE}.min_tissue, or change {_WHERE}.tissue"
             + (f", or correct {_WHERE}.regions." if options.regions else ".")
+            + "".join(f" {text}" for text in lost[:1])
         )
-    return done, problems
+    return done, [*lost, *problems]
+
+
+def _readable(each: TileSet, options: SlideTiles, lost: list[str]) -> TileSet:
+    """Return a slide with those of several stains that can be read; the grid tells of one."""
+    if len(each.slides) == 1:
+        return each
+    kept = {}
+    for name, path in each.slides.items():
+        try:
+            with Slide(path, options.reading) as slide:
+                slide.refuse_channels()
+                slide.facts.resolution()
+        except DataError as error:
+            lost.append(f"{error} The stain {name!r} of the slide {each.id!r} is left out.")
+        else:
+            kept[name] = path
+    return replace(each, slides=kept)
 
 
 def _grid(
-    path: str, regions: str | None, options: SlideTiles, size_px: int, mpp_um: float
+    path: str,
+    regions: str | None,
+    options: SlideTiles,
+    size_px: int,
+    mpp_um: float,
+    folder: Path,
 ) -> tuple[Array, list[str]]:
-    """Return corners (N, 2) and labels of the tiles of a slide, kept in the cache."""
+    """Return corners (N, 2) and labels of the tiles of a slide, kept in a folder."""
     facts = [stamp(path), asdict(replace(options, regions=None)), size_px, mpp_um]
     facts += [stamp(regions)] if regions else []
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-    kept = kept_folder("tile-grids", _VERSION) / f"{key}.npz"
+    kept = folder / f"{key}.npz"
     if kept.is_file():
         with np.load(kept, allow_pickle=False) as found:
             return found["corners"], found["labels"].tolist()

@@ -327,3 +327,31 @@ def test_choices_that_cannot_be_used_are_said(tmp_path):
     with pytest.raises(ConfigError, match=r"sample:bag'.*Did you mean 'bags'"):
         SlideFeatureDataModule(root="sample:bag", modalities={NAME: TileFeatures(dim=D)}).setup()
     assert math.prod(SlideWindow(size=5).shape) == 25 and TRIDENT["patch_size"] == 256
+
+
+def test_bags_that_cannot_be_read_are_left_out_and_named(tmp_path):
+    slides(tmp_path)
+    (tmp_path / "b.zarr" / "features" / "zarr.json").write_text("{")
+    write_bag(
+        tmp_path, replace(bag("e", block(2, 2)), features=np.ones((4, 7), np.float32)), "zarr"
+    )
+    module = data(tmp_path)
+    assert [s.id for s in module.found.items] == ["a", "c", "d"] and len(train(module)) == 1
+    assert "b.zarr" in module.problems[0] and "The slide is left out." in module.problems[0]
+    assert "e.zarr: 7 features per tile, the configuration says 4" in module.problems[1]
+    job = tmp_path / "job"
+    for name in "abc":
+        write(job / "h5_files" / f"{name}.h5", LATTICE)
+        write(job / "p" / f"{name}.h5", LATTICE, attrs=TRIDENT, features=False)
+    (job / "p" / "a.h5").unlink()
+    (job / "h5_files" / "b.h5").write_bytes(b"")
+    given = {"modalities": {NAME: TileFeatures(dim=8)}, "global_batch_size": 1}
+    module = data(job, slides=SlideFiles(patches="p"), held_out=HeldOut(val_fraction=0), **given)
+    assert [s.id for s in module.found.items] == ["c"] and len(train(module)) == 1
+    assert "a.h5 does not exist; expected the file of the tiling step" in module.problems[0]
+    (job / "h5_files" / "c.h5").write_bytes(b"no HDF5")
+    with pytest.raises(DataError, match=r"none of 3 slides is left\. .*a\.h5 does not exist"):
+        data(job, slides=SlideFiles(patches="p"), **given)
+    (job / "q").mkdir()
+    with pytest.raises(DataError, match=r"neither a\.h5 nor a_patches\.h5, nor those of any of 3"):
+        data(job, slides=SlideFiles(patches="q"), **given)

@@ -13,6 +13,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from slide_files import write_tiff
 from tile_files import place_picture, write_tiles
 
 from domainssl.datamodules.tiles import TileDataModule
@@ -332,3 +333,60 @@ def test_a_slide_has_one_file_per_stain_and_labels_of_its_own(
     _table(tmp_path, "t1,p1,s1,train,s1_he.tif,,", "t2,p1,s1,train,s1_ihc.tif,,")
     with pytest.raises(DataError, match="2 files are of the slide 's1': t1, t2"):
         _slide_data(str(tmp_path))
+
+
+def _small_slide(path: Path) -> None:
+    pixels = np.full((384, 384, 3), 245, np.uint8)
+    pixels[64:320, 64:320] = (190, 90, 170)
+    write_tiff(path, [pixels], compression=None)
+
+
+def test_slides_that_cannot_be_read_are_left_out_and_named(
+    tmp_path: Path, cache_folder: Path
+) -> None:
+    for name in ("b", "c"):
+        _small_slide(tmp_path / f"{name}.tif")
+    (tmp_path / "a.tif").write_bytes(b"")  # the first one tells nothing of the layout
+    (tmp_path / "d.svs").write_bytes(b"no slide")
+    write_tiff(tmp_path / "e.tif", [np.full((64, 64, 3), 9, np.uint8)], mpp=None)
+    more = {"window": Window(size=64), "tiles": TileFiles(mpp_um=0.5, ids="plain")}
+    data = _data(tmp_path, {"he": Stain(stain="*")}, **more)
+    assert data.found is not None and [each.id for each in data.found.items] == ["b", "c"]
+    assert [text.split(": ")[0][-5:] for text in data.problems] == ["a.tif", "d.svs", "e.tif"]
+    assert "an empty file" in data.problems[0] and "slides.reading.mpp_um" in data.problems[2]
+    assert all(text.endswith("The slide is left out.") for text in data.problems)
+    assert sum(len(item["id"]) for item in _items(data)) == 32
+    for name in "bc":
+        (tmp_path / f"{name}.tif").write_bytes(b"II*\0")
+    with pytest.raises(DataError, match=r"a\.tif: an empty file.* No slide of 5 is left"):
+        _data(tmp_path, {"he": Stain(stain="*")}, **more)
+
+
+def test_a_stain_that_cannot_be_read_is_left_out_and_the_others_stay(
+    tmp_path: Path, cache_folder: Path
+) -> None:
+    for name in ("he/x.tif", "ihc/x.tif", "he/y.tif", "ihc/z.tif"):
+        _small_slide(tmp_path / name)
+    (tmp_path / "ihc" / "y.tif").write_bytes(b"no slide")
+    (tmp_path / "he" / "z.tif").write_bytes(b"")
+    data = _data(
+        tmp_path, window=Window(size=64), tiles=TileFiles(mpp_um=0.5, ids="plain", layout="slides")
+    )
+    assert data.found is not None and data.found.layout == "slides"
+    assert {e.id: list(e.slides) for e in data.found.items} == {
+        "x": ["he", "ihc"], "y": ["he"], "z": ["ihc"],
+    }  # fmt: skip
+    assert "The stain 'ihc' of the slide 'y' is left out." in data.problems[0]
+    assert sum(not item["ihc.present"] for item in _items(data)) == 16
+
+
+def test_whole_slides_beside_pictures_ask_which_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.svs").write_bytes(b"no slide")
+    write_tiles(tmp_path, ["s/0_0.png"])
+    wanted = WantedTiles(stains={"he": "*"})
+    with pytest.raises(ConfigError, match=r"layout: .*a\.svs, and pictures, such as .*0_0\.png"):
+        find_tiles(str(tmp_path), wanted)
+    assert find_tiles(str(tmp_path), wanted, layout="folder").items[0].id == "s"
+    (tmp_path / "he").mkdir()
+    (tmp_path / "a.svs").rename(tmp_path / "he" / "a.svs")  # the picture is of no stain then
+    assert find_tiles(str(tmp_path), WantedTiles(stains={"he": "he"})).layout == "slides"

@@ -83,6 +83,12 @@ def find_bags(root: str | Path, *, patches: str | None = None, encoder: str = ""
         files[slide] = BagFile(slide, str(folder / name), _patches(patches, slide))
     if not files:
         raise DataError(f"{folder}: no features of a slide, expected .h5, .pt or .zarr.")
+    if patches is not None and not any(os.path.isfile(str(f.patches)) for f in files.values()):
+        slide = next(iter(files))
+        raise DataError(
+            f"{patches}: neither {slide}.h5 nor {slide}_patches.h5, nor those of any of "
+            f"{len(files)} slides; expected the files of the tiling step of {folder}."
+        )
     return Bags(layout, str(folder), tuple(files.values()))
 
 
@@ -123,12 +129,11 @@ def _chosen(place: Path, found: Sequence[Path], encoder: str) -> Path:
 
 
 def _patches(folder: str | None, slide: str) -> str | None:
+    """Return the file of the tiling step; one that is not there is told when the bag is read."""
     if folder is None:
         return None
-    for name in (f"{slide}.h5", f"{slide}_patches.h5"):
-        if (Path(folder) / name).is_file():
-            return str(Path(folder) / name)
-    raise DataError(f"{folder}: neither {slide}.h5 nor {slide}_patches.h5, the tiles of {slide!r}.")
+    named = [Path(folder) / name for name in (f"{slide}.h5", f"{slide}_patches.h5")]
+    return str(next((path for path in named if path.is_file()), named[0]))
 
 
 def convert_bags(

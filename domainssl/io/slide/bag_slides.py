@@ -7,12 +7,18 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, DataError, counted
 from domainssl.io.ids import ids_of, is_hashed
 from domainssl.io.slide.bag_folders import BagFile, Bags, find_bags
 from domainssl.io.slide.features import bag_shape
 from domainssl.io.slide.pyramid import ENDINGS
-from domainssl.io.subjects import Found, alike, patients_in_two_splits, split_of
+from domainssl.io.subjects import (
+    Found,
+    alike,
+    first_few,
+    patients_in_two_splits,
+    split_of,
+)
 from domainssl.io.tables import MANIFESTS, own_columns, read_table, without_patient
 
 __all__ = ["SlideBag", "WantedSlides", "find_slides"]
@@ -84,22 +90,15 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
         there = {file.slide for file in bags.files}
         chosen = {_as_file(name, there): split for name, split in chosen.items()}
         problems += _unmatched(chosen.keys(), {file.slide for file in bags.files}, wanted.splits)
+    asked = [
+        file
+        for file in bags.files
+        if (path is None or file.slide in rows) and (chosen is None or file.slide in chosen)
+    ]
+    sizes, odd = _measured(root, asked, wanted.dim)
+    problems += odd
     slides = []
-    for file in bags.files:
-        if path is not None and file.slide not in rows:
-            continue
-        if chosen is not None and file.slide not in chosen:
-            continue
-        tiles, dim = bag_shape(file.path)
-        if tiles == 0:
-            problems.append(f"{file.slide}: no tile (a slide without tissue)")
-            continue
-        if dim != wanted.dim:
-            raise DataError(
-                f"{file.path}: {dim} features per tile, the configuration says {wanted.dim}. Set "
-                f"{_WHERE}.modalities.<name>.dim to {dim}, or give the features of the encoder "
-                "that is meant."
-            )
+    for file, tiles in sizes:
         known = rows.get(file.slide, {})
         named = (is_hashed(file.slide) and _first(known, _SLIDES).strip()) or file.slide
         patient = _first(known, _PATIENTS) or _patient(named, wanted.patient)
@@ -117,8 +116,6 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
                 label=known.get(wanted.label, "") if wanted.label else "",
             )
         )
-    if not slides:
-        raise DataError(f"{root}: none of {len(bags.files)} slides is left ({problems[:_NAMED]}).")
     patients_in_two_splits(slides, path or root, "Slides")
     if wanted.label not in ("", WantedSlides.label) and not any(each.label for each in slides):
         raise DataError(
@@ -127,6 +124,49 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
         )
     problems += alike(slides, path or root)
     return Found(layout=bags.layout, items=slides, problems=problems)
+
+
+def _measured(
+    root: str, files: Sequence[BagFile], width: int
+) -> tuple[list[tuple[BagFile, int]], list[str]]:
+    """Return the bags that can be read, with their tiles, and why others are left out.
+
+    Raises:
+        DataError: None is left.
+    """
+    found: list[tuple[BagFile, int]] = []
+    problems: list[str] = []
+    lost: list[str] = []
+    others: list[str] = []
+    advice = ""
+    for file in files:
+        try:
+            tiles, dim = bag_shape(file.path, patches=file.patches)
+        except DataError as error:
+            lost.append(f"{error} The slide is left out.")
+            continue
+        if tiles == 0:
+            problems.append(f"{file.slide}: no tile (a slide without tissue)")
+        elif dim != width:
+            others.append(f"{file.path}: {dim} features per tile, the configuration says {width}.")
+            advice = (
+                f" Set {_WHERE}.modalities.<name>.dim to {dim}, or give the features of the "
+                "encoder that is meant."
+            )
+        else:
+            found.append((file, tiles))
+    if others and not found:
+        raise DataError(others[-1] + advice)
+    problems += first_few(lost, f"{len(lost)} of {len(files)} slides in all are left out so.")
+    problems += first_few(
+        [f"{text} The slide is left out." for text in others],
+        f"{len(others)} of {len(files)} slides in all have another width and are left out.",
+    )
+    if not found:
+        raise DataError(
+            f"{root}: none of {counted(len(files), 'slide')} is left. {' '.join(problems[:_NAMED])}"
+        )
+    return found, problems
 
 
 def _table(root: str, manifest: str | None) -> str | None:

@@ -121,7 +121,8 @@ class SlideFacts:
         raise DataError(
             f"{self.path}: the resolution is not known ({said or 'the file states none'}), "
             f"expected {low:g} to {high:g} um per pixel. Give it with `mpp_um: <um per "
-            f"pixel>` (`--mpp_um` of `tile`, `embed`, `predict`){power}."
+            f"pixel>` (`--mpp_um` of `tile`, `embed`, `predict`, "
+            f"data.init_args.slides.reading.mpp_um of tiles){power}."
         )
 
 

@@ -70,14 +70,20 @@ def read_bag(
             )
         return read_zarr(place)
     own = Path(patches) if patches is not None else _beside(place)
-    if own is not None and not own.is_file():
-        raise DataError(f"{own} does not exist; expected the file of the tiling step of {place}.")
+    _must_be_there(place, own)
     ending = place.suffix.lower()
     if ending in _HDF5:
         return read_hdf5(place, own, level_downsample)
     if ending == ".pt":
         return read_tensor(place, own, level_downsample)
     raise DataError(f"{place}: features are read from .h5, .pt and .zarr, not from {ending!r}.")
+
+
+def _must_be_there(place: Path, patches: Path | None) -> None:
+    if patches is not None and not patches.is_file():
+        raise DataError(
+            f"{patches} does not exist; expected the file of the tiling step of {place}."
+        )
 
 
 def _beside(path: Path) -> Path | None:
@@ -88,13 +94,14 @@ def _beside(path: Path) -> Path | None:
     return None
 
 
-def bag_shape(path: str | Path) -> tuple[int, int]:
+def bag_shape(path: str | Path, *, patches: str | Path | None = None) -> tuple[int, int]:
     """Return the number of tiles and of features of a bag, without reading HDF5 files whole.
 
     Raises:
-        DataError: It is no bag.
+        DataError: It is no bag, or its file of the tiling step is not there.
     """
     place = Path(path)
+    _must_be_there(place, None if patches is None else Path(patches))
     if place.suffix.lower() not in _HDF5 or not place.is_file():
         bag = read_bag(place)
         return len(bag), bag.dim

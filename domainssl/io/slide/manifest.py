@@ -10,12 +10,13 @@ import os
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.slide.picture import ENDINGS
 from domainssl.io.slide.pyramid import ENDINGS as SLIDES
-from domainssl.io.slide.pyramid import describe_slide, is_slide, list_slides
+from domainssl.io.slide.pyramid import describe_slide, list_slides
 from domainssl.io.subjects import (
     EVERY,
     Found,
@@ -30,6 +31,8 @@ from domainssl.io.tables import MANIFESTS, own_columns, read_table, without_pati
 __all__ = ["LAYOUTS", "TileSet", "WantedTiles", "find_tiles"]
 
 LAYOUTS = ("manifest", "folder", "slides")
+_TIFF = (".tif", ".tiff")
+_TRIED = 16  # files that are looked at for what they are
 _TILED_SIDE, _SIDE = 2048, 4096  # pixels: a larger TIFF of one level, tiled or not, is a slide
 _NAMED = 5  # missing files that a message names
 _PATIENT = ("patient", "patient_id", "case_id")
@@ -182,8 +185,10 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Fo
     missing: list[str] = []
     named = [own[name] for name in _PATIENT if name in own]
     problems = [] if wanted.patient else without_patient(path, columns, rows, named, "slide")
-    first = next((row[c] for row in rows for c in wanted.stains.values() if row[c]), "")
-    are_slides = layout == "slides" or (layout == "auto" and _is_slide(os.path.join(root, first)))
+    cells_there = (row[c] for row in rows for c in wanted.stains.values() if row[c])
+    are_slides = layout == "slides" or (
+        layout == "auto" and _are_slides(os.path.join(root, cell) for cell in cells_there)
+    )
     for number, read in enumerate(rows, 2):
         where = f"{path}, line {number}"
         row = {**read, **{name: read[column] for name, column in own.items()}}
@@ -229,21 +234,18 @@ def _read_folder(root: str, wanted: WantedTiles, layout: str) -> Found[TileSet]:
     path is the tile, its last folder the slide, its first folder the patient. Of whole slides,
     the rest of the path is the slide.
     """
-    paths = list(_pictures(root)) if layout != "slides" else list_slides(root)
     if layout == "auto":
-        others = [] if paths and not _is_slide(paths[0]) else list_slides(root)
-        if any(_is_slide(path) for path in others[:1]):
-            layout, paths = "slides", others
+        layout = _recognised(root, wanted)
+    paths = list(_pictures(root)) if layout != "slides" else list_slides(root)
     files: dict[str, dict[str, str]] = {}
     problems: list[str] = []
     matched: set[str] = set()
     names: list[str] = []
     for path in paths:
-        relative = os.path.relpath(path, root)
-        parts = [*relative.split(os.sep)[:-1], os.path.splitext(os.path.basename(relative))[0]]
-        names.append(relative)
+        parts = _parts(path, root)
+        names.append(os.path.relpath(path, root))
         for name, stain in wanted.stains.items():
-            tile = "/".join(parts) if stain == EVERY else _tile_of(parts, stain)
+            tile = _tile_of(parts, stain)
             if tile is None:
                 continue
             matched.add(name)
@@ -274,8 +276,42 @@ def _read_folder(root: str, wanted: WantedTiles, layout: str) -> Found[TileSet]:
     return Found(layout="folder", items=_sets(slides, wanted), problems=problems)
 
 
+def _parts(path: str, root: str) -> list[str]:
+    """Return the folders of a file below the root, and its name without the ending."""
+    *folders, name = os.path.relpath(path, root).split(os.sep)
+    return [*folders, os.path.splitext(name)[0]]
+
+
+def _recognised(root: str, wanted: WantedTiles) -> str:
+    """Return `slides` or `folder`, by those files that show a stain which is wanted.
+
+    Raises:
+        ConfigError: There are both, whole slides and pictures.
+    """
+    stains = wanted.stains.values()
+
+    def shown(paths: Iterable[str]) -> Iterator[str]:
+        return (p for p in paths if any(_tile_of(_parts(p, root), s) is not None for s in stains))
+
+    slides = list(shown(list_slides(root)))
+    slide = next((path for path in slides if not path.lower().endswith(_TIFF)), None)
+    if slide is None and _are_slides(slides):
+        slide = slides[0]
+    pictures = (path for path in _pictures(root) if not path.lower().endswith(_TIFF))
+    picture = None if slide is None else next(shown(pictures), None)
+    if picture is not None:
+        raise ConfigError(
+            f"{_WHERE}.tiles.layout: {root} holds whole slides, such as {slide}, and pictures, "
+            f"such as {picture}. Say which are read: slides, or folder for the pictures; or let "
+            f"{_WHERE}.modalities.<name>.stain name the folder of one kind."
+        )
+    return "folder" if slide is None else "slides"
+
+
 def _tile_of(parts: Sequence[str], stain: str) -> str | None:
     """Return the path of a picture without the stain; None where it shows another one."""
+    if stain == EVERY:
+        return "/".join(parts)
     before = ends_with(parts[-1], stain)
     if before:
         return "/".join([*parts[:-1], before])
@@ -312,14 +348,25 @@ def _must_match(root: str, wanted: WantedTiles, matched: set[str], names: Sequen
             )
 
 
-def _is_slide(path: str) -> bool:
-    """Tell a whole slide from a picture of a tile: by its name, or by levels or size of a TIFF."""
+def _are_slides(paths: Iterable[str]) -> bool:
+    """Tell whole slides from pictures by the first file that tells; damaged ones do not."""
+    told = (found for path in islice(paths, _TRIED) if (found := _is_slide(path)) is not None)
+    return next(told, False)
+
+
+def _is_slide(path: str) -> bool | None:
+    """Tell a whole slide from a picture of a tile: by its name, or by levels or size of a TIFF.
+
+    Returns:
+        None for a TIFF that cannot be read.
+    """
     lower = path.lower()
-    if not lower.endswith((".tif", ".tiff")):
+    if not lower.endswith(_TIFF):
         return lower.endswith(SLIDES)
-    if not os.path.isfile(path) or not is_slide(path):
-        return False
-    facts = describe_slide(path)
+    try:
+        facts = describe_slide(path)
+    except DataError:
+        return None
     is_tiled = all(t < s for t, s in zip(facts.tile_size, facts.size, strict=True))
     least = _TILED_SIDE if is_tiled else _SIDE
     return len(facts.levels) > 1 or max(facts.size) > least

@@ -145,14 +145,16 @@ def _candidate(path: str) -> _Candidate:
     """
     try:
         with open_regular(path) as file:
-            is_tiff = file.read(4) in _TIFF
+            head = file.read(4)
     except OSError as error:
         is_link = os.path.islink(path) and not os.path.exists(path)
         reason = "a link to a file that is not there" if is_link else error.strerror or str(error)
         raise DataError(
             f"{path}: cannot be opened as a slide ({reason}). Check the path."
         ) from error
-    if not is_tiff:
+    if not head:
+        raise DataError(f"{path}: an empty file; the copy was lost on its way. Copy it again.")
+    if head not in _TIFF:
         return _Candidate(path=path, is_tiff=False, has_levels_inside=False, is_plain_rgb=False)
     with opened(path) as tiff, parsing(f"{path}: the first page"):
         page = tiff.pages[0]
