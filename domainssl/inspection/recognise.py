@@ -25,6 +25,7 @@ from domainssl.inspection.files import find_geotiffs, inspect_cube, inspect_geot
 from domainssl.inspection.layers import inspect_layers
 from domainssl.inspection.scans import inspect_scans, is_scans, scan_tables
 from domainssl.inspection.slides import (
+    are_colours,
     inspect_pictures,
     inspect_slides,
     is_pictures,
@@ -240,15 +241,25 @@ def _layers_at(place: Place) -> dict[str, list[str]]:
     if place.ends(*_ARCHIVES, *GEOTIFF_ENDINGS):
         return {}
     found = {}
+    tiffs = 0
     for name in place.names:
         folder = join(place.path, name)
         if is_folder(folder, place.options):
             inside = list_folder(folder, place.options)
             files = [n for n in inside if n.lower().endswith((".zarr", ".zarr.zip"))]
-            files = files or [n for n in inside if n.lower().endswith(GEOTIFF_ENDINGS)]
+            if not files:
+                files = [n for n in inside if n.lower().endswith(GEOTIFF_ENDINGS)]
+                tiffs += bool(files)
             if files:
                 found[name] = sorted(files)
-    return found if len(found) > 1 else {}
+    if len(found) < 2 or (tiffs == len(found) and _are_stains(place, found)):
+        return {}
+    return found
+
+
+def _are_stains(place: Place, found: Mapping[str, Any]) -> bool:
+    """Whether folders of TIFF hold slides or tiles and no maps."""
+    return not is_url(place.path) and are_colours(join(place.path, name) for name in found)
 
 
 def _is_default_cubes(place: Place) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from domainssl.io.slide.tissue import TissueOptions, slide_tissue
 from domainssl.pieces import spread
 
 __all__ = [
+    "are_colours",
     "inspect_pictures",
     "inspect_slides",
     "is_pictures",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
+_TRIED = 16  # files of a folder that are looked at for what it is
 _MEASURED = 8  # slides whose pixels are read
 _LISTED = 1000  # slides, pictures
 _STORED = 400  # stored tiles of a slide that are looked at for damage
@@ -51,27 +54,37 @@ def is_slides(path: str, names: Sequence[str] | None) -> bool:
     """
     if names is None:
         return path.lower().endswith(ENDINGS) and _kind(path) == "slide"
-    first = next(iter_slides(path), None)
-    return first is not None and _kind(first) == "slide"
+    return _first_kind(iter_slides(path)) == "slide"
 
 
 def is_pictures(path: str, names: Sequence[str] | None) -> bool:
     """Whether a local file is a tile picture, or the first picture of a folder is."""
     if names is None:
         return path.lower().endswith((*_PICTURES, *_TIFF)) and _kind(path) == "picture"
-    first = next(iter(_pictures(path, limit=1)), None)
-    return first is not None and _kind(first) == "picture"
+    return _first_kind(_pictures(path, limit=_TRIED)) == "picture"
+
+
+def are_colours(folders: Iterable[str]) -> bool:
+    """Whether local folders of TIFF files hold slides, perhaps with masks, or tile pictures."""
+    kinds = {_first_kind(_pictures(folder, limit=_TRIED)) for folder in folders}
+    return kinds <= {"slide", "picture"} or ("slide" in kinds and "map" not in kinds)
+
+
+def _first_kind(paths: Iterable[str]) -> str:
+    """Return the kind of the first file that tells: neither a damaged one nor a mask does."""
+    found = (kind for path in islice(paths, _TRIED) if (kind := _kind(path)) != "other")
+    return next(found, "other")
 
 
 def _kind(path: str) -> str:
-    """Return `slide`, `picture` or `other`: TIFF files on a map are other data."""
+    """Return `slide`, `picture`, `map` or `other`: TIFF without colours, or that is damaged."""
     if not path.lower().endswith((*_TIFF, ".btf", ".tf8")):
         return "picture" if path.lower().endswith(_PICTURES) else "slide"
     try:
         with opened(path) as tiff, parsing(f"{path}: the header"):
             page = tiff.pages[0]
             if any(tag in page.tags for tag in _GEO):
-                return "other"
+                return "map"
             if is_ome(page) or page.subifds:
                 return "slide"
             if int(page.photometric) not in (2, 3, 6):

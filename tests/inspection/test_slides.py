@@ -59,15 +59,20 @@ def test_unknown_resolution_and_damage_are_problems(tmp_path: Path) -> None:
     assert main(["inspect", str(tmp_path)]) == 1
 
 
-def test_folders_of_stains_are_described_by_their_first_slides(tmp_path: Path) -> None:
-    for stain in ("he", "ihc"):
-        (tmp_path / stain).mkdir()
-        write_tiff(tmp_path / stain / "x.tif", [squares(256, 192)])
+def test_slides_in_folders_are_no_layers_of_a_map(tmp_path: Path) -> None:
+    for name in ("he/x.tif", "ihc/x.tif"):
+        write_tiff(tmp_path / name, [squares(256, 192)])
+    (tmp_path / "he" / "a.tif").write_bytes(b"")  # the first file tells nothing
+    assert recognise(str(tmp_path))[0].name == "slides"
     report = inspect_path(str(tmp_path))
-    assert report["kind"] == "layers" and report["problems"] == []
-    assert [e["first"]["kind"] for e in report["layers"].values()] == ["slides", "slides"]
-    text = _text(report)
-    assert text.count("256 x 192") == 4  # size and level of each
+    assert report["count"] == 3 and "a.tif: an empty file" in report["problems"][0]
+    (tmp_path / "areas").mkdir()
+    mask = tmp_path / "areas" / "x.tif"
+    tifffile.imwrite(mask, np.zeros((64, 64), np.uint8), metadata=None)
+    assert recognise(str(tmp_path))[0].name == "slides"
+    geo = [(33550, "d", 3, (10.0, 10.0, 0.0), True), (33922, "d", 6, (0.0,) * 6, True)]
+    tifffile.imwrite(mask, np.zeros((64, 64), np.uint8), extratags=geo, metadata=None)
+    assert recognise(str(tmp_path))[0].name == "layers"
 
 
 def test_sixteen_bit_colours_that_use_fewer_are_called_dark(tmp_path: Path) -> None:
