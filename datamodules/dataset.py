@@ -469,8 +469,10 @@ class DatasetDataModule(DomainDataModule):
 def _item_names(dataset: Any) -> list[str]:
     """Return what a data set says that its items are called, [] where it says nothing."""
     found = getattr(dataset, "item_names", None)
-    is_stated = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    return found if is_stated and found is not None else []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        return []
+    names: list[str] = found
+    return names
 
 
 def _stated(name: str) -> Any:

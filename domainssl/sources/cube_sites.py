@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,7 +28,10 @@ from domainssl.sources.windows import Window
 
 __all__ = ["Site", "SiteLayer", "anchors", "open_sites"]
 
+_log = logging.getLogger(__name__)
+
 _SHOWN = 5
+_LEVEL = re.compile(r"S2[A-D]_MSIL(1C|2A)_", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,7 @@ def open_sites(
     sides = [cells * snap_m(layers) for cells in window.shape]
     files = LayerFiles(root, options)
     files.fill(_wanted(layers, found, names, labels, maps))
+    _check_levels(found, names)
     sites = []
     for name in names:
         parts = {n: found[n][name] for n in layers}
@@ -125,6 +132,26 @@ def open_sites(
     if not sites:
         raise DataError(f"{root}: no site can be used: {'; '.join(problems[:_SHOWN])}")
     return sites, problems + _copies(root, sites)
+
+
+def _check_levels(found: Mapping[str, Mapping[str, list[Found]]], names: Sequence[str]) -> None:
+    """Check that products of one layer are of one level: what satellite or ground reflects.
+
+    Raises:
+        DataError: Both are there.
+    """
+    for layer, files in found.items():
+        of_level: dict[str, str] = {}
+        for each in (each for name in names for each in files[name]):
+            if match := _LEVEL.match(os.path.basename(each.path.rstrip("/"))):
+                of_level.setdefault(match[1], each.path)
+        if len(of_level) > 1:
+            raise DataError(
+                f"layer {layer!r}: products of level 1C (top of the atmosphere) and 2A (surface) "
+                f"would be mixed: {of_level['1C']} and {of_level['2A']}. Set data.init_args."
+                f"modalities.{layer}.path to a pattern that fits one level, such as "
+                "'S2?_MSIL2A_*_{site}_*', or to a folder that holds one."
+            )
 
 
 def _copies(root: str, sites: Sequence[Site]) -> list[str]:
@@ -244,11 +271,22 @@ def _layer(name: str, layer: Layer, found: list[Found], known: LayerFiles) -> Si
     for i in order:
         _, file_number, date = pairs[i]
         if starts and times[i] == times[starts[-1]]:
+            _tell_processings(files[places[-1][0][0]], files[file_number])
             places[-1] = (*places[-1], (file_number, date))
         else:
             places.append(((file_number, date),))
             starts.append(i)
     return SiteLayer(files, tuple(places), times[starts])
+
+
+def _tell_processings(first: LayerFile, second: LayerFile) -> None:
+    """Say that an acquisition is there in two processings, of which the first one counts."""
+    both = first.baselines[:1], second.baselines[:1]
+    if first.kind == "safe" and both[0] != both[1]:
+        _log.warning(
+            "%s and %s are one acquisition in two processings; where the first has data, it counts "
+            "alone. Keep the one that is meant.", first.path, second.path,
+        )  # fmt: skip
 
 
 def _check_baselines(name: str, layer: Layer, files: Sequence[LayerFile]) -> None:

@@ -19,6 +19,7 @@ from domainssl.inference.scenes import SceneOptions, open_scene
 from domainssl.inspection.recognise import inspect_path
 from domainssl.io.raster.geozarr import VectorStore
 from domainssl.io.raster.safe import describe_safe, is_safe
+from domainssl.io.raster.sites import find_files
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
 from domainssl.sources.cube_options import Layer, Mask
@@ -164,6 +165,31 @@ def _edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+def test_products_of_two_levels_are_refused_and_two_processings_told(tmp_path, caplog) -> None:
+    write_safe(tmp_path, baseline="03.01")
+    write_safe(tmp_path, baseline="04.00")
+    layer = _source(tmp_path).sites[0].layers["s2"]
+    assert len(layer.times) == 1 and "are one acquisition in two processings" in caplog.text
+    write_safe(tmp_path, level="1C", date="20220401")
+    with pytest.raises(DataError, match=r"level 1C .* and 2A .* would be mixed: .*MSIL1C.*MSIL2A"):
+        _source(tmp_path, mask=None)
+
+
+def test_a_product_is_known_by_its_metadata_and_one_that_lacks_a_band_said(tmp_path) -> None:
+    product = write_safe(tmp_path)
+    product.rename(product.with_suffix(""))  # as some tools unpack them
+    assert list(find_files(str(tmp_path), ".", "")) == ["T32TQM"]
+    product.with_suffix("").rename(tmp_path / "march.SAFE")
+    assert list(find_files(str(tmp_path), ".", "")) == ["march"]
+    [band] = tmp_path.rglob("*_B03_10m.jp2")
+    band.unlink()
+    with pytest.raises(DataError, match=r"no band 'B03'.*this one is incomplete; get it again"):
+        describe_safe(str(tmp_path / "march.SAFE"), ("B02", "B03"))
+    (tmp_path / "march.SAFE" / "MTD_MSIL2A.xml").unlink()
+    with pytest.raises(DataError, match=r"march\.SAFE: a folder or zip in SAFE that is no product"):
+        find_files(str(tmp_path), ".", "")
 
 
 def test_hostile_and_damaged_products_are_refused(tmp_path: Path) -> None:

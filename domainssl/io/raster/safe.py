@@ -23,13 +23,14 @@ from domainssl.io.raster.layer import OFFSET_BASELINE, LayerFile, StoredBand
 from domainssl.io.storage.archives import FolderStore, check_member
 from domainssl.io.storage.handles import HandlePool, SharedFile, window
 from domainssl.io.storage.paths import Options, is_url, join, open_file, stamp
-from domainssl.sensors import L1C_BANDS, canonical_band
+from domainssl.sensors import L1C_BANDS, L2A_BANDS, canonical_band
 
 __all__ = ["describe_safe", "is_safe", "read_safe", "safe_bands", "safe_site"]
 
 Array = np.ndarray[Any, Any]
 _PRODUCT = re.compile(r"S2[A-D]_MSIL(1C|2A)_\d{8}T\d{6}_.*", re.IGNORECASE)
 _TILE = re.compile(r"_(T\d{2}[A-Z]{3})_")
+_LEVELS = ("L1C", "L2A")
 _METADATA = re.compile(r"MTD_MSIL(1C|2A)\.xml")
 _TOP = re.compile(r"(?:^|/)(MTD_MSIL(?:1C|2A)\.xml)$")
 _OF_TILE = re.compile(r"GRANULE/[^/]+/MTD_TL\.xml")
@@ -51,15 +52,19 @@ _FILES = HandlePool(limit=64)
 
 
 def is_safe(path: str) -> bool:
-    """Whether a path is a Sentinel-2 product: a folder or zip of its name, a URL by that alone."""
+    """Whether a path is a Sentinel-2 product: a folder or zip of its name, a URL by that alone.
+
+    A local folder of any name that holds the metadata of a product is one, too.
+    """
     name = os.path.basename(path.rstrip("/\\"))
-    if not _PRODUCT.fullmatch(name) or name.lower().endswith(".zarr.zip"):
-        return False
+    is_named = _PRODUCT.fullmatch(name) is not None and not name.lower().endswith(".zarr.zip")
     if is_url(path):
-        return name.lower().endswith((".safe", ".zip"))
+        return is_named and name.lower().endswith((".safe", ".zip"))
     if name.lower().endswith(".zip"):
-        return os.path.isfile(path)
-    return name.upper().endswith(".SAFE") and os.path.isdir(path)
+        return is_named and os.path.isfile(path)
+    if is_named and name.upper().endswith(".SAFE"):
+        return os.path.isdir(path)
+    return any(os.path.isfile(os.path.join(path, f"MTD_MSI{level}.xml")) for level in _LEVELS)
 
 
 def safe_site(path: str) -> str | None:
@@ -282,9 +287,13 @@ def describe_safe(
         name = canonical_band(band)
         if name not in there:
             have = [b for b in L1C_BANDS if b in there]
-            raise DataError(
-                f"{path}: no band {band!r}; there are: {', '.join(have)}.{nearest(name, have)}"
+            is_lost = name in L2A_BANDS or (name in L1C_BANDS and "SCL" not in there)
+            advice = (
+                " Products of its level hold it: this one is incomplete; get it again."
+                if is_lost
+                else nearest(name, have)
             )
+            raise DataError(f"{path}: no band {band!r}; there are: {', '.join(have)}.{advice}")
         chosen.append(stored(band, name))
     if mask is not None and (mask.upper() != "SCL" or "SCL" not in there):
         raise DataError(

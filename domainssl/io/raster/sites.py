@@ -158,6 +158,13 @@ def other_format(path: str) -> str:
     kind = _OTHERS.get(os.path.splitext(path.lower())[1])
     if kind is None:
         return ""
+    if kind == "SAFE":
+        return (
+            "a folder or zip in SAFE that is no product of Sentinel-2 in the format of December "
+            "2016 and later (S2A_MSIL2A_... with MTD_MSIL2A.xml). Older ones are to be had again "
+            "in the new format; those of Sentinel-1 lie in radar geometry: terrain-correct them "
+            "into GeoTIFF or Zarr first."
+        )
     return (
         f"{kind} is not read. {_READ}; convert it, for instance with `gdal_translate -of COG` or "
         "xarray's `to_zarr`."
@@ -174,9 +181,10 @@ def _single(path: str, options: Options | None) -> bool:
 
 def _stem(path: str) -> str:
     name = path.rstrip("/").replace("\\", "/").rpartition("/")[2]
-    if name.lower().endswith((".safe", ".zip")) and (tile := safe_site(name)) is not None:
+    is_product = name.lower().endswith((".safe", ".zip")) or not os.path.splitext(name)[1]
+    if is_product and (tile := safe_site(name)) is not None:
         return tile  # products of one tile are its dates
-    ending = next((e for e in _ENDINGS if name.lower().endswith(e)), "")
+    ending = next((e for e in (*_ENDINGS, ".safe") if name.lower().endswith(e)), "")
     return name[: len(name) - len(ending)] or name
 
 
