@@ -19,7 +19,7 @@ from domainssl.files import write_whole
 from domainssl.inference.inputs import find_inputs
 from domainssl.inference.outputs import file_states
 from domainssl.io.ids import ids_of, is_hashed
-from domainssl.io.slide.bag import Bag, cells_of
+from domainssl.io.slide.bag import Bag, places_of
 from domainssl.io.slide.bag_folders import BagFile, find_bags
 from domainssl.io.slide.features import read_bag
 from domainssl.modality import Batch, Modality, key
@@ -123,17 +123,13 @@ class BagItem:
         self._shown = (bag, chosen)
         if not count:
             return
-        cells = cells_of(bag)
-        assert bag.coords is not None
-        places = (bag.coords[chosen] - np.array(cells.origin)) / cells.step
+        places, _, _ = places_of(bag)
         values = torch.from_numpy(bag.features[chosen].astype(np.float32))
         yield (
             1.0,
             {
                 self.modality.name: values.unsqueeze(0),
-                key(self.modality.name, "coords"): torch.from_numpy(
-                    np.ascontiguousarray(places[:, ::-1], np.float32)
-                ).unsqueeze(0),
+                key(self.modality.name, "coords"): torch.from_numpy(places[chosen]).unsqueeze(0),
                 key(self.modality.name, "valid"): torch.ones(1, count, dtype=torch.bool),
             },
         )

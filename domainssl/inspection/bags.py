@@ -13,6 +13,7 @@ import numpy as np
 from domainssl.errors import DataError, DomainSSLError, parsing, require
 from domainssl.files import read_json
 from domainssl.inspection.tables import add_row, new_table, note_lines
+from domainssl.io.slide.bag import spacing_of
 from domainssl.io.slide.bag_folders import find_bags
 from domainssl.io.slide.features import Bag, describe_bag, read_bag
 from domainssl.io.storage.hdf5 import open_hdf5
@@ -114,6 +115,13 @@ def _described(path: str, bag: Bag, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path}: {int((~finite).any(1).sum())} tiles with features not finite")
     if not len(bag):
         problems.append(f"{path}: no tile")
+    apart = None if bag.coords is None or len(bag) < 2 else spacing_of(bag.coords)
+    if apart and bag.patch_size_level0 and apart != bag.step:
+        problems.append(
+            f"{path}: tiles of {bag.patch_size_level0} pixels of level 0 that overlap by "
+            f"{bag.overlap_level0}, but neighbours lie {apart} apart: is the size that of another "
+            "level? Where tiles have gaps it is right"
+        )
     kept = values[finite].astype(np.float64)
     try:
         lines = describe_bag(bag)

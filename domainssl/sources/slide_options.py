@@ -136,6 +136,7 @@ class SlideFiles:
             patient; empty takes the column, TCGA's barcode, or the slide itself.
         level_downsample: Of the level that tiles were read at, for coordinates that name a level
             without it.
+        patch_size_level0: Side of a tile in pixels of level 0, for files that do not state it.
         keep_mb: Features that a process keeps in memory.
         id_table: CSV file to write that tells which id is which slide and patient; None writes
             none.
@@ -148,6 +149,7 @@ class SlideFiles:
     patches: str | None = None
     patient: str = ""
     level_downsample: float | None = None
+    patch_size_level0: int | None = None
     keep_mb: float = 512.0
     id_table: str | None = None
     ids: Literal["hashed", "plain"] = "hashed"
@@ -158,6 +160,10 @@ class SlideFiles:
                 f"{_WHERE}.slides.ids: got {self.ids!r}, expected one of {', '.join(IDS)}."
                 f"{nearest(self.ids, IDS)}"
             )
+        for name in ("level_downsample", "patch_size_level0"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ConfigError(f"{_WHERE}.slides.{name}: got {value!r}, expected 1 or more.")
         if self.keep_mb < 0:
             raise ConfigError(f"{_WHERE}.slides.keep_mb: got {self.keep_mb!r}, expected 0 or more.")
 

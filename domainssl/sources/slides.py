@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from domainssl.errors import DataError
-from domainssl.io.slide.bag import Bag, FeatureGrid, cells_of, to_grid
+from domainssl.io.slide.bag import Bag, FeatureGrid, places_of, to_grid
 from domainssl.io.slide.bag_slides import SlideBag
 from domainssl.io.slide.features import read_bag
 from domainssl.loading.memory import empty
@@ -124,7 +124,10 @@ class SlideSource:
             return self._kept[number], 0
         file = self.slides[number].file
         bag = read_bag(
-            file.path, patches=file.patches, level_downsample=self.files.level_downsample
+            file.path,
+            patches=file.patches,
+            level_downsample=self.files.level_downsample,
+            patch_size_level0=self.files.patch_size_level0,
         )
         self._check(bag)
         found: Bag | FeatureGrid = bag
@@ -200,12 +203,11 @@ class SlideSource:
             chosen = np.arange(min(count, tokens)) * count // min(count, tokens)
             if self.window.fill == "repeat":
                 chosen = np.resize(chosen, tokens)
-        cells = cells_of(bag)
-        places = (bag.coords[chosen] - np.array(cells.origin)) / cells.step
+        places, origin, step = places_of(bag)
         values = bag.features[chosen]
         seen = np.isfinite(values).all(1)
-        geo = {"origin": list(cells.origin), "step": cells.step}
-        return np.where(seen[:, None], values, 0.0), seen, places[:, ::-1].astype(np.float32), geo
+        geo = {"origin": list(origin), "step": step}
+        return np.where(seen[:, None], values, 0.0), seen, places[chosen], geo
 
 
 def _padded(grid: FeatureGrid, size: tuple[int, int]) -> tuple[Array, Array, list[int]]:

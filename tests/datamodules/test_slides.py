@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bag_files import LATTICE, TRIDENT, write
+from bag_files import LATTICE, SIZE, TRIDENT, write
 
 from domainssl.cli.run.record import _tested_line
 from domainssl.datamodules.slides import SlideFeatureDataModule
@@ -296,6 +296,25 @@ def test_bags_without_places_are_refused_with_the_file_that_lacks_them(tmp_path)
     module = data(tmp_path, modalities={NAME: TileFeatures(dim=8)}, global_batch_size=1)
     with pytest.raises(DataError, match=r"patch_size.*patches"):
         train(module)
+    stated = SlideFiles(ids="plain", patch_size_level0=SIZE // 2)
+    for files, step in ((SlideFiles(ids="plain"), SIZE), (stated, SIZE // 2)):  # neighbours tell it
+        window = SlideWindow(mode="bag", tokens=len(LATTICE))
+        module = data(
+            tmp_path,
+            modalities={NAME: TileFeatures(dim=8)},
+            global_batch_size=1,
+            window=window,
+            slides=files,
+        )
+        [batch] = train(module)
+        (x, y), found = batch[f"{NAME}.geo"][0].values()
+        places = (batch[f"{NAME}.coords"][0] * found + torch.tensor([y, x])).flip(1).long()
+        assert found == step and {*map(tuple, places.tolist())} == set(LATTICE)
+    grid = data(tmp_path, modalities={NAME: TileFeatures(dim=8)}, slides=stated,
+                window=SlideWindow(size=4), global_batch_size=1)  # fmt: skip
+    assert train(grid)[0][f"{NAME}.geo"][0]["step"] == SIZE // 2
+    with pytest.raises(ConfigError, match=r"slides\.patch_size_level0: got 0, expected 1 or more"):
+        SlideFiles(patch_size_level0=0)
 
 
 def test_both_layouts_of_the_sample_give_the_same_items(sample_root):

@@ -11,6 +11,7 @@ import torch
 from bag_files import CLAM, LATTICE, OTHER, SIZE, TRIDENT, D, clam, feature, trident, write
 
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.slide.bag import places_of, spacing_of
 from domainssl.io.slide.features import Bag, describe_bag, read_bag, to_grid, write_bag
 
 
@@ -85,7 +86,37 @@ def test_a_bag_without_attributes_is_readable_and_refused_as_a_grid(tmp_path):
     check(bag, LATTICE)
     with pytest.raises(DataError, match=r"slide\.h5.*patch_size"):
         to_grid(bag)
-    assert "no grid" in describe_bag(bag)[-1]
+    assert (
+        "neighbours lie 512 pixels apart; the size of a tile is not stated, no grid"
+        in (describe_bag(bag)[-1])
+    )
+    grid = to_grid(read_bag(bag.path, patch_size_level0=SIZE))  # as the user says
+    assert grid.features.shape == (D, 4, 5) and int(grid.occupied.sum()) == len(LATTICE)
+
+
+@pytest.mark.parametrize(
+    ("coords", "step"),
+    [
+        (LATTICE, SIZE),
+        ([LATTICE[i] for i in (0, 3, 5, 8, 11, 12, 16)], SIZE),  # sparse, on one lattice
+        ((*LATTICE, *OTHER), SIZE),  # a second contour on a lattice of its own
+        ([(1000, 7)], 1),
+        ([(0, 0), (512, 512)], None),
+        ([(0, 0), (300, 0), (700, 0), (1200, 0), (1900, 0), (2300, 0)], None),
+    ],
+)
+def test_places_without_a_size_are_told_by_neighbours_where_they_tell_it(tmp_path, coords, step):
+    bag = replace(read_bag(write(tmp_path / "a.h5", LATTICE)), patch_size_level0=None)
+    coords = np.array(coords, np.int64)
+    bag = replace(bag, coords=coords, features=np.zeros((len(coords), D), np.float32))
+    assert spacing_of(coords) == step
+    if step is None:
+        with pytest.raises(DataError, match=r"do not tell it\. .*slides\.patch_size_level0"):
+            places_of(bag)
+        return
+    places, origin, found = places_of(bag)
+    assert (found, places.dtype) == (step, np.float32) and 0 <= places.min() < 1
+    np.testing.assert_allclose(places[:, ::-1] * step + origin, coords)
 
 
 def test_clam_era_coordinates_need_the_downsample_of_their_level(tmp_path):

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from domainssl.errors import DataError
 
-__all__ = ["Bag", "Cells", "FeatureGrid", "cells_of", "to_grid"]
+__all__ = ["Bag", "Cells", "FeatureGrid", "cells_of", "places_of", "spacing_of", "to_grid"]
 
+_log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 _TOLERANCE = 0.05  # of a step, beyond which a tile is not on the lattice
 _MOST_BYTES = 2**33  # of a grid
+_SIZE_ADVICE = (
+    "TRIDENT writes patch_size_level0 beside coords; CLAM writes patch_size, patch_level and "
+    "downsample into patches/<slide>.h5 alone: give that folder (patches=…, "
+    "data.init_args.slides.patches). For coordinates with patch_size and patch_level but without "
+    "downsample give that of the slide's level (level_downsample=…, slides.level_downsample); for "
+    "others the side of a tile in pixels of level 0 (patch_size_level0=…, "
+    "slides.patch_size_level0)."
+)
 _CROWDED = 4  # tiles of different places, from which on their distances are looked at
 
 
@@ -74,11 +85,8 @@ class Bag:
         if self.coords is None or self.patch_size_level0 is None:
             lacking = "coordinates" if self.coords is None else "the size of a tile at level 0"
             raise DataError(
-                f"{self.path or self.slide}: a bag without {lacking}, which a grid needs. TRIDENT "
-                "writes patch_size_level0 beside coords; CLAM writes patch_size, patch_level and "
-                "downsample into patches/<slide>.h5 alone: give that folder (patches=…). For "
-                "coordinates with patch_size and patch_level but without downsample give that of "
-                "the slide's level (level_downsample=…)."
+                f"{self.path or self.slide}: a bag without {lacking}, which a grid needs. "
+                f"{_SIZE_ADVICE}"
             )
         return self.patch_size_level0 - self.overlap_level0
 
@@ -172,6 +180,59 @@ def cells_of(bag: Bag) -> Cells:
         step=step,
         off_lattice=int(np.count_nonzero(~on_lattice)),
     )
+
+
+def places_of(bag: Bag) -> tuple[Array, tuple[int, int], int]:
+    """Return row and column of every tile in tiles, (N, 2), and origin and step at level 0.
+
+    Where nothing states the size of a tile, the distance of neighbours is the step, said once. A
+    grid is not made so: it would stand for a size that nobody stated.
+
+    Raises:
+        DataError: The bag says nothing about places, or is empty.
+    """
+    if bag.patch_size_level0 is None and bag.coords is not None and len(bag):
+        step = spacing_of(bag.coords)
+        if step is None:
+            raise DataError(
+                f"{bag.path or bag.slide}: nothing states the size of a tile at level 0, and the "
+                f"places of its {len(bag)} tiles do not tell it. {_SIZE_ADVICE}"
+            )
+        _tell_spacing(step)
+        bag = replace(bag, patch_size_level0=step, overlap_level0=0)
+    cells = cells_of(bag)
+    assert bag.coords is not None  # `cells_of` has looked
+    places = (bag.coords - np.array(cells.origin)) / cells.step
+    return np.ascontiguousarray(places[:, ::-1], np.float32), cells.origin, cells.step
+
+
+@cache
+def _tell_spacing(step: int) -> None:
+    _log.warning(
+        "bags that state no size of a tile: neighbours lie %d pixels of level 0 apart, which is "
+        "taken for one step. Where that is wrong, set data.init_args.slides.patch_size_level0.",
+        step,
+    )
+
+
+def spacing_of(coords: Array) -> int | None:
+    """Return how far neighbours lie apart in their row or column, None where that is not clear."""
+    if len(np.unique(coords, axis=0)) == 1:
+        return 1  # a single place is the first one, whatever the step
+    parts = []
+    for along, across in ((0, 1), (1, 0)):
+        ordered = coords[np.lexsort((coords[:, along], coords[:, across]))]
+        gaps = np.diff(ordered[:, along])[np.diff(ordered[:, across]) == 0]
+        parts.append(gaps[gaps > 0])
+    gaps = np.concatenate(parts)
+    if len(gaps) < _CROWDED:
+        return None
+    if np.gcd.reduce(gaps) == gaps.min():  # one lattice, however sparse
+        return int(gaps.min())
+    steps, counts = np.unique(gaps, return_counts=True)  # a lattice per contour, as of CLAM
+    step = int(steps[counts.argmax()])
+    is_clear = 2 * counts.max() >= len(gaps) and np.mean(gaps < step) <= _TOLERANCE
+    return step if is_clear else None
 
 
 def _check_inside(bag: Bag) -> None:

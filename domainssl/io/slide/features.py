@@ -9,11 +9,12 @@ Source: the layouts as written by CLAM (Lu et al. 2021) and TRIDENT; nothing of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from domainssl.errors import ConfigError, DataError, nearest, parsing
-from domainssl.io.slide.bag import Bag, FeatureGrid, to_grid
+from domainssl.io.slide.bag import Bag, FeatureGrid, spacing_of, to_grid
 from domainssl.io.slide.bag_hdf5 import (
     read_hdf5,
     read_places,
@@ -46,6 +47,7 @@ def read_bag(
     *,
     patches: str | Path | None = None,
     level_downsample: float | None = None,
+    patch_size_level0: int | None = None,
 ) -> Bag:
     """Read the features of one slide.
 
@@ -55,11 +57,18 @@ def read_bag(
             the one in `patches/` beside the folder of the features, if there is one.
         level_downsample: Of the level of the slide that tiles were read at, for files that name
             the level without it.
+        patch_size_level0: Side of a tile in pixels of level 0, for files that do not state it.
 
     Raises:
         DataError: It is none of these, damaged, or its files contradict each other.
     """
-    place = Path(path)
+    bag = _read(Path(path), None if patches is None else Path(patches), level_downsample)
+    if bag.patch_size_level0 is None and bag.coords is not None:
+        bag = replace(bag, patch_size_level0=patch_size_level0)
+    return bag
+
+
+def _read(place: Path, patches: Path | None, level_downsample: float | None) -> Bag:
     if not place.exists():
         raise DataError(f"{place} does not exist; expected a file or folder of features.")
     if place.is_dir():
@@ -69,7 +78,7 @@ def read_bag(
                 "folder of many is what SlideFeatureDataModule and `bags` read."
             )
         return read_zarr(place)
-    own = Path(patches) if patches is not None else _beside(place)
+    own = patches or _beside(place)
     _must_be_there(place, own)
     ending = place.suffix.lower()
     if ending in _HDF5:
@@ -156,7 +165,10 @@ def describe_bag(bag: Bag) -> list[str]:
     if bag.coords is None:
         return [*lines, "coordinates: none; a bag without places"]
     if bag.patch_size_level0 is None:
-        return [*lines, "coordinates: x, y at level 0; the size of a tile is not stated, no grid"]
+        step = spacing_of(bag.coords) if len(bag) > 1 else None
+        apart = f", neighbours lie {step} pixels apart" if step else ""
+        return [*lines, f"coordinates: x, y at level 0{apart}; the size of a tile is not stated, "
+                        "no grid"]  # fmt: skip
     mpp = f", {bag.mpp_um:g} um per pixel" if bag.mpp_um else ""
     lines.append(
         f"tiles: {bag.patch_size_level0} pixels of level 0, overlap {bag.overlap_level0}"
