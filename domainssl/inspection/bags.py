@@ -12,9 +12,10 @@ import numpy as np
 
 from domainssl.errors import DataError, DomainSSLError, parsing, require
 from domainssl.files import read_json
-from domainssl.inspection.tables import add_row, new_table, note_lines
+from domainssl.inspection.tables import add_row, facts_table, new_table, note_lines
 from domainssl.io.slide.bag import spacing_of
-from domainssl.io.slide.bag_folders import find_bags
+from domainssl.io.slide.bag_folders import Bags, find_bags
+from domainssl.io.slide.bag_slides import slides_of_table
 from domainssl.io.slide.features import Bag, describe_bag, read_bag
 from domainssl.io.storage.hdf5 import open_hdf5
 
@@ -82,9 +83,14 @@ def inspect_bags(path: str) -> dict[str, Any]:
     """
     problems: list[str] = []
     layout, paths = "file", [path]
+    table: dict[str, Any] | None = None
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "zarr.json")):
         found = find_bags(path)
         layout, paths = found.layout, [file.path for file in found.files]
+        try:
+            table = _table(path, found, problems)
+        except DataError as error:
+            problems.append(str(error))
     bags = []
     for name in paths[:_MEASURED]:
         try:
@@ -102,9 +108,26 @@ def inspect_bags(path: str) -> dict[str, Any]:
         "count": len(paths),
         "measured": len(bags),
         "layout": layout,
+        "table": table,
         "bags": bags,
         "notes": notes,
         "problems": problems,
+    }
+
+
+def _table(path: str, found: Bags, problems: list[str]) -> dict[str, Any] | None:
+    """Return what the table beside the bags says: patients, splits and classes with counts."""
+    known = slides_of_table(path, found)
+    if known is None:
+        return None
+    file, slides, odd = known
+    problems += odd
+    return {
+        "file": file,
+        "slides": len(slides),
+        "patients": len({each.patient for each in slides}),
+        "splits": dict(Counter(each.split or "none" for each in slides)),
+        "classes": dict(Counter(each.label or "none" for each in slides)),
     }
 
 
@@ -153,6 +176,8 @@ def bag_tables(report: Mapping[str, Any]) -> list[Any]:
     from rich.text import Text
 
     parts: list[Any] = note_lines(report)
+    if report["table"] is not None:
+        parts.append(facts_table("table of slides", report["table"]))
     if len(report["bags"]) == 1:
         return [*parts, *(Text(line) for line in report["bags"][0]["said"])]
     columns = ("slide", "tiles", "dim", "dtype", "encoder", "tile at level 0", "mean", "std")

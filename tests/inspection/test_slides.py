@@ -137,7 +137,19 @@ def test_feature_files_are_described(tmp_path: Path) -> None:
     assert (first["tiles"], first["dim"], first["patch_size_level0"]) == (3, 8, 512)
     assert (first["mean"], first["dtype"]) == (2.0, "float16")
     assert [text for text in report["problems"] if "b.h5" in text]
-    assert "layout trident" in _text(report)
+    assert "layout trident" in _text(report) and report["table"] is None
+    table = tmp_path / "manifest.csv"
+    table.write_text("slide_id,case_id,split,label\na,p,train,x\nb,q,val,y\nc,q,val,y\n")
+    report = inspect_path(str(tmp_path))
+    assert report["table"] == {
+        "file": str(table), "slides": 2, "patients": 2, "splits": {"train": 1, "val": 1},
+        "classes": {"x": 1, "y": 1},
+    }  # fmt: skip
+    assert any("1 slides of manifest.csv have no features" in t for t in report["problems"])
+    assert "table of slides" in _text(report)
+    table.write_text("slide_id,case_id,split\na,p,train\nb,p,val\n")
+    assert any("appear in two splits: p" in t for t in inspect_path(str(tmp_path))["problems"])
+    table.unlink()
     assert inspect_path(str(folder / "a.h5"))["bags"][0]["tiles"] == 3
     options = "--config recipes/slides_titan.yaml --data.root=" + str(tmp_path)
     after = following(report)

@@ -21,7 +21,7 @@ from domainssl.io.subjects import (
 )
 from domainssl.io.tables import MANIFESTS, own_columns, read_table, without_patient
 
-__all__ = ["SlideBag", "WantedSlides", "find_slides"]
+__all__ = ["SlideBag", "WantedSlides", "find_slides", "slides_of_table"]
 
 _SLIDES = ("slide", "slide_id", "id")
 _PATIENTS = ("patient", "patient_id", "case_id")
@@ -97,6 +97,44 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
     ]
     sizes, odd = _measured(root, asked, wanted.dim)
     problems += odd
+    slides = _named(sizes, rows, path, chosen, wanted)
+    patients_in_two_splits(slides, path or root, "Slides")
+    if wanted.label not in ("", WantedSlides.label) and not any(each.label for each in slides):
+        raise DataError(
+            f"{path or root}: {_WHERE}.labels.column is {wanted.label!r}, but no slide has a class "
+            "there. It is a column of the table of slides."
+        )
+    problems += alike(slides, path or root)
+    return Found(layout=bags.layout, items=slides, problems=problems)
+
+
+def slides_of_table(root: str, bags: Bags) -> tuple[str, list[SlideBag], list[str]] | None:
+    """Return what the table beside some bags says of them, without opening them.
+
+    Returns:
+        The table, its slides that have features, and what is odd; None without a table.
+
+    Raises:
+        DataError: The table cannot be used, or a patient is in two splits.
+    """
+    path = _table(root, None)
+    if path is None:
+        return None
+    wanted = WantedSlides(dim=0)
+    rows, problems = _rows(path, bags, wanted)
+    slides = _named([(f, 0) for f in bags.files if f.slide in rows], rows, path, None, wanted)
+    patients_in_two_splits(slides, path, "Slides")
+    return path, slides, [*problems, *alike(slides, path)]
+
+
+def _named(
+    sizes: Sequence[tuple[BagFile, int]],
+    rows: Mapping[str, Mapping[str, str]],
+    path: str | None,
+    chosen: Mapping[str, str] | None,
+    wanted: WantedSlides,
+) -> list[SlideBag]:
+    """Return bags, with their tiles, as slides of a patient, split and class."""
     slides = []
     for file, tiles in sizes:
         known = rows.get(file.slide, {})
@@ -116,14 +154,7 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
                 label=known.get(wanted.label, "") if wanted.label else "",
             )
         )
-    patients_in_two_splits(slides, path or root, "Slides")
-    if wanted.label not in ("", WantedSlides.label) and not any(each.label for each in slides):
-        raise DataError(
-            f"{path or root}: {_WHERE}.labels.column is {wanted.label!r}, but no slide has a class "
-            "there. It is a column of the table of slides."
-        )
-    problems += alike(slides, path or root)
-    return Found(layout=bags.layout, items=slides, problems=problems)
+    return slides
 
 
 def _measured(
