@@ -22,6 +22,7 @@ __all__ = [
     "parsing",
     "require",
     "setting",
+    "unwritable",
 ]
 
 # what parsers of files raise on content that they were not written for
@@ -45,7 +46,7 @@ class DataError(DomainSSLError, ValueError):
 
 
 class StorageError(DomainSSLError, RuntimeError):
-    """A cache cannot be written: a full disk, quota or missing permission, and no bad data."""
+    """Nothing can be written: a full disk, quota or missing permission, and no bad data."""
 
 
 class WeightsError(DomainSSLError, ValueError):
@@ -129,3 +130,16 @@ def require(module: str, extra: str) -> ModuleType:
             f"{module!r} is needed here and could not be imported ({error}). "
             f"Install it with: pip install 'domainssl[{extra}]'"
         ) from error
+
+
+def unwritable(place: object, error: BaseException, advice: str = "") -> StorageError:
+    """Return what is raised where a result cannot be written; it is no fault of the data.
+
+    Args:
+        place: File or folder.
+        error: What the system said.
+        advice: What to do; empty offers another `--output`.
+    """
+    said = getattr(error, "strerror", None) or error
+    what = advice or "Make room, or choose another --output; the same command goes on."
+    return StorageError(f"{place}: cannot be written ({said}). {what}")

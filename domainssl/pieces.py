@@ -37,7 +37,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout
 
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, DataError, unwritable
 from domainssl.files import write_whole
 
 __all__ = [
@@ -406,7 +406,7 @@ class Ledger:
                 f"another {self._other}."
             ) from error
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         try:
             if not self._restart:
                 self.load()
@@ -449,7 +449,7 @@ class Ledger:
         """Replace the file.
 
         Raises:
-            DataError: It cannot be written; the last state is still there.
+            StorageError: It cannot be written; the last state is still there.
         """
         text = json.dumps({"request": self.request, "facts": facts})
         content = io.BytesIO()
@@ -462,15 +462,9 @@ def replace(path: Path, content: bytes | memoryview) -> None:
     """Write a result completely or not at all.
 
     Raises:
-        DataError: It cannot be written.
+        StorageError: It cannot be written.
     """
     try:
         write_whole(path, content)
     except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{path}: cannot be written ({error.strerror or error}). Choose another --output."
-    )
+        raise unwritable(path, error) from error

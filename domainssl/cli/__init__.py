@@ -21,6 +21,7 @@ from domainssl.screen import COMMAND, printable
 __all__ = ["main", "verb_table"]
 
 _ORDER = ("fit", "validate", "test", "predict", "recipes", "inspect", "stats", "export", "doctor")
+_RUNS = ("fit", "validate", "test", "predict")
 _REPLACED = {"learning": "matrix"}
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _TERMINATED = 128 + signal.SIGTERM
@@ -113,7 +114,8 @@ def _status(words: list[str], debug: bool) -> int:
             _complain(str(error), everywhere=not isinstance(error, ConfigError))
             return 2
         if isinstance(error, OSError) and error.errno in _DISK:
-            _complain(_disk(error), everywhere=True)
+            is_run = verb in _RUNS and any(word.startswith(("--config", "-c")) for word in rest)
+            _complain(_disk(error, is_run), everywhere=True)
             return 2
         if isinstance(error, OSError) and error.errno in _PLACE and error.filename is not None:
             _complain(_place(error), everywhere=True)
@@ -147,9 +149,14 @@ def _unknown_verb(word: str) -> str:
     return f"Unknown verb {word!r}.{nearest(word, verb_table())} Verbs: {', '.join(verb_table())}"
 
 
-def _disk(error: OSError) -> str:
-    """Say what a full, broken or read-only disk means for a run."""
+def _disk(error: OSError, is_run: bool) -> str:
+    """Say what a full, broken or read-only disk means for a run, or for another verb."""
     place = f" at {error.filename!r}" if error.filename else ""
+    if not is_run:
+        return (
+            f"Nothing can be written{place}: {error.strerror}. Make room, or choose another "
+            "--output (for the cache: DOMAINSSL_CACHE); the same command goes on."
+        )
     return (
         f"Nothing can be written{place}: {error.strerror}. Make room, or choose another place "
         "with run_dir (for the cache: DOMAINSSL_CACHE); an interrupted run goes on with "

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, DataError, unwritable
 from domainssl.files import read_json, write_json
 
 __all__ = [
@@ -187,14 +187,12 @@ def make_folder(folder: Path, named: Path) -> None:
         named: What the message names: what the user gave.
 
     Raises:
-        DataError: It cannot be made.
+        StorageError: It cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"{named}: cannot be written ({error.strerror or error}). Choose another --output."
-        ) from error
+        raise unwritable(named, error) from error
 
 
 def parquet_path(output: Path) -> Path:

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, unwritable
 from domainssl.files import PART, read_json, write_json, write_whole
 from domainssl.inference.dense import DenseOptions
 from domainssl.inference.finished import plain_request, tell_lost
@@ -149,7 +149,7 @@ class PartedTable(ABC):
 
         Raises:
             ConfigError: A table of something else lies there, complete or not.
-            DataError: Nothing can be written there.
+            StorageError: Nothing can be written there.
         """
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -177,10 +177,7 @@ class PartedTable(ABC):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "request.json", self._request)
         except OSError as error:
-            raise DataError(
-                f"{self.target}: cannot be written ({error.strerror or error}). Choose another "
-                "--output."
-            ) from error
+            raise unwritable(self.target, error) from error
 
     def release(self) -> None:
         """Remove the folder of parts once the table is there, and all that can be read in it."""
@@ -254,7 +251,4 @@ class PartedTable(ABC):
             left_out = {n: why for part in self._kept("json") for n, why in part.items()}
             write_json(self._record, self._request | ({"left_out": left_out} if left_out else {}))
         except OSError as error:
-            raise DataError(
-                f"{self.target}: cannot be written ({error.strerror or error}). Make room; the "
-                "same command goes on."
-            ) from error
+            raise unwritable(self.target, error) from error

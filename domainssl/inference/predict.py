@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, DataError, unwritable
 from domainssl.files import PART, read_json, write_json
 from domainssl.inference.outputs import read_record
 from domainssl.inference.sliding import Slabs
@@ -192,7 +192,7 @@ def _reserve(path: Path, size: int) -> None:
     """Make a file of zeros that has its place on the disk: a full one ends whoever writes to a map.
 
     Raises:
-        DataError: There is no place.
+        StorageError: There is no place.
     """
     try:
         with path.open("wb") as file:
@@ -204,11 +204,7 @@ def _reserve(path: Path, size: int) -> None:
             return  # the file system promises no place
         with suppress(OSError):
             path.unlink()
-        raise DataError(
-            f"{path.parent}: {size / 1e6:,.1f} MB for a map cannot be written "
-            f"({error.strerror or error}). Make room, or choose another --output; the same command "
-            "goes on from there."
-        ) from error
+        raise unwritable(f"{path.parent}: {size / 1e6:,.1f} MB for a map", error) from error
 
 
 class LabelMap(_GridFile):

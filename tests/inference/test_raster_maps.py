@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from domainssl.backbones.vit import ViTBackbone
-from domainssl.errors import DataError
+from domainssl.errors import DataError, StorageError
 from domainssl.inference.map_preview import class_colours, write_class_preview
 from domainssl.inference.predict import PredictOptions
 from domainssl.inference.raster_maps import RasterPrediction, find_scenes
+from domainssl.inference.run import embed
 from domainssl.inference.scenes import SceneOptions
 from domainssl.io.raster.class_map import MapPlace, write_class_map
 from domainssl.pieces import Plan, build
@@ -62,14 +63,16 @@ def pixels(shape: tuple[int, int] = (70, 45)) -> np.ndarray:
     return np.stack([first, first + 1]).astype(np.uint16)
 
 
-def predicted(path: Path, folder: Path, **options: Any) -> RasterPrediction:
+def predicted(
+    path: Path, folder: Path, *, plan: Plan = Plan(jobs=0), **options: Any
+) -> RasterPrediction:
     task = Thresholds()
     work = RasterPrediction(
         folder=folder, scenes=find_scenes(str(path), task.backbone, SceneOptions()), task=task,
         options=PredictOptions(**options),
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
-    build(work, Plan(jobs=0), noun="scenes")
+    build(work, plan, noun="scenes")
     return work
 
 
@@ -139,6 +142,25 @@ def test_damaged_scenes_are_left_out_where_that_is_asked_for(tmp_path: Path) -> 
     assert found.name == "a" and list(left_out) == ["b"] and "b.tif" in left_out["b"]
     with pytest.raises(DataError, match="b.tif"):
         find_scenes(str(tmp_path / "b.tif"), backbone, SceneOptions(), {})
+
+
+def test_a_full_disk_is_no_bad_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --skip_bad the map was left out as a damaged GeoTIFF, one scene after the other."""
+    path = scene(tmp_path / "tile.tif", pixels((20, 20)))
+    embedded = ViTBackbone(
+        {"s2": {"kind": "image", "channels": ("B02", "B03"), "value_unit": "dn", "size": (8, 8)}},
+        {"width": 8, "depth": 1, "heads": 1}, 4, normalization="identity",
+    )  # fmt: skip
+
+    def full(*args: object, **more: object) -> None:
+        raise rasterio.errors.RasterioIOError("No space left on device")
+
+    monkeypatch.setattr("rasterio.shutil.copy", full)
+    said = r"cannot be written \(No space left on device\)\. Make room, or choose another --output"
+    with pytest.raises(StorageError, match=said):
+        predicted(path, tmp_path / "out", plan=Plan(jobs=0, skip_bad=True))
+    with pytest.raises(StorageError, match=said):
+        embed(embedded, path, tmp_path / "e.tif", plan=Plan(jobs=0, skip_bad=True))
 
 
 def test_scenes_lie_in_folders_below(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from scan_files import lps_lines, oblique, write_nifti, write_nrrd
 from torch import Tensor
 
 from domainssl.backbones.vit import ViTBackbone
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, DataError, StorageError
 from domainssl.inference.predict import PredictOptions, claim_folder
 from domainssl.inference.volume_maps import VolumePrediction, find_volumes, volume_input
 from domainssl.io.volume.facts import reading_of_words
@@ -178,7 +178,7 @@ def test_a_full_disk_is_said_before_a_map_is_begun(
 
     path = write_nifti(tmp_path / "scan.nii", blob((8, 8, 8)))
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DataError, match=r"0\.0 MB for a map.*No space left on device\)"):
+    with pytest.raises(StorageError, match=r"0\.0 MB for a map.*No space left on device\)"):
         predicted(Thresholds("ct"), path, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == []
 

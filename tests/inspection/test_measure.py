@@ -16,7 +16,7 @@ import pytest
 import yaml
 from ssl4eo_files import DATES, SIDE, write_split
 
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError, DataError, StorageError
 from domainssl.inspection import statistics as module
 from domainssl.inspection.blank import blank_items
 from domainssl.inspection.moments import Counts, Grid, Moments, Relative
@@ -267,7 +267,7 @@ def test_full_disk_is_an_error_and_leaves_the_last_state(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(DataError, match=r"No space left on device.*another --output"):
+    with pytest.raises(StorageError, match=r"No space left on device.*another --output"):
         measure(OfCatalogue(catalogue), output, Plan(jobs=0))
     assert (tmp_path / "stats.yaml.partial").read_bytes() == before
     assert os.listdir(tmp_path) == ["stats.yaml.partial"]

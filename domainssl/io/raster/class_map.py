@@ -13,7 +13,7 @@ import numpy as np
 
 from domainssl.errors import require
 from domainssl.files import PART, write_whole
-from domainssl.io.raster.gdal import reading
+from domainssl.io.raster.gdal import writing
 
 __all__ = ["MapPlace", "write_class_map", "write_number_map"]
 
@@ -107,7 +107,7 @@ def _write(
         "nodata": nodata, "transform": transform, "bigtiff": "if_safer",
     }  # fmt: skip
     try:
-        with reading(str(path)):
+        with writing(path):
             with rasterio.open(plain, "w", **facts) as file:
                 file.descriptions = tuple(bands)
                 if tags:

@@ -12,6 +12,7 @@ import numpy as np
 
 from domainssl.errors import DataError, require
 from domainssl.files import PART
+from domainssl.io.raster.gdal import writing
 from domainssl.io.raster.geozarr import INT8_NODATA, VectorLayout, VectorStore
 
 __all__ = ["CogWriter"]
@@ -30,7 +31,7 @@ class CogWriter:
         """Write `target`, and with int8 the scales as `<name>_scale.tif`, complete or not at all.
 
         Raises:
-            DataError: It cannot be written.
+            StorageError: It cannot be written.
         """
         if layout.dim > _MOST_BANDS:
             raise DataError(f"{target}: {layout.dim} features, TIFF has at most {_MOST_BANDS}.")
@@ -58,23 +59,20 @@ def _write(stored: Any, layout: VectorLayout, target: Path, bands: list[str], no
         "interleave": "pixel",
     }  # fmt: skip
     try:
-        with rasterio.open(plain, "w", **profile) as file:
-            for top in range(0, height, layout.shard[0]):
-                rows = min(layout.shard[0], height - top)
-                values = np.asarray(stored[..., top : top + rows, :])
-                values = values.reshape(len(bands), rows, width).astype(dtype)
-                file.write(values, window=rasterio.windows.Window(0, top, width, rows))
-            file.descriptions = tuple(bands)
-        with rasterio.Env(GDAL_CACHEMAX=256):
-            copying.copy(
-                plain, hidden, driver="COG", BLOCKSIZE=_BLOCK, COMPRESS="ZSTD",
-                OVERVIEWS="NONE", BIGTIFF="IF_SAFER",
-            )  # fmt: skip
+        with writing(target):
+            with rasterio.open(plain, "w", **profile) as file:
+                for top in range(0, height, layout.shard[0]):
+                    rows = min(layout.shard[0], height - top)
+                    values = np.asarray(stored[..., top : top + rows, :])
+                    values = values.reshape(len(bands), rows, width).astype(dtype)
+                    file.write(values, window=rasterio.windows.Window(0, top, width, rows))
+                file.descriptions = tuple(bands)
+            with rasterio.Env(GDAL_CACHEMAX=256):
+                copying.copy(
+                    plain, hidden, driver="COG", BLOCKSIZE=_BLOCK, COMPRESS="ZSTD",
+                    OVERVIEWS="NONE", BIGTIFF="IF_SAFER",
+                )  # fmt: skip
         os.replace(hidden, target)
-    except (OSError, rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
-        raise DataError(
-            f"{target}: cannot be written ({error}). Make room, or choose another --output."
-        ) from error
     finally:
         for path in (plain, hidden):
             with suppress(OSError):

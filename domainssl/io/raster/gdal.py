@@ -8,13 +8,15 @@ driver is let near a file of the user, and what lies beside it under GDAL's own 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from domainssl.errors import DataError, parsing, require
+from domainssl.errors import DataError, parsing, require, unwritable
 from domainssl.files import open_regular
 from domainssl.io.storage.handles import names_in
 
-__all__ = ["open_raster", "reading"]
+__all__ = ["open_raster", "reading", "writing"]
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BESIDE = (".ovr", ".msk", ".msk.ovr", ".ovr.msk", ".msk.msk", ".ovr.ovr")
@@ -28,6 +30,20 @@ def reading(path: object) -> Any:
         f"{path}: the GeoTIFF",
         also=(rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError),
     )
+
+
+@contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Turn failures of GDAL to write into errors that name the file: no fault of the input.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    rasterio = require("rasterio", "geo")
+    try:
+        yield
+    except (OSError, rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
+        raise unwritable(path, error) from error
 
 
 def open_raster(path: str | os.PathLike[str]) -> Any:

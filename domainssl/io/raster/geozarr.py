@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from domainssl.errors import DataError, require
+from domainssl.errors import DataError, require, unwritable
 
 __all__ = ["INT8_NODATA", "Dtype", "VectorLayout", "VectorStore", "quantize"]
 
@@ -133,7 +133,7 @@ class VectorStore:
         """Write everything but the vectors.
 
         Raises:
-            DataError: It cannot be written.
+            StorageError: It cannot be written.
         """
         zarr = require("zarr", "geo")
         attributes: dict[str, Any] = {
@@ -165,10 +165,7 @@ class VectorStore:
                 warnings.filterwarnings("ignore", ".*", category=zarr.errors.ZarrUserWarning)
                 zarr.consolidate_metadata(str(self.path), zarr_format=3)
         except OSError as error:
-            raise DataError(
-                f"{self.path}: cannot be written ({error.strerror or error}). Choose another "
-                "--output."
-            ) from error
+            raise unwritable(self.path, error) from error
         self._group = None
 
     def _vectors(self, group: Any, layout: VectorLayout, mapping: Mapping[str, Any]) -> None:
@@ -213,7 +210,7 @@ class VectorStore:
             values: float (E, *cells), NaN where not valid.
 
         Raises:
-            DataError: They cannot be written.
+            StorageError: They cannot be written.
         """
         group = self.group
         try:
@@ -224,10 +221,7 @@ class VectorStore:
                 stored = values.astype(group["embedding"].dtype)
             group["embedding"][(slice(None), *box)] = stored
         except OSError as error:
-            raise DataError(
-                f"{self.path}: cannot be written ({error.strerror or error}). Make room; the same "
-                "command goes on."
-            ) from error
+            raise unwritable(self.path, error) from error
 
     def read(self, box: Sequence[slice]) -> Array:
         """Return vectors as float32 (E, *cells), NaN where not valid; int8 scaled back."""

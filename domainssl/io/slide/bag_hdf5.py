@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, parsing, require
+from domainssl.errors import DataError, parsing, require, unwritable
 from domainssl.files import PART, open_regular
 from domainssl.io.slide.bag import Bag
 from domainssl.io.storage.hdf5 import attributes, dataset, open_hdf5
@@ -375,8 +375,6 @@ def _hidden(path: Path) -> Iterator[Path]:
         yield hidden
         os.replace(hidden, path)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}). Choose another output."
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         hidden.unlink(missing_ok=True)

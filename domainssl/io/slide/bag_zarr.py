@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, parsing, require
+from domainssl.errors import DataError, parsing, require, unwritable
 from domainssl.files import PART
 from domainssl.io.raster.geozarr import quantize
 from domainssl.io.raster.zarr3 import open_v3, v3_members
@@ -48,7 +48,7 @@ def write_zarr(root: Path, bag: Bag, dtype: str | None = None) -> Path:
         dtype: Of the features; None takes `stored_type`.
 
     Raises:
-        DataError: It cannot be written.
+        StorageError: It cannot be written.
     """
     zarr = require("zarr", "pathology")
     target = root / f"{bag.slide}.zarr"
@@ -82,9 +82,7 @@ def write_zarr(root: Path, bag: Bag, dtype: str | None = None) -> Path:
             shutil.rmtree(target)
         os.rename(hidden, target)
     except OSError as error:
-        raise DataError(
-            f"{target}: cannot be written ({error.strerror or error}). Choose another output."
-        ) from error
+        raise unwritable(target, error) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return target

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import ConfigError, DataError, StorageError, require
+from domainssl.errors import ConfigError, DataError, require, unwritable
 from domainssl.files import read_json, remove_parts, write_json, write_whole
 from domainssl.io.ids import ids_of
 from domainssl.io.slide.grid import MIN_REGION, MIN_TISSUE, TileGrid, plan_grid
@@ -115,7 +115,7 @@ class SlideTiling:
                     self._mark(key).unlink(missing_ok=True)
             write_json(path, {"options": wanted, "layout": "domainssl tile, version 1"})
         except OSError as error:
-            raise _unwritable(self.folder, error) from error
+            raise unwritable(error.filename or self.folder, error) from error
 
     def is_ready(self, key: str) -> bool:
         """Tell whether the grid of a slide is there, made from its files as they are."""
@@ -171,7 +171,7 @@ class SlideTiling:
             try:
                 self._write(key, slide, grid, tissue, files)
             except OSError as error:
-                raise _unwritable(self.folder, error) from error
+                raise unwritable(error.filename or self.folder, error) from error
 
     def described(self, key: str) -> dict[str, Any]:
         """Return what was written about a slide.
@@ -290,10 +290,3 @@ def _coordinates(key: str, slide: Slide, grid: TileGrid) -> bytes:
 
 def _short(value: float) -> float | int:
     return round(value) if abs(value - round(value)) < 1e-9 else value
-
-
-def _unwritable(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"{error.filename or path}: cannot be written ({error.strerror or error}). Choose another "
-        "--output."
-    )

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from domainssl.errors import DataError, require
+from domainssl.errors import require, unwritable
 from domainssl.files import PART
 from domainssl.io.raster.geozarr import VectorLayout, VectorStore
 
@@ -34,7 +34,7 @@ class NiftiWriter:
         written as float32.
 
         Raises:
-            DataError: It cannot be written.
+            StorageError: It cannot be written.
         """
         group = store.group
         if layout.dtype == "int8":
@@ -77,9 +77,7 @@ def _write(stored: Any, layout: VectorLayout, target: Path) -> None:
                     file.write(volume.tobytes(order="F"))
         os.replace(hidden, target)
     except OSError as error:
-        raise DataError(
-            f"{target}: cannot be written ({error.strerror or error}). Choose another --output."
-        ) from error
+        raise unwritable(target, error) from error
     finally:
         with suppress(OSError):
             hidden.unlink()
