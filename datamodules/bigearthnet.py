@@ -102,7 +102,9 @@ class BigEarthNetV2:
                 raise DataError(f"{path}: patch {patch} has the class {odd[0]!r}, none of the 19.")
             self._rows.append((str(patch), str(radar), tuple(numbers[name] for name in labels)))
         if not self._rows:
-            raise DataError(f"{path}: names no patch of the split {_SPLITS[split]!r}.")
+            there = sorted({str(part) for part in table["split"]})
+            others = "" if _SPLITS[split] in there else f" It has {', '.join(there[:5]) or 'none'}."
+            raise DataError(f"{path}: names no patch of the split {_SPLITS[split]!r}.{others}")
         self._must_be_there("BigEarthNet-S2", [(_tile(p), p) for p, _, _ in self._rows], path)
         self._must_be_there("BigEarthNet-S1", [(_scene(r), r) for _, r, _ in self._rows], path)
 
@@ -134,12 +136,12 @@ class BigEarthNetV2:
         folder = os.path.join(self.root, "BigEarthNet-S2", tile, patch)
         bands = [
             repeated(read_patch(os.path.join(folder, f"{patch}_{band}.tif"), 1,
-                                _NATIVE.get(band, 60)), _SIDE)
+                                _NATIVE.get(band, 60), "dn"), _SIDE)
             for band in PRODUCTS["S2L2A"].bands
         ]  # fmt: skip
         folder = os.path.join(self.root, "BigEarthNet-S1", scene, radar)
         echoes = [
-            read_patch(os.path.join(folder, f"{radar}_{band}.tif"), 1, _SIDE)
+            read_patch(os.path.join(folder, f"{radar}_{band}.tif"), 1, _SIDE, "db")
             for band in PRODUCTS["S1GRD"].bands
         ]
         label = np.zeros(len(self.classes), np.int64)

@@ -84,9 +84,9 @@ class DFC2020:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `s1`, `s2`, `mask`, `label` and `id` of a patch."""
 
-        def read(kind: str, bands: int) -> np.ndarray[Any, Any]:
+        def read(kind: str, bands: int, unit: str) -> np.ndarray[Any, Any]:
             name = f"{self._stems[index].format(kind)}.tif"
-            return read_patch(os.path.join(self.folder, f"{kind}_0", name), bands, _SIDE)
+            return read_patch(os.path.join(self.folder, f"{kind}_0", name), bands, _SIDE, unit)
 
         name = f"{self._stems[index].format('dfc')}.tif"
         stored = read_map(os.path.join(self.folder, "dfc_0", name), _SIDE)
@@ -98,8 +98,8 @@ class DFC2020:
         counts = np.bincount(mask[mask >= 0], minlength=len(self.classes))
         return {
             "id": self._stems[index].format("s1"),
-            "s1": measured_or_nan(read("s1", 2), "db"),
-            "s2": measured_or_nan(read("s2", 13), "dn"),
+            "s1": measured_or_nan(read("s1", 2, "db"), "db"),
+            "s2": measured_or_nan(read("s2", 13, "dn"), "dn"),
             "mask": mask,
             "label": int(counts.argmax()) if counts.any() else -1,
         }

@@ -124,14 +124,15 @@ class EuroSATSAR:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `s1`, `s2` where there is EuroSAT, `label` and `id` of a patch."""
         folder, file, label = self._rows[index]
-        radar = read_patch(os.path.join(self.root, folder, file), 2, _SIDE)
+        radar = read_patch(os.path.join(self.root, folder, file), 2, _SIDE, "db")
         item: dict[str, Any] = {
             "id": os.path.splitext(file)[0],
             "s1": measured_or_nan(radar, "db"),
             "label": label,
         }
         if self.optical is not None:
-            values = read_patch(os.path.join(self.optical, folder, file), len(_STORED), _SIDE)
+            path = os.path.join(self.optical, folder, file)
+            values = read_patch(path, len(_STORED), _SIDE, "dn")
             order = [_STORED.index(band) for band in L1C_BANDS]
             item["s2"] = measured_or_nan(values[order], "dn")
         return item

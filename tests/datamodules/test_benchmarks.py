@@ -183,6 +183,10 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     data = _data(root, "bigearthnet.BigEarthNetV2")
     with pytest.raises(DataError, match=r"_B02\.tif"):
         data.source("train").load(Piece(0, 0, 1), 0)
+    patch.unlink()
+    tif(patch, np.full((1, 120, 120), 200, np.uint8))
+    with pytest.raises(DataError, match=r"_B02\.tif: numbers of one byte, as previews .*digital"):
+        BigEarthNetV2(str(root))[0]
     (tmp_path / "FLAIR-HUB_TRAIN.csv").write_text(
         f"patch_id;AERIAL_RGBI\n{FLAIR};../../D012_AERIAL_RGBI/../../../etc/x.tif\n"
     )

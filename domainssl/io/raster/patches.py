@@ -14,16 +14,18 @@ from domainssl.missing import beyond, tell
 __all__ = ["folders_in", "measured_or_nan", "read_map", "read_patch", "repeated"]
 
 Array = np.ndarray[Any, Any]
+_UNITS = {"dn": "digital numbers (0 to 10000 and more)", "db": "decibels"}
 _LARGEST = 2**26  # numbers in a patch
 
 
-def read_patch(path: str, bands: int | None, side: int) -> Array:
+def read_patch(path: str, bands: int | None, side: int, unit: str = "") -> Array:
     """Read a patch as stored.
 
     Args:
         path: The file.
         bands: How many it has; None for any number.
         side: Rows and columns.
+        unit: `dn` or `db` where that is what the publisher's file holds, which bytes cannot.
 
     Returns:
         (C, side, side); NaN for what the file calls nodata, where it holds floats.
@@ -38,6 +40,11 @@ def read_patch(path: str, bands: int | None, side: int) -> Array:
             raise DataError(f"{path}: got the shape {shape}, expected {expected}.")
         if any(np.dtype(kind).kind not in "iuf" for kind in file.dtypes):
             raise DataError(f"{path}: holds {file.dtypes[0]}, expected real numbers.")
+        if unit and any(np.dtype(kind).itemsize == 1 for kind in file.dtypes):
+            raise DataError(
+                f"{path}: numbers of one byte, as previews and copies scaled to 8 bit have them; "
+                f"expected {_UNITS[unit]}. Take the publisher's files."
+            )
         values: Array = file.read()
         for band, nodata in zip(values, file.nodatavals, strict=True):
             if values.dtype.kind == "f" and nodata is not None:
