@@ -112,7 +112,7 @@ def find_inputs(
     if is_item(path):
         if "://" not in path and not os.path.exists(path):
             raise DataError(f"{path}: nothing lies there. Check the path.")
-        return [Found(stem(path), path)]
+        return [Found(file_name(stem(path)), path)]
     if not os.path.isdir(path):
         reason = "is none of these" if os.path.exists(path) else "nothing lies there"
         if os.path.exists(path) and is_item is is_raster and other_format(path):
@@ -165,7 +165,7 @@ def examples(folder: str) -> str:
 
 def _named(relative: str) -> str:
     folder, name = os.path.split(relative)
-    return "__".join([*filter(None, folder.split(os.sep)), stem(name)])
+    return file_name(os.sep.join([*filter(None, folder.split(os.sep)), stem(name)]))
 
 
 def read_manifest(path: str, modalities: Sequence[str]) -> list[Found]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from domainssl.errors import ConfigError, DataError, unwritable
 from domainssl.files import read_json, write_json
+from domainssl.io.ids import as_utf8
 
 __all__ = [
     "beside",
@@ -46,7 +47,7 @@ def beside(output: Path, ending: str) -> Path:
 
 def file_name(item: str) -> str:
     """Return the id of an item as the name of one file."""
-    return item.replace("/", "__").replace(os.sep, "__")
+    return as_utf8(item).replace("/", "__").replace(os.sep, "__")
 
 
 def encoder_name(backbone: str) -> str:

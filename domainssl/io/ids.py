@@ -20,12 +20,22 @@ from domainssl.cache import cache_dir
 from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.files import new_file, open_regular
 
-__all__ = ["IDS", "KEY_VARIABLE", "id_key", "ids_of", "is_hashed", "write_ids", "write_table"]
+__all__ = [
+    "IDS",
+    "KEY_VARIABLE",
+    "as_utf8",
+    "id_key",
+    "ids_of",
+    "is_hashed",
+    "write_ids",
+    "write_table",
+]
 
 IDS = ("hashed", "plain")
 KEY_VARIABLE = "DOMAINSSL_ID_KEY"
 _FILE = "id.key"
 _LEAST = 16  # characters of a key
+_SURROGATE = re.compile("[\udc80-\udcff]")  # how Python holds such a byte
 _DIGITS = 16  # of an id: 64 bit
 
 
@@ -104,10 +114,15 @@ def ids_of(names: Iterable[str], mode: str) -> Sequence[str]:
             f"{nearest(mode, IDS)}"
         )
     if mode == "plain":
-        return list(names)
+        return [as_utf8(name) for name in names]
     key = id_key()
     coded = (name.encode("utf-8", "surrogateescape") for name in names)  # any name of a file
     return [hmac.new(key, name, hashlib.sha256).hexdigest()[:_DIGITS] for name in coded]
+
+
+def as_utf8(name: str) -> str:
+    """Return the name of a file with bytes that are no UTF-8 as `%FF`: tables cannot hold them."""
+    return _SURROGATE.sub(lambda found: f"%{ord(found[0]) - 0xDC00:02X}", name)
 
 
 def is_hashed(name: str) -> bool:

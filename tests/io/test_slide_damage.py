@@ -193,3 +193,13 @@ def test_planes_in_other_files_are_never_opened(tmp_path: Path) -> None:
         assert "a.ome.tif" in str(error)
     else:
         assert not (values == 99).any()
+
+
+def test_a_header_that_states_more_than_it_has_tiles_for_is_refused(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "a.tif", [RGB])  # OpenSlide: one tile, the rest transparent
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        page = file.pages[0]
+        assert isinstance(page, tifffile.TiffPage)
+        page.tags["ImageWidth"].overwrite(20_000)
+    with pytest.raises(DataError, match=r"states 20000 x 128 pixels, but has places for 6 of 626"):
+        Slide(path).read(0, 0, 64, 0.5)

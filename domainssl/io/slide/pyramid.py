@@ -158,6 +158,7 @@ def _candidate(path: str) -> _Candidate:
         return _Candidate(path=path, is_tiff=False, has_levels_inside=False, is_plain_rgb=False)
     with opened(path) as tiff, parsing(f"{path}: the first page"):
         page = tiff.pages[0]
+        _check_places(path, page)
         is_eight = getattr(page.dtype, "name", None) == "uint8"
         return _Candidate(
             path=path,
@@ -169,6 +170,23 @@ def _candidate(path: str) -> _Candidate:
             and all(int(kind) in (1, 2) for kind in page.extrasamples or ())  # else taken for alpha
             and int(page.compression) in _OPENSLIDE
             and orientation_of(page) == 1,  # else it turns every tile by itself
+        )
+
+
+def _check_places(path: str, page: Any) -> None:
+    """Refuse a TIFF that lists fewer tiles than its size takes: OpenSlide makes up the others.
+
+    Raises:
+        DataError: It does.
+    """
+    if not page.is_tiled or int(page.planarconfig) != 1:
+        return
+    across, down = page.imagewidth / page.tilewidth, page.imagelength / page.tilelength
+    wanted, found = math.ceil(across) * math.ceil(down), len(page.dataoffsets)
+    if 0 < found < wanted:
+        raise DataError(
+            f"{path}: states {page.imagewidth} x {page.imagelength} pixels, but has places for "
+            f"{found} of {wanted} tiles. The header is damaged; get the file again."
         )
 
 
