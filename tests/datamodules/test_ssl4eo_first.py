@@ -60,6 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 _tif(root / "s2a" / name / f"{time}_{time}_T44RKT" / f"{short}.tif", values,
                      2640 / side)  # fmt: skip
     (root / "s1" / "0000009").mkdir()
+    (root / "s1" / "0000000" / ".ipynb_checkpoints").mkdir()  # is no date
     return root
 
 
@@ -113,6 +114,7 @@ def _packed(root: Path, samples: list[bytes]) -> Path:
     with lmdb.open(str(root), map_size=2**26) as env, env.begin(write=True) as transaction:
         for number, sample in enumerate(samples):
             transaction.put(str(number).encode(), sample)
+        transaction.put(b"__len__", b"2")  # as many tools add it
     return root
 
 

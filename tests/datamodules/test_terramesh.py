@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -174,6 +175,8 @@ def test_products_members_and_shards_may_be_missing(tmp_path: Path) -> None:
     _shard(tmp_path, "majortom_shard_000001", "S1RTC", ["a", "b"])
     _shard(tmp_path, "majortom_shard_000001", "DEM", ["b", "c"])
     _shard(tmp_path, "ssl4eos12_shard_000002", "S1GRD", ["d"])
+    with tarfile.open(tmp_path / "train/S1RTC/majortom_shard_000001.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("._a.zarr.zip"))  # as tar of macOS adds them
     data = _data(tmp_path, {"s1": "S1RTC", "grd": "S1GRD", "dem": "DEM"}, **SMALL)
     source = data.source("train")
     assert source.sizes == [3, 1]
@@ -214,6 +217,10 @@ def test_what_is_not_terramesh_is_refused(tmp_path: Path) -> None:
         _data(tmp_path, {"s1": "S1RTC", "dem": "DEM"}, **SMALL)
     _shard(tmp_path, "majortom_shard_000001", "DEM", ["a", "a"])
     with pytest.raises(DataError, match="holds the key 'a' twice"):
+        _data(tmp_path, {"s1": "S1RTC", "dem": "DEM"}, **SMALL)
+    path = tmp_path / "train" / "DEM" / "majortom_shard_000001.tar"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(DataError, match=r"0001\.tar: compressed by gzip.*Unpack it once into a"):
         _data(tmp_path, {"s1": "S1RTC", "dem": "DEM"}, **SMALL)
     (tmp_path / "train" / "DEM" / "majortom_shard_000001.tar").write_bytes(b"no tar" * 99)
     with pytest.raises(DataError, match="not a complete tar"):

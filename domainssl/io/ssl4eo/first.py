@@ -66,6 +66,7 @@ _SCALED = {
          51.15, 1336.10, 1136.54),
     ),
 }  # fmt: skip
+_NO_SAMPLES = (b"__len__", b"__keys__")
 _WHERE = "data.init_args.storage_options.lmdb"
 _LMDB = HandlePool(limit=8)
 
@@ -220,8 +221,8 @@ def load_folders(
 
 def _acquisitions(folder: str) -> list[tuple[np.datetime64, str]]:
     """Return time and folder of each date, in the order of time, whatever the satellite."""
-    names = [n for n in sorted(os.listdir(folder)) if os.path.isdir(join(folder, n))] \
-        if os.path.isdir(folder) else []  # fmt: skip
+    there = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = [n for n in there if not n.startswith(".") and os.path.isdir(join(folder, n))]
     times = product_time(names) if names else np.empty(0, "datetime64[s]")
     if len(names) != _DATES or np.isnat(times).any():
         raise DataError(
@@ -313,7 +314,8 @@ class _Store:
     def __init__(self, path: str) -> None:
         self.path = path
         self._file = LmdbFile(join(path, "data.mdb") if os.path.isdir(path) else path)
-        self.count = self._file.entries
+        # tools that pack data sets add how many there are, and their keys
+        self.count = self._file.entries - sum(self._file.get(k) is not None for k in _NO_SAMPLES)
 
     def get(self, key: str) -> bytes:
         found = self._file.get(key.encode())

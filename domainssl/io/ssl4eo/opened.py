@@ -105,7 +105,12 @@ def _look(paths: Sequence[str], *, is_zip: bool, has_shape: bool) -> list[Seen |
 
 
 def _members(path: str, options: Mapping[str, Any]) -> list[Member]:
-    return [entry for entry in tar_index(path, options) if entry.key.endswith(".zarr.zip")]
+    return [
+        entry
+        for entry in tar_index(path, options)
+        # `._` files are what tar of macOS adds
+        if entry.key.endswith(".zarr.zip") and not os.path.basename(entry.key).startswith(".")
+    ]
 
 
 def _shape(path: str, is_zip: bool, options: Mapping[str, Any]) -> tuple[int, int, int, int]:

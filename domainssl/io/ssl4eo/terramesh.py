@@ -81,7 +81,8 @@ def scan_terramesh(
     if not names:
         raise DataError(
             f"data.root: {join(root, split)!r} holds no .tar in {', '.join(products.values())}. "
-            "TerraMesh is <root>/<split>/<product>/*_shard_*.tar; do not unpack the shards."
+            "TerraMesh is <root>/<split>/<product>/*_shard_*.tar; do not unpack the shards, but "
+            "their compression if they have one (.tar.gz)."
         )
 
     opened = OpenedFiles(folders, RELEASE, options)

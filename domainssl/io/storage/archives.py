@@ -233,6 +233,9 @@ class FolderStore:
 _TAR_INDEX = HandlePool(limit=4096)
 
 
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
 def tar_index(path: str, options: Options | None = None) -> tuple[Member, ...]:
     """Return the files of an uncompressed tar in order, found by a scan of its headers.
 
@@ -244,9 +247,25 @@ def tar_index(path: str, options: Options | None = None) -> tuple[Member, ...]:
     return cast(tuple[Member, ...], _TAR_INDEX.get(stamp(path), lambda: _scan_tar(path, options)))
 
 
+def _refuse_compressed(start: bytes, path: str) -> None:
+    """Refuse a tar that begins as a compressed file, of which parts cannot be read alone.
+
+    Raises:
+        DataError: It does.
+    """
+    kind = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), None)
+    if kind is not None:
+        raise DataError(
+            f"{path}: compressed by {kind}, so its members cannot be read where they lie. Unpack "
+            f"it once into a plain tar, such as with `{kind} -d`."
+        )
+
+
 def _scan_tar(path: str, options: Options | None) -> tuple[Member, ...]:
     members = []
     with open_file(path, options) as file:
+        _refuse_compressed(file.read(6), path)
+        file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
