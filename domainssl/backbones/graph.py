@@ -8,6 +8,7 @@ What is written has been run beside the backbone before it gets its name.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -283,7 +284,7 @@ def _trace(
     example = plausible_values(graph.backbone, chosen, sizes, _BATCHES[0])
     program = torch.export.export(graph, example, dynamic_shapes=(tuple(axes),), strict=False)
     if format == "torch_export":
-        torch.export.save(program, path)
+        _save_program(program, path)
         loaded = torch.export.load(path).module()
         return lambda values: list(loaded(*values))
     outputs = graph.outputs
@@ -301,6 +302,13 @@ def _trace(
         return [torch.from_numpy(found) for found in session.run(outputs, feeds)]
 
     return run
+
+
+def _save_program(program: Any, path: Path) -> None:
+    """Write a program; torch's own writer of files ends the process on a full disk."""
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _slightly_larger(

@@ -16,7 +16,7 @@ from domainssl.backbones.base import Backbone
 from domainssl.backbones.croma import PUBLISHED_MODALITIES, CROMABackbone
 from domainssl.backbones.encoders.backbone import EncoderBackbone
 from domainssl.backbones.encoders.swin import SwinArchitecture
-from domainssl.backbones.graph import export_graph
+from domainssl.backbones.graph import _save_program, export_graph
 from domainssl.backbones.maestro.backbone import MAESTROBackbone
 from domainssl.backbones.maestro.inputs import MAESTROInput
 from domainssl.backbones.multi_contrast import MultiContrastBackbone
@@ -162,6 +162,15 @@ def test_what_has_no_graph_is_refused_with_the_way_out(tmp_path: Path) -> None:
     set_attention_path(flex, "flex")
     with pytest.raises(ConfigError, match=r"FlexAttention.*set_attention_path.*'fused'"):
         export_graph(flex, tmp_path)
+
+
+def test_a_program_on_a_full_disk_is_an_error_of_python(tmp_path: Path, monkeypatch) -> None:
+    """torch's writer of files called std::terminate, which no message can follow."""
+    monkeypatch.setattr("torch.export.save", lambda program, file: file.write(program))
+    _save_program(b"content", tmp_path / "a.pt2")
+    assert (tmp_path / "a.pt2").read_bytes() == b"content"
+    with pytest.raises(OSError, match="No space left on device"):
+        _save_program(b"content" * 10_000, Path("/dev/full"))
 
 
 @pytest.mark.slow
