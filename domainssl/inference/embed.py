@@ -185,6 +185,7 @@ class SlideEmbedding:
             features=features,
             coords=places.coords[kept],
             patch_size_level0=places.patch_size_level0,
+            aspect=places.aspect,
             overlap_level0=places.overlap_level0,
             patch_size=places.patch_size,
             mpp_um=places.mpp_um,

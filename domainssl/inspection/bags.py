@@ -139,7 +139,7 @@ def _described(path: str, bag: Bag, problems: list[str]) -> dict[str, Any]:
     if not len(bag):
         problems.append(f"{path}: no tile")
     apart = None if bag.coords is None or len(bag) < 2 else spacing_of(bag.coords)
-    if apart and bag.patch_size_level0 and apart != bag.step:
+    if apart and bag.aspect == 1 and bag.patch_size_level0 and apart != bag.step:
         problems.append(
             f"{path}: tiles of {bag.patch_size_level0} pixels of level 0 that overlap by "
             f"{bag.overlap_level0}, but neighbours lie {apart} apart: is the size that of another "

@@ -183,7 +183,8 @@ class SlideSource:
         top, left = row - before[0], column - before[1]
         if self.window.legacy_titan_grid:
             top, left = left, top
-        geo = {"origin": [x + left * grid.step, y + top * grid.step], "step": grid.step}
+        high = grid.step * grid.aspect
+        geo = {"origin": [x + left * grid.step, round(y + top * high)], "step": grid.step}
         places = np.indices(size).reshape(2, -1).T.astype(np.float32)
         return np.ascontiguousarray(values), seen[part].reshape(-1), places, geo
 

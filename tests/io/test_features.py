@@ -311,3 +311,21 @@ def test_no_path_of_a_machine_is_written_into_a_bag(tmp_path, layout):
     files = [*(tmp_path / "named_like_a_patient").rglob("*.h5")]
     assert len(files) == 2
     assert not any(b"named_like_a_patient" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("layout", ["trident", "zarr"])
+def test_tiles_of_pixels_that_are_not_square_lie_in_neighbouring_cells(tmp_path, layout):
+    flat = read_bag(trident(tmp_path / "flat"))
+    high = [(x, 2 * y) for x, y in flat.coords.tolist()]
+    facts = {**TRIDENT, "patch_size_level0_y": 2 * SIZE}  # as `tile` writes it
+    path = write(tmp_path / "high" / "slide.h5", high, attrs=facts)
+    bag = replace(read_bag(path), features=flat.features)
+    assert (bag.patch_size_level0, bag.aspect) == (SIZE, 2.0)
+    bag = read_bag(write_bag(tmp_path / "out", bag, layout))
+    for legacy in (False, True):
+        found, wanted = (to_grid(b, legacy_titan_grid=legacy) for b in (bag, flat))
+        np.testing.assert_array_equal(found.features, wanted.features)
+        assert found.origin == (wanted.origin[0], 2 * wanted.origin[1])
+    np.testing.assert_array_equal(places_of(bag)[0], places_of(flat)[0])
+    with pytest.raises(DataError, match="2 times as high as wide at level 0"):
+        write_bag(tmp_path / "clam", bag, "clam")

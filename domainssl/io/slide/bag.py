@@ -39,6 +39,7 @@ class Bag:
         coords: Top-left corner of every tile, (x, y) in pixels of level 0, int64 (N, 2); None
             where the file holds none.
         patch_size_level0: Side of a tile in pixels of level 0; None where it is not known.
+        aspect: Height of a tile at level 0 by its width; pixels need not be square.
         overlap_level0: Pixels of level 0 that neighbouring tiles share.
         patch_size: Side of a tile in the pixels that the encoder saw; None where unknown.
         mpp_um: Microns per pixel of the tiles; None where unknown.
@@ -55,6 +56,7 @@ class Bag:
     features: Array
     coords: Array | None
     patch_size_level0: int | None = None
+    aspect: float = 1.0
     overlap_level0: int = 0
     patch_size: int | None = None
     mpp_um: float | None = None
@@ -100,7 +102,7 @@ class Cells:
         columns: int64 (N,), from 0.
         shape: Rows R and columns C that hold all tiles.
         origin: (x, y) of the first cell in pixels of level 0.
-        step: Distance between cells in pixels of level 0.
+        step: Distance between cells in pixels of level 0, along x.
         off_lattice: Number of tiles more than a twentieth of a step away from it; they count to
             the cell that holds their corner.
     """
@@ -123,9 +125,10 @@ class FeatureGrid:
         occupied: bool (R, C), True where a tile with finite features is.
         counts: Tiles in every cell, int64 (R, C); their features were averaged.
         origin: (x, y) of the first cell in pixels of level 0.
-        step: Distance between cells in pixels of level 0.
+        step: Distance between cells in pixels of level 0, along x.
         off_lattice: See `Cells`.
         not_finite: Tiles left out because a feature of theirs is not finite.
+        aspect: Distance along y by that along x.
     """
 
     features: Array
@@ -135,6 +138,7 @@ class FeatureGrid:
     step: int
     off_lattice: int
     not_finite: int
+    aspect: float = 1.0
 
     @property
     def shared_cells(self) -> int:
@@ -149,8 +153,6 @@ def cells_of(bag: Bag) -> Cells:
         DataError: The bag says nothing about places, or is empty.
     """
     step = bag.step
-    coords = bag.coords
-    assert coords is not None  # `step` has looked
     if len(bag) == 0:
         raise DataError(f"{bag.path or bag.slide}: no tile, so there is no grid.")
     if step < 1 or bag.overlap_level0 < 0:
@@ -160,6 +162,7 @@ def cells_of(bag: Bag) -> Cells:
             "attributes."
         )
     _check_inside(bag)
+    coords = _squared(bag)
     phases, numbers = np.unique(coords % step, axis=0, return_counts=True)
     phase = phases[numbers.argmax()]
     origin = phase + (coords.min(0) - phase) // step * step
@@ -176,10 +179,18 @@ def cells_of(bag: Bag) -> Cells:
         rows=rows,
         columns=columns,
         shape=(int(rows.max()) + 1, int(columns.max()) + 1),
-        origin=(int(origin[0]), int(origin[1])),
+        origin=(int(origin[0]), round(int(origin[1]) * bag.aspect)),
         step=step,
         off_lattice=int(np.count_nonzero(~on_lattice)),
     )
+
+
+def _squared(bag: Bag) -> Array:
+    """Return x and y of every tile, (N, 2), y as if pixels were square."""
+    assert bag.coords is not None  # those who ask have looked
+    if bag.aspect == 1:
+        return bag.coords
+    return np.stack([bag.coords[:, 0], np.rint(bag.coords[:, 1] / bag.aspect)], 1).astype(np.int64)
 
 
 def places_of(bag: Bag) -> tuple[Array, tuple[int, int], int]:
@@ -202,7 +213,7 @@ def places_of(bag: Bag) -> tuple[Array, tuple[int, int], int]:
         bag = replace(bag, patch_size_level0=step, overlap_level0=0)
     cells = cells_of(bag)
     assert bag.coords is not None  # `cells_of` has looked
-    places = (bag.coords - np.array(cells.origin)) / cells.step
+    places = (bag.coords - np.array(cells.origin)) / (cells.step * np.array([1, bag.aspect]))
     return np.ascontiguousarray(places[:, ::-1], np.float32), cells.origin, cells.step
 
 
@@ -304,6 +315,7 @@ def to_grid(bag: Bag, *, legacy_titan_grid: bool = False) -> FeatureGrid:
         step=cells.step,
         off_lattice=cells.off_lattice,
         not_finite=int(np.count_nonzero(~finite)),
+        aspect=bag.aspect,
     )
 
 
@@ -331,8 +343,9 @@ def _legacy(bag: Bag) -> FeatureGrid:
     if len(bag) == 0:
         raise DataError(f"{bag.path or bag.slide}: no tile, so there is no grid.")
     _check_inside(bag)
-    origin = bag.coords.min(0)
-    along_x, along_y = ((bag.coords - origin) // step).T
+    coords = _squared(bag)
+    origin = coords.min(0)
+    along_x, along_y = ((coords - origin) // step).T
     shape = (int(along_x.max()) + 1, int(along_y.max()) + 1)
     everything = np.ones(len(bag), bool)
     sums, counts = _scatter(bag, along_x, along_y, shape, everything)
@@ -340,8 +353,9 @@ def _legacy(bag: Bag) -> FeatureGrid:
         features=sums,
         occupied=(sums != 0).any(0),
         counts=counts,
-        origin=(int(origin[0]), int(origin[1])),
+        origin=(int(origin[0]), round(int(origin[1]) * bag.aspect)),
         step=step,
         off_lattice=0,
         not_finite=int(np.count_nonzero(~np.isfinite(bag.features).all(1))),
+        aspect=bag.aspect,
     )

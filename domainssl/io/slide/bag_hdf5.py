@@ -28,6 +28,7 @@ Array = np.ndarray[Any, Any]
 _LIMIT = 2**33  # bytes of the features of one slide
 _FARTHEST = 2**40  # pixels of level 0; slides have up to some 2**18 in a row
 _NOMINAL_MPP = 10.0  # microns per pixel times magnification
+_HEIGHT = "patch_size_level0_y"  # of `tile`, where pixels are not square
 _DROPPED = {"patch_size_level0", "overlap"}
 
 
@@ -178,9 +179,11 @@ def _placed(
     scale = size0 / size if is_trident and size0 and size else 1.0
     target, level0 = (_number(facts.get(f"{n}_magnification")) for n in ("target", "level0"))
     sides = [_whole(facts.get(f"level0_{n}")) for n in ("width", "height")]
+    high = _whole(facts.get(_HEIGHT))
     return replace(
         bag,
         patch_size_level0=size0,
+        aspect=high / size0 if is_trident and high and size0 else 1.0,
         overlap_level0=round((_number(facts.get("overlap")) or 0) * scale) if is_trident else 0,
         patch_size=size,
         mpp_um=_NOMINAL_MPP / target if target else None,
@@ -271,6 +274,11 @@ def write_clam(root: Path, bag: Bag) -> Path:
     Tiles are said to lie on level 0 unless the bag came from CLAM: CLAM's attributes then count.
     """
     torch = require("torch", "pathology")
+    if bag.aspect != 1:
+        raise DataError(
+            f"{bag.path or bag.slide}: tiles are {bag.aspect:g} times as high as wide at level 0, "
+            "which CLAM's layout cannot state. Write trident or zarr."
+        )
     target = root / "h5_files" / f"{bag.slide}.h5"
     coords = _needed(bag)
     with _new_hdf5(target) as file:
@@ -318,6 +326,8 @@ def write_trident(root: Path, bag: Bag, dtype: str = "float32") -> Path:
         "level0_width": bag.level0_size[0] if bag.level0_size else None,
         "level0_height": bag.level0_size[1] if bag.level0_size else None,
     }
+    if bag.aspect != 1 and size0:
+        facts[_HEIGHT] = round(size0 * bag.aspect)
     if magnification and size:
         root = root / f"{_short(magnification)}x_{size}px_{overlap}px_overlap"
     encoder = bag.encoder or "unknown"

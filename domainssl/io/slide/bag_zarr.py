@@ -67,6 +67,7 @@ def write_zarr(root: Path, bag: Bag, dtype: str | None = None) -> Path:
         "format": FORMAT,
         "slide_id": bag.slide,
         "encoder_dim": bag.dim,
+        "aspect": bag.aspect,
         "level0_size": list(bag.level0_size) if bag.level0_size else None,
         "source": dict(bag.attributes),
     }
@@ -130,6 +131,7 @@ def read_zarr(path: Path) -> Bag:
             coords=coords,
             level0_size=(int(size[0]), int(size[1])) if size else None,
             layout="zarr",
+            aspect=float(facts.get("aspect", 1.0)),
             dtype=str(found.dtype),
             path=str(path),
             attributes=dict(facts.get("source") or {}),
