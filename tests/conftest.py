@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kept_samples import keep, restore
 from ledger import Ledger
 from real_data import REAL_DATA
 
@@ -30,15 +31,24 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Point DOMAINSSL_CACHE, here and in child processes, to a folder of this session."""
+    """Point DOMAINSSL_CACHE, here and in child processes, to a folder of this session.
+
+    Where suites run in several processes, it begins with the samples that an earlier one of the
+    same code has made.
+    """
     before = os.environ.get("DOMAINSSL_CACHE")
     base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # all workers together build a sample once
+    is_suite = "PYTEST_XDIST_WORKER" in os.environ
+    if is_suite:  # all workers together build a sample once
         base = base.parent
     folder = base / "cache"
     folder.mkdir(exist_ok=True)
     os.environ["DOMAINSSL_CACHE"] = str(folder)
+    if is_suite:
+        restore(folder)
     yield folder
+    if is_suite:
+        keep(folder)
     if before is None:
         del os.environ["DOMAINSSL_CACHE"]
     else:

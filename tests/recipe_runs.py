@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from pathlib import Path
-from tempfile import gettempdir
 
+import yaml
 from filelock import FileLock
+from kept_samples import kept_root
 
 import domainssl
+from domainssl import load_backbone, load_task
 from domainssl.cli import main
+from domainssl.cli.run.train import prepare
 from domainssl.evaluation.criteria import Criterion
 from domainssl.matrix.runs import Outcome, read_outcome, source_sha256
 
-__all__ = ["COVERED", "LEARN", "RECIPES", "assert_learned", "kept", "train"]
+__all__ = ["COVERED", "LEARN", "RECIPES", "assert_exports", "assert_learned", "kept", "train"]
 
 RECIPES = Path(domainssl.__file__).parent / "recipes"
 COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside test_recipes.py
@@ -50,7 +52,7 @@ def kept(name: str) -> Path:
     write into it. `DOMAINSSL_TEST_RUNS` names the folder that keeps runs.
     """
     recipe = RECIPES / f"{name}.yaml"
-    root = Path(os.environ.get("DOMAINSSL_TEST_RUNS", Path(gettempdir()) / "domainssl-test-runs"))
+    root = kept_root()
     text = recipe.read_bytes() + source_sha256().encode()
     folder = root / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +70,15 @@ def _clear(root: Path, name: str) -> None:
     for old in root.glob(f"{name}-????????????????"):
         if time.time() - old.stat().st_mtime > 86_400:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def assert_exports(run: Path, output: Path) -> None:
+    """Assert that a run's configuration is one, and that its backbone or task exports and loads."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    prepare("fit", [f"--config={run / 'config.yaml'}", f"--run_dir={output}"])
+    assert main(["export", "--checkpoint", str(run), "--output", str(output)]) == 0
+    is_task = ".tasks." in config["model"]["class_path"]
+    assert (load_task if is_task else load_backbone)(output).modalities
 
 
 def assert_learned(outcome: Outcome) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipe_runs import kept
+from recipe_runs import assert_exports, kept
 
 from domainssl.cli import main
 from domainssl.cli.run.train import build_data
@@ -28,6 +28,7 @@ def test_a_pretrained_backbone_beats_the_random_one_at_a_tenth_of_the_labels(nam
     random = _value(name, tmp_path / "random", f"recipe:{FEW[name].start}")
     trained = _value(name, tmp_path / "trained", str(kept(FEW[name].start)))
     assert trained >= random + 0.03, (trained, random)
+    assert_exports(tmp_path / "trained", tmp_path / "out")
 
 
 @pytest.mark.slow

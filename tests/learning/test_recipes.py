@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from recipe_runs import COVERED, LEARN, RECIPES, _clear, assert_learned, kept
+from recipe_runs import COVERED, LEARN, RECIPES, _clear, assert_exports, assert_learned, kept
 
 from domainssl.matrix.cells import COLUMNS, column_of
 from domainssl.matrix.runs import read_outcome
@@ -63,8 +63,9 @@ def test_labels_are_hidden_from_histograms_and_untrained_backbones():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LEARN)
-def test_a_recipe_learns(name):
+def test_a_recipe_learns_and_exports(name, tmp_path):
     assert_learned(read_outcome(kept(name)))
+    assert_exports(kept(name), tmp_path / "out")
 
 
 def test_runs_of_other_code_are_removed_after_a_day(tmp_path):
