@@ -393,8 +393,40 @@ def load_initial(
 
 
 def _watched(backbone: Backbone) -> Backbone:
+    lost = [n for n, tensor in backbone.named_parameters() if not bool(tensor.isfinite().all())]
+    if lost:
+        raise WeightsError(
+            f"{len(lost)} tensors of the weights hold NaN or infinite numbers, such as "
+            f"{lost[0]!r}: their training diverged, or the file is damaged. Take an earlier "
+            "checkpoint, or get the file again."
+        )
     backbone.eval().watch_units()
     return backbone
+
+
+def _check_record(backbone: Backbone, known: Pretrained, weights: str | Path) -> None:
+    """Compare bands of a file with those of the published weights under whose tag it was loaded.
+
+    Raises:
+        WeightsError: Their numbers differ.
+    """
+    fitted = {c.modality: len(c.kept) + len(c.dropped) for c in backbone.band_changes}
+    counts = {n: fitted.get(n, m.num_channels) for n, m in backbone.modalities.items()}
+    expected = {name: len(bands) for name, bands in known.bands.items()}
+    if len(expected) == 1:  # whatever the data call it
+        is_it = list(counts.values()) == list(expected.values())
+    else:
+        is_it = all(counts[name] == expected[name] for name in counts.keys() & expected.keys())
+    if not is_it:
+        raise WeightsError(
+            f"{weights}: holds weights for {_counted(counts)}, but those published under "
+            f"{known.tag!r} are for {_counted(expected)}. Get the file of that tag, or load this "
+            f"one without it: load_backbone({known.backbone!r}, weights=…)."
+        )
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} bands of {name}" for name, count in counts.items())
 
 
 def _load(
@@ -407,16 +439,20 @@ def _load(
 ) -> Backbone:
     variants = _variants()
     name = str(name_or_path)
-    if name in PRETRAINED:
-        arguments = {**PRETRAINED[name].arguments, **(arguments or {})}
-        name = PRETRAINED[name].backbone
+    record = PRETRAINED.get(name)
+    if record is not None:
+        arguments = {**record.arguments, **(arguments or {})}
+        name = record.backbone
         if weights is None:
-            raise WeightsError(_where_to_get(PRETRAINED[str(name_or_path)]))
+            raise WeightsError(_where_to_get(record))
     if name in variants:
         cls, variant = variants[name]
-        return _load_variant(
+        loaded = _load_variant(
             name, cls, {**variant, **(arguments or {})}, weights, modalities, strict, bands
         )
+        if record is not None and weights is not None and str(weights) != "random":
+            _check_record(loaded, record, weights)
+        return loaded
     path = Path(name_or_path)
     if not path.exists():
         for cls in _families().values():

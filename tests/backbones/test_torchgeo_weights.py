@@ -10,6 +10,7 @@ import timm
 import torch
 
 from domainssl import list_backbones, load_backbone
+from domainssl.errors import WeightsError
 
 _S2 = ("SENTINEL2_ALL_", "s2", 13)
 _S1 = ("SENTINEL1_GRD_", "s1", 2)
@@ -46,3 +47,12 @@ def test_features_are_those_of_torchgeos_network_and_inputs(
         expected = model(inputs)
         found = backbone({key: values}).pooled[key]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_of_other_bands_than_those_of_its_tag_is_refused(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        shapes = timm.create_model("resnet18", in_chans=12, num_classes=0).state_dict()
+    path, tag = tmp_path / "w.pth", "ssl4eo_resnet18.s2_moco"
+    torch.save({name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}, path)
+    with pytest.raises(WeightsError, match=rf"12 bands of s2, but those .* {tag!r} are for 13"):
+        load_backbone(tag, weights=path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from domainssl import export_backbone, load_backbone
 from domainssl.backbones.vit import ViTArchitecture, ViTBackbone, position_codes
 from domainssl.errors import ConfigError, DataError, WeightsError
 from domainssl.modality import Modality
@@ -287,3 +289,14 @@ def test_students_and_teachers_of_dino_give_the_teachers_features(layout: str) -
     x = {"x": torch.randn(2, 2, 16, 16), "x.valid": torch.ones(2, 16, 16, dtype=torch.bool)}
     with torch.no_grad():
         assert torch.equal(loaded.eval()(x).pooled["x"], ours(x).pooled["x"])
+
+
+def test_weights_that_hold_nan_are_refused(tmp_path: Path) -> None:
+    made = ViTBackbone(
+        modality("image", (8, 8)), ViTArchitecture(width=12, depth=1, heads=2), patch_size=4,
+        normalization="identity",
+    )  # fmt: skip
+    torch.nn.init.constant_(next(made.parameters()), float("nan"))
+    export_backbone(made, tmp_path / "out")
+    with pytest.raises(WeightsError, match="1 tensors of the weights hold NaN or infinite"):
+        load_backbone(tmp_path / "out")
