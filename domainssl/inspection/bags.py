@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ __all__ = ["bag_tables", "inspect_bags", "is_bags"]
 
 _MEASURED = 64  # files that are read
 _TRIED = 4  # files of a folder that are looked at for what it is
+_NOMINAL = 10.0  # microns per pixel times magnification
+_ROUNDED = 0.02  # relative difference that whole pixels make
 _HDF5 = (".h5", ".hdf5")
 _JOBS = ("h5_files", "pt_files", "features_")
 
@@ -131,6 +133,31 @@ def _table(path: str, found: Bags, problems: list[str]) -> dict[str, Any] | None
     }
 
 
+def _contradictions(bag: Bag) -> Iterator[str]:
+    """Yield what a bag says of its tiles that does not fit together."""
+    size, stored = bag.patch_size_level0, bag.patch_size
+    if size and stored and bag.mpp_um and bag.level0_mpp_um:
+        wanted = stored * bag.mpp_um / bag.level0_mpp_um
+        if abs(size / wanted - 1) > _ROUNDED:
+            yield (
+                f"patch_size_level0 is {size}, but {stored} pixels at {_NOMINAL / bag.mpp_um:g}x "
+                f"of a slide of {_NOMINAL / bag.level0_mpp_um:g}x are {wanted:g}: correct the "
+                "magnifications, which state the resolution, or the size"
+            )
+    if bag.coords is None or len(bag) < 2:
+        return
+    again = len(bag) - len(np.unique(bag.coords, axis=0))
+    if again:
+        yield f"{again} tiles lie at the place of another; a grid averages their features"
+    apart = spacing_of(bag.coords)
+    if apart and bag.aspect == 1 and size and apart != bag.step:
+        yield (
+            f"tiles of {size} pixels of level 0 that overlap by {bag.overlap_level0}, but "
+            f"neighbours lie {apart} apart: is the size that of another level? Where tiles have "
+            "gaps it is right"
+        )
+
+
 def _described(path: str, bag: Bag, problems: list[str]) -> dict[str, Any]:
     values = bag.features
     finite = np.isfinite(values)
@@ -138,13 +165,7 @@ def _described(path: str, bag: Bag, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path}: {int((~finite).any(1).sum())} tiles with features not finite")
     if not len(bag):
         problems.append(f"{path}: no tile")
-    apart = None if bag.coords is None or len(bag) < 2 else spacing_of(bag.coords)
-    if apart and bag.aspect == 1 and bag.patch_size_level0 and apart != bag.step:
-        problems.append(
-            f"{path}: tiles of {bag.patch_size_level0} pixels of level 0 that overlap by "
-            f"{bag.overlap_level0}, but neighbours lie {apart} apart: is the size that of another "
-            "level? Where tiles have gaps it is right"
-        )
+    problems += [f"{path}: {text}" for text in _contradictions(bag)]
     kept = values[finite].astype(np.float64)
     try:
         lines = describe_bag(bag)

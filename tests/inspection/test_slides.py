@@ -151,6 +151,20 @@ def test_feature_files_are_described(tmp_path: Path) -> None:
     assert any("appear in two splits: p" in t for t in inspect_path(str(tmp_path))["problems"])
     table.unlink()
     assert inspect_path(str(folder / "a.h5"))["bags"][0]["tiles"] == 3
+    with h5py.File(folder / "a.h5", "a") as file:
+        file["coords"].attrs.update({"level0_magnification": 40, "target_magnification": 40})
+        file["coords"][2] = file["coords"][1]
+    said = " ".join(inspect_path(str(folder / "a.h5"))["problems"])
+    assert "patch_size_level0 is 512, but 256 pixels at 40x of a slide of 40x are 256" in said
+    assert "1 tiles lie at the place of another" in said
+    with h5py.File(folder / "c.h5", "w") as file:
+        coords = file.create_dataset("coords", data=[[256 * (i % 4), 0] for i in range(6)])
+        coords.attrs["patch_size_level0"] = 128
+        file["features"] = np.zeros((6, 8), np.float32)
+        coords[4:] = [[0, 256], [256, 256]]
+    said = " ".join(inspect_path(str(folder / "c.h5"))["problems"])
+    assert "tiles of 128 pixels of level 0 that overlap by 0, but neighbours lie 256 apart" in said
+    (folder / "c.h5").unlink()
     options = "--config recipes/slides_titan.yaml --data.root=" + str(tmp_path)
     after = following(report)
     assert after[0] == (

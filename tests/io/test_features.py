@@ -12,7 +12,7 @@ from bag_files import CLAM, LATTICE, OTHER, SIZE, TRIDENT, D, clam, feature, tri
 
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.slide.bag import places_of, spacing_of
-from domainssl.io.slide.features import Bag, describe_bag, read_bag, to_grid, write_bag
+from domainssl.io.slide.features import Bag, bag_shape, describe_bag, read_bag, to_grid, write_bag
 
 
 def by_place(bag):
@@ -329,3 +329,24 @@ def test_tiles_of_pixels_that_are_not_square_lie_in_neighbouring_cells(tmp_path,
     np.testing.assert_array_equal(places_of(bag)[0], places_of(flat)[0])
     with pytest.raises(DataError, match="2 times as high as wide at level 0"):
         write_bag(tmp_path / "clam", bag, "clam")
+
+
+def test_a_batch_of_one_slide_is_the_slide_and_of_several_is_refused(tmp_path):
+    flat = read_bag(write(tmp_path / "a.h5", LATTICE, attrs=TRIDENT))
+    for count in (1, 2):
+        with h5py.File(tmp_path / "b.h5", "w") as file:
+            file["features"] = np.stack([flat.features] * count)
+            file["coords"] = np.stack([flat.coords] * count)
+        torch.save(torch.from_numpy(np.stack([flat.features] * count)), tmp_path / "c.pt")
+        if count == 1:
+            assert bag_shape(tmp_path / "b.h5") == flat.features.shape
+            bag = read_bag(tmp_path / "b.h5")
+            np.testing.assert_array_equal(bag.features, flat.features)
+            np.testing.assert_array_equal(bag.coords, flat.coords)
+            assert read_bag(tmp_path / "c.pt").features.shape == flat.features.shape
+    with pytest.raises(
+        DataError, match=r"'features' has the shape \(2, 19, 8\), expected those of"
+    ):
+        read_bag(tmp_path / "b.h5")
+    with pytest.raises(DataError, match=r"holds \(2, 19, 8\), expected one tensor"):
+        read_bag(tmp_path / "c.pt")

@@ -53,9 +53,9 @@ def read_hdf5(path: Path, patches: Path | None, level_downsample: float | None) 
                 else f"{path}: no dataset 'features', only coords and {', '.join(others)}. "
                 "Name that of the features 'features'."
             )
-        found = dataset(path, file, "features", dims=(1, 2), kinds="fiu", limit=_LIMIT)
+        found = dataset(path, file, "features", dims=(1, 2, 3), kinds="fiu", limit=_LIMIT)
         facts = attributes(found)
-        features, dtype = found[()], str(found.dtype)
+        features, dtype = _unbatched(path, "features", found[()]), str(found.dtype)
         coords, places = _coords(path, file) if "coords" in file else (None, {})
     bag = Bag(
         slide=path.stem,
@@ -97,6 +97,8 @@ def read_tensor(path: Path, patches: Path | None, level_downsample: float | None
             content = torch.load(path, map_location="cpu", weights_only=True)
     except DataError as error:
         raise DataError(f"{error} Tensors alone are read; no other object is unpickled.") from error
+    if isinstance(content, torch.Tensor) and content.ndim == 3 and len(content) == 1:
+        content = content[0]  # a batch of one slide
     if not isinstance(content, torch.Tensor) or content.ndim != 2 or content.is_complex():
         kind = tuple(content.shape) if isinstance(content, torch.Tensor) else type(content).__name__
         raise DataError(f"{path}: holds {kind}, expected one tensor of features (N, D).")
@@ -119,6 +121,20 @@ def read_tensor(path: Path, patches: Path | None, level_downsample: float | None
     if bag.coords is None:
         return bag
     return _placed(bag, bag.attributes, patches, level_downsample)
+
+
+def _unbatched(path: Path, name: str, values: Array) -> Array:
+    """Return a batch of one slide as the slide.
+
+    Raises:
+        DataError: It holds several.
+    """
+    if values.ndim == 3 and len(values) != 1:
+        raise DataError(
+            f"{path}: {name!r} has the shape {values.shape}, expected those of one slide, (N, D). "
+            "Write a file per slide."
+        )
+    return values[0] if values.ndim == 3 else values
 
 
 def _features(path: Path, found: Array, coords: Array | None) -> Array:
@@ -145,8 +161,8 @@ def _same_count(path: Path, features: int, coords: int, where: str) -> None:
 
 
 def _coords(path: Path, file: Any) -> tuple[Array, dict[str, Any]]:
-    found = dataset(path, file, "coords", dims=(1, 2), kinds="iuf", limit=_LIMIT)
-    coords = found[()]
+    found = dataset(path, file, "coords", dims=(1, 2, 3), kinds="iuf", limit=_LIMIT)
+    coords = _unbatched(path, "coords", found[()])
     if coords.ndim == 1 and len(coords) == 0:
         coords = coords.reshape(0, 2)
     whole = coords.dtype.kind != "f" or (np.isfinite(coords).all() and (coords % 1 == 0).all())

@@ -115,7 +115,8 @@ def bag_shape(path: str | Path, *, patches: str | Path | None = None) -> tuple[i
         bag = read_bag(place)
         return len(bag), bag.dim
     with open_hdf5(place, "pathology") as file, parsing(f"{place}: the HDF5"):
-        shape = dataset(place, file, "features", dims=(1, 2), kinds="fiu", limit=_LIMIT).shape
+        shape = dataset(place, file, "features", dims=(1, 2, 3), kinds="fiu", limit=_LIMIT).shape
+    shape = shape[1:] if len(shape) == 3 else shape  # a batch of one, or refused when it is read
     return (int(shape[0]), int(shape[1])) if len(shape) == 2 else (int(shape[0]), 0)
 
 
