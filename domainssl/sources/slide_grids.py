@@ -119,7 +119,7 @@ def with_grids(
             )
         )
     count = sum(bool(each.slides) for each in sets)
-    lost = first_few(lost, f"{len(lost)} files of {count} slides in all are left out so.")
+    lost = first_few(lost, f"{len(lost)} files of {count} slides cannot be read and are left out.")
     if not done and lost and not problems:
         raise DataError(f"{lost[0]} No slide of {count} is left.")
     if not done:

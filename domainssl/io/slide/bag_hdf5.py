@@ -22,7 +22,9 @@ from domainssl.files import PART, open_regular
 from domainssl.io.slide.bag import Bag
 from domainssl.io.storage.hdf5 import attributes, dataset, open_hdf5
 
-__all__ = ["read_hdf5", "read_places", "read_tensor", "write_clam", "write_trident"]
+__all__ = [
+    "read_hdf5", "read_places", "read_tensor", "refuse_vector", "write_clam", "write_trident",
+]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 _LIMIT = 2**33  # bytes of the features of one slide
@@ -137,14 +139,23 @@ def _unbatched(path: Path, name: str, values: Array) -> Array:
     return values[0] if values.ndim == 3 else values
 
 
+def refuse_vector(path: Path, shape: tuple[int, ...]) -> None:
+    """Refuse features of a whole slide; (0,) is a slide without tissue.
+
+    Raises:
+        DataError: They are that.
+    """
+    if len(shape) == 1 and shape[0]:
+        raise DataError(
+            f"{path}: one vector of {shape[0]} features for the whole slide, expected those of "
+            "tiles, (N, D). TRIDENT keeps them in features_<encoder>/."
+        )
+
+
 def _features(path: Path, found: Array, coords: Array | None) -> Array:
     """Return float32 (N, D); (0,) of a slide without tissue becomes (0, 0)."""
     if found.ndim == 1:
-        if len(found):
-            raise DataError(
-                f"{path}: one vector of {len(found)} features for the whole slide, expected those "
-                "of tiles, (N, D). TRIDENT keeps them in features_<encoder>/."
-            )
+        refuse_vector(path, found.shape)
         found = found.reshape(0, 0)
     if coords is not None:
         _same_count(path, len(found), len(coords), "")

@@ -188,7 +188,9 @@ def _measured(
             found.append((file, tiles))
     if others and not found:
         raise DataError(others[-1] + advice)
-    problems += first_few(lost, f"{len(lost)} of {len(files)} slides in all are left out so.")
+    problems += first_few(
+        lost, f"{len(lost)} of {len(files)} slides cannot be read and are left out."
+    )
     problems += first_few(
         [f"{text} The slide is left out." for text in others],
         f"{len(others)} of {len(files)} slides in all have another width and are left out.",

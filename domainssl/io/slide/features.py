@@ -19,6 +19,7 @@ from domainssl.io.slide.bag_hdf5 import (
     read_hdf5,
     read_places,
     read_tensor,
+    refuse_vector,
     write_clam,
     write_trident,
 )
@@ -116,6 +117,7 @@ def bag_shape(path: str | Path, *, patches: str | Path | None = None) -> tuple[i
         return len(bag), bag.dim
     with open_hdf5(place, "pathology") as file, parsing(f"{place}: the HDF5"):
         shape = dataset(place, file, "features", dims=(1, 2, 3), kinds="fiu", limit=_LIMIT).shape
+    refuse_vector(place, shape)
     shape = shape[1:] if len(shape) == 3 else shape  # a batch of one, or refused when it is read
     return (int(shape[0]), int(shape[1])) if len(shape) == 2 else (int(shape[0]), 0)
 
