@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _HIDDEN = re.compile(r"(\.part-.*|\.lock|\.claims)\Z")
+_ENDING = re.compile(r"\.(tif|nii\.gz|geojson)\Z")
 PART = ".part-"  # in the names of files that are being written: `.<name>.part-<number>`
 
 _SMALL = 2**26  # bytes of a table, a card or any other file that is read whole
@@ -132,13 +133,21 @@ def remove_rests(outputs: Iterable[Path]) -> None:
         finished.setdefault(output.parent, set()).add(output.name)
     for folder, names in finished.items():
         for hidden in folder.glob(".*"):
-            of = _HIDDEN.sub("", hidden.name[1:])  # an output, or a file that goes with one
-            if of == hidden.name[1:] or not {of, of.rpartition(".")[0]} & names:
+            name = hidden.name.lstrip(".")  # a part of a hidden file has two dots
+            of = _HIDDEN.sub("", name)  # an output, or a file that goes with one
+            if of == name or not any(_goes_with(of, each) for each in names):
                 continue
             if hidden.is_dir():
                 shutil.rmtree(hidden, ignore_errors=True)
             else:
                 hidden.unlink(missing_ok=True)
+
+
+def _goes_with(name: str, output: str) -> bool:
+    """Tell whether a file is an output, lies beside it (`x.tif.png`), or is its second file."""
+    stem = _ENDING.sub("", output)
+    seconds = (f"{stem}_tiles.", f"{stem}_scale.") if stem != output else ()
+    return name == output or name.startswith((f"{output}.", *seconds))
 
 
 def sync_folder(folder: Path) -> None:

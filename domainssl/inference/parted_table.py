@@ -18,7 +18,7 @@ from filelock import FileLock
 from domainssl.backbones.base import Backbone
 from domainssl.backbones.card import weights_digest
 from domainssl.errors import ConfigError, unwritable
-from domainssl.files import PART, read_json, write_json, write_whole
+from domainssl.files import PART, read_json, remove_rests, write_json, write_whole
 from domainssl.inference.dense import DenseOptions
 from domainssl.inference.finished import plain_request, tell_lost
 from domainssl.inference.outputs import beside, read_record, refuse_other
@@ -183,6 +183,7 @@ class PartedTable(ABC):
         """Remove the folder of parts once the table is there, and all that can be read in it."""
         if self._record.is_file() and all(map(self._is_final, self.left_out().values())):
             shutil.rmtree(self.folder, ignore_errors=True)
+            remove_rests([self.target])
 
     def is_ready(self, key: str) -> bool:
         """Tell whether a part is done; while the table lacks, the last one is not."""

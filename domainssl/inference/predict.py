@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -31,6 +32,7 @@ __all__ = [
     "Predictor",
     "claim_folder",
     "predict_map",
+    "record_of",
     "sides_for",
 ]
 
@@ -109,6 +111,11 @@ def _per_axis(found: int | Sequence[int], axes: int) -> tuple[int, ...]:
     return sides
 
 
+def record_of(folder: Path) -> Path:
+    """Return the file that says what the predictions of a folder are made from."""
+    return folder / _RECORD
+
+
 def claim_folder(
     folder: Path,
     task: Predictor,
@@ -133,7 +140,7 @@ def claim_folder(
     weights = weights_digest(task if isinstance(task, nn.Module) else task.backbone)
     named = "numbers" if getattr(task, "kind", "") == "regression" else "classes"
     wanted = {"weights": weights, named: list(task.classes), **facts}
-    path = folder / _RECORD
+    path = record_of(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_file() and not restart:
         found = read_record(path)
@@ -150,7 +157,8 @@ def claim_folder(
             f"{foreign[0]}: lies there already and was not written by predict ({_RECORD} is not "
             "beside it). Choose another --output, or move it away."
         )
-    write_json(path, wanted)
+    if not path.is_file() or read_json(path) != json.loads(json.dumps(wanted)):
+        write_json(path, wanted)
 
 
 class _GridFile:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.errors import ConfigError, DataError
+from domainssl.files import remove_rests
 from domainssl.inference import pooled
 from domainssl.inference.inputs import find_inputs, is_raster
 from domainssl.inference.outputs import file_states, refuse_other
@@ -246,3 +247,16 @@ def test_the_state_of_a_folder_changes_with_a_file_that_is_written_over(tmp_path
     assert os.stat(tmp_path).st_mtime_ns == whole.st_mtime_ns
     assert file_states([tmp_path]) != folder and file_states([tmp_path])[0][0] == 10
     assert file_states([tmp_path / "IM1"]) == [[5, 10**18 - 1]]
+
+
+def test_rests_of_killed_calls_go_with_finished_outputs_alone(tmp_path: Path) -> None:
+    """Parts of hidden files, of second files and of pictures stayed for ever."""
+    rests = (
+        ".a.tif.lock", "..a.tif.part-rows.part-1", "..a.tif.source.part-1", ".a_scale.tif.part-1",
+        ".a.tif.aux.xml.part-1", ".x_tiles.parquet.part-1",
+    )  # fmt: skip
+    kept = (".a.tif.source", ".b.tif.part-map", ".ab.tif.part-1", ".a.png.part-1", "a.tif")
+    for name in (*rests, *kept):
+        (tmp_path / name).touch()
+    remove_rests([tmp_path / "a.tif", tmp_path / "x.geojson"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

@@ -96,7 +96,7 @@ def _predict(argv: list[str]) -> int:
     from domainssl.files import remove_rests
     from domainssl.inference.domain import domain_of
     from domainssl.inference.outputs import refuse_inputs
-    from domainssl.inference.predict import claim_folder
+    from domainssl.inference.predict import claim_folder, record_of
     from domainssl.inference.predictions import NOUNS, prediction
     from domainssl.inference.tables import TablePrediction
     from domainssl.pieces import build
@@ -124,9 +124,13 @@ def _predict(argv: list[str]) -> int:
                 work.path(key).unlink(missing_ok=True)
         items = windows if isinstance(work, TablePrediction) else None
         found = build(work, plan, items, noun=noun)
-        remove_rests(work.path(key) for key in work.keys if work.is_ready(key))
     if isinstance(work, TablePrediction):
         work.join()
+    finished = [work.path(key) for key in work.keys if work.is_ready(key)]
+    if not found.missing:  # or others may be writing what all share
+        finished += [*outputs[len(work.keys) :], record_of(work.folder)]
+    remove_rests(finished)
+    if isinstance(work, TablePrediction):
         screen.print(str(work.target), markup=False)
     else:
         for key in plan.shard.mine(work.keys):
