@@ -34,3 +34,12 @@ def test_equal_bytes_are_told_whatever_files_are_called(tmp_path: Path, length: 
     )
     [text] = equal_files({"train": [one, two, one]}, "here")
     assert "1 files of 'train' are copies of files in it" in text
+
+
+def test_ends_of_a_million_files_of_one_size_are_not_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("domainssl.io.leaks._MOST", 3)
+    paths = [tmp_path / str(i) for i in range(5)]
+    for path, length in zip(paths, (9, 9, 5, 5, 5), strict=True):
+        path.write_bytes(bytes(length))
+    [text] = equal_files({"train": map(str, paths[::2]), "val": map(str, paths[1::2])}, "here")
+    assert "1 files of 'val' are copies" in text and f"{paths[1]} (as {paths[0]})" in text
