@@ -66,7 +66,7 @@ def repeated(names: Iterable[str]) -> list[str]:
 
 
 def file_states(paths: Iterable[str | Path]) -> list[list[int]]:
-    """Return size and time of change in nanoseconds of files.
+    """Return size and time of change in nanoseconds of files, -1 of those that are not there.
 
     Of a folder, such as a series of DICOM images or an array of a store, which does not change when
     a file in it is written over: the sum of the sizes, and a number that depends on all sizes and
@@ -76,7 +76,10 @@ def file_states(paths: Iterable[str | Path]) -> list[list[int]]:
 
 
 def _state(path: str | Path) -> list[int]:
-    facts = os.stat(path)
+    try:
+        facts = os.stat(path)
+    except OSError:  # whoever reads it says so, or leaves it out
+        return [-1, -1]
     return [facts.st_size, facts.st_mtime_ns]
 
 

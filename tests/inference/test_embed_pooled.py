@@ -164,6 +164,15 @@ def test_bags_become_a_vector_per_slide_by_a_slide_encoder(tmp_path: Path) -> No
     embed(backbone, tmp_path / f"{identity}.h5", tmp_path / "same.parquet")
     assert pandas.read_parquet(tmp_path / "same.parquet").id.tolist() == [identity]
     assert np.abs(np.array(row.embedding) * row.scale - wanted).max() <= 0.51 * row.scale
+    (tmp_path / "slides.csv").write_text(f"id,path\na,{identity}.h5\nb,gone.h5\n")
+    done = embed(
+        backbone,
+        tmp_path / "slides.csv",
+        tmp_path / "listed.parquet",
+        ids="plain",
+        plan=Plan(jobs=0, skip_bad=True),
+    )
+    assert list(done.left_out) == ["b"] and "gone.h5 does not exist" in done.left_out["b"]
 
 
 def test_slides_become_the_mean_over_their_tissue(tmp_path: Path) -> None:
