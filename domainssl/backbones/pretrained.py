@@ -228,6 +228,16 @@ def _ssl4eo() -> list[Pretrained]:
         form = {"normalization": "window(0,10000)"}
         tag = f"ssl4eo_{net}.s2_rgb_moco"
         rows.append(_of(tag, "MoCo", place, _S2_RGB, "CC-BY-4.0", arguments=form))
+    known = {
+        "kind": "image", "channels": _S2["s2"], "value_unit": "dn", "size": (224, 224),
+        "gsd_m": 10.0,
+    }  # fmt: skip
+    rows.append(_of(
+        "beit_small.ssl4eo_s2_data2vec", "data2vec", None, _S2, "CC-BY-4.0",
+        repository="https://github.com/zhu-xlab/SSL4EO-S12",
+        file="B13_vits16_data2vec_0099_ckpt.pth",
+        arguments={"normalization": "window(0,10000)", "modalities": {"s2": known}},
+    ))  # fmt: skip
     for product, (names, ends) in _LANDSAT.items():
         nets = (("resnet18", "resnet18"), ("resnet50", "resnet50"), ("vit_small", "vits16"))
         kinds = itertools.product(nets, ("MoCo", "SimCLR"))

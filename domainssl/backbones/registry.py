@@ -405,10 +405,10 @@ def _watched(backbone: Backbone) -> Backbone:
 
 
 def _check_record(backbone: Backbone, known: Pretrained, weights: str | Path) -> None:
-    """Compare bands of a file with those of the published weights under whose tag it was loaded.
+    """Compare bands with those of the published weights under whose tag a file was loaded.
 
     Raises:
-        WeightsError: Their numbers differ.
+        WeightsError: Their numbers differ, or their order where the file does not tell it.
     """
     fitted = {c.modality: len(c.kept) + len(c.dropped) for c in backbone.band_changes}
     counts = {n: fitted.get(n, m.num_channels) for n, m in backbone.modalities.items()}
@@ -423,6 +423,15 @@ def _check_record(backbone: Backbone, known: Pretrained, weights: str | Path) ->
             f"{known.tag!r} are for {_counted(expected)}. Get the file of that tag, or load this "
             f"one without it: load_backbone({known.backbone!r}, weights=…)."
         )
+    only = next(iter(known.bands.values()), ()) if len(known.bands) == 1 else ()
+    for name, modality in backbone.modalities.items():
+        own = known.bands.get(name, only)
+        if name not in fitted and modality.channels != own and set(modality.channels) == set(own):
+            raise WeightsError(
+                f"{name}: the same bands in another order: got {list(modality.channels)}, the "
+                f"weights of {known.tag!r} are for {list(own)}. Choose this order in the "
+                "DataModule and in modalities=…"
+            )
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -452,6 +461,8 @@ def _load(
         )
         if record is not None and weights is not None and str(weights) != "random":
             _check_record(loaded, record, weights)
+            if modalities is not None and "modalities" in record.arguments and bands == "strict":
+                loaded.check(modalities)  # the record says what goes in, not the data
         return loaded
     path = Path(name_or_path)
     if not path.exists():

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from domainssl import load_backbone
 from domainssl.backbones.beit import BEiTArchitecture, BEiTBackbone
+from domainssl.backbones.pretrained import PRETRAINED
 from domainssl.errors import WeightsError
 from domainssl.modality import Modality
+from domainssl.sensors import L1C_BANDS
 
 IMAGE = {
     "m": Modality(
@@ -62,3 +67,19 @@ def test_released_layouts_load(shared: bool, wrapper: str | None) -> None:
     del state["blocks.1.gamma_2"]
     with pytest.raises(WeightsError, match=r"blocks\.1\.gamma_2"):
         BEiTBackbone.from_reference(content, variant, IMAGE)
+
+
+def test_the_released_weights_say_what_goes_in(tmp_path: Path) -> None:
+    sizes = {"architecture": {"width": 24, "depth": 4, "heads": 2}, "patch_size": 4}
+    tag, image = "beit_small.ssl4eo_s2_data2vec", {"image_size": 16}
+    known = {n: m for n, m in PRETRAINED[tag].arguments["modalities"]["s2"].items() if n != "size"}
+    s2 = Modality(name="s2", **known)
+    state = BEiTBackbone({"s2": s2}, **sizes, **image, normalization="identity").to_reference()
+    torch.save({"model": state, "epoch": 99}, tmp_path / "w.pth")
+    asked: dict[str, Any] = {"weights": tmp_path / "w.pth", "arguments": {**sizes, **image}}
+    loaded = load_backbone(tag, **asked)
+    assert loaded.modalities["s2"].channels == L1C_BANDS
+    assert str(loaded.normalizer.forms["s2"]) == "window(0,10000)"
+    turned = dataclasses.replace(s2, channels=L1C_BANDS[::-1])
+    with pytest.raises(WeightsError, match="s2: the same bands in another order"):
+        load_backbone(tag, **asked, modalities={"s2": turned})

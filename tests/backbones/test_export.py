@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -236,7 +237,6 @@ def test_every_architecture_with_published_weights_has_a_record() -> None:
     named = {found.backbone for found in list_backbones(pretrained=True)}
     without = {
         "beit_base",
-        "beit_small",
         "croma_tiny",
         "omnisat_tiny",
         "titan_tiny",
@@ -305,6 +305,11 @@ def test_a_tag_brings_the_arguments_that_its_file_does_not_tell(tmp_path: Path) 
     asked: dict[str, Any] = {"weights": tmp_path / "resnet18.pth", "modalities": landsat}
     loaded = load_backbone("ssl4eo_resnet18.landsat_oli_sr_moco", **asked)
     assert str(loaded.normalizer.forms["landsat"]) == "scale(255)"
+    turned = dataclasses.replace(landsat["landsat"], channels=bands[::-1])
+    with pytest.raises(WeightsError, match=r"the same bands in another order.*_oli_sr_moco' are"):
+        load_backbone(
+            "ssl4eo_resnet18.landsat_oli_sr_moco", **{**asked, "modalities": {"landsat": turned}}
+        )
     own = {"normalization": "scale(10000)"}
     loaded = load_backbone("ssl4eo_resnet18.landsat_oli_sr_moco", **asked, arguments=own)
     assert str(loaded.normalizer.forms["landsat"]) == "scale(10000)"
