@@ -10,7 +10,7 @@ dataset: {name: domainssl.datamodules.bigearthnet.BigEarthNetV2}
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,6 +33,9 @@ _CODES = (
     (311,), (312,), (313,), (321, 333), (322, 323), (324,), (331,), (411, 412), (421, 422),
     (511, 512), (521, 522, 523),
 )  # fmt: skip
+
+
+_Row = tuple[str, str, tuple[int, ...]]  # patch, its radar, numbers of its classes
 
 
 class BigEarthNetV2:
@@ -89,7 +92,7 @@ class BigEarthNetV2:
             table = parquet.read_table(path, columns=[*columns, *flags]).to_pydict()
         rows = zip(*(table[name] for name in columns), *(table[f] for f in flags), strict=True)
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self._rows: list[tuple[str, str, tuple[int, ...]]] = []
+        self._rows: list[_Row] = []
         for patch, labels, part, radar, *hidden in rows:
             if part != _SPLITS[split] or any(hidden):
                 continue
@@ -105,20 +108,22 @@ class BigEarthNetV2:
             there = sorted({str(part) for part in table["split"]})
             others = "" if _SPLITS[split] in there else f" It has {', '.join(there[:5]) or 'none'}."
             raise DataError(f"{path}: names no patch of the split {_SPLITS[split]!r}.{others}")
-        self._must_be_there("BigEarthNet-S2", [(_tile(p), p) for p, _, _ in self._rows], path)
-        self._must_be_there("BigEarthNet-S1", [(_scene(r), r) for _, r, _ in self._rows], path)
+        self._must_be_there("BigEarthNet-S2", lambda row: (_tile(row[0]), row[0]), path)
+        self._must_be_there("BigEarthNet-S1", lambda row: (_scene(row[1]), row[1]), path)
 
-    def _must_be_there(self, folder: str, named: Sequence[tuple[str, str]], path: str) -> None:
-        """Refuse a table of which no patch has a folder."""
+    def _must_be_there(
+        self, folder: str, place: Callable[[_Row], tuple[str, str]], path: str
+    ) -> None:
+        """Refuse a table of which no patch has a folder; the first one that has ends the look."""
         base = os.path.join(self.root, folder)
-        if any(os.path.isdir(os.path.join(base, *parts)) for parts in named):
+        if any(os.path.isdir(os.path.join(base, *place(row))) for row in self._rows):
             return
         inside = [os.path.join(n, m) for n in folders_in(base)[:1]
                   for m in folders_in(os.path.join(base, n))[:2]]  # fmt: skip
         raise DataError(
-            f"{path}: none of its {len(named)} patches of the split is in {base}: it names "
-            f"{os.path.join(*named[0])}, there is {', '.join(inside) or 'nothing'}. Unpack "
-            f"{folder} there, of the release that the table is of."
+            f"{path}: none of its {len(self._rows)} patches of the split is in {base}: it names "
+            f"{os.path.join(*place(self._rows[0]))}, there is {', '.join(inside) or 'nothing'}. "
+            f"Unpack {folder} there, of the release that the table is of."
         )
 
     @property

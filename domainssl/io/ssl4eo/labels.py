@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -121,9 +122,7 @@ def unmatched(found: Labels, catalogue: Catalogue) -> tuple[str, bool] | None:
         The text, and whether all locations were looked at: ids lie in files, of which a part is
         opened.
     """
-    keys = [group.stem(at) for group in catalogue.groups if group.members
-            for at in range(group.count)]  # fmt: skip
-    if any(key in found.label for key in keys):
+    if any(key in found.label for key in catalogue.locations()):
         return None
     groups = spread(catalogue.groups, _OPENED)
     most = max(1, _OPENED // len(groups))
@@ -135,7 +134,7 @@ def unmatched(found: Labels, catalogue: Catalogue) -> tuple[str, bool] | None:
         ids += names
     is_sure = len(ids) == catalogue.count or catalogue.release.startswith("1.0")
     looked_at = catalogue.count if is_sure else len(ids)
-    there = [*ids[:1], *keys[:1]]
+    there = [*ids[:1], *islice(catalogue.locations(), 1)]
     text = (
         f"{found.path}: the column 'sample' names none of the {looked_at} locations of "
         f"{catalogue.root} ({catalogue.split}) that were looked at: it has "

@@ -85,7 +85,7 @@ class Catalogue:
         """Number of locations."""
         return sum(group.count for group in self.groups)
 
-    def keys(self) -> Iterator[str]:
+    def locations(self) -> Iterator[str]:
         """Yield what locations are called in tars and folders; nothing where files hold many."""
         for group in self.groups:
             yield from (group.stem(at) for at in range(group.count) if group.members)

@@ -23,7 +23,9 @@ def leaks(catalogues: Mapping[str, Catalogue], root: str) -> list[str]:
     """
     if any(found.release == PACKED for found in catalogues.values()):
         return _equal_samples(catalogues, root)
-    problems = repeated({s: found.keys() for s, found in catalogues.items()}, root, "locations")
+    problems = repeated(
+        {s: found.locations() for s, found in catalogues.items()}, root, "locations"
+    )
     files = {
         split: [next(iter(group.files.values())) for group in found.groups]
         for split, found in catalogues.items()
