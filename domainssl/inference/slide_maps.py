@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ import torch
 from domainssl.errors import ConfigError, DataError, require
 from domainssl.files import write_whole
 from domainssl.inference.inputs import find_inputs
-from domainssl.inference.outputs import file_states, is_made_from, keep_source, tell_again
+from domainssl.inference.outputs import (
+    file_name,
+    file_states,
+    is_made_from,
+    keep_source,
+    repeated,
+    tell_again,
+)
 from domainssl.inference.predict import PredictOptions
 from domainssl.inference.tables import ItemTask, answer
 from domainssl.io.slide.annotations import geojson_of
@@ -47,11 +55,20 @@ class SlideInput:
 def find_slides(source: str) -> list[SlideInput]:
     """Return the slides of an input: a file, a folder of some, or a manifest (`id`, `path`).
 
+    Slides of a folder keep the ending of their file where they would have one name, as in `tile`.
+
     Raises:
         DataError: There is none.
     """
     found = find_inputs(source, [], lambda p: p.lower().endswith(ENDINGS), "a slide")
-    return [SlideInput(each.name, str(each.files)) for each in found]
+    slides = [SlideInput(each.name, str(each.files)) for each in found]
+    twice = set(repeated(slide.name for slide in slides)) if os.path.isdir(source) else set()
+    return [
+        replace(slide, name=file_name(os.path.relpath(slide.path, source)))
+        if slide.name in twice
+        else slide
+        for slide in slides
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,16 @@ def test_classes_of_tiles_become_regions_that_the_readers_of_regions_read(tmp_pa
     assert row["p(light)"] > 0.99 and row.size_level0 == 64
 
 
+def test_slides_that_differ_in_their_ending_have_names_of_their_own(tmp_path: Path) -> None:
+    from domainssl.inference.slide_maps import find_slides
+
+    (tmp_path / "x").mkdir()
+    for name in ("a.svs", "a.tif", "b.tif", "x/a.tif"):
+        (tmp_path / name).write_bytes(b"")
+    found = find_slides(str(tmp_path))
+    assert sorted(s.name for s in found) == ["a.svs", "a.tif", "b", "x__a"]
+
+
 def test_the_verb_predicts_a_folder_of_slides_on_tissue(tmp_path: Path, capsys: Any) -> None:
     pixels = np.full((256, 384, 3), 245, np.uint8)
     pixels[64:192, 128:320] = (180, 60, 140)
