@@ -64,6 +64,8 @@ def is_safe(path: str) -> bool:
         return is_named and os.path.isfile(path)
     if is_named and name.upper().endswith(".SAFE"):
         return os.path.isdir(path)
+    if os.path.splitext(name)[1].lower() not in ("", ".safe"):  # most of a folder of rasters
+        return False
     return any(os.path.isfile(os.path.join(path, f"MTD_MSI{level}.xml")) for level in _LEVELS)
 
 
