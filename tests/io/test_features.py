@@ -102,6 +102,7 @@ def test_a_bag_without_attributes_is_readable_and_refused_as_a_grid(tmp_path):
         ((*LATTICE, *OTHER), SIZE),  # a second contour on a lattice of its own
         ([(1000, 7)], 1),
         ([(0, 0), (512, 512)], None),
+        ([(512 * x, 1024 * y) for x in range(4) for y in range(4)], None),
         ([(0, 0), (300, 0), (700, 0), (1200, 0), (1900, 0), (2300, 0)], None),
     ],
 )

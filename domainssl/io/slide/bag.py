@@ -236,12 +236,13 @@ def spacing_of(coords: Array) -> int | None:
         gaps = np.diff(ordered[:, along])[np.diff(ordered[:, across]) == 0]
         parts.append(gaps[gaps > 0])
     gaps = np.concatenate(parts)
-    if len(gaps) < _CROWDED:
+    steps = {int(p.min()) for p in parts if len(p) > _CROWDED and np.gcd.reduce(p) == p.min()}
+    if len(gaps) < _CROWDED or len(steps) > 1:  # too few, or pixels that are not square
         return None
     if np.gcd.reduce(gaps) == gaps.min():  # one lattice, however sparse
         return int(gaps.min())
-    steps, counts = np.unique(gaps, return_counts=True)  # a lattice per contour, as of CLAM
-    step = int(steps[counts.argmax()])
+    sizes, counts = np.unique(gaps, return_counts=True)  # a lattice per contour, as of CLAM
+    step = int(sizes[counts.argmax()])
     is_clear = 2 * counts.max() >= len(gaps) and np.mean(gaps < step) <= _TOLERANCE
     return step if is_clear else None
 
