@@ -152,9 +152,16 @@ class Backbone(Recorded, nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> Features:
         """Return the features of raw physical values; see `Features` and `modality.Batch`."""
+        return self.encode(self.watched(batch))
+
+    def watched(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what `normalize` does, after a look at the units where that is asked for.
+
+        For whatever takes raw values: `forward`, and pyramids that do not pass through it.
+        """
         if self._units is not None and not torch.compiler.is_compiling():
             self._warn_of_units(batch)
-        return self.encode(self.normalize(batch))
+        return self.normalize(batch)
 
     def watch_units(self) -> None:
         """Warn, once, when the values of the next forward pass must be in another unit.

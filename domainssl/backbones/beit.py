@@ -300,7 +300,7 @@ class BEiTBackbone(Backbone):
         They are what the blocks L/4, L/2 and 3L/4 (from 0, of L) return, and the normalised patches
         of the last one.
         """
-        features, ends, _ = self.encode_layers(self.normalize(batch))
+        features, ends, _ = self.encode_layers(self.watched(batch))
         chosen = [ends[len(ends) * part // 4] for part in (1, 2, 3)]
         grid = features.grid[self.name]
         states = [*chosen, features.tokens[self.name]]

@@ -123,7 +123,7 @@ class SwinBackbone(Backbone):
 
     def feature_pyramid(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
         """Return SwinUNETR's five hidden states at 1/2 to 1/32, (B, F·2^i, *S / 2^(i+1))."""
-        return {self.name: self.encoder.pyramid(*self._inputs(self.normalize(batch)))}
+        return {self.name: self.encoder.pyramid(*self._inputs(self.watched(batch)))}
 
     def band_tensors(self, name: str) -> dict[str, str]:
         """Return the patch embedding; see `Backbone.band_tensors`."""

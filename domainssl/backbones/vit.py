@@ -346,7 +346,7 @@ class ViTBackbone(Backbone):
         name, modality = self.name, self.modality
         if modality.kind == "series":
             raise ConfigError(f"feature_pyramid: {name!r} is a series; choose one date of it.")
-        x = self.normalize(batch)
+        x = self.watched(batch)
         tokens = self.embed(self.patches(x[name], channels_first=True))
         tokens = tokens + self._codes(x).to(tokens.dtype)
         first = self._first()

@@ -32,6 +32,7 @@ from domainssl.sensors import L1C_BANDS
 
 __all__ = [
     "band_rows",
+    "have_one_value",
     "find_geotiffs",
     "inspect_cube",
     "inspect_geotiffs",
@@ -77,6 +78,11 @@ def band_rows(
     return rows
 
 
+def have_one_value(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether every band has one value in all pixels; see `band_rows`."""
+    return {row["std"] for row in rows} == {0.0}
+
+
 def inspect_geotiffs(paths: Sequence[str]) -> dict[str, Any]:
     """Describe GeoTIFF files; values of the first ones are measured."""
     files, problems = [], []
@@ -92,7 +98,7 @@ def inspect_geotiffs(paths: Sequence[str]) -> dict[str, Any]:
         problems += file.pop("grid_problems")
         if not file["valid_share"]:
             problems.append(f"{file['path']}: no pixel in which all bands are valid")
-        elif {row["std"] for row in file["values"]} == {0.0} and len(paths) == 1:
+        elif have_one_value(file["values"]) and len(paths) == 1:
             problems.append(f"{file['path']}: every band has one value in all valid pixels")
     notes = [text for file in files if (text := file.pop("untold"))]
     return {
@@ -293,6 +299,8 @@ def _describe(cube: Cube) -> dict[str, Any]:
     if "bands" in cube.arrays:
         try:
             report |= _band_values(cube)
+            if have_one_value(report["values"]):
+                problems.append(f"{cube.name}: every band has one value in the first samples")
         except DataError as error:
             problems.append(str(error))
     return {**report, "problems": problems}

@@ -10,6 +10,7 @@ import numpy as np
 from domainssl.errors import DataError
 from domainssl.inspection.files import (
     band_rows,
+    have_one_value,
     unmarked_problems,
     unmarked_values,
     untold_offset,
@@ -67,6 +68,10 @@ def inspect_layers(cube: Cube) -> dict[str, Any]:
             partial(describe_zarr, cube.name, names, cube=cube, options=cube.options or None), names
         )
         report["notes"] += [text] if text else []
+    if have_one_value(report["values"]):
+        report["problems"].append(
+            f"{cube.name}: every band has one value in the middle of the first date"
+        )
     return report
 
 

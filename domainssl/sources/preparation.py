@@ -6,6 +6,7 @@ Orientation is done by the reader, resampling is MONAI's; both only happen where
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 _said: set[str] = set()  # warnings of this process: an exam may be read in every epoch
 Array = np.ndarray[Any, Any]
 _VERSION = 3  # raise it when the result of `prepare` changes
+_MOST_VOXELS = 2**31  # of an exam, resampled
 _SAME_SIZE = 1e-3  # by which voxel sizes may differ and count as equal
 _PRECISION = {"hu": 0.5}  # half a step of the unit's statistics; elsewhere a part of the value
 _AIR_HU = -500.0  # below: air; the lungs lie inside of what is above
@@ -248,7 +250,20 @@ def _respaced(grid: _Grid, spacing_mm: tuple[float, ...] | None) -> _Grid:
         and _is_straight(grid.affine)
     ):
         return grid
-    return _Grid(*straight_grid(grid.shape, grid.affine, spacing_mm), grid.name)
+    shape, affine = straight_grid(grid.shape, grid.affine, spacing_mm)
+    own = spacing_of(grid.affine)
+    is_tiny = all(n * size < to for n, size, to in zip(grid.shape, own, spacing_mm, strict=True))
+    if is_tiny or math.prod(shape) > _MOST_VOXELS:
+        raise DataError(
+            f"{grid.name}: {_by(grid.shape)} voxels of {_by(own)} mm; with voxels of "
+            f"{_by(spacing_mm)} mm it has {_by(shape)}. Check its voxel size: a header in another "
+            "unit is a usual reason (`inspect` shows it)."
+        )
+    return _Grid(shape, affine, grid.name)
+
+
+def _by(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:g}" for number in numbers)
 
 
 def _is_straight(affine: Array) -> bool:

@@ -272,3 +272,22 @@ def test_what_files_leave_open_is_said_with_the_option_scan(tmp_path: Path) -> N
                         ("space", "expected KEY=VALUE"), ("space=LSP", "got 'LSP'")):  # fmt: skip
         with pytest.raises(ConfigError, match=found):
             reading_of_words([word])
+
+
+@pytest.mark.parametrize("size", [40.0, 0.001])
+def test_voxels_in_another_unit_are_named_with_both_numbers(tmp_path: Path, size: float) -> None:
+    """40 mm ended in a traceback for want of memory, 0.001 mm became a map of one voxel."""
+    affine = np.diag([size, size, size, 1.0])
+    path = write_nifti(tmp_path / "scan.nii.gz", blob((40, 36, 33)), affine)
+    with pytest.raises(
+        DataError, match=rf"scan.nii.gz: 40 x 36 x 33 voxels of {size:g} x .* mm; w"
+    ):
+        predicted(Thresholds("ct", spacing_mm=(1.0, 1.0, 1.0)), path, tmp_path / "out")
+
+
+def test_units_are_looked_at_where_a_decoder_reads_a_pyramid(caplog: Any) -> None:
+    """Tasks of maps passed by what `forward` looks at: values times a million got a map."""
+    backbone: Any = Thresholds("ct").backbone
+    backbone.watch_units()
+    backbone.feature_pyramid({"ct": torch.linspace(-2e8, 4e8, 512).view(1, 1, 8, 8, 8)})
+    assert "Features of other units mean nothing" in caplog.text

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from cube_files import write_cube
 from rich.console import Console
 from ssl4eo_files import DATES, SIDE, tile_table, write_split
 
@@ -185,3 +186,13 @@ def test_folder_of_other_things_says_what_it_holds(tmp_path: Path) -> None:
         inspect_path(str(tmp_path))
     with pytest.raises(DataError, match="kind of file is not understood"):
         inspect_path(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.parametrize(("value", "count"), [(500, 1), (None, 0)])
+def test_a_cube_of_one_value_is_a_problem(tmp_path: Path, value: int | None, count: int) -> None:
+    """It passed without a word, where a GeoTIFF did not."""
+    values = np.arange(2 * 2 * 32 * 32, dtype=np.int16).reshape(2, 2, 32, 32)
+    values = values if value is None else np.full_like(values, value)
+    path = write_cube(tmp_path / "c.zarr", values, ("B03", "B04"))
+    problems = inspect_path(str(path))["problems"]
+    assert sum("every band has one value" in text for text in problems) == count

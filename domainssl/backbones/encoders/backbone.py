@@ -234,7 +234,7 @@ class EncoderBackbone(Backbone):
         """
         return {
             name: self._encoder(name).stages(values, valid, self._attention(name))
-            for name, values, valid in self._single(self.normalize(batch))
+            for name, values, valid in self._single(self.watched(batch))
         }
 
     def feature_pyramid(self, batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -251,7 +251,7 @@ class EncoderBackbone(Backbone):
         Raises:
             ConfigError: A modality is a series; choose one date.
         """
-        return self.encode_pyramid(self.normalize(batch))
+        return self.encode_pyramid(self.watched(batch))
 
     def encode_pyramid(self, x: Mapping[str, Any]) -> dict[str, list[Tensor]]:
         """Return `feature_pyramid` of a normalised batch; absent items leave no statistics."""

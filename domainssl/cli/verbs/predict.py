@@ -93,10 +93,9 @@ def _predict(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     from domainssl.cli.console import console
     from domainssl.cli.progress import Bar
-    from domainssl.files import remove_rests
     from domainssl.inference.domain import domain_of
     from domainssl.inference.outputs import refuse_inputs
-    from domainssl.inference.predict import claim_folder, record_of
+    from domainssl.inference.predict import claim_folder
     from domainssl.inference.predictions import NOUNS, prediction
     from domainssl.inference.tables import TablePrediction
     from domainssl.pieces import build
@@ -126,10 +125,7 @@ def _predict(argv: list[str]) -> int:
         found = build(work, plan, items, noun=noun)
     if isinstance(work, TablePrediction):
         work.join()
-    finished = [work.path(key) for key in work.keys if work.is_ready(key)]
-    if not found.missing:  # or others may be writing what all share
-        finished += [*outputs[len(work.keys) :], record_of(work.folder)]
-    remove_rests(finished)
+    _remove_rests(work, None if found.missing else outputs[len(work.keys) :])
     if isinstance(work, TablePrediction):
         screen.print(str(work.target), markup=False)
     else:
@@ -231,3 +227,17 @@ def _how(options: argparse.Namespace, progress: Any) -> HowPredicted:
         tiles=options.tiles,
         skip_bad=options.skip_bad,
     )
+
+
+def _remove_rests(work: Any, shared: Sequence[Path] | None) -> None:
+    """Remove what killed calls left beside finished outputs.
+
+    Args:
+        work: The prediction.
+        shared: Outputs of all parts; None while others may be writing them.
+    """
+    from domainssl.files import remove_rests
+    from domainssl.inference.predict import record_of
+
+    finished = [work.path(key) for key in work.keys if work.is_ready(key)]
+    remove_rests(finished if shared is None else [*finished, *shared, record_of(work.folder)])
