@@ -56,6 +56,18 @@ def test_repeated_names_that_place_a_band_elsewhere_are_refused(tmp_path: Path) 
         describe_geotiff(str(path), ["B02", "B03", "B04"])
 
 
+def test_names_that_only_count_are_taken_in_the_order_asked_for(tmp_path: Path) -> None:
+    titles = [f"Band {number}" for number in range(1, 5)]  # Band 2 is not B02 here
+    path = write_geotiff(tmp_path / "a.tif", np.concatenate([VALUES, VALUES]), titles, block=16)
+    file = describe_geotiff(str(path), ["B02", "B03", "B04", "B08"])
+    assert [(b.name, b.index) for b in file.bands] == [
+        ("B02", 0),
+        ("B03", 1),
+        ("B04", 2),
+        ("B08", 3),
+    ]
+
+
 @pytest.mark.parametrize("of_band", [True, False])
 def test_fields_name_bands_that_have_no_description(tmp_path: Path, of_band: bool) -> None:
     import rasterio

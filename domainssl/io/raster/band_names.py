@@ -51,7 +51,10 @@ def refuse_contradiction(
     Raises:
         DataError: A band asked for is named, but stands at another place.
     """
-    plain = [canonical_band(str(title or "")) for title in titles]
+    said = [title for title in map(str, filter(None, titles)) if not _SILENT.fullmatch(title)]
+    if len(set(said)) == len(said):  # they only count, as Band 1, Band 2 do
+        return
+    plain = [canonical_band(title) if title in said else "" for title in titles if title]
     asked = [canonical_band(band) for band in bands]
     if len(set(plain) & set(asked)) < 2 or len(plain) != len(
         asked
