@@ -23,6 +23,7 @@ from domainssl.backbones.bands import BandPolicy, adapt_bands, check_policy
 from domainssl.backbones.base import Backbone, LoadReport
 from domainssl.backbones.card import export_files, read_card
 from domainssl.backbones.hub import HubAddress, check_sha256, fetch_weights
+from domainssl.backbones.loaded import check_record, refuse_lost_numbers
 from domainssl.backbones.pretrained import PRETRAINED, Pretrained
 from domainssl.errors import ConfigError, WeightsError, nearest, parsing
 from domainssl.modality import Modality, as_modalities
@@ -393,49 +394,9 @@ def load_initial(
 
 
 def _watched(backbone: Backbone) -> Backbone:
-    lost = [n for n, tensor in backbone.named_parameters() if not bool(tensor.isfinite().all())]
-    if lost:
-        raise WeightsError(
-            f"{len(lost)} tensors of the weights hold NaN or infinite numbers, such as "
-            f"{lost[0]!r}: their training diverged, or the file is damaged. Take an earlier "
-            "checkpoint, or get the file again."
-        )
+    refuse_lost_numbers(backbone)
     backbone.eval().watch_units()
     return backbone
-
-
-def _check_record(backbone: Backbone, known: Pretrained, weights: str | Path) -> None:
-    """Compare bands with those of the published weights under whose tag a file was loaded.
-
-    Raises:
-        WeightsError: Their numbers differ, or their order where the file does not tell it.
-    """
-    fitted = {c.modality: len(c.kept) + len(c.dropped) for c in backbone.band_changes}
-    counts = {n: fitted.get(n, m.num_channels) for n, m in backbone.modalities.items()}
-    expected = {name: len(bands) for name, bands in known.bands.items()}
-    if len(expected) == 1:  # whatever the data call it
-        is_it = list(counts.values()) == list(expected.values())
-    else:
-        is_it = all(counts[name] == expected[name] for name in counts.keys() & expected.keys())
-    if not is_it:
-        raise WeightsError(
-            f"{weights}: holds weights for {_counted(counts)}, but those published under "
-            f"{known.tag!r} are for {_counted(expected)}. Get the file of that tag, or load this "
-            f"one without it: load_backbone({known.backbone!r}, weights=…)."
-        )
-    only = next(iter(known.bands.values()), ()) if len(known.bands) == 1 else ()
-    for name, modality in backbone.modalities.items():
-        own = known.bands.get(name, only)
-        if name not in fitted and modality.channels != own and set(modality.channels) == set(own):
-            raise WeightsError(
-                f"{name}: the same bands in another order: got {list(modality.channels)}, the "
-                f"weights of {known.tag!r} are for {list(own)}. Choose this order in the "
-                "DataModule and in modalities=…"
-            )
-
-
-def _counted(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} bands of {name}" for name, count in counts.items())
 
 
 def _load(
@@ -460,7 +421,7 @@ def _load(
             name, cls, {**variant, **(arguments or {})}, weights, modalities, strict, bands
         )
         if record is not None and weights is not None and str(weights) != "random":
-            _check_record(loaded, record, weights)
+            check_record(loaded, record, weights)
             if modalities is not None and "modalities" in record.arguments and bands == "strict":
                 loaded.check(modalities)  # the record says what goes in, not the data
         return loaded
