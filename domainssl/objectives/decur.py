@@ -24,7 +24,7 @@ from torch import Tensor
 from domainssl.backbones.base import Features, LoadReport
 from domainssl.backbones.encoders.backbone import DeformableAttentionUse
 from domainssl.backbones.encoders.files import read_encoder_file
-from domainssl.backbones.registry import read_tensors
+from domainssl.backbones.tensors import read_tensors
 from domainssl.distributed import row_layout
 from domainssl.errors import ConfigError, WeightsError
 from domainssl.losses.decorrelation import decur_cross, local_gradient, redundancy

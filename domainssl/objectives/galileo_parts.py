@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from domainssl.backbones.bands import BandPolicy
 from domainssl.backbones.galileo.groups import PUBLISHED_GROUPS, GalileoGroup
-from domainssl.backbones.registry import read_tensors
+from domainssl.backbones.tensors import read_tensors
 from domainssl.errors import ConfigError, DataError, WeightsError, nearest
 from domainssl.modality import COMPANIONS, Modality
 from domainssl.options import as_dataclass

@@ -24,7 +24,7 @@ from domainssl.backbones.card import (
     write_export,
 )
 from domainssl.backbones.hub import HubAddress, check_sha256, fetch_weights
-from domainssl.backbones.registry import read_tensors
+from domainssl.backbones.tensors import read_tensors
 from domainssl.errors import WeightsError, nearest, parsing
 from domainssl.tasks.base import Task
 from domainssl.tasks.tuning import merge_adapters

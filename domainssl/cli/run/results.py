@@ -258,7 +258,7 @@ def _checkpoint(path: Path) -> _Report | None:
         return found and {**found, "facts": {**names, **found["facts"]}}
     if path.suffix != ".ckpt" or not path.is_file():
         return None
-    from domainssl.backbones.registry import read_tensors
+    from domainssl.backbones.tensors import read_tensors
 
     content = read_tensors(path, inert_classes=True)
     backbone, task = content.get("backbone"), content.get("task")
@@ -321,7 +321,7 @@ def _weights(path: Path) -> _Report | None:
     """Describe weights without a card."""
     if path.suffix not in _WEIGHTS or not path.is_file():
         return None
-    from domainssl.backbones.registry import read_tensors
+    from domainssl.backbones.tensors import read_tensors
 
     content = read_tensors(path)
     inner = content.get("state_dict", content.get("model", content))
