@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from safe_files import stored, write_safe, zipped
 
 from domainssl.cli import main
 from domainssl.errors import ConfigError, DataError
+from domainssl.io.raster import gdal
 from domainssl.io.raster.safe import describe_safe, read_safe
 from domainssl.io.raster.zarr import open_cube
 from domainssl.io.ssl4eo.labels import labels
@@ -250,3 +252,40 @@ def test_inspect_of_a_url_ends_with_one_message(server, tmp_path, monkeypatch, c
         file.writestr("a/0", bytes(2**20))
     assert main(["inspect", f"{server}/b.zarr.zip"]) == 2
     assert "Range" in capsys.readouterr().err
+
+
+class Stumbling(Handler):
+    """Fails twice, then serves."""
+
+    failures: ClassVar[list[int]] = [500, 503]
+
+    @property
+    def status(self) -> int | None:  # type: ignore[override]
+        """What the next request is answered with."""
+        return self.failures.pop() if self.failures else None
+
+
+def test_a_geotiff_is_asked_for_again_and_its_server_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rasterio = pytest.importorskip("rasterio")
+    monkeypatch.setitem(gdal._PATIENCE, "GDAL_HTTP_RETRY_DELAY", "0.01")
+    profile = {"driver": "GTiff", "width": 4, "height": 4, "count": 1, "dtype": "uint8"}
+    where = {"crs": "EPSG:32632", "transform": rasterio.Affine(10, 0, 0, 0, -10, 0)}
+    with rasterio.open(tmp_path / "a.tif", "w", **profile, **where) as file:
+        file.write(np.full((1, 4, 4), 7, np.uint8))
+    Handler.silence.set()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Stumbling, directory=str(tmp_path)))
+    # rasterio keeps the interpreter while it waits: a thread of this process could not answer
+    process = multiprocessing.get_context("fork").Process(target=http.serve_forever, daemon=True)
+    process.start()
+    url = f"http://127.0.0.1:{http.server_address[1]}"
+    try:
+        with gdal.open_raster(f"{url}/a.tif") as file, gdal.reading(f"{url}/a.tif"):
+            assert (file.read() == 7).all()
+        with pytest.raises(DataError, match=r"Its server did not answer as expected.*try again"):
+            gdal.open_raster(f"{url}/b.tif")
+    finally:
+        process.kill()
+        process.join()
+        http.server_close()

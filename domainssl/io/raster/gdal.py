@@ -15,21 +15,40 @@ from typing import Any
 from domainssl.errors import DataError, parsing, require, unwritable
 from domainssl.files import open_regular
 from domainssl.io.storage.handles import names_in
+from domainssl.io.storage.paths import is_url
 
 __all__ = ["open_raster", "reading", "writing"]
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BESIDE = (".ovr", ".msk", ".msk.ovr", ".ovr.msk", ".msk.msk", ".ovr.ovr")
+_PATIENCE = {
+    "GDAL_HTTP_MAX_RETRY": "4",
+    "GDAL_HTTP_RETRY_DELAY": "0.5",  # seconds, doubled every time
+    "GDAL_HTTP_RETRY_CODES": "429,500,502,503,504",
+}
+_REMOTE = (
+    "Its server did not answer as expected, or the file is damaged: see whether the address, "
+    "credentials and network are right, and try again; what is done is kept."
+)
 _SIDECAR = 2**26  # bytes of .aux.xml, which GDAL reads whole
 
 
-def reading(path: object) -> Any:
-    """Return a context in which failures of GDAL are errors that name the file."""
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Turn failures of GDAL into errors that name the file; requests to a server are repeated.
+
+    Raises:
+        DataError: It cannot be read.
+    """
     rasterio = require("rasterio", "geo")
-    return parsing(
-        f"{path}: the GeoTIFF",
-        also=(rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError),
-    )
+    failures = (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError)
+    what = f"{path}: the GeoTIFF"
+    if not is_url(str(path)):
+        with parsing(what, also=failures):
+            yield
+        return
+    with rasterio.Env(**_PATIENCE), parsing(what, also=failures, advice=_REMOTE):
+        yield
 
 
 @contextmanager
