@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from domainssl.modality import Modality, as_modalities, check_batch
 from domainssl.nn.normalization import Normalizer
 from domainssl.nn.patching import grid_of
 from domainssl.units import UnitCheck
+
+if TYPE_CHECKING:
+    from domainssl.backbones.bands import BandChange
 
 __all__ = ["Backbone", "Features", "LoadReport"]
 
@@ -107,7 +110,7 @@ class Backbone(Recorded, nn.Module):
     forward_methods: ClassVar[tuple[str, ...]] = ("encode",)  # entry points besides `forward`
     reference_holds_classes: ClassVar[bool] = False  # published files pickle their configuration
     takes_wavelengths: ClassVar[bool] = False  # tells bands by wavelengths: any will do
-    band_changes: tuple[object, ...] = ()  # `BandChange`s of weights for other bands
+    band_changes: tuple[BandChange, ...] = ()  # of weights for other bands
 
     def __init__(
         self,

@@ -127,7 +127,7 @@ def _built(argv: list[str], sections: tuple[str, ...]) -> Any:
     mistakes = checker.run(needed=sections)
     if mistakes:
         raise ConfigMistakes(mistakes)
-    kinds = {"data": LightningDataModule, "model": LightningModule}
+    kinds: dict[str, Any] = {"data": LightningDataModule, "model": LightningModule}
     parser = LightningArgumentParser(exit_on_error=False)
     for section in sections:
         parser.add_lightning_class_args(kinds[section], section, subclass_mode=True)
