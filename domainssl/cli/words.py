@@ -36,15 +36,16 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, passes: str | None = None, **more: Any) -> None:
-        self._names: list[str] = []
+        self._own_options: dict[str, argparse.Action] = {}
         self._actions_of_verb: Any = None
         self._passes = passes
         super().__init__(**{"allow_abbrev": False, **more})
 
     def add_argument(self, *names: str, **more: Any) -> argparse.Action:  # type: ignore[override]
         """Add an argument, and remember how an option is spelled."""
-        self._names += [name for name in names if name.startswith("-")]
-        return super().add_argument(*names, **more)
+        action = super().add_argument(*names, **more)
+        self._own_options |= {name: action for name in names if name.startswith("-")}
+        return action
 
     def add_subparsers(self, **more: Any) -> Any:  # type: ignore[override]
         """Add actions, such as `cache build`."""
@@ -53,8 +54,7 @@ class Parser(argparse.ArgumentParser):
 
     def options(self) -> list[str]:
         """Return how the options of the verb and of its actions are spelled."""
-        actions = () if self._actions_of_verb is None else self._actions_of_verb.choices.values()
-        return [*self._names, *(name for action in actions for name in action.options())]
+        return list(self._known_options())
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
 
     def _known_options(self) -> dict[str, argparse.Action]:
         """Return the options of the verb and of its actions by how they are spelled."""
-        known = dict(self._option_string_actions)
+        known = dict(self._own_options)
         actions = () if self._actions_of_verb is None else self._actions_of_verb.choices.values()
         for action in actions:
             known |= action._known_options()

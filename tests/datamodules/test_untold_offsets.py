@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cube_files import TIMES, coded, write_cube, write_geotiff
+from cube_files import LEFT, TIMES, coded, write_cube, write_geotiff
 
 from domainssl.datamodules.cubes import SentinelCubeDataModule
 from domainssl.inspection.files import inspect_geotiffs
@@ -35,7 +35,8 @@ def problems(root: Path, **options: Any) -> list[str]:
 def test_a_run_tells_numbers_that_may_carry_the_offset(tmp_path: Path) -> None:
     for site in range(3):
         values = coded(4, 3, 64).astype(np.uint16) + 1000
-        write_cube(tmp_path / "s2" / f"{site}.zarr", values, BANDS, times=TIMES)
+        place = LEFT + 10_000 * site
+        write_cube(tmp_path / "s2" / f"{site}.zarr", values, BANDS, times=TIMES, left=place)
     [text] = problems(tmp_path)
     assert "offset of +1000" in text and "0.zarr" in text
     assert "Set data.init_args.modalities.s2.stored_unit to dn" in text and "as dn." in text
@@ -43,9 +44,9 @@ def test_a_run_tells_numbers_that_may_carry_the_offset(tmp_path: Path) -> None:
         assert problems(tmp_path, stored_unit=unit) == []
     late = TIMES + np.timedelta64(600, "D")  # of which nothing before says anything
     dark = coded(4, 3, 64).astype(np.uint16)
-    write_cube(tmp_path / "s2" / "3.zarr", dark, BANDS, times=TIMES)
+    write_cube(tmp_path / "s2" / "3.zarr", dark, BANDS, times=TIMES, left=LEFT - 10_000)
     assert problems(tmp_path) == []
-    write_cube(tmp_path / "s2" / "4.zarr", dark + 1000, BANDS, times=late)
+    write_cube(tmp_path / "s2" / "4.zarr", dark + 1000, BANDS, times=late, left=LEFT - 20_000)
     [text] = problems(tmp_path)
     assert f"numbers of {str(late[0])[:10]}" in text
 

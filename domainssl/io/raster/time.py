@@ -92,8 +92,8 @@ def _plain_times(values: np.ndarray[Any, Any], stated: Mapping[str, Any]) -> Any
 def _cf_times(values: np.ndarray[Any, Any], attrs: Mapping[str, Any], where: str) -> Any:
     names = ("units", "calendar", "_FillValue", "missing_value", "scale_factor", "add_offset")
     stated = {"units": _NANOSECONDS, **{n: attrs[n] for n in names if attrs.get(n) is not None}}
-    if "calendar" in stated:  # CF: in any letter case
-        stated["calendar"] = str(stated["calendar"]).lower()
+    if isinstance(stated.get("calendar"), str):  # CF: in any letter case
+        stated["calendar"] = stated["calendar"].lower()
     if stated.get("calendar") in _CALENDARS:  # they differ before 1582 only
         del stated["calendar"]
     if stated == {"units": _NANOSECONDS} and values.dtype.kind in "iu":
