@@ -144,7 +144,7 @@ def _check_levels(found: Mapping[str, Mapping[str, list[Found]]], names: Sequenc
         of_level: dict[str, str] = {}
         for each in (each for name in names for each in files[name]):
             if match := _LEVEL.match(os.path.basename(each.path.rstrip("/"))):
-                of_level.setdefault(match[1], each.path)
+                of_level.setdefault(match[1].upper(), each.path)
         if len(of_level) > 1:
             raise DataError(
                 f"layer {layer!r}: products of level 1C (top of the atmosphere) and 2A (surface) "
