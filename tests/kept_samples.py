@@ -19,7 +19,7 @@ from domainssl.matrix.runs import source_sha256
 __all__ = ["keep", "kept_root", "restore"]
 
 SAMPLES = (
-    "bags-*", "change-*", "cohort-*", "crops-*", "cubes-*", "pastis-*", "relief-*", "scans-*",
+    "bags-*", "change-*", "cohort-*", "crops-*", "cubes-*", "pastis-*", "relief-*",
     "slide-*", "so2sat-*", "ssl4eo-*", "terramesh-*", "tiles-*", "treesatai-ts-*", "volumes-*",
     "weather-*",
 )  # fmt: skip
