@@ -17,6 +17,7 @@ from domainssl.io.raster.bands import is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.safe import is_safe
 from domainssl.io.raster.sites import other_format
+from domainssl.io.slide.picture import advice_on_pictures
 
 __all__ = [
     "Found",
@@ -130,9 +131,10 @@ def find_inputs(
             "outside of the inputs where it should be one.", skipped[0], len(skipped),
         )  # fmt: skip
     if not found:
+        advice = advice_on_pictures(path) if what == "a slide" else ""
         raise DataError(
             f"{path}: holds no {what.removeprefix('a ')}, which the model takes for "
-            f"{', '.join(modalities) or 'slides'}.{examples(path)}"
+            f"{', '.join(modalities) or 'slides'}.{advice or examples(path)}"
         )
     return sorted(found, key=lambda item: item.name)
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from domainssl.errors import ConfigError, DataError
 from domainssl.inference.outputs import file_name, repeated
 from domainssl.io.ids import ids_of
+from domainssl.io.slide.picture import advice_on_pictures
 from domainssl.io.slide.pyramid import ENDINGS, list_slides
 
 __all__ = ["named_slides"]
@@ -51,6 +52,7 @@ def _inside(path: str) -> list[tuple[str, str]]:
         if not inside:
             raise DataError(
                 f"{path}: holds no slides, expected files that end in {', '.join(ENDINGS)}."
+                + advice_on_pictures(path)
             )
         return [(slide, os.path.relpath(slide, path)) for slide in inside]
     if not os.path.exists(path):

@@ -261,6 +261,7 @@ def test_damaged_tiles_are_told_and_the_rest_is_kept(
     ("words", "said"),
     [
         (["/nowhere.svs"], "nothing lies there"), (["{}"], "holds no slides"),
+        (["{}", "--ids=plain"], "Pictures of tiles are read by a DataModule"),
         (["{}", "--regions", "/nowhere"], "regions /nowhere: nothing lies there"),
     ],
 )  # fmt: skip
@@ -271,5 +272,7 @@ def test_mistakes_are_told(
     words = [word.format(tmp_path / "empty") for word in words]
     if "--regions" in words:
         _slide(tmp_path / "empty" / "a.tif")
+    if "--ids=plain" in words:
+        (tmp_path / "empty" / "0_0.PNG").touch()
     assert main(["tile", *words, "--output", str(tmp_path / "out")]) == 2
     assert said in " ".join(capsys.readouterr().err.split())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from domainssl.errors import DataError, parsing
 from domainssl.files import open_regular
 from domainssl.io.slide.colors import on_white, to_rgb
 
-__all__ = ["ENDINGS", "PictureFacts", "is_picture", "picture_facts", "read_label_picture",
-           "read_tile_picture"]  # fmt: skip
+__all__ = ["ENDINGS", "PictureFacts", "advice_on_pictures", "is_picture", "picture_facts",
+           "read_label_picture", "read_tile_picture"]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
+_PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_FOLDERS = 64  # that are looked through for pictures
 ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".jp2")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "JPEG2000")
@@ -52,6 +55,18 @@ class PictureFacts:
     dtype: str
     mpp: tuple[float, float] | None
     has_color_profile: bool
+
+
+def advice_on_pictures(folder: str) -> str:
+    """Return how to read pictures of tiles where whole slides are asked for, empty without any."""
+    names = (name.lower() for _, _, files in islice(os.walk(folder), _FOLDERS) for name in files)
+    if not any(name.endswith(_PLAIN) for name in names):
+        return ""
+    return (
+        " Pictures of tiles are read by a DataModule: `embed BACKBONE --config recipes/tiles_mae."
+        f"yaml --data.root={folder} --output PATH` (docs/data/tiles.md says how they lie); a task "
+        "gives its answers for them in Python, domainssl.load_task(TASK).logits(batch)."
+    )
 
 
 def is_picture(path: str | os.PathLike[str]) -> bool:
