@@ -17,7 +17,6 @@ from domainssl.io.raster.bands import is_store
 from domainssl.io.raster.geotiff import GEOTIFF_ENDINGS
 from domainssl.io.raster.safe import is_safe
 from domainssl.io.raster.sites import other_format
-from domainssl.io.slide.picture import advice_on_pictures
 
 __all__ = [
     "Found",
@@ -87,12 +86,23 @@ def open_scenes(
     return scenes
 
 
+def examples(folder: str) -> str:
+    """Return a sentence that names a few files of a folder in which nothing was found."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    if not names:
+        return " The folder is empty."
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    told = next((f" {name}: {other_format(name)}" for name in names if other_format(name)), "")
+    return f" It has {', '.join(names[:3])}{more}.{told}"
+
+
 def find_inputs(
     given: str | Path,
     modalities: Sequence[str],
     is_item: Callable[[str], bool],
     what: str,
     output: Path | None = None,
+    advice: Callable[[str], str] = examples,
 ) -> list[Found]:
     """Return the items at a path, in order of their names.
 
@@ -102,6 +112,7 @@ def find_inputs(
         is_item: Tells whether a path is an item.
         what: How messages call items.
         output: Where results go; what lies there, or was written there before, is no input.
+        advice: What is said of a folder without items.
 
     Raises:
         DataError: There is none.
@@ -131,10 +142,9 @@ def find_inputs(
             "outside of the inputs where it should be one.", skipped[0], len(skipped),
         )  # fmt: skip
     if not found:
-        advice = advice_on_pictures(path) if what == "a slide" else ""
         raise DataError(
             f"{path}: holds no {what.removeprefix('a ')}, which the model takes for "
-            f"{', '.join(modalities) or 'slides'}.{advice or examples(path)}"
+            f"{', '.join(modalities) or 'slides'}.{advice(path)}"
         )
     return sorted(found, key=lambda item: item.name)
 
@@ -153,16 +163,6 @@ def _items_below(path: str, is_item: Callable[[str], bool]) -> Iterator[str]:
         for name in sorted(names):
             if not name.startswith(".") and is_item(os.path.join(base, name)):
                 yield os.path.join(base, name)
-
-
-def examples(folder: str) -> str:
-    """Return a sentence that names a few files of a folder in which nothing was found."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    if not names:
-        return " The folder is empty."
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    told = next((f" {name}: {other_format(name)}" for name in names if other_format(name)), "")
-    return f" It has {', '.join(names[:3])}{more}.{told}"
 
 
 def _named(relative: str) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from domainssl.errors import ConfigError, DataError, require
 from domainssl.files import write_whole
-from domainssl.inference.inputs import find_inputs
+from domainssl.inference.inputs import examples, find_inputs
 from domainssl.inference.outputs import (
     file_name,
     file_states,
@@ -34,6 +34,7 @@ from domainssl.inference.predict import PredictOptions
 from domainssl.inference.tables import ItemTask, answer
 from domainssl.io.slide.annotations import geojson_of
 from domainssl.io.slide.grid import MIN_TISSUE, TileGrid, plan_grid
+from domainssl.io.slide.picture import advice_on_pictures
 from domainssl.io.slide.pyramid import ENDINGS, Slide, SlideReading
 from domainssl.modality import Modality, batch_to, key
 
@@ -60,7 +61,9 @@ def find_slides(source: str) -> list[SlideInput]:
     Raises:
         DataError: There is none.
     """
-    found = find_inputs(source, [], lambda p: p.lower().endswith(ENDINGS), "a slide")
+    found = find_inputs(
+        source, [], lambda p: p.lower().endswith(ENDINGS), "a slide", advice=_advice
+    )
     slides = [SlideInput(each.name, str(each.files)) for each in found]
     twice = set(repeated(slide.name for slide in slides)) if os.path.isdir(source) else set()
     return [
@@ -69,6 +72,10 @@ def find_slides(source: str) -> list[SlideInput]:
         else slide
         for slide in slides
     ]
+
+
+def _advice(folder: str) -> str:
+    return advice_on_pictures(folder) or examples(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 
 from domainssl.io.storage.paths import fetch_ranges, is_url
@@ -72,16 +73,17 @@ def equal_files(splits: Mapping[str, Iterable[str]], where: str) -> list[str]:
     sizes: dict[int, list[tuple[str, str]]] = {}
     for split, paths in splits.items():
         for path in dict.fromkeys(paths):
-            if path and not is_url(path) and os.path.isfile(path):
-                sizes.setdefault(os.path.getsize(path), []).append((split, path))
+            if path and not is_url(path) and (size := _file_size(path)) is not None:
+                sizes.setdefault(size, []).append((split, path))
     copies: dict[tuple[str, str], list[str]] = {}
     left = _MOST
-    for size, files in sorted(sizes.items(), key=lambda item: len(item[1])):
+    of_one_size = ((size, files) for size, files in sizes.items() if len(files) > 1)
+    for size, files in sorted(of_one_size, key=lambda item: len(item[1])):
         known: dict[str, tuple[str, str]] = {}
-        if len(files) > left:
+        left -= len(files)
+        if left < 0:
             break
-        left -= len(files) if len(files) > 1 else 0
-        for split, path in files if len(files) > 1 else ():
+        for split, path in files:
             [end] = fetch_ranges(path, [(max(0, size - _TAIL), min(size, _TAIL))])
             first, other = known.setdefault(hashlib.sha256(end).hexdigest(), (split, path))
             pair = copies.setdefault((first, split), [])
@@ -96,6 +98,15 @@ def equal_files(splits: Mapping[str, Iterable[str]], where: str) -> list[str]:
         for (first, split), found in copies.items()
         if found
     ]
+
+
+def _file_size(path: str) -> int | None:
+    """Return the bytes of a file, None of whatever else lies there."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # the latter: a name with a NUL
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _some(names: Sequence[str]) -> str:

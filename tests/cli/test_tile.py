@@ -19,6 +19,8 @@ from processes import killed
 from slide_files import damage_tile, write_ome, write_tiff
 
 from domainssl.cli import main
+from domainssl.errors import DataError
+from domainssl.inference.slide_maps import find_slides
 from domainssl.inspection.slides import inspect_slides
 
 NAMES = ("miller/A-1.tif", "miller/A-2.tif", "smith/B-1.tif")
@@ -276,3 +278,9 @@ def test_mistakes_are_told(
         (tmp_path / "empty" / "0_0.PNG").touch()
     assert main(["tile", *words, "--output", str(tmp_path / "out")]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_predict_says_how_pictures_are_read_where_slides_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "0_0.png").touch()
+    with pytest.raises(DataError, match="Pictures of tiles are read by a DataModule"):
+        find_slides(str(tmp_path))

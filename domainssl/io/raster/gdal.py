@@ -75,7 +75,7 @@ def open_raster(path: str | os.PathLike[str]) -> Any:
         DataError: It is missing, no regular file, no GeoTIFF, or takes pixels from elsewhere.
     """
     rasterio = require("rasterio", "geo")
-    is_local = "://" not in str(path)
+    is_local = not is_url(path)
     if is_local:
         try:
             _check(path)
