@@ -56,7 +56,8 @@ def add_reading(parser: Parser, pixels: str) -> None:
         help="how scans are read whose files leave it open: orientation=assume_pixdim, volume=0, "
         "space=LPS, series=mr-3 (as inspect shows it)")
     add("--mpp_um", type=float, metavar="UM",
-        help="um per pixel of level 0, for slides that state none or a wrong one")
+        help="um per pixel of level 0, for slides that state none or a wrong one, as does the "
+        "column mpp_um of a table of slides for each")
     # fmt: on
 
 

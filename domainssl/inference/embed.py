@@ -169,8 +169,8 @@ class SlideEmbedding:
         for folder in self._root.glob(f"**/features_{self.encoder}"):
             remove_parts(folder, key)
         remove_parts(self._root, key)
-        path, kept = self.grids.slides[self.keys.index(key)], list[int]()
-        with Slide(path, self.grids.options.reading) as slide:
+        kept = list[int]()
+        with self.grids.open(key) as slide:
             batches = self._tiles(slide, places, kept)
             found = [
                 vectors.numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,14 @@ from domainssl.inference.items import ExamItem, SceneItem
 from domainssl.inference.outputs import file_name, file_states, parquet_path
 from domainssl.inference.pooled import PooledEmbedding, PooledItem
 from domainssl.inference.scenes import Scene, SceneOptions
-from domainssl.inference.slide_maps import SlideInput, find_slides
+from domainssl.inference.slide_inputs import named_slides
 from domainssl.inference.tokens import TokenWindows, feature_name, whole_windows
 from domainssl.inference.volume_maps import find_volumes, scans_for
 from domainssl.io.ids import ids_of, write_ids
 from domainssl.io.raster.geoparquet import Footprint
 from domainssl.io.slide.facts import SlideReading
 from domainssl.io.slide.grid import plan_grid
+from domainssl.io.slide.listed import ListedSlide
 from domainssl.io.slide.pyramid import Slide
 from domainssl.modality import Batch, Modality, key
 
@@ -72,24 +72,28 @@ class SlideItem:
     """The tiles of a slide that hold tissue, one window each.
 
     Attributes:
-        name: Id of the slide.
-        slide: The slide.
+        slide: The slide, named by its id.
         modality: What the backbone expects.
         side: Side of a tile in pixels.
         reading: What the user says of the slide.
     """
 
-    name: str
-    slide: SlideInput
+    slide: ListedSlide
     modality: Modality
     side: int
     reading: SlideReading = SlideReading()
     when_empty: ClassVar[str] = "no tile holds enough tissue"
 
     @property
+    def name(self) -> str:
+        """Id of the slide."""
+        return self.slide.name
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What the vector rests on."""
-        said = {"mpp_um": self.reading.mpp_um} if self.reading.mpp_um else {}
+        mpp = self.slide.mpp_um or self.reading.mpp_um
+        said = {"mpp_um": mpp} if mpp else {}
         return {"files": file_states([self.slide.path]), "side": self.side, **said}
 
     def batches(self) -> Iterator[tuple[float, Batch]]:
@@ -101,7 +105,8 @@ class SlideItem:
         resolution = self.modality.mpp_um
         assert resolution is not None
         name = self.modality.name
-        with Slide(self.slide.path, self.reading) as slide:
+        with Slide(self.slide.path, self.reading, self.slide.mpp_um) as slide:
+            slide.tell_overruled()
             grid = plan_grid(slide, self.side, resolution)
             for x, y in grid.coords.tolist():
                 rgb, valid = slide.read(x, y, self.side, resolution)
@@ -160,7 +165,7 @@ def pooled_items(
     Args:
         backbone: What computes.
         domain: `volumes`, `slides` or `bags`; see `domain_of`.
-        source: A path; see `find_volumes`, `find_slides` and `bag_items`.
+        source: A path; see `find_volumes`, `named_slides` and `bag_items`.
         output: The table.
         options: What is asked for.
 
@@ -214,13 +219,8 @@ def _slides(backbone: Backbone, source: str, options: Asked) -> list[SlideItem]:
             "embed: slides are embedded by backbones of one stain whose card states the size of a "
             "tile; otherwise say --window."
         )
-    slides = find_slides(source)
-    base = source if os.path.isdir(source) else os.path.dirname(source)
-    names = ids_of([os.path.relpath(slide.path, base) for slide in slides], options.ids)
-    if options.ids == "plain":
-        names = [slide.name for slide in slides]
     reading = SlideReading(mpp_um=options.mpp_um)
     return [
-        SlideItem(name=name, slide=slide, modality=modality, side=side, reading=reading)
-        for name, slide in zip(names, slides, strict=True)
+        SlideItem(slide=slide, modality=modality, side=side, reading=reading)
+        for slide in named_slides([source], options.ids)
     ]

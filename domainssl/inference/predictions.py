@@ -20,7 +20,8 @@ from domainssl.inference.outputs import file_name, refuse_ending
 from domainssl.inference.predict import PredictOptions
 from domainssl.inference.raster_maps import RasterPrediction, find_pairs, find_scenes
 from domainssl.inference.scenes import SceneOptions
-from domainssl.inference.slide_maps import SlidePrediction, find_slides
+from domainssl.inference.slide_inputs import named_slides
+from domainssl.inference.slide_maps import SlidePrediction
 from domainssl.inference.tables import Item, TablePrediction
 from domainssl.inference.volume_maps import (
     VolumeInput,
@@ -110,12 +111,9 @@ def prediction(task: Any, sources: Sequence[str], output: Path, how: HowPredicte
                 "of tiles as regions, from tasks of classification. For one answer per slide, "
                 "embed its tiles and train a task on the bags."
             )
-        slides = find_slides(sources[0])
-        names = ids_of([slide.name for slide in slides], how.ids)
-        slides = [replace(slide, name=name) for slide, name in zip(slides, names, strict=True)]
         return SlidePrediction(
-            folder=output, slides=slides, task=task, options=how.windows,
-            reading=how.reading, min_tissue=how.min_tissue,
+            folder=output, slides=named_slides([sources[0]], how.ids), task=task,
+            options=how.windows, reading=how.reading, min_tissue=how.min_tissue,
         )  # fmt: skip
     target = output if is_table else output / "predictions.csv"
     left_out = dict[str, str]()

@@ -87,7 +87,7 @@ def embed_slides(
 
     Args:
         backbone: Of tiles of one stain; its card states their resolution.
-        source: A slide, or a folder with some.
+        source: A slide, a folder with some, or a table of slides.
         output: Folder of grids and bags.
         asked: What is asked.
         plan: Part, restart and processes, the latter of the grids alone.
@@ -111,13 +111,12 @@ def embed_slides(
             "--dtype int8: of slides needs a scale per tile, which only bags of our own layout "
             "have: add --format zarr."
         )
-    paths, ids = named_slides([source], asked.ids)
+    slides = named_slides([source], asked.ids)
     if asked.id_table is not None:
-        write_ids(asked.id_table, ids, paths, "slide")
+        write_ids(asked.id_table, [s.name for s in slides], [s.path for s in slides], "slide")
     grids = SlideTiling(
         folder=output,
-        slides=paths,
-        ids=ids,
+        slides=slides,
         options=GridOptions(
             size_px=asked.window or (modality.size[0] if modality.size else _SIDE),
             mpp_um=modality.mpp_um,

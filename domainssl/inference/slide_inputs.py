@@ -1,27 +1,23 @@
-"""Slides that are given by path or folder, and the names of what is written of them."""
+"""Slides that are given by path, folder or table, and the names of what is written of them."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 
-from domainssl.errors import ConfigError, DataError
+from domainssl.errors import ConfigError
 from domainssl.inference.outputs import file_name, repeated
 from domainssl.io.ids import ids_of
-from domainssl.io.slide.picture import advice_on_pictures
-from domainssl.io.slide.pyramid import ENDINGS, list_slides
+from domainssl.io.slide.listed import ListedSlide, slides_at, stem_of
 
 __all__ = ["named_slides"]
 
-_ENDING = re.compile(rf"(\.ome)?({'|'.join(map(re.escape, ENDINGS))})\Z", re.IGNORECASE)
 
-
-def named_slides(given: Sequence[str], ids: str) -> tuple[list[str], list[str]]:
-    """Return paths and ids of the slides at some paths.
+def named_slides(given: Sequence[str], ids: str) -> list[ListedSlide]:
+    """Return the slides at some paths, named by their ids.
 
     Args:
-        given: Slides, or folders with slides.
+        given: Slides, folders with slides, or tables of slides.
         ids: `hashed`, or `plain` for their paths below the folder, without their endings where
             that tells them apart, as CLAM and TRIDENT name slides.
 
@@ -29,32 +25,28 @@ def named_slides(given: Sequence[str], ids: str) -> tuple[list[str], list[str]]:
         ConfigError: Two have the same name.
         DataError: A folder holds none, or nothing lies at a path.
     """
-    found = list(dict.fromkeys(pair for path in given for pair in _inside(path)))
-    keys = list(ids_of([name for _, name in found], ids))
+    known: dict[str, ListedSlide] = {}
+    for slide in (each for path in given for each in slides_at(path)):
+        first = known.get(slide.path)
+        if first is None or first.mpp_um is None:
+            known[slide.path] = replace(slide, name=first.name if first else slide.name)
+    found = list(known.values())
+    keys = list(ids_of([slide.name for slide in found], ids))
     if ids == "plain":
-        stems = [_ENDING.sub("", key) for key in keys]
-        twice = set(repeated(stems))
-        keys = [file_name(key if s in twice else s) for key, s in zip(keys, stems, strict=True)]
+        keys = _without_endings(keys)
     twice = set(repeated(keys))
     if twice:
-        same = [path for (path, _), key in zip(found, keys, strict=True) if key in twice]
+        same = [slide.path for slide, key in zip(found, keys, strict=True) if key in twice]
         raise ConfigError(
-            f"tile: {len(same)} slides have the same name below the folders that are given: "
-            f"{', '.join(same[:4])}. Give the folder above them instead."
+            f"slides: {len(same)} have the same name below the folders that are given: "
+            f"{', '.join(same[:4])}. Give the folder above them instead, or names of their own in "
+            "the column id of a table."
         )
-    return [path for path, _ in found], keys
+    return [replace(slide, name=key) for slide, key in zip(found, keys, strict=True)]
 
 
-def _inside(path: str) -> list[tuple[str, str]]:
-    """Return path and name of every slide at a path."""
-    if os.path.isdir(path):
-        inside = list_slides(path)
-        if not inside:
-            raise DataError(
-                f"{path}: holds no slides, expected files that end in {', '.join(ENDINGS)}."
-                + advice_on_pictures(path)
-            )
-        return [(slide, os.path.relpath(slide, path)) for slide in inside]
-    if not os.path.exists(path):
-        raise DataError(f"{path}: nothing lies there. Give slides or folders with slides.")
-    return [(path, os.path.basename(path))]
+def _without_endings(names: Sequence[str]) -> list[str]:
+    """Return names of slides as those of files, without endings where that tells them apart."""
+    stems = [stem_of(name) for name in names]
+    twice = set(repeated(stems))
+    return [file_name(n if s in twice else s) for n, s in zip(names, stems, strict=True)]

@@ -9,9 +9,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,61 +20,20 @@ import torch
 
 from domainssl.errors import ConfigError, DataError, require
 from domainssl.files import write_whole
-from domainssl.inference.inputs import examples, find_inputs
-from domainssl.inference.outputs import (
-    file_name,
-    file_states,
-    is_made_from,
-    keep_source,
-    repeated,
-    tell_again,
-)
+from domainssl.inference.outputs import file_states, is_made_from, keep_source, tell_again
 from domainssl.inference.predict import PredictOptions
 from domainssl.inference.tables import ItemTask, answer
 from domainssl.io.slide.annotations import geojson_of
 from domainssl.io.slide.grid import MIN_TISSUE, TileGrid, plan_grid
-from domainssl.io.slide.picture import advice_on_pictures
-from domainssl.io.slide.pyramid import ENDINGS, Slide, SlideReading
+from domainssl.io.slide.listed import ListedSlide
+from domainssl.io.slide.pyramid import Slide, SlideReading
 from domainssl.modality import Modality, batch_to, key
 
-__all__ = ["SlideInput", "SlidePrediction", "find_slides"]
+__all__ = ["SlidePrediction"]
 
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class SlideInput:
-    """A slide: what outputs are called, and its file."""
-
-    name: str
-    path: str
-
-
-def find_slides(source: str) -> list[SlideInput]:
-    """Return the slides of an input: a file, a folder of some, or a manifest (`id`, `path`).
-
-    Slides of a folder keep the ending of their file where they would have one name, as in `tile`.
-
-    Raises:
-        DataError: There is none.
-    """
-    found = find_inputs(
-        source, [], lambda p: p.lower().endswith(ENDINGS), "a slide", advice=_advice
-    )
-    slides = [SlideInput(each.name, str(each.files)) for each in found]
-    twice = set(repeated(slide.name for slide in slides)) if os.path.isdir(source) else set()
-    return [
-        replace(slide, name=file_name(os.path.relpath(slide.path, source)))
-        if slide.name in twice
-        else slide
-        for slide in slides
-    ]
-
-
-def _advice(folder: str) -> str:
-    return advice_on_pictures(folder) or examples(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +50,7 @@ class SlidePrediction:
     """
 
     folder: Path
-    slides: Sequence[SlideInput]
+    slides: Sequence[ListedSlide]
     task: ItemTask
     options: PredictOptions = field(default_factory=PredictOptions)
     reading: SlideReading = field(default_factory=SlideReading)
@@ -142,13 +100,14 @@ class SlidePrediction:
         return is_made_from(self.path(key), self._source(key))
 
     @cached_property
-    def _by_key(self) -> dict[str, SlideInput]:
+    def _by_key(self) -> dict[str, ListedSlide]:
         return dict(zip(self.keys, self.slides, strict=True))
 
     def _source(self, key: str) -> dict[str, Any]:
         """Return what the regions of a slide rest on."""
-        path = self._by_key[key].path
-        return {"files": file_states([path]), "mpp_um": self.reading.mpp_um}
+        slide = self._by_key[key]
+        said = slide.mpp_um or self.reading.mpp_um
+        return {"files": file_states([slide.path]), "mpp_um": said}
 
     def is_empty(self, key: str) -> bool:
         """Tell whether no tile of a predicted slide held tissue."""
@@ -160,9 +119,10 @@ class SlidePrediction:
         Raises:
             DataError: It cannot be read, or the task gives numbers that are not finite.
         """
-        path, source = self._by_key[key].path, self._source(key)
+        listed, source = self._by_key[key], self._source(key)
         tell_again(self.path(key))
-        with Slide(path, self.reading) as slide:
+        with Slide(listed.path, self.reading, listed.mpp_um) as slide:
+            slide.tell_overruled()
             resolution = self.modality.mpp_um
             assert resolution is not None  # or the task would read rasters
             grid = plan_grid(slide, self.side, resolution, min_tissue=self.min_tissue)

@@ -14,6 +14,7 @@ from domainssl.errors import DataError, DomainSSLError, parsing
 from domainssl.inspection.files import band_rows
 from domainssl.inspection.tables import add_row, facts_table, new_table, note_lines, values_table
 from domainssl.io.slide.by_tifffile import opened
+from domainssl.io.slide.listed import TABLES, ListedSlide, is_slide_table, slides_at
 from domainssl.io.slide.picture import picture_facts, read_tile_picture
 from domainssl.io.slide.pyramid import ENDINGS, Slide, iter_slides
 from domainssl.io.slide.tiff_pages import is_ome
@@ -46,12 +47,14 @@ _COLOURED = 60  # of 255: the brightest part of a slide is glass, which has no c
 
 
 def is_slides(path: str, names: Sequence[str] | None) -> bool:
-    """Whether a local file is a slide, or the first such file of a folder is.
+    """Whether a local file is a slide or a table of slides, or the first file of a folder is one.
 
     Args:
         path: File or folder.
         names: What a folder holds, None for a file.
     """
+    if names is None and path.lower().endswith(TABLES):
+        return is_slide_table(path)
     if names is None:
         return path.lower().endswith(ENDINGS) and _kind(path) == "slide"
     return _first_kind(iter_slides(path)) == "slide"
@@ -110,32 +113,32 @@ def _pictures(folder: str, *, limit: int | None = None) -> list[str]:
 
 
 def inspect_slides(path: str) -> dict[str, Any]:
-    """Describe a slide or the slides of a folder.
+    """Describe a slide, or the slides of a folder or a table.
 
     Returns:
         Plain data: `slides` with the facts of each header, and colours, tissue and damage of the
         first ones; `notes`; `problems`.
     """
     problems: list[str] = []
-    paths = [path] if os.path.isfile(path) else sorted(iter_slides(path))
+    found = slides_at(path)
     slides: list[dict[str, Any]] = []
-    for name in paths[:_LISTED]:
+    for listed in found[:_LISTED]:
         measure = sum("values" in entry for entry in slides) < _MEASURED
         try:
-            slides.append(_described(name, problems, measure=measure))
+            slides.append(_described(listed, problems, measure=measure))
         except DataError as error:
             problems.append(str(error))
     notes = []
     for key, title in (("mpp", "resolutions in um"), ("backend", "backends")):
-        found = Counter(str(entry[key]) for entry in slides)
-        if len(found) > 1:
-            shown = ", ".join(f"{name} ({count})" for name, count in found.most_common(6))
-            notes.append(f"{len(found)} {title}: {shown}")
-    if len(paths) > _LISTED:
-        notes.append(f"{len(paths)} slides; the headers of the first {_LISTED} are read")
+        counts = Counter(str(entry[key]) for entry in slides)
+        if len(counts) > 1:
+            shown = ", ".join(f"{name} ({count})" for name, count in counts.most_common(6))
+            notes.append(f"{len(counts)} {title}: {shown}")
+    if len(found) > _LISTED:
+        notes.append(f"{len(found)} slides; the headers of the first {_LISTED} are read")
     return {
         "kind": "slides",
-        "count": len(paths),
+        "count": len(found),
         "measured": sum("values" in entry for entry in slides),
         "slides": slides,
         "notes": notes,
@@ -143,14 +146,16 @@ def inspect_slides(path: str) -> dict[str, Any]:
     }
 
 
-def _described(path: str, problems: list[str], *, measure: bool) -> dict[str, Any]:
+def _described(listed: ListedSlide, problems: list[str], *, measure: bool) -> dict[str, Any]:
     """Return the facts of a slide as plain data.
 
     Raises:
         DataError: It cannot be opened.
     """
-    with Slide(path) as slide:
+    path = listed.path
+    with Slide(path, mpp_um=listed.mpp_um) as slide:
         facts = slide.facts
+        problems += [f"{path}: {text}" for text in facts.overruled]
         report: dict[str, Any] = {
             "path": facts.path,
             "backend": facts.backend,
@@ -166,7 +171,7 @@ def _described(path: str, problems: list[str], *, measure: bool) -> dict[str, An
             "dtype": facts.dtype,
             "tile_size": list(facts.tile_size),
             "color_profile": facts.has_color_profile,
-            "warnings": list(facts.warnings),
+            "warnings": [text for text in facts.warnings if text not in facts.overruled],
         }
         if facts.mpp is None:
             try:

@@ -211,12 +211,12 @@ class StainSource:
     def _cut(self, tiles: TileSet, tile: int) -> dict[str, tuple[Array, Array]]:
         """Read a tile out of the slides, at the same place in micrometres in all stains."""
         x, y = tiles.corners[tile].tolist()
-        first = self._slide(next(iter(tiles.slides.values()))).facts.resolution()
+        first = self._slide(tiles, next(iter(tiles.slides))).facts.resolution()
         read = {}
         for name, modality in self.modalities.items():
             if name not in tiles.slides:
                 continue
-            slide = self._slide(tiles.slides[name])
+            slide = self._slide(tiles, name)
             own = slide.facts.resolution()
             assert modality.mpp_um is not None
             read[name] = slide.read(
@@ -227,9 +227,10 @@ class StainSource:
             )
         return read
 
-    def _slide(self, path: str) -> Slide:
+    def _slide(self, tiles: TileSet, name: str) -> Slide:
+        path = tiles.slides[name]
         if path not in self._opened:
-            self._opened[path] = Slide(path, self.slides.reading)
+            self._opened[path] = Slide(path, self.slides.reading, tiles.mpp_um.get(name))
         return self._opened[path]
 
 

@@ -20,7 +20,7 @@ from slide_files import damage_tile, write_ome, write_tiff
 
 from domainssl.cli import main
 from domainssl.errors import DataError
-from domainssl.inference.slide_maps import find_slides
+from domainssl.inference.slide_inputs import named_slides
 from domainssl.inspection.slides import inspect_slides
 
 NAMES = ("miller/A-1.tif", "miller/A-2.tif", "smith/B-1.tif")
@@ -283,4 +283,4 @@ def test_mistakes_are_told(
 def test_predict_says_how_pictures_are_read_where_slides_are_asked_for(tmp_path: Path) -> None:
     (tmp_path / "0_0.png").touch()
     with pytest.raises(DataError, match="Pictures of tiles are read by a DataModule"):
-        find_slides(str(tmp_path))
+        named_slides([str(tmp_path)], "plain")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tile_files import place_picture, write_tiles
 from domainssl.datamodules.tiles import TileDataModule
 from domainssl.errors import ConfigError, DataError
 from domainssl.io.slide.manifest import WantedTiles, find_tiles
+from domainssl.io.slide.pyramid import Slide
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading
 from domainssl.sources.held_out import HeldOut
@@ -378,6 +380,52 @@ def test_a_stain_that_cannot_be_read_is_left_out_and_the_others_stay(
     }  # fmt: skip
     assert "The stain 'ihc' of the slide 'y' is left out." in data.problems[0]
     assert sum(not item["ihc.present"] for item in _items(data)) == 16
+
+
+def test_a_table_states_the_resolution_of_slides_and_a_later_start_opens_none(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.full((640, 640, 3), 245, np.uint8)
+    pixels[64:576, 64:576] = (190, 90, 170)
+    for name, mpp in (("he", None), ("ihc", (0.5, 0.5)), ("other", None)):
+        write_tiff(tmp_path / f"{name}.tif", [pixels], mpp=mpp, compression=None)
+    rows = ("s,p1,train,he.tif,ihc.tif,0.25,0.25", "t,p2,val,other.tif,,0.5,")
+    (tmp_path / "manifest.csv").write_text(
+        "\n".join(["id,patient,split,he,ihc,MPP,mpp_ihc", *rows])
+    )
+    tiles = TileFiles(mpp_um=0.5, ids="plain", layout="slides")
+    more = {"window": Window(size=64), "tiles": tiles}
+    data = _data(tmp_path, **more)
+    assert data.found is not None
+    first, second = data.found.items
+    assert (first.mpp_um, second.mpp_um) == ({"he": 0.25, "ihc": 0.25}, {"he": 0.5})
+    assert np.diff(np.unique(first.corners)).min() == 128  # of level 0, 64 of the tile
+    assert np.diff(np.unique(second.corners)).min() == 64
+    (told,) = data.problems
+    assert "ihc.tif: openslide.mpp says 0.5 x 0.5 um per pixel, read with 0.25" in told
+    rows = data.source("train").load(Piece(0, 0, 1), 0)
+    assert not rows.bad and rows.data["ihc.valid"].all()
+    with monkeypatch.context() as patched:
+        patched.setattr(Slide, "_open", lambda self: pytest.fail(f"{self.path} is opened"))
+        again = _data(tmp_path, **more)
+    assert again.problems == data.problems
+    (tmp_path / "list.csv").write_text("WSI,MPP\nhe,0.25\nother.tif,0.5\n")  # as of TRIDENT
+    listed = {**more, "tiles": replace(tiles, manifest="list.csv")}
+    found = _data(tmp_path, {"he": Stain(stain="*")}, **listed).found
+    assert found is not None
+    assert [(each.id, each.mpp_um["he"]) for each in found.items] == [("he", 0.25), ("other", 0.5)]
+    (tmp_path / "manifest.csv").write_text("id,patient,he,mpp\ns,p1,he.tif,25\n")
+    with pytest.raises(DataError, match=r"manifest\.csv, line 2: mpp is '25', expected micromet"):
+        _data(tmp_path, {"he": Stain()}, **more)
+
+
+def test_pictures_of_another_resolution_by_the_table_are_told(tmp_path: Path) -> None:
+    write_tiles(tmp_path, ["he/s/0_0.png", "he/t/0_0.png"])
+    rows = "a,p1,s,he/s/0_0.png,0.25\nb,p2,t,he/t/0_0.png,0.5\n"
+    (tmp_path / "manifest.csv").write_text(f"id,patient,slide,he,mpp\n{rows}")
+    data = _data(tmp_path, {"he": Stain()}, window=Window(size=16), tiles=TileFiles(ids="plain"))
+    (told,) = data.problems
+    assert told.startswith("s: the table says 0.25 um per pixel of its tiles, data.init_args.tiles")
 
 
 def test_whole_slides_beside_pictures_ask_which_are_read(tmp_path: Path) -> None:

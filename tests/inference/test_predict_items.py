@@ -71,7 +71,8 @@ def dark_and_light(task: ClassificationTask) -> ClassificationTask:
 
 def test_classes_of_tiles_become_regions_that_the_readers_of_regions_read(tmp_path: Path) -> None:
     from domainssl.inference.predict import PredictOptions
-    from domainssl.inference.slide_maps import SlidePrediction, find_slides
+    from domainssl.inference.slide_inputs import named_slides
+    from domainssl.inference.slide_maps import SlidePrediction
     from domainssl.io.slide.regions import read_regions
     from domainssl.pieces import Plan, build
 
@@ -84,8 +85,8 @@ def test_classes_of_tiles_become_regions_that_the_readers_of_regions_read(tmp_pa
         ).eval()
     )
     work = SlidePrediction(
-        folder=tmp_path, slides=find_slides(str(tmp_path / "slides")), task=task, min_tissue=0,
-        options=PredictOptions(batch_size=5),
+        folder=tmp_path, slides=named_slides([str(tmp_path / "slides")], "plain"), task=task,
+        options=PredictOptions(batch_size=5), min_tissue=0,
     )  # fmt: skip
     build(work, Plan(jobs=0), noun="slides")
     content = json.loads((tmp_path / "a.geojson").read_text())
@@ -108,12 +109,12 @@ def test_classes_of_tiles_become_regions_that_the_readers_of_regions_read(tmp_pa
 
 
 def test_slides_that_differ_in_their_ending_have_names_of_their_own(tmp_path: Path) -> None:
-    from domainssl.inference.slide_maps import find_slides
+    from domainssl.inference.slide_inputs import named_slides
 
     (tmp_path / "x").mkdir()
     for name in ("a.svs", "a.tif", "b.tif", "x/a.tif"):
         (tmp_path / name).write_bytes(b"")
-    found = find_slides(str(tmp_path))
+    found = named_slides([str(tmp_path)], "plain")
     assert sorted(s.name for s in found) == ["a.svs", "a.tif", "b", "x__a"]
 
 

@@ -57,7 +57,9 @@ def _parser() -> Parser:
         "train. Slides that are done are not done again, so an interrupted call goes on.",
     )
     add = parser.add_argument
-    add("slides", nargs="+", metavar="SLIDES", help="slides, or folders with slides")
+    add("slides", nargs="+", metavar="SLIDES",
+        help="slides, folders with slides, or tables of slides (CSV, Parquet: path or wsi, and "
+        "mpp_um where a file does not state it)")  # fmt: skip
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the grids")
     add("--mpp", type=float, default=0.5, help="um per pixel of the tiles (default: 0.5)")
     add("--size", type=int, default=256, help="side of a tile in pixels (default: 256)")
@@ -75,7 +77,8 @@ def _parser() -> Parser:
     add("--keep_pen", "--keep-pen", action="store_true",
         help="green, strongly blue and black marks count as tissue, as for trichrome")  # fmt: skip
     add("--mpp_um", type=float, metavar="UM",
-        help="um per pixel of level 0, for slides that state none or a wrong one")  # fmt: skip
+        help="um per pixel of level 0, for slides that state none or a wrong one, as does the "
+        "column mpp_um of a table of slides for each")  # fmt: skip
     add("--mpp_from", choices=("file", "objective_power"), default="file",
         help="objective_power: 10 um / power where the file states one")  # fmt: skip
     add("--allow_upsample", action="store_true", help="tiles may be finer than level 0")
@@ -108,14 +111,13 @@ def _tiling(options: argparse.Namespace) -> SlideTiling:
     from domainssl.io.slide.regions import check_regions
     from domainssl.io.slide.tiling import SlideTiling
 
-    slides, ids = named_slides(options.slides, options.ids)
+    slides = named_slides(options.slides, options.ids)
     check_regions(options.regions, len(slides))
     if options.id_table is not None:
-        write_ids(options.id_table, ids, slides, "slide")
+        write_ids(options.id_table, [s.name for s in slides], [s.path for s in slides], "slide")
     return SlideTiling(
         folder=options.output,
         slides=slides,
-        ids=ids,
         options=_grid_options(options),
     )
 

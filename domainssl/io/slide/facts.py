@@ -28,6 +28,9 @@ MPP_RANGE_UM = (0.05, 10.0)
 _SOURCES = ("file", "objective_power")
 _POWER_UM = 10.0  # objective power times um per pixel: 20x is 0.5 um
 _UNLIKE = 0.02  # relative difference that is worth a word
+_TABLE = "table of slides"
+_USER = (_TABLE, "mpp_um")  # sources that stand above the file
+_FAR = 1.5  # by which a resolution and the usual one of a power differ; cameras differ too
 _MOST_PIXELS = 2**40  # level 0; the largest scans have some 2^36
 
 
@@ -102,6 +105,11 @@ class SlideFacts:
     has_color_profile: bool
     warnings: tuple[str, ...] = ()
 
+    @property
+    def overruled(self) -> list[str]:
+        """What the file states otherwise than the user, whose word counts."""
+        return list(_overruled(self.stated, self.objective_power, self.mpp, self.mpp_source))
+
     def resolution(self) -> Pair:
         """Return micrometres per pixel of level 0 in x and y.
 
@@ -122,7 +130,8 @@ class SlideFacts:
             f"{self.path}: the resolution is not known ({said or 'the file states none'}), "
             f"expected {low:g} to {high:g} um per pixel. Give it with `mpp_um: <um per "
             f"pixel>` (`--mpp_um` of `tile`, `embed`, `predict`, "
-            f"data.init_args.slides.reading.mpp_um of tiles){power}."
+            f"data.init_args.slides.reading.mpp_um of tiles), or for each slide in a column "
+            f"`mpp_um` of a table of slides (manifest.csv){power}."
         )
 
 
@@ -174,8 +183,13 @@ class Pyramid(Protocol):
         """Give the file free."""
 
 
-def facts_of(stored: Stored, reading: SlideReading) -> SlideFacts:
+def facts_of(stored: Stored, reading: SlideReading, mpp_um: float | None = None) -> SlideFacts:
     """Return the facts of a slide that was opened.
+
+    Args:
+        stored: What the backend has found.
+        reading: What the user says about all slides.
+        mpp_um: What a table says of this one; counts before `reading`.
 
     Raises:
         DataError: Its size cannot be that of a slide.
@@ -187,7 +201,7 @@ def facts_of(stored: Stored, reading: SlideReading) -> SlideFacts:
             "damaged; get the file again."
         )
     factors = stored.factors or level_factors(stored.levels)
-    mpp, source = _chosen(stored, reading)
+    mpp, source = _chosen(stored, reading, mpp_um)
     return SlideFacts(
         path=stored.path,
         backend=stored.backend,
@@ -214,7 +228,11 @@ def _counts(mpp: Pair) -> bool:
     return all(MPP_RANGE_UM[0] <= value <= MPP_RANGE_UM[1] for value in mpp)
 
 
-def _chosen(stored: Stored, reading: SlideReading) -> tuple[Pair | None, str | None]:
+def _chosen(
+    stored: Stored, reading: SlideReading, mpp_um: float | None
+) -> tuple[Pair | None, str | None]:
+    if mpp_um is not None:
+        return (float(mpp_um), float(mpp_um)), _TABLE
     if reading.mpp_um is not None:
         return (float(reading.mpp_um), float(reading.mpp_um)), "mpp_um"
     power = stored.objective_power
@@ -227,22 +245,46 @@ def _chosen(stored: Stored, reading: SlideReading) -> tuple[Pair | None, str | N
 
 
 def _odd(stored: Stored, mpp: Pair | None, source: str | None) -> Iterator[str]:
+    overruled = list(_overruled(stored.stated, stored.objective_power, mpp, source))
+    yield from overruled
     for name, x, y in stored.stated:
         if not _counts((x, y)):
             yield (
                 f"{name} says {x:.6g} x {y:.6g} um per pixel, which does not count: outside "
                 f"{MPP_RANGE_UM[0]:g} to {MPP_RANGE_UM[1]:g} um"
             )
-        elif mpp is not None and _differ((x, y), mpp):
-            yield (
-                f"{name} says {x:.6g} x {y:.6g} um per pixel, read with {mpp[0]:.6g} x "
-                f"{mpp[1]:.6g} um ({source})"
-            )
+        elif mpp is not None and source not in _USER and _differ((x, y), mpp):
+            yield _read_otherwise(name, (x, y), mpp, source)
     if mpp is not None and _differ((mpp[0], mpp[0]), mpp):
         yield f"pixels are not square: {mpp[0]:.6g} x {mpp[1]:.6g} um; tiles are resampled per axis"
     power = stored.objective_power
-    if mpp is not None and power and max(mpp) * power > 2 * _POWER_UM:
+    if mpp is not None and power and not overruled and max(mpp) * power > 2 * _POWER_UM:
         yield f"{power:g}x does not fit {mpp[0]:.4g} um per pixel: check which of them is true"
+
+
+def _overruled(
+    stated: Sequence[tuple[str, float, float]],
+    power: float | None,
+    mpp: Pair | None,
+    source: str | None,
+) -> Iterator[str]:
+    """Yield what a file states otherwise than the user; its power where it states nothing else."""
+    if mpp is None or source not in _USER:
+        return
+    counting = [(name, (x, y)) for name, x, y in stated if _counts((x, y))]
+    yield from (_read_otherwise(n, xy, mpp, source) for n, xy in counting if _differ(xy, mpp))
+    if not counting and power and not 1 / _FAR < mpp[0] * power / _POWER_UM < _FAR:
+        yield (
+            f"{power:g}x usually has {_POWER_UM / power:.4g} um per pixel, read with {mpp[0]:.6g} "
+            f"um ({source})"
+        )
+
+
+def _read_otherwise(name: str, found: Pair, mpp: Pair, source: str | None) -> str:
+    return (
+        f"{name} says {found[0]:.6g} x {found[1]:.6g} um per pixel, read with {mpp[0]:.6g} x "
+        f"{mpp[1]:.6g} um ({source})"
+    )
 
 
 def _differ(first: Pair, second: Pair) -> bool:

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from domainssl.errors import ConfigError, DataError, nearest
+from domainssl.io.slide.listed import MppColumns, file_column, with_ending
 from domainssl.io.slide.picture import ENDINGS
 from domainssl.io.slide.pyramid import ENDINGS as SLIDES
 from domainssl.io.slide.pyramid import describe_slide, list_slides
@@ -55,6 +56,8 @@ class TileSet:
         slides: File of the slide in every stain that it has, where tiles are cut out of slides.
         corners: Upper left corners of tiles in pixels of level 0 of the first of `slides`, int64
             (N, 2), x and y.
+        mpp_um: Micrometres per pixel by modality key, where a table states them: of level 0 of
+            slides, of the first tile of pictures.
     """
 
     id: str
@@ -65,6 +68,7 @@ class TileSet:
     labels: Sequence[str] = ()
     slides: Mapping[str, str] = field(default_factory=dict)
     corners: Any = None
+    mpp_um: Mapping[str, float] = field(default_factory=dict)
 
     def shows(self, name: str) -> int:
         """Return the number of tiles that have a stain."""
@@ -103,6 +107,7 @@ class _Rows:
     names: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     files: list[Mapping[str, str]] = field(default_factory=list)
+    mpp_um: Mapping[str, float] = field(default_factory=dict)
 
 
 def find_tiles(
@@ -167,6 +172,8 @@ def _files(found: Found[TileSet]) -> Iterator[tuple[Hashable, str, TileSet]]:
 def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Found[TileSet]:
     """Return the tiles of a table: `id`, `patient`, `slide`, `split`, a column per stain."""
     columns, rows = read_table(path)
+    every = file_column(columns)
+    wanted = replace(wanted, stains={n: _column(s, every) for n, s in wanted.stains.items()})
     for name, column in wanted.stains.items():
         if column not in columns:
             raise DataError(
@@ -183,12 +190,11 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Fo
     slides: dict[str, _Rows] = {}
     seen: set[str] = set()
     missing: list[str] = []
-    named = [own[name] for name in _PATIENT if name in own]
+    named, mpp = [own[name] for name in _PATIENT if name in own], MppColumns.among(columns)
     problems = [] if wanted.patient else without_patient(path, columns, rows, named, "slide")
     cells_there = (row[c] for row in rows for c in wanted.stains.values() if row[c])
-    are_slides = layout == "slides" or (
-        layout == "auto" and _are_slides(os.path.join(root, cell) for cell in cells_there)
-    )
+    files_there = (with_ending(os.path.join(root, cell)) for cell in cells_there)
+    are_slides = layout == "slides" or (layout == "auto" and _are_slides(files_there))
     for number, read in enumerate(rows, 2):
         where = f"{path}, line {number}"
         row = {**read, **{name: read[column] for name, column in own.items()}}
@@ -201,6 +207,8 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Fo
             raise DataError(f"{where}: the id {tile!r} stands twice; every tile needs its own.")
         seen.add(tile)
         files = {name: os.path.join(root, cell) for name, cell in cells.items()}
+        if every in wanted.stains.values():
+            files = {name: with_ending(file) for name, file in files.items()}
         missing += [file for file in files.values() if not os.path.isfile(file)]
         split = row.get("split", "")
         if split and not split_of(split):
@@ -210,6 +218,8 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Fo
         patient = _group(wanted.patient, tile, "patient") or _first(row, *_PATIENT) or slide
         label = row.get(wanted.label, "") if wanted.label else ""
         _add(slides, slide, patient, split_of(split), tile, label, files, where)
+        stated = {name: mpp.stated(read, wanted.stains[name], where) for name in files}
+        slides[slide].mpp_um = slides[slide].mpp_um or {n: v for n, v in stated.items() if v}
     if missing:
         raise DataError(
             f"{path}: {len(missing)} files that it names are not there, such as "
@@ -218,6 +228,11 @@ def _read_manifest(path: str, root: str, wanted: WantedTiles, layout: str) -> Fo
         )
     sets = _slides(slides, path) if are_slides else _sets(slides, wanted)
     return Found(layout="slides" if are_slides else "manifest", items=sets, problems=problems)
+
+
+def _column(stain: str, every: str | None) -> str:
+    """Return the column of a stain; of `*` that which names files, as in a list of slides."""
+    return every if stain == EVERY and every is not None else stain
 
 
 def _first(row: Mapping[str, str], *columns: str) -> str:
@@ -422,6 +437,7 @@ def _sets(slides: Mapping[str, _Rows], wanted: WantedTiles) -> list[TileSet]:
                 name: [files.get(name, "") for files in rows.files] for name in wanted.stains
             },
             labels=rows.labels if any(rows.labels) else (),
+            mpp_um=rows.mpp_um,
         )
         for slide, rows in slides.items()
     ]
@@ -443,6 +459,7 @@ def _slides(slides: Mapping[str, _Rows], where: str) -> list[TileSet]:
             split=rows.split,
             labels=rows.labels if any(rows.labels) else (),
             slides=dict(rows.files[0]),
+            mpp_um=rows.mpp_um,
         )
         for slide, rows in slides.items()
     ]

@@ -85,12 +85,12 @@ class Format:
     name: str
     recognise: Callable[[_Candidate], bool]
     open: Callable[[str], Pyramid]
-    describe: Callable[[Pyramid, SlideReading], SlideFacts]
+    describe: Callable[[Pyramid, SlideReading, float | None], SlideFacts]
     read: Callable[[Pyramid, int, int, int, int, int], Region]
 
 
-def _describe(pyramid: Pyramid, reading: SlideReading) -> SlideFacts:
-    return facts_of(pyramid.stored, reading)
+def _describe(pyramid: Pyramid, reading: SlideReading, mpp_um: float | None) -> SlideFacts:
+    return facts_of(pyramid.stored, reading, mpp_um)
 
 
 def _read(pyramid: Pyramid, level: int, x: int, y: int, width: int, height: int) -> Region:
@@ -201,17 +201,22 @@ def _format(path: str) -> Format:
     )
 
 
-def describe_slide(path: str | os.PathLike[str], reading: SlideReading | None = None) -> SlideFacts:
+def describe_slide(
+    path: str | os.PathLike[str],
+    reading: SlideReading | None = None,
+    mpp_um: float | None = None,
+) -> SlideFacts:
     """Return what is known of a slide, from its header.
 
     Args:
         path: A file.
         reading: What the user says about files that leave it open.
+        mpp_um: See `Slide`.
 
     Raises:
         DataError: Nothing lies there, it is no slide, or its header cannot be used.
     """
-    return Slide(path, reading).facts
+    return Slide(path, reading, mpp_um).facts
 
 
 def is_slide(path: str | os.PathLike[str]) -> bool:
@@ -257,19 +262,28 @@ class Slide:
     Args:
         path: The file.
         reading: What the user says about files that leave it open.
+        mpp_um: Micrometres per pixel of level 0 of this slide, as a table states it; counts before
+            `reading`.
 
     Attributes:
         path: Path as given.
         reading: As given.
+        mpp_um: As given.
         damaged: Stored tiles that could not be read so far.
 
     Raises:
         DataError: When it is opened: it is no slide, or its header cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str], reading: SlideReading | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        reading: SlideReading | None = None,
+        mpp_um: float | None = None,
+    ) -> None:
         self.path = str(path)
         self.reading = reading or SlideReading()
+        self.mpp_um = mpp_um
         self.damaged: list[Damage] = []
         self._places: set[tuple[int, int, int]] = set()
         self._facts: SlideFacts | None = None
@@ -305,7 +319,7 @@ class Slide:
             self._key = stamp(self.path)
         pyramid: Pyramid = _pool.get(self._key, lambda: form.open(self.path))
         if self._facts is None:
-            self._facts = form.describe(pyramid, self.reading)
+            self._facts = form.describe(pyramid, self.reading, self.mpp_um)
         return pyramid
 
     @property
@@ -373,6 +387,11 @@ class Slide:
         scale = mpp_um / mpp[0], mpp_um / mpp[1]
         box = (x, y, x + size_px * scale[0], y + size_px * scale[1])
         return self.read_box(box, (size_px, size_px))
+
+    def tell_overruled(self) -> None:
+        """Say what the file states otherwise than the user, whose word counts."""
+        for text in self.facts.overruled:
+            logger.warning("%s: %s", self.path, text)
 
     def check_scale(self, mpp_um: float) -> tuple[float, float]:
         """Return the resolution of level 0, which has to be fine enough for tiles.

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from domainssl.errors import ConfigError, DataError, require, unwritable
 from domainssl.files import read_json, remove_parts, write_json, write_whole
 from domainssl.io.ids import ids_of
 from domainssl.io.slide.grid import MIN_REGION, MIN_TISSUE, TileGrid, plan_grid
+from domainssl.io.slide.listed import ListedSlide
 from domainssl.io.slide.overview import draw_overview
 from domainssl.io.slide.pyramid import Slide, SlideReading
 from domainssl.io.slide.regions import ENDINGS, read_regions, regions_for
@@ -71,20 +73,28 @@ class SlideTiling:
 
     Attributes:
         folder: Where they are written.
-        slides: Paths of the slides.
-        ids: Their ids, which tell nothing about patients unless asked for.
+        slides: The slides, named by their ids, which tell nothing about patients unless asked
+            for.
         options: How grids are made.
     """
 
     folder: Path
-    slides: Sequence[str]
-    ids: Sequence[str]
+    slides: Sequence[ListedSlide]
     options: GridOptions
 
     @property
     def keys(self) -> Sequence[str]:
         """Ids of the slides."""
-        return self.ids
+        return [slide.name for slide in self.slides]
+
+    @cached_property
+    def _by_key(self) -> dict[str, ListedSlide]:
+        return {slide.name: slide for slide in self.slides}
+
+    def open(self, key: str) -> Slide:
+        """Return a slide, read with the resolution that is known of it."""
+        listed = self._by_key[key]
+        return Slide(listed.path, self.options.reading, listed.mpp_um)
 
     def claim(self, *, restart: bool = False) -> None:
         """Write how the grids are made, or compare it with what is there.
@@ -111,7 +121,7 @@ class SlideTiling:
             for part in _PARTS:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
             if restart:
-                for key in self.ids:
+                for key in self.keys:
                     self._mark(key).unlink(missing_ok=True)
             write_json(path, {"options": wanted, "layout": "domainssl tile, version 1"})
         except OSError as error:
@@ -123,12 +133,13 @@ class SlideTiling:
             return False
         return self.described(key).get("files", self._files(key)) == self._files(key)
 
-    def _files(self, key: str) -> list[list[int]]:
-        """Return time of change and size of a slide and its regions."""
-        path, found = self.slides[self.ids.index(key)], None
+    def _files(self, key: str) -> list[list[float]]:
+        """Return time of change and size of a slide and its regions, and what a table says."""
+        slide, found = self._by_key[key], None
         if self.options.regions is not None:
-            found = regions_for(self.options.regions, path)
-        return [list(stamp(each)[2:]) for each in (path, found) if each is not None]
+            found = regions_for(self.options.regions, slide.path)
+        states = [list(stamp(each)[2:]) for each in (slide.path, found) if each is not None]
+        return [*states, *([[slide.mpp_um]] if slide.mpp_um is not None else [])]
 
     def make(self, key: str) -> None:
         """Write the grid of a slide, its mark last.
@@ -137,14 +148,16 @@ class SlideTiling:
             DataError: The slide or its regions cannot be read.
             StorageError: The grid cannot be written.
         """
-        path, files = self.slides[self.ids.index(key)], self._files(key)
+        path, files = self._by_key[key].path, self._files(key)
         options = self.options
         if self._mark(key).is_file():
-            _log.warning("%s: the slide or its regions have changed since; tiled again", key)
+            _log.warning(
+                "%s: the slide, its regions or its resolution have changed since; tiled again", key
+            )
         for part in _PARTS:
             remove_parts(self.folder / part, key)
             remove_parts(self.folder / part, f"{key}_patches")
-        with Slide(path, options.reading) as slide:
+        with self.open(key) as slide:
             slide.refuse_channels()
             regions = None
             if options.regions is not None:
