@@ -6,8 +6,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from domainssl.backbones.base import Backbone
 from domainssl.errors import ConfigError, DataError, nearest, parsing, require
@@ -25,6 +26,7 @@ __all__ = [
     "find_inputs",
     "is_manifest",
     "is_raster",
+    "open_each",
     "open_scenes",
     "read_manifest",
 ]
@@ -32,6 +34,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 RASTERS = "a GeoTIFF (.tif, .tiff), Zarr store or Sentinel-2 product (.SAFE)"
 _MANIFESTS = (".csv", ".parquet")
+_Opened = TypeVar("_Opened")
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,38 @@ def open_scenes(
     Raises:
         DataError: One cannot be opened, or none where bad ones are left out.
     """
-    scenes = []
-    for each in found:
+    return open_each(
+        [each.name for each in found],
+        [partial(open_scene, each.files, backbone, options, each.name) for each in found],
+        left_out,
+    )
+
+
+def open_each(
+    names: Sequence[str],
+    openers: Sequence[Callable[[], _Opened]],
+    left_out: dict[str, str] | None = None,
+) -> list[_Opened]:
+    """Return what is opened of several inputs.
+
+    Args:
+        names: What they are called.
+        openers: Opens each.
+        left_out: Takes why one cannot be opened, by its name; None ends at the first such.
+
+    Raises:
+        DataError: One cannot be opened, or none where bad ones are left out.
+    """
+    opened = []
+    for name, opener in zip(names, openers, strict=True):
         try:
-            scenes.append(open_scene(each.files, backbone, options, each.name))
+            opened.append(opener())
         except DataError as error:
-            if left_out is None or len(left_out) + 1 == len(found):
+            if left_out is None or len(left_out) + 1 == len(names):
                 raise
-            _log.warning("%s is left out: %s", each.name, error)
-            left_out[each.name] = str(error)
-    return scenes
+            _log.warning("%s is left out: %s", name, error)
+            left_out[name] = str(error)
+    return opened
 
 
 def examples(folder: str) -> str:

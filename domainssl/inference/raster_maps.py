@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from domainssl.inference.inputs import (
     find_inputs,
     is_manifest,
     is_raster,
+    open_each,
     open_scenes,
 )
 from domainssl.inference.map_preview import (
@@ -222,21 +223,20 @@ def find_pairs(
             f"{sources[0]} holds {len(befores)} scenes and {sources[-1]} {len(afters)}; expected "
             "as many before as after, in the order of their names."
         )
-    pairs = []
-    for files in zip(befores, afters, strict=True):
-        try:
-            before, after = (
-                open_scene(each.files, task.backbone, own, each.name)
-                for each, own in zip(files, both, strict=True)
-            )
-            if len(sources) == 1 and not dates:
-                _refuse_more_dates(before)
-            pairs.append(ScenePair(before, after, task.dated))
-        except DataError as error:
-            if left_out is None or len(left_out) + 1 == len(befores):
-                raise
-            left_out[files[0].name] = str(error)
-    return pairs
+
+    def pair(files: tuple[Found, Found]) -> ScenePair:
+        before, after = (
+            open_scene(each.files, task.backbone, own, each.name)
+            for each, own in zip(files, both, strict=True)
+        )
+        if len(sources) == 1 and not dates:
+            _refuse_more_dates(before)
+        return ScenePair(before, after, task.dated)
+
+    of_dates = zip(befores, afters, strict=True)
+    return open_each(
+        [before.name for before in befores], [partial(pair, files) for files in of_dates], left_out
+    )
 
 
 def _refuse_more_dates(scene: Scene) -> None:
