@@ -35,7 +35,7 @@ from domainssl.datamodules.foreign import (
 )
 from domainssl.datamodules.statistics import statistics_of
 from domainssl.errors import ConfigError, DataError, nearest, parsing
-from domainssl.io.leaks import repeated
+from domainssl.io.leaks import equal_files, repeated
 from domainssl.io.storage.paths import is_folder
 from domainssl.loading.plan import Piece
 from domainssl.loading.source import Loading, Source
@@ -387,10 +387,14 @@ class DatasetDataModule(DomainDataModule):
                 _log.warning("%s", text)
 
     def _leaks(self, datasets: Mapping[str, Any]) -> list[str]:
-        """Say which names are in two splits, or twice in one, and which splits are one data set."""
+        """Say which items are in two splits, or twice in one, and which splits are one data set."""
         measured = {split: one for split, one in datasets.items() if split != "predict"}
-        names = {split: names for split, one in measured.items() if (names := _item_names(one))}
-        problems = repeated(names, self.root or self.dataset.name, "items")
+        names, files = (
+            {split: _texts(one, about) for split, one in measured.items()}
+            for about in ("item_names", "item_files")
+        )
+        where = self.root or self.dataset.name
+        problems = repeated(names, where, "items") + equal_files(files, where)
         for first, second in combinations(measured, 2):
             own = [self.dataset.splits.get(split) for split in (first, second)]
             is_built = self._given is None and self._module is None
@@ -466,13 +470,13 @@ class DatasetDataModule(DomainDataModule):
         return lines + super().describe()
 
 
-def _item_names(dataset: Any) -> list[str]:
-    """Return what a data set says that its items are called, [] where it says nothing."""
-    found = getattr(dataset, "item_names", None)
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+def _texts(dataset: Any, about: str) -> list[str]:
+    """Return the texts that a data set tells of its items, [] where it tells none."""
+    found = getattr(dataset, about, None)
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         return []
-    names: list[str] = found
-    return names
+    texts: list[str] = found
+    return texts
 
 
 def _stated(name: str) -> Any:
@@ -507,7 +511,10 @@ def so2sat_modalities() -> dict[str, DatasetModality]:
 def _digest(source: Source) -> str:
     """Return a hash of the first item of a source."""
     assert isinstance(source, DatasetSource)
-    first = replace(source, is_training=False).load(Piece(0, 0, 1), 0).data
+    try:
+        first = replace(source, is_training=False).load(Piece(0, 0, 1), 0).data
+    except DataError:
+        return "unreadable"  # who trains on it says why, or takes another item
     code = hashlib.sha256()
     for name in source.modalities:
         code.update(np.asarray(first[name]).tobytes())

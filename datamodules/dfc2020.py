@@ -78,6 +78,14 @@ class DFC2020:
         """What the patches are called."""
         return [stem.format("s1") for stem in self._stems]
 
+    @property
+    def item_files(self) -> list[str]:
+        """The radar image of each patch."""
+        return [self._path(index, "s1") for index in range(len(self))]
+
+    def _path(self, index: int, kind: str) -> str:
+        return os.path.join(self.folder, f"{kind}_0", f"{self._stems[index].format(kind)}.tif")
+
     def __len__(self) -> int:
         return len(self._stems)
 
@@ -85,13 +93,12 @@ class DFC2020:
         """Return `s1`, `s2`, `mask`, `label` and `id` of a patch."""
 
         def read(kind: str, bands: int, unit: str) -> np.ndarray[Any, Any]:
-            name = f"{self._stems[index].format(kind)}.tif"
-            return read_patch(os.path.join(self.folder, f"{kind}_0", name), bands, _SIDE, unit)
+            return read_patch(self._path(index, kind), bands, _SIDE, unit)
 
-        name = f"{self._stems[index].format('dfc')}.tif"
-        stored = read_map(os.path.join(self.folder, "dfc_0", name), _SIDE)
+        path = self._path(index, "dfc")
+        stored = read_map(path, _SIDE)
         if (odd := stored[(stored < 0) | (stored > 10)]).size:
-            raise DataError(f"{name}: holds the class {odd[0]}, expected 1 to 10.")
+            raise DataError(f"{path}: holds the class {odd[0]}, expected 1 to 10.")
         mask = np.full(stored.shape, -1, np.int64)
         for number, position in _NUMBERS.items():
             mask[stored == number] = position

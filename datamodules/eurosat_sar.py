@@ -118,6 +118,11 @@ class EuroSATSAR:
         """What the patches are called."""
         return [os.path.splitext(file)[0] for _, file, _ in self._rows]
 
+    @property
+    def item_files(self) -> list[str]:
+        """The radar image of each patch."""
+        return [os.path.join(self.root, folder, file) for folder, file, _ in self._rows]
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -16,6 +16,7 @@ __all__ = [
     "DomainSSLError",
     "MissingExtraError",
     "StorageError",
+    "UnreadableError",
     "WeightsError",
     "counted",
     "nearest",
@@ -45,6 +46,13 @@ class DataError(DomainSSLError, ValueError):
     """A file, a store or a batch is not what it should be."""
 
 
+class UnreadableError(DataError):
+    """A file cannot be taken apart: cut off, damaged or of another format, whatever it should hold.
+
+    Readers of many files leave such a one out and say so; other errors end them.
+    """
+
+
 class StorageError(DomainSSLError, RuntimeError):
     """Nothing can be written: a full disk, quota or missing permission, and no bad data."""
 
@@ -61,7 +69,7 @@ class MissingExtraError(DomainSSLError, ImportError):
 def parsing(
     what: str,
     *,
-    kind: type[DomainSSLError] = DataError,
+    kind: type[DomainSSLError] = UnreadableError,
     advice: str = "The file is damaged or not of this format; get it again from its publisher.",
     also: tuple[type[Exception], ...] = (),
     quoted: bool = True,

@@ -18,6 +18,7 @@ from domainssl.errors import DataError, DomainSSLError, parsing
 
 __all__ = [
     "PART",
+    "answer_of_server",
     "new_file",
     "open_regular",
     "read_json",
@@ -49,6 +50,21 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(22, "is a pipe, a device or a socket and no regular file", str(path))
     return open(path, "rb")
+
+
+def answer_of_server(start: bytes) -> str:
+    """Return a sentence where a file begins as what servers send in place of one, else nothing.
+
+    Args:
+        start: Its first bytes, some hundred.
+    """
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not text.startswith((b"<!doctype html", b"<html")) and b"<error>" not in text:
+        return ""
+    return (
+        " It holds a page of a web server, such as a login or an error, that was saved under the "
+        "name of the file; look at it as text, and download the file again."
+    )
 
 
 def read_small(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from domainssl.errors import UnreadableError
 from domainssl.io.raster.layer import LayerFile
 from domainssl.io.raster.offset import is_before_offset, unsettled
 from domainssl.io.raster.read import MaskRule
@@ -26,23 +27,27 @@ def untold_offsets(sites: Sequence[Site], layers: Mapping[str, Layer]) -> list[s
         sites: Where the files are.
         layers: What was asked of them.
 
-    Raises:
-        DataError: A part that is looked at cannot be read.
     """
     found = []
     for name, layer in layers.items():
         option = f"data.init_args.modalities.{name}.stored_unit"
         rule = layer.mask.rule if layer.mask else MaskRule()
         for group in _groups(sites, name):
-            reasons = (
-                unsettled(file, [date], layer.stored_unit, layer.value_unit, rule, option=option)
-                for file, date in group
-            )
+            told = (_unsettled(file, date, layer, rule, option) for file, date in group)
+            reasons = (text for text in told if text is not None)
             reason = next(reasons, "")
             if reason and all(reasons):
                 found.append(f"{reason} The run takes them as dn.")
                 break
     return found
+
+
+def _unsettled(file: LayerFile, date: int, layer: Layer, rule: MaskRule, option: str) -> str | None:
+    """Return what `unsettled` says, None of a part that cannot be read: reading says why."""
+    try:
+        return unsettled(file, [date], layer.stored_unit, layer.value_unit, rule, option=option)
+    except UnreadableError:
+        return None
 
 
 def _groups(sites: Sequence[Site], name: str) -> Iterator[list[tuple[LayerFile, int]]]:

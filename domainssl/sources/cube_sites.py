@@ -6,14 +6,15 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, require
+from domainssl.errors import DataError, UnreadableError, require
 from domainssl.io.leaks import equal_files
 from domainssl.io.raster.describe import LayerFiles, Sought
 from domainssl.io.raster.grid import METRES_PER_DEGREE, Bounds
@@ -123,7 +124,12 @@ def open_sites(
     sites = []
     for name in names:
         parts = {n: found[n][name] for n in layers}
-        site = _site(name, layers, parts, labels, maps.get(name, []), files)
+        try:
+            site, left_out = _site(name, layers, parts, labels, maps.get(name, []), files)
+        except UnreadableError as error:
+            problems.append(f"site {name} is left out: {error}")
+            continue
+        problems += [f"site {name}, a date is left out: {text}" for text in left_out]
         reason = _reason_against(site, sides, dates)
         if reason:
             problems.append(f"site {name}: {reason}")
@@ -211,8 +217,10 @@ def _site(
     labels: Layer | None,
     maps: list[Found],
     files: LayerFiles,
-) -> Site:
-    opened = {n: _layer(n, layer, parts[n], files) for n, layer in layers.items()}
+) -> tuple[Site, list[str]]:
+    """Return a site, and why files of it cannot be read where its other dates can."""
+    left_out: list[str] = []
+    opened = {n: _layer(n, layer, parts[n], files, left_out) for n, layer in layers.items()}
     firsts = {n: layer.files[0] for n, layer in opened.items()}
     crs = next(iter(firsts.values())).crs
     for layer, file in firsts.items():
@@ -232,7 +240,8 @@ def _site(
     if labels is not None and maps:
         cover = _describe(labels, maps[0], files)
         bounds = bounds.shared(cover.bands[0].grid.bounds)
-    return Site(name=name, layers=opened, labels=cover, crs=crs, bounds=bounds, metres=_metres(crs))
+    site = Site(name=name, layers=opened, labels=cover, crs=crs, bounds=bounds, metres=_metres(crs))
+    return site, left_out
 
 
 def _metres(crs: str) -> float:
@@ -246,8 +255,10 @@ def _metres(crs: str) -> float:
     return float(known.axis_info[0].unit_conversion_factor) if known.axis_info else 1.0
 
 
-def _layer(name: str, layer: Layer, found: list[Found], known: LayerFiles) -> SiteLayer:
-    files = tuple(_joined(layer, found, known))
+def _layer(
+    name: str, layer: Layer, found: list[Found], known: LayerFiles, left_out: list[str]
+) -> SiteLayer:
+    files = tuple(_joined(layer, found, known, left_out))
     first = files[0]
     for file in files[1:]:
         if file.crs != first.crs:
@@ -327,14 +338,38 @@ def _refuse_equal_dates(name: str, first: LayerFile, second: LayerFile, time: An
     )
 
 
-def _joined(layer: Layer, found: Sequence[Found], known: LayerFiles) -> Iterator[LayerFile]:
+def _joined(
+    layer: Layer, found: Sequence[Found], known: LayerFiles, left_out: list[str]
+) -> Iterator[LayerFile]:
     """Describe files; those of one date that hold a band each become one.
+
+    Dates whose files cannot be read are left out, and `left_out` takes why.
 
     Raises:
         DataError: A date lacks a band, or has it twice.
+        UnreadableError: No date can be read.
     """
+    damaged: list[UnreadableError] = []
+    count = 0
+    for described in _dates_of(layer, found, known):
+        try:
+            file = described()
+        except UnreadableError as error:
+            damaged.append(error)
+        else:
+            count += 1
+            yield file
+    if damaged and not count:
+        raise damaged[0]
+    left_out += map(str, damaged)
+
+
+def _dates_of(
+    layer: Layer, found: Sequence[Found], known: LayerFiles
+) -> Iterator[Callable[[], LayerFile]]:
+    """Yield what describes the file of a date, or the files of its bands together."""
     if not found[0].band:
-        yield from (_describe(layer, each, known) for each in found)
+        yield from (partial(_describe, layer, each, known) for each in found)
         return
     dates: dict[tuple[str, str], dict[str, Found]] = {}
     for each in found:
@@ -353,16 +388,21 @@ def _joined(layer: Layer, found: Sequence[Found], known: LayerFiles) -> Iterator
                 f"{next(iter(several.values())).path}: no file of this site and date holds band "
                 f"{lacking[0]!r}; there are: {', '.join(sorted(several))}."
             )
-        files = []
-        for band in layer.bands:
-            file = _describe(replace(layer, bands=(band,)), several[canonical_band(band)], known)
-            files.append(file)
-            if file.crs != files[0].crs or not np.array_equal(file.times, files[0].times, True):
-                raise DataError(
-                    f"{file.path} and {files[0].path} hold bands of one site and date, but differ "
-                    "in reference system or dates."
-                )
-        yield replace(files[0], bands=tuple(replace(f.bands[0], path=f.path) for f in files))
+        yield partial(_of_bands, layer, several, known)
+
+
+def _of_bands(layer: Layer, several: Mapping[str, Found], known: LayerFiles) -> LayerFile:
+    """Describe the files of one date that hold a band each, as one."""
+    files: list[LayerFile] = []
+    for band in layer.bands:
+        file = _describe(replace(layer, bands=(band,)), several[canonical_band(band)], known)
+        files.append(file)
+        if file.crs != files[0].crs or not np.array_equal(file.times, files[0].times, True):
+            raise DataError(
+                f"{file.path} and {files[0].path} hold bands of one site and date, but differ "
+                "in reference system or dates."
+            )
+    return replace(files[0], bands=tuple(replace(f.bands[0], path=f.path) for f in files))
 
 
 def _sought(layer: Layer) -> Sought:

@@ -393,6 +393,44 @@ def test_a_file_per_band_is_joined_by_its_name_and_never_taken_for_a_date(tmp_pa
         module(tmp_path, modalities=layers, **options)
 
 
+def test_files_that_cannot_be_read_cost_their_date_or_their_site(tmp_path):
+    """One damaged file of a site ended the run, whatever `on_bad_sample` said."""
+    values = coded(1, 2, 32)[0].astype(np.uint16)
+    names = ("a_20210301", "a_20210320", "b_20210301", "c_20210301")
+    paths = {n: write_geotiff(tmp_path / "s2" / f"{n}.tif", values, ("B02", "B03")) for n in names}
+    paths["a_20210320"].write_bytes(paths["a_20210320"].read_bytes()[:9])
+    paths["b_20210301"].write_bytes(b"<!doctype html><title>404</title>")
+    layers = {"s2": Layer(bands=("B02", "B03"), path="s2/{site}_{date}.tif")}
+    options = {"window": Window(size=320, unit="m", **STILL), "held_out": NOTHING_HELD,
+               "modalities": layers, "global_batch_size": 1}  # fmt: skip
+    data = module(tmp_path, **options)
+    assert [site.name for site in data.sites] == ["a", "c"]
+    assert len(data.sites[0].layers["s2"].times) == 1
+    date, page, *_ = data.problems
+    assert "site a, a date is left out: " in date and "a_20210320.tif: the GeoTIFF cannot" in date
+    assert "site b is left out: " in page and "a page of a web server" in page
+    for name in ("a_20210301", "c_20210301"):
+        paths[name].write_bytes(b"")
+    with pytest.raises(DataError, match="no site can be used: site a is left out: .*GeoTIFF"):
+        module(tmp_path, **options)
+
+
+def test_a_damaged_chunk_does_not_end_a_run_before_it_begins(tmp_path):
+    """A look at the offset of the first dates did."""
+    for name in ("a", "b"):
+        values = coded(1, 2, 32).astype(np.uint16)
+        write_cube(tmp_path / "s2" / f"{name}.zarr", values, ("B02", "B03"), times=TIMES[:1])
+    for chunk in (tmp_path / "s2" / "a.zarr" / "values" / "c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(b"damaged")
+    data = module(
+        tmp_path, modalities={"s2": Layer(bands=("B02", "B03"))}, global_batch_size=1,
+        window=Window(size=320, unit="m", **STILL), held_out=NOTHING_HELD, on_bad_sample="replace",
+        loading=Loading(workers=0, max_bad_fraction=0.5),
+    )  # fmt: skip
+    assert [int(batch["s2"].max()) > 0 for batch in batches(data)] == [True, True]
+
+
 # ------------------------------------------------------------------------ dates
 
 

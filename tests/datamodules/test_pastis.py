@@ -168,6 +168,14 @@ def test_patches_that_lack_a_file_are_left_out_and_counted(few: Path) -> None:
     assert any("1 of 3 patches have no s1_des" in line for line in data.describe())
 
 
+def test_a_damaged_first_patch_does_not_end_the_scan(few: Path) -> None:
+    first = min((few / "ANNOTATIONS").iterdir())
+    for path in few.rglob(f"*_{first.stem.rsplit('_', 1)[1]}.*"):
+        path.write_bytes(b"")
+    found = scan_pastis(str(few), (1, 2, 3, 4, 5), ["s2"])
+    assert found is not None and found.side == 32 and len(found.patches) == 5
+
+
 def test_arrays_that_contradict_the_table_are_named(few: Path) -> None:
     found = scan_pastis(str(few), (1,), ALL)
     assert found is not None

@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,16 +215,70 @@ def test_what_is_not_terramesh_is_refused(tmp_path: Path) -> None:
     _shard(tmp_path, "majortom_shard_000001", "S1RTC", ["a", "b"])
     with pytest.raises(DataError, match="no folder 'DEM' in any split; it holds: S1RTC"):
         _data(tmp_path, {"s1": "S1RTC", "dem": "DEM"}, **SMALL)
-    _shard(tmp_path, "majortom_shard_000001", "DEM", ["a", "a"])
-    with pytest.raises(DataError, match="holds the key 'a' twice"):
-        _data(tmp_path, {"s1": "S1RTC", "dem": "DEM"}, **SMALL)
-    path = tmp_path / "train" / "DEM" / "majortom_shard_000001.tar"
-    path.write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(DataError, match=r"0001\.tar: compressed by gzip.*Unpack it once into a"):
-        _data(tmp_path, {"s1": "S1RTC", "dem": "DEM"}, **SMALL)
-    (tmp_path / "train" / "DEM" / "majortom_shard_000001.tar").write_bytes(b"no tar" * 99)
-    with pytest.raises(DataError, match="not a complete tar"):
-        _data(tmp_path, {"s1": "S1RTC", "dem": "DEM"}, **SMALL)
+    (tmp_path / "train" / "S1RTC" / "majortom_shard_000001.tar").write_bytes(b"no tar" * 99)
+    with pytest.raises(DataError, match="0001.tar: not a complete tar"):  # no other one is there
+        _data(tmp_path, {"s1": "S1RTC"}, **SMALL)
+
+
+def _only_text(_: bytes) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("readme.txt"))
+    return out.getvalue()
+
+
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "cut": (lambda raw: raw[: len(raw) // 2], "not a complete tar, 2 members found"),
+    "empty": (lambda raw: b"", "not a complete tar, 0 members found"),
+    "zeros": (lambda raw: bytes(len(raw)), "holds no .zarr.zip member, but nothing"),
+    "page": (lambda raw: b"<!DOCTYPE html><html>sign in" + b" " * 999, "a page of a web server"),
+    "gzip": (gzip.compress, "compressed by gzip, so its members cannot be read where they lie"),
+    "text": (_only_text, "holds no .zarr.zip member, but 'readme.txt'"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_shard_counts_as_missing_and_is_named(tmp_path: Path, kind: str) -> None:
+    """One such shard ended every run, also with `on_bad_sample: replace`."""
+    spoil, reason = DAMAGE[kind]
+    for name in ("majortom_shard_000001", "majortom_shard_000002"):
+        _shard(tmp_path, name, "S1RTC", ["a", "b"])
+        _shard(tmp_path, name, "DEM", ["b", "c"])
+    for product, number in (("DEM", 1), ("S1RTC", 2)):
+        path = tmp_path / "train" / product / f"majortom_shard_00000{number}.tar"
+        path.write_bytes(spoil(path.read_bytes()))
+    data = _data(tmp_path, {"s1": "S1RTC", "dem": "DEM"}, **SMALL)
+    radar, heights = data.problems[:2]
+    assert "S1RTC: 1 of 2 shards cannot be read; their locations lack 's1', and" in radar
+    assert "DEM/majortom_shard_000001.tar: " in heights and reason in heights
+    source = data.source("train")
+    assert source.sizes == [2, 2] and data.identity()["splits"]["train"]["locations"] == 4
+    rows = [source.load(Piece(at, 0, 2), 0).data for at in range(2)]
+    assert [row["id"] for row in rows] == [["a", "b"], ["b", "c"]]
+    present = [[bool(np.asarray(row[f"{m}.present"]).all()) for m in ("s1", "dem")] for row in rows]
+    assert present == [[True, False], [False, True]]
+
+
+def test_a_shard_that_holds_a_key_twice_is_left_out(tmp_path: Path) -> None:
+    _shard(tmp_path, "majortom_shard_000001", "S1RTC", ["a", "b"])
+    _shard(tmp_path, "majortom_shard_000002", "S1RTC", ["c", "c"])
+    data = _data(tmp_path, {"s1": "S1RTC"}, **SMALL)
+    assert data.source("train").sizes == [2] and "holds the key 'c' twice" in data.problems[0]
+
+
+def test_a_shard_whose_first_locations_are_damaged_has_the_size_of_others(tmp_path: Path) -> None:
+    for number in (1, 2):
+        _shard(tmp_path, f"majortom_shard_00000{number}", "S1RTC", list("abcdef"))
+    path = tmp_path / "train" / "S1RTC" / "majortom_shard_000001.tar"
+    with tarfile.open(path) as tar:
+        infos = tar.getmembers()[:4]
+    raw = bytearray(path.read_bytes())
+    for info in infos:
+        raw[info.offset_data : info.offset_data + info.size] = bytes(info.size)
+    path.write_bytes(raw)
+    data = _data(tmp_path, {"s1": "S1RTC"}, **SMALL)
+    assert data.source("train").sizes == [6, 6]
+    assert list(data.source("train").load(Piece(0, 0, 6), 0).bad) == [0, 1, 2, 3]
 
 
 def test_inspect_and_stats_know_the_folder(tmp_path: Path) -> None:

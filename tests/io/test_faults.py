@@ -228,6 +228,30 @@ def test_truncated_tar_is_named(root_b: Path) -> None:
         first_group(root_b)
 
 
+def test_a_truncated_tar_among_others_is_left_out_with_its_partners(tmp_path: Path) -> None:
+    """It ended the run, also with `on_bad_sample: replace`."""
+    write_split(tmp_path, "train", [[0, 1, 2], [3]], "B")
+    path = tmp_path / "train" / "S2L2A" / "ssl4eos12_shard_000001.tar"
+    (path.parent / "._ssl4eos12_shard_000001.tar").write_bytes(b"as macOS adds them")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    catalogue = scan(str(tmp_path), "train", PAIR)
+    assert [group.key for group in catalogue.groups] == ["ssl4eos12_shard_000002#0"]
+    [problem] = catalogue.problems
+    assert re.search(r"000001.tar: not a complete tar.* left out, with its partners", problem)
+
+
+def test_the_first_members_of_a_tar_may_be_damaged(tmp_path: Path) -> None:
+    write_split(tmp_path, "train", [[0, 1]], "B")
+    for path in (tmp_path / "train").rglob("*.tar"):
+        raw = bytearray(path.read_bytes())
+        entry = tar_index(str(path))[0]
+        raw[entry.offset : entry.offset + entry.size] = bytes(entry.size)
+        path.write_bytes(raw)
+    catalogue = scan(str(tmp_path), "train", PAIR)
+    assert (catalogue.count, catalogue.dates, catalogue.size) == (2, DATES, (SIDE, SIDE))
+    assert read(catalogue.groups[0], "s2", [0], slice(1, 2)).ids
+
+
 def test_diverging_tar_keys_are_named_with_their_place(root_b: Path) -> None:
     path = root_b / "train" / "S1GRD" / "ssl4eos12_shard_000001.tar"
     other = path.with_name("other")

@@ -17,7 +17,6 @@ from dicom_files import write_series
 from ssl4eo_files import write_split
 
 from domainssl.cache import entries
-from domainssl.errors import DataError
 from domainssl.io.raster import describe as describing
 from domainssl.io.raster.describe import LayerFiles, Sought, describe
 from domainssl.io.raster.layer import LayerFile
@@ -307,12 +306,8 @@ def test_files_of_ssl4eo_are_opened_once_until_they_change(tmp_path, monkeypatch
     path = sorted((tmp_path / "data" / "train" / "S1GRD").iterdir())[1]
     path.write_bytes(path.read_bytes()[:900])
     for _ in range(2):  # what cannot be read is asked again, and said again
-        if release == "A":
-            found = layout.scan(str(tmp_path / "data"), "train", products)
-            assert path.name in found.problems[0] and found.count == 5
-        else:
-            with pytest.raises(DataError, match=f"{path.name}: not a complete tar"):
-                layout.scan(str(tmp_path / "data"), "train", products)
+        found = layout.scan(str(tmp_path / "data"), "train", products)
+        assert path.name in found.problems[0] and found.count == (5 if release == "A" else 3)
     assert len(entries()) == 1
 
 

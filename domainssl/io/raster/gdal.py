@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from domainssl.errors import DataError, parsing, require, unwritable
-from domainssl.files import open_regular
+from domainssl.errors import DataError, UnreadableError, parsing, require, unwritable
+from domainssl.files import answer_of_server, open_regular
 from domainssl.io.storage.handles import names_in
 from domainssl.io.storage.paths import is_url
 
@@ -47,7 +47,10 @@ def reading(path: object) -> Iterator[None]:
         with parsing(what, also=failures):
             yield
         return
-    with rasterio.Env(**_PATIENCE), parsing(what, also=failures, advice=_REMOTE):
+    with (
+        rasterio.Env(**_PATIENCE),
+        parsing(what, kind=DataError, also=failures, advice=_REMOTE),  # the file may be whole
+    ):
         yield
 
 
@@ -96,10 +99,16 @@ def open_raster(path: str | os.PathLike[str]) -> Any:
 
 def _check(path: str | os.PathLike[str]) -> None:
     with open_regular(path) as file:
-        if file.read(4) not in _TIFF:
-            raise DataError(
-                f"{path}: not recognized as GeoTIFF: it does not begin as a TIFF file. VRT, WMS "
-                "and other formats are not read under this name; convert it with gdal_translate."
+        start = file.read(512)
+        if start[:4] not in _TIFF:
+            other = (
+                " VRT, WMS and other formats are not read under this name; convert it with "
+                "gdal_translate."
+            )
+            raise UnreadableError(
+                f"{path}: not recognized as GeoTIFF: it "
+                f"{'does not begin as a TIFF file' if start else 'is empty'}."
+                f"{answer_of_server(start) or other}"
             )
     folder, name = os.path.split(os.path.abspath(path))
     beside = names_in(folder)

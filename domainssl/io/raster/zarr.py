@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, nearest, parsing, require
+from domainssl.errors import DataError, UnreadableError, nearest, parsing, require
 from domainssl.io.raster.arrays import ArrayInfo, codec_name, decoded, fill_of, sizes_of
 from domainssl.io.raster.zarr3 import open_v3, own_metadata, v3_members
 from domainssl.io.raster.zarr3_chunks import ChunkFormat, ChunkReader, chunk_format
@@ -99,7 +99,7 @@ class Cube:
         if self.store.get("zarr.json") is not None:
             return 3
         if not any(key.endswith((".zarray", ".zgroup")) for key in self._metadata):
-            raise DataError(
+            raise UnreadableError(
                 f"{self.name}: no zarr hierarchy (neither .zgroup nor zarr.json)"
                 f"{self._further_down()}"
             )
@@ -233,7 +233,7 @@ class Cube:
                 except DataError:
                     raise
                 except _DAMAGE as error:
-                    raise DataError(
+                    raise UnreadableError(
                         f"{self.name}: array {info.name!r}, chunk {chunks.key(number)!r} does not "
                         f"decode ({error or type(error).__name__}). The file is damaged; get it "
                         "again."

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from domainssl.errors import DataError, parsing
+from domainssl.errors import DataError, UnreadableError, parsing
 from domainssl.files import open_regular, read_json
 from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.series.tile import Array, Image, Series, Tile, Unit
@@ -27,6 +27,7 @@ CLASSES = (
     "Mixed cereal", "Sorghum",
 )  # fmt: skip
 VOID = 19
+_TRIES = 4  # patches that are opened for the size of all
 # key -> (folder, dates in the geojson, channels stored, channels used, unit)
 SERIES: dict[str, tuple[str, str, int, int, Unit]] = {
     "s2": ("S2", "dates-S2", 10, 10, "dn"),
@@ -127,7 +128,7 @@ def scan_pastis(
         root=str(base),
         folds=tuple(folds),
         patches=tuple(kept),
-        side=_side(base, kept[0]),
+        side=_side(base, kept),
         problems=tuple(problems),
     )
 
@@ -166,13 +167,22 @@ def _files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
-def _side(base: Path, patch: Patch) -> int:
-    """Return the side of a patch, from its annotation or any of its series."""
-    for name in ("classes", *SERIES):
-        path = base.joinpath(*_path(name, patch.id))
-        if path.is_file():
-            return int(_mapped(path).shape[-1])
-    raise DataError(f"{base}: patch {patch.id} has neither annotation nor series.")
+def _side(base: Path, patches: Sequence[Patch]) -> int:
+    """Return the side of patches, from an annotation or a series of the first ones.
+
+    Raises:
+        DataError: None of them has such a file that can be read.
+    """
+    problem = DataError(f"{base}: patch {patches[0].id} has neither annotation nor series.")
+    for patch in patches[:_TRIES]:
+        for name in ("classes", *SERIES):
+            path = base.joinpath(*_path(name, patch.id))
+            if path.is_file():
+                try:
+                    return int(_mapped(path).shape[-1])
+                except UnreadableError as error:  # reading the patch names it
+                    problem = error
+    raise problem
 
 
 def _mapped(path: Path) -> Array:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from domainssl.errors import DataError, nearest
+from domainssl.errors import DataError, UnreadableError, nearest
 from domainssl.io.ssl4eo.facts import product as look_up
 from domainssl.io.ssl4eo.opened import OpenedFiles
 from domainssl.io.storage.archives import Member
@@ -28,7 +28,15 @@ from domainssl.io.storage.paths import (
     size_of,
 )
 
-__all__ = ["MEMBERS_PER_GROUP", "Catalogue", "Group", "member_stem", "scan"]
+__all__ = [
+    "MEMBERS_PER_GROUP",
+    "Catalogue",
+    "Group",
+    "member_stem",
+    "scan",
+    "shape_of_any",
+    "with_sizes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +176,10 @@ def scan(
     for name in products.values():
         look_up(name)
     folders = _folders(root, split, products, options)
-    names = {m: list_folder(folder, options) for m, folder in folders.items()}
+    names = {  # `._` files are what macOS lays beside others
+        m: [name for name in list_folder(folder, options) if not name.startswith(".")]
+        for m, folder in folders.items()
+    }
     release = _release(folders, names)
     ending = ".zarr.zip" if release == "A" else ".tar"
     names = {m: [n for n in found if n.endswith(ending)] for m, found in names.items()}
@@ -180,8 +191,15 @@ def scan(
     opened.fill(dict.fromkeys(products, paired), next(iter(products)))
     with ThreadPoolExecutor(_THREADS) as pool:
         results = list(pool.map(lambda f: find(f, dict(products), opened), files))
-    groups = _assume([group for found, _ in results for group in found], results[0][1])
-    problems = (*listed, *(problem for _, found in results for problem in found))
+    groups = with_sizes(
+        [group for found, _ in results for group in found],
+        [problem for _, told in results for problem in told],
+    )
+    gone = " It is left out, with its partners." if len(products) > 1 else " It is left out."
+    problems = (
+        *listed,
+        *(problem if found else problem + gone for found, told in results for problem in told),
+    )
     return Catalogue(
         root=root,
         split=split,
@@ -278,18 +296,27 @@ def _partners(folders: Mapping[str, str], names: Mapping[str, Sequence[str]]) ->
     return union
 
 
+def shape_of_any(
+    paths: Iterable[str], opened: OpenedFiles, problems: list[str]
+) -> tuple[int, int, int, int]:
+    """Return locations, dates, rows and columns by the first partner file that opens, else zeros.
+
+    A damaged file must not hide its good partners: reading it will name it.
+    """
+    for path in paths:
+        try:
+            return opened.shape(path)
+        except DataError as error:
+            problems.append(str(error))
+    return 0, 0, 0, 0
+
+
 def _release_a(
     files: dict[str, str], products: dict[str, str], opened: OpenedFiles
 ) -> tuple[list[Group], list[str]]:
     problems: list[str] = []
     key = next(iter(files.values())).rsplit("/", 1)[-1].removesuffix(".zarr.zip")
-    count, dates, rows, columns = 0, 0, 0, 0
-    for path in files.values():
-        try:  # a damaged file must not hide its good partners: reading it will name it
-            count, dates, rows, columns = opened.shape(path)
-            break
-        except DataError as error:
-            problems.append(str(error))
+    count, dates, rows, columns = shape_of_any(files.values(), opened, problems)
     return [
         Group(
             key=key,
@@ -305,22 +332,31 @@ def _release_a(
     ], problems
 
 
-def _assume(groups: list[Group], problems: list[str]) -> tuple[Group, ...]:
-    """Give groups of which no file can be opened the size of the others; reading names them."""
-    known = next((group for group in groups if group.count), None)
+def with_sizes(groups: Sequence[Group], problems: Sequence[str]) -> tuple[Group, ...]:
+    """Give groups of which nothing can be opened the size of the others; reading names them.
+
+    Raises:
+        DataError: There is no group of a known size: the first problem.
+    """
+    known = next((group for group in groups if group.count and group.size[0]), None)
     if known is None:
         raise DataError(problems[0] if problems else f"{groups[0].key}: holds no location")
-    count, dates, size = known.count, known.dates, known.size
     return tuple(
-        group if group.count else replace(group, count=count, dates=dates, size=size)
+        group if group.size[0]
+        else replace(
+            group, count=group.count or known.count, dates=known.dates, size=known.size
+        )
         for group in groups
-    )
+    )  # fmt: skip
 
 
 def _release_b(
     files: dict[str, str], products: dict[str, str], opened: OpenedFiles
 ) -> tuple[list[Group], list[str]]:
-    members = {m: opened.members(path) for m, path in files.items()}
+    try:
+        members = {m: opened.members(path) for m, path in files.items()}
+    except UnreadableError as error:
+        return [], [str(error)]
     first, *others = members
     keys = [member_stem(entry.key) for entry in members[first]]
     for other in others:
@@ -336,10 +372,8 @@ def _release_b(
                 f"{keys[at] if at < len(keys) else 'end of the tar'!r}. "
                 "The shards are not from the same release, or one is incomplete."
             )
-    if not keys:
-        raise DataError(f"{files[first]}: holds no .zarr.zip member")
-    _, dates, rows, columns = opened.shape(files[first])
-    groups = []
+    groups, problems = [], list[str]()
+    _, dates, rows, columns = shape_of_any(files.values(), opened, problems)
     stem = files[first].rsplit("/", 1)[-1].removesuffix(".tar")
     for low in range(0, len(keys), MEMBERS_PER_GROUP):
         run = {m: tuple(found[low : low + MEMBERS_PER_GROUP]) for m, found in members.items()}
@@ -356,7 +390,7 @@ def _release_b(
                 storage_options=opened.options,
             )
         )
-    return groups, []
+    return groups, problems
 
 
 def member_stem(member: str) -> str:

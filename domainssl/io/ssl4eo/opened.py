@@ -16,7 +16,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from domainssl.errors import DataError
+from domainssl.errors import DataError, UnreadableError
 from domainssl.io.raster.zarr import Cube
 from domainssl.io.storage.archives import Member, ZipFileStore, tar_index
 from domainssl.io.storage.paths import fetch_ranges, is_url, join
@@ -25,6 +25,7 @@ from domainssl.io.storage.scan_index import ScanIndex, Seen
 __all__ = ["OpenedFiles", "tile_facts"]
 
 _THREADS = 8  # that open files
+_TRIES = 4  # locations of a tar that are opened for the size of all
 
 
 class OpenedFiles:
@@ -74,7 +75,7 @@ class OpenedFiles:
         return [Member(str(key), int(at), int(size)) for key, at, size in json.loads(known[1])]
 
     def shape(self, path: str) -> tuple[int, int, int, int]:
-        """Return locations, dates, rows and columns; of a tar those of its first location.
+        """Return locations, dates, rows and columns; of a tar, those of its first good location.
 
         Raises:
             DataError: The file is damaged.
@@ -95,7 +96,7 @@ def _look(paths: Sequence[str], *, is_zip: bool, has_shape: bool) -> list[Seen |
     def one(path: str) -> Seen | None:
         try:
             members = [] if is_zip else _members(path, {})
-            shape = _shape(path, is_zip, {}) if has_shape and (is_zip or members) else None
+            shape = _shape(path, is_zip, {}) if has_shape else None
         except DataError:
             return None
         return Seen(json.dumps(shape), json.dumps(members), ((0, ""),))
@@ -105,12 +106,20 @@ def _look(paths: Sequence[str], *, is_zip: bool, has_shape: bool) -> list[Seen |
 
 
 def _members(path: str, options: Mapping[str, Any]) -> list[Member]:
-    return [
+    every = tar_index(path, options)
+    found = [
         entry
-        for entry in tar_index(path, options)
+        for entry in every
         # `._` files are what tar of macOS adds
         if entry.key.endswith(".zarr.zip") and not os.path.basename(entry.key).startswith(".")
     ]
+    if not found:
+        there = ", ".join(repr(entry.key) for entry in every[:3]) or "nothing"
+        raise UnreadableError(
+            f"{path}: holds no .zarr.zip member, but {there}. Expected one <key>.zarr.zip per "
+            "location; get the file again."
+        )
+    return found
 
 
 def _shape(path: str, is_zip: bool, options: Mapping[str, Any]) -> tuple[int, int, int, int]:
@@ -118,11 +127,18 @@ def _shape(path: str, is_zip: bool, options: Mapping[str, Any]) -> tuple[int, in
         with closing(ZipFileStore(path, path, options)) as store:
             count, dates, _, rows, columns = tile_facts(Cube(store, path), 5)
         return count, dates, rows, columns
-    entry = _members(path, options)[0]
-    [raw] = fetch_ranges(path, [(entry.offset, entry.size)], options)
-    name = f"{path}:{entry.key}"
-    dates, _, rows, columns = tile_facts(Cube(ZipFileStore(raw, name), name), 4)
-    return 1, dates, rows, columns
+    problem: DataError | None = None
+    for entry in _members(path, options)[:_TRIES]:
+        name = f"{path}:{entry.key}"
+        try:
+            [raw] = fetch_ranges(path, [(entry.offset, entry.size)], options)
+            dates, _, rows, columns = tile_facts(Cube(ZipFileStore(raw, name), name), 4)
+        except UnreadableError as error:  # reading the location names it
+            problem = problem or error
+        else:
+            return 1, dates, rows, columns
+    assert problem is not None
+    raise problem
 
 
 def tile_facts(cube: Cube, dims: int) -> tuple[int, ...]:

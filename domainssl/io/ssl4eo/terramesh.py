@@ -6,25 +6,26 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from domainssl.errors import DataError, nearest
-from domainssl.io.raster.zarr import Cube
+from domainssl.errors import DataError, UnreadableError, counted, nearest
 from domainssl.io.ssl4eo.facts import TERRAMESH
 from domainssl.io.ssl4eo.layout import (
     MEMBERS_PER_GROUP,
     Catalogue,
     Group,
     member_stem,
+    shape_of_any,
+    with_sizes,
 )
-from domainssl.io.ssl4eo.opened import OpenedFiles, tile_facts
-from domainssl.io.storage.archives import Member, ZipFileStore
-from domainssl.io.storage.paths import fetch_ranges, is_folder, join, list_folder
+from domainssl.io.ssl4eo.opened import OpenedFiles
+from domainssl.io.storage.archives import Member
+from domainssl.io.storage.paths import is_folder, join, list_folder
 
 __all__ = ["RELEASE", "is_terramesh", "products_at", "scan_terramesh"]
 
 RELEASE = "TerraMesh"
 _SPLITS = ("train", "val")
 _THREADS = 8
-_TRIES = 4  # locations that are opened for the size of a shard's
+_SHOWN = 5
 _Members = dict[str, dict[str, Member]]  # modality -> key -> member
 
 
@@ -48,7 +49,8 @@ def is_terramesh(root: str, options: Mapping[str, Any] | None = None) -> bool:
 
 
 def _tars(folder: str, options: Mapping[str, Any] | None) -> list[str]:
-    return [name for name in list_folder(folder, options) if name.endswith(".tar")]
+    names = list_folder(folder, options)
+    return [n for n in names if n.endswith(".tar") and not n.startswith(".")]
 
 
 def scan_terramesh(
@@ -61,7 +63,7 @@ def scan_terramesh(
     """Find the shards of a split and pair their members by key.
 
     A location belongs to the catalogue if it has one of the products; shards and members of the
-    others may be missing.
+    others may be missing. A shard that cannot be read counts as missing and is named.
 
     Args:
         root: Folder or fsspec URL that holds `<split>/<product>/`.
@@ -71,7 +73,7 @@ def scan_terramesh(
         beside: Further products, taken where locations have them, that make no location.
 
     Raises:
-        DataError: Nothing is there, or a tar cannot be read.
+        DataError: Nothing is there, or no tar can be read.
     """
     options = dict(storage_options or {})
     every = {**products, **(beside or {})}
@@ -86,23 +88,32 @@ def scan_terramesh(
         )
 
     opened = OpenedFiles(folders, RELEASE, options)
-    opened.fill({m: found & set(names) for m, found in tars.items()}, None)
+    opened.fill({m: found & set(names) for m, found in tars.items()}, next(iter(products)))
 
-    def find(name: str) -> list[Group]:
+    def find(name: str) -> tuple[list[Group], list[str], dict[str, str]]:
         files = {m: join(folders[m], name) if name in tars.get(m, ()) else "" for m in every}
-        return _groups(name, files, every, products, opened)
+        members, damaged = _members(files, opened)
+        return *_groups(name, files, members, products, opened), damaged
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        groups = tuple(group for found in pool.map(find, names) for group in found)
-    if not groups:
-        raise DataError(f"{join(root, split)}: no tar holds a .zarr.zip member")
+        found = list(pool.map(find, names))
+    damaged = {m: [texts[m] for *_, texts in found if m in texts] for m in every}
+    unsized = [text for _, own, _ in found for text in own]
+    groups = with_sizes(
+        [group for own, *_ in found for group in own],
+        [*(text for texts in damaged.values() for text in texts), *unsized],
+    )
     return Catalogue(
         root=root,
         split=split,
         release=RELEASE,
         products=dict(products),
         groups=groups,
-        problems=tuple(_problems(names, tars, every, join(root, split))),
+        problems=(
+            *_problems(names, tars, every, join(root, split)),
+            *_left_out(damaged, folders, tars),
+            *unsized,
+        ),
     ).logged()
 
 
@@ -142,66 +153,70 @@ def _problems(
     ]
 
 
+def _left_out(
+    damaged: Mapping[str, Sequence[str]],
+    folders: Mapping[str, str],
+    tars: Mapping[str, set[str]],
+) -> list[str]:
+    """Say which shards of a product cannot be read, and what that means for their locations."""
+    return [
+        f"{folders[m]}: {len(texts)} of {counted(len(tars[m]), 'shard')} cannot be read; their "
+        f"locations lack {m!r}, and those that have no other product are left out. "
+        + " ".join(texts[:_SHOWN])
+        + (" …" if len(texts) > _SHOWN else "")
+        for m, texts in damaged.items()
+        if texts
+    ]
+
+
+def _members(files: Mapping[str, str], opened: OpenedFiles) -> tuple[_Members, dict[str, str]]:
+    """Return the members of a shard, and why files of it cannot be read."""
+    members: _Members = {m: {} for m in files}
+    damaged = {}
+    for m, path in files.items():
+        try:
+            members[m] = _by_key(opened.members(path), path) if path else {}
+        except UnreadableError as error:
+            damaged[m] = str(error)
+    return members, damaged
+
+
+def _by_key(entries: Sequence[Member], path: str) -> dict[str, Member]:
+    found: dict[str, Member] = {}
+    for entry in entries:
+        stem = member_stem(entry.key)
+        if found.setdefault(stem, entry) is not entry:
+            raise UnreadableError(f"{path}: holds the key {stem!r} twice; get the shard again.")
+    return found
+
+
 def _groups(
     name: str,
     files: Mapping[str, str],
-    every: Mapping[str, str],
+    members: _Members,
     products: Mapping[str, str],
     opened: OpenedFiles,
-) -> list[Group]:
-    """Return the runs of locations of one shard."""
-    members: _Members = {m: {} for m in every}
-    for m, path in files.items():
-        if not path:
-            continue
-        for entry in opened.members(path):
-            stem = member_stem(entry.key)
-            if stem in members[m]:
-                raise DataError(f"{path}: holds the key {stem!r} twice; get the shard again.")
-            members[m][stem] = entry
+) -> tuple[list[Group], list[str]]:
+    """Return the runs of locations of one shard, and why no size of theirs is known."""
     keys = list(dict.fromkeys(key for m in products for key in members[m]))
     if not keys:
-        return []
-    size = _size(files, members, products, keys, opened.options)
+        return [], []
+    problems: list[str] = []
+    files = {m: path if members[m] else "" for m, path in files.items()}
+    own = (files[m] for m in products if files[m])
+    _, _, rows, columns = shape_of_any(own, opened, problems)
     return [
         Group(
             key=f"{name.removesuffix('.tar')}#{low}",
             release=RELEASE,
             products=dict(products),
-            files=dict(files),
+            files=files,
             count=len(run),
             dates=1,
-            size=size,
-            members={m: tuple(members[m].get(key) for key in run) for m in every},
+            size=(rows, columns),
+            members={m: tuple(found.get(key) for key in run) for m, found in members.items()},
             storage_options=opened.options,
         )
         for low in range(0, len(keys), MEMBERS_PER_GROUP)
         for run in [keys[low : low + MEMBERS_PER_GROUP]]
-    ]
-
-
-def _size(
-    files: Mapping[str, str],
-    members: _Members,
-    products: Mapping[str, str],
-    keys: Sequence[str],
-    options: Mapping[str, Any],
-) -> tuple[int, int]:
-    """Return rows and columns of the first location that can be opened; reading names others.
-
-    Raises:
-        DataError: None of the first ones can be opened.
-    """
-    problem: DataError | None = None
-    for key in keys[:_TRIES]:
-        m = next(m for m in products if key in members[m])
-        entry = members[m][key]
-        where = f"{files[m]}:{entry.key}"
-        try:
-            [raw] = fetch_ranges(files[m], [(entry.offset, entry.size)], options)
-            _, _, rows, columns = tile_facts(Cube(ZipFileStore(raw, where), where), 4)
-            return rows, columns
-        except DataError as error:
-            problem = problem or error
-    assert problem is not None
-    raise problem
+    ], problems

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
 
-from domainssl.errors import DataError, parsing
-from domainssl.files import open_regular
+from domainssl.errors import DataError, UnreadableError, parsing
+from domainssl.files import answer_of_server, open_regular
 from domainssl.io.storage.bounded import METADATA_LIMIT
 from domainssl.io.storage.handles import HandlePool
 from domainssl.io.storage.paths import Options, is_url, join, open_file, size_of, stamp
@@ -57,6 +57,19 @@ def check_member(name: str, archive: str) -> str:
     return name
 
 
+_TRUNCATED = " The file is truncated or was still being written; download it again."
+_START = 512  # bytes
+
+
+def _page(file: BinaryIO) -> str:
+    """Return a sentence where a file is a page of a web server, else nothing."""
+    try:
+        file.seek(0)
+        return answer_of_server(file.read(_START))
+    except (OSError, ValueError):
+        return ""
+
+
 def _too_large(what: str, size: int, limit: int) -> DataError:
     return DataError(
         f"{what}: {size / 1e6:.1f} MB, where at most {limit / 1e6:.1f} MB belong by its metadata. "
@@ -88,10 +101,10 @@ class ZipFileStore:
             raise
         except (zipfile.BadZipFile, OSError, ValueError, EOFError, struct.error, MemoryError,
                 NotImplementedError) as error:  # fmt: skip
+            page = _page(file)
             file.close()
-            raise DataError(
-                f"{name}: not a complete zip ({error}). The file is truncated or was still being "
-                "written; download it again."
+            raise UnreadableError(
+                f"{name}: not a complete zip ({error}).{page or _TRUNCATED}"
             ) from error
         self._file = file
         self._members = {check_member(info.filename, name): info for info in self._zip.infolist()}
@@ -255,7 +268,7 @@ def _refuse_compressed(start: bytes, path: str) -> None:
     """
     kind = next((kind for magic, kind in _PACKED.items() if start.startswith(magic)), None)
     if kind is not None:
-        raise DataError(
+        raise UnreadableError(
             f"{path}: compressed by {kind}, so its members cannot be read where they lie. Unpack "
             f"it once into a plain tar, such as with `{kind} -d`."
         )
@@ -265,6 +278,7 @@ def _scan_tar(path: str, options: Options | None) -> tuple[Member, ...]:
     members = []
     with open_file(path, options) as file:
         _refuse_compressed(file.read(6), path)
+        page = _page(file)
         file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -277,8 +291,8 @@ def _scan_tar(path: str, options: Options | None) -> tuple[Member, ...]:
         except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(
-                f"{path}: not a complete tar, {len(members)} members found ({error}). "
-                "The file is truncated or was still being written; download it again."
+            raise UnreadableError(
+                f"{path}: not a complete tar, {len(members)} members found ({error})."
+                f"{page or _TRUNCATED}"
             ) from error
     return tuple(members)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-from domainssl.errors import DataError
+from domainssl.errors import DataError, UnreadableError
 from domainssl.files import open_regular
 from domainssl.io.storage.remote import Remote
 
@@ -120,7 +120,7 @@ def fetch_ranges(
             except OSError as error:
                 raise DataError(f"{path}: cannot be read at offset {offset} ({error})") from error
             if len(parts[-1]) != size:
-                raise DataError(
+                raise UnreadableError(
                     f"{path}: truncated, {len(parts[-1])} bytes at offset {offset} where "
                     f"{size} belong"
                 )
