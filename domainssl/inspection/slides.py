@@ -200,6 +200,10 @@ def _measured(slide: Slide) -> dict[str, Any]:
         DataError: Most of the slide is damaged.
     """
     facts = slide.facts
+    tissue = None
+    if facts.is_rgb and facts.mpp is not None:
+        options = TissueOptions(most_px=_OVERVIEW * 2)
+        tissue = round(float(slide_tissue(slide, options).mask.mean()), 6)
     values, valid, down = slide.overview(_OVERVIEW)
     width, height = (max(1, int(n / d)) for n, d in zip(facts.size, down, strict=True))
     values, valid = values[:height, :width], valid[:height, :width]  # the last may reach beyond
@@ -207,10 +211,9 @@ def _measured(slide: Slide) -> dict[str, Any]:
         "values": band_rows(np.moveaxis(values, -1, 0), facts.channels, valid),
         "valid_fraction": round(float(valid.mean()), 6),
     }
-    if facts.is_rgb and facts.mpp is not None:
-        options = TissueOptions(most_px=_OVERVIEW * 2)
-        report["tissue_fraction"] = round(float(slide_tissue(slide, options).mask.mean()), 6)
-    odd = []
+    if tissue is not None:
+        report["tissue_fraction"] = tissue
+    odd = [f"{facts.path}: {facts.cost}"] if facts.cost else []
     if facts.is_rgb and facts.dtype == "uint16" and valid.any() and values[valid].max() < _DARK:
         odd.append(
             f"{facts.path}: 16-bit colours reach {values[valid].max()} of 255 after scaling to 8 "

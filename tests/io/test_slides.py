@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from slide_files import damage_tile, shrink, squares, write_ome, write_tiff
 
 from domainssl.errors import ConfigError, DataError
@@ -142,8 +143,6 @@ def test_ome_levels_and_resolution_are_found(tmp_path: Path, unit: str) -> None:
 
 
 def test_levels_in_subifds_are_found_without_ome(tmp_path: Path) -> None:
-    import tifffile
-
     rgb = squares(512, 384)
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         shared = {"photometric": "rgb", "tile": (64, 64), "metadata": None}
@@ -185,8 +184,6 @@ def test_multiplex_is_no_rgb_and_names_its_channels(tmp_path: Path, count: int) 
 
 def test_channels_without_ome_are_no_colours_of_the_first_one(tmp_path: Path) -> None:
     """OpenSlide opens the first of them as a grey slide without an error."""
-    import tifffile
-
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
         for n in range(4):
             writer.write(np.full((128, 128), 900 * n, np.uint16), tile=(64, 64), metadata=None)
@@ -198,8 +195,6 @@ def test_channels_without_ome_are_no_colours_of_the_first_one(tmp_path: Path) ->
 def test_a_fourth_channel_that_is_not_said_to_be_alpha_hides_nothing(
     tmp_path: Path, tile: tuple[int, int] | None
 ) -> None:
-    import tifffile
-
     path = tmp_path / "a.tif"
     pixels = np.dstack([np.full((128, 128, 3), 90, np.uint8), np.zeros((128, 128), np.uint8)])
     tifffile.imwrite(path, pixels, photometric="rgb", extrasamples=["unspecified"], tile=tile,
@@ -312,6 +307,59 @@ def test_large_parts_are_read_in_bounded_pieces(tmp_path: Path, monkeypatch: Any
     assert valid.all()
     assert (whole == parts).all()
     assert (whole == shrink(rgb, 4)).all()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {}, {"rowsperstrip": 96}, {"rowsperstrip": 97}, {"byteorder": ">"},
+        {"compression": "zlib", "rowsperstrip": 16},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_rows_that_are_stored_whole_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: Any, layout: dict[str, Any], dtype: str
+) -> None:
+    from domainssl.io.slide import pyramid, tiff_pages
+
+    rgb = squares(640, 384)
+    pixels = rgb if dtype == "uint8" else rgb.astype(np.uint16) * 257
+    more = {"resolution": (20_000, 20_000), "resolutionunit": 3, "photometric": "rgb", **layout}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **more)
+    monkeypatch.setattr(tiff_pages, "_PIECE", 640 * 3 * 40)
+    monkeypatch.setattr(pyramid, "_MOST_READ", 5000)
+    read: list[int] = []
+    plain = pyramid.TiffPyramid._decode
+    monkeypatch.setattr(
+        pyramid.TiffPyramid, "_decode", lambda *a: (read.append(a[-1]), plain(*a))[1]
+    )
+    slide = Slide(tmp_path / "a.tif")
+    found, valid = slide.read_box((0, 0, 640, 384), (160, 96))
+    assert valid.all() and (found == shrink(rgb, 4)).all()
+    assert slide.facts.tile_size[1] <= 40 and len(read) == len(set(read))  # none is read twice
+    tile, _ = slide.read(300, 200, 64, 0.5)
+    assert (tile == rgb[200:264, 300:364]).all()
+
+
+def test_the_cost_of_a_large_slide_of_one_level_is_told_and_paid_once(
+    tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    from domainssl.io.slide import facts, pyramid
+
+    path = write_tiff(tmp_path / "a.tif", [squares(1024, 768)])
+    plain, _, _ = Slide(path).overview(64)
+    assert not Slide(path).facts.cost and not caplog.text
+    monkeypatch.setattr(facts, "_LARGE", 2**16)
+    monkeypatch.setattr(pyramid, "_MOST_KEPT", 256)
+    with Slide(path) as slide:
+        fine, seen, _ = slide.overview(256)
+        monkeypatch.setattr(Slide, "read_box", lambda *a: pytest.fail("it is read again"))
+        coarse, valid, down = slide.overview(100, 4.0)
+    assert fine.shape == (192, 256, 3) and seen.all() and valid.all()
+    assert coarse.shape == (75, 100, 3) and down == (10.24, 10.24)
+    assert np.abs(_mean(coarse) - _mean(plain)).max() < 1
+    assert caplog.text.count("has one level of 1024 x 768 pixels: the search for tissue and") == 1
+    assert "vips tiffsave" in caplog.text
 
 
 def test_objective_power_is_used_only_on_request(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from domainssl.errors import DataError, parsing, require
 from domainssl.files import read_small
-from domainssl.io.slide.facts import Pair, Region, Stored, level_factors
+from domainssl.io.slide.facts import CONVERT, Pair, Region, Stored, level_factors
 from domainssl.io.slide.tiff_pages import imagej_unit
 
 __all__ = ["OpenSlidePyramid", "vendor"]
@@ -80,7 +80,7 @@ class OpenSlidePyramid:
         if max(w * h for w, h in self._tiles) > _MOST_TILE_PIXELS:
             raise DataError(
                 f"{self._path}: stored in tiles of {max(self._tiles)} pixels, expected at most "
-                f"{_MOST_TILE_PIXELS} per tile. Convert it to a tiled pyramid."
+                f"{_MOST_TILE_PIXELS} per tile. Convert it to a tiled pyramid: {CONVERT}."
             )
         kept = 1  # writers that append a label or a macro image as a level are cut off there
         while kept < len(levels) and _is_smaller(levels[0], levels[kept - 1], levels[kept]):

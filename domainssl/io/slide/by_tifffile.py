@@ -14,7 +14,7 @@ from domainssl.errors import DataError, parsing, require
 from domainssl.files import open_regular
 from domainssl.io.slide.colors import to_rgb
 from domainssl.io.slide.facts import Region, Stored, level_factors
-from domainssl.io.slide.tiff_pages import Layout, decoded, layout_of
+from domainssl.io.slide.tiff_pages import Layout, Level, decoded, layout_of
 
 __all__ = ["TiffPyramid", "opened"]
 
@@ -159,15 +159,35 @@ class TiffPyramid:
             yield start, tile, ""
 
     def _decode(self, level: int, plane: int, index: int) -> Array | None:
-        page, first = self._layout.levels[level].planes[plane]
-        offset = page.dataoffsets[first + index]
-        count = page.databytecounts[first + index]
+        layout = self._layout.levels[level]
+        page, first = layout.planes[plane]
+        stored, piece = divmod(index, layout.pieces or 1)
+        offset = page.dataoffsets[first + stored]
+        count = page.databytecounts[first + stored]
         if not offset or not count:  # never written
             return None
+        if layout.pieces:
+            return self._rows(layout, offset, count, piece)
+        return decoded(page, self._read(offset, count), first + index)
+
+    def _read(self, offset: int, count: int) -> bytes:
         if offset + count > self._size:
             raise DataError(f"lies beyond the end of the file, at byte {offset}")
         with self._lock:
             handle = self._tiff.filehandle
             handle.seek(offset)
-            data = handle.read(count)
-        return decoded(page, data, first + index)
+            found: bytes = handle.read(count)
+        return found
+
+    def _rows(self, layout: Level, offset: int, count: int, piece: int) -> Array:
+        """Return some rows of a strip without compression, (H, W, C).
+
+        Raises:
+            DataError: The file ends before them.
+        """
+        width, height = layout.tile
+        row = width * layout.contiguous * layout.dtype.itemsize
+        begin = piece * height * row
+        data = self._read(offset + begin, min(height * row, max(0, count - begin) // row * row))
+        values = np.frombuffer(data, layout.dtype.newbyteorder(self._tiff.byteorder))
+        return values.reshape(-1, width, layout.contiguous).astype(layout.dtype, copy=False)

@@ -11,6 +11,7 @@ import numpy as np
 from domainssl.errors import ConfigError, DataError, nearest
 
 __all__ = [
+    "CONVERT",
     "MPP_RANGE_UM",
     "Pyramid",
     "Region",
@@ -25,6 +26,8 @@ Array = np.ndarray[Any, Any]
 Pair = tuple[float, float]
 
 MPP_RANGE_UM = (0.05, 10.0)
+CONVERT = "vips tiffsave IN OUT.tif --tile --pyramid --bigtiff --compression jpeg --Q 90"
+_LARGE = 2**27  # pixels of the smallest level, from which on an overview takes its time
 _SOURCES = ("file", "objective_power")
 _POWER_UM = 10.0  # objective power times um per pixel: 20x is 0.5 um
 _UNLIKE = 0.02  # relative difference that is worth a word
@@ -104,6 +107,22 @@ class SlideFacts:
     tile_size: tuple[int, int]
     has_color_profile: bool
     warnings: tuple[str, ...] = ()
+
+    @property
+    def cost(self) -> str:
+        """What an overview costs where even the smallest level is large; empty otherwise."""
+        width, height = self.levels[-1]
+        if width * height < _LARGE:
+            return ""
+        levels = "one level" if len(self.levels) == 1 else "a smallest level"
+        in_strips = self.tile_size[0] >= self.size[0]
+        rows = ", whose rows are stored whole" if in_strips else ""
+        more = ", and every tile whole rows" if in_strips else ""
+        return (
+            f"has {levels} of {width} x {height} pixels{rows}: the search for tissue and pictures "
+            f"of the slide read all of it ({width * height / 1e9:.2g} billion pixels){more}. "
+            f"Convert it once to a tiled pyramid: {CONVERT}"
+        )
 
     @property
     def overruled(self) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from domainssl.errors import DataError, parsing
 from domainssl.files import open_regular
 from domainssl.io.slide.colors import on_white, to_rgb
+from domainssl.io.slide.facts import CONVERT
 
 __all__ = ["ENDINGS", "PictureFacts", "advice_on_pictures", "is_picture", "picture_facts",
            "read_label_picture", "read_tile_picture"]  # fmt: skip
@@ -220,7 +221,7 @@ def _check_size(path: str, size: tuple[int, int]) -> None:
     if size[0] * size[1] > _MOST_PIXELS:
         raise DataError(
             f"{path}: a picture of {size[0]} x {size[1]} pixels, expected at most "
-            f"{_MOST_PIXELS / 1e6:.0f} million of a tile. Convert it to a tiled pyramid."
+            f"{_MOST_PIXELS / 1e6:.0f} million of a tile. Convert it to a tiled pyramid: {CONVERT}."
         )
 
 

@@ -51,6 +51,7 @@ ENDINGS = (
 )  # fmt: skip
 _OPEN = 8  # slides per process
 _MOST_READ = 2**24  # pixels of a level at a time
+_MOST_KEPT = 4096  # longest side of an overview that others are made from
 _ENLARGED = 1.001  # rounding of resolutions, no enlarging
 _MANY = 64  # damaged tiles; a slide with more of them than others is given up
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -287,6 +288,7 @@ class Slide:
         self.damaged: list[Damage] = []
         self._places: set[tuple[int, int, int]] = set()
         self._facts: SlideFacts | None = None
+        self._whole: tuple[Array, Array, tuple[float, float]] | None = None
         self._form: Format | None = None
         self._tried = 0
         self._key: Any = None
@@ -302,11 +304,12 @@ class Slide:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process."""
-        kept = {"damaged": [], "_places": set(), "_tried": 0, "_key": None}
+        kept = {"damaged": [], "_places": set(), "_tried": 0, "_key": None, "_whole": None}
         return {**self.__dict__, **kept}
 
     def close(self) -> None:
         """Give the file free; reading opens it again."""
+        self._whole = None
         if self._key is not None:
             _pool.drop(self._key)
             self._key = None
@@ -434,8 +437,7 @@ class Slide:
         width, height = (
             max(1, math.ceil(n / d - 1e-9)) for n, d in zip(facts.size, down, strict=True)
         )
-        box = (0.0, 0.0, width * down[0], height * down[1])
-        values, valid = self.read_box(box, (width, height))
+        values, valid = self._shrunk(down, (width, height))
         tile = facts.tile_size[0] * facts.tile_size[1]
         lost = sum(
             tile * facts.factors[d.level][0] * facts.factors[d.level][1] for d in self.damaged
@@ -447,6 +449,28 @@ class Slide:
                 f"the first at ({first.x}, {first.y}): {first.reason}. Get the file again."
             )
         return values, valid, down
+
+    def _shrunk(self, down: tuple[float, float], size: tuple[int, int]) -> tuple[Array, Array]:
+        """Read the whole slide; where that takes its time, once for all overviews.
+
+        Args:
+            down: Level-0 pixels per pixel in x and y.
+            size: Width and height of the result.
+        """
+        box = (0.0, 0.0, size[0] * down[0], size[1] * down[1])
+        if not self.facts.cost:
+            return self.read_box(box, size)
+        if self._whole is None:
+            logger.warning("%s: %s", self.path, self.facts.cost)
+            step = max(1.0, max(self.facts.size) / _MOST_KEPT)
+            columns, rows = (math.ceil(n / step - 1e-9) for n in self.facts.size)
+            part = self.read_box((0.0, 0.0, columns * step, rows * step), (columns, rows))
+            self._whole = (*part, (step, step))
+        values, valid, known = self._whole
+        if any(k > d * _ENLARGED for k, d in zip(known, down, strict=True)):
+            return self.read_box(box, size)
+        inside = (0.0, 0.0, box[2] / known[0], box[3] / known[1])
+        return resampled(Region(values=values, valid=valid, origin=(0.0, 0.0)), inside, size)
 
     def read_box(self, box: Box, size: tuple[int, int]) -> tuple[Array, Array]:
         """Read any part of the slide.
@@ -471,6 +495,8 @@ class Slide:
         if (box[2] - box[0]) / fx * (box[3] - box[1]) / fy <= _MOST_READ or size == (1, 1):
             return self._part(level, box, size)
         axis = 0 if size[0] >= size[1] else 1  # halves are read one after the other
+        if facts.tile_size[0] >= facts.size[0] and size[1] > 1:  # rows are stored whole
+            axis = 1
         first = size[axis] // 2
         cut = box[axis] + (box[axis + 2] - box[axis]) * first / size[axis]
         sizes = [list(size), list(size)]

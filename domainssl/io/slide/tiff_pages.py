@@ -12,7 +12,7 @@ import numpy as np
 
 from domainssl.errors import DataError, parsing, require
 from domainssl.io.slide.colors import Coding
-from domainssl.io.slide.facts import Stored
+from domainssl.io.slide.facts import CONVERT, Stored
 from domainssl.io.slide.ome import OmeImage, ome_images
 from domainssl.io.volume.codestream import image_size
 
@@ -31,6 +31,7 @@ Array = np.ndarray[Any, Any]
 
 _MOST_TILE = 2**28  # decoded bytes of a tile
 _MOST_STRIP = 2**30  # of a strip, which may be the whole picture
+_PIECE = 2**22  # bytes of a strip without compression that are read at a time
 _SUSPECT = 2**28  # bytes that a stream may unfold to before it is looked at
 _CODECS = {
     1: None, 5: "lzw", 7: None, 8: "zlib", 32946: "zlib", 32773: None, 33003: None, 33004: None,
@@ -60,6 +61,8 @@ class Level:
         planes: Page and index of the first tile, for each plane.
         contiguous: Channels in one plane.
         dtype: Type of the numbers.
+        pieces: Tiles that a stored strip is read in, from one above the other; 0 where a tile is
+            what is stored.
     """
 
     size: tuple[int, int]
@@ -68,6 +71,7 @@ class Level:
     planes: tuple[tuple[Any, int], ...]
     contiguous: int
     dtype: np.dtype[Any]
+    pieces: int = 0
 
     @property
     def channels(self) -> int:
@@ -221,6 +225,7 @@ def _level(pages: Sequence[Any], path: str) -> Level:
         tile = int(key.tilewidth), int(key.tilelength)
     else:
         tile = width, min(int(key.rowsperstrip), height)
+    strip, tile = tile, _piece(key, tile, height, contiguous)
     if key.dtype is None or key.dtype.kind not in "ub" or key.dtype.itemsize > 2:
         raise DataError(
             f"{path}: holds {key.dtype} numbers, expected 8 or 16 bit without sign. Convert it, "
@@ -237,9 +242,9 @@ def _level(pages: Sequence[Any], path: str) -> Level:
     if tile[0] * tile[1] * contiguous * key.dtype.itemsize > most:
         raise DataError(
             f"{path}: is stored in pieces of {tile[0]} x {tile[1]} pixels, which take more than "
-            f"{most >> 20} MiB each. Convert it to a tiled pyramid."
+            f"{most >> 20} MiB each. Convert it to a tiled pyramid: {CONVERT}."
         )
-    columns, rows = -(-width // tile[0]), -(-height // tile[1])
+    columns, rows = -(-width // strip[0]), -(-height // strip[1])
     planes = [
         (page, plane * columns * rows)
         for page in pages
@@ -252,6 +257,15 @@ def _level(pages: Sequence[Any], path: str) -> Level:
                 f"{path}: has places for {found} of {wanted} tiles. "
                 "The file is damaged or cut off; get it again."
             )
+    pieces = 0 if tile == strip else -(-strip[1] // tile[1])
+    wanted = width * height * contiguous * key.dtype.itemsize
+    for page, first in planes if pieces else ():
+        held = sum(page.databytecounts[first : first + columns * rows])
+        if held < wanted:
+            raise DataError(
+                f"{path}: states {width} x {height} pixels without compression, which take "
+                f"{wanted} bytes, and holds {held}. The header is damaged; get the file again."
+            )
     return Level(
         size=(width, height),
         tile=tile,
@@ -259,7 +273,23 @@ def _level(pages: Sequence[Any], path: str) -> Level:
         planes=tuple(planes),
         contiguous=contiguous,
         dtype=np.dtype(key.dtype),
+        pieces=pieces,
     )
+
+
+def _piece(key: Any, strip: tuple[int, int], height: int, channels: int) -> tuple[int, int]:
+    """Return the part of a strip that is read at a time: of one without compression a few rows."""
+    is_plain = (int(key.compression), int(key.predictor), int(key.fillorder)) == (1, 1, 1)
+    if key.is_tiled or not is_plain or key.dtype is None:
+        return strip
+    if key.bitspersample != 8 * key.dtype.itemsize:
+        return strip
+    most = max(1, _PIECE // max(1, strip[0] * channels * key.dtype.itemsize))
+    if strip[1] <= most:
+        return strip
+    if strip[1] == height:
+        return strip[0], most
+    return strip[0], next(rows for rows in range(most, 0, -1) if strip[1] % rows == 0)
 
 
 def _kept(levels: Sequence[Level], path: str) -> tuple[tuple[Level, ...], list[str]]:
