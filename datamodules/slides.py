@@ -136,7 +136,8 @@ class SlideFeatureDataModule(DomainDataModule):
     def open_sources(self) -> dict[str, Source]:
         """Find the slides and hold some patients out; predict on the test split, or on those."""
         root = self._root()
-        found = find_slides(root, wanted_slides(self.features, self.slides, self.labels))
+        wanted = wanted_slides(self.features, self.slides, self.labels, self.window)
+        found = find_slides(root, wanted)
         self.found = found
         for problem in found.problems:
             _log.warning("%s: %s", root, problem)

@@ -185,7 +185,7 @@ class SlideLabels:
 
 
 def wanted_slides(
-    features: TileFeatures, files: SlideFiles, labels: SlideLabels | None
+    features: TileFeatures, files: SlideFiles, labels: SlideLabels | None, window: SlideWindow
 ) -> WantedSlides:
     """Return what is looked for in a data set."""
     return WantedSlides(
@@ -196,4 +196,8 @@ def wanted_slides(
         encoder=features.encoder,
         patient=files.patient,
         label=labels.column if labels else "",
+        mpp_um=features.mpp_um,
+        as_grid=window.mode == "grid",
+        level_downsample=files.level_downsample,
+        patch_size_level0=files.patch_size_level0,
     )

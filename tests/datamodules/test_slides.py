@@ -284,18 +284,49 @@ def test_files_of_another_encoder_or_resolution_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"4 features per tile, the configuration says 5.*dim to 4"):
         data(tmp_path, modalities={NAME: TileFeatures(dim=5)})
     for wrong in ({"encoder": "uni_v2"}, {"mpp_um": 0.25}):
-        module = data(tmp_path, modalities={NAME: TileFeatures(dim=D, **wrong)})
         with pytest.raises(DataError, match=rf"{next(iter(wrong))} is .* the configuration says"):
-            train(module)
+            data(tmp_path, modalities={NAME: TileFeatures(dim=D, **wrong)})
     train(data(tmp_path, modalities={NAME: TileFeatures(dim=D, mpp_um=0.52)}))
+
+
+def test_bags_of_another_encoder_or_resolution_among_others_are_left_out_or_told(tmp_path):
+    slides(tmp_path, ("a", "b", "c", "d", "e"))
+    for name, other in (("d", {"encoder": "conch"}), ("e", {"mpp_um": 1.0})):
+        write_bag(tmp_path, replace(bag(name, block(8, 6)), **other), "zarr")
+    encoders, sizes = data(tmp_path).problems
+    assert (
+        "features of 2 encoders of one width, which do not compare: uni_v1 (4 slides), " in encoders
+    )
+    assert "tiles of 2 resolutions: 0.5 um (4 slides), 1 um (1 slide). Set data.init_args" in sizes
+    wanted = {NAME: TileFeatures(dim=D, encoder="uni_v1", mpp_um=0.5)}
+    module = data(tmp_path, modalities=wanted)
+    assert [slide.id for slide in module.found.items] == ["a", "b", "c"]
+    assert [text.partition(": ")[2] for text in module.problems] == [
+        "encoder is 'conch', the configuration says 'uni_v1'. The slide is left out.",
+        "mpp_um is 1, the configuration says 0.5. The slide is left out.",
+    ]
+
+
+def test_the_resolution_of_tiles_follows_from_that_of_the_slide_in_the_table(tmp_path):
+    for name in ("a", "b", "c"):
+        places = {**TRIDENT, "target_magnification": "None", "level0_magnification": "None"}
+        write(tmp_path / f"{name}.h5", LATTICE, attrs=places)
+    table = "wsi,MPP\na.svs,0.25\nx/b.svs,0.5\nc.svs,0.22\n"  # tiles of 256 are 512 of level 0
+    (tmp_path / "b.h5").rename(tmp_path / "x__b.h5")
+    (tmp_path / "manifest.csv").write_text(table)
+    module = data(tmp_path, modalities={NAME: TileFeatures(dim=8, mpp_um=0.5)})
+    assert [slide.id for slide in module.found.items] == ["a", "c"]
+    assert (
+        "x__b.h5: mpp_um is 1 by the table of slides, the configuration says 0.5"
+        in (module.problems[0])
+    )
 
 
 def test_bags_without_places_are_refused_with_the_file_that_lacks_them(tmp_path):
     for name in "ab":
         write(tmp_path / "h5_files" / f"{name}.h5", LATTICE)
-    module = data(tmp_path, modalities={NAME: TileFeatures(dim=8)}, global_batch_size=1)
-    with pytest.raises(DataError, match=r"patch_size.*patches"):
-        train(module)
+    with pytest.raises(DataError, match=r"none of 2 slides is left.*patch_size.*patches"):
+        data(tmp_path, modalities={NAME: TileFeatures(dim=8)}, global_batch_size=1)
     stated = SlideFiles(ids="plain", patch_size_level0=SIZE // 2)
     for files, step in ((SlideFiles(ids="plain"), SIZE), (stated, SIZE // 2)):  # neighbours tell it
         window = SlideWindow(mode="bag", tokens=len(LATTICE))

@@ -13,7 +13,7 @@ import pytest
 from bag_files import TRIDENT
 
 from domainssl.errors import DataError
-from domainssl.io.slide.features import bag_shape, read_bag
+from domainssl.io.slide.features import bag_header, read_bag
 from domainssl.io.storage import hdf5
 
 
@@ -59,7 +59,7 @@ def test_features_that_unfold_to_more_than_their_chunk_are_refused(
 ) -> None:
     path = _written(tmp_path / "a.h5", chunk, filters, raw)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for read in (read_bag, bag_shape):
+    for read in (read_bag, bag_header):
         with pytest.raises(DataError, match=rf"a\.h5: .*{said}"):
             read(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB

@@ -23,7 +23,8 @@ from domainssl.io.slide.bag import Bag
 from domainssl.io.storage.hdf5 import attributes, dataset, open_hdf5
 
 __all__ = [
-    "read_hdf5", "read_places", "read_tensor", "refuse_vector", "write_clam", "write_trident",
+    "read_hdf5", "read_hdf5_header", "read_places", "read_tensor", "refuse_vector", "write_clam",
+    "write_trident",
 ]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
@@ -68,6 +69,38 @@ def read_hdf5(path: Path, patches: Path | None, level_downsample: float | None) 
         path=str(path),
     )
     return _placed(bag, {**facts, **places}, patches, level_downsample)
+
+
+def read_hdf5_header(
+    path: Path, patches: Path | None, level_downsample: float | None
+) -> tuple[int, Bag]:
+    """Return the number of tiles, and all but them: `coords` is empty, None where there are none.
+
+    Raises:
+        DataError: As `read_hdf5`, as far as no number has to be read.
+    """
+    with open_hdf5(path, "pathology") as file, parsing(f"{path}: the HDF5"):
+        found = dataset(path, file, "features", dims=(1, 2, 3), kinds="fiu", limit=_LIMIT)
+        facts, dtype = attributes(found), str(found.dtype)
+        refuse_vector(path, found.shape)
+        shape, has_places = _of_one_slide(path, "features", found.shape), "coords" in file
+        places: dict[str, Any] = {}
+        if has_places:
+            other = dataset(path, file, "coords", dims=(1, 2, 3), kinds="iuf", limit=_LIMIT)
+            places = attributes(other)
+            count = _of_one_slide(path, "coords", other.shape)[0]
+            _same_count(path, int(shape[0]), int(count), "")
+    bag = Bag(
+        slide=path.stem,
+        features=np.zeros((0, int(shape[1]) if len(shape) == 2 else 0), np.float32),
+        coords=None,
+        encoder=str(facts.get("encoder") or places.get("encoder") or ""),
+        dtype=dtype,
+        path=str(path),
+    )
+    bag = _placed(bag, {**facts, **places}, patches, level_downsample)
+    no_places = np.zeros((0, 2), np.int64)
+    return int(shape[0]), replace(bag, coords=no_places if has_places else None)
 
 
 def read_places(path: Path) -> Bag:
@@ -131,12 +164,17 @@ def _unbatched(path: Path, name: str, values: Array) -> Array:
     Raises:
         DataError: It holds several.
     """
-    if values.ndim == 3 and len(values) != 1:
+    _of_one_slide(path, name, values.shape)
+    return values[0] if values.ndim == 3 else values
+
+
+def _of_one_slide(path: Path, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 3 and shape[0] != 1:
         raise DataError(
-            f"{path}: {name!r} has the shape {values.shape}, expected those of one slide, (N, D). "
+            f"{path}: {name!r} has the shape {shape}, expected those of one slide, (N, D). "
             "Write a file per slide."
         )
-    return values[0] if values.ndim == 3 else values
+    return shape[1:] if len(shape) == 3 else shape
 
 
 def refuse_vector(path: Path, shape: tuple[int, ...]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from domainssl.errors import ConfigError, DataError, counted
 from domainssl.io.ids import ids_of, is_hashed
+from domainssl.io.slide.bag import Bag
 from domainssl.io.slide.bag_folders import BagFile, Bags, find_bags
-from domainssl.io.slide.features import bag_shape
+from domainssl.io.slide.features import bag_header
+from domainssl.io.slide.listed import MppColumns
 from domainssl.io.slide.pyramid import ENDINGS
 from domainssl.io.subjects import (
     Found,
@@ -23,11 +26,13 @@ from domainssl.io.tables import MANIFESTS, own_columns, read_table, without_pati
 
 __all__ = ["SlideBag", "WantedSlides", "find_slides", "slides_of_table"]
 
-_SLIDES = ("slide", "slide_id", "id")
+_SLIDES = ("slide", "slide_id", "id", "wsi", "path")
 _PATIENTS = ("patient", "patient_id", "case_id")
 _TCGA = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}")
 _WHERE = "data.init_args"
 _NAMED = 5  # slides that a message names
+_MPP_TOLERANCE = 0.1
+_NOMINAL = 0.25  # of tiles cut by the nominal power: scanners of 40x have 0.2 to 0.3 um
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,10 @@ class WantedSlides:
         encoder: Which features, where there are several.
         patient: Regular expression whose first group, found in the name of a slide, is its patient.
         label: Column of the table that holds the class; empty for none.
+        mpp_um: Micrometres per pixel of the tiles; None takes all.
+        as_grid: Whether a bag has to say how large its tiles are at level 0.
+        level_downsample: See `read_bag`.
+        patch_size_level0: See `read_bag`.
     """
 
     dim: int
@@ -72,6 +81,10 @@ class WantedSlides:
     encoder: str = ""
     patient: str = ""
     label: str = "label"
+    mpp_um: float | None = None
+    as_grid: bool = False
+    level_downsample: float | None = None
+    patch_size_level0: int | None = None
 
 
 def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
@@ -95,7 +108,7 @@ def find_slides(root: str, wanted: WantedSlides) -> Found[SlideBag]:
         for file in bags.files
         if (path is None or file.slide in rows) and (chosen is None or file.slide in chosen)
     ]
-    sizes, odd = _measured(root, asked, wanted.dim)
+    sizes, odd = _measured(root, asked, wanted, _resolutions(rows, path))
     problems += odd
     slides = _named(sizes, rows, path, chosen, wanted)
     patients_in_two_splits(slides, path or root, "Slides")
@@ -158,48 +171,115 @@ def _named(
 
 
 def _measured(
-    root: str, files: Sequence[BagFile], width: int
+    root: str, files: Sequence[BagFile], wanted: WantedSlides, stated: Mapping[str, float]
 ) -> tuple[list[tuple[BagFile, int]], list[str]]:
     """Return the bags that can be read, with their tiles, and why others are left out.
+
+    Args:
+        root: The folder, for messages.
+        files: The bags.
+        wanted: What their features have to be.
+        stated: Micrometres per pixel of level 0 of slides, by the table.
 
     Raises:
         DataError: None is left.
     """
     found: list[tuple[BagFile, int]] = []
+    kept: list[Bag] = []
     problems: list[str] = []
     lost: list[str] = []
-    others: list[str] = []
-    advice = ""
+    others: list[tuple[str, str]] = []
     for file in files:
         try:
-            tiles, dim = bag_shape(file.path, patches=file.patches)
+            tiles, bag = bag_header(
+                file.path,
+                patches=file.patches,
+                level_downsample=wanted.level_downsample,
+                patch_size_level0=wanted.patch_size_level0,
+            )
+            if tiles and wanted.as_grid:
+                _ = bag.step  # or it says what is lacking
         except DataError as error:
             lost.append(f"{error} The slide is left out.")
             continue
         if tiles == 0:
             problems.append(f"{file.slide}: no tile (a slide without tissue)")
-        elif dim != width:
-            others.append(f"{file.path}: {dim} features per tile, the configuration says {width}.")
-            advice = (
-                f" Set {_WHERE}.modalities.<name>.dim to {dim}, or give the features of the "
-                "encoder that is meant."
-            )
-        else:
+            continue
+        other = _other_features(bag, wanted, stated.get(file.slide))
+        if other is None:
             found.append((file, tiles))
+            kept.append(bag)
+        else:
+            others.append(other)
     if others and not found:
-        raise DataError(others[-1] + advice)
+        raise DataError(" ".join(others[-1]))
     problems += first_few(
         lost, f"{len(lost)} of {len(files)} slides cannot be read and are left out."
     )
     problems += first_few(
-        [f"{text} The slide is left out." for text in others],
-        f"{len(others)} of {len(files)} slides in all have another width and are left out.",
+        [f"{text} The slide is left out." for text, _ in others],
+        f"{len(others)} of {len(files)} slides in all have other features and are left out.",
     )
     if not found:
         raise DataError(
             f"{root}: none of {counted(len(files), 'slide')} is left. {' '.join(problems[:_NAMED])}"
         )
-    return found, problems
+    return found, [*problems, *_mixed(root, kept)]
+
+
+def _other_features(bag: Bag, wanted: WantedSlides, stated: float | None) -> tuple[str, str] | None:
+    """Return how the features of a bag differ from what is wanted, and what to do; None if not."""
+    where = f"{_WHERE}.modalities.<name>"
+    if bag.dim != wanted.dim:
+        return (
+            f"{bag.path}: {bag.dim} features per tile, the configuration says {wanted.dim}.",
+            f"Set {where}.dim to {bag.dim}, or give the features of the encoder that is meant.",
+        )
+    if bag.encoder and wanted.encoder and bag.encoder != wanted.encoder:
+        return (
+            f"{bag.path}: encoder is {bag.encoder!r}, the configuration says {wanted.encoder!r}.",
+            f"Correct {where}.encoder, or give the features that are meant.",
+        )
+    of_table = None
+    if stated and bag.patch_size_level0 and bag.patch_size:
+        of_table = stated * bag.patch_size_level0 / bag.patch_size
+    for mpp, tolerance, source in (
+        (bag.mpp_um, _MPP_TOLERANCE, ""), (of_table, _NOMINAL, " by the table of slides"),
+    ):  # fmt: skip
+        if mpp and wanted.mpp_um and abs(mpp / wanted.mpp_um - 1) > tolerance:
+            return (
+                f"{bag.path}: mpp_um is {mpp:g}{source}, the configuration says {wanted.mpp_um:g}.",
+                f"Correct {where}.mpp_um, or extract the slide at that resolution.",
+            )
+    return None
+
+
+def _mixed(root: str, bags: Sequence[Bag]) -> list[str]:
+    """Say which encoders and resolutions stand side by side: their vectors do not compare."""
+    problems = []
+    encoders = Counter(bag.encoder for bag in bags if bag.encoder)
+    if len(encoders) > 1:
+        shown = ", ".join(f"{name} ({counted(n, 'slide')})" for name, n in encoders.most_common())
+        problems.append(
+            f"{root}: features of {len(encoders)} encoders of one width, which do not compare: "
+            f"{shown}. Set {_WHERE}.modalities.<name>.encoder to one of them; the others are left "
+            "out then"
+        )
+    sizes = Counter(bag.mpp_um for bag in bags if bag.mpp_um)
+    if sizes and max(sizes) > (1 + _MPP_TOLERANCE) * min(sizes):
+        shown = ", ".join(f"{mpp:g} um ({counted(n, 'slide')})" for mpp, n in sizes.most_common())
+        problems.append(
+            f"{root}: tiles of {len(sizes)} resolutions: {shown}. Set "
+            f"{_WHERE}.modalities.<name>.mpp_um to one of them; the others are left out then"
+        )
+    return problems
+
+
+def _resolutions(rows: Mapping[str, Mapping[str, str]], path: str | None) -> dict[str, float]:
+    """Return micrometres per pixel of level 0 by slide, where the table states them."""
+    columns = MppColumns.among(list(next(iter(rows.values()), {})))
+    stated = {name: columns.stated(row, "", f"{path}, {name}") for name, row in rows.items()}
+    return {name: mpp for name, mpp in stated.items() if mpp is not None}
 
 
 def _table(root: str, manifest: str | None) -> str | None:
@@ -307,6 +387,10 @@ def _as_file(name: str, files: Set[str]) -> str:
     """
     if name in files or (stem := _stem(name)) in files:
         return name if name in files else stem
+    if (
+        flat := stem.replace("/", "__")
+    ) in files:  # as `tile --ids plain` names a slide in a folder
+        return flat
     if any(map(is_hashed, files)):
         asked = (name, *(f"{stem}{ending}" for ending in ENDINGS))
         return next((i for i in ids_of(asked, "hashed") if i in files), stem)

@@ -13,24 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from domainssl.errors import ConfigError, DataError, nearest, parsing
+from domainssl.errors import ConfigError, DataError, nearest
 from domainssl.io.slide.bag import Bag, FeatureGrid, spacing_of, to_grid
 from domainssl.io.slide.bag_hdf5 import (
     read_hdf5,
+    read_hdf5_header,
     read_places,
     read_tensor,
-    refuse_vector,
     write_clam,
     write_trident,
 )
 from domainssl.io.slide.bag_zarr import read_zarr, write_zarr
-from domainssl.io.storage.hdf5 import dataset, open_hdf5
 
 __all__ = [
     "Bag",
     "FeatureGrid",
     "Layout",
-    "bag_shape",
+    "bag_header",
     "describe_bag",
     "read_bag",
     "read_places",
@@ -40,7 +39,6 @@ __all__ = [
 
 Layout = Literal["clam", "trident", "zarr"]
 _HDF5 = (".h5", ".hdf5")
-_LIMIT = 2**33  # bytes of the features of one slide
 
 
 def read_bag(
@@ -104,22 +102,37 @@ def _beside(path: Path) -> Path | None:
     return None
 
 
-def bag_shape(path: str | Path, *, patches: str | Path | None = None) -> tuple[int, int]:
-    """Return the number of tiles and of features of a bag, without reading HDF5 files whole.
+def bag_header(
+    path: str | Path,
+    *,
+    patches: str | Path | None = None,
+    level_downsample: float | None = None,
+    patch_size_level0: int | None = None,
+) -> tuple[int, Bag]:
+    """Return the number of tiles of a bag, and the bag without them; HDF5 is not read whole.
+
+    Args:
+        path: As of `read_bag`.
+        patches: As of `read_bag`.
+        level_downsample: As of `read_bag`.
+        patch_size_level0: As of `read_bag`.
 
     Raises:
         DataError: It is no bag, or its file of the tiling step is not there.
     """
-    place = Path(path)
-    _must_be_there(place, None if patches is None else Path(patches))
-    if place.suffix.lower() not in _HDF5 or not place.is_file():
-        bag = read_bag(place)
-        return len(bag), bag.dim
-    with open_hdf5(place, "pathology") as file, parsing(f"{place}: the HDF5"):
-        shape = dataset(place, file, "features", dims=(1, 2, 3), kinds="fiu", limit=_LIMIT).shape
-    refuse_vector(place, shape)
-    shape = shape[1:] if len(shape) == 3 else shape  # a batch of one, or refused when it is read
-    return (int(shape[0]), int(shape[1])) if len(shape) == 2 else (int(shape[0]), 0)
+    place, given = Path(path), None if patches is None else Path(patches)
+    if place.suffix.lower() in _HDF5 and place.is_file():
+        own = given or _beside(place)
+        _must_be_there(place, own)
+        count, bag = read_hdf5_header(place, own, level_downsample)
+    else:
+        bag = _read(place, given, level_downsample)
+        count = len(bag)
+        coords = None if bag.coords is None else bag.coords[:0]
+        bag = replace(bag, features=bag.features[:0], coords=coords)
+    if bag.patch_size_level0 is None and bag.coords is not None:
+        bag = replace(bag, patch_size_level0=patch_size_level0)
+    return count, bag
 
 
 def write_bag(path: str | Path, bag: Bag, layout: Layout, *, dtype: str | None = None) -> Path:
