@@ -24,6 +24,7 @@ from domainssl.errors import ConfigError, DataError, nearest, parsing
 from domainssl.io.raster.patches import folders_in, measured_or_nan, read_map, read_patch
 from domainssl.io.ssl4eo.facts import PRODUCTS
 from domainssl.io.storage.archives import check_member
+from domainssl.io.tables import cut_row
 from domainssl.sensors import L2A_BANDS
 
 __all__ = ["FlairHub"]
@@ -130,6 +131,8 @@ class FlairHub:
             self._rows = list(csv.DictReader(file, delimiter=";" if ";" in head else ","))
         if not self._rows or not self._rows[0].get("patch_id"):
             raise DataError(f"{path}: no column 'patch_id', or no patch in it.")
+        if (cut := cut_row(self._rows)) is not None:
+            raise DataError(f"{path}, {cut}")
         self._must_be_there(path)
         self._dates = {key: _dates(root, name) for key, (name, _) in _SERIES.items()}
         self.problems = self._undated()

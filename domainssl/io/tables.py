@@ -10,7 +10,7 @@ from typing import Any
 from domainssl.errors import DataError, parsing, require
 from domainssl.files import open_regular, read_small
 
-__all__ = ["MANIFESTS", "own_columns", "read_table", "without_patient"]
+__all__ = ["MANIFESTS", "cut_row", "own_columns", "read_table", "without_patient"]
 
 MANIFESTS = ("manifest.csv", "manifest.parquet", "manifest.jsonl")
 _MOST_BYTES = 500_000_000
@@ -57,6 +57,18 @@ def read_table(path: str) -> tuple[list[str], list[dict[str, str]]]:
         for row in table.itertuples(index=False, name=None)
     ]
     return columns, rows
+
+
+def cut_row(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say which row of `csv.DictReader` lacks cells, None where all have those of the header."""
+    for number, row in enumerate(rows, 2):
+        if None in row.values():
+            have = sum(value is not None for value in row.values())
+            return (
+                f"line {number}: {have} cells, the header has {len(row)}. The table was cut off "
+                "or written by hand: get it again, or fill in the row."
+            )
+    return None
 
 
 def own_columns(columns: Sequence[str], names: Iterable[str]) -> dict[str, str]:

@@ -184,7 +184,7 @@ class BlockStream:
             current = [ahead.popleft() for _ in range(size)]
             items = [(rows, i) for rows in current for i in range(rows.count)]
             if any(rows.bad for rows in current):
-                items = self._replace(items, ahead, feed)
+                items = self._replace(items, ahead, feed, plan)
             order = plan.window_order(number)
             later = len(plan.windows[number + 1]) if number + 1 < len(plan.windows) else 0
             for taken in range(skip, len(order)):
@@ -196,9 +196,16 @@ class BlockStream:
             skip = 0
 
     def _replace(
-        self, items: list[tuple[Rows, int]], ahead: deque[Rows], feed: Iterator[Rows]
+        self,
+        items: list[tuple[Rows, int]],
+        ahead: deque[Rows],
+        feed: Iterator[Rows],
+        plan: EpochPlan,
     ) -> list[tuple[Rows, int]]:
-        """Put good items in the place of bad ones: the next ones in order, each in its turn."""
+        """Put good items in the place of bad ones: the next ones in order, each in its turn.
+
+        Where the end of the epoch is bad, they are those of its beginning.
+        """
         good = [(rows, i) for rows, i in items if i not in rows.bad]
         sources: list[int | None] = []  # per item its place in `good`, None where it is good itself
         passed = run = 0
@@ -211,6 +218,9 @@ class BlockStream:
         while len(good) < needed and (more := next(feed, None)) is not None:
             ahead.append(more)
             good += [(more, i) for i in range(more.count) if i not in more.bad]
+        first = (self._reader.read([piece], plan.epoch) for piece in plan.pieces)
+        while not good and (again := next(first, None)) is not None:
+            good = [(rows, i) for rows in again for i in range(rows.count) if i not in rows.bad]
         if not good:
             raise DataError(
                 f"No readable {self.split} item is left to replace the bad ones with:\n"

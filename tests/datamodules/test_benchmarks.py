@@ -210,6 +210,9 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="points outside"):
         FlairHub(str(tmp_path))[0]
+    (tmp_path / "FLAIR-HUB_TRAIN.csv").write_text(f"patch_id;AERIAL_RGBI\n{FLAIR}")
+    with pytest.raises(DataError, match=r"TRAIN\.csv, line 2: 1 cells, the header has 2"):
+        FlairHub(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,10 @@ def test_unreadable_and_misshapen_files_are_named(few: Path) -> None:
     image.write_bytes(b"not a tif")
     with pytest.raises(DataError, match=rf"{image.name}: not recognized as GeoTIFF"):
         read_treesat(found, found.tiles[0], ALL)
+    table = few / "train.csv"
+    table.write_text("\n".join(table.read_text().splitlines()[:3])[:-30])
+    with pytest.raises(DataError, match=r"train.csv, line 3: \d+ cells, the header has 18.*cut"):
+        catalogue(few)
 
 
 def test_a_bad_tile_is_replaced_on_request(few: Path) -> None:

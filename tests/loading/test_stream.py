@@ -136,6 +136,19 @@ def test_a_bad_last_block_is_replaced_by_what_came_before_it_in_its_window():
     assert ids(stream)[1] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_blocks_at_the_end_are_replaced_by_the_first_good_ones_of_the_epoch(workers):
+    """A held-out file that is damaged ended the run where it was the last one."""
+    source = FakeSource((4, 4, 4, 4), bad_blocks=(0, 3))
+    stream = stream_of(
+        source, policy="replace", window_blocks=1, shuffle=False, batch_size=4,
+        loading=Loading(workers=workers, max_bad_fraction=0.6),
+    )  # fmt: skip
+    expected = [[4, 5, 6, 7], [4, 5, 6, 7], [8, 9, 10, 11], [4, 5, 6, 7]]
+    assert ids(stream) == ids(stream) == expected
+    stream.close()
+
+
 def test_replacement_is_the_same_after_a_resume():
     loading = Loading(workers=0, max_bad_fraction=0.5)
     source = FakeSource(SIZES, bad_blocks=[3], bad_items=[0, 1])

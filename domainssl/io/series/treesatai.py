@@ -20,6 +20,7 @@ from domainssl.io.raster.gdal import open_raster, reading
 from domainssl.io.raster.time import days, product_time
 from domainssl.io.series.tile import Array, Image, Series, Tile
 from domainssl.io.storage.hdf5 import dataset, open_hdf5, texts
+from domainssl.io.tables import cut_row
 
 __all__ = ["GENERA", "SERIES", "TreeSatCatalogue", "TreeSatTile", "read_treesat", "scan_treesat"]
 
@@ -149,11 +150,14 @@ def _rows(table: Path) -> tuple[tuple[str, ...], list[TreeSatTile]]:
             )
         names = tuple(columns[3:])
         tiles = []
-        for number, row in enumerate(reader, 2):
+        rows = list(reader)
+        if (cut := cut_row(rows)) is not None:
+            raise DataError(f"{table}, {cut}")
+        for number, row in enumerate(rows, 2):
             try:
                 shares = tuple(float(row[name]) for name in names)
                 day = _day(row["aerial_date"])
-            except (TypeError, ValueError) as error:
+            except ValueError as error:
                 raise DataError(
                     f"{table}, line {number}: {error}; expected a date as YYYYMMDD and a share "
                     "of the area for each genus."
