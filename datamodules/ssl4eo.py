@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +33,7 @@ from domainssl.sources.dates import Dates
 from domainssl.sources.ssl4eo import SSL4EOSource
 from domainssl.sources.windows import Window
 
-__all__ = ["LocationLabels", "SSL4EOS12DataModule"]
+__all__ = ["LocationLabels", "ProductBands", "SSL4EOS12DataModule"]
 
 _log = logging.getLogger(__name__)
 _GSD_M = 10.0
@@ -53,6 +53,20 @@ class LocationLabels:
     mask: bool = False
 
 
+@dataclass(frozen=True)
+class ProductBands:
+    """Some bands of a product.
+
+    Attributes:
+        product: As where a modality names its product alone.
+        bands: Which of its bands are delivered, in this order; None takes all. Files are decoded
+            whole all the same, and pixels without data in another band are not valid either.
+    """
+
+    product: str
+    bands: tuple[str, ...] | None = None
+
+
 class SSL4EOS12DataModule(DomainDataModule):
     """Sentinel-1 and Sentinel-2 windows of SSL4EO-S12 v1.1.
 
@@ -63,7 +77,7 @@ class SSL4EOS12DataModule(DomainDataModule):
         root: `sample` or `sample:objects` (made on first use in the cache), a folder, or an fsspec
             URL, that holds `train/<product>/` and `val/<product>/`.
         modalities: Product of each modality key: S1GRD, S2L1C, S2L2A or S2RGB; of release B also
-            DEM, NDVI and LULC.
+            DEM, NDVI and LULC. A mapping with `product` and `bands` takes some of its bands.
         global_batch_size: Locations per optimiser step, over all devices and accumulation.
         window: Training windows, 60 to 180 pixels resized to 120 unless `size` is given. Held-out
             items are the central `size` pixels.
@@ -93,7 +107,7 @@ class SSL4EOS12DataModule(DomainDataModule):
     def __init__(
         self,
         root: str = "sample",
-        modalities: dict[str, str] | None = None,
+        modalities: dict[str, str | ProductBands] | None = None,
         global_batch_size: int = 128,
         window: Window | None = None,
         dates: Dates | None = None,
@@ -114,13 +128,14 @@ class SSL4EOS12DataModule(DomainDataModule):
         self.root = root
         self.storage_options = dict(storage_options or {})
         self._packed = Packed.of(self.storage_options)
-        self.products = dict(modalities or self.default)
-        for name, value in self.products.items():
-            if value not in self.known:
-                raise ConfigError(
-                    f"data.init_args.modalities.{name}: unknown product {value!r}, expected one of "
-                    f"{', '.join(self.known)}.{nearest(value, self.known)}"
-                )
+        chosen = {
+            name: ProductBands(value)
+            if isinstance(value, str)
+            else as_dataclass(ProductBands, value)
+            for name, value in (modalities or self.default).items()
+        }
+        self.products = {name: each.product for name, each in chosen.items()}
+        self.bands = {name: self._bands(name, each) for name, each in chosen.items()}
         if dn_offset not in (0, 1000, "auto"):
             raise ConfigError(
                 f"data.init_args.dn_offset: got {dn_offset!r}, expected 0, 1000 or 'auto'."
@@ -141,6 +156,35 @@ class SSL4EOS12DataModule(DomainDataModule):
         self._leaks: list[str] = []
         self._modalities: dict[str, Modality] | None = None
 
+    def _bands(self, name: str, chosen: ProductBands) -> tuple[str, ...]:
+        """Return the bands of a modality in the order of delivery.
+
+        Raises:
+            ConfigError: There is no such product or band, or a band is named twice.
+        """
+        where = f"data.init_args.modalities.{name}"
+        if chosen.product not in self.known:
+            raise ConfigError(
+                f"{where}: unknown product {chosen.product!r}, expected one of "
+                f"{', '.join(self.known)}.{nearest(chosen.product, self.known)}"
+            )
+        there = self.known[chosen.product].bands
+        if chosen.bands is None:
+            return there
+        if not chosen.bands:
+            raise ConfigError(
+                f"{where}.bands: got none. Name some of {', '.join(there)}, or leave `bands` out."
+            )
+        for band in chosen.bands:
+            if band not in there:
+                raise ConfigError(
+                    f"{where}.bands: {chosen.product} has no band {band!r}, expected some of "
+                    f"{', '.join(there)}.{nearest(band, there)}"
+                )
+            if chosen.bands.count(band) > 1:
+                raise ConfigError(f"{where}.bands: {band} is named twice.")
+        return tuple(chosen.bands)
+
     @property
     def modalities(self) -> dict[str, Modality]:
         """The products by their keys; statistics as asked for."""
@@ -150,18 +194,20 @@ class SSL4EOS12DataModule(DomainDataModule):
 
     def _modality(self, name: str, product_name: str) -> Modality:
         facts = self.known[product_name]
+        bands = self.bands[name]
+        places = [facts.bands.index(band) for band in bands]
         plain = Modality(
             name=name,
             kind="series" if self.dates.is_series else "image",
-            channels=facts.bands,
+            channels=bands,
             value_unit=facts.value_unit,
             size=self.window.shape,
             gsd_m=_GSD_M,
-            mean=facts.mean,
-            std=facts.std,
+            mean=_some(facts.mean, places),
+            std=_some(facts.std, places),
             valid_range=facts.valid_range,
             nodata=None,  # batches mark it in `valid`
-            wavelengths_nm=facts.wavelengths_nm,
+            wavelengths_nm=_some(facts.wavelengths_nm, places),
         )
         return statistics_of(plain, self.statistics, alias=product_name)
 
@@ -229,6 +275,7 @@ class SSL4EOS12DataModule(DomainDataModule):
             labels=found,
             land_cover=self._land_cover(catalogue) if self.labels.mask else None,
             dn_offset=self.dn_offset,
+            bands=self.bands,
         )
 
     def _read_labels(self) -> dict[str, Labels]:
@@ -329,3 +376,8 @@ class SSL4EOS12DataModule(DomainDataModule):
             return f", unreadable ({error})"
         how = "found" if self.dn_offset == "auto" else "as asked"
         return f", stored offset {int(block.offset[0])} ({how}, removed)"
+
+
+def _some(values: tuple[float, ...] | None, places: Sequence[int]) -> tuple[float, ...] | None:
+    """Return what a product states of some of its bands."""
+    return None if values is None else tuple(values[place] for place in places)

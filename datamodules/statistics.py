@@ -27,7 +27,7 @@ def statistics_of(modality: Modality, choice: str, alias: str = "") -> Modality:
         choice: `published`; `card`, which leaves them out, so that the model must have its own;
             or a YAML or JSON file that holds `mean` and `std` (and optionally `channels` and
             `value_unit`) under the modality's key or product, or under `modalities`, as the card
-            beside exported weights does.
+            beside exported weights does. With `channels`, it may hold more than the modality has.
         alias: Product; the file may list the modality under it, or under a key of its own with
             this `product`.
 
@@ -54,7 +54,7 @@ def statistics_of(modality: Modality, choice: str, alias: str = "") -> Modality:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{where}: not readable as YAML or JSON ({error}).") from error
-    entry = _entry(content, modality.name, alias, where)
+    entry = _some_channels(_entry(content, modality.name, alias, where), modality.channels)
     for name, own in (("channels", modality.channels), ("value_unit", modality.value_unit)):
         given = entry.get(name)
         given = tuple(given) if isinstance(given, list) else given
@@ -85,6 +85,19 @@ def _entry(content: Any, name: str, alias: str, where: str) -> Mapping[str, Any]
                 return entry
     found = sorted(map(str, table)) if isinstance(table, Mapping) else type(content).__name__
     raise ConfigError(f"{where}: no entry {name!r}{f' or {alias!r}' if alias else ''} in {found}.")
+
+
+def _some_channels(entry: Mapping[str, Any], channels: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return the statistics of `channels`, of an entry that lists these and more."""
+    there = entry.get("channels")
+    if not isinstance(there, list) or not set(channels) < set(map(str, there)):
+        return entry
+    chosen: dict[str, Any] = {"channels": list(channels)}
+    for name in ("mean", "std"):
+        values = entry.get(name)
+        if isinstance(values, list) and len(values) == len(there):
+            chosen[name] = [values[there.index(channel)] for channel in channels]
+    return {**entry, **chosen}
 
 
 def _numbers(values: Any) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from domainssl.datamodules.ssl4eo import LocationLabels, SSL4EOS12DataModule
+from domainssl.datamodules.ssl4eo import LocationLabels, ProductBands, SSL4EOS12DataModule
 from domainssl.errors import ConfigError
 from domainssl.io.ssl4eo.facts import LAND_COVER, TERRAMESH, Product
 from domainssl.io.ssl4eo.land_cover import KEY
@@ -36,7 +36,7 @@ class TerraMeshDataModule(SSL4EOS12DataModule):
             class is to which side land rises), a folder, or an fsspec URL, that holds
             `train/<product>/` and `val/<product>/` with the shards.
         modalities: Product of each modality key: S1GRD, S1RTC, S2L1C, S2L2A, S2RGB, DEM, NDVI or
-            LULC.
+            LULC. A mapping with `product` and `bands` takes some of its bands.
         global_batch_size: Locations per optimiser step, over all devices and accumulation.
         window: Training windows; without size, 224 pixels. Held-out items are the central pixels.
         labels: `auto` (the table beside the data, if any), the path of a table, None, or a mapping
@@ -62,7 +62,7 @@ class TerraMeshDataModule(SSL4EOS12DataModule):
     def __init__(
         self,
         root: str = "sample",
-        modalities: dict[str, str] | None = None,
+        modalities: dict[str, str | ProductBands] | None = None,
         global_batch_size: int = 128,
         window: Window | None = None,
         labels: LocationLabels | str | None = "auto",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ class SSL4EOSource:
         land_cover: Groups of the product LULC by key, where batches carry its map as `mask`: that
             of the last of the dates chosen.
         dn_offset: What the stored Sentinel-2 values carry.
+        bands: Bands of each modality in the order of delivery; all of those that it leaves out.
     """
 
     catalogue: Catalogue
@@ -56,6 +57,7 @@ class SSL4EOSource:
     labels: Labels | None = None
     land_cover: Mapping[str, Group] | None = None
     dn_offset: Literal[0, 1000, "auto"] = "auto"
+    bands: Mapping[str, Sequence[str]] = field(default_factory=dict)
     _first: list[int] = field(init=False, repr=False)
     _scratch: Scratch = field(init=False, repr=False, default_factory=Scratch)
 
@@ -161,6 +163,12 @@ class SSL4EOSource:
             return self.window.middle(size)
         return self.window.draw(generator(self.seed, epoch, _WINDOW, index), size)
 
+    def places(self, name: str) -> list[int] | None:
+        """Return where the bands of a modality lie among those of its product; None for all."""
+        there = product(self.catalogue.products[name]).bands
+        asked = tuple(self.bands.get(name, there))
+        return None if asked == there else [there.index(band) for band in asked]
+
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of delivered values: the stored one unless windows are resized."""
         if self.is_training:
@@ -185,9 +193,11 @@ class _Writer:
         time = (len(dates),) if source.dates.is_series else ()
         self.rows = Rows(data={}, count=n)
         self.out: dict[str, tuple[Tensor, Tensor]] = {}
+        self.places: dict[str, list[int] | None] = {}
         data = self.rows.data
         for name, product_name in source.catalogue.products.items():
-            bands = len(product(product_name).bands)
+            places = self.places[name] = source.places(name)
+            bands = len(product(product_name).bands if places is None else places)
             values = empty((n, *time, bands, *size), source.dtype(name))
             valid = empty((n, *time, *size), torch.bool)
             data |= companions(
@@ -223,11 +233,14 @@ class _Writer:
         whereabouts = [next(b for b in blocks.values() if b.present[i]) for i in range(count)]
         for name, block in blocks.items():
             values, valid = self.out[name]
+            places = self.places[name]
             days: Any = data[key(name, "dates")]
             data[key(name, "present")][at : at + count] = block.present
             days[at : at + count] = block.dates if source.dates.is_series else block.dates[:, 0]
             for i, cut in enumerate(cuts):
                 pixels, mask = block.part(i, *cut.slices)
+                if places is not None:
+                    pixels = pixels[:, places]
                 part = cut.of_part()
                 part.write(pixels, values[at + i], int(block.offset[i]), scratch)
                 part.write_valid(mask & block.present[i], valid[at + i])

@@ -61,6 +61,23 @@ def test_every_pixel_is_the_offset_free_value_of_its_place_and_date(release, req
     assert len(set(seen)) == len(seen) == len(data.train_dataloader()) * 4
 
 
+@pytest.mark.parametrize("release", ["release_a", "release_b"])
+@pytest.mark.parametrize("window", [FIXED, RESIZED])
+def test_chosen_bands_are_those_of_the_product_in_the_order_asked(release, window, request):
+    root, bands = request.getfixturevalue(release), ("B11", "B02", "B8A")
+    whole = module(root, window=window)
+    some = module(root, window=window, modalities={"s2": {"product": "S2L2A", "bands": bands}})
+    all_bands, own = whole.modalities["s2"], some.modalities["s2"]
+    places = [all_bands.channels.index(band) for band in bands]
+    assert own.channels == bands
+    for fact in ("mean", "std", "wavelengths_nm"):
+        assert getattr(own, fact) == tuple(getattr(all_bands, fact)[place] for place in places)
+    for split in ("train_dataloader", "val_dataloader"):
+        for expected, batch in zip(getattr(whole, split)(), getattr(some, split)(), strict=True):
+            assert torch.equal(batch["s2"], expected["s2"][:, places])
+            assert torch.equal(batch["s2.valid"], expected["s2.valid"])
+
+
 def test_products_share_window_flips_and_turns_when_resized(release_a):
     for batch in train(module(release_a, window=RESIZED)):
         for s1, s2 in zip(batch["s1"], batch["s2"], strict=True):
@@ -341,11 +358,20 @@ def test_statistics_come_from_a_file_or_are_left_to_the_card(tmp_path):
         s1(path)
     with pytest.raises(ConfigError, match="Did you mean 'published'"):
         s1("publishd")
+    card["modalities"]["s1"]["channels"] = ["VV", "VH"]
+    path.write_text(json.dumps(card))
+    some = {"s1": {"product": "S1GRD", "bands": ["VH"]}}
+    data = SSL4EOS12DataModule(modalities=some, statistics=str(path))
+    assert (data.modalities["s1"].mean, data.modalities["s1"].std) == ((2.0,), (4.0,))
 
 
 def test_mistakes_are_refused_with_the_nearest_name(release_a):
     with pytest.raises(ConfigError, match="Did you mean 'S2L2A'"):
         SSL4EOS12DataModule(modalities={"s2": "S2L2B"})
+    for bands, said in ((["B8"], "S2L2A has no band 'B8', expected some of B01"), ([], "got none"),
+                        (["B02", "B02"], "B02 is named twice")):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            SSL4EOS12DataModule(modalities={"s2": {"product": "S2L2A", "bands": bands}})
     with pytest.raises(ConfigError, match="on_bad_sample: got 'skip'"):
         SSL4EOS12DataModule(on_bad_sample="skip")
     with pytest.raises(ConfigError, match="global_batch_size to at most 22"):
@@ -384,10 +410,13 @@ def test_the_command_line_reads_dates_and_parts_of_groups(text, drawn, fixed):
     parser = ArgumentParser()
     parser.add_subclass_arguments(DomainDataModule, "data")
     arguments = ["--data=SSL4EOS12DataModule", f"--data.dates={text}", "--data.window.size=32",
-                 "--data.window.min_size=20", "--data.loading.workers=1"]  # fmt: skip
+                 "--data.window.min_size=20", "--data.loading.workers=1",
+                 "--data.modalities={s1: S1GRD, s2: {product: S2L2A, bands: [B02, B8A]}}",
+                 ]  # fmt: skip
     config = parser.parse_args(arguments)
     data = parser.instantiate(config).data
     assert (data.dates.drawn(), data.dates.places) == (drawn, fixed)
+    assert {n: m.num_channels for n, m in data.modalities.items()} == {"s1": 2, "s2": 2}
     assert (data.window.shape, data.window.least, data.loading.workers) == ((32, 32), 20, 1)
     again = parser.instantiate(parser.parse_string(parser.dump(config))).data
     assert again.arguments == data.arguments
