@@ -56,6 +56,7 @@ _SAMPLES: dict[str, dict[str, Contrast]] = {
     "petct": {"ct": Contrast(value_unit="hu"), "pet": Contrast()},
     "upright": {"ct": Contrast(value_unit="hu")},
     "brain": {name: Contrast() for name in ("t1", "t1c", "t2", "flair")},
+    "heads": {"t1": Contrast()},
     "visits": {"flair": Contrast()},
     "organs": {"scan": Contrast(sources=("ct", "mr"))},
     "lesions": {name: Contrast() for name in ("t1", "t1c", "t2", "flair")},
@@ -69,8 +70,9 @@ class VolumeDataModule(DomainDataModule):
     scanner without units wrote.
 
     Args:
-        root: `sample:ctmr`, `sample:petct`, `sample:upright`, `sample:brain`, `sample:visits`,
-            `sample:organs` or `sample:lesions` (made on first use in the cache), or a folder.
+        root: `sample:ctmr`, `sample:petct`, `sample:upright`, `sample:brain`, `sample:heads`,
+            `sample:visits`, `sample:organs` or `sample:lesions` (made on first use in the cache),
+            or a folder.
         modalities: What is read by modality key; None takes everything of a sample.
         global_batch_size: Windows per optimiser step, over all devices and accumulation.
         window: Their size, 96 voxels by default, and how they are drawn.

@@ -2,11 +2,11 @@
 
 `petct`: 160 training and 96 held-out exams of registered CT and PET. `ctmr`: 96 and 96 exams of
 the abdomen, half of them CT and half MR, with maps of the organs; one is a DICOM series. `brain`:
-160 and 96 exams of four MR contrasts, some of them missing, with maps of the lesions. `organs` and
-`lesions`: 96 and 32 exams of such scans, whose maps only the layers of the tissue tell. `visits`:
-128 and 96 patients with four visits. As in real
-files, stored axes point in several directions, integers have slopes and offsets, and some patients
-come twice.
+160 and 96 exams of four MR contrasts, some of them missing, with maps of the lesions. `upright` and
+`heads`: 160 and 96 exams, of CT and of T1, whose classes a quarter turn about the axis of the body
+leaves as they are. `organs` and `lesions`: 96 and 32 exams of such scans, whose maps only the
+layers of the tissue tell. `visits`: 128 and 96 patients with four visits. As in real files, stored
+axes point in several directions, integers have slopes and offsets, and some patients come twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from domainssl.datamodules.samples import made_once
-from domainssl.datamodules.samples.volumes_brain import BRAIN, write_brain
+from domainssl.datamodules.samples.volumes_brain import (
+    BRAIN,
+    HEADS,
+    write_brain,
+    write_upright_head,
+)
 from domainssl.datamodules.samples.volumes_ctmr import CTMR, write_ctmr
 from domainssl.datamodules.samples.volumes_petct import (
     PETCT,
@@ -41,6 +46,7 @@ SAMPLES: dict[str, tuple[Plan, Callable[[Path, str, int], Mapping[str, str]], st
     "upright": (UPRIGHT, write_upright, "1"),
     "ctmr": (CTMR, write_ctmr, "2"),
     "brain": (BRAIN, write_brain, "2"),
+    "heads": (HEADS, write_upright_head, "1"),
     "visits": (VISITS, write_visits, "1"),
     "organs": (ORGANS, write_organs, "1"),
     "lesions": (LESIONS, write_lesions, "1"),

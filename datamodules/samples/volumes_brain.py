@@ -16,18 +16,28 @@ import numpy as np
 
 from domainssl.datamodules.samples.volumes_files import affine_of, write_nifti
 from domainssl.datamodules.samples.volumes_plan import ORIENTATIONS, Plan
-from domainssl.datamodules.samples.volumes_scene import Grid, ellipsoid, grain, layered, smooth
+from domainssl.datamodules.samples.volumes_scene import (
+    UPRIGHT_PATTERNS,
+    Grid,
+    ellipsoid,
+    grain,
+    layered,
+    smooth,
+    upright,
+)
 
 __all__ = [
-    "BRAIN", "CONTRASTS", "GRID", "Head", "brain", "draw_scan", "draw_scans", "head_tissues",
-    "write_brain", "write_head",
+    "BRAIN", "CONTRASTS", "GRID", "HEADS", "Head", "brain", "draw_scan", "draw_scans",
+    "head_tissues", "upright_head", "write_brain", "write_head", "write_upright_head",
 ]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 Rng = np.random.Generator
 
 CONTRASTS = ("t1", "t1c", "t2", "flair")
-BRAIN = Plan("brain", {"train": 160, "val": 96}, (CONTRASTS, ("mask",)))
+_EXAMS = {"train": 160, "val": 96}
+BRAIN = Plan("brain", _EXAMS, (CONTRASTS, ("mask",)))
+HEADS = Plan("heads", _EXAMS, (("t1",), ()), patterns=UPRIGHT_PATTERNS)
 GRID = Grid((40, 40, 36), (2.5, 2.5, 2.75))
 # signal of air, scalp, skull, cerebrospinal fluid, grey and white matter
 _SIGNAL = {
@@ -68,6 +78,21 @@ def brain(split: str, number: int) -> Head:
     return Head(scans=scans, lesions=lesions, layers=layers)
 
 
+def upright_head(split: str, number: int) -> Head:
+    """Draw a T1 scan of a head whose pattern a turn about the axis of the body leaves as it is.
+
+    Gain and contrast of the pattern are those of all exams: methods that tell crops apart would
+    otherwise tell them by that. There are no lesions.
+    """
+    rng, body_rng = HEADS.generators(split, number)
+    tissues = head_tissues(body_rng)
+    layers = upright(rng, GRID, int(HEADS.classes(split)[number]), rng.uniform(25, 37))
+    layers *= tissues > 3
+    lesions = np.zeros(GRID.shape, np.uint8)
+    scan = draw_scan(rng, "t1", tissues, layers, lesions, gain=1.0)
+    return Head(scans={"t1": scan}, lesions=lesions, layers=layers)
+
+
 def draw_scans(rng: Rng, tissues: Array, layers: Array, lesions: Array) -> dict[str, Array]:
     """Return what the contrasts show, float32 (X, Y, Z) by name; some exams lack one.
 
@@ -90,6 +115,14 @@ def write_brain(folder: Path, split: str, number: int) -> dict[str, str]:
     return write_head(folder, BRAIN.case(split, number), number, brain(split, number))
 
 
+def write_upright_head(folder: Path, split: str, number: int) -> dict[str, str]:
+    """Write the file of an exam and return its cell of the manifest."""
+    case = HEADS.case(split, number)
+    (folder / case).mkdir()
+    _write_scan(folder / case / "t1.nii.gz", upright_head(split, number).scans["t1"], number)
+    return {"t1": f"{case}/t1.nii.gz"}
+
+
 def write_head(folder: Path, case: str, number: int, exam: Head) -> dict[str, str]:
     """Write the files of an exam and return their cells of the manifest.
 
@@ -106,11 +139,16 @@ def write_head(folder: Path, case: str, number: int, exam: Head) -> dict[str, st
     write_nifti(folder / cells["mask"], exam.lesions, affine, orientation=ends)
     for place, (name, values) in enumerate(exam.scans.items()):
         cells[name] = f"{case}/{name}.nii.gz"
-        ends = ORIENTATIONS[(number + place) % len(ORIENTATIONS)]
-        scaling = None if (number + place) % 3 else (0.5, 0.0)
-        stored = np.round(values * (1 if scaling is None else 2)).astype(np.int16)
-        write_nifti(folder / cells[name], stored, affine, orientation=ends, scaling=scaling)
+        _write_scan(folder / cells[name], values, number + place)
     return cells
+
+
+def _write_scan(path: Path, values: Array, number: int) -> None:
+    """Write a scan; orientation and slope follow the number."""
+    scaling = None if number % 3 else (0.5, 0.0)
+    stored = np.round(values * (1 if scaling is None else 2)).astype(np.int16)
+    affine, ends = affine_of(GRID.shape, GRID.spacing_mm), ORIENTATIONS[number % len(ORIENTATIONS)]
+    write_nifti(path, stored, affine, orientation=ends, scaling=scaling)
 
 
 def head_tissues(rng: Rng) -> Array:

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from domainssl.datamodules.samples import volumes
-from domainssl.datamodules.samples.volumes_brain import BRAIN, CONTRASTS, brain, write_brain
+from domainssl.datamodules.samples.volumes_brain import (
+    BRAIN,
+    CONTRASTS,
+    HEADS,
+    brain,
+    upright_head,
+    write_brain,
+    write_upright_head,
+)
 from domainssl.datamodules.samples.volumes_ctmr import CTMR, TISSUES, CtOrMr, ctmr, write_ctmr
 from domainssl.datamodules.samples.volumes_petct import (
     PETCT,
@@ -38,12 +46,15 @@ from domainssl.io.volume.scan import Reading, read_labels, read_scan
 
 nibabel: Any = pytest.importorskip("nibabel", reason="needs the extra medical")
 
-PLANS = {"petct": PETCT, "upright": UPRIGHT, "ctmr": CTMR, "brain": BRAIN}
+PLANS = {"petct": PETCT, "upright": UPRIGHT, "ctmr": CTMR, "brain": BRAIN, "heads": HEADS}
 SCANS = [
-    ("petct", "ct"), ("petct", "pet"), ("upright", "ct"), ("ctmr", "scan"),
+    ("petct", "ct"), ("petct", "pet"), ("upright", "ct"), ("ctmr", "scan"), ("heads", "t1"),
     *(("brain", c) for c in CONTRASTS),
 ]  # fmt: skip
-WRITERS = {"petct": write_petct, "upright": write_upright, "ctmr": write_ctmr, "brain": write_brain}
+WRITERS = {
+    "petct": write_petct, "upright": write_upright, "ctmr": write_ctmr, "brain": write_brain,
+    "heads": write_upright_head,
+}  # fmt: skip
 
 
 def _draw(sample: str, number: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -57,7 +68,7 @@ def _draw(sample: str, number: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     if sample == "ctmr":
         exam = ctmr("val", number)
         return {"scan": exam.scan}, exam.layers
-    head = brain("val", number)
+    head = (upright_head if sample == "heads" else brain)("val", number)
     return head.scans, head.layers
 
 
@@ -179,11 +190,12 @@ def test_one_case_is_a_dicom_series_on_the_grid_of_its_labels(tmp_path: Path) ->
 
 
 def test_a_quarter_turn_leaves_the_pattern_of_upright_tissue_as_it_is() -> None:
-    for number in range(12):
-        layers = upright_ct("val", number).layers
+    bodies = [(UPRIGHT, number, upright_ct("val", number).layers) for number in range(12)]
+    heads = [(HEADS, number, upright_head("val", number).layers) for number in range(6)]
+    for plan, number, layers in [*bodies, *heads]:
         layers = layers[:, 8:32, 8:32] if (layers[20] != 0).all() else layers[8:32, 8:32, 8:32]
         x, y, z = energies(layers[None])[0].tolist()
-        name = UPRIGHT.patterns[UPRIGHT.classes("val")[number]]
+        name = plan.patterns[plan.classes("val")[number]]
         assert {"axial": z > x + 1 and z > y + 1, "fibres": z < x - 1 and z < y - 1}.get(
             name, abs(x - y) < 1
         ), (name, x, y, z)
@@ -226,6 +238,7 @@ def test_files_are_the_same_every_time(tmp_path: Path, sample) -> None:
 @pytest.mark.parametrize(("sample", "columns"), [
     ("petct", "id patient split ct pet label"),
     ("upright", "id patient split ct label"),
+    ("heads", "id patient split t1 label"),
     ("ctmr", "id patient split scan source label mask"),
     ("brain", "id patient split t1 t1c t2 flair label mask"),
 ])  # fmt: skip

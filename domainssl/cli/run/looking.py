@@ -19,6 +19,7 @@ _SAMPLES = {  # name -> DataModule and its root
     "ctmr": ("volumes.VolumeDataModule", "sample:ctmr"),
     "petct": ("volumes.VolumeDataModule", "sample:petct"),
     "upright": ("volumes.VolumeDataModule", "sample:upright"),
+    "heads": ("volumes.VolumeDataModule", "sample:heads"),
     "visits": ("volumes.VolumeDataModule", "sample:visits"),
     "brain": ("volumes.VolumeDataModule", "sample:brain"),
     "organs": ("volumes.VolumeDataModule", "sample:organs"),

@@ -84,8 +84,8 @@ def find_exams(
     if not os.path.isdir(root):
         raise ConfigError(
             f"data.init_args.root: {root!r} is no folder. Give one with scans, or an embedded "
-            "sample: sample:ctmr, sample:petct, sample:upright, sample:brain, sample:visits, "
-            "sample:organs or sample:lesions."
+            "sample: sample:ctmr, sample:petct, sample:upright, sample:brain, sample:heads, "
+            "sample:visits, sample:organs or sample:lesions."
         )
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(
