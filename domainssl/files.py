@@ -80,12 +80,18 @@ def read_small(
     Raises:
         DomainSSLError: An error of `kind`: no such file, larger than `limit`, or not UTF-8.
     """
-    with parsing(f"{path}:", kind=kind, advice="Check the path, its permissions and encoding."):
+    with parsing(f"{path}:", kind=kind, advice="Check the path and its permissions."):
         with open_regular(path) as file:
             content = file.read(limit + 1)
         if len(content) > limit:
             raise kind(f"{path}: more than {limit / 1e6:.0f} MB, which no file of its kind has.")
-        return content.decode("utf-8-sig")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise kind(
+                f"{path}: text that is no UTF-8 (byte {error.start}). Save it as UTF-8, which "
+                "spreadsheets call CSV UTF-8."
+            ) from error
 
 
 def read_json(path: str | os.PathLike[str], *, kind: type[DomainSSLError] = DataError) -> Any:

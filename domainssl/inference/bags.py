@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,13 +20,14 @@ from domainssl.files import write_whole
 from domainssl.inference.inputs import find_inputs
 from domainssl.inference.outputs import file_states
 from domainssl.io.ids import ids_of, is_hashed
-from domainssl.io.slide.bag import Bag, places_of
+from domainssl.io.slide.bag import Bag, places_of, unlike_features
 from domainssl.io.slide.bag_folders import BagFile, find_bags
 from domainssl.io.slide.features import read_bag
 from domainssl.modality import Batch, Modality, key
 
 __all__ = ["BagItem", "bag_items"]
 
+_log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 _MPP_TOLERANCE = 0.1
 _ENDINGS = (".h5", ".hdf5", ".pt", ".zarr")
@@ -117,6 +119,10 @@ class BagItem:
         """
         bag = read_bag(self.file.path, patches=self.file.patches)
         self._check(bag)
+        if odd := unlike_features(bag.features):
+            _log.warning(
+                "%s: %s. Tiles that are not finite are left out.", bag.path, "; ".join(odd)
+            )
         finite = np.flatnonzero(np.isfinite(bag.features).all(1))
         count = len(finite) if self.most is None else min(self.most, len(finite))
         chosen = finite[np.arange(count) * len(finite) // max(count, 1)]

@@ -13,7 +13,7 @@ import numpy as np
 from domainssl.errors import DataError, DomainSSLError, parsing, require
 from domainssl.files import read_json
 from domainssl.inspection.tables import add_row, facts_table, new_table, note_lines
-from domainssl.io.slide.bag import spacing_of
+from domainssl.io.slide.bag import spacing_of, unlike_features
 from domainssl.io.slide.bag_folders import Bags, find_bags
 from domainssl.io.slide.bag_slides import slides_of_table
 from domainssl.io.slide.features import Bag, describe_bag, read_bag
@@ -23,6 +23,7 @@ __all__ = ["bag_tables", "inspect_bags", "is_bags"]
 
 _MEASURED = 64  # files that are read
 _TRIED = 4  # files of a folder that are looked at for what it is
+_FEW, _UNUSUAL = 3, 10  # slides to compare, and by what factor they may differ
 _NOMINAL = 10.0  # microns per pixel times magnification
 _ROUNDED = 0.02  # relative difference that whole pixels make
 _HDF5 = (".h5", ".hdf5")
@@ -105,6 +106,7 @@ def inspect_bags(path: str) -> dict[str, Any]:
         if len(counts) > 1:
             shown = ", ".join(f"{value} ({count})" for value, count in counts.most_common(4))
             notes.append(f"{len(counts)} values of {key.replace('_', ' ')}: {shown}")
+    problems += _other_scales(bags)
     return {
         "kind": "bags",
         "count": len(paths),
@@ -115,6 +117,20 @@ def inspect_bags(path: str) -> dict[str, Any]:
         "notes": notes,
         "problems": problems,
     }
+
+
+def _other_scales(bags: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say whose features vary many times as much, or as little, as those of most slides."""
+    spreads = {bag["path"]: bag["std"] for bag in bags if bag["std"]}
+    if len(spreads) < _FEW:
+        return []
+    usual = float(np.median(list(spreads.values())))
+    return [
+        f"{path}: features vary by {std:.3g}, those of most slides by {usual:.3g}: are they of "
+        "another encoder, or is their scale lost?"
+        for path, std in spreads.items()
+        if not 1 / _UNUSUAL < std / usual < _UNUSUAL
+    ]
 
 
 def _table(path: str, found: Bags, problems: list[str]) -> dict[str, Any] | None:
@@ -161,8 +177,7 @@ def _contradictions(bag: Bag) -> Iterator[str]:
 def _described(path: str, bag: Bag, problems: list[str]) -> dict[str, Any]:
     values = bag.features
     finite = np.isfinite(values)
-    if not finite.all():
-        problems.append(f"{path}: {int((~finite).any(1).sum())} tiles with features not finite")
+    problems += [f"{path}: {text}" for text in unlike_features(values)]
     if not len(bag):
         problems.append(f"{path}: no tile")
     problems += [f"{path}: {text}" for text in _contradictions(bag)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from domainssl.errors import DataError
-from domainssl.io.slide.bag import Bag, FeatureGrid, places_of, to_grid
+from domainssl.io.slide.bag import Bag, FeatureGrid, places_of, to_grid, unlike_features
 from domainssl.io.slide.bag_slides import SlideBag
 from domainssl.io.slide.features import read_bag
 from domainssl.loading.memory import empty
@@ -27,6 +28,8 @@ __all__ = ["SlideSource", "batch_of_grid"]
 
 _REGION, _TILES = 61, 62  # tags that keep the streams of random numbers apart
 _MPP_TOLERANCE = 0.1
+_TOLD = 3  # slides of which a process says what is odd
+_log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 
 
@@ -56,6 +59,7 @@ class SlideSource:
     seed: int
     is_training: bool
     _kept: OrderedDict[int, Bag | FeatureGrid] = field(default_factory=OrderedDict, repr=False)
+    _told: set[str] = field(default_factory=set, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the kept features behind: every process reads its own."""
@@ -130,6 +134,7 @@ class SlideSource:
             patch_size_level0=self.files.patch_size_level0,
         )
         self._check(bag)
+        self._tell(bag)
         found: Bag | FeatureGrid = bag
         if self.window.mode == "grid":
             found = to_grid(bag, legacy_titan_grid=self.window.legacy_titan_grid)
@@ -160,6 +165,18 @@ class SlideSource:
                 f"{bag.path}: none of its {len(bag)} tiles has finite features. Extract the slide "
                 "again, or leave it out."
             )
+
+    def _tell(self, bag: Bag) -> None:
+        """Say of the first slides that are read what no encoder writes; training goes on."""
+        odd = unlike_features(bag.features) if len(self._told) < _TOLD else []
+        if not odd or bag.path in self._told:
+            return
+        self._told.add(bag.path)
+        more = "" if len(self._told) < _TOLD else " Further slides are not named; inspect does."
+        _log.warning(
+            "%s: %s. Tiles that are not finite are not valid, others are trained on: extract the "
+            "slide again, or leave it out.%s", bag.path, "; ".join(odd), more,
+        )  # fmt: skip
 
     # Regions --------------------------------------------------------------------------------
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -367,6 +369,88 @@ def test_a_whole_slide_is_a_batch_of_its_tiles(tmp_path):
     assert batch[NAME].shape == (1, 2, D)
     assert batch[f"{NAME}.coords"].tolist() == [[[0.0, 0.0], [2.0, 1.0]]]
     assert batch[NAME][0, :, :2].tolist() == [[0.0, 0.0], [2.0, 1.0]]
+
+
+ODD = {  # bag -> what is said of it
+    "shape": r"'coords' has the shape \(19, 3\)",
+    "size": "tiles of 0 pixels overlap by 0",
+    "tiling": "this is a file of the tiling step",
+    "empty": "an empty file; the copy was lost",
+    "page": r"no HDF5\. It holds a page of a web server",
+    "other": "Name that of the features",
+    "numpy": r"cannot be read \(UnpicklingError\).* Tensors alone are read",
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_bags_among_others_are_left_out_at_the_start(tmp_path, kind):
+    for name in "ab":
+        write(tmp_path / f"{name}.h5", LATTICE, attrs=TRIDENT)
+    path = tmp_path / "x.h5"
+    places = np.array(LATTICE)
+    with h5py.File(path, "w") as file:
+        file["features" if kind != "other" else "feats"] = np.ones((len(LATTICE), 8), np.float32)
+        file["coords"] = places if kind != "shape" else np.pad(places, ((0, 0), (0, 1)))
+        file["coords"].attrs.update({**TRIDENT, "patch_size_level0": 0 if kind == "size" else SIZE})
+        if kind == "tiling":
+            del file["features"]
+    if kind in ("empty", "page"):
+        path.write_text({"empty": "", "page": "<html>404</html>"}[kind])
+    if kind == "numpy":
+        path.unlink()
+        torch.save(np.zeros((4, 8)), tmp_path / "x.pt")
+    module = data(tmp_path, modalities={NAME: TileFeatures(dim=8)})
+    (told,) = module.problems
+    assert re.search(rf"x\.(h5|pt).*{ODD[kind]}.* The slide is left out\.", told)
+    assert "\x1b" not in told and [slide.id for slide in module.found.items] == ["a", "b"]
+
+
+def test_folders_and_tables_without_what_is_needed_say_what_they_hold(tmp_path):
+    (tmp_path / "a.npy").touch()
+    with pytest.raises(DataError, match=r"expected \.h5, .*It holds a\.npy\."):
+        data(tmp_path)
+    slides(tmp_path / "b", ("a",))
+    for text, said in (
+        ("slide_id\n", "has no row"),
+        ("slide_id\nA\n", "such as 'A', has features"),
+    ):
+        (tmp_path / "b" / "manifest.csv").write_text(text)
+        with pytest.raises(DataError, match=said):
+            data(tmp_path / "b")
+    (tmp_path / "b" / "manifest.csv").write_bytes("slide_id\n\xe4\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"no UTF-8 \(byte 9\)\. Save it as UTF-8"):
+        data(tmp_path / "b")
+    write(tmp_path / "c" / "a.h5", LATTICE)
+    torch.save(torch.ones(2, 8), tmp_path / "c" / "a.pt")
+    with pytest.raises(DataError, match=r"a\.h5 and a\.pt are both of the slide 'a'"):
+        data(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (np.nan, "10 of 19 tiles have features not finite"),
+        (0, "10 of 19 tiles have nothing but zeros"), (3e9, "features reach 3e"),
+        (None, "all 19 tiles have the same features"),
+    ],
+)  # fmt: skip
+def test_features_that_no_encoder_writes_are_told_once(tmp_path, caplog, change, said):
+    for name in "abcdef":
+        made = bag(name, [(r, c) for r in range(1) for c in range(19)])
+        values = np.ones_like(made.features) if change is None else made.features + 1
+        if change is not None:
+            values[::2] = change
+        write_bag(tmp_path, replace(made, features=values), "trident")
+    module = data(tmp_path, window=SlideWindow(size=2), held_out=HeldOut(val_fraction=0))
+    train(module), train(module, 1)
+    assert caplog.text.count(said) == 3 and "Further slides are not named" in caplog.text
+
+
+def test_whole_numbers_among_fractions_are_told(tmp_path):
+    for name, dtype in (("a", "float32"), ("b", "float16"), ("c", "int8")):
+        write(tmp_path / f"{name}.h5", LATTICE, dtype, TRIDENT)
+    (told,) = data(tmp_path, modalities={NAME: TileFeatures(dim=8)}).problems
+    assert "c.h5: features of int8, as of 1 slide of 3; the others are fractions" in told
 
 
 def test_choices_that_cannot_be_used_are_said(tmp_path):

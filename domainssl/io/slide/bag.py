@@ -12,7 +12,10 @@ import numpy as np
 
 from domainssl.errors import DataError
 
-__all__ = ["Bag", "Cells", "FeatureGrid", "cells_of", "places_of", "spacing_of", "to_grid"]
+__all__ = [
+    "Bag", "Cells", "FeatureGrid", "cells_of", "check_step", "places_of", "spacing_of", "to_grid",
+    "unlike_features",
+]  # fmt: skip
 
 _log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
@@ -26,6 +29,7 @@ _SIZE_ADVICE = (
     "others the side of a tile in pixels of level 0 (patch_size_level0=…, "
     "slides.patch_size_level0)."
 )
+_LARGEST = 1e6  # of a feature; encoders write some hundred
 _CROWDED = 4  # tiles of different places, from which on their distances are looked at
 
 
@@ -152,15 +156,9 @@ def cells_of(bag: Bag) -> Cells:
     Raises:
         DataError: The bag says nothing about places, or is empty.
     """
-    step = bag.step
+    step = check_step(bag)
     if len(bag) == 0:
         raise DataError(f"{bag.path or bag.slide}: no tile, so there is no grid.")
-    if step < 1 or bag.overlap_level0 < 0:
-        raise DataError(
-            f"{bag.path or bag.slide}: tiles of {bag.patch_size_level0} pixels overlap by "
-            f"{bag.overlap_level0}; expected 0 or more, and less than their size. Correct the "
-            "attributes."
-        )
     _check_inside(bag)
     coords = _squared(bag)
     phases, numbers = np.unique(coords % step, axis=0, return_counts=True)
@@ -185,12 +183,49 @@ def cells_of(bag: Bag) -> Cells:
     )
 
 
+def check_step(bag: Bag) -> int:
+    """Return the distance between neighbouring tiles in pixels of level 0.
+
+    Raises:
+        DataError: The bag does not say it, or tiles overlap by their size.
+    """
+    step = bag.step
+    if step < 1 or bag.overlap_level0 < 0:
+        raise DataError(
+            f"{bag.path or bag.slide}: tiles of {bag.patch_size_level0} pixels overlap by "
+            f"{bag.overlap_level0}; expected 0 or more, and less than their size. Correct the "
+            "attributes."
+        )
+    return step
+
+
 def _squared(bag: Bag) -> Array:
     """Return x and y of every tile, (N, 2), y as if pixels were square."""
     assert bag.coords is not None  # those who ask have looked
     if bag.aspect == 1:
         return bag.coords
     return np.stack([bag.coords[:, 0], np.rint(bag.coords[:, 1] / bag.aspect)], 1).astype(np.int64)
+
+
+def unlike_features(features: Array) -> list[str]:
+    """Say what no encoder writes for the tiles of a slide.
+
+    Args:
+        features: Of one slide, (N, D).
+    """
+    found, count = [], len(features)
+    finite = np.isfinite(features).all(1)
+    if not finite.all():
+        found.append(f"{count - int(finite.sum())} of {count} tiles have features not finite")
+    kept = features[finite]
+    zeros = int(np.count_nonzero(~kept.any(1)))
+    if zeros:
+        found.append(f"{zeros} of {count} tiles have nothing but zeros as features")
+    elif len(kept) >= _CROWDED and (kept == kept[0]).all():
+        found.append(f"all {len(kept)} tiles have the same features")
+    if kept.size and np.abs(kept).max() > _LARGEST:
+        found.append(f"features reach {np.abs(kept).max():.3g}, expected at most some thousand")
+    return found
 
 
 def places_of(bag: Bag) -> tuple[Array, tuple[int, int], int]:

@@ -79,10 +79,17 @@ def find_bags(root: str | Path, *, patches: str | None = None, encoder: str = ""
     for name in found:
         slide = name.rpartition(".")[0]
         if slide in files:
-            raise DataError(f"{folder}: {slide!r} is there twice; keep one file per slide.")
+            raise DataError(
+                f"{folder}: {os.path.basename(files[slide].path)} and {name} are both of the slide "
+                f"{slide!r}. Keep one file per slide."
+            )
         files[slide] = BagFile(slide, str(folder / name), _patches(patches, slide))
     if not files:
-        raise DataError(f"{folder}: no features of a slide, expected .h5, .pt or .zarr.")
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise DataError(
+            f"{folder}: no features of a slide, expected .h5, .pt or .zarr, one per slide. It "
+            f"holds {shown or 'nothing'}."
+        )
     if patches is not None and not any(os.path.isfile(str(f.patches)) for f in files.values()):
         slide = next(iter(files))
         raise DataError(

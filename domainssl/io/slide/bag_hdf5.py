@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -29,7 +29,7 @@ __all__ = [
 
 Array = np.ndarray[Any, Any]
 _LIMIT = 2**33  # bytes of the features of one slide
-_FARTHEST = 2**40  # pixels of level 0; slides have up to some 2**18 in a row
+_FARTHEST = 2**24  # pixels of level 0; slides have up to some 2**18 in a row
 _NOMINAL_MPP = 10.0  # microns per pixel times magnification
 _HEIGHT = "patch_size_level0_y"  # of `tile`, where pixels are not square
 _DROPPED = {"patch_size_level0", "overlap"}
@@ -47,16 +47,7 @@ def read_hdf5(path: Path, patches: Path | None, level_downsample: float | None) 
         DataError: It holds no bag, or files contradict each other.
     """
     with open_hdf5(path, "pathology") as file, parsing(f"{path}: the HDF5"):
-        if "features" not in file and "coords" in file:
-            others = sorted(name for name in file if name not in ("coords", "imgs"))
-            raise DataError(
-                f"{path}: places of tiles without features; this is a file of the tiling step. "
-                "Give the file of the same slide in the folder of features."
-                if not others
-                else f"{path}: no dataset 'features', only coords and {', '.join(others)}. "
-                "Name that of the features 'features'."
-            )
-        found = dataset(path, file, "features", dims=(1, 2, 3), kinds="fiu", limit=_LIMIT)
+        found = _found_features(path, file)
         facts = attributes(found)
         features, dtype = _unbatched(path, "features", found[()]), str(found.dtype)
         coords, places = _coords(path, file) if "coords" in file else (None, {})
@@ -80,7 +71,7 @@ def read_hdf5_header(
         DataError: As `read_hdf5`, as far as no number has to be read.
     """
     with open_hdf5(path, "pathology") as file, parsing(f"{path}: the HDF5"):
-        found = dataset(path, file, "features", dims=(1, 2, 3), kinds="fiu", limit=_LIMIT)
+        found = _found_features(path, file)
         facts, dtype = attributes(found), str(found.dtype)
         refuse_vector(path, found.shape)
         shape, has_places = _of_one_slide(path, "features", found.shape), "coords" in file
@@ -88,8 +79,10 @@ def read_hdf5_header(
         if has_places:
             other = dataset(path, file, "coords", dims=(1, 2, 3), kinds="iuf", limit=_LIMIT)
             places = attributes(other)
-            count = _of_one_slide(path, "coords", other.shape)[0]
-            _same_count(path, int(shape[0]), int(count), "")
+            of_places = _of_one_slide(path, "coords", other.shape)
+            if of_places not in ((shape[0], 2), (0,)):
+                _refuse_coords(path, of_places, other.dtype)
+            _same_count(path, int(shape[0]), int(of_places[0]), "")
     bag = Bag(
         slide=path.stem,
         features=np.zeros((0, int(shape[1]) if len(shape) == 2 else 0), np.float32),
@@ -128,7 +121,8 @@ def read_tensor(path: Path, patches: Path | None, level_downsample: float | None
     """
     torch = require("torch", "pathology")
     try:
-        with parsing(f"{path}: the tensor", also=(pickle.UnpicklingError,)), open_regular(path):
+        reading = parsing(f"{path}: the tensor", also=(pickle.UnpicklingError,), quoted=False)
+        with reading, open_regular(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except DataError as error:
         raise DataError(f"{error} Tensors alone are read; no other object is unpickled.") from error
@@ -156,6 +150,31 @@ def read_tensor(path: Path, patches: Path | None, level_downsample: float | None
     if bag.coords is None:
         return bag
     return _placed(bag, bag.attributes, patches, level_downsample)
+
+
+def _found_features(path: Path, file: Any) -> Any:
+    """Return the dataset of the features.
+
+    Raises:
+        DataError: There is none, or it cannot be that.
+    """
+    if "features" not in file and "coords" in file:
+        others = sorted(name for name in file if name not in ("coords", "imgs"))
+        raise DataError(
+            f"{path}: places of tiles without features; this is a file of the tiling step. "
+            "Give the file of the same slide in the folder of features."
+            if not others
+            else f"{path}: no dataset 'features', only coords and {', '.join(others)}. "
+            "Name that of the features 'features'."
+        )
+    return dataset(path, file, "features", dims=(1, 2, 3), kinds="fiu", limit=_LIMIT)
+
+
+def _refuse_coords(path: Path, shape: tuple[int, ...], dtype: Any) -> NoReturn:
+    raise DataError(
+        f"{path}: 'coords' has the shape {shape} and type {dtype}, expected whole numbers (N, 2): "
+        "x and y at level 0."
+    )
 
 
 def _unbatched(path: Path, name: str, values: Array) -> Array:
@@ -216,10 +235,7 @@ def _coords(path: Path, file: Any) -> tuple[Array, dict[str, Any]]:
         coords = coords.reshape(0, 2)
     whole = coords.dtype.kind != "f" or (np.isfinite(coords).all() and (coords % 1 == 0).all())
     if coords.ndim != 2 or coords.shape[1] != 2 or not whole:
-        raise DataError(
-            f"{path}: 'coords' has the shape {coords.shape} and type {coords.dtype}, expected "
-            "whole numbers (N, 2): x and y at level 0."
-        )
+        _refuse_coords(path, coords.shape, coords.dtype)
     if coords.size and not -_FARTHEST < min(coords.min(), 0) <= max(coords.max(), 0) < _FARTHEST:
         raise DataError(
             f"{path}: 'coords' reaches from {coords.min():.6g} to {coords.max():.6g}, expected "

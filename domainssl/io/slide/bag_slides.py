@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from domainssl.errors import ConfigError, DataError, counted
 from domainssl.io.ids import ids_of, is_hashed
-from domainssl.io.slide.bag import Bag
+from domainssl.io.slide.bag import Bag, check_step
 from domainssl.io.slide.bag_folders import BagFile, Bags, find_bags
 from domainssl.io.slide.features import bag_header
 from domainssl.io.slide.listed import MppColumns
@@ -197,8 +197,8 @@ def _measured(
                 level_downsample=wanted.level_downsample,
                 patch_size_level0=wanted.patch_size_level0,
             )
-            if tiles and wanted.as_grid:
-                _ = bag.step  # or it says what is lacking
+            if tiles and (wanted.as_grid or bag.coords is None):
+                check_step(bag)
         except DataError as error:
             lost.append(f"{error} The slide is left out.")
             continue
@@ -221,9 +221,7 @@ def _measured(
         f"{len(others)} of {len(files)} slides in all have other features and are left out.",
     )
     if not found:
-        raise DataError(
-            f"{root}: none of {counted(len(files), 'slide')} is left. {' '.join(problems[:_NAMED])}"
-        )
+        raise DataError(f"{root}: none of {counted(len(files), 'slide')} is left. {problems[0]}")
     return found, [*problems, *_mixed(root, kept)]
 
 
@@ -265,6 +263,13 @@ def _mixed(root: str, bags: Sequence[Bag]) -> list[str]:
             f"{shown}. Set {_WHERE}.modalities.<name>.encoder to one of them; the others are left "
             "out then"
         )
+    whole = [bag for bag in bags if "int" in bag.dtype and bag.layout != "zarr"]
+    if 0 < len(whole) < len(bags):
+        problems.append(
+            f"{whole[0].path}: features of {whole[0].dtype}, as of {counted(len(whole), 'slide')} "
+            f"of {len(bags)}; the others are fractions. Numbers that were quantised need the scale "
+            "that only bags of our own layout keep; extract the slides again"
+        )
     sizes = Counter(bag.mpp_um for bag in bags if bag.mpp_um)
     if sizes and max(sizes) > (1 + _MPP_TOLERANCE) * min(sizes):
         shown = ", ".join(f"{mpp:g} um ({counted(n, 'slide')})" for mpp, n in sizes.most_common())
@@ -301,6 +306,8 @@ def _rows(
     """Return the rows of a table by slide, and what is in one of both only."""
     columns, read = read_table(path)
     own = own_columns(columns, (*_SLIDES, *_PATIENTS, "split", wanted.label))
+    if not read:
+        raise DataError(f"{path}: has no row. Write one per slide, or remove the table.")
     rows = [{**row, **{name: row[column] for name, column in own.items()}} for row in read]
     column = next((name for name in _SLIDES if name in own), None)
     if column is None:
@@ -321,8 +328,9 @@ def _rows(
         problems += without_patient(path, columns, read, patients, "slide")
     if not found.keys() & there:
         raise DataError(
-            f"{path}: none of its {len(found)} slides has features in {bags.folder}, whose files "
-            f"are named like {sorted(there)[0]!r}. Name the slides as the files are named."
+            f"{path}: none of its {len(found)} slides, such as {next(iter(found))!r}, has features "
+            f"in {bags.folder}, whose files are named like {sorted(there)[0]!r}. Name the slides "
+            "as the files are named."
         )
     return found, problems
 

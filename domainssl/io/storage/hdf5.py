@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from domainssl.arguments import plain
-from domainssl.errors import DataError, parsing, require
-from domainssl.files import open_regular
+from domainssl.errors import DataError, UnreadableError, parsing, require
+from domainssl.files import answer_of_server, open_regular
 
 __all__ = ["attributes", "dataset", "open_hdf5", "texts"]
 
@@ -24,6 +24,7 @@ _LIMIT = 2**30  # decoded bytes of one dataset
 _RATIO = 1032  # bytes that one compressed byte can unfold to, deflated; LZF less
 _DEFLATE, _SHUFFLE, _CHECKSUM, _LZF = 1, 2, 3, 32000  # numbers of filters
 _UNCHECKED = 2**28  # decoded bytes that no bomb within it can do harm with
+_START = 512  # bytes that tell a page of a web server
 _MOST_VALUES = 10_000  # of one attribute
 
 
@@ -39,7 +40,14 @@ def open_hdf5(path: Path, extra: str = "geo") -> Any:
     """
     h5py = require("h5py", extra)
     with parsing(f"{path}: the HDF5"):
-        open_regular(path).close()
+        with open_regular(path) as file:
+            start = file.read(_START)
+        if not start:
+            raise UnreadableError(
+                f"{path}: an empty file; the copy was lost on its way. Copy it again."
+            )
+        if not h5py.is_hdf5(path) and (page := answer_of_server(start)):
+            raise UnreadableError(f"{path}: no HDF5.{page}")
         return h5py.File(path, "r", locking=False)
 
 
