@@ -72,8 +72,9 @@ def bag_items(
         name if is_hashed(name) else own
         for name, own in zip(names, ids_of(names, ids), strict=True)
     ]
+    encoders: dict[str, None] = {}
     return [
-        BagItem(name=name, file=file, modality=modality, most=most)
+        BagItem(name=name, file=file, modality=modality, most=most, encoders=encoders)
         for name, file in zip(hashed, files, strict=True)
     ]
 
@@ -91,12 +92,15 @@ class BagItem:
         file: Where the features lie.
         modality: What the backbone expects.
         most: Tiles at most.
+        encoders: Encoders of the bags that were read, first one first; shared by the items of one
+            input.
     """
 
     name: str
     file: BagFile
     modality: Modality
     most: int | None = None
+    encoders: dict[str, None] = field(default_factory=dict)
     when_empty: ClassVar[str] = "a bag of no tile whose features are finite"
     _shown: tuple[Bag, Array] | None = field(default=None, init=False, repr=False)
 
@@ -120,9 +124,7 @@ class BagItem:
         bag = read_bag(self.file.path, patches=self.file.patches)
         self._check(bag)
         if odd := unlike_features(bag.features):
-            _log.warning(
-                "%s: %s. Tiles that are not finite are left out.", bag.path, "; ".join(odd)
-            )
+            _log.warning("%s: %s", bag.path, "; ".join(odd))
         finite = np.flatnonzero(np.isfinite(bag.features).all(1))
         count = len(finite) if self.most is None else min(self.most, len(finite))
         chosen = finite[np.arange(count) * len(finite) // max(count, 1)]
@@ -153,6 +155,16 @@ class BagItem:
                 f"{path}: tiles of {bag.mpp_um:g} um per pixel, the backbone was trained on "
                 f"{trained:g}. Give the features of tiles of that resolution."
             )
+        if not bag.encoder:
+            return
+        first = next(iter(self.encoders), bag.encoder)
+        if bag.encoder not in self.encoders and bag.encoder != first:
+            _log.warning(
+                "%s: features of the encoder %r, and of %r before: vectors of two encoders do not "
+                "compare. Give those that the weights were trained on, the others in a folder of "
+                "their own.", path, bag.encoder, first,
+            )  # fmt: skip
+        self.encoders[bag.encoder] = None
 
     def keep_weights(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write how much every tile counted, as CLAM does: `attention_scores` beside `coords`.

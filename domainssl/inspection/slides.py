@@ -183,6 +183,12 @@ def _described(listed: ListedSlide, problems: list[str], *, measure: bool) -> di
                 report |= _measured(slide)
             except DataError as error:
                 problems.append(str(error))
+        rows = report.get("values", ())
+        if rows and all(row["min"] == row["max"] for row in rows):
+            problems.append(
+                f"{path}: the whole overview has the value {rows[0]['min']:g}; nothing is seen on "
+                "the slide"
+            )
         damage = report.get("damaged_tiles")
         if damage:
             shown = ", ".join(f"({x}, {y})" for _, x, y in damage[:4])

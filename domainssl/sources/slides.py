@@ -174,8 +174,8 @@ class SlideSource:
         self._told.add(bag.path)
         more = "" if len(self._told) < _TOLD else " Further slides are not named; inspect does."
         _log.warning(
-            "%s: %s. Tiles that are not finite are not valid, others are trained on: extract the "
-            "slide again, or leave it out.%s", bag.path, "; ".join(odd), more,
+            "%s: %s. Its other tiles are trained on: extract the slide again, or leave it out.%s",
+            bag.path, "; ".join(odd), more,
         )  # fmt: skip
 
     # Regions --------------------------------------------------------------------------------

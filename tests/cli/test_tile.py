@@ -237,11 +237,11 @@ def test_names_in_brackets_are_printed_as_they_are(
     path = tmp_path / "s" / "one [bold]a.tif"
     write_tiff(path, [np.full((128, 128, 3), 242, np.uint8)])
     assert _tile(path, tmp_path / "out", "--ids", "plain", "--mpp", "0.5") == 0
-    assert "1 slides without a tile" in capsys.readouterr().out
+    assert "1 slide without a tile" in capsys.readouterr().out
     damage_tile(path, 64, 64)
     assert _tile(path, tmp_path / "other", "--ids", "plain", "--mpp", "0.5") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "look at their pictures: one [bold]a" in said
+    assert "look at the pictures: one [bold]a" in said
     assert "one [bold]a: 1 stored tiles cannot be read" in said
     path.rename(path.with_name("b\udcff.tif"))  # a byte that is no UTF-8
     assert _tile(path.parent, tmp_path / "bytes", "--ids", "plain", "--mpp", "0.5") == 0

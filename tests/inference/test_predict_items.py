@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bag_files
@@ -16,6 +17,7 @@ from slide_files import write_tiff
 from domainssl.backbones.slide import TITANBackbone
 from domainssl.backbones.vit import ViTBackbone
 from domainssl.cli import main
+from domainssl.inference.bags import bag_items
 from domainssl.modality import Modality
 from domainssl.tasks import ChangeDetectionTask, ClassificationTask, RegressionTask
 from domainssl.tasks.export import export_task
@@ -192,6 +194,18 @@ def test_bags_of_other_features_are_refused_and_a_few_tiles_are_enough(
     assert f"features of {bag_files.D} numbers, the backbone was trained on 2" in (
         capsys.readouterr().err.replace("\n", " ")
     )
+
+
+def test_bags_of_two_encoders_in_one_input_are_told(tmp_path: Path, caplog: Any) -> None:
+    for name, encoder in (("a", "uni"), ("b", "conch"), ("c", "uni")):
+        bag_files.write(
+            tmp_path / f"{name}.h5", bag_files.LATTICE, attrs=bag_files.TRIDENT,
+            facts={"encoder": encoder},
+        )  # fmt: skip
+    backbone: Any = SimpleNamespace(modalities={"tile_features": BAG})
+    assert sum(len(list(item.batches())) for item in bag_items(str(tmp_path), backbone)) == 3
+    (told,) = caplog.messages
+    assert "b.h5: features of the encoder 'conch', and of 'uni' before" in told
 
 
 def change_task() -> ChangeDetectionTask:

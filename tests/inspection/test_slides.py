@@ -86,6 +86,13 @@ def test_sixteen_bit_colours_that_use_fewer_are_called_dark(tmp_path: Path) -> N
     assert "odd" not in reports["good.tif"]
 
 
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_slide_of_one_colour_is_a_problem(tmp_path: Path, value: int) -> None:
+    path = write_tiff(tmp_path / "a.tif", [np.full((256, 256, 3), value, np.uint8)])
+    (said,) = inspect_path(str(path))["problems"]
+    assert said == f"{path}: the whole overview has the value {value}; nothing is seen on the slide"
+
+
 def test_multiplex_shows_its_channels(tmp_path: Path) -> None:
     values = np.stack([np.full((256, 256), 1000 * (n + 1), np.uint16) for n in range(4)])
     names = ["DAPI", "CD3", "CD8", "CD20"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 from slide_files import damage_tile, shrink, squares, write_ome, write_tiff
 
 from domainssl.errors import ConfigError, DataError
@@ -388,6 +389,15 @@ def test_no_other_file_is_opened(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"'\.\./x\.dat', expected a file beside it"):
         OpenSlidePyramid(str(tmp_path / "a.mrxs"))
+
+
+def test_the_index_of_a_slide_without_its_files_is_no_picture_of_it(tmp_path: Path) -> None:
+    Image.fromarray(squares(128, 64)).save(tmp_path / "a.mrxs", "JPEG")  # as MIRAX has it
+    with pytest.raises(DataError, match=r"a\.mrxs: the folder beside it with Slidedat\.ini is not"):
+        describe_slide(tmp_path / "a.mrxs")
+    (tmp_path / "b.svs").write_text("<!DOCTYPE html><title>Log in</title>")
+    with pytest.raises(DataError, match=r"b\.svs: no slide\. It holds a page of a web server"):
+        describe_slide(tmp_path / "b.svs")
 
 
 def test_folders_are_listed_without_hidden_files_and_dead_links(tmp_path: Path) -> None:

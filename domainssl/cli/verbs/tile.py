@@ -222,7 +222,15 @@ def report_grids(made: SlideTiling, found: Built, shard: str) -> None:
     empty = [entry["id"] for entry in done if not entry["tiles"]]
     if empty:
         screen.print(
-            f"{len(empty)} slides without a tile, look at their pictures: {', '.join(empty[:8])}",
+            f"{counted(len(empty), 'slide')} without a tile, look at the pictures: "
+            f"{', '.join(empty[:8])}",
+            markup=False,
+        )
+    small = [entry["id"] for entry in done if not all(entry["grid"])]
+    if small:
+        screen.print(
+            f"smaller than one tile: {', '.join(small[:8])}; --partial keeps tiles that reach "
+            "beyond a slide",
             markup=False,
         )
     for entry in done:
@@ -234,7 +242,14 @@ def report_grids(made: SlideTiling, found: Built, shard: str) -> None:
                 f"at {entry['damaged'][0][1:]} of level {entry['damaged'][0][0]}",
                 markup=False,
             )
-        if entry["pen"] and entry["pen"] > 0.01:
+        if entry["pen"] and entry["pen"] > 0.5:
+            screen.print(
+                f"{entry['id']}: {entry['pen']:.0%} is black, green or strongly blue, as pen marks "
+                "are, and left out. Is the slide dark all over, because its file uses fewer bits "
+                "than it states? --keep_pen counts it as tissue",
+                markup=False,
+            )
+        elif entry["pen"] and entry["pen"] > 0.01:
             screen.print(
                 f"{entry['id']}: {entry['pen']:.1%} left out as pen; --keep_pen counts it as "
                 "tissue",

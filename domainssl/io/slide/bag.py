@@ -216,7 +216,8 @@ def unlike_features(features: Array) -> list[str]:
     found, count = [], len(features)
     finite = np.isfinite(features).all(1)
     if not finite.all():
-        found.append(f"{count - int(finite.sum())} of {count} tiles have features not finite")
+        lost = count - int(finite.sum())
+        found.append(f"{lost} of {count} tiles have features not finite and do not count")
     kept = features[finite]
     zeros = int(np.count_nonzero(~kept.any(1)))
     if zeros:

@@ -15,7 +15,7 @@ from domainssl.files import read_small
 from domainssl.io.slide.facts import CONVERT, Pair, Region, Stored, level_factors
 from domainssl.io.slide.tiff_pages import imagej_unit
 
-__all__ = ["OpenSlidePyramid", "vendor"]
+__all__ = ["OpenSlidePyramid", "is_index", "vendor"]
 
 Array = np.ndarray[Any, Any]
 Bounds = tuple[int, int, int, int]
@@ -25,6 +25,11 @@ _TILE = 256  # where a format names no size
 _MOST_TILE_PIXELS = 2**26
 _ALPHA = 24 if sys.byteorder == "little" else 0  # its bits in a pixel of RGBA
 _MEMBERS = (".mrxs", ".vms", ".vmu")  # whose index names the files with pixels
+
+
+def is_index(path: str) -> bool:
+    """Whether a file is, by its name, the index of a slide whose pixels lie in others beside it."""
+    return path.lower().endswith(_MEMBERS)
 
 
 def vendor(path: str) -> str | None:
@@ -225,7 +230,7 @@ def _check_members(path: str) -> None:
     Raises:
         DataError: A name in it is a path.
     """
-    if not path.lower().endswith(_MEMBERS):
+    if not is_index(path):
         return
     index = path
     if path.lower().endswith(".mrxs"):

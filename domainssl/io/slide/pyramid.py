@@ -16,8 +16,8 @@ from typing import Any, Self
 import numpy as np
 
 from domainssl.errors import ConfigError, DataError, DomainSSLError, parsing
-from domainssl.files import open_regular
-from domainssl.io.slide.by_openslide import OpenSlidePyramid, vendor
+from domainssl.files import answer_of_server, open_regular
+from domainssl.io.slide.by_openslide import OpenSlidePyramid, is_index, vendor
 from domainssl.io.slide.by_picture import PicturePyramid
 from domainssl.io.slide.by_tifffile import TiffPyramid, opened
 from domainssl.io.slide.facts import Pyramid, Region, SlideFacts, SlideReading, facts_of
@@ -54,6 +54,7 @@ _MOST_READ = 2**24  # pixels of a level at a time
 _MOST_KEPT = 4096  # longest side of an overview that others are made from
 _ENLARGED = 1.001  # rounding of resolutions, no enlarging
 _MANY = 64  # damaged tiles; a slide with more of them than others is given up
+_START = 512  # bytes that tell a page of a web server
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _OPENSLIDE = (1, 5, 7, 8, 32773, 32946, 50000)  # compressions of TIFF that it reads
 
@@ -99,6 +100,8 @@ def _read(pyramid: Pyramid, level: int, x: int, y: int, width: int, height: int)
 
 
 def _is_openslide(candidate: _Candidate) -> bool:
+    if is_index(candidate.path):  # or it says which of its files are missing
+        return True
     found = vendor(candidate.path)
     # it opens any tiled TIFF as colours, the first of several channels too
     return found is not None and (found != "generic-tiff" or candidate.is_plain_rgb)
@@ -114,7 +117,8 @@ FORMATS = (
     ),
     Format(
         name="picture",
-        recognise=lambda c: not c.is_tiff and is_picture(c.path),
+        # the index of MIRAX may be a JPEG picture of the slide
+        recognise=lambda c: not c.is_tiff and not is_index(c.path) and is_picture(c.path),
         open=PicturePyramid,
         describe=_describe,
         read=_read,
@@ -146,7 +150,7 @@ def _candidate(path: str) -> _Candidate:
     """
     try:
         with open_regular(path) as file:
-            head = file.read(4)
+            head = file.read(_START)
     except OSError as error:
         is_link = os.path.islink(path) and not os.path.exists(path)
         reason = "a link to a file that is not there" if is_link else error.strerror or str(error)
@@ -155,7 +159,10 @@ def _candidate(path: str) -> _Candidate:
         ) from error
     if not head:
         raise DataError(f"{path}: an empty file; the copy was lost on its way. Copy it again.")
-    if head not in _TIFF:
+    if head[:4] not in _TIFF:
+        page = answer_of_server(head)
+        if page:
+            raise DataError(f"{path}: no slide.{page}")
         return _Candidate(path=path, is_tiff=False, has_levels_inside=False, is_plain_rgb=False)
     with opened(path) as tiff, parsing(f"{path}: the first page"):
         page = tiff.pages[0]
@@ -407,7 +414,8 @@ class Slide:
             raise DataError(
                 f"{self.path}: tiles of {mpp_um:g} um per pixel would be enlarged, level 0 has "
                 f"{max(mpp):.4g} um. Ask for {max(mpp):.4g} um or more, or set "
-                "`allow_upsample: true`."
+                "`allow_upsample: true` (`--allow_upsample` of `tile`, "
+                "data.init_args.slides.reading of tiles)."
             )
         return mpp
 
