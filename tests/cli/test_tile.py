@@ -245,7 +245,7 @@ def test_names_in_brackets_are_printed_as_they_are(
     assert "one [bold]a: 1 stored tiles cannot be read" in said
     path.rename(path.with_name("b\udcff.tif"))  # a byte that is no UTF-8
     assert _tile(path.parent, tmp_path / "bytes", "--ids", "plain", "--mpp", "0.5") == 0
-    assert "look at their pictures: b%FF" in " ".join(capsys.readouterr().out.split())
+    assert "look at the pictures: b%FF" in " ".join(capsys.readouterr().out.split())
     assert (tmp_path / "bytes" / "tiles" / "b%FF.parquet").is_file()
 
 
