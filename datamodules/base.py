@@ -59,6 +59,8 @@ class DomainDataModule(Recorded, LightningDataModule):
     units_stated: tuple[str, ...] = ()
     # `<m>.dates` counts days from the first visit of a person instead of from 1970-01-01.
     days_are_relative: bool = False
+    # Modalities that have no dates, as terrain has none: `inspect` misses none of theirs.
+    timeless: tuple[str, ...] = ()
     _policies: ClassVar[tuple[str, ...]] = ("raise", "replace")
 
     def __init__(

@@ -93,6 +93,7 @@ class SentinelCubeDataModule(DomainDataModule):
         asked = dict(modalities or default_layers())
         self.locations = [name for name, layer in asked.items() if layer.is_location]
         self.layers = {n: layer for n, layer in asked.items() if not layer.is_location}
+        self.timeless = tuple(name for name, layer in self.layers.items() if layer.is_static)
         if not self.layers:
             raise ConfigError(
                 "data.init_args.modalities: no layer has files; name one without is_location."

@@ -107,6 +107,7 @@ def _split(
             problems,
             odd,
             days_are_relative=data.days_are_relative,
+            has_dates=name not in data.timeless,
         )
         for name, modality in data.modalities.items()
     }
@@ -132,6 +133,7 @@ def _modality(
     odd: list[str],
     *,
     days_are_relative: bool = False,
+    has_dates: bool = True,
 ) -> dict[str, Any]:
     """Describe one modality; `problems` are for a person to mend, `odd` is what data may be."""
     facts: dict[str, Any] = {
@@ -156,7 +158,8 @@ def _modality(
         problems.append(f"{where}: {1 - facts['valid_fraction']:.0%} of the pixels are not valid")
     if not present.all():
         odd.append(f"{where}: {1 - present.mean():.0%} of the items lack it")
-    facts |= _dates(batches, modality.name, where, None if days_are_relative else problems)
+    if has_dates:
+        facts |= _dates(batches, modality.name, where, None if days_are_relative else problems)
     rows = band_rows(values, modality.channels, valid)
     constant = [row["band"] for row in rows if row["std"] == 0.0]
     if constant:

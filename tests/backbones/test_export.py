@@ -286,11 +286,15 @@ def test_all_published_backbones_of_earth_observation_name_what_proves_their_fea
     rows = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
     proven = {name for row in rows for name in re.findall(r"`([a-z0-9_]+)`", row[1])}
     others = {"he", "ct", "scan", "t1", "ihc", "rgb"}  # pathology, medicine, photographs
-    tags = {w.backbone for w in list_backbones(pretrained=True) if not others & set(w.bands)}
-    assert tags - {"titan"} == proven
+    tags = [w for w in list_backbones(pretrained=True) if not others & set(w.bands)]
+    assert {w.backbone for w in tags} - {"titan"} == proven
     for row in rows:
-        tests = re.findall(r"`(tests/[^`:]+)::(\w+)`", row[5])
-        assert tests or "layout only" in row[4], row[1]
+        names = re.findall(r"`([a-z0-9_]+)`", row[1])
+        assert set(row[4].strip().split(", ")) == {
+            w.licence or "not stated" for w in tags if w.backbone in names
+        }, row[1]
+        tests = re.findall(r"`(tests/[^`:]+)::(\w+)`", row[6])
+        assert tests or "layout only" in row[5], row[1]
         for file, name in tests:
             assert f"def {name}(" in (root / file).read_text(encoding="utf-8"), (file, name)
 

@@ -73,6 +73,7 @@ def test_items_of_a_configuration_are_measured_and_used(cli, folder: Path):
         (["sample", "--config", "recipes/cube_croma.yaml"], "but not both"),
         ([], "Give a path, or --config"),
         (["sample:treesat"], "Did you mean 'treesatai'"),
+        (["sample:wether"], "Did you mean 'weather'"),
         (["sample", "--limt", "3"], "there is no option '--limt'"),
     ],
 )
@@ -80,6 +81,14 @@ def test_words_that_name_no_data_are_refused(cli, words, said):
     for verb in ("stats", "inspect"):
         result = cli(verb, *words)
         assert result.status == 2 and said in result.err
+
+
+def test_samples_whose_layers_a_recipe_states_are_known_by_name():
+    """`inspect sample:weather` was refused, and its heights were told to lack dates."""
+    from domainssl.cli.run.looking import data_at
+
+    data = data_at("sample:weather", [], [], "inspect")
+    assert list(data.layers) == ["s1", "s2", "dem", "era5"] and data.timeless == ("dem",)
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,14 @@ class _Source:
             "heat.frames": frames,
             "dem": torch.zeros(n, 1, 8, 8),
             "dem.valid": torch.zeros(n, 8, 8, dtype=torch.bool),
+            "dem.dates": np.zeros(n, np.int32),
         }
         return Rows(data=data, count=n)
 
 
 class _Data(DomainDataModule):
     root = "/data"
+    timeless = ("dem",)
 
     @property
     def modalities(self) -> dict[str, Modality]:
@@ -125,6 +127,7 @@ def test_whatever_is_missing_or_odd_is_listed(data: _Data) -> None:
     assert "site b has no partner" in text
     assert "train: dem: not one pixel of 11 items is valid" in text
     assert "train: s2: 3 of 11 acquisitions have no known date" in text
+    assert "dem: 11 of 11 acquisitions" not in text  # terrain has no date to miss
     assert "of the pixels are not valid" in text
     notes = "\n".join(report["notes"])  # no fault of the data
     assert "train: s2: 27% of the items lack it" in notes

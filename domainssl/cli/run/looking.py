@@ -10,9 +10,11 @@ __all__ = ["data_at"]
 
 _SAMPLES = {  # name -> DataModule and its root
     "ssl4eo": ("ssl4eo.SSL4EOS12DataModule", "sample"),
+    "objects": ("ssl4eo.SSL4EOS12DataModule", "sample:objects"),
     "terramesh": ("terramesh.TerraMeshDataModule", "sample"),
     "relief": ("terramesh.TerraMeshDataModule", "sample:relief"),
     "cubes": ("cubes.SentinelCubeDataModule", "sample"),
+    "so2sat": ("dataset.DatasetDataModule", "sample"),
     "treesatai": ("treesatai.TreeSatAIDataModule", "sample"),
     "pastis": ("pastis.PastisDataModule", "sample"),
     "crops": ("pastis.PastisDataModule", "sample:crops"),
@@ -30,6 +32,8 @@ _SAMPLES = {  # name -> DataModule and its root
     "bags_clam": ("slides.SlideFeatureDataModule", "sample:bags_clam"),
     "cohort": ("slides.SlideFeatureDataModule", "sample:cohort"),
 }
+# name -> recipe whose data section says which layers it has
+_OF_RECIPES = {"weather": "recipes/cube_galileo.yaml", "change": "recipes/finetune_change.yaml"}
 _SIZES = {"tiles": 64, "terramesh": 64, "relief": 32, "volumes": 32}  # px, voxels
 
 
@@ -55,10 +59,16 @@ def data_at(path: str | None, config: list[str], more: list[str], verb: str) -> 
     kind, colon, name = path.partition(":")
     if kind != "sample" or not colon:
         return None
+    if name in _OF_RECIPES:
+        from domainssl.cli.config.catalog import recipes
+        from domainssl.cli.run.train import build_data
+
+        return build_data([f"--config={recipes()[_OF_RECIPES[name]]}"])
     if name not in _SAMPLES:
+        known = [*_SAMPLES, *_OF_RECIPES]
         raise ConfigError(
-            f"{verb} {path}: there is no sample {name!r}, only {', '.join(_SAMPLES)}."
-            f"{nearest(name, _SAMPLES)}"
+            f"{verb} {path}: there is no sample {name!r}, only {', '.join(known)}."
+            f"{nearest(name, known)}"
         )
     from importlib import import_module
 
