@@ -48,9 +48,10 @@ def following(report: Mapping[str, Any], words: Sequence[str] = ()) -> list[str]
             return [f"{COMMAND} embed BACKBONE {path} --output {_beside(path, '.nii.gz')}"]
         return [f"{COMMAND} inspect --config RECIPE --data.root={path}", f"{COMMAND} recipes"]
     if kind == "slides":
+        asked = "" if any(slide["mpp"] for slide in report["slides"]) else " --mpp_um UM"
         return [
-            f"{COMMAND} tile {path} --output GRIDS",
-            f"{COMMAND} embed BACKBONE {path} --output BAGS",
+            f"{COMMAND} tile {path} --output GRIDS{asked}",
+            f"{COMMAND} embed BACKBONE {path} --output BAGS{asked}",
         ]
     if kind == "pictures":
         if is_file:

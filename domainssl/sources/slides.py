@@ -174,7 +174,7 @@ class SlideSource:
         self._told.add(bag.path)
         more = "" if len(self._told) < _TOLD else " Further slides are not named; inspect does."
         _log.warning(
-            "%s: %s. Its other tiles are trained on: extract the slide again, or leave it out.%s",
+            "%s: %s. The rest is trained on as it is: extract the slide again, or leave it out.%s",
             bag.path, "; ".join(odd), more,
         )  # fmt: skip
 

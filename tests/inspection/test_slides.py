@@ -52,6 +52,9 @@ def test_unknown_resolution_and_damage_are_problems(tmp_path: Path) -> None:
     report = inspect_path(str(tmp_path))
     assert report["count"] == 3
     assert [s["damaged_tiles"] for s in report["slides"]] == [[[0, 320, 128]], []]
+    assert following(report)[0] == f"python -m domainssl tile {tmp_path} --output GRIDS"
+    alone = following(inspect_path(str(tmp_path / "none.tif")))
+    assert all(line.endswith(" --mpp_um UM") for line in alone)
     said = "\n".join(report["problems"])
     assert "1 of 60 stored tiles looked at cannot be read, at (320, 128)" in said
     assert "mpp_um" in said

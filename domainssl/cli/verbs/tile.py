@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from domainssl.cli.pieces import add_plan, plan_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
+from domainssl.screen import COMMAND
 
 if TYPE_CHECKING:
     from domainssl.backbones.base import Backbone
@@ -196,11 +198,16 @@ def report_features(work: SlideEmbedding, found: Built) -> None:
     from domainssl.cli.console import console
     from domainssl.errors import counted
 
-    console().print(
-        f"features of {counted(found.entries, 'slide')} in {work.folder}, features_{work.encoder}"
-        + (f", {found.resumed} of them before" if found.resumed else ""),
-        markup=False,
-    )
+    screen = console()
+    before = f", {found.resumed} of them before" if found.resumed else ""
+    outputs = work.outputs
+    if not outputs:
+        screen.print(f"no slide has features{before}", markup=False)
+        return
+    folder = outputs[0].parent
+    screen.print(f"features of {counted(found.entries, 'slide')} in {folder}{before}", markup=False)
+    root = folder if work.layout == "zarr" else folder.parent
+    screen.print(f"next: {COMMAND} inspect {shlex.quote(str(root))}", markup=False)
 
 
 def report_grids(made: SlideTiling, found: Built, shard: str) -> None:
