@@ -114,7 +114,7 @@ class SlideItem:
                     yield (
                         float(valid.mean()),
                         {
-                            name: torch.from_numpy(rgb).permute(2, 0, 1)[None].float(),
+                            name: torch.tensor(rgb).permute(2, 0, 1)[None].float(),
                             key(name, "valid"): torch.from_numpy(valid)[None],
                         },
                     )
