@@ -445,7 +445,10 @@ def _backbone(
         "normalization": encoding.normalization,
     }
     if encoding.weights is None:
-        return GalileoBackbone(known, **arguments)
+        backbone = GalileoBackbone(known, **arguments)
+        if sizes.projection_gain != 1:
+            backbone.scale_projections(sizes.projection_gain)
+        return backbone
     loaded, _ = load_initial(
         GalileoBackbone, encoding.weights, f"galileo_{encoding.size}",
         modalities=known, arguments=arguments, bands=encoding.bands,

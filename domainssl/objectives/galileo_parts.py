@@ -57,6 +57,10 @@ class GalileoSizes:
         predictor_depth: Blocks of a predictor.
         predictor_heads: Attention heads of a predictor.
         learned_groups: Train the predictors' codes of groups, which are zero at first.
+        projection_gain: What the initial projections multiply the distance of pixels and numbers
+            from the middle of their range by; published: 1. There, codes of place, month and group,
+            and what all pixels have in common, outweigh in each token how pixels differ, and a
+            short run predicts nothing but means.
     """
 
     width: int | None = None
@@ -70,6 +74,14 @@ class GalileoSizes:
     predictor_depth: int | None = None
     predictor_heads: int | None = None
     learned_groups: bool = True
+    projection_gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.projection_gain <= 0:
+            raise ConfigError(
+                "model.init_args.encoding.architecture.projection_gain: got "
+                f"{self.projection_gain!r}, expected more than 0."
+            )
 
 
 Size = Literal["nano", "tiny", "base"]

@@ -34,7 +34,7 @@ def made(*names: str, **more: Any) -> Galileo:
         found = PUBLISHED_MODALITIES[name]
         size = (SIDE, SIDE) if found.gsd_m else (1, 1) if found.kind == "series" else ()
         known[name] = dataclasses.replace(found, size=size)
-    encoding = GalileoEncoding(architecture=SIZES)
+    encoding = GalileoEncoding(architecture=more.pop("sizes", SIZES))
     return Galileo(known, encoding=encoding, masking=GalileoMasking(**masking), **more)
 
 
@@ -283,3 +283,18 @@ def test_a_released_training_goes_on_with_predictors_and_teacher(tmp_path: Path)
         )
     with pytest.raises(ConfigError, match="belong to an encoder; set encoding.weights"):
         GalileoEncoding(predictors=str(tmp_path))
+
+
+def test_a_gain_scales_what_pixels_say_at_the_start_and_no_codes():
+    plain = made("s2", "era5").backbone.encoder
+    sizes = dataclasses.replace(SIZES, projection_gain=8.0)
+    scaled = made("s2", "era5", sizes=sizes).backbone.encoder
+    changed = []
+    for (name, before), after in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        is_scaled = torch.equal(after, 8 * before) and bool(before.any())
+        assert is_scaled or torch.equal(after, before), name
+        changed += [name] if is_scaled else []
+    assert {name.split(".")[0] for name in changed} == {"space_time_embed", "time_embed"}
+    assert all(name.endswith("weight") for name in changed)
+    with pytest.raises(ConfigError, match=r"projection_gain: got 0\.0, expected more than 0"):
+        GalileoSizes(projection_gain=0.0)

@@ -111,6 +111,12 @@ class GalileoBackbone(Backbone):
                 parts = cast(nn.ModuleDict, self.encoder.get_submodule(f"{group.array}_embed"))
                 yield from parts[group.name].parameters()
 
+    def scale_projections(self, gain: float) -> None:
+        """Multiply how far what pixels say lies from what the middle of their range says."""
+        form = {name: found.name for name, found in self.normalizer.forms.items()}
+        is_shifted = {g.name: not g.derived and form[g.modality] == "zscore" for g in self.groups}
+        self.encoder.scale_projections(gain, {n: 0.5 * yes for n, yes in is_shifted.items()})
+
     def normalize(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the normalised batch, with the differences of raw bands as `<modality>/<group>`.
 

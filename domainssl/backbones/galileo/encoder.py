@@ -229,6 +229,23 @@ class GalileoEncoder(GroupEncodings):
         self.gradient_checkpointing = False
         self.reset_linear()
 
+    @torch.no_grad()
+    def scale_projections(self, gain: float, middles: Mapping[str, float]) -> None:
+        """Multiply the weights of the projections of pixels and numbers.
+
+        Args:
+            gain: The factor.
+            middles: What the values of a group lie around: input that the projection keeps at its
+                bias as it was.
+        """
+        for array, groups in self.groups.items():
+            parts = cast(nn.ModuleDict, getattr(self, f"{array}_embed"))
+            for group in groups:
+                part = parts[group.name]
+                inner = cast(nn.Linear, part.proj if isinstance(part, _Patches) else part)
+                inner.weight.mul_(gain)
+                cast(Tensor, inner.bias).sub_(middles[group.name] * inner.weight.flatten(1).sum(1))
+
     def forward(
         self,
         x: Mapping[str, Tensor],
