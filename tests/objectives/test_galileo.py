@@ -285,16 +285,19 @@ def test_a_released_training_goes_on_with_predictors_and_teacher(tmp_path: Path)
         GalileoEncoding(predictors=str(tmp_path))
 
 
-def test_a_gain_scales_what_pixels_say_at_the_start_and_no_codes():
+def test_a_gain_widens_what_pixels_say_around_the_middle_of_their_range_and_no_codes():
     plain = made("s2", "era5").backbone.encoder
     sizes = dataclasses.replace(SIZES, projection_gain=8.0)
     scaled = made("s2", "era5", sizes=sizes).backbone.encoder
-    changed = []
+    changed = set()
     for (name, before), after in zip(plain.named_parameters(), scaled.parameters(), strict=True):
-        is_scaled = torch.equal(after, 8 * before) and bool(before.any())
-        assert is_scaled or torch.equal(after, before), name
-        changed += [name] if is_scaled else []
-    assert {name.split(".")[0] for name in changed} == {"space_time_embed", "time_embed"}
-    assert all(name.endswith("weight") for name in changed)
+        changed |= set() if torch.equal(after, before) else {name.split(".")[0]}
+    assert changed == {"space_time_embed", "time_embed"}
+    d = torch.rand(2, 2, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) - 0.5
+    for group, middle in (("S2_SWIR", 0.5), ("NDVI", 0.0)):  # differences lie around 0
+        before, after = (e.space_time_embed[group] for e in (plain, scaled))  # type: ignore[index]
+        x = d[:, : before.proj.in_channels]
+        expected = before.proj.bias + 8 * (before(middle + x, 4) - before(middle + 0 * x, 4))
+        torch.testing.assert_close(after(middle + x, 4), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r"projection_gain: got 0\.0, expected more than 0"):
         GalileoSizes(projection_gain=0.0)
