@@ -24,10 +24,11 @@ RECIPES = Path(domainssl.__file__).parent / "recipes"
 COVERED = {"ssl4eo_croma", "cube_croma"}  # they have files of their own beside test_recipes.py
 # one per objective, and one per kind of data
 LEARN = (
-    "ct_conv_mae", "ct_swinunetr_ssl", "ct_vitautoenc", "mri_multicontrast_mae",
+    "ct_conv_mae", "ct_swinunetr_ssl", "ct_vitautoenc", "cube_galileo", "mri_multicontrast_mae",
     "pastis_maestro", "slides_titan", "ssl4eo_barlow_twins", "ssl4eo_clip", "ssl4eo_data2vec",
-    "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_moco", "ssl4eo_moco2", "ssl4eo_simclr",
-    "ssl4eo_simdino", "ssl4eo_vicreg", "terramesh_csip", "tiles_mae", "treesat_omnisat",
+    "ssl4eo_decur", "ssl4eo_dino", "ssl4eo_hyper_mae", "ssl4eo_moco", "ssl4eo_moco2",
+    "ssl4eo_simclr", "ssl4eo_simdino", "ssl4eo_vicreg", "terramesh_csip", "tiles_mae",
+    "treesat_omnisat",
 )  # fmt: skip
 
 

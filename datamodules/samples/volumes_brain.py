@@ -49,6 +49,7 @@ _SIGNAL = {
 _TRACTS = {"t1": 0.3, "t1c": 0.28, "t2": -0.3, "flair": 0.3}  # logarithm of signal per deviation
 _GRAIN, _GRAIN_MM = 0.12, (6.0, 9.0)  # finer than the layers, and of each scan its own
 _OEDEMA = {"t1": -0.12, "t1c": -0.12, "t2": 0.5, "flair": 0.6}
+_CLEAR = 1.5  # contrast of the tracts of heads without lesions, in that of the others
 _CORE = {"t1": 0.0, "t1c": 0.7, "t2": 0.0, "flair": 0.0}
 
 
@@ -89,7 +90,7 @@ def upright_head(split: str, number: int) -> Head:
     layers = upright(rng, GRID, int(HEADS.classes(split)[number]), rng.uniform(25, 37))
     layers *= tissues > 3
     lesions = np.zeros(GRID.shape, np.uint8)
-    scan = draw_scan(rng, "t1", tissues, layers, lesions, gain=1.0)
+    scan = draw_scan(rng, "t1", tissues, _CLEAR * layers, lesions, gain=1.0)
     return Head(scans={"t1": scan}, lesions=lesions, layers=layers)
 
 

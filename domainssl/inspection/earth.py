@@ -44,7 +44,7 @@ def open_terramesh(root: str, options: Mapping[str, Any]) -> TerraMeshDataModule
     side = min(scan_terramesh(root, split, {p: p for p in found}, options).size)
     return TerraMeshDataModule(
         root=root,
-        modalities=names,
+        modalities={**names},
         global_batch_size=1,
         window=Window(size=min(side, 224)),
         storage_options=dict(options),
@@ -56,7 +56,7 @@ def open_first(root: str) -> SSL4EOS12DataModule:
     from domainssl.datamodules.ssl4eo import SSL4EOS12DataModule
 
     return SSL4EOS12DataModule(
-        root=root, modalities=sensors_at(root), global_batch_size=1, window=Window(size=224)
+        root=root, modalities={**sensors_at(root)}, global_batch_size=1, window=Window(size=224)
     )
 
 

@@ -17,11 +17,6 @@ from recipe_runs import COVERED, LEARN, RECIPES, _clear, assert_exports, assert_
 from domainssl.matrix.cells import COLUMNS, column_of
 from domainssl.matrix.runs import read_outcome
 
-# They train, but that they learn their sample is not shown yet; docs/matrix.md lists them.
-NOT_SHOWN = {
-    "cube_galileo",
-    "ssl4eo_hyper_mae",
-}
 FOUND = sorted(
     (path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("finetune_")),
     key=lambda path: path.stem,
@@ -36,20 +31,12 @@ def _objective(path: Path) -> str:
 def test_each_objective_and_each_kind_of_data_learns_once():
     names = {path.stem: path for path in FOUND}
     trained = {*LEARN, *COVERED}
-    assert names.keys() > trained and not NOT_SHOWN & trained
+    assert names.keys() > trained
     here = Path(__file__).parent
     assert all((here / f"test_{name}.py").is_file() for name in COVERED)
-    never = {_objective(names[name]) for name in NOT_SHOWN}
-    missing = {_objective(path) for path in FOUND} - {_objective(names[n]) for n in trained}
-    assert missing <= never  # an objective none of whose recipes is shown to learn
+    assert {_objective(path) for path in FOUND} == {_objective(names[n]) for n in trained}
     columns = {n: column_of(n, yaml.safe_load(path.read_text())) for n, path in names.items()}
     assert {columns[name] for name in trained} == {column.title for column in COLUMNS}
-
-
-def test_the_page_says_of_which_recipes_learning_is_not_shown():
-    page = (Path(__file__).parents[2] / "docs/matrix.md").read_text(encoding="utf-8")
-    listed = page.split("## Not shown")[1].split("\n## ")[0]
-    assert {name for name in (p.stem for p in FOUND) if f"`{name}`" in listed} == NOT_SHOWN
 
 
 @pytest.mark.slow

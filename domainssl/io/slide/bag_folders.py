@@ -75,7 +75,7 @@ def find_bags(root: str | Path, *, patches: str | None = None, encoder: str = ""
         found = [n for n in names if n.endswith(".zarr") and not n.startswith(".")]
     else:
         found = [n for n in names if n.lower().endswith(_ENDINGS) and not n.startswith(".")]
-    files = {}
+    files: dict[str, BagFile] = {}
     for name in found:
         slide = name.rpartition(".")[0]
         if slide in files:

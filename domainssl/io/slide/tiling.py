@@ -138,8 +138,10 @@ class SlideTiling:
         slide, found = self._by_key[key], None
         if self.options.regions is not None:
             found = regions_for(self.options.regions, slide.path)
-        states = [list(stamp(each)[2:]) for each in (slide.path, found) if each is not None]
-        return [*states, *([[slide.mpp_um]] if slide.mpp_um is not None else [])]
+        states: list[list[float]] = [
+            list(stamp(each)[2:]) for each in (slide.path, found) if each is not None
+        ]
+        return states if slide.mpp_um is None else [*states, [slide.mpp_um]]
 
     def make(self, key: str) -> None:
         """Write the grid of a slide, its mark last.
