@@ -46,7 +46,7 @@ SAMPLES: dict[str, tuple[Plan, Callable[[Path, str, int], Mapping[str, str]], st
     "upright": (UPRIGHT, write_upright, "1"),
     "ctmr": (CTMR, write_ctmr, "2"),
     "brain": (BRAIN, write_brain, "2"),
-    "heads": (HEADS, write_upright_head, "3"),
+    "heads": (HEADS, write_upright_head, "1"),
     "visits": (VISITS, write_visits, "1"),
     "organs": (ORGANS, write_organs, "1"),
     "lesions": (LESIONS, write_lesions, "1"),

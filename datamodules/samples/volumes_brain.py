@@ -49,7 +49,6 @@ _SIGNAL = {
 _TRACTS = {"t1": 0.3, "t1c": 0.28, "t2": -0.3, "flair": 0.3}  # logarithm of signal per deviation
 _GRAIN, _GRAIN_MM = 0.12, (6.0, 9.0)  # finer than the layers, and of each scan its own
 _OEDEMA = {"t1": -0.12, "t1c": -0.12, "t2": 0.5, "flair": 0.6}
-_CLEAR = 1.5  # contrast of the tracts of heads without lesions, in that of the others
 _CORE = {"t1": 0.0, "t1c": 0.7, "t2": 0.0, "flair": 0.0}
 
 
@@ -82,15 +81,15 @@ def brain(split: str, number: int) -> Head:
 def upright_head(split: str, number: int) -> Head:
     """Draw a T1 scan of a head whose pattern a turn about the axis of the body leaves as it is.
 
-    Level, contrast, bias field and noise are those of all exams: methods that tell crops apart
-    would otherwise tell them by that. There are no lesions.
+    Gain and contrast of the pattern are those of all exams: methods that tell crops apart would
+    otherwise tell them by that. There are no lesions.
     """
     rng, body_rng = HEADS.generators(split, number)
     tissues = head_tissues(body_rng)
     layers = upright(rng, GRID, int(HEADS.classes(split)[number]), rng.uniform(25, 37))
     layers *= tissues > 3
     lesions = np.zeros(GRID.shape, np.uint8)
-    scan = draw_scan(rng, "t1", tissues, _CLEAR * layers, lesions, gain=1.0, varies=0.0)
+    scan = draw_scan(rng, "t1", tissues, layers, lesions, gain=1.0)
     return Head(scans={"t1": scan}, lesions=lesions, layers=layers)
 
 
@@ -186,24 +185,13 @@ def _lesions(rng: Rng, tissues: Array) -> Array:
 
 
 def draw_scan(
-    rng: Rng,
-    name: str,
-    tissues: Array,
-    layers: Array,
-    lesions: Array,
-    gain: float,
-    varies: float = 1.0,
+    rng: Rng, name: str, tissues: Array, layers: Array, lesions: Array, gain: float
 ) -> Array:
-    """Return what one contrast shows, float32 (X, Y, Z); see `draw_scans`.
-
-    `varies` says how much level, contrast, bias field and noise differ between scans.
-    """
-    signal = np.asarray(_SIGNAL[name], np.float32) * np.exp(varies * rng.normal(0, 0.04, 6))
-    log = _TRACTS[name] * np.exp(varies * rng.normal(0, 0.1)) * layers
-    log += varies * 0.08 * smooth(rng, GRID, 70)
+    """Return what one contrast shows, float32 (X, Y, Z); see `draw_scans`."""
+    signal = np.asarray(_SIGNAL[name], np.float32) * np.exp(rng.normal(0, 0.04, 6))
+    log = _TRACTS[name] * np.exp(rng.normal(0, 0.1)) * layers + 0.08 * smooth(rng, GRID, 70)
     log += np.where(tissues > 3, _GRAIN * grain(rng, GRID, _GRAIN_MM), 0)
     log += np.array([0, _OEDEMA[name], _OEDEMA[name] + _CORE[name]])[lesions]
-    level = 0.05 * np.exp(varies * rng.normal(0, 0.2))
-    noise = level * rng.standard_normal((2, *GRID.shape), np.float32)
+    noise = 0.05 * np.exp(rng.normal(0, 0.2)) * rng.standard_normal((2, *GRID.shape), np.float32)
     values = np.hypot(signal[tissues] * np.exp(log) + noise[0], noise[1])
-    return np.asarray(600 * gain * np.exp(varies * rng.normal(0, 0.08)) * values, np.float32)
+    return np.asarray(600 * gain * np.exp(rng.normal(0, 0.08)) * values, np.float32)
