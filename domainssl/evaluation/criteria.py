@@ -26,12 +26,14 @@ class Criterion:
         found: Share between 0 and 1, or an effective rank; NaN fails.
         needed: The bound.
         relation: How `found` has to stand to `needed`.
+        is_share: Whether they are shares; ranks otherwise.
     """
 
     name: str
     found: float
     needed: float
     relation: Literal["at least", "above"] = "at least"
+    is_share: bool = True
 
     @property
     def passed(self) -> bool:
@@ -91,7 +93,8 @@ def learning_criteria(
         if self_distilling:
             rank, before = (_metric(metrics, f"{p}rankme/{name}") for p in _RANKS)
             needed = before * RANK_SHARE
-            found.append(Criterion(f"effective rank of {name} over half", rank, needed))
+            told = f"effective rank of {name} over half"
+            found.append(Criterion(told, rank, needed, is_share=False))
     can_retrieve = len(set(judged) - {"joint"}) > 1
     return found + (_retrieval(metrics, items) if contrastive and can_retrieve else [])
 

@@ -100,8 +100,9 @@ def _missed(entry: Entry) -> Iterator[str]:
             yield f"* `{entry.name}`, seed {run.seed}: the run failed. {run.error}"
             continue
         told = "; ".join(
-            f"{c.name} ({100 * c.found:.1f}, needed {c.relation} {100 * c.needed:.1f})"
+            f"{c.name} ({scale * c.found:.1f}, needed {c.relation} {scale * c.needed:.1f})"
             for c in run.criteria()
+            for scale in (100 if c.is_share else 1,)
             if not c.passed
         )
         if told:

@@ -213,6 +213,14 @@ def test_the_page_shows_gain_verdicts_cost_reasons_and_versions():
     assert "* `petct_croma`, seed 0: the run failed. fit ended badly" in lines
     missed = [line for line in lines if line.startswith("* `ssl4eo_croma`, seed 1: probe of s1")]
     assert len(missed) == 1 and "(52.0, needed at least 55.0)" in missed[0]
+    metrics = {
+        **{k: v for k, v in outcome(0.8).metrics.items() if not k.endswith(("/s2", "/joint"))},
+        "val/rankme/s1": 6.1, "val/untrained/rankme/s1": 12.74,
+    }  # fmt: skip
+    taught = Outcome(metrics, 64, contrastive=False, self_distilling=True)
+    run = dataclasses.replace(finished("ssl4eo_mae", 0, 0.8), outcome=taught)
+    page = markdown(merged(find_cells(recipes(), no_refusal), [], [run]), "matrix.png")
+    assert "effective rank of s1 over half (6.1, needed at least 6.4)" in page
     assert (
         "| `ssl4eo_croma` | s1 | 25.0 | 30.0 ± 0.0 | 50.0 ± 0.0 | 66.0 ± 19.8 | 1 of 2 |" in lines
     )
