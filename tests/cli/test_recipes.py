@@ -111,7 +111,10 @@ def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
 
 
 def recipe_of(overlay: str) -> str:
-    """Return the recipe that an overlay is made for: a model's size names its method."""
+    """Return the recipe that an overlay is made for, which names it, or has its method's name."""
+    naming = [Path(r).stem for r in RECIPES if f"--config {overlay}" in (ROOT / r).read_text()]
+    if overlay.startswith("configs/model/") and naming:
+        return naming[0]
     if overlay.endswith("_pastis.yaml"):
         return "pastis_maestro"
     if overlay.endswith("_mri.yaml"):

@@ -112,10 +112,16 @@ class GalileoBackbone(Backbone):
                 yield from parts[group.name].parameters()
 
     def scale_projections(self, gain: float) -> None:
-        """Multiply how far what pixels say lies from what the middle of their range says."""
+        """Multiply how far what pixels say lies from what the middle of their range says.
+
+        The middle is 0.5 where `normalize` makes it that, else 0, as of differences of bands.
+        """
         form = {name: found.name for name, found in self.normalizer.forms.items()}
-        is_shifted = {g.name: not g.derived and form[g.modality] == "zscore" for g in self.groups}
-        self.encoder.scale_projections(gain, {n: 0.5 * yes for n, yes in is_shifted.items()})
+        is_shifted = {
+            group.name: form[group.modality] == "zscore" and group.derived in ("", "mean")
+            for group in self.groups
+        }
+        self.encoder.scale_projections(gain, {name: 0.5 * yes for name, yes in is_shifted.items()})
 
     def normalize(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the normalised batch, with the differences of raw bands as `<modality>/<group>`.
