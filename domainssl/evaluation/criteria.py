@@ -17,7 +17,7 @@ _RANKS = ("val/", "val/untrained/")
 _ROUNDING = 1e-6  # metrics pass through float32 on their way into a log
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Criterion:
     """One sentence that a run has to make true.
 
@@ -87,14 +87,30 @@ def learning_criteria(
         untrained = _metric(metrics, f"val/untrained/probe/{name}")
         raw = _metric(metrics, f"val/raw/probe/{name}")
         found.append(
-            Criterion(f"probe of {name} over untrained + {GAIN:g}", trained, untrained + GAIN)
+            Criterion(
+                name=f"probe of {name} over untrained + {GAIN:g}",
+                found=trained,
+                needed=untrained + GAIN,
+            )
         )
-        found.append(Criterion(f"probe of {name} over raw statistics", trained, raw, "above"))
+        found.append(
+            Criterion(
+                name=f"probe of {name} over raw statistics",
+                found=trained,
+                needed=raw,
+                relation="above",
+            )
+        )
         if self_distilling:
             rank, before = (_metric(metrics, f"{p}rankme/{name}") for p in _RANKS)
-            needed = before * RANK_SHARE
-            told = f"effective rank of {name} over half"
-            found.append(Criterion(told, rank, needed, is_share=False))
+            found.append(
+                Criterion(
+                    name=f"effective rank of {name} over half",
+                    found=rank,
+                    needed=before * RANK_SHARE,
+                    is_share=False,
+                )
+            )
     can_retrieve = len(set(judged) - {"joint"}) > 1
     return found + (_retrieval(metrics, items) if contrastive and can_retrieve else [])
 
@@ -109,10 +125,10 @@ def _retrieval(metrics: Mapping[str, float], items: int) -> list[Criterion]:
         )
     return [
         Criterion(
-            f"R@1 of {key.removeprefix(prefix).removesuffix(suffix)} over "
+            name=f"R@1 of {key.removeprefix(prefix).removesuffix(suffix)} over "
             f"{RETRIEVAL_FACTOR:g} times chance",
-            metrics[key],
-            RETRIEVAL_FACTOR / items,
+            found=metrics[key],
+            needed=RETRIEVAL_FACTOR / items,
         )
         for key in keys
     ]
