@@ -278,7 +278,6 @@ def _scan_tar(path: str, options: Options | None) -> tuple[Member, ...]:
     members = []
     with open_file(path, options) as file:
         _refuse_compressed(file.read(6), path)
-        page = _page(file)
         file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -293,6 +292,6 @@ def _scan_tar(path: str, options: Options | None) -> tuple[Member, ...]:
                 raise
             raise UnreadableError(
                 f"{path}: not a complete tar, {len(members)} members found ({error})."
-                f"{page or _TRUNCATED}"
+                f"{_page(file) or _TRUNCATED}"
             ) from error
     return tuple(members)

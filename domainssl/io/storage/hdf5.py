@@ -46,7 +46,7 @@ def open_hdf5(path: Path, extra: str = "geo") -> Any:
             raise UnreadableError(
                 f"{path}: an empty file; the copy was lost on its way. Copy it again."
             )
-        if not h5py.is_hdf5(path) and (page := answer_of_server(start)):
+        if (page := answer_of_server(start)) and not h5py.is_hdf5(path):
             raise UnreadableError(f"{path}: no HDF5.{page}")
         return h5py.File(path, "r", locking=False)
 
