@@ -11,7 +11,17 @@ import sys
 from functools import cache
 from pathlib import Path
 
-__all__ = ["exported", "lazily"]
+__all__ = ["exported", "lazily", "parsed"]
+
+
+def parsed(path: Path) -> ast.Module:
+    """Return the syntax tree of one of the package's files."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        return ast.parse(text)
+    except SystemError:
+        # CPython 3.11: a finalizer that parses while the tree is built upsets the counter of both
+        return ast.parse(text)
 
 
 def lazily(package: str, name: str) -> object:
@@ -42,7 +52,7 @@ def exported(package: str) -> dict[str, str]:
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if not any(part.startswith("_") or part == "samples" for part in parts):
-            for name in _defined(ast.parse(path.read_text(encoding="utf-8"))):
+            for name in _defined(parsed(path)):
                 homes.setdefault(name, []).append(".".join((package, *parts)))
     modules = {path.stem for path in root.iterdir()}
     return {n: h[0] for n, h in sorted(homes.items()) if len(h) == 1 and n not in modules}

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 from domainssl.errors import ConfigError, DomainSSLError, nearest
+from domainssl.lazy import parsed
 from domainssl.screen import COMMAND, printable
 
 __all__ = ["main", "verb_table"]
@@ -35,15 +36,15 @@ _FOLDER = Path(__file__).parent / "verbs"
 
 def verb_table() -> dict[str, str]:
     """Return every verb with its line of help, the usual ones first."""
-    found = {p.stem: p for p in _FOLDER.glob("*.py") if not p.stem.startswith("_")}
+    found = _verbs()
     rank = {verb: position for position, verb in enumerate(_ORDER)}
     names = sorted(found, key=lambda verb: (rank.get(verb, len(rank)), verb))
-    return {verb: _first_line(found[verb]) for verb in names}
+    return {v: (ast.get_docstring(parsed(found[v])) or "").partition("\n")[0] for v in names}
 
 
-def _first_line(path: Path) -> str:
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return text.partition("\n")[0]
+def _verbs() -> dict[str, Path]:
+    """Return the file of every verb."""
+    return {p.stem: p for p in _FOLDER.glob("*.py") if not p.stem.startswith("_")}
 
 
 def _help() -> str:
@@ -88,7 +89,7 @@ def _status(words: list[str], debug: bool) -> int:
         sys.stdout.write(f"domainssl {__version__}\n")
         return 0
     verb, rest = words[0], words[1:]
-    if verb not in verb_table():
+    if verb not in _verbs():
         _complain(_unknown_verb(verb))
         return 2
     from domainssl.cli.console import printable_logs

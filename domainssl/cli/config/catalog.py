@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from domainssl.errors import ConfigError
+from domainssl.lazy import parsed
 
 __all__ = ["configs", "find_classes", "full_name", "package_folder", "recipes", "summaries"]
 
@@ -44,7 +45,7 @@ def find_classes(kind: str) -> dict[str, str]:
     homes: dict[str, list[str]] = {}
     for folder in _FOLDERS[kind]:
         for path in _sources(folder):
-            body = _parsed(path).body
+            body = parsed(path).body
             renamed = _renamed_imports(body)
             for node in body:
                 if isinstance(node, ast.ClassDef):
@@ -72,19 +73,10 @@ def summaries(kind: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in _FOLDERS[kind]:
         for path in _sources(folder):
-            for node in _parsed(path).body:
+            for node in parsed(path).body:
                 if isinstance(node, ast.ClassDef) and node.name in find_classes(kind):
                     found[node.name] = (ast.get_docstring(node) or "").partition("\n")[0]
     return found
-
-
-def _parsed(path: Path) -> ast.Module:
-    text = path.read_text(encoding="utf-8")
-    try:
-        return ast.parse(text)
-    except SystemError:
-        # CPython 3.11: a finalizer that runs while the tree is built upsets the parser's counter
-        return ast.parse(text)
 
 
 def _sources(folder: str) -> list[Path]:
@@ -143,7 +135,7 @@ def _lightning_names(kind: str) -> dict[str, str]:
         return {}
     init = Path(spec.submodule_search_locations[0]) / "pytorch" / kind / "__init__.py"
     names: list[str] = []
-    for node in ast.walk(ast.parse(init.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(init)):
         if isinstance(node, ast.ImportFrom):
             names += [alias.asname or alias.name for alias in node.names]
     skip = {"Callback", "Logger"}

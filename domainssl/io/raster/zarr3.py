@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeGuard
 
-from domainssl.errors import DataError, parsing, require
+from domainssl.errors import DataError, DomainSSLError, parsing, require
 from domainssl.io.storage.archives import FolderStore, Store, check_member
 from domainssl.io.storage.bounded import (
     CHUNK_LIMIT,
@@ -59,8 +59,20 @@ def _is_local(store: Store) -> TypeGuard[FolderStore]:
     return isinstance(store, FolderStore) and not is_url(store.name)
 
 
+def _told_already(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Pass over bad members that zarr-python asked for beside the one whose error it raised.
+
+    Nobody awaits their tasks, so asyncio would print a traceback for each when it is collected.
+    """
+    if not isinstance(context.get("exception"), DomainSSLError):
+        loop.default_exception_handler(context)
+
+
 async def _fetch(store: Store, key: str, wanted: Any) -> bytes | None:
     """Load a value; small local files at once, because another thread costs more than reading."""
+    loop = asyncio.get_running_loop()
+    if loop.get_exception_handler() is None:
+        loop.set_exception_handler(_told_already)
     if _is_local(store) and wanted is None and key.rsplit("/", 1)[-1] == "zarr.json":
         return _load(store, key, None)
     return await asyncio.to_thread(_load, store, key, wanted)
