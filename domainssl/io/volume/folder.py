@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from domainssl.errors import DataError, counted, nearest
 from domainssl.io.subjects import EVERY, Found, ends_with, split_of
@@ -30,60 +31,43 @@ class NoScanNamedError(DataError):
     """There are scans, but none is named like a contrast that is asked for."""
 
 
+@dataclass(kw_only=True)
+class _Sorted:
+    """What the names of files say of them."""
+
+    scans: dict[str, dict[str, str]] = field(default_factory=dict)  # exam -> name of modality
+    extra: dict[str, dict[str, str]] = field(default_factory=dict)  # of each exam: mask, anonymized
+    matched: set[str] = field(default_factory=set)  # modalities
+    seen: list[str] = field(default_factory=list)  # names of all scans
+    unnamed: list[str] = field(default_factory=list)  # folders with DICOM
+    problems: list[str] = field(default_factory=list)
+
+
 def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
     """Return the exams of a folder.
 
     Raises:
         DataError: No scan has the name of a contrast.
     """
-    scans: dict[str, dict[str, str]] = {}
-    extra: dict[str, dict[str, str]] = {}  # of each exam: mask, anon_mask
-    problems: list[str] = []
-    matched: set[str] = set()
-    seen: list[str] = []
-    unnamed: list[str] = []  # folders with DICOM
     names = {**wanted.contrasts}
     masks: tuple[str, ...] = (wanted.mask,)
     if not wanted.mask or wanted.mask in MASKS:  # maps are no scans, wanted or not
         masks = tuple(name for name in MASKS if name not in names.values())
     paths, aside = scans_and_aside(root)
-    problems += aside.told(root)
-    for path in paths:
-        parts = _parts(path, root)
-        place = _other(parts, masks)
-        if place is not None:
-            kind, of = place
-            extra.setdefault(of, {}).setdefault(kind, path)
-            continue
-        seen.append(parts[-1])
-        is_named = False
-        for name, contrast in names.items():
-            exam = "/".join(parts) if contrast == EVERY else _exam_of(parts, contrast)
-            if exam is None:
-                continue
-            is_named = True
-            matched.add(name)
-            files = scans.setdefault(exam, {})
-            if name in files:
-                problems.append(
-                    f"{path}: a second scan of {name!r} beside {files[name]}; left out. Give "
-                    f"data.init_args.modalities.{name}.contrast a longer name to tell them apart."
-                )
-            else:
-                files[name] = path
-        if not is_named and os.path.isdir(path):
-            unnamed.append(path)
+    found = _sorted(paths, root, names, masks)
+    scans, extra = found.scans, found.extra
+    problems = [*aside.told(root), *found.problems]
     problems += _maps(aside.maps, root, masks, extra) if wanted.mask else []
-    studies = studies_of(unnamed, root, names)
+    studies = studies_of(found.unnamed, root, names)
     problems += studies.problems
     for exam, parts_of in studies.scans.items():
         for name, (path, _) in parts_of.items():
-            matched.add(name)
+            found.matched.add(name)
             scans.setdefault(exam, {}).setdefault(name, path)
-    needed = {} if wanted.may_lack and matched else names
-    if not seen and not extra and (aside.lost or aside.linked):
+    needed = {} if wanted.may_lack and found.matched else names
+    if not found.seen and not extra and (aside.lost or aside.linked):
         raise DataError(f"{root}: no scan there. {' '.join(aside.told(root))}")
-    _must_match(root, needed, matched, seen, len(extra), studies)
+    _must_match(root, needed, found.matched, found.seen, len(extra), studies)
     if not wanted.mask:
         extra = {exam: {k: v for k, v in e.items() if k != "mask"} for exam, e in extra.items()}
     problems += _assign(extra, scans, names)
@@ -94,6 +78,39 @@ def read_folder(root: str, wanted: Wanted) -> Found[Exam]:
     if not wanted.patient:
         problems += _crowds(root, exams)
     return Found(layout="folder", items=exams, problems=problems)
+
+
+def _sorted(
+    paths: Sequence[str], root: str, names: Mapping[str, str], masks: Sequence[str]
+) -> _Sorted:
+    """Sort scans and maps by exam, contrasts by modality."""
+    found = _Sorted()
+    for path in paths:
+        parts = _parts(path, root)
+        place = _other(parts, masks)
+        if place is not None:
+            kind, of = place
+            found.extra.setdefault(of, {}).setdefault(kind, path)
+            continue
+        found.seen.append(parts[-1])
+        exams = {
+            name: "/".join(parts) if contrast == EVERY else _exam_of(parts, contrast)
+            for name, contrast in names.items()
+        }
+        shown = {name: exam for name, exam in exams.items() if exam is not None}
+        if not shown and os.path.isdir(path):
+            found.unnamed.append(path)
+        for name, exam in shown.items():
+            found.matched.add(name)
+            files = found.scans.setdefault(exam, {})
+            if name in files:
+                found.problems.append(
+                    f"{path}: a second scan of {name!r} beside {files[name]}; left out. Give "
+                    f"data.init_args.modalities.{name}.contrast a longer name to tell them apart."
+                )
+            else:
+                files[name] = path
+    return found
 
 
 def _parts(path: str, root: str) -> list[str]:
