@@ -7,11 +7,12 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from domainssl.cli.words import Parser
+from domainssl.errors import DataError, counted
 
 if TYPE_CHECKING:
-    from domainssl.pieces import Plan
+    from domainssl.pieces import Plan, Shard
 
-__all__ = ["add_plan", "plan_of"]
+__all__ = ["add_plan", "plan_of", "refuse_nothing"]
 
 _OPTIONS = ("jobs", "limit", "skip_bad", "restart", "scheduler")
 
@@ -58,3 +59,18 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
     given = {name: getattr(options, name) for name in _OPTIONS if hasattr(options, name)}
     return Plan(**{"jobs": 0, **given}, shard=Shard.parse(options.shard))
+
+
+def refuse_nothing(entries: int, left_out: Collection[str], shard: Shard, noun: str) -> None:
+    """Refuse a call that made nothing because it left everything out.
+
+    A shard of several may be of bad pieces only; the others may not.
+
+    Raises:
+        DataError: All pieces of a whole call were left out.
+    """
+    if left_out and not entries and shard.count == 1:
+        raise DataError(
+            f"Nothing was made: {counted(len(left_out), noun)} left out, as said above, and there "
+            "is no other. Mend or replace what is left out, and give the same command again."
+        )

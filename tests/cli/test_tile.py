@@ -199,6 +199,10 @@ def test_slide_that_cannot_be_read_ends_it_or_is_left_out(
     assert "--skip_bad" in said
     assert _tile(slides, tmp_path / "out", "--skip_bad") == 0
     assert len(_ids(tmp_path / "out")) == 3
+    capsys.readouterr()
+    assert _tile(slides / "none.tif", tmp_path / "nothing", "--skip_bad") == 2
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "Nothing was made: 1 slide left out" in said and "before you train" not in said
     assert _tile(slides, tmp_path / "other", "--mpp_um", "0.5") == 0
     assert len(_ids(tmp_path / "other")) == 4
     stains = np.full((5, 256, 256), 1000, np.uint16)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from domainssl.cli.pieces import add_plan, plan_of
+from domainssl.cli.pieces import add_plan, plan_of, refuse_nothing
 from domainssl.cli.reading import add_reading, refuse_unread, scene_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
@@ -55,6 +55,7 @@ def run(argv: list[str]) -> int:
     with Bar("pieces", kept=f"beside {options.output}") as shown:
         done = embed(backbone, source, options.output, chosen, plan=plan, progress=shown)
     _report(done, screen)
+    refuse_nothing(done.pieces, done.left_out, plan.shard, "input")
     return 0
 
 
@@ -86,6 +87,7 @@ def _slides(
     with Bar("slides", kept=f"in {options.output}") as shown:
         made = embed_slides(backbone, options.input, options.output, chosen, plan, encoder, shown)
     report_grids(made.work.grids, made.tiled, str(plan.shard))
+    refuse_nothing(made.tiled.entries, made.tiled.skipped, plan.shard, "slide")
     report_features(made.work, made.built)
     return 0
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from domainssl.cli.pieces import add_plan, plan_of
+from domainssl.cli.pieces import add_plan, plan_of, refuse_nothing
 from domainssl.cli.reading import add_reading, refuse_unread, scene_of
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from domainssl.inference.predictions import HowPredicted, Prediction
+    from domainssl.pieces import Built
 
 __all__ = ["run"]
 
@@ -132,6 +133,16 @@ def _predict(argv: list[str]) -> int:
         for key in plan.shard.mine(work.keys):
             if work.is_ready(key):
                 screen.print(f"{work.path(key)}{_empty(work, key)}", markup=False)
+    _report(work, found)
+    refuse_nothing(found.entries, found.skipped, plan.shard, noun.removesuffix("s"))
+    return 0
+
+
+def _report(work: Prediction, found: Built) -> None:
+    """Print what was left out, what was made and what its values mean."""
+    from domainssl.cli.console import console
+
+    screen, task = console(), work.task
     unopened = getattr(work, "left_out", {})
     for reason in (*unopened.values(), *found.skipped.values()):
         screen.print(f"left out: {reason}", markup=False)
@@ -148,7 +159,6 @@ def _predict(argv: list[str]) -> int:
     screen.print(f"{counted(found.entries, *made)}{before}; {what}: {names}", markup=False)
     if made[0] == "map" and found.entries:
         screen.print("a picture with a legend lies beside every map (.png)", markup=False)
-    return 0
 
 
 def _empty(work: Prediction, key: str) -> str:

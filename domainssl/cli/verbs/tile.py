@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from domainssl.cli.pieces import add_plan, plan_of
+from domainssl.cli.pieces import add_plan, plan_of, refuse_nothing
 from domainssl.cli.words import Parser
 from domainssl.errors import ConfigError
 from domainssl.screen import COMMAND
@@ -45,6 +45,7 @@ def run(argv: list[str]) -> int:
     with Bar("slides", kept=f"in {made.folder}") as shown:
         found = build(made, plan, shown, noun="slides")
     report_grids(made, found, str(plan.shard))
+    refuse_nothing(found.entries, found.skipped, plan.shard, "slide")
     if backbone is not None:
         _embed(options, made, plan, backbone)
     return 0
@@ -266,4 +267,5 @@ def report_grids(made: SlideTiling, found: Built, shard: str) -> None:
         screen.print(f"left out: {reason}", markup=False)
     if found.missing:
         screen.print(f"shard {shard} is done; missing: {', '.join(found.missing)}", markup=False)
-    screen.print(f"look at {made.folder / 'thumbnails'} before you train", markup=False)
+    if done:
+        screen.print(f"look at {made.folder / 'thumbnails'} before you train", markup=False)
