@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from domainssl.errors import ConfigError
-from domainssl.evaluation.criteria import GAIN, RETRIEVAL_FACTOR
+from domainssl.evaluation.criteria import GAIN, RETRIEVAL_FACTOR, Criterion
 from domainssl.files import write_text
 from domainssl.matrix.picture import gain
 from domainssl.matrix.record import Entry, Measured
@@ -38,7 +38,7 @@ def markdown(entries: Sequence[Entry], picture: str = "") -> str:
             _table(
                 (
                     "cell", "method", "data", "raw", "untrained", "trained", "gain", "met",
-                    "CPU s", "MB", "configuration",
+                    "mean", "CPU s", "MB", "configuration",
                 ),
                 map(_row, run),
             ),
@@ -84,6 +84,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
     return (
         f"`{entry.name}`", entry.objective, entry.column, *values,
         "–" if found is None else f"{100 * found:+.0f}", met,
+        "met" if entry.mean is not None and entry.mean.has_learned else "missed",
         _mean_cost(entry.runs, "cpu_seconds"), _mean_cost(entry.runs, "memory_mb"),
         f"`{entry.sha256[:10]}`" + ("" if entry.is_recipe else ", composed"),
     )  # fmt: skip
@@ -98,15 +99,20 @@ def _missed(entry: Entry) -> Iterator[str]:
     for run in entry.runs:
         if run.outcome is None:
             yield f"* `{entry.name}`, seed {run.seed}: the run failed. {run.error}"
-            continue
-        told = "; ".join(
-            f"{c.name} ({scale * c.found:.1f}, needed {c.relation} {scale * c.needed:.1f})"
-            for c in run.criteria()
-            for scale in (100 if c.is_share else 1,)
-            if not c.passed
-        )
-        if told:
+        elif told := _told(run.criteria()):
             yield f"* `{entry.name}`, seed {run.seed}: {told}"
+    if entry.mean is not None and len(entry.runs) > 1 and (told := _told(entry.mean.criteria())):
+        yield f"* `{entry.name}`, mean of {len(entry.runs)} seeds: {told}"
+
+
+def _told(criteria: Sequence[Criterion]) -> str:
+    """Return the criteria that are missed, with what was found and needed."""
+    return "; ".join(
+        f"{c.name} ({scale * c.found:.1f}, needed {c.relation} {scale * c.needed:.1f})"
+        for c in criteria
+        for scale in (100 if c.is_share else 1,)
+        if not c.passed
+    )
 
 
 def _probes(entry: Entry) -> Iterator[tuple[str, ...]]:

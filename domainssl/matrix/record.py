@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,17 @@ class Entry:
     def outcomes(self) -> list[Outcome]:
         """What the runs that ended measured."""
         return [run.outcome for run in self.runs if run.outcome is not None]
+
+    @property
+    def mean(self) -> Outcome | None:
+        """The mean of every metric over the runs; None where there is none, or one failed."""
+        found = self.outcomes
+        if not found or len(found) < len(self.runs):
+            return None
+        names = {name for outcome in found for name in outcome.metrics}
+        values = {k: statistics.fmean(o.metrics.get(k, math.nan) for o in found) for k in names}
+        order = {k: values[k] for k in found[0].metrics} | values
+        return replace(found[0], metrics=order)
 
 
 def _entry(cell: Cell, runs: Sequence[Measured]) -> Entry:

@@ -207,12 +207,18 @@ def test_the_page_shows_gain_verdicts_cost_reasons_and_versions():
     sha = next(e for e in entries() if e.name == "ssl4eo_croma").sha256[:10]
     assert row == (
         "| `ssl4eo_croma` | CROMA | S1/S2 images | 30.0 ± 0.0 | 50.0 ± 0.0 | 66.0 ± 19.8 | +16 | "
-        f"1 of 2 | 61 | 812 | `{sha}` |"
+        f"1 of 2 | met | 61 | 812 | `{sha}` |"
     )
     assert "| `MAE` | CT and MR volumes | MAE takes no volumes / here |" in lines
     assert "* `petct_croma`, seed 0: the run failed. fit ended badly" in lines
     missed = [line for line in lines if line.startswith("* `ssl4eo_croma`, seed 1: probe of s1")]
     assert len(missed) == 1 and "(52.0, needed at least 55.0)" in missed[0]
+    assert not any("mean of 2 seeds" in line for line in lines)
+    (failed,) = (line for line in lines if line.startswith("| `petct_croma` | CROMA |"))
+    assert "| 0 of 1 | missed |" in failed
+    lower = [finished("ssl4eo_croma", seed, trained) for seed, trained in ((0, 0.56), (1, 0.52))]
+    page = markdown(merged(find_cells(recipes(), no_refusal), [], lower))
+    assert "`ssl4eo_croma`, mean of 2 seeds: probe of s1 over untrained + 0.05 (54.0, need" in page
     metrics = {
         **{k: v for k, v in outcome(0.8).metrics.items() if not k.endswith(("/s2", "/joint"))},
         "val/rankme/s1": 6.1, "val/untrained/rankme/s1": 12.74,
