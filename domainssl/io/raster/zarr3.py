@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from functools import cache
 from typing import Any, TypeGuard
 
-from domainssl.errors import DataError, DomainSSLError, parsing, require
+from domainssl.errors import DataError, parsing, require
 from domainssl.io.storage.archives import FolderStore, Store, check_member
 from domainssl.io.storage.bounded import (
     CHUNK_LIMIT,
@@ -64,7 +64,9 @@ def _told_already(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
 
     Nobody awaits their tasks, so asyncio would print a traceback for each when it is collected.
     """
-    if not isinstance(context.get("exception"), DomainSSLError):
+    if "future" in context and isinstance(context.get("exception"), Exception):
+        _log.debug("beside the error that was raised: %r", context["exception"])
+    else:
         loop.default_exception_handler(context)
 
 
