@@ -240,7 +240,8 @@ def table(metrics: Mapping[str, float], items: int, classes: int, per_class: int
             by_chance = metrics.get(f"val/retrieval/{pair}/chance", 1 / max(items, 1))
             label = pairs.get(pair, pair.replace("-", " → ") if kind != "R@1" else pair)
             grid.add_row(label, kind, *cells, f"{100 * by_chance:.1f} %")
-    grid.caption = _reliability(items, classes, per_class)
+    if classes or any(name.startswith("val/retrieval/") for name in metrics):
+        grid.caption = _reliability(items, classes, per_class)
     return grid
 
 

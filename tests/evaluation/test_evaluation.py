@@ -162,7 +162,10 @@ def test_scans_of_one_source_are_looked_up_among_those_of_another():
         features={"scan": moved}, present=found.present,
         sources={"scan": source}, source_names={"scan": ("ct", "mr")},
     )  # fmt: skip
-    assert not [key for key in measure(unknown, ("scan",)) if "retrieval" in key]
+    without = measure(unknown, ("scan",))
+    assert not [key for key in without if "retrieval" in key]
+    assert table(without, 80, 0).caption is None  # there is no share to trust or not
+    assert "80 items" in str(table(scores, 80, 3).caption)
 
 
 def test_collapsed_features_have_no_std_and_rank_one():
