@@ -133,16 +133,16 @@ def _predict(argv: list[str]) -> int:
         for key in plan.shard.mine(work.keys):
             if work.is_ready(key):
                 screen.print(f"{work.path(key)}{_empty(work, key)}", markup=False)
-    _report(work, found)
+    _report(work, task, found)
     refuse_nothing(found.entries, found.skipped, plan.shard, noun.removesuffix("s"))
     return 0
 
 
-def _report(work: Prediction, found: Built) -> None:
+def _report(work: Prediction, task: Any, found: Built) -> None:
     """Print what was left out, what was made and what its values mean."""
     from domainssl.cli.console import console
 
-    screen, task = console(), work.task
+    screen = console()
     unopened = getattr(work, "left_out", {})
     for reason in (*unopened.values(), *found.skipped.values()):
         screen.print(f"left out: {reason}", markup=False)
