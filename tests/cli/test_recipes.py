@@ -22,6 +22,20 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "recipes").glob("*.yaml"))
 OVERLAYS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 TRAINED = {*LEARN, *FEW}  # slow tests train them to the end and export them
+SHORT = [recipe for recipe in RECIPES if Path(recipe).stem not in TRAINED]
+
+
+def _kinds(recipe: str) -> set[str]:
+    config = yaml.safe_load((ROOT / recipe).read_text())
+    return {config[section]["class_path"] for section in ("model", "data")}
+
+
+# the first ones of each method and DataModule; slow tests run the others
+FIRST = {
+    recipe
+    for number, recipe in enumerate(SHORT)
+    if _kinds(recipe) - {kind for earlier in SHORT[:number] for kind in _kinds(earlier)}
+}
 TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=1",
@@ -92,13 +106,15 @@ def test_a_configuration_says_first_what_it_is(name):
     assert lines[0].startswith("# ") and lines[1].startswith("# needs: ")
 
 
-@pytest.mark.parametrize("recipe", sorted(TRAINED))
-def test_a_recipe_that_slow_tests_train_has_no_mistakes(folder, recipe):
+@pytest.mark.parametrize("recipe", sorted({*TRAINED, *(Path(r).stem for r in {*SHORT} - FIRST)}))
+def test_a_recipe_that_slow_tests_run_has_no_mistakes(folder, recipe):
     request = prepare("fit", [f"--config=recipes/{recipe}.yaml"])
     assert request.name == recipe and set(request.classes) >= {"model", "data"}
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if Path(r).stem not in TRAINED])
+@pytest.mark.parametrize(
+    "recipe", [r if r in FIRST else pytest.param(r, marks=pytest.mark.slow) for r in SHORT]
+)
 def test_a_recipe_runs_and_exports(cli, folder, recipe, sample_root):
     result = cli("fit", "--config", recipe, *TINY, *SMALL, "--run_dir=run")
     assert result.status == 0, result.text

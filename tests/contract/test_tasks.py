@@ -122,6 +122,7 @@ def on_two_ranks() -> dict[str, Any]:
     return dict(run_ranks(two_ranks, TASKS)[0])
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(on_two_ranks: dict[str, Any], case: str) -> None:
     losses, grads = _one_rank(case, 0, SIZE)
     for term, loss in losses.items():
