@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     from domainssl.cli.progress import Bar
     from domainssl.cli.run.looking import data_at
     from domainssl.inference.domain import domain_of
-    from domainssl.inference.run import embed
+    from domainssl.inference.run import embed, plan_of_rank
 
     plan = plan_of(options)
     chosen = _options(options)
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
     with Bar("pieces", kept=f"beside {options.output}") as shown:
         done = embed(backbone, source, options.output, chosen, plan=plan, progress=shown)
     _report(done, screen)
-    refuse_nothing(done.pieces, done.left_out, plan.shard, "input")
+    refuse_nothing(done.pieces, done.left_out, plan_of_rank(plan).shard, "input")
     return 0
 
 
