@@ -89,10 +89,9 @@ class Entry:
         found = self.outcomes
         if not found or len(found) < len(self.runs):
             return None
-        names = {name for outcome in found for name in outcome.metrics}
-        values = {k: statistics.fmean(o.metrics.get(k, math.nan) for o in found) for k in names}
-        order = {k: values[k] for k in found[0].metrics} | values
-        return replace(found[0], metrics=order)
+        names = dict.fromkeys(name for outcome in found for name in outcome.metrics)
+        means = {k: statistics.fmean(o.metrics.get(k, math.nan) for o in found) for k in names}
+        return replace(found[0], metrics=means)
 
 
 def _entry(cell: Cell, runs: Sequence[Measured]) -> Entry:

@@ -25,17 +25,19 @@ TRAINED = {*LEARN, *FEW}  # slow tests train them to the end and export them
 SHORT = [recipe for recipe in RECIPES if Path(recipe).stem not in TRAINED]
 
 
-def _kinds(recipe: str) -> set[str]:
-    config = yaml.safe_load((ROOT / recipe).read_text())
-    return {config[section]["class_path"] for section in ("model", "data")}
+def _first_ones(names: list[str]) -> set[str]:
+    """Return the recipes that bring a method or a DataModule that no earlier one has."""
+    found, seen = set[str](), set[str]()
+    for name in names:
+        config = yaml.safe_load((ROOT / name).read_text())
+        kinds = {config[section]["class_path"] for section in ("model", "data")}
+        if kinds - seen:
+            found.add(name)
+        seen |= kinds
+    return found
 
 
-# the first ones of each method and DataModule; slow tests run the others
-FIRST = {
-    recipe
-    for number, recipe in enumerate(SHORT)
-    if _kinds(recipe) - {kind for earlier in SHORT[:number] for kind in _kinds(earlier)}
-}
+FIRST = _first_ones(SHORT)  # slow tests run the others
 TINY = [
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=1",
